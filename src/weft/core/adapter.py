@@ -1,0 +1,112 @@
+"""An adapter: the parameters of one named instance of a method, and what it computes at its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.config import MethodConfig
+from weft.core.route import PrefixStates, Segment
+from weft.errors import UserError, nearest
+
+# (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
+SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
+
+
+class Adapter(nn.Module):
+    """Base of all methods. A method overrides what it uses of the four kinds of site:
+
+    *linear* and *hidden* sites by ``sites``, *virtual tokens* by ``virtual_tokens``, *prefix* by ``prefix_states``.
+    An adapter lives beside the model, not inside it: the base keeps its modules, keys and parameters.
+    """
+
+    def __init__(self, config: MethodConfig, name: str) -> None:
+        super().__init__()
+        self.config = config
+        self.name = name
+
+    # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
+    num_virtual_tokens: int = 0
+    num_prefix_tokens: int = 0
+
+    def sites(self) -> Mapping[str, SiteFunction]:
+        """Module path -> what happens to that module's output."""
+        return {}
+
+    def virtual_tokens(self) -> Tensor:
+        """Learned rows [num_virtual_tokens, d] that stand before each of the adapter's sequences."""
+        raise NotImplementedError
+
+    def prefix_states(self) -> PrefixStates:
+        """Learned keys and values that every token of the adapter's sequences can attend to, a pair per layer."""
+        raise NotImplementedError
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The adapter's tensors under the names that ``adapter_model.safetensors`` gives them."""
+        raise NotImplementedError
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of an ``adapter_model.safetensors``.
+
+        Raises:
+            UserError: a tensor is missing, has another shape, or is not one of this adapter's.
+        """
+        own = self.tensors()
+        for key, parameter in own.items():
+            parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
+        # What is left over would silently be ignored.
+        foreign = sorted(set(tensors) - set(own))
+        if foreign:
+            raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
+
+    def num_trainable(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def master_dtype(base: torch.dtype) -> torch.dtype:
+    """Adapters are kept in float32 whatever the base computes in, except beside a float64 base."""
+    return torch.float64 if base == torch.float64 else torch.float32
+
+
+def checked(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor ``key``, which must have this shape."""
+    if key not in tensors:
+        raise UserError(f"the adapter's file has no tensor '{key}'.{nearest(key, tensors)}")
+    value = tensors[key]
+    if tuple(value.shape) != shape:
+        raise UserError(
+            f"tensor '{key}' has shape {tuple(value.shape)}; this base and configuration need {shape}. "
+            "Was the adapter made for another base?"
+        )
+    return value
+
+
+class SiteAdapter(Adapter):
+    """An adapter whose parameters hang on base modules: one small module per site, which is its site function.
+
+    A parameter ``part`` at module ``path`` is stored as ``base_model.model.<path>.<part, '_' as the method says>``.
+    """
+
+    prefix = "base_model.model."
+
+    def __init__(self, config: MethodConfig, name: str, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__(config, name)
+        self.paths = list(layers)
+        self.layers = nn.ModuleList(layers.values())
+
+    def stored_name(self, part: str) -> str:
+        """What the file calls the parameter ``part`` of a layer."""
+        return part
+
+    def sites(self) -> Mapping[str, SiteFunction]:
+        return dict(zip(self.paths, self.layers, strict=True))
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {
+            f"{self.prefix}{path}.{self.stored_name(part)}": parameter
+            for path, layer in zip(self.paths, self.layers, strict=True)
+            for part, parameter in layer.named_parameters()
+        }

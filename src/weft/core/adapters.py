@@ -1,0 +1,229 @@
+"""``Adapters``: many adapters, of any methods, over one base model that stays what it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core import files
+from weft.core.adapter import Adapter, master_dtype
+from weft.core.architecture import Architecture
+from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
+from weft.core.config import BuildContext, MethodConfig
+from weft.core.route import Route, Router
+from weft.core.site import attach, detach, site_of
+from weft.core.stream import Part, Stream, build_stream, run_stream
+from weft.errors import UserError
+
+
+class Adapters:
+    """Adds, removes, loads and saves adapters, and runs batches in which every sequence has its own.
+
+    The model is not wrapped: its modules, keys and parameters stay in place, frozen and in evaluation mode while
+    ``Adapters`` is open. ``close()`` gives back exactly the model that came in.
+
+    Args:
+        model: a transformers model.
+        architecture: where its parts are (``weft.models.describe``).
+        padded: run padded batches through the model's own attention. Default: only if the model can do nothing else.
+        exact: one matrix product per adapter, so that an adapter's numbers do not depend on its neighbours to the bit.
+        checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        *,
+        padded: bool | None = None,
+        exact: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.router = Router()
+        self.padded = architecture.install_attention is None if padded is None else padded
+        self.exact = exact
+        if self.padded and exact:
+            raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
+        if not self.padded and architecture.install_attention is None:
+            raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
+        self._adapters: dict[str, Adapter] = {}
+        self._undo: list[Callable[[], None]] = [_freeze(model)]
+        if not self.padded:
+            assert architecture.install_attention is not None
+            self._undo.append(architecture.install_attention(model, self.router))
+        if exact:
+            # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are summed,
+            # must not depend on which methods the neighbours use.
+            for path in (*architecture.linears, *architecture.norms):
+                attach(model.get_submodule(path), path, self.router)
+        if checkpointing:
+            for path in architecture.blocks:
+                enable_checkpointing(model.get_submodule(path), self.router)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        return weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        return weight.device
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that are there, in the order they came."""
+        return list(self._adapters)
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise UserError(f"no adapter named '{name}'; there are: {', '.join(self._adapters) or 'none'}.")
+        return self._adapters[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def add(self, name: str, config: MethodConfig, *, seed: int = 0, tokenizer: Any = None) -> Adapter:
+        """Make a new adapter; its initial values come from a generator seeded with ``seed`` alone.
+
+        Raises:
+            UserError: the name is taken or no valid folder name, or the method finds nothing to tune.
+        """
+        files.check_name(name)
+        if name in self._adapters:
+            raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
+        context = BuildContext(
+            self.model,
+            self.architecture,
+            torch.Generator().manual_seed(seed),
+            master_dtype(self.dtype),
+            self.device,
+            tokenizer,
+            self._keys_values,
+        )
+        adapter = config.build(name, context)
+        for path, function in adapter.sites().items():
+            site = attach(self.model.get_submodule(path), path, self.router)
+            site.functions.setdefault(name, []).append(function)
+        self._adapters[name] = adapter
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Take the adapter away; modules that no adapter uses any more get their own class back."""
+        adapter = self[name]
+        for path in adapter.sites():
+            module = self.model.get_submodule(path)
+            site = site_of(module)
+            assert site is not None
+            del site.functions[name]
+            if not site.functions and not self.exact:
+                detach(module)
+        del self._adapters[name]
+
+    def close(self) -> None:
+        """Remove every adapter and every trace: the model is again the one that was loaded."""
+        for name in self.names:
+            self.remove(name)
+        for path in (*self.architecture.linears, *self.architecture.norms):
+            detach(self.model.get_submodule(path))
+        for path in self.architecture.blocks:
+            disable_checkpointing(self.model.get_submodule(path))
+        while self._undo:
+            self._undo.pop()()
+
+    def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:
+        """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model."""
+        files.save(self[name], self.architecture, Path(folder), base_name=base_name)
+
+    def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
+        """Add an adapter from a folder in PEFT's layout, ours or peft's."""
+        config, tensors = files.read(Path(folder))
+        adapter = self.add(name, config, tokenizer=tokenizer)
+        try:
+            with torch.no_grad():
+                adapter.load_tensors(tensors)
+        except BaseException:
+            self.remove(name)
+            raise
+        return adapter
+
+    def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
+        """Lay out a batch; rows of ``parts`` keep their order."""
+        return build_stream(
+            parts, self._adapters, device=self.device, padded=self.padded, exact=self.exact, cache=cache
+        )
+
+    def forward(self, stream: Stream) -> Tensor:
+        """Last hidden states [N, d] of the stream, before the head."""
+        return run_stream(self.model, self.router, stream, self._adapters)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's logits [n, vocabulary] for hidden states [n, d]."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        softcap, scale = head_scaling(self.model)
+        logits = head(hidden) * scale
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+    @contextlib.contextmanager
+    def route(self, route: Route | None) -> Iterator[None]:
+        """Run the body under ``route`` (None: the sites stand aside)."""
+        with self.router.use(route):
+            yield
+
+    @torch.no_grad()
+    def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
+        if self.padded:
+            out = self.model.base_model(input_ids=input_ids[None].to(self.device), use_cache=True)
+            return [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
+        recorder = _Recorder()
+        self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
+        return recorder.layers
+
+
+class _Recorder:
+    """Stands where a cache would and keeps what the layers show it."""
+
+    prefilled = False
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
+        self.layers.append((k, v))
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise AssertionError("a recorder sees one pass only")
+
+
+def head_scaling(model: nn.Module) -> tuple[float | None, float]:
+    """(soft cap, factor) that the architecture applies to its logits (Gemma-2; Cohere, Granite)."""
+    config = model.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return softcap, factor
+
+
+def _freeze(model: nn.Module) -> Callable[[], None]:
+    """No gradients for the base and no dropout in it; returns the function that restores both."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    model.requires_grad_(False)
+    model.eval()
+
+    def undo() -> None:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+    return undo

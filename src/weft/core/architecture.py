@@ -1,0 +1,87 @@
+"""What Weft needs to know of a model's shape, as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from weft.core.route import Router
+from weft.errors import UserError, nearest
+
+# (model, router) -> the function that undoes it.
+AttentionInstaller = Callable[[nn.Module, Router], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the parts of one loaded model are; module paths as ``model.named_modules()`` gives them.
+
+    ``attention_output`` and ``mlp_output`` are the last linear of each sub-layer: what they give is what the sub-layer
+    adds to the residual stream, so a bottleneck adapter sits on them.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    blocks: tuple[str, ...]
+    linears: tuple[str, ...]
+    norms: tuple[str, ...]
+    attention_output: tuple[str, ...]
+    mlp_output: tuple[str, ...]
+    max_length: int | None = None
+    # Makes the model attend along the packed stream; None: the model only works on padded batches.
+    install_attention: AttentionInstaller | None = None
+
+    def match(self, targets: str | Iterable[str], layers: Iterable[int] | None = None) -> list[str]:
+        """Linear modules that ``target_modules`` names, by PEFT's rules.
+
+        ``"all-linear"`` means every linear of the blocks; another string is a regular expression over the whole path;
+        a list holds last parts of paths. ``layers`` keeps those blocks only.
+
+        Raises:
+            UserError: nothing matches; the message lists what could.
+        """
+        wanted: str | list[str] = targets if isinstance(targets, str) else list(targets)
+        found = [path for path in self.linears if _matches(path, wanted)]
+        if layers is not None:
+            keep = tuple(f"{self.blocks[i]}." for i in layers if 0 <= i < self.num_layers)
+            found = [path for path in found if path.startswith(keep)]
+        if not found:
+            names = sorted({path.rsplit(".", 1)[-1] for path in self.linears})
+            hint = "" if isinstance(wanted, str) or not wanted else nearest(wanted[0], names)
+            raise UserError(
+                f"target_modules {wanted!r} matches no linear module of this {self.model_type} model.{hint} "
+                f"What can match: {', '.join(names)} (or 'all-linear')."
+            )
+        return found
+
+
+def _matches(path: str, wanted: str | list[str]) -> bool:
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or re.fullmatch(wanted, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in wanted)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a matrix product over its last dimension: nn.Linear and its kin, or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__.removeprefix("Routed") == "Conv1D"
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a LayerNorm, an RMSNorm or one of their kin."""
+    return "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a module for which ``is_linear`` holds."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight.shape[0], weight.shape[1]

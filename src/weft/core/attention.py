@@ -1,0 +1,38 @@
+"""Attention under a route: per sequence, with the adapter's prefix before it, or one new token against a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from weft.core.route import Router
+from weft.ops.attention import decode_attention, varlen_attention
+
+
+def attend(router: Router, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, **bias: Any) -> Tensor:
+    """Attention of layer ``layer`` for the stream that ``router`` describes.
+
+    Args:
+        q: [heads, N, head_dim]; k, v: [kv_heads, N, head_dim], positions already applied.
+        bias: ``alibi_slopes``, ``sliding_window``, ``softcap`` as in ``varlen_attention``.
+
+    Returns:
+        [N, heads, head_dim].
+    """
+    route = router.current
+    if route is None:
+        raise RuntimeError(
+            "this model carries Weft's attention and was called outside a route; call it through Adapters.forward, or "
+            "Adapters.close() to get the plain model back"
+        )
+    if route.cache is not None and route.cache.prefilled:
+        keys, values, lengths = route.cache.append(layer, k, v)
+        return decode_attention(q.transpose(0, 1), keys, values, lengths, scale=scale, **bias)
+    if route.cache is not None:
+        route.cache.prefill(layer, k, v, route)
+    assert route.layout is not None
+    prefix = {
+        group: (states[layer][0].to(k.dtype), states[layer][1].to(v.dtype)) for group, states in route.prefixes.items()
+    }
+    return varlen_attention(q, k, v, route.layout, scale=scale, prefix=prefix, **bias)

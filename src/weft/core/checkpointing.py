@@ -1,0 +1,48 @@
+"""Gradient checkpointing of whole blocks, under the route of their own forward.
+
+transformers' own checkpointing recomputes under whatever route is current at the time of the backward pass; with a
+second forward in between (a reference model, say) every gradient would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from weft.core.route import Router
+
+_ROUTER = "_weft_checkpoint_router"
+
+
+class _CheckpointedForward:
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        base_class = type(self).__mro__[2]
+        run = functools.partial(base_class.forward, self)  # type: ignore[attr-defined]
+        # Below the lowest adapter nothing needs a gradient: saving and recomputing there would be pure loss.
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return run(hidden, *args, **kwargs)
+        router: Router = self.__dict__[_ROUTER]
+        return checkpoint(run, hidden, *args, use_reentrant=False, context_fn=router.contexts, **kwargs)
+
+
+@functools.cache
+def _checkpointed_class(base_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Checkpointed{base_class.__name__}", (_CheckpointedForward, base_class), {"__module__": __name__})
+
+
+def enable_checkpointing(block: nn.Module, router: Router) -> None:
+    """Keep only the block's input; its inside is computed again in the backward pass."""
+    if _ROUTER not in block.__dict__:
+        block.__dict__[_ROUTER] = router
+        block.__class__ = _checkpointed_class(type(block))
+
+
+def disable_checkpointing(block: nn.Module) -> None:
+    """Undo ``enable_checkpointing``."""
+    if _ROUTER in block.__dict__:
+        del block.__dict__[_ROUTER]
+        block.__class__ = type(block).__mro__[2]

@@ -1,0 +1,86 @@
+"""What every method's configuration has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from weft.core.architecture import Architecture
+from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.core.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a method may look at while it makes an adapter.
+
+    ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    generator: torch.Generator
+    dtype: torch.dtype
+    device: torch.device
+    tokenizer: Any = None
+    keys_values: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
+
+    def normal(self, *shape: int, std: float) -> Tensor:
+        """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""
+        values = torch.randn(*shape, generator=self.generator, dtype=torch.float32) * std
+        return values.to(self.device, self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the adapter's dtype."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+
+class MethodConfig(BaseModel):
+    """The settings of one method: frozen, checked on construction, with PEFT's field names.
+
+    A subclass names itself (``method``), says what PEFT calls it (``peft_type``) and builds its adapter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: ClassVar[str]
+    peft_type: ClassVar[str]
+    # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
+    harmless_keys: ClassVar[frozenset[str]] = frozenset()
+    # The rate at which the method was measured to train well by itself (docs/methods.md).
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        """Make the adapter ``name``; draws its initial values from ``context.generator`` only.
+
+        Raises:
+            UserError: the method finds nothing to tune in this model.
+        """
+        raise NotImplementedError
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+        """Read the method's entries of an ``adapter_config.json`` (the common ones are already taken out).
+
+        ``keys`` are the tensor names of the adapter's file: what was really tuned. Entries that Weft does not know are
+        dropped when they are empty or off, else refused.
+        """
+        known = {k: v for k, v in entries.items() if k in cls.model_fields}
+        for key in entries.keys() - known.keys() - cls.harmless_keys:
+            if entries[key] not in (None, False, [], {}, "", 0, "none"):
+                raise UserError(
+                    f"adapter_config.json: {key!r} is {entries[key]!r}, which changes what a {cls.peft_type} adapter "
+                    "computes and which Weft does not know; the adapter would answer differently, so it is not loaded."
+                )
+        return cls(**known)

@@ -1,0 +1,113 @@
+"""Which rows of a batch belong to which adapter, and where the current route sits.
+
+A batch is sorted by adapter, so the rows of one adapter are one *segment*: a contiguous slice of the token stream, or,
+on the padded path, a contiguous slice of the batch. The sites read the route from one shared ``Router``. It is a plain
+attribute and not a ``ContextVar``, which would break a compiled graph; a checkpointed block re-enters the route of its
+own forward through ``Router.contexts``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weft.ops.attention import SequenceLayout
+
+# Learned keys and values of one adapter: one pair per layer, each [kv_heads, prefix, head_dim].
+PrefixStates = Sequence[tuple[Tensor, Tensor]]
+
+
+class KeyValueCache(Protocol):
+    """What attention needs of a cache while generating (``weft.generate.cache`` has the one we use)."""
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the prompts are in; from then on every row of the stream is one new token."""
+
+    def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
+        """Store the prompts' keys and values, [kv_heads, N, head_dim], after the prefixes of ``route``."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store one token per row; returns the layer's keys, values [B, kv_heads, T, head_dim] and lengths [B]."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of one adapter.
+
+    ``seed`` fixes every random number drawn for these rows in this pass (None: nothing is drawn, as in evaluation), so
+    that neither a neighbour nor a recomputation can change it.
+    """
+
+    adapter: str | None
+    tokens: int
+    sequences: int
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where every row of one forward pass goes.
+
+    ``padded`` says that module inputs are [B, T, d] with one sequence per row of dimension 0, else [1, N, d].
+    ``exact`` asks for one matrix product per segment, so that shapes (and hence bits) do not depend on neighbours.
+    """
+
+    segments: tuple[Segment, ...]
+    layout: SequenceLayout | None = None
+    prefixes: Mapping[int, PrefixStates] = field(default_factory=dict)
+    cache: KeyValueCache | None = None
+    padded: bool = False
+    exact: bool = False
+
+    @property
+    def dim(self) -> int:
+        """The dimension of a module's input along which the segments lie."""
+        return 0 if self.padded else -2
+
+    @property
+    def sizes(self) -> list[int]:
+        """How far each segment reaches along ``dim``."""
+        return [s.sequences if self.padded else s.tokens for s in self.segments]
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from its parts, the same on every machine and in every run."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seeded_dropout(x: Tensor, p: float, segment: Segment, site: str) -> Tensor:
+    """Inverted dropout whose mask depends on the segment's seed and the site only."""
+    if p <= 0.0 or segment.seed is None:
+        return x
+    generator = torch.Generator(device=x.device)
+    generator.manual_seed(stable_seed(segment.seed, site))
+    mask = torch.empty_like(x).bernoulli_(1.0 - p, generator=generator)
+    return x * mask.div_(1.0 - p)
+
+
+class Router:
+    """Holds the route of the forward pass that is running; every site of one model shares it."""
+
+    def __init__(self) -> None:
+        self.current: Route | None = None
+
+    @contextlib.contextmanager
+    def use(self, route: Route | None) -> Iterator[None]:
+        """Run the body under ``route``; the route before it comes back afterwards."""
+        before, self.current = self.current, route
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """For ``torch.utils.checkpoint(context_fn=...)``: recomputation runs under the route of the forward."""
+        return contextlib.nullcontext(), self.use(self.current)

@@ -1,0 +1,169 @@
+"""The padding-free stream: sequences of all adapters end to end, and a pass of the base over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter
+from weft.core.route import PrefixStates, Route, Router, Segment
+from weft.ops.attention import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Part:
+    """The sequences (token ids) of one adapter in a batch; ``adapter`` None is the plain base."""
+
+    adapter: str | None
+    sequences: Sequence[Sequence[int]]
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A batch, laid out.
+
+    Attributes:
+        input_ids, position_ids: [N] int64; rows of virtual tokens hold id 0, their embedding is put in later.
+        first_token: stream row of each sequence's first own token.
+        virtual_rows: for each segment with virtual tokens, the rows they take, [sequences * num_virtual_tokens].
+        prefix_length: learned keys that each sequence sees before its own.
+        route: where each row goes.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    lengths: tuple[int, ...]
+    first_token: tuple[int, ...]
+    virtual_rows: Mapping[int, Tensor]
+    prefix_length: tuple[int, ...]
+    route: Route
+
+
+def build_stream(
+    parts: Sequence[Part],
+    adapters: Mapping[str, Adapter],
+    *,
+    device: torch.device,
+    padded: bool = False,
+    exact: bool = False,
+    cache: Any = None,
+) -> Stream:
+    """Lay the parts' sequences end to end, with each adapter's virtual tokens at the head of its sequences."""
+    ids: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    groups: list[int] = []
+    first_token: list[int] = []
+    prefix_length: list[int] = []
+    segments: list[Segment] = []
+    virtual_rows: dict[int, Tensor] = {}
+    prefixes: dict[int, PrefixStates] = {}
+    parts = [part for part in parts if part.sequences]
+    for group, part in enumerate(parts):
+        adapter = adapters[part.adapter] if part.adapter is not None else None
+        virtual = adapter.num_virtual_tokens if adapter else 0
+        prefix = adapter.num_prefix_tokens if adapter else 0
+        begin, rows = len(ids), []
+        for sequence in part.sequences:
+            rows.extend(range(len(ids), len(ids) + virtual))
+            first_token.append(len(ids) + virtual)
+            ids.extend([0] * virtual)
+            ids.extend(sequence)
+            length = virtual + len(sequence)
+            positions.extend(range(prefix, prefix + length))
+            lengths.append(length)
+            groups.append(group)
+            prefix_length.append(prefix)
+        if virtual:
+            virtual_rows[group] = torch.tensor(rows, device=device)
+        if prefix and adapter:
+            prefixes[group] = adapter.prefix_states()
+        segments.append(Segment(part.adapter, len(ids) - begin, len(part.sequences), part.seed))
+    layout = None
+    if not padded:
+        layout = SequenceLayout.build(
+            lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
+        )
+    route = Route(tuple(segments), layout, prefixes, cache, padded, exact)
+    return Stream(
+        torch.tensor(ids, device=device),
+        torch.tensor(positions, device=device),
+        tuple(lengths),
+        tuple(first_token),
+        virtual_rows,
+        tuple(prefix_length),
+        route,
+    )
+
+
+def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:
+    """Token embeddings [N, d] with the adapters' virtual tokens in their rows."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    hidden = table(stream.input_ids)
+    for group, rows in stream.virtual_rows.items():
+        segment = stream.route.segments[group]
+        assert segment.adapter is not None
+        learned = adapters[segment.adapter].virtual_tokens().to(hidden.dtype)
+        hidden = hidden.index_copy(0, rows, learned.repeat(segment.sequences, 1))
+    return hidden
+
+
+def run_stream(model: nn.Module, router: Router, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:
+    """One pass of the base (without its head) over the stream; last hidden states [N, d]."""
+    body = model.base_model
+    assert isinstance(body, nn.Module)
+    with router.use(stream.route):
+        hidden = embed(model, stream, adapters)
+        if stream.route.padded:
+            return _run_padded(model, body, stream, hidden)
+        out = body(inputs_embeds=hidden[None], position_ids=stream.position_ids[None], use_cache=False)
+        return out.last_hidden_state[0]
+
+
+def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tensor) -> Tensor:
+    """The same pass as a padded batch, for models whose attention only knows [B, T]; right padding."""
+    count, width = len(stream.lengths), max(stream.lengths)
+    rows = torch.cat(
+        [torch.arange(i * width, i * width + n, device=hidden.device) for i, n in enumerate(stream.lengths)]
+    )
+    embeds = hidden.new_zeros(count * width, hidden.shape[-1]).index_copy(0, rows, hidden)
+    positions = stream.position_ids.new_zeros(count * width).index_copy(0, rows, stream.position_ids)
+    mask = stream.input_ids.new_zeros(count * width).index_fill(0, rows, 1).view(count, width)
+    past, longest = None, max(stream.prefix_length)
+    if longest:
+        past = _padded_prefix(model, stream, longest, hidden)
+        seen = torch.tensor(stream.prefix_length, device=hidden.device)[:, None]
+        columns = torch.arange(longest, device=hidden.device)[None]
+        mask = torch.cat([(columns >= longest - seen).to(mask.dtype), mask], dim=1)
+    out = body(
+        inputs_embeds=embeds.view(count, width, -1),
+        position_ids=positions.view(count, width),
+        attention_mask=mask,
+        past_key_values=past,
+        use_cache=past is not None,
+    )
+    return out.last_hidden_state.reshape(count * width, -1)[rows]
+
+
+def _padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tensor) -> Any:
+    """A transformers cache holding every row's prefix, right-aligned; what is not there is masked by the caller."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    layers = len(next(iter(stream.route.prefixes.values())))
+    some_key, some_value = next(iter(stream.route.prefixes.values()))[0]
+    for layer in range(layers):
+        keys, values = [], []
+        for group, segment in enumerate(stream.route.segments):
+            states = stream.route.prefixes.get(group)
+            pair = states[layer] if states is not None else (some_key[:, :0], some_value[:, :0])
+            for side, out in zip(pair, (keys, values), strict=True):
+                padded = torch.nn.functional.pad(side.to(hidden.dtype), (0, 0, longest - side.shape[1], 0))
+                out.append(padded[None].expand(segment.sequences, -1, -1, -1))
+        cache.update(torch.cat(keys), torch.cat(values), layer)
+    return cache

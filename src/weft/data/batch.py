@@ -1,0 +1,36 @@
+"""From samples to what a pass of the model needs: the parts of the stream, and which of its rows are learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from weft.core.stream import Stream
+from weft.data.render import Sample
+from weft.objectives.likelihood import Supervised
+
+
+def supervise(stream: Stream, samples: Sequence[Sample], begin: int = 0) -> Supervised:
+    """The learned tokens of ``samples``, which are the stream's sequences ``begin, begin + 1, …``.
+
+    The token at place t of a sequence is predicted by the row before it; the first has no row before it of its own, so a
+    renderer gives it weight 0.
+    """
+    rows, targets, weights, owner = [], [], [], []
+    for index, sample in enumerate(samples):
+        first = stream.first_token[begin + index]
+        for place, weight in enumerate(sample.weights):
+            if weight and place:
+                rows.append(first + place - 1)
+                targets.append(sample.input_ids[place])
+                weights.append(weight)
+                owner.append(index)
+    device = stream.input_ids.device
+    return Supervised(
+        torch.tensor(rows, device=device, dtype=torch.int64),
+        torch.tensor(targets, device=device, dtype=torch.int64),
+        torch.tensor(weights, device=device, dtype=torch.float64),
+        torch.tensor(owner, device=device, dtype=torch.int64),
+        len(samples),
+    )

@@ -1,0 +1,61 @@
+"""The key/value cache of a batch of requests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.core.route import Route
+
+
+class KeyValueCache:
+    """Per layer, keys and values [B, kv_heads, capacity, head_dim]; row b holds ``lengths[b]`` of them.
+
+    An adapter's prefix takes the first places of its rows, so from then on it is a key like any other.
+    """
+
+    def __init__(self, lengths: Tensor, prefix_lengths: Tensor, new_tokens: int) -> None:
+        """``lengths`` [B]: the prompts' tokens, virtual ones included; ``prefix_lengths`` [B]: learned keys before."""
+        self.lengths = lengths + prefix_lengths
+        self.prefilled = False
+        self._prefix_lengths = prefix_lengths
+        self._capacity = int(self.lengths.max()) + new_tokens
+        rows = torch.arange(len(lengths), device=lengths.device)
+        self._row = rows.repeat_interleave(lengths)
+        starts = torch.cumsum(lengths, 0) - lengths
+        self._place = torch.arange(int(lengths.sum()), device=lengths.device) - (starts - prefix_lengths)[self._row]
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
+        """Store the prompts' keys and values, [kv_heads, N, head_dim], each row's after its prefix."""
+        heads, _, dim = k.shape
+        pair = []
+        for side, x in enumerate((k, v)):
+            store = x.new_zeros(len(self.lengths), heads, self._capacity, dim)
+            store[self._row, :, self._place] = x.transpose(0, 1)
+            first = 0
+            for group, segment in enumerate(route.segments):
+                if group in route.prefixes:
+                    learned = route.prefixes[group][layer][side]
+                    store[first : first + segment.sequences, :, : learned.shape[1]] = learned.to(x.dtype)
+                first += segment.sequences
+            pair.append(store)
+        self._layers[layer] = (pair[0], pair[1])
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store one token per row; the caller moves on with ``advance`` once every layer has."""
+        keys, values = self._layers[layer]
+        rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        keys[rows, :, self.lengths] = k.transpose(0, 1)
+        values[rows, :, self.lengths] = v.transpose(0, 1)
+        longest = int(self.lengths.max()) + 1
+        return keys[:, :, :longest], values[:, :, :longest], self.lengths + 1
+
+    def advance(self) -> None:
+        """Every layer has stored its token."""
+        self.lengths = self.lengths + 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these [n], in this order."""
+        self.lengths = self.lengths[rows]
+        self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}

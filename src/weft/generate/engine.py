@@ -1,0 +1,178 @@
+"""Batched generation in which every row has its own adapter, or none."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from weft.core.adapters import Adapters
+from weft.core.route import Route, Segment
+from weft.core.stream import Part, Stream
+from weft.errors import UserError
+from weft.generate.cache import KeyValueCache
+from weft.generate.sampling import Sampling, choose
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt for one adapter (None: the base)."""
+
+    prompt: Sequence[int]
+    adapter: str | None = None
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass
+class Completion:
+    """What came out: token ids without the stop token, and why it ended (``stop`` or ``length``)."""
+
+    ids: list[int]
+    finish_reason: str = "length"
+
+
+# (index of the request, token id), called as the tokens come.
+TokenCallback = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def generate(
+    adapters: Adapters,
+    requests: Sequence[Request],
+    *,
+    stop_ids: Collection[int],
+    batch_size: int = 64,
+    on_token: TokenCallback | None = None,
+) -> list[Completion]:
+    """Answer every request; the completions are in the requests' order.
+
+    Rows of one batch are sorted by adapter (rows of an adapter are a slice of the stream) and by length.
+
+    Raises:
+        UserError: a prompt is empty, or prompt and answer together exceed the model's length limit.
+    """
+    for request in requests:
+        _check(request, adapters)
+    order = sorted(range(len(requests)), key=lambda i: (requests[i].adapter or "", len(requests[i].prompt)))
+    done: dict[int, Completion] = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = _Batch(adapters, [requests[i] for i in indices], indices, frozenset(stop_ids), on_token)
+        done.update(zip(indices, batch.run(), strict=True))
+    return [done[i] for i in range(len(requests))]
+
+
+def _check(request: Request, adapters: Adapters) -> None:
+    if not request.prompt:
+        raise UserError("a prompt without a single token cannot be continued.")
+    learned = 0
+    if request.adapter is not None:
+        adapter = adapters[request.adapter]
+        learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+    limit, length = adapters.architecture.max_length, len(request.prompt) + learned
+    if limit is not None and length + request.max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {length} tokens and max_new_tokens {request.max_new_tokens} exceed the model's limit of {limit}."
+        )
+
+
+class _Batch:
+    """The rows that decode together; a row that has ended leaves when enough others have too."""
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        requests: list[Request],
+        indices: list[int],
+        stop_ids: frozenset[int],
+        on_token: TokenCallback | None,
+    ) -> None:
+        self.adapters, self.requests, self.indices = adapters, requests, indices
+        self.stop_ids, self.on_token = stop_ids, on_token
+        self.completions = [Completion([]) for _ in requests]
+        self.generators = [r.sampling.generator() for r in requests]
+        self.alive = list(range(len(requests)))
+
+    def run(self) -> list[Completion]:
+        if self.adapters.padded:
+            return self._run_without_cache()
+        cache, logits = self._prefill()
+        ended: set[int] = set()
+        while True:
+            tokens = self._take(logits, ended)
+            if len(ended) == len(self.alive):
+                return self.completions
+            if 2 * len(ended) >= len(self.alive):
+                keep = [i for i, row in enumerate(self.alive) if row not in ended]
+                cache.keep(torch.tensor(keep, device=tokens.device))
+                tokens, self.alive, ended = tokens[keep], [self.alive[i] for i in keep], set()
+            logits = self._decode(cache, tokens)
+
+    def _parts(self, rows: Sequence[int]) -> list[tuple[str | None, list[int]]]:
+        return [(name, list(group)) for name, group in itertools.groupby(rows, key=lambda r: self.requests[r].adapter)]
+
+    def _prefill(self) -> tuple[KeyValueCache, Tensor]:
+        parts = [
+            Part(name, [self.requests[r].prompt for r in rows], seed=None) for name, rows in self._parts(self.alive)
+        ]
+        plain = self.adapters.stream(parts)
+        device = self.adapters.device
+        cache = KeyValueCache(
+            torch.tensor(plain.lengths, device=device),
+            torch.tensor(plain.prefix_length, device=device),
+            max(r.max_new_tokens for r in self.requests),
+        )
+        stream = self.adapters.stream(parts, cache=cache)
+        hidden = self.adapters.forward(stream)
+        cache.prefilled = True
+        last = torch.tensor(plain.lengths, device=device).cumsum(0) - 1
+        return cache, self.adapters.logits(hidden[last])
+
+    def _decode(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
+        segments = tuple(Segment(name, len(rows), len(rows)) for name, rows in self._parts(self.alive))
+        count = len(self.alive)
+        route = Route(segments, cache=cache, exact=self.adapters.exact)
+        limit = self.adapters.architecture.max_length
+        # Rows that have ended keep their place until the batch is thinned; their positions must stay legal.
+        positions = cache.lengths if limit is None else cache.lengths.clamp(max=limit - 1)
+        stream = Stream(tokens, positions, (1,) * count, tuple(range(count)), {}, (0,) * count, route)
+        hidden = self.adapters.forward(stream)
+        cache.advance()
+        return self.adapters.logits(hidden)
+
+    def _run_without_cache(self) -> list[Completion]:
+        """For models that only run padded batches: every step runs the whole text again. Slow, and right."""
+        ended: set[int] = set()
+        while len(ended) < len(self.alive):
+            parts = []
+            for name, rows in self._parts(self.alive):
+                parts.append(Part(name, [[*self.requests[r].prompt, *self.completions[r].ids] for r in rows]))
+            stream = self.adapters.stream(parts)
+            hidden = self.adapters.forward(stream)
+            last = torch.tensor(stream.lengths, device=hidden.device).cumsum(0) - 1
+            self._take(self.adapters.logits(hidden[last]), ended)
+            self.alive = [row for row in self.alive if row not in ended]
+            ended.clear()
+        return self.completions
+
+    def _take(self, logits: Tensor, ended: set[int]) -> Tensor:
+        """Choose each row's next token; rows that end now join ``ended``. Returns the tokens, one per row of the cache."""
+        chosen = choose(logits, [self.requests[r].sampling for r in self.alive], [self.generators[r] for r in self.alive])
+        for row, token in zip(self.alive, chosen.tolist(), strict=True):
+            if row in ended:
+                continue
+            completion = self.completions[row]
+            if token in self.stop_ids:
+                completion.finish_reason = "stop"
+                ended.add(row)
+                continue
+            completion.ids.append(token)
+            if self.on_token is not None:
+                self.on_token(self.indices[row], token)
+            if len(completion.ids) >= self.requests[row].max_new_tokens:
+                ended.add(row)
+        return chosen

@@ -1,0 +1,119 @@
+"""What the architectures look like: one line per ``model_type``, and a look at the modules for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from weft.core.architecture import Architecture, AttentionInstaller, is_linear, is_norm
+from weft.errors import UserError
+from weft.models.bloom import install_bloom
+from weft.models.interface import install_interface
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Within one block: the last linear of the attention and of the MLP. ``install`` None: padded batches only."""
+
+    attention_output: str
+    mlp_output: str
+    install: AttentionInstaller | None = install_interface
+
+
+_LLAMA = Facts("self_attn.o_proj", "mlp.down_proj")
+FACTS: dict[str, Facts] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "phi3": _LLAMA,
+    "olmo2": _LLAMA,
+    "granite": _LLAMA,
+    "cohere": _LLAMA,
+    "stablelm": _LLAMA,
+    "starcoder2": Facts("self_attn.o_proj", "mlp.c_proj"),
+    "phi": Facts("self_attn.dense", "mlp.fc2"),
+    "gpt2": Facts("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": Facts("attention.dense", "mlp.dense_4h_to_h"),
+    "opt": Facts("self_attn.out_proj", "fc2"),
+    "bloom": Facts("self_attention.dense", "mlp.dense_4h_to_h", install_bloom),
+    "falcon": Facts("self_attention.dense", "mlp.dense_4h_to_h", None),
+}
+# For other architectures: usual names, most specific first. Anything not in the table runs padded, through its own
+# attention, until someone has checked that its attention goes through the interface.
+_ATTENTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
+_MLP_NAMES = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "w2", "fc_out")
+
+
+def describe(model: nn.Module) -> Architecture:
+    """The ``Architecture`` of a transformers model with a causal-language-model head.
+
+    Raises:
+        UserError: the model has no list of blocks with linear modules in it.
+    """
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    facts = FACTS.get(config.model_type)
+    blocks = _blocks(model)
+    linears = tuple(
+        f"{block}.{path}"
+        for block in blocks
+        for path, module in model.get_submodule(block).named_modules()
+        if is_linear(module)
+    )
+    if not linears:
+        raise UserError(f"no blocks with linear modules found in this {config.model_type} model.")
+    heads = int(text.num_attention_heads)
+    kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
+    limit = getattr(text, "max_position_embeddings", None)
+    return Architecture(
+        model_type=config.model_type,
+        hidden_size=int(text.hidden_size),
+        num_layers=len(blocks),
+        num_heads=heads,
+        num_kv_heads=int(kv_heads),
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        blocks=blocks,
+        linears=linears,
+        norms=tuple(path for path, module in model.named_modules() if is_norm(module)),
+        attention_output=_outputs(blocks, linears, facts and facts.attention_output, "attn", _ATTENTION_NAMES),
+        mlp_output=_outputs(blocks, linears, facts and facts.mlp_output, "mlp", _MLP_NAMES),
+        max_length=int(limit) if limit else None,
+        install_attention=facts.install if facts else None,
+    )
+
+
+def _falcon_kv_heads(config: Any) -> int | None:
+    """Falcon has words of its own for grouped-query attention."""
+    if getattr(config, "new_decoder_architecture", False):
+        return config.num_kv_heads
+    return 1 if getattr(config, "multi_query", False) else None
+
+
+def _blocks(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the blocks: the longest ModuleList that holds linear modules."""
+    best: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(best):
+            if any(is_linear(inner) for inner in module[0].modules()):
+                best = tuple(f"{path}.{i}" for i in range(len(module)))
+    return best
+
+
+def _outputs(
+    blocks: tuple[str, ...], linears: tuple[str, ...], known: str | None, part: str, names: tuple[str, ...]
+) -> tuple[str, ...]:
+    if known:
+        return tuple(f"{block}.{known}" for block in blocks if f"{block}.{known}" in set(linears))
+    found = []
+    for block in blocks:
+        inside = [path for path in linears if path.startswith(f"{block}.")]
+        in_attention = [p for p in inside if "attn" in p.lower() or "attention" in p.lower()]
+        pool = in_attention if part == "attn" else [p for p in inside if p not in set(in_attention)]
+        found += next(([p for p in pool if p.endswith(f".{name}")][:1] for name in names
+                       if any(p.endswith(f".{name}") for p in pool)), [])  # fmt: skip
+    return tuple(found)

@@ -1,0 +1,69 @@
+"""Models that ask transformers' ``AttentionInterface`` for their attention: they are given ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from weft.core.attention import attend
+from weft.core.route import Router
+from weft.errors import UserError
+
+NAME = "weft"
+ROUTER = "_weft_router"
+
+
+def weft_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Stream attention in the interface's shape: query [1, heads, N, head_dim] -> ([1, N, heads, head_dim], None)."""
+    if kwargs.get("s_aux") is not None:
+        raise UserError("attention sinks (s_aux) are not implemented in the packed stream; use padded=True.")
+    router: Router = module.__dict__[ROUTER]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    bias: dict[str, Any] = {}
+    if sliding_window is not None:
+        bias["sliding_window"] = sliding_window
+    if softcap is not None:
+        bias["softcap"] = softcap
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(router, layer, query[0], key[0], value[0], scale=scale, **bias)[None], None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, weft_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def install_interface(model: nn.Module, router: Router) -> Callable[[], None]:
+    """Let every attention module of ``model`` attend along the stream that ``router`` describes."""
+    attentions = [m for m in model.modules() if "attention" in type(m).__name__.lower()]
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for module in attentions:
+        module.__dict__[ROUTER] = router
+    for config in configs.values():
+        config._attn_implementation = NAME
+
+    def undo() -> None:
+        for module in attentions:
+            module.__dict__.pop(ROUTER, None)
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+    return undo

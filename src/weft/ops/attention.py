@@ -1,0 +1,367 @@
+"""Causal attention over a padding-free stream: sequences of many jobs end to end, no token sees another sequence.
+
+Notation: ``N`` tokens in the stream, ``S`` sequences, ``H`` query heads, ``K`` key/value heads, ``G = H / K`` query
+heads per key/value head, ``D`` head size, ``P`` prefix rows, ``T`` length of a bucket, ``b`` its number of sequences.
+For query ``i`` and key ``j`` of one sequence (both counted with the prefix)
+
+    s_ij = scale * q_i . k_j,   s_ij <- c * tanh(s_ij / c),   s_ij <- s_ij + slope_h * j,
+    o_i = sum_j softmax_j(s_ij) v_j      over the visible j:  j <= i  and  i - j < window.
+
+How it is made fast on a CPU: sequences of similar length form a *bucket*; one gather turns the whole stream into the
+buckets' right-padded blocks ``[b, K, T * G, D]``, and each block is a few batched matrix products. Right padding needs
+no mask of its own: a real query never looks at a later key; pad queries are dropped, their output gradient is zero.
+The ``G`` query heads of a key/value head are rows of one product, so keys and values are never repeated. Queries go in
+chunks, so that no score block is larger than ``chunk x T``, and the blocks above the diagonal are never computed.
+The probabilities are recomputed in the backward pass: only q, k and v are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from weft.ops.sequence_layout import Bucket, SequenceLayout
+
+__all__ = [
+    "Bucket",
+    "SequenceLayout",
+    "decode_attention",
+    "decode_attention_ref",
+    "varlen_attention",
+    "varlen_attention_ref",
+]
+
+QUERY_CHUNK = 128  # queries per score block; longer sequences are cut (measured, see benchmarks/attention.py)
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """How q . k becomes probabilities, for every block of one call."""
+
+    layout: SequenceLayout
+    kv_heads: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    slopes: Tensor | None
+
+    def chunks(self, length: int, before: int) -> Iterator[tuple[int, int, int]]:
+        """(first query, end query, first key) of each score block of a bucket; keys count the ``before`` prefix rows.
+
+        The block's last key is the one of its last query.
+        """
+        for i0 in range(0, length, QUERY_CHUNK):
+            first_key = 0 if self.window is None else max(0, before + i0 - self.window + 1)
+            yield i0, min(i0 + QUERY_CHUNK, length), first_key
+
+    def mask(self, i0: int, i1: int, j0: int, per_kv: int, like: Tensor) -> Tensor:
+        """[(i1 - i0) * G, i1 - j0] of 0 and -inf. Kept in the layout: every layer asks for it, twice."""
+        cache, key = self.layout._cache, ("mask", i1 - i0, i0 - j0, per_kv, self.window, like.dtype)
+        if key not in cache:
+            distance = torch.arange(i0, i1, device=like.device)[:, None] - torch.arange(j0, i1, device=like.device)
+            hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+            cache[key] = mask.repeat_interleave(per_kv, 0)
+        return cache[key]
+
+    def bias(self, i0: int, i1: int, j0: int, dtype: torch.dtype) -> Tensor:
+        """[K, (i1 - i0) * G, i1 - j0]: slope * (j - i). It differs from slope * j by a constant per row, which softmax
+        ignores, and is small (so precise) where it matters, at the keys near the query."""
+        assert self.slopes is not None
+        device = self.slopes.device
+        distance = torch.arange(j0, i1, device=device) - torch.arange(i0, i1, device=device)[:, None]
+        slopes = self.slopes.to(dtype).view(self.kv_heads, 1, -1, 1)
+        return (slopes * distance.to(dtype)[None, :, None, :]).flatten(1, 2)
+
+    def probabilities(self, q: Tensor, k: Tensor, i0: int, i1: int, j0: int) -> tuple[Tensor, Tensor | None]:
+        """One score block: q [b * K, C * G, D] are the queries i0 .. i1-1, k [b * K, J, D] the keys j0 .. i1-1.
+
+        Returns the probabilities [b * K, C * G, J] and, with a softcap, tanh(s / c) of the same shape (for backward).
+        Scores stay in the input's dtype unless a bias or a cap is added to them; torch's softmax computes in fp32.
+        """
+        per_kv = q.shape[1] // (i1 - i0)
+        if self.slopes is None and self.softcap is None:
+            scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=self.scale)
+            # Without a window only the columns beyond the first query hold anything to hide.
+            d0 = i0 if self.window is None else j0
+            scores[:, :, d0 - j0 :].add_(self.mask(i0, i1, d0, per_kv, q))
+            return scores.softmax(-1), None
+        tanh = None
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.bmm(q, k.transpose(1, 2)).to(wide) * self.scale
+        if self.softcap is not None:
+            tanh = (scores / self.softcap).tanh_()
+            scores = tanh * self.softcap
+        if self.slopes is not None:
+            scores.unflatten(0, (-1, self.kv_heads)).add_(self.bias(i0, i1, j0, wide))
+        scores.add_(self.mask(i0, i1, j0, per_kv, scores))
+        return scores.softmax(-1).to(q.dtype), tanh
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, length: int) -> None:
+        """Fill out [B, T * G, D] of one bucket from q [B, T * G, D], k and v [B, P + T, D] (B = b * K)."""
+        per_kv, before = q.shape[1] // length, k.shape[1] - length
+        for i0, i1, j0 in self.chunks(length, before):
+            rows, keys = slice(i0 * per_kv, i1 * per_kv), slice(j0, before + i1)
+            p, _ = self.probabilities(q[:, rows], k[:, keys], before + i0, before + i1, j0)
+            out[:, rows].baddbmm_(p, v[:, keys], beta=0)
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, length: int
+    ) -> None:
+        """Fill dq, dk and dv of one bucket; shapes as in ``forward``.
+
+        dP = dO V^T;  dS = P * (dP - rowsum(P * dP));  dQ = scale dS K;  dK = scale dS^T Q;  dV = P^T dO.
+        """
+        per_kv, before = q.shape[1] // length, k.shape[1] - length
+        chunks = list(self.chunks(length, before))
+        beta = 0 if len(chunks) == 1 and chunks[0][2] == 0 else 1  # 0: the only block covers every key
+        if beta:
+            dk.zero_()
+            dv.zero_()
+        for i0, i1, j0 in chunks:
+            rows, keys = slice(i0 * per_kv, i1 * per_kv), slice(j0, before + i1)
+            q_c, d_out_c, k_c = q[:, rows], d_out[:, rows], k[:, keys]
+            p, tanh = self.probabilities(q_c, k_c, before + i0, before + i1, j0)
+            dv[:, keys].baddbmm_(p.transpose(1, 2), d_out_c, beta=beta)
+            dp = torch.bmm(d_out_c, v[:, keys].transpose(1, 2))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            if tanh is not None:
+                ds = (ds * (1 - tanh * tanh)).to(p.dtype)
+            dk[:, keys].baddbmm_(ds.transpose(1, 2), q_c, beta=beta, alpha=self.scale)
+            dq[:, rows].baddbmm_(ds, k_c, beta=0, alpha=self.scale)
+
+
+def _pack(x: Tensor, layout: SequenceLayout, kv_heads: int) -> Tensor:
+    """Stream [H, N, D] -> padded rows [M * H, D] in the buckets' order (b, K, T, G)."""
+    heads, n, dim = x.shape
+    if _is_plain(layout):
+        return x.unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(heads * n, dim)
+    rows = x.transpose(0, 1).reshape(n * heads, dim)  # a view of what a projection gives: memory order [N, H, D]
+    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).gather)
+
+
+def _unpack(rows: Tensor, layout: SequenceLayout, kv_heads: int, heads: int) -> Tensor:
+    """Padded rows [M * H, D] -> stream [N, H, D]."""
+    n, dim = layout.tokens, rows.shape[1]
+    if _is_plain(layout):
+        return rows.view(kv_heads, n, heads // kv_heads, dim).transpose(0, 1).reshape(n, heads, dim)
+    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).inverse).view(n, heads, dim)
+
+
+def _is_plain(layout: SequenceLayout) -> bool:
+    """One sequence: the block is the stream. (Not in exact mode: alone and together must take the same path.)"""
+    return len(layout.lengths) == 1 and not layout.separate_groups
+
+
+def _block(rows: Tensor, bucket: Bucket, kv_heads: int, heads: int) -> Tensor:
+    """The bucket's part of the padded rows, as [b * K, T * G, D]."""
+    size = bucket.tokens.numel() * heads
+    return rows.narrow(0, bucket.start * heads, size).view(len(bucket.lengths) * kv_heads, -1, rows.shape[1])
+
+
+def _with_prefix(own: Tensor, prefix: Tensor | None) -> Tensor:
+    """[b * K, T, D] and [K, P, D] -> [b * K, P + T, D]."""
+    if prefix is None:
+        return own
+    return torch.cat([prefix.repeat(own.shape[0] // prefix.shape[0], 1, 1), own], 1)
+
+
+class _VarlenAttention(torch.autograd.Function):
+    """Keeps q, k, v and the prefix; recomputes the probabilities, block by block, in the backward pass.
+
+    ``slots``: group -> where its keys lie in ``prefix``, with its values right after them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scores: _Scores, slots: dict[int | None, int], *prefix: Tensor
+    ) -> Tensor:
+        layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
+        ctx.scores, ctx.slots = scores, slots
+        ctx.save_for_backward(q, k, v, *prefix)
+        q_rows, k_rows, v_rows = (_pack(x, layout, kv_heads) for x in (q, k, v))
+        out_rows = torch.empty_like(q_rows)
+        for bucket in layout.buckets:
+            q_b, out_b = (_block(x, bucket, kv_heads, heads) for x in (q_rows, out_rows))
+            k_b, v_b = (_block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows))
+            if (at := slots.get(bucket.group)) is not None:
+                k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
+            scores.forward(q_b, k_b, v_b, out_b, bucket.length)
+        return _unpack(out_rows, layout, kv_heads, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+        q, k, v, *prefix = ctx.saved_tensors
+        scores, slots = ctx.scores, ctx.slots
+        layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
+        q_rows, k_rows, v_rows, do_rows = (_pack(x, layout, kv_heads) for x in (q, k, v, d_out.transpose(0, 1)))
+        if not _is_plain(layout) and (pads := layout.head_index(kv_heads, heads // kv_heads).pads) is not None:
+            do_rows.index_fill_(0, pads, 0.0)  # a pad query must not reach the keys' gradients
+        dq_rows, dk_rows, dv_rows = (torch.empty_like(x) for x in (q_rows, k_rows, v_rows))
+        d_prefix: list[Tensor | None] = [None] * len(prefix)
+        for bucket in layout.buckets:
+            q_b, do_b, dq_b = (_block(x, bucket, kv_heads, heads) for x in (q_rows, do_rows, dq_rows))
+            k_b, v_b, dk_b, dv_b = (_block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows, dk_rows, dv_rows))
+            if (at := slots.get(bucket.group)) is None:
+                scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_b, dv_b, bucket.length)
+                continue
+            k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
+            dk_all, dv_all = torch.empty_like(k_b), torch.empty_like(v_b)
+            scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_all, dv_all, bucket.length)
+            for place, d_all, d_own in ((at, dk_all, dk_b), (at + 1, dv_all, dv_b)):
+                before = prefix[at].shape[1]
+                d_own.copy_(d_all[:, before:])
+                wide = torch.promote_types(d_all.dtype, torch.float32)  # summed over sequences, so in fp32
+                part = d_all[:, :before].unflatten(0, (-1, kv_heads)).sum(0, dtype=wide)
+                so_far = d_prefix[place]
+                d_prefix[place] = part if so_far is None else so_far + part
+        dq = _unpack(dq_rows, layout, kv_heads, heads).transpose(0, 1)
+        dk, dv = (_unpack(x, layout, kv_heads, kv_heads).transpose(0, 1) for x in (dk_rows, dv_rows))
+        given = (None if d is None else d.to(x.dtype) for d, x in zip(d_prefix, prefix, strict=True))
+        return dq, dk, dv, None, None, *given
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    *,
+    scale: float,
+    prefix: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention inside each sequence of the stream; the module's head says how.
+
+    q [H, N, D]; k, v [K, N, D], H a multiple of K; cheapest if the memory order is [N, heads, D], as a projection gives
+    it. ``prefix``: group -> (keys [K, P, D], values [K, P, D]), visible to every query of the group's sequences; the
+    group must be in ``layout.prefix_groups`` (or the layout be built with ``separate_groups``). Prefix rows are
+    positions 0 .. P-1. Returns [N, H, D], contiguous, in q's dtype (what transformers' attention interface wants, less
+    its batch dimension).
+    """
+    _check(q, k, v, layout)
+    slots: dict[int | None, int] = {}
+    rows: list[Tensor] = []
+    for group, (keys, values) in (prefix or {}).items():
+        if group not in layout.groups:
+            continue
+        if not layout.separate_groups and group not in layout.prefix_groups:
+            raise ValueError(f"group {group} has a prefix, but the layout was built without it in prefix_groups")
+        slots[group] = len(rows)
+        rows += [keys.to(k.dtype), values.to(v.dtype)]
+    scores = _Scores(layout, k.shape[0], float(scale), sliding_window, softcap, alibi_slopes)
+    return _VarlenAttention.apply(q, k, v, scores, slots, *rows)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> None:
+    if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1] or q.shape[1] != layout.tokens:
+        raise ValueError(
+            f"want q [H, N, D] and k, v [K, N, D] with K dividing H and N = {layout.tokens}; "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def varlen_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    *,
+    scale: float,
+    prefix: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``varlen_attention``, one sequence at a time, in fp32 (fp64 for fp64), every step written out."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    per_kv, start, outs = q.shape[0] // k.shape[0], 0, []
+    for length, group in zip(layout.lengths, layout.groups, strict=True):
+        own = slice(start, start + length)
+        start += length
+        keys, values = k[:, own].to(wide), v[:, own].to(wide)
+        if prefix is not None and group in prefix:
+            keys = torch.cat([prefix[group][0].to(wide), keys], 1)
+            values = torch.cat([prefix[group][1].to(wide), values], 1)
+        keys, values = keys.repeat_interleave(per_kv, 0), values.repeat_interleave(per_kv, 0)
+        j = torch.arange(keys.shape[1], device=q.device)
+        i = j[keys.shape[1] - length :, None]
+        scores = q[:, own].to(wide) @ keys.transpose(1, 2) * scale
+        scores = _cap_and_bias(scores, j, alibi_slopes, softcap)
+        visible = (j <= i) if sliding_window is None else (j <= i) & (i - j < sliding_window)
+        outs.append(scores.masked_fill(~visible, -math.inf).softmax(-1) @ values)
+    return torch.cat(outs, 1).transpose(0, 1).to(q.dtype)
+
+
+def _cap_and_bias(scores: Tensor, position: Tensor, alibi_slopes: Tensor | None, softcap: float | None) -> Tensor:
+    """scores [H, I, J], position [J]."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes.to(scores.dtype)[:, None, None] * position.to(scores.dtype)
+    return scores
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One new token per row: q [B, H, D] attends to the first ``lengths[b]`` >= 1 keys of its cache [B, K, T, D].
+
+    The newest key, the token's own, is at ``lengths[b] - 1``; what lies beyond may be anything finite.
+    Returns [B, H, D].
+    """
+    rows, heads, dim = q.shape
+    kv_heads, size = k_cache.shape[1], k_cache.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.view(rows, kv_heads, -1, dim), k_cache.transpose(2, 3)).to(wide) * scale  # [B, K, G, T]
+    distance = lengths[:, None] - 1 - torch.arange(size, device=q.device)  # [B, T]: how far back each key lies
+    hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(wide).view(1, kv_heads, -1, 1) * distance.to(wide)[:, None, None]
+    p = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1).to(q.dtype)
+    return torch.matmul(p, v_cache).reshape(rows, heads, dim)
+
+
+def decode_attention_ref(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``decode_attention``, one row at a time: the last row of a full attention over the row's own keys."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    per_kv, outs = q.shape[1] // k_cache.shape[1], []
+    for row, length in enumerate(lengths.tolist()):
+        first = 0 if sliding_window is None else max(0, length - sliding_window)
+        keys = k_cache[row, :, first:length].to(wide).repeat_interleave(per_kv, 0)
+        values = v_cache[row, :, first:length].to(wide).repeat_interleave(per_kv, 0)
+        scores = q[row, :, None].to(wide) @ keys.transpose(1, 2) * scale  # [H, 1, J]
+        scores = _cap_and_bias(scores, torch.arange(first, length, device=q.device), alibi_slopes, softcap)
+        outs.append((scores.softmax(-1) @ values)[:, 0])
+    return torch.stack(outs).to(q.dtype)

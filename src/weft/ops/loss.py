@@ -1,0 +1,172 @@
+"""Cross-entropy of a language-model head, never holding more than a chunk of the logits.
+
+With h [S, d] the hidden states at the supervised positions, W [V, d] the head and t [S] the targets,
+
+    z = logit_scale * (h W^T + b),   z <- c * tanh(z / c),   loss_i = logsumexp(z_i) - z_i[t_i],
+    u_i = d loss_i / d h_i = ((softmax(z_i) - onehot(t_i)) * (1 - tanh^2) * logit_scale) W.
+
+A frozen head needs nothing else for the backward pass than u, and u can be computed while the chunk's logits are at
+hand: two matrix products per chunk in the forward, none in the backward (recomputing the logits would make it three).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGIT_BYTES = 64 * 2**20  # default size of a chunk's logits in fp32; 524 tokens of a 32,000-word vocabulary
+
+
+class _Head(NamedTuple):
+    """What turns h W^T + b into logits."""
+
+    scale: float
+    softcap: float | None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> tuple[Tensor, Tensor | None]:
+    """Logits [C, V] in fp32 (fp64 for fp64) and, with a softcap, tanh(z / c)."""
+    z = torch.nn.functional.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32))
+    if head.scale != 1.0:
+        z = z * head.scale
+    if head.softcap is None:
+        return z, None
+    tanh = (z / head.softcap).tanh_()
+    return tanh * head.softcap, tanh
+
+
+def _dlogits(log_p: Tensor, targets: Tensor, tanh: Tensor | None, head: _Head) -> Tensor:
+    """d loss / d (h W^T + b) [C, V]; overwrites log_p."""
+    g = log_p.exp_()
+    g.scatter_add_(1, targets[:, None], g.new_full((1, 1), -1.0).expand(len(g), 1))
+    if tanh is not None:
+        g.mul_(1 - tanh * tanh)
+    return g if head.scale == 1.0 else g.mul_(head.scale)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Saves u [S, d] alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        chunk: int,
+        want_u: bool,
+    ) -> Tensor:
+        losses = []
+        u = torch.empty_like(hidden) if want_u else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            z, tanh = _logits(hidden[part], weight, bias, head)
+            log_p = z.log_softmax(-1)
+            del z
+            losses.append(-log_p.gather(1, targets[part, None])[:, 0])
+            if u is not None:
+                torch.mm(_dlogits(log_p, targets[part], tanh, head).to(weight.dtype), weight, out=u[part])
+        if u is not None:
+            ctx.save_for_backward(u)
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Any, ...]:
+        (u,) = ctx.saved_tensors
+        return (d_loss[:, None] * u).to(u.dtype), None, None, None, None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """The head (or its bias) is trained too: keeps hidden, recomputes each chunk's logits in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, chunk: int
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.head, ctx.chunk = head, chunk
+        losses = []
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            log_p = _logits(hidden[part], weight, bias, head)[0].log_softmax(-1)
+            losses.append(-log_p.gather(1, targets[part, None])[:, 0])
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Any, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        d_hidden = torch.empty_like(hidden) if need_h else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if need_w else None  # summed over chunks, so in fp32
+        d_bias = torch.zeros_like(bias, dtype=wide) if need_b else None
+        for start in range(0, len(hidden), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            z, tanh = _logits(hidden[part], weight, bias, ctx.head)
+            g = _dlogits(z.log_softmax(-1), targets[part], tanh, ctx.head).mul_(d_loss[part, None])
+            if d_bias is not None:
+                d_bias += g.sum(0)
+            g = g.to(weight.dtype)
+            if d_hidden is not None:
+                torch.mm(g, weight, out=d_hidden[part])
+            if d_weight is not None:
+                d_weight += g.t() @ hidden[part]
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Per-token loss [S] in fp32 (fp64 for fp64) of hidden [S, d], weight [V, d], targets [S] int64.
+
+    Every row counts: drop unsupervised positions before the call. ``chunk_tokens`` rows of logits exist at a time
+    (default: ``LOGIT_BYTES`` of them). Gradients flow, once, to hidden and, if they require it, to weight and
+    bias.
+    """
+    if not hidden.dtype == weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, the head {weight.dtype}; cast one of them")
+    if len(hidden) == 0:
+        return hidden.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))  # empty, but still in the graph
+    chunk = chunk_tokens or max(32, LOGIT_BYTES // (4 * len(weight)))
+    head = _Head(float(logit_scale), softcap)
+    grad = torch.is_grad_enabled()
+    if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _TrainedHead.apply(hidden, weight, bias, targets, head, chunk)
+    return _FrozenHead.apply(hidden, weight, bias, targets, head, chunk, grad and hidden.requires_grad)
+
+
+def linear_cross_entropy_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """``linear_cross_entropy`` with all [S, V] logits at once, in fp32 (fp64 for fp64) throughout."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(wide) @ weight.to(wide).t()
+    if bias is not None:
+        z = z + bias.to(wide)
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return torch.logsumexp(z, -1) - z.gather(1, targets[:, None])[:, 0]

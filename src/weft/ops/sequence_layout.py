@@ -1,0 +1,151 @@
+"""Where the sequences of a padding-free batch lie, and which of them attention processes together.
+
+Sequences of similar length form a *bucket*, a right-padded block ``[b, T]`` of stream positions. Index tensors lead
+from the stream to the buckets' rows and back; both ways are gathers, in the forward and in the backward pass.
+Letters as in ``weft.ops.attention``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BUCKET_OVERHEAD = 30_000  # what one more bucket costs, in padded score entries (T^2 - length^2)
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Sequences of similar length that are processed as one block of ``b`` sequences of ``T`` tokens.
+
+    ``tokens`` [b, T] int64 holds stream positions; a pad repeats the last token of its own sequence, so that even a NaN
+    cannot travel from one sequence to another. ``start`` is the block's first row in the padded stream of all buckets.
+    ``group`` is set if the bucket holds one group only.
+    """
+
+    sequences: tuple[int, ...]
+    lengths: tuple[int, ...]
+    length: int
+    group: int | None
+    start: int
+    tokens: Tensor
+
+
+class HeadIndex(NamedTuple):
+    """Row numbers between the stream's ``[N * H, D]`` and the buckets' ``[(b, K, T, G) of every bucket, D]``."""
+
+    gather: Tensor  # [M * H] int64: the stream row that each padded row copies
+    inverse: Tensor  # [N * H] int64: the padded row of each stream row
+    pads: Tensor | None  # padded rows that are no token; None if there are none
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """Where the sequences of one batch lie; built once per batch, used by every layer (it caches index tensors)."""
+
+    lengths: tuple[int, ...]
+    groups: tuple[int, ...]
+    cu_seqlens: Tensor
+    buckets: tuple[Bucket, ...]
+    separate_groups: bool = False
+    prefix_groups: frozenset[int] = frozenset()
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """N, the number of tokens in the stream."""
+        return sum(self.lengths)
+
+    @classmethod
+    def build(
+        cls,
+        lengths: Sequence[int],
+        groups: Sequence[int] | None = None,
+        *,
+        prefix_groups: Collection[int] = (),
+        separate_groups: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> SequenceLayout:
+        """Cut the stream into sequences and buckets.
+
+        Sequences of a group in ``prefix_groups`` never share a bucket with another group. With ``separate_groups`` no
+        two groups ever do, and a group's buckets depend on its own lengths alone: its arithmetic is bitwise what it is
+        alone.
+        """
+        lengths = tuple(int(n) for n in lengths)
+        groups = tuple(int(g) for g in groups) if groups is not None else (0,) * len(lengths)
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"every sequence needs at least one token, got lengths {lengths}")
+        if len(groups) != len(lengths):
+            raise ValueError(f"{len(lengths)} lengths but {len(groups)} groups")
+        starts = [0]
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        # Sequences that may share a bucket have the same key; None is the common pool.
+        pools: dict[int | None, list[int]] = {}
+        for s, g in enumerate(groups):
+            pools.setdefault(g if separate_groups or g in prefix_groups else None, []).append(s)
+        buckets, row = [], 0
+        for members in (part for pool in pools.values() for part in _split_by_length(pool, lengths)):
+            bucket = _make_bucket(members, lengths, groups, starts, row, device)
+            buckets.append(bucket)
+            row += bucket.tokens.numel()
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+        return cls(lengths, groups, cu_seqlens, tuple(buckets), separate_groups, frozenset(prefix_groups))
+
+    def head_index(self, kv_heads: int, per_kv: int) -> HeadIndex:
+        """Index tensors for ``kv_heads * per_kv`` heads, made on first use."""
+        key = ("index", kv_heads, per_kv)
+        if key not in self._cache:
+            self._cache[key] = self._head_index(kv_heads, per_kv)
+        return self._cache[key]
+
+    def _head_index(self, kv_heads: int, per_kv: int) -> HeadIndex:
+        heads, device = kv_heads * per_kv, self.cu_seqlens.device
+        head_no = torch.arange(heads, device=device).view(1, kv_heads, 1, per_kv)
+        gather, real = [], []
+        for bucket in self.buckets:
+            gather.append((bucket.tokens[:, None, :, None] * heads + head_no).flatten())
+            ends = torch.tensor(bucket.lengths, device=device)[:, None, None, None]
+            inside = torch.arange(bucket.length, device=device)[None, None, :, None] < ends
+            real.append(inside.expand(-1, kv_heads, -1, per_kv).flatten())
+        index, is_real = torch.cat(gather), torch.cat(real)
+        rows = is_real.nonzero().flatten()
+        inverse = torch.empty(self.tokens * heads, dtype=torch.int64, device=device)
+        inverse[index[rows]] = rows
+        pads = None if len(rows) == len(index) else (~is_real).nonzero().flatten()
+        return HeadIndex(index, inverse, pads)
+
+
+def _split_by_length(pool: list[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Longest first; a bucket is closed when its padding would cost more than opening another bucket."""
+    bucket: list[int] = []
+    waste = 0
+    for s in sorted(pool, key=lambda s: -lengths[s]):
+        if bucket:
+            waste += lengths[bucket[0]] ** 2 - lengths[s] ** 2
+            if waste > BUCKET_OVERHEAD:
+                yield bucket
+                bucket, waste = [], 0
+        bucket.append(s)
+    yield bucket
+
+
+def _make_bucket(
+    members: list[int],
+    lengths: Sequence[int],
+    groups: Sequence[int],
+    starts: Sequence[int],
+    row: int,
+    device: torch.device | str,
+) -> Bucket:
+    own = tuple(lengths[s] for s in members)
+    length = max(own)
+    first = torch.tensor([starts[s] for s in members])[:, None]
+    last = first + torch.tensor(own)[:, None] - 1
+    tokens = torch.minimum(first + torch.arange(length), last).to(device)
+    of_groups = {groups[s] for s in members}
+    return Bucket(tuple(members), own, length, of_groups.pop() if len(of_groups) == 1 else None, row, tokens)

@@ -1,0 +1,117 @@
+"""Configuration keys of other tools, and what they are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from weft.errors import UserError
+
+# One meaning, several names: transformers and TRL, LLaMA-Factory, axolotl, ms-swift.
+RENAMED: dict[str, str] = {
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "dataset": "data",
+    "train_file": "data",
+    "eval_dataset": "eval_data",
+    "validation_file": "eval_data",
+    "finetuning_type": "method",
+    "peft_type": "method",
+    "adapter": "method",
+    "tuner_type": "method",
+    "train_type": "method",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_steps": "steps",
+    "max_samples": "limit",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "schedule": "lr_scheduler_type",
+    "accumulation": "gradient_accumulation_steps",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "optim": "optimizer",
+    "max_norm": "max_grad_norm",
+    "torch_dtype": "dtype",
+    "val_size": "eval_size",
+    "num_threads": "threads",
+    "patience": "early_stopping_patience",
+}
+
+# Other tools' words for a value of ours.
+VALUES: dict[str, dict[Any, Any]] = {
+    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
+    "lr_scheduler_type": {"constant_with_warmup": "constant"},
+    "method": {
+        "LORA": "lora",
+        "PROMPT_TUNING": "prompt_tuning",
+        "PREFIX_TUNING": "prefix_tuning",
+        "prompt": "prompt_tuning",
+        "prefix": "prefix_tuning",
+        "adapter": "bottleneck",
+        "adapters": "bottleneck",
+    },
+    "target_modules": {"all": "all-linear"},
+}
+
+# A switch elsewhere that is a choice here: key -> its value -> (our key, our value), None where it changes nothing.
+SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
+    "bf16": lambda on: ("dtype", "bfloat16") if on else None,
+    "fp16": lambda on: ("dtype", "float16") if on else None,
+    "train_on_inputs": lambda on: ("train_on", "all") if on else None,
+    "train_on_prompt": lambda on: ("train_on", "all") if on else None,
+    "completion_only_loss": lambda on: None if on else ("train_on", "all"),
+    "assistant_only_loss": lambda on: None if on else ("train_on", "all"),
+    "mask_history": lambda on: ("train_on", "last_answer") if on else None,
+    "resume_from_checkpoint": lambda on: ("resume", bool(on)),
+    # Batches here never hold padding, whatever this says.
+    "packing": lambda on: None,
+    "sample_packing": lambda on: None,
+    "padding_free": lambda on: None,
+    "neat_packing": lambda on: None,
+    "lora_target_linear": lambda on: ("target_modules", "all-linear") if on else None,
+}
+
+
+def translate(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keys and values of ``given`` in our words.
+
+    Raises:
+        UserError: a key is no string, or two keys mean the same thing.
+    """
+    out: dict[str, Any] = {}
+    came_from: dict[str, str] = {}
+    for key, value in given.items():
+        if not isinstance(key, str):
+            raise UserError(f"{where}: key {key!r} is not a string.")
+        name, meaning = RENAMED.get(key, key), value
+        if key in SWITCHES:
+            pair = SWITCHES[key](value)
+            if pair is None:
+                continue
+            name, meaning = pair
+        elif key in ("adam_beta1", "adam_beta2"):
+            betas = list(out.get("adam_betas", (0.9, 0.999)))
+            betas[key == "adam_beta2"] = value
+            out["adam_betas"] = betas
+            continue
+        if name in came_from:
+            raise UserError(f"{where}: '{came_from[name]}' and '{key}' mean the same thing; keep one.")
+        came_from[name] = key
+        out[name] = _value(name, meaning)
+    return out
+
+
+def _value(name: str, value: Any) -> Any:
+    words = VALUES.get(name, {})
+    if isinstance(value, list) and name == "method":
+        return [words.get(v, v) if isinstance(v, str) else v for v in value]
+    return words.get(value, value) if isinstance(value, str) else value

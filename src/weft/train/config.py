@@ -1,0 +1,212 @@
+"""The configuration of a run: one base, one or many jobs.
+
+Keys of a job may stand at the top, where they are defaults for every job. The method's own settings (``r``,
+``num_virtual_tokens`` …) stand beside the job's. Keys that users know from other tools are accepted (``aliases``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import weft.methods
+from weft.core.config import MethodConfig
+from weft.core.files import check_name, method_config
+from weft.errors import UserError, nearest
+from weft.train.aliases import translate
+
+
+class JobConfig(BaseModel):
+    """One adapter and how it is trained. ``steps`` are optimizer steps and win over ``epochs``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    method: str
+    method_settings: dict[str, Any] = {}
+    data: str | None = None
+    eval_data: str | None = None
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float = Field(default=3, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float | None = Field(default=None, gt=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    seed: int = 0
+    eval_steps: int | None = Field(default=None, gt=0)
+    early_stopping_patience: int | None = Field(default=None, gt=0)
+    early_stopping_min_delta: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> JobConfig:
+        check_name(self.name)
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas {self.adam_betas}: both must lie in [0, 1)")
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise ValueError("early_stopping_patience needs eval_steps: without evaluation nothing can stop early")
+        return self
+
+    def method_config(self) -> MethodConfig:
+        """The method's own configuration."""
+        return method_config(self.method)(**self.method_settings)
+
+    def rate(self) -> float:
+        """The learning rate: the one given, or the one at which the method was measured to train well."""
+        return self.learning_rate or method_config(self.method).default_learning_rate
+
+
+class RunConfig(BaseModel):
+    """A run: base, data, jobs, where it is written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    data: str
+    jobs: tuple[JobConfig, ...] = Field(min_length=1)
+    output_dir: str = "runs/weft"
+    overwrite_output_dir: bool = False
+    resume: bool = False
+    eval_data: str | None = None
+    eval_size: int = Field(default=0, ge=0)
+    data_format: str | None = None
+    columns: dict[str, str] | None = None
+    limit: int | None = Field(default=None, gt=0)
+    empty_answers: Literal["error", "skip"] = "error"
+    chat_template: str | None = None
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    max_length: int | None = Field(default=None, gt=1)
+    truncate: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = Field(default=None, gt=0)
+    exact: bool = False
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(default=10, gt=0)
+    save_steps: int | None = Field(default=None, gt=0)
+    save_total_limit: int = Field(default=2, gt=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RunConfig:
+        names = [job.name for job in self.jobs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two jobs are named {', '.join(twice)}; give each its own name")
+        return self
+
+
+_JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
+_RUN_KEYS = frozenset(RunConfig.model_fields)
+# At the top these mean the run, and a job may override them for itself.
+_SHARED_KEYS = frozenset({"data", "eval_data"})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML (or JSON) file and ``key=value`` overrides; dots go into lists and mappings: ``jobs.0.r=16``."""
+    source = Path(path)
+    try:
+        values = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no configuration file at {source}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source} must hold 'key: value' lines, not {type(values).__name__}.")
+    for override in overrides:
+        _override(values, override)
+    return make_config(values, source=str(source))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key=value.")
+    *parents, last = key.split(".")
+    place: Any = values
+    for part in parents:
+        place = place[_index(place, part, key)] if isinstance(place, list) else place.setdefault(part, {})
+        if not isinstance(place, (dict, list)):
+            raise UserError(f"override {key!r}: '{part}' holds a value, not further keys.")
+    place[_index(place, last, key) if isinstance(place, list) else last] = yaml.safe_load(text)
+
+
+def _index(place: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise UserError(f"override {key!r}: '{part}' must be a number below {len(place)}.")
+    return int(part)
+
+
+def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> RunConfig:
+    """Check a mapping and make the run's configuration of it.
+
+    Raises:
+        UserError: an unknown key (with the nearest right one), a wrong type, a missing one; all that are found.
+    """
+    top = translate(values, source)
+    jobs = top.pop("jobs", None)
+    method_keys = {key for cls in weft.methods.METHODS.values() for key in cls.model_fields}
+    unknown = [key for key in top if key not in _RUN_KEYS | _JOB_KEYS | method_keys]
+    if unknown:
+        raise UserError(_unknown(source, unknown, _RUN_KEYS | _JOB_KEYS | method_keys))
+    defaults = {key: top.pop(key) for key in list(top) if key not in _RUN_KEYS}
+    if jobs is None:
+        methods = defaults.pop("method", None)
+        if methods is None:
+            raise UserError(f"{source}: no method. Give method: lora (or several: [lora, prefix_tuning]), or a list jobs:.")
+        jobs = [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
+    if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
+        raise UserError(f"{source}: jobs must be a list of mappings, each with a method.")
+    made = [_job(translate(job, f"{source}: jobs[{i}]"), defaults, f"{source}: jobs[{i}]") for i, job in enumerate(jobs)]
+    try:
+        return RunConfig(**top, jobs=tuple(made))
+    except ValidationError as error:
+        raise UserError(_explain(error, source, _RUN_KEYS)) from None
+
+
+def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConfig:
+    method = given.get("method", defaults.get("method"))
+    if not isinstance(method, str):
+        raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
+    cls = method_config(method)
+    unknown = [key for key in given if key not in _JOB_KEYS and key not in cls.model_fields]
+    if unknown:
+        raise UserError(_unknown(where, unknown, _JOB_KEYS | set(cls.model_fields)))
+    # A default of another method's (r, say, for prompt tuning) is meant for the jobs that know it.
+    fitting = {key: value for key, value in defaults.items() if key in _JOB_KEYS or key in cls.model_fields}
+    merged = {"name": method, **fitting, **given}
+    settings = {key: merged.pop(key) for key in list(merged) if key in cls.model_fields}
+    try:
+        cls(**settings)
+        return JobConfig(**merged, method_settings=settings)
+    except ValidationError as error:
+        raise UserError(_explain(error, where, _JOB_KEYS | set(cls.model_fields))) from None
+
+
+def _unknown(where: str, keys: list[str], known: set[str] | frozenset[str]) -> str:
+    return "\n".join(f"{where}: unknown key '{key}'.{nearest(str(key), known)}" for key in keys)
+
+
+def _explain(error: ValidationError, where: str, known: set[str] | frozenset[str]) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key '{key}'.{nearest(key, known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: '{key}' is missing.")
+        else:
+            given = "" if isinstance(item["input"], (dict, BaseModel)) else f" (given: {item['input']!r})"
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {key + ': ' if key else ''}{message}{given}")
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""A job: one adapter with its own data, optimizer, schedule and seed. It knows nothing of the jobs beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter
+from weft.core.route import stable_seed
+from weft.data import Sample
+from weft.train.config import JobConfig
+from weft.train.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
+
+
+@dataclass
+class Progress:
+    """What of a job changes while it trains, apart from its tensors. Written to every checkpoint as JSON."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluated_at: int = -1
+    best_eval_loss: float | None = None
+    evals_without_gain: int = 0
+    ended: str | None = None  # why it ended: finished, early_stop, failed
+    loss_scale: float = 1.0
+    good_steps: int = 0
+
+
+class Job:
+    """One adapter in training.
+
+    Randomness has no state: the order of epoch ``e`` and the dropout of step ``s`` come from seeds made of the job's seed
+    and these numbers, so that a resumed job draws what the unbroken one draws.
+    """
+
+    def __init__(
+        self, config: JobConfig, adapter: Adapter, samples: Sequence[Sample], eval_samples: Sequence[Sample] = ()
+    ) -> None:
+        self.config, self.adapter = config, adapter
+        self.samples, self.eval_samples = samples, eval_samples
+        self.name = config.name
+        batches = math.ceil(len(samples) / config.batch_size)
+        self.steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        self.total_steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
+        self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
+        self.rate = config.rate()
+        self.parameters: list[nn.Parameter] = [p for p in adapter.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(config, self.parameters, self.rate)
+        self.progress = Progress()
+        self.best: list[Tensor] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether there is still something to train."""
+        return self.progress.ended is None
+
+    @property
+    def epoch(self) -> float:
+        """How often the data has been seen."""
+        return self.progress.step / self.steps_per_epoch
+
+    def micro_batches(self) -> list[list[Sample]]:
+        """The samples of the coming optimizer step, one list per forward pass."""
+        epoch, within = divmod(self.progress.step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "order", epoch))
+        order = torch.randperm(len(self.samples), generator=generator).tolist()
+        size, count = self.config.batch_size, self.config.gradient_accumulation_steps
+        starts = range(within * size * count, min((within + 1) * size * count, len(order)), size)
+        return [[self.samples[i] for i in order[start : start + size]] for start in starts]
+
+    def dropout_seed(self, micro: int) -> int:
+        """For the ``micro``-th forward pass of the coming step."""
+        return stable_seed(self.config.seed, "dropout", self.progress.step, micro)
+
+    def learning_rate(self) -> float:
+        """Of the coming step."""
+        kind, step = self.config.lr_scheduler_type, self.progress.step
+        return self.rate * schedule_factor(kind, step, self.total_steps, self.warmup)
+
+    def update(self) -> float:
+        """Clip, step the optimizer, clear the gradients; returns the gradients' norm before clipping.
+
+        A norm that is not finite changes nothing but the loss scale (float16 bases) or ends the job.
+        """
+        progress, rate = self.progress, self.learning_rate()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if progress.loss_scale != 1.0:
+            torch._foreach_div_(gradients, progress.loss_scale)
+        # Norm of the norms, each over one whole tensor: does not depend on how the tensors are grouped.
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        if math.isfinite(norm):
+            if self.config.max_grad_norm and norm > self.config.max_grad_norm:
+                torch._foreach_mul_(gradients, self.config.max_grad_norm / (norm + 1e-6))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self._rescale(math.isfinite(norm))
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        if self.active and progress.step >= self.total_steps:
+            progress.ended = "finished"
+        return norm
+
+    def _rescale(self, finite: bool) -> None:
+        progress = self.progress
+        if finite:
+            progress.good_steps += 1
+            if progress.loss_scale > 1.0 and progress.good_steps % 200 == 0:
+                progress.loss_scale *= 2
+        elif progress.loss_scale > 1.0:
+            progress.loss_scale /= 2
+            progress.good_steps = 0
+        else:
+            progress.ended = "failed"
+
+    def wants_evaluation(self) -> bool:
+        """Before the first step, every ``eval_steps``, and at the end; never twice at the same step."""
+        progress, every = self.progress, self.config.eval_steps
+        if not self.eval_samples or progress.evaluated_at == progress.step or progress.ended in ("failed", "early_stop"):
+            return False
+        return progress.step == 0 or progress.ended == "finished" or bool(every and progress.step % every == 0)
+
+    def evaluated(self, loss: float) -> None:
+        """Take note of an evaluation; ends the job if ``early_stopping_patience`` evaluations brought no gain."""
+        progress, patience = self.progress, self.config.early_stopping_patience
+        progress.evaluated_at = progress.step
+        best = progress.best_eval_loss
+        if best is None or loss < best - self.config.early_stopping_min_delta:
+            progress.best_eval_loss, progress.evals_without_gain = loss, 0
+            if patience is not None:
+                self.best = [p.detach().clone() for p in self.parameters]
+            return
+        progress.evals_without_gain += 1
+        if patience is not None and progress.evals_without_gain >= patience and self.active:
+            progress.ended = "early_stop"
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """With early stopping the job ends with the weights that evaluated best."""
+        if self.best is not None:
+            for parameter, value in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is needed to go on exactly: parameters (encoders too), optimizer, best weights."""
+        named = {f"parameter.{name}": p.detach() for name, p in self.adapter.named_parameters()}
+        named |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.optimizer).items()}
+        named |= {f"best.{i}": value for i, value in enumerate(self.best or ())}
+        return {key: value.cpu().contiguous() for key, value in named.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Put back what ``tensors`` and ``progress`` held."""
+        for name, parameter in self.adapter.named_parameters():
+            parameter.copy_(tensors[f"parameter.{name}"])
+        optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        restore_optimizer(self.optimizer, optimizer)
+        best = sorted((int(k.removeprefix("best.")), v) for k, v in tensors.items() if k.startswith("best."))
+        self.best = [value.to(p.device) for (_, value), p in zip(best, self.parameters, strict=True)] if best else None
+        self.progress = Progress(**progress)
+
+    def state(self) -> dict[str, Any]:
+        """``progress`` as JSON values."""
+        return asdict(self.progress)
+
+    def fingerprint(self) -> str:
+        """A hash of the tokenized training and evaluation data, in order."""
+        digest = hashlib.sha256()
+        for sample in (*self.samples, *self.eval_samples):
+            digest.update(repr((sample.input_ids, sample.weights)).encode())
+        return digest.hexdigest()

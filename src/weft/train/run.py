@@ -1,0 +1,179 @@
+"""From a configuration to a finished run folder: loads, checks, trains, saves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.core.adapters import Adapters
+from weft.core.files import read_json
+from weft.data import Renderer, Sample, load_samples, split_holdout
+from weft.errors import UserError
+from weft.models import Base, load_base
+from weft.models.load import resolve_model
+from weft.train.config import RunConfig
+from weft.train.job import Job
+from weft.train.loop import Event, Trainer, TrainResult
+from weft.train.store import RUN_FILE, RunStore
+
+# What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
+_FREE_KEYS = {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to begin."""
+
+    config: RunConfig
+    base: Base
+    adapters: Adapters
+    renderer: Renderer
+    jobs: list[Job]
+
+
+def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
+    """Load base and data and make every job's adapter. Writes nothing.
+
+    Raises:
+        UserError: anything in the configuration, the data or the model that cannot work.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    for job in config.jobs:
+        for data in (job.data or config.data, job.eval_data or config.eval_data):
+            if data is not None and not Path(data).is_file():
+                raise UserError(f"no data file at {data}.")
+    base = base or load_base(config.model, dtype=config.dtype, device=config.device)
+    limit = base.architecture.max_length
+    length = config.max_length or limit
+    if limit is not None and length is not None and length > limit:
+        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
+    renderer = Renderer(
+        base.tokenizer,
+        chat_template=config.chat_template,
+        train_on=config.train_on,
+        max_length=length,
+        truncate=config.truncate,
+    )
+    files: dict[str, list[Sample]] = {}
+    adapters = Adapters(
+        base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing
+    )
+    try:
+        jobs = [_make_job(config, index, base, adapters, renderer, files) for index in range(len(config.jobs))]
+    except BaseException:
+        adapters.close()
+        raise
+    return Setup(config, base, adapters, renderer, jobs)
+
+
+def _make_job(
+    config: RunConfig, index: int, base: Base, adapters: Adapters, renderer: Renderer, files: dict[str, list[Sample]]
+) -> Job:
+    job = config.jobs[index]
+
+    def load(path: str) -> list[Sample]:
+        if path not in files:
+            files[path] = load_samples(
+                path,
+                renderer,
+                format=config.data_format,
+                columns=config.columns,
+                limit=config.limit,
+                empty_answers=config.empty_answers,
+            )
+        return files[path]
+
+    samples, held = load(job.data or config.data), job.eval_data or config.eval_data
+    if held is not None:
+        train, evaluation = samples, load(held)
+    else:
+        # Every job holds out the same records, so that their losses compare.
+        train, evaluation = split_holdout(samples, config.eval_size, seed=0)
+    adapter = adapters.add(job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer)
+    _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, (*train, *evaluation), base)
+    return Job(job, adapter, train, evaluation)
+
+
+def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: Base) -> None:
+    """Virtual and prefix tokens take positions too."""
+    limit = base.architecture.max_length
+    if limit is None or not learned:
+        return
+    longest = max(samples, key=lambda s: len(s.input_ids))
+    if len(longest.input_ids) + learned > limit:
+        raise UserError(
+            f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed the "
+            f"model's {limit} positions. Set max_length: {limit - learned} (with truncate: true to cut) or fewer "
+            "num_virtual_tokens."
+        )
+
+
+def train(
+    config: RunConfig,
+    *,
+    on_event: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_ready: Callable[[Setup], None] = lambda setup: None,
+) -> TrainResult:
+    """Run a configuration to its end; the run's folder then holds the adapters.
+
+    Raises:
+        UserError: before anything is written, if the configuration, the data or the folder cannot be used.
+    """
+    store = RunStore(config.output_dir)
+    if config.resume and (store.folder / RUN_FILE).is_file():
+        _same_run(config, store.read_run())
+    setup = prepare(config)
+    store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume)
+    trainer = Trainer(
+        setup.adapters,
+        setup.jobs,
+        store=store,
+        logging_steps=config.logging_steps,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        on_event=on_event,
+        should_stop=should_stop,
+    )
+    on_ready(setup)
+    if config.resume:
+        trainer.resume()
+    store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base)})
+    setup.base.tokenizer.save_pretrained(store.tokenizer)
+    result = trainer.run()
+    if result.completed:
+        for job in setup.jobs:
+            setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
+    setup.adapters.close()
+    return result
+
+
+def base_fingerprint(base: Base) -> dict[str, Any]:
+    """Enough of the base to notice that it is another one: its name, its size, a hash of its smallest tensors."""
+    digest = hashlib.sha256()
+    tensors = base.model.state_dict()
+    for key in sorted(tensors, key=lambda k: (tensors[k].numel(), k))[:64]:
+        digest.update(key.encode() + tensors[key].detach().float().cpu().numpy().tobytes())
+    parameters = sum(t.numel() for t in tensors.values())
+    return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
+
+
+def _same_run(config: RunConfig, stored: dict[str, Any]) -> None:
+    """A run is resumed as it was begun: any other setting would make it another run."""
+    old, new = stored.get("config", {}), config.model_dump(mode="json")
+    changed = [key for key in new if key not in _FREE_KEYS and old.get(key) != new[key]]
+    if changed:
+        lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
+        raise UserError(f"cannot resume: the configuration has changed since the run began:\n{lines}")
+
+
+def read_run_config(folder: str | Path) -> RunConfig:
+    """The configuration of a run from its folder alone."""
+    stored = read_json(Path(folder) / RUN_FILE)
+    return RunConfig.model_validate(stored["config"])

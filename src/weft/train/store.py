@@ -1,0 +1,165 @@
+"""The folder of a run. A checkpoint appears whole or not at all, and says of itself what it holds.
+
+    run.json                     the configuration, and fingerprints of base and data
+    metrics.jsonl                one line per logged event
+    tokenizer/                   so that the folder answers by itself
+    checkpoints/step-00000100/   state.json, <job>.safetensors, manifest.json (SHA-256 of each file)
+    adapters/<job>/              the finished adapters, in PEFT's layout
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weft.core.files import read_json, read_tensors
+from weft.errors import UserError
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunStore:
+    """Reads and writes one run's folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.adapters = self.folder / "adapters"
+        self.tokenizer = self.folder / "tokenizer"
+        self._metrics_size = 0
+
+    def prepare(self, *, overwrite: bool, resume: bool) -> None:
+        """Make the folder ready: new, emptied, or kept for going on.
+
+        Raises:
+            UserError: it holds a run (or anything else) and neither was asked for.
+        """
+        occupied = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        is_run = (self.folder / RUN_FILE).is_file()
+        if occupied and not resume:
+            if not overwrite:
+                what = "a run" if is_run else "something"
+                raise UserError(
+                    f"{self.folder} already holds {what}. Take resume=true to go on with it, another output_dir, or "
+                    "overwrite_output_dir=true to delete it."
+                )
+            if not is_run:
+                raise UserError(f"{self.folder} is not a run's folder, so it is not overwritten; take another output_dir.")
+            shutil.rmtree(self.folder)
+        for folder in (self.folder, self.checkpoints, self.adapters):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Write ``run.json``."""
+        write_whole(self.folder / RUN_FILE, _json(run))
+
+    def read_run(self) -> dict[str, Any]:
+        """Read ``run.json``; UserError if this is no run's folder."""
+        return read_json(self.folder / RUN_FILE)
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+
+    def save(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+        """Commit a checkpoint, then drop the oldest beyond ``keep``.
+
+        All files are on disk before the folder gets its name by one rename, so a crash at any moment leaves the
+        checkpoints that were there, and perhaps a nameless folder that the next save removes.
+        """
+        metrics = self.folder / METRICS_FILE
+        size = metrics.stat().st_size if metrics.exists() else 0
+        work = self.checkpoints / ".unfinished"
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file(dict(group), work / f"{name}.safetensors")
+        (work / "state.json").write_text(_json({**state, "metrics_bytes": size}), encoding="utf-8")
+        manifest = {path.name: _sha256(path) for path in sorted(work.iterdir())}
+        (work / "manifest.json").write_text(_json(manifest), encoding="utf-8")
+        for path in work.iterdir():
+            _sync(path)
+        _sync(work)
+        final = self.checkpoints / f"step-{step:08d}"
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(work, final)
+        _sync(self.checkpoints)
+        for old in self._committed()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def latest(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]] | None:
+        """The newest intact checkpoint: its state, its tensors by name, and a warning for each broken one passed over."""
+        warnings: list[str] = []
+        for folder in reversed(self._committed()):
+            problem = _broken(folder)
+            if problem:
+                warnings.append(f"checkpoint {folder.name} is damaged ({problem}); going back to the one before")
+                continue
+            tensors = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors")}
+            return read_json(folder / "state.json"), tensors, warnings
+        if warnings:
+            raise UserError("no intact checkpoint: " + "; ".join(warnings))
+        return None
+
+    def rewind_metrics(self, size: int) -> None:
+        """Cut ``metrics.jsonl`` back to what it held at a checkpoint; what came after will be written again."""
+        path = self.folder / METRICS_FILE
+        if path.exists():
+            os.truncate(path, size)
+
+    def _committed(self) -> list[Path]:
+        return sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
+
+
+def _broken(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if every byte is what was written."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except UserError as error:
+        return str(error)
+    for name, digest in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one, never a part."""
+    part = path.with_name(f".{path.name}.unfinished")
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
