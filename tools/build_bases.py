@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 WORLD_SEED, CORPUS_SEED, TOKENIZER_SEED, HELD_OUT_SEED, INSTRUCTION_SEED, WEIGHT_SEED = 0, 1, 2, 3, 4, 5
 BASE_TEXTS = 160
 BLOCK, BATCH = 128, 8
-STEPS = {"tiny-llama": 4000, "tiny-bloom": 4000}
+STEPS = {"tiny-llama": 3000, "tiny-bloom": 2600}
 PEAK_LR = {"tiny-llama": 3e-3, "tiny-bloom": 3e-3}
 WARM_UP, FINAL_LR, WEIGHT_DECAY = 100, 0.05, 0.05
 

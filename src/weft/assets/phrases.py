@@ -261,26 +261,50 @@ QUESTIONS: dict[str, dict[str, list[str]]] = {
     },
 }
 
+# Many places for the answer, near and far: a sum known only right after "=" cannot be found from a question.
 SUMS: dict[str, dict[str, list[str]]] = {
     "en": {
         "+": [
             "{a} plus {b} is {c}.",
             "{a} + {b} = {c}",
+            "{a} + {b}\n{c}",
+            "{a} plus {b}\n{c}",
             "The sum of {a} and {b} is {c}.",
             "{a} and {b} together make {c}.",
+            "Adding {a} and {b}:\n{c}",
+            "Put {a} and {b} together. There are {c}.",
             "{a} nuts and {b} more nuts are {c} nuts.",
         ],
         "-": [
             "{a} minus {b} is {c}.",
             "{a} - {b} = {c}",
+            "{a} - {b}\n{c}",
+            "{a} minus {b}\n{c}",
             "{a} less {b} leaves {c}.",
+            "Taking {b} away from {a}:\n{c}",
+            "Take {b} from {a}. There are {c}.",
             "Of {a} nuts, {b} are eaten and {c} are left.",
-            "From {a} go back {b} to reach {c}.",
         ],
     },
     "zh": {
-        "+": ["{a}加{b}等于{c}。", "{a}+{b}={c}", "{a}与{b}的和是{c}。", "{a}个加上{b}个一共{c}个。"],
-        "-": ["{a}减{b}等于{c}。", "{a}-{b}={c}", "{a}与{b}的差是{c}。", "{a}个去掉{b}个还剩{c}个。"],
+        "+": [
+            "{a}加{b}等于{c}。",
+            "{a}+{b}={c}",
+            "{a}+{b}\n{c}",
+            "{a}加{b}\n{c}",
+            "{a}与{b}的和是{c}。",
+            "把{a}和{b}加起来：\n{c}",
+            "{a}个加上{b}个一共{c}个。",
+        ],
+        "-": [
+            "{a}减{b}等于{c}。",
+            "{a}-{b}={c}",
+            "{a}-{b}\n{c}",
+            "{a}减{b}\n{c}",
+            "{a}与{b}的差是{c}。",
+            "从{a}里去掉{b}：\n{c}",
+            "{a}个去掉{b}个还剩{c}个。",
+        ],
     },
 }
 SUM_QUESTIONS: dict[str, dict[str, list[str]]] = {

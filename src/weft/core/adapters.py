@@ -59,8 +59,8 @@ class Adapters:
             assert architecture.install_attention is not None
             self._undo.append(architecture.install_attention(model, self.router))
         if exact:
-            # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are summed,
-            # must not depend on which methods the neighbours use.
+            # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
+            # summed, must not depend on which methods the neighbours use.
             for path in (*architecture.linears, *architecture.norms):
                 attach(model.get_submodule(path), path, self.router)
         if checkpointing:
@@ -183,7 +183,8 @@ class Adapters:
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
         if self.padded:
-            out = self.model.base_model(input_ids=input_ids[None].to(self.device), use_cache=True)
+            body: Any = self.model.base_model
+            out = body(input_ids=input_ids[None].to(self.device), use_cache=True)
             return [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
         recorder = _Recorder()
         self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))

@@ -7,7 +7,7 @@ second forward in between (a reference model, say) every gradient would be silen
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class _CheckpointedForward:
 
 
 @functools.cache
-def _checkpointed_class(base_class: type[nn.Module]) -> type[nn.Module]:
+def _checkpointed_class(base_class: Any) -> Any:
     return type(f"Checkpointed{base_class.__name__}", (_CheckpointedForward, base_class), {"__module__": __name__})
 
 
@@ -38,7 +38,7 @@ def enable_checkpointing(block: nn.Module, router: Router) -> None:
     """Keep only the block's input; its inside is computed again in the backward pass."""
     if _ROUTER not in block.__dict__:
         block.__dict__[_ROUTER] = router
-        block.__class__ = _checkpointed_class(type(block))
+        block.__class__ = _checkpointed_class(cast(Any, type(block)))
 
 
 def disable_checkpointing(block: nn.Module) -> None:

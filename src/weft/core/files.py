@@ -83,7 +83,8 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor]]:
         raise UserError(f"no adapter folder at {folder}.")
     if not (folder / WEIGHTS).is_file():
         other = folder / "adapter_model.bin"
-        hint = f" {other.name} is a pickle, which can run code and is never loaded; convert it with peft." * other.exists()
+        hint = f" {other.name} is a pickle, which can run code and is never loaded; convert it with peft."
+        hint *= other.exists()
         raise UserError(f"{folder} holds no {WEIGHTS}.{hint}")
     entries = read_json(folder / CONFIG)
     tensors = read_tensors(folder / WEIGHTS)

@@ -8,7 +8,7 @@ the old class back removes every trace.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +80,12 @@ class _RoutedForward:
         site: Site = self.__dict__[_SITE]
         route = site.router.current
         if route is None:
-            return site.base_class.forward(self, x, *args, **kwargs)  # type: ignore[arg-type]
+            return site.base_class.forward(self, x, *args, **kwargs)
         return site.apply(self, x, route)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _routed_class(base_class: type[nn.Module]) -> type[nn.Module]:
+def _routed_class(base_class: Any) -> Any:
     return type(f"Routed{base_class.__name__}", (_RoutedForward, base_class), {"__module__": __name__})
 
 
@@ -111,7 +111,7 @@ def attach(module: nn.Module, path: str, router: Router) -> Site:
     base_class = type(module)
     site = Site(path, router, base_class)
     module.__dict__[_SITE] = site
-    module.__class__ = _routed_class(base_class)
+    module.__class__ = _routed_class(cast(Any, base_class))
     return site
 
 

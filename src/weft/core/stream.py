@@ -68,7 +68,8 @@ def build_stream(
         adapter = adapters[part.adapter] if part.adapter is not None else None
         virtual = adapter.num_virtual_tokens if adapter else 0
         prefix = adapter.num_prefix_tokens if adapter else 0
-        begin, rows = len(ids), []
+        begin = len(ids)
+        rows: list[int] = []
         for sequence in part.sequences:
             rows.extend(range(len(ids), len(ids) + virtual))
             first_token.append(len(ids) + virtual)
@@ -158,7 +159,8 @@ def _padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tenso
     layers = len(next(iter(stream.route.prefixes.values())))
     some_key, some_value = next(iter(stream.route.prefixes.values()))[0]
     for layer in range(layers):
-        keys, values = [], []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
         for group, segment in enumerate(stream.route.segments):
             states = stream.route.prefixes.get(group)
             pair = states[layer] if states is not None else (some_key[:, :0], some_value[:, :0])

@@ -14,8 +14,8 @@ from weft.objectives.likelihood import Supervised
 def supervise(stream: Stream, samples: Sequence[Sample], begin: int = 0) -> Supervised:
     """The learned tokens of ``samples``, which are the stream's sequences ``begin, begin + 1, …``.
 
-    The token at place t of a sequence is predicted by the row before it; the first has no row before it of its own, so a
-    renderer gives it weight 0.
+    The token at place t of a sequence is predicted by the row before it; the first has no row before it of its own, so
+    a renderer gives it weight 0.
     """
     rows, targets, weights, owner = [], [], [], []
     for index, sample in enumerate(samples):

@@ -1,0 +1,6 @@
+"""Evaluation: exact answers, and what the base forgot."""
+
+from weft.evaluate.exact_match import Answer, Question, answer_questions, exact_match, read_questions
+from weft.evaluate.forgetting import text_loss
+
+__all__ = ["Answer", "Question", "answer_questions", "exact_match", "read_questions", "text_loss"]

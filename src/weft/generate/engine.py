@@ -76,7 +76,8 @@ def _check(request: Request, adapters: Adapters) -> None:
     limit, length = adapters.architecture.max_length, len(request.prompt) + learned
     if limit is not None and length + request.max_new_tokens > limit:
         raise UserError(
-            f"a prompt of {length} tokens and max_new_tokens {request.max_new_tokens} exceed the model's limit of {limit}."
+            f"a prompt of {length} tokens and max_new_tokens {request.max_new_tokens} exceed the model's limit of "
+            f"{limit}."
         )
 
 
@@ -160,8 +161,9 @@ class _Batch:
         return self.completions
 
     def _take(self, logits: Tensor, ended: set[int]) -> Tensor:
-        """Choose each row's next token; rows that end now join ``ended``. Returns the tokens, one per row of the cache."""
-        chosen = choose(logits, [self.requests[r].sampling for r in self.alive], [self.generators[r] for r in self.alive])
+        """Choose each row's next token, one per row of the cache; rows that end now join ``ended``."""
+        samplings = [self.requests[r].sampling for r in self.alive]
+        chosen = choose(logits, samplings, [self.generators[r] for r in self.alive])
         for row, token in zip(self.alive, chosen.tolist(), strict=True):
             if row in ended:
                 continue

@@ -4,6 +4,7 @@ D [m, d], U [d, m] and m = d / reduction_factor. U and c begin at zero, so the a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -16,7 +17,13 @@ from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swish": F.silu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 class BottleneckConfig(MethodConfig):

@@ -1,8 +1,8 @@
-"""Prefix tuning (Li & Liang 2021): every layer gets learned keys and values that all tokens of a sequence can attend to.
+"""Prefix tuning (Li & Liang 2021): every layer gets learned keys and values that all tokens of a sequence attend to.
 
-The parameters are [n, layers * 2 * kv_heads * head_dim], laid out as PEFT lays them out. With ``prefix_projection`` they
-are the output of a small network (embedding → linear → tanh → linear), which is what training moves; inference and the
-saved file only need its output. Learned keys get no rotary position: they stand at positions 0 … n-1 as they are.
+The parameters are [n, layers * 2 * kv_heads * head_dim], laid out as PEFT lays them out. With ``prefix_projection``
+they are the output of a small network (embedding → linear → tanh → linear), which is what training moves; inference and
+the saved file only need its output. Learned keys get no rotary position: they stand at positions 0 … n-1 as they are.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ KEY = "prompt_embeddings"
 
 
 class PrefixTuningConfig(MethodConfig):
-    """PEFT's names, and ``prefix_init``: where the first keys and values come from. ``activations`` takes those that the
-    base itself computes for sampled tokens (or for ``prefix_init_text``), which trains far better than noise."""
+    """PEFT's names, and ``prefix_init``: where the first keys and values come from. ``activations`` takes those that
+    the base itself computes for sampled tokens (or for ``prefix_init_text``), which trains far better than noise."""
 
     method: ClassVar[str] = "prefix_tuning"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
@@ -80,10 +80,10 @@ class PrefixTuning(Adapter):
         self.prefix = nn.Parameter(context.normal(config.num_virtual_tokens, shape.hidden_size, std=1.0))
         self.encoder = nn.Sequential(nn.Linear(shape.hidden_size, hidden), nn.Tanh(), nn.Linear(hidden, width))
         self.encoder.to(context.device, context.dtype)
-        for layer in (self.encoder[0], self.encoder[2]):
-            weight, bias = layer.weight, layer.bias
-            weight.data.copy_(context.normal(*weight.shape, std=1 / math.sqrt(weight.shape[1])))
-            bias.data.zero_()
+        for layer in self.encoder:
+            if isinstance(layer, nn.Linear):
+                layer.weight.data.copy_(context.normal(*layer.weight.shape, std=1 / math.sqrt(layer.in_features)))
+                layer.bias.data.zero_()
 
     def flat(self) -> Tensor:
         """[n, layers * 2 * kv_heads * head_dim], as PEFT stores it."""

@@ -27,12 +27,14 @@ def alibi_slopes(heads: int) -> Tensor:
 class StreamBloomAttention(BloomAttention):
     """BLOOM's attention over [1, N, d]; the residual is added inside, as in the original."""
 
-    def forward(self, hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, residual: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         fused = self.query_key_value(hidden_states)[0]
         q, k, v = fused.view(-1, self.num_heads, 3, self.head_dim).permute(2, 1, 0, 3)
         out = attend(
             self.__dict__[ROUTER],
-            self.layer_idx,
+            int(self.layer_idx or 0),
             q,
             k,
             v,
@@ -45,15 +47,16 @@ class StreamBloomAttention(BloomAttention):
 def install_bloom(model: nn.Module, router: Router) -> Callable[[], None]:
     """Swap every attention module; returns the function that swaps back."""
     attentions = [m for m in model.modules() if type(m) is BloomAttention]
-    before = model.config._attn_implementation
+    config: Any = model.config
+    before = config._attn_implementation
     # Only so that no [N, N] mask is made: BLOOM asks the mask interface, not the attention interface.
-    model.config._attn_implementation = NAME
+    config._attn_implementation = NAME
     for module in attentions:
         module.__dict__[ROUTER] = router
         module.__class__ = StreamBloomAttention
 
     def undo() -> None:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
         for module in attentions:
             module.__dict__.pop(ROUTER, None)
             module.__class__ = BloomAttention

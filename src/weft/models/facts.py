@@ -80,8 +80,8 @@ def describe(model: nn.Module) -> Architecture:
         blocks=blocks,
         linears=linears,
         norms=tuple(path for path, module in model.named_modules() if is_norm(module)),
-        attention_output=_outputs(blocks, linears, facts and facts.attention_output, "attn", _ATTENTION_NAMES),
-        mlp_output=_outputs(blocks, linears, facts and facts.mlp_output, "mlp", _MLP_NAMES),
+        attention_output=_outputs(blocks, linears, facts.attention_output if facts else None, "attn", _ATTENTION_NAMES),
+        mlp_output=_outputs(blocks, linears, facts.mlp_output if facts else None, "mlp", _MLP_NAMES),
         max_length=int(limit) if limit else None,
         install_attention=facts.install if facts else None,
     )
@@ -98,9 +98,9 @@ def _blocks(model: nn.Module) -> tuple[str, ...]:
     """Paths of the blocks: the longest ModuleList that holds linear modules."""
     best: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(best):
-            if any(is_linear(inner) for inner in module[0].modules()):
-                best = tuple(f"{path}.{i}" for i in range(len(module)))
+        longer = isinstance(module, nn.ModuleList) and len(module) > len(best)
+        if longer and any(is_linear(inner) for inner in module[0].modules()):
+            best = tuple(f"{path}.{i}" for i in range(len(module)))
     return best
 
 

@@ -53,7 +53,7 @@ AttentionMaskInterface.register(NAME, _no_mask)
 def install_interface(model: nn.Module, router: Router) -> Callable[[], None]:
     """Let every attention module of ``model`` attend along the stream that ``router`` describes."""
     attentions = [m for m in model.modules() if "attention" in type(m).__name__.lower()]
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for module in attentions:
         module.__dict__[ROUTER] = router

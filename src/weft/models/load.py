@@ -53,8 +53,8 @@ def resolve_model(name: str) -> str:
     if looks_like_path or "/" not in name:
         hint = nearest(name, EMBEDDED_MODELS)
         raise UserError(
-            f"no model at {name!r}.{hint} A model is a Hugging Face folder, a hub id such as Qwen/Qwen2.5-0.5B, or one of "
-            f"the embedded ones: {', '.join(EMBEDDED_MODELS)}."
+            f"no model at {name!r}.{hint} A model is a Hugging Face folder, a hub id such as Qwen/Qwen2.5-0.5B, or one "
+            f"of the embedded ones: {', '.join(EMBEDDED_MODELS)}."
         )
     return name
 
@@ -110,7 +110,7 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
     except (OSError, ValueError) as error:
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
-    model.to(where).eval()
+    nn.Module.to(model, where).eval()
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
     return Base(model, tokenizer, describe(model), name)

@@ -163,11 +163,12 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
     if jobs is None:
         methods = defaults.pop("method", None)
         if methods is None:
-            raise UserError(f"{source}: no method. Give method: lora (or several: [lora, prefix_tuning]), or a list jobs:.")
+            raise UserError(f"{source}: no method. Give method: lora, method: [lora, prefix_tuning], or a list jobs:.")
         jobs = [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
     if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
         raise UserError(f"{source}: jobs must be a list of mappings, each with a method.")
-    made = [_job(translate(job, f"{source}: jobs[{i}]"), defaults, f"{source}: jobs[{i}]") for i, job in enumerate(jobs)]
+    places = [f"{source}: jobs[{i}]" for i in range(len(jobs))]
+    made = [_job(translate(job, place), defaults, place) for job, place in zip(jobs, places, strict=True)]
     try:
         return RunConfig(**top, jobs=tuple(made))
     except ValidationError as error:

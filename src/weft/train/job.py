@@ -36,8 +36,8 @@ class Progress:
 class Job:
     """One adapter in training.
 
-    Randomness has no state: the order of epoch ``e`` and the dropout of step ``s`` come from seeds made of the job's seed
-    and these numbers, so that a resumed job draws what the unbroken one draws.
+    Randomness has no state: the order of epoch ``e`` and the dropout of step ``s`` come from seeds made of the job's
+    seed and these numbers, so that a resumed job draws what the unbroken one draws.
     """
 
     def __init__(
@@ -123,7 +123,8 @@ class Job:
     def wants_evaluation(self) -> bool:
         """Before the first step, every ``eval_steps``, and at the end; never twice at the same step."""
         progress, every = self.progress, self.config.eval_steps
-        if not self.eval_samples or progress.evaluated_at == progress.step or progress.ended in ("failed", "early_stop"):
+        given_up = progress.ended in ("failed", "early_stop")
+        if not self.eval_samples or given_up or progress.evaluated_at == progress.step:
             return False
         return progress.step == 0 or progress.ended == "finished" or bool(every and progress.step % every == 0)
 

@@ -185,8 +185,8 @@ class Trainer:
         for job in self.jobs:
             if job.fingerprint() != state["jobs"][job.name]["data"]:
                 raise UserError(
-                    f"cannot resume: the data of job '{job.name}' (file, tokenizer, template or length) is not what the "
-                    "checkpoint was made with. Put it back, or begin a new run in another output_dir."
+                    f"cannot resume: the data of job '{job.name}' (file, tokenizer, template or length) is not what "
+                    "the checkpoint was made with. Put it back, or begin a new run in another output_dir."
                 )
         for key, value in environment().items():
             old = state["environment"].get(key)

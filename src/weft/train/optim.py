@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from weft.train.config import JobConfig
 
 
-def make_optimizer(config: JobConfig, parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: JobConfig, parameters: Sequence[nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) or SGD with momentum, over one job's parameters."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(

@@ -22,7 +22,9 @@ from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.store import RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
-_FREE_KEYS = {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
+_FREE_KEYS = frozenset(
+    {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
+)
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: B
     longest = max(samples, key=lambda s: len(s.input_ids))
     if len(longest.input_ids) + learned > limit:
         raise UserError(
-            f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed the "
-            f"model's {limit} positions. Set max_length: {limit - learned} (with truncate: true to cut) or fewer "
+            f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed "
+            f"the model's {limit} positions. Set max_length: {limit - learned} (with truncate: true to cut) or fewer "
             "num_virtual_tokens."
         )
 
@@ -120,8 +122,11 @@ def train(
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     on_ready: Callable[[Setup], None] = lambda setup: None,
+    on_trained: Callable[[Setup], None] = lambda setup: None,
 ) -> TrainResult:
     """Run a configuration to its end; the run's folder then holds the adapters.
+
+    ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones before they are closed.
 
     Raises:
         UserError: before anything is written, if the configuration, the data or the folder cannot be used.
@@ -150,6 +155,7 @@ def train(
     if result.completed:
         for job in setup.jobs:
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
+        on_trained(setup)
     setup.adapters.close()
     return result
 

@@ -73,8 +73,8 @@ class StepResult:
 def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]:
     """Advance every job by one optimizer step.
 
-    Jobs accumulate different numbers of micro-batches: pass p holds the p-th micro-batch of every job that has one, so that
-    all are at a step's end together, and what shares a pass depends on the step alone (an exact resume needs this).
+    Jobs accumulate different numbers of micro-batches: pass p holds the p-th micro-batch of every job that has one, so
+    that all are at a step's end together, and what shares a pass depends on the step alone (an exact resume needs it).
     """
     batches = {job.name: job.micro_batches() for job in jobs}
     weight = {n: sum(sum(s.weights) for micro in micros for s in micro) for n, micros in batches.items()}
@@ -99,7 +99,8 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
 @torch.no_grad()
 def evaluate_loss(adapters: Adapters, adapter: str | None, samples: Sequence[Sample], max_tokens: int = 4096) -> float:
     """Mean loss per learned token over ``samples``, in passes of at most ``max_tokens`` tokens (or one sequence)."""
-    total, weight, batch, size = 0.0, 0.0, [], 0
+    total, weight, size = 0.0, 0.0, 0
+    batch: list[Sample] = []
     for sample in (*samples, None):
         if batch and (sample is None or size + len(sample.input_ids) > max_tokens):
             (loss,) = forward_losses(adapters, [Work(adapter, batch)])

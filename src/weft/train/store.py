@@ -53,7 +53,7 @@ class RunStore:
                     "overwrite_output_dir=true to delete it."
                 )
             if not is_run:
-                raise UserError(f"{self.folder} is not a run's folder, so it is not overwritten; take another output_dir.")
+                raise UserError(f"{self.folder} is no run's folder, so it is not overwritten; take another output_dir.")
             shutil.rmtree(self.folder)
         for folder in (self.folder, self.checkpoints, self.adapters):
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class RunStore:
         return final
 
     def latest(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]] | None:
-        """The newest intact checkpoint: its state, its tensors by name, and a warning for each broken one passed over."""
+        """The newest intact checkpoint: state, tensors by name, and a warning for each broken one passed over."""
         warnings: list[str] = []
         for folder in reversed(self._committed()):
             problem = _broken(folder)

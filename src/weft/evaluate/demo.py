@@ -1,0 +1,196 @@
+"""The demonstration run: five methods at once on an embedded base, measured before and after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft.assets import base_text_path, instructions_path
+from weft.core.files import WEIGHTS
+from weft.evaluate.exact_match import Answer, answer_questions, exact_match, read_questions
+from weft.evaluate.forgetting import read_documents, text_loss, text_samples
+from weft.train import RunConfig, make_config
+from weft.train.run import Setup, train
+
+# All settings that are not Weft's defaults; chosen by measurement on both embedded bases (docs/demo.md).
+JOBS: list[dict[str, Any]] = [
+    {"method": "lora", "r": 8, "learning_rate": 4e-3},
+    # The Llama-like base has no biases at all, as real Llamas have none; so it is given some.
+    {"method": "bitfit", "add_missing": True, "learning_rate": 2e-2},
+    {"method": "prompt_tuning", "num_virtual_tokens": 10, "learning_rate": 3e-2},
+    {"method": "prefix_tuning", "num_virtual_tokens": 10, "learning_rate": 3e-2},
+    {"method": "bottleneck", "reduction_factor": 8, "learning_rate": 4e-3},
+]
+STEPS, BATCH_SIZE = 300, 16
+EVAL_QUESTIONS_FOR_LOSS = 64
+
+
+@dataclass
+class Measured:
+    """One row of the demo's table."""
+
+    method: str
+    trainable_parameters: int
+    file_bytes: int
+    exact_match_before: float
+    exact_match_after: float
+    base_text_loss_change: float
+    seconds: float
+
+
+@dataclass
+class DemoResult:
+    """What the demo found."""
+
+    model: str
+    output_dir: str
+    picture: str = ""
+    rows: list[Measured] = field(default_factory=list)
+    by_task: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def demo_config(model: str, output_dir: str, steps: int = STEPS) -> RunConfig:
+    """The demo as a run configuration: what ``weft train`` would be given."""
+    return make_config(
+        {
+            "model": model,
+            "data": str(instructions_path("train")),
+            "eval_data": str(instructions_path("eval")),
+            "output_dir": output_dir,
+            "overwrite_output_dir": True,
+            "steps": steps,
+            "batch_size": BATCH_SIZE,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.05,
+            "logging_steps": 10,
+            "jobs": JOBS,
+        },
+        source="demo",
+    )
+
+
+class _Measure:
+    """Questions and base text, asked before and after."""
+
+    def __init__(self) -> None:
+        self.questions = read_questions(instructions_path("eval"))
+        self.documents = read_documents(base_text_path())
+        self.answers: dict[str | None, list[Answer]] = {}
+        self.text_losses: dict[str | None, float] = {}
+        self.parameters: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+
+    def before(self, setup: Setup) -> None:
+        """The plain base."""
+        self._ask(setup, [None], "evaluation before")
+
+    def after(self, setup: Setup) -> None:
+        """Every trained adapter, all in the same batches."""
+        self.parameters = {job.name: job.adapter.num_trainable() for job in setup.jobs}
+        self._ask(setup, [job.name for job in setup.jobs], "evaluation after")
+
+    def _ask(self, setup: Setup, names: Sequence[str | None], what: str) -> None:
+        begun = time.monotonic()
+        self.answers |= answer_questions(setup.adapters, setup.renderer, self.questions, names)
+        samples = text_samples(setup.renderer, self.documents)
+        self.text_losses |= {name: text_loss(setup.adapters, name, samples) for name in names}
+        self.seconds[what] = time.monotonic() - begun
+
+
+def run_demo(
+    model: str,
+    output_dir: str,
+    *,
+    steps: int = STEPS,
+    on_event: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    on_ready: Callable[[Setup], None] = lambda setup: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> DemoResult | None:
+    """Train the five methods at once and measure them; None if it was asked to stop.
+
+    Raises:
+        UserError: the model or the folder cannot be used.
+    """
+    begun = time.monotonic()
+    config, measure = demo_config(model, output_dir, steps), _Measure()
+    events: list[Mapping[str, Any]] = []
+
+    def note(event: Mapping[str, Any]) -> None:
+        events.append(event)
+        on_event(event)
+
+    def ready(setup: Setup) -> None:
+        on_ready(setup)
+        measure.before(setup)
+
+    result = train(config, on_event=note, should_stop=should_stop, on_ready=ready, on_trained=measure.after)
+    if not result.completed:
+        return None
+    found = DemoResult(model, output_dir)
+    found.picture = str(draw_losses(events, Path(output_dir) / "loss.png", model))
+    for job in config.jobs:
+        weights = Path(output_dir) / "adapters" / job.name / WEIGHTS
+        found.rows.append(
+            Measured(
+                job.name,
+                measure.parameters[job.name],
+                weights.stat().st_size,
+                exact_match(measure.answers[None]),
+                exact_match(measure.answers[job.name]),
+                measure.text_losses[job.name] - measure.text_losses[None],
+                result.jobs[job.name]["seconds"],
+            )
+        )
+    found.by_task = {name or "base": _by_task(answers) for name, answers in measure.answers.items()}
+    found.samples = _samples(measure, [job.name for job in config.jobs])
+    found.seconds = {**measure.seconds, "training": result.seconds, "total": time.monotonic() - begun}
+    return found
+
+
+def _by_task(answers: Sequence[Answer]) -> dict[str, float]:
+    tasks = sorted({answer.question.task for answer in answers})
+    return {task: exact_match([a for a in answers if a.question.task == task]) for task in tasks}
+
+
+def _samples(measure: _Measure, names: Sequence[str]) -> list[dict[str, str]]:
+    """For each task its first question: the reference, and what the base and every method answered."""
+    seen: set[str] = set()
+    samples = []
+    for index, question in enumerate(measure.questions):
+        if question.task in seen:
+            continue
+        seen.add(question.task)
+        said = {name or "base": answers[index].text for name, answers in measure.answers.items()}
+        samples.append({"question": question.messages[-1].content, "reference": question.reference, **said})
+    return samples
+
+
+def draw_losses(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
+    """Draw every job's training loss over its steps, and its loss on held-out questions, into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    jobs = list(dict.fromkeys(event["job"] for event in events if event["event"] == "step"))
+    for number, job in enumerate(jobs):
+        steps = [event for event in events if event["event"] == "step" and event["job"] == job]
+        axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color=f"C{number}", label=job)
+        held = [event for event in events if event["event"] == "eval" and event["job"] == job]
+        if held:
+            axes.plot([e["step"] for e in held], [e["eval_loss"] for e in held], "o", color=f"C{number}", markersize=5)
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per answer token")
+    axes.set_title(f"{title}: one frozen base, one pass (lines: training; dots: held-out questions)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,84 @@
+"""Exact match: greedy answers to held-out questions, compared to the reference after folding white space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weft.core.adapters import Adapters
+from weft.data import Conversation, Message, Renderer, read_records, to_example
+from weft.errors import UserError
+from weft.generate import Request, generate
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to the user's last turn, and the reference answer."""
+
+    messages: tuple[Message, ...]
+    reference: str
+    source: str
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one adapter answered, and whether it is the reference."""
+
+    question: Question
+    text: str
+    correct: bool
+
+
+def read_questions(path: str | Path, *, limit: int | None = None) -> list[Question]:
+    """Questions with references from a data file: the last assistant turn of each record is the reference."""
+    questions = []
+    for record in read_records(path, limit=limit):
+        example = to_example(record)
+        if not isinstance(example, Conversation) or example.messages[-1].role != "assistant":
+            raise UserError(f"{record.source}: an exact-match question needs an answer as its last turn.")
+        *before, last = example.messages
+        task = str(record.fields.get("task", ""))
+        questions.append(Question(tuple(before), last.content, record.source, task))
+    return questions
+
+
+def answer_questions(
+    adapters: Adapters,
+    renderer: Renderer,
+    questions: Sequence[Question],
+    names: Sequence[str | None],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+) -> dict[str | None, list[Answer]]:
+    """Let every adapter in ``names`` (None: the base) answer every question, all in the same batches, greedily."""
+    prompts = [renderer.prompt_ids(question.messages) for question in questions]
+    requests = [Request(prompt, name, max_new_tokens) for name in names for prompt in prompts]
+    completions = generate(adapters, requests, stop_ids={renderer.eos_token_id}, batch_size=batch_size)
+    answers: dict[str | None, list[Answer]] = {}
+    for number, name in enumerate(names):
+        own = completions[number * len(prompts) : (number + 1) * len(prompts)]
+        texts = [decode(renderer.tokenizer, completion.ids) for completion in own]
+        answers[name] = [
+            Answer(question, text, fold(text) == fold(question.reference))
+            for question, text in zip(questions, texts, strict=True)
+        ]
+    return answers
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer, without control tokens."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def fold(text: str) -> str:
+    """White space does not count in an exact match; everything else does."""
+    return " ".join(text.split())
+
+
+def exact_match(answers: Sequence[Answer]) -> float:
+    """Share of correct answers, 0 to 1."""
+    return sum(answer.correct for answer in answers) / len(answers)
