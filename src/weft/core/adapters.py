@@ -20,6 +20,9 @@ from weft.core.site import attach, detach, site_of
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.errors import UserError
 
+# On a model whose attention and sites already obey a router: a second one would be asked by nobody.
+_OPEN = "_weft_open"
+
 
 class Adapters:
     """Adds, removes, loads and saves adapters, and runs batches in which every sequence has its own.
@@ -44,6 +47,8 @@ class Adapters:
         exact: bool = False,
         checkpointing: bool = False,
     ) -> None:
+        if _OPEN in model.__dict__:
+            raise UserError("this model already carries an Adapters; add to that one, or close() it first.")
         self.model = model
         self.architecture = architecture
         self.router = Router()
@@ -54,7 +59,8 @@ class Adapters:
         if not self.padded and architecture.install_attention is None:
             raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
         self._adapters: dict[str, Adapter] = {}
-        self._undo: list[Callable[[], None]] = [_freeze(model)]
+        model.__dict__[_OPEN] = True
+        self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
         if not self.padded:
             assert architecture.install_attention is not None
             self._undo.append(architecture.install_attention(model, self.router))
@@ -98,6 +104,9 @@ class Adapters:
         Raises:
             UserError: the name is taken or no valid folder name, or the method finds nothing to tune.
         """
+        return self._add(name, config, seed, tokenizer)
+
+    def _add(self, name: str, config: MethodConfig, seed: int, tokenizer: Any, *, blank: bool = False) -> Adapter:
         files.check_name(name)
         if name in self._adapters:
             raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
@@ -109,10 +118,12 @@ class Adapters:
             self.device,
             tokenizer,
             self._keys_values,
+            blank,
         )
         adapter = config.build(name, context)
-        for path, function in adapter.sites().items():
-            site = attach(self.model.get_submodule(path), path, self.router)
+        # All become sites before any is given its function: a module that cannot leaves nothing half attached.
+        sites = [(attach(self.model.get_submodule(p), p, self.router), f) for p, f in adapter.sites().items()]
+        for site, function in sites:
             site.functions.setdefault(name, []).append(function)
         self._adapters[name] = adapter
         return adapter
@@ -147,7 +158,7 @@ class Adapters:
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
         """Add an adapter from a folder in PEFT's layout, ours or peft's."""
         config, tensors = files.read(Path(folder))
-        adapter = self.add(name, config, tokenizer=tokenizer)
+        adapter = self._add(name, config, 0, tokenizer, blank=True)
         try:
             with torch.no_grad():
                 adapter.load_tensors(tensors)

@@ -22,6 +22,7 @@ class BuildContext:
     """What a method may look at while it makes an adapter.
 
     ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
+    ``blank``: the values will be loaded, so none that cost a tokenizer or a pass of the base need be made.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class BuildContext:
     device: torch.device
     tokenizer: Any = None
     keys_values: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
+    blank: bool = False
 
     def normal(self, *shape: int, std: float) -> Tensor:
         """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""

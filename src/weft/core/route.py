@@ -42,13 +42,14 @@ class Segment:
     """The rows of one adapter.
 
     ``seed`` fixes every random number drawn for these rows in this pass (None: nothing is drawn, as in evaluation), so
-    that neither a neighbour nor a recomputation can change it.
+    that neither a neighbour nor a recomputation can change it. ``lengths`` are the sequences', on the padded path only.
     """
 
     adapter: str | None
     tokens: int
     sequences: int
     seed: int | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,14 @@ def seeded_dropout(x: Tensor, p: float, segment: Segment, site: str) -> Tensor:
         return x
     generator = torch.Generator(device=x.device)
     generator.manual_seed(stable_seed(segment.seed, site))
-    mask = torch.empty_like(x).bernoulli_(1.0 - p, generator=generator)
-    return x * mask.div_(1.0 - p)
+    if segment.lengths is None:
+        mask = torch.empty_like(x).bernoulli_(1.0 - p, generator=generator)
+        return x * mask.div_(1.0 - p)
+    # Padded [B, T, d]: drawn for the tokens alone, as in the stream, for T is the longest neighbour's length.
+    lengths = torch.tensor(segment.lengths, device=x.device)
+    inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    kept = x.new_empty(segment.tokens, x.shape[-1]).bernoulli_(1.0 - p, generator=generator)
+    return x * torch.zeros_like(x).masked_scatter(inside[..., None], kept.div_(1.0 - p))
 
 
 class Router:

@@ -84,7 +84,8 @@ def build_stream(
             virtual_rows[group] = torch.tensor(rows, device=device)
         if prefix and adapter:
             prefixes[group] = adapter.prefix_states()
-        segments.append(Segment(part.adapter, len(ids) - begin, len(part.sequences), part.seed))
+        own = tuple(lengths[-len(part.sequences) :]) if padded else None
+        segments.append(Segment(part.adapter, len(ids) - begin, len(part.sequences), part.seed, own))
     layout = None
     if not padded:
         layout = SequenceLayout.build(

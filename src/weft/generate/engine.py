@@ -69,6 +69,8 @@ def generate(
 def _check(request: Request, adapters: Adapters) -> None:
     if not request.prompt:
         raise UserError("a prompt without a single token cannot be continued.")
+    if request.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {request.max_new_tokens}; at least 1 is needed.")
     learned = 0
     if request.adapter is not None:
         adapter = adapters[request.adapter]

@@ -16,7 +16,11 @@ from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
+from weft.errors import UserError
 from weft.ops.lowrank import low_rank_add
+
+# PEFT's other ones (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
+_INITS_THAT_KEEP_THE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
 
 
 class LoraConfig(MethodConfig):
@@ -61,6 +65,10 @@ class LoraConfig(MethodConfig):
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         entries = self.model_dump(mode="json")
+        if self.layers_to_transform is not None:
+            # PEFT refuses layers beside a regular expression (or "all-linear"); whole paths say the same.
+            entries["target_modules"] = architecture.match(self.target_modules, self.layers_to_transform)
+            entries["layers_to_transform"] = None
         gpt2 = architecture.model_type == "gpt2"
         return {**entries, "bias": "none", "fan_in_fan_out": gpt2, "modules_to_save": None, "use_dora": False}
 
@@ -70,8 +78,12 @@ class LoraConfig(MethodConfig):
         entries = dict(entries)
         entries["target_modules"] = sorted({_module_path(key) for key in keys})
         entries["layers_to_transform"] = None
-        if not isinstance(entries.get("init_lora_weights"), bool):
-            entries.pop("init_lora_weights", None)
+        how = entries.pop("init_lora_weights", True)
+        if isinstance(how, str) and how.lower() not in _INITS_THAT_KEEP_THE_BASE:
+            raise UserError(
+                f"adapter_config.json: 'init_lora_weights' is {how!r}, which also changed the base's own weights; on the plain "
+                "base the adapter would answer differently. Save it with path_initial_model_for_weight_conversion in peft."
+            )
         return super().from_peft(entries, keys)
 
 

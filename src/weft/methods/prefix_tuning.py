@@ -106,12 +106,12 @@ class PrefixTuning(Adapter):
 def _initial_prefix(config: PrefixTuningConfig, context: BuildContext) -> Tensor:
     shape, n = context.architecture, config.num_virtual_tokens
     width = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
-    if config.prefix_init == "zero":
+    if context.blank or config.prefix_init == "zero":
         return context.zeros(n, width)
     if config.prefix_init == "random":
         return context.normal(n, width, std=0.02)
     assert context.keys_values is not None
-    if config.prefix_init_text is not None:
+    if config.prefix_init_text:
         if context.tokenizer is None:
             raise UserError("prefix_init_text needs the tokenizer: pass tokenizer= to Adapters.add.")
         found = context.tokenizer(config.prefix_init_text)["input_ids"]

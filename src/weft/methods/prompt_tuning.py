@@ -75,6 +75,8 @@ class PromptTuning(Adapter):
 def _initial_prompt(config: PromptTuningConfig, context: BuildContext) -> Tensor:
     table = context.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     n = config.num_virtual_tokens
+    if context.blank:
+        return context.zeros(n, table.shape[1])
     if config.prompt_tuning_init == "RANDOM":
         return context.normal(n, table.shape[1], std=float(table.float().std()))
     if config.prompt_tuning_init == "SAMPLE_VOCAB":

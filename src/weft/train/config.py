@@ -6,6 +6,7 @@ Keys of a job may stand at the top, where they are defaults for every job. The m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import weft.methods
 from weft.core.config import MethodConfig
-from weft.core.files import check_name, method_config
+from weft.core.files import check_name, method_config, read_json
 from weft.errors import UserError, nearest
 from weft.train.aliases import translate
+from weft.train.store import RUN_FILE
 
 
 class JobConfig(BaseModel):
@@ -108,43 +110,139 @@ class RunConfig(BaseModel):
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)
-# At the top these mean the run, and a job may override them for itself.
-_SHARED_KEYS = frozenset({"data", "eval_data"})
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML (or JSON) file and ``key=value`` overrides; dots go into lists and mappings: ``jobs.0.r=16``."""
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Read a YAML (or JSON) file and ``key=value`` overrides; dots go into lists and mappings: ``jobs.0.r=16``.
+
+    ``flags`` are settings of the whole run that win over the file and give way to ``overrides``.
+    """
     source = Path(path)
     try:
-        values = yaml.safe_load(source.read_text(encoding="utf-8"))
+        values = _parse(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no configuration file at {source}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{source} must hold 'key: value' lines, not {type(values).__name__}.")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{source} must hold 'key: value' lines; it holds {found}.")
+    return build_config(values, overrides, flags=flags, source=str(source))
+
+
+def build_config(
+    values: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    flags: Mapping[str, Any] | None = None,
+    source: str = "configuration",
+) -> RunConfig:
+    """``make_config`` of a mapping after ``flags`` and ``key=value`` overrides."""
+    # Translated first: an override of learning_rate has to win over the file's lr.
+    merged = translate(values, source)
+    if isinstance(merged.get("jobs"), list):
+        jobs = [translate(job, f"{source}: jobs[{i}]") if isinstance(job, dict) else job
+                for i, job in enumerate(merged["jobs"])]  # fmt: skip
+        merged["jobs"] = jobs
+    if flags and "method" in flags:
+        merged.pop("jobs", None)
+    merged |= translate(flags or {}, "command line")
+    for override in overrides:
+        _override(merged, override)
+    return make_config(merged, source=source)
+
+
+def load_run_config(
+    folder: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The configuration of the run in ``folder``, to go on with it there."""
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.")
+    values = read_run_config(folder).model_dump(mode="json")
+    values |= {"resume": False, "overwrite_output_dir": False, "output_dir": str(folder), **(flags or {})}
     for override in overrides:
         _override(values, override)
-    return make_config(values, source=str(source))
+    if not values["resume"]:
+        raise UserError(f"{folder} holds a run; add --resume to go on with it.")
+    return _run_config(values, str(path))
+
+
+def read_run_config(folder: str | Path) -> RunConfig:
+    """The configuration of a run from its folder alone."""
+    path = Path(folder) / RUN_FILE
+    stored = read_json(path)
+    if not isinstance(stored.get("config"), dict):
+        raise UserError(f"{path} holds no configuration; it was not written by Weft, or is damaged.")
+    return _run_config(stored["config"], str(path))
+
+
+def _run_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, source, _RUN_KEYS)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-3`` is a number (YAML 1.1 takes it for text) and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key=value.")
     *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        raise UserError(f"override {override!r} is not of the form key=value (with dots for what lies deeper).")
+    try:
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from None
+    if parents and parents[0] == "jobs" and "jobs" not in values and "method" in values:
+        methods = values.pop("method")
+        values["jobs"] = [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
     place: Any = values
     for part in parents:
         place = place[_index(place, part, key)] if isinstance(place, list) else place.setdefault(part, {})
         if not isinstance(place, (dict, list)):
             raise UserError(f"override {key!r}: '{part}' holds a value, not further keys.")
-    place[_index(place, last, key) if isinstance(place, list) else last] = yaml.safe_load(text)
+    if isinstance(place, list):
+        place[_index(place, last, key)] = value
+    else:
+        before = {name: place[name] for name in ("adam_betas",) if name in place}
+        place.update(translate({**before, last: value}, f"override {key!r}") if last != "adam_betas" else {last: value})
 
 
 def _index(place: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"override {key!r}: '{part}' must be a number below {len(place)}.")
-    return int(part)
+    if part.isdecimal() and int(part) < len(place):
+        return int(part)
+    for index, item in enumerate(place):
+        if isinstance(item, dict) and part in (item.get("name"), item.get("method")):
+            return index
+    raise UserError(f"override {key!r}: '{part}' must be a number below {len(place)}, or a job's name.")
 
 
 def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> RunConfig:
@@ -169,10 +267,7 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
         raise UserError(f"{source}: jobs must be a list of mappings, each with a method.")
     places = [f"{source}: jobs[{i}]" for i in range(len(jobs))]
     made = [_job(translate(job, place), defaults, place) for job, place in zip(jobs, places, strict=True)]
-    try:
-        return RunConfig(**top, jobs=tuple(made))
-    except ValidationError as error:
-        raise UserError(_explain(error, source, _RUN_KEYS)) from None
+    return _run_config({**top, "jobs": tuple(made)}, source)
 
 
 def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConfig:

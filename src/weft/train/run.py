@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_json
 from weft.data import Renderer, Sample, load_samples, split_holdout
 from weft.errors import UserError
 from weft.models import Base, load_base
@@ -25,6 +25,9 @@ from weft.train.store import RUN_FILE, RunStore
 _FREE_KEYS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
 )
+
+
+_EMPTY_RUN = {"checkpoints", "adapters"}
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,13 @@ def train(
         UserError: before anything is written, if the configuration, the data or the folder cannot be used.
     """
     store = RunStore(config.output_dir)
-    if config.resume and (store.folder / RUN_FILE).is_file():
-        _same_run(config, store.read_run())
+    # Before the base is loaded, which may take minutes.
+    _check_folder(store, config)
     setup = prepare(config)
-    store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume)
+    # Told before the folder is touched: from then on a signal may only stop the run where it can be resumed.
+    on_ready(setup)
+    begun = (store.folder / RUN_FILE).is_file()
+    store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     trainer = Trainer(
         setup.adapters,
         setup.jobs,
@@ -146,7 +152,6 @@ def train(
         on_event=on_event,
         should_stop=should_stop,
     )
-    on_ready(setup)
     if config.resume:
         trainer.resume()
     store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base)})
@@ -158,6 +163,32 @@ def train(
         on_trained(setup)
     setup.adapters.close()
     return result
+
+
+def _check_folder(store: RunStore, config: RunConfig) -> None:
+    """Whether the run can be written where it is to go; changes nothing."""
+    folder = store.folder
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir {folder}: {existing} is a file, not a folder.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir {folder}: {existing} cannot be written to.")
+    if existing is not folder:
+        return
+    if (folder / RUN_FILE).is_file():
+        if config.resume:
+            _same_run(config, store.read_run())
+        elif not config.overwrite_output_dir:
+            raise UserError(
+                f"{folder} already holds a run. Go on with it (resume: true, or --resume), take another output_dir, or "
+                "delete it (overwrite_output_dir: true, or --overwrite-output-dir)."
+            )
+    # What a run leaves that was ended before it had written run.json may be taken over.
+    elif foreign := sorted({path.name for path in folder.iterdir()} - _EMPTY_RUN):
+        raise UserError(
+            f"{folder} is no run's folder, but holds {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)}; "
+            "it is left alone. Take another output_dir."
+        )
 
 
 def base_fingerprint(base: Base) -> dict[str, Any]:
@@ -177,9 +208,3 @@ def _same_run(config: RunConfig, stored: dict[str, Any]) -> None:
     if changed:
         lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
         raise UserError(f"cannot resume: the configuration has changed since the run began:\n{lines}")
-
-
-def read_run_config(folder: str | Path) -> RunConfig:
-    """The configuration of a run from its folder alone."""
-    stored = read_json(Path(folder) / RUN_FILE)
-    return RunConfig.model_validate(stored["config"])

@@ -25,6 +25,8 @@ from weft.errors import UserError
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+# Ending of a checkpoint's name while another of the same step takes its place.
+_REPLACED = ".replaced"
 
 
 class RunStore:
@@ -78,7 +80,10 @@ class RunStore:
         checkpoints that were there, and perhaps a nameless folder that the next save removes.
         """
         metrics = self.folder / METRICS_FILE
-        size = metrics.stat().st_size if metrics.exists() else 0
+        size = 0
+        if metrics.exists():
+            _sync(metrics)
+            size = metrics.stat().st_size
         work = self.checkpoints / ".unfinished"
         if work.exists():
             shutil.rmtree(work)
@@ -92,12 +97,20 @@ class RunStore:
             _sync(path)
         _sync(work)
         final = self.checkpoints / f"step-{step:08d}"
+        aside = final.with_name(final.name + _REPLACED)
+        if aside.exists():
+            shutil.rmtree(aside)
         if final.exists():
-            shutil.rmtree(final)
+            # Still a checkpoint under this name: there may be no other.
+            os.replace(final, aside)
         os.replace(work, final)
         _sync(self.checkpoints)
-        for old in self._committed()[:-keep]:
-            shutil.rmtree(old)
+        # What is newer was passed over as damaged when the run went back; it must not count among those that are kept.
+        committed = [path for path in self._committed() if path != aside]
+        upto = committed.index(final) + 1
+        for old in (*committed[: max(0, upto - keep)], *committed[upto:], aside):
+            if old.exists():
+                shutil.rmtree(old)
         return final
 
     def latest(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]] | None:
@@ -118,10 +131,13 @@ class RunStore:
         """Cut ``metrics.jsonl`` back to what it held at a checkpoint; what came after will be written again."""
         path = self.folder / METRICS_FILE
         if path.exists():
-            os.truncate(path, size)
+            # Never longer: truncate would fill the gap with zero bytes.
+            os.truncate(path, min(size, path.stat().st_size))
 
     def _committed(self) -> list[Path]:
-        return sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
+        """Oldest first; one that was set aside comes before the one that takes its place."""
+        found = (path for path in self.checkpoints.glob("step-*") if path.is_dir())
+        return sorted(found, key=lambda path: (path.name.removesuffix(_REPLACED), not path.name.endswith(_REPLACED)))
 
 
 def _broken(folder: Path) -> str | None:

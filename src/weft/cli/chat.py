@@ -1,0 +1,2 @@
+def chat() -> int:
+    return 0

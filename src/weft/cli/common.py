@@ -1,0 +1,113 @@
+"""What the verbs share: exit codes, the two consoles, JSON on stdout, and quiet libraries."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DONE = 0
+DEFECT = 1
+USAGE = 2
+JOB_FAILED = 3
+INTERRUPTED = 130
+TERMINATED = 143
+
+EXIT_CODES: dict[int, str] = {
+    DONE: "done",
+    DEFECT: "a defect of Weft (run again with --debug for the traceback)",
+    USAGE: "your input cannot be used; the message says what and where",
+    JOB_FAILED: "training ended, but at least one job failed (loss or gradient not finite)",
+    INTERRUPTED: "interrupted by Ctrl-C; a training run is saved and can be resumed",
+    TERMINATED: "ended by SIGTERM; a training run is saved and can be resumed",
+}
+EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in sorted(EXIT_CODES.items())) + "."
+
+# Wide enough that a table in a file or a pipe is never cut.
+_PIPE_WIDTH = 160
+
+
+class Interrupted(BaseException):
+    """A signal arrived where nothing has to be saved. Not an Exception, so that no ``except Exception`` swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on the present stdout or stderr; markup is off because names and messages come from users."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """One line for the user beside the result: on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout. JSON knows no NaN, so what is not finite becomes null."""
+    print(json.dumps(finite(value), ensure_ascii=False, indent=2), flush=True)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every number that is not finite replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' chatter off the screen; has to come before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "huggingface_hub", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def show_warnings() -> None:
+    """Weft's own warnings (records left out, for one) as ``warning: …`` on stderr."""
+    logger = logging.getLogger("weft")
+    for old in [handler for handler in logger.handlers if getattr(handler, "of_cli", False)]:
+        logger.removeHandler(old)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.of_cli = True  # type: ignore[attr-defined]
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def human_size(count: int) -> str:
+    """Bytes as people read them."""
+    size = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as 8s, 3:08 or 1:02:08."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,138 @@
+"""The ``weft`` command: finds the verb, runs it, and turns what went wrong into one message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+import weft
+from weft.cli import common
+from weft.cli.chat import chat
+from weft.cli.doctor import doctor
+from weft.cli.generate import generate
+from weft.cli.train import train
+from weft.errors import UserError, nearest
+
+# What the machine refuses (disk full, no permission) is for the user to mend; any other OSError is a defect.
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+app = typer.Typer(
+    name="weft",
+    help="Fine-tune one frozen language model into many adapters, of any methods, in one pass.",
+    epilog=common.EPILOG,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    suggest_commands=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+VERBS: dict[str, Any] = {"train": train, "chat": chat, "generate": generate, "doctor": doctor}
+# Verbs that are registered if their module is there; its top level must stay free of torch.
+_OPTIONAL_VERBS = ("demo",)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"weft {weft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _weft(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and other libraries' messages.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Fine-tune one frozen language model into many adapters, of any methods, in one pass."""
+
+
+def _register() -> None:
+    for verb in _OPTIONAL_VERBS:
+        if importlib.util.find_spec(f"weft.cli.{verb}") is not None:
+            function = getattr(importlib.import_module(f"weft.cli.{verb}"), verb, None)
+            VERBS.update({verb: function} if function is not None else {})
+    for verb, function in VERBS.items():
+        app.command(verb, epilog=common.EPILOG)(function)
+
+
+_register()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; ``argv`` are the words after ``weft``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Wherever it stands: people add it to the end of the line that has just failed.
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not debug:
+        common.quiet_libraries()
+    common.show_warnings()
+    try:
+        _check_verb(words)
+        code = typer.main.get_command(app).main(words, prog_name="weft", standalone_mode=False)
+        return code if isinstance(code, int) else common.DONE
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else common.DEFECT
+    except BaseException as error:
+        if debug and isinstance(error, Exception):
+            traceback.print_exc()
+        return _failure(error, as_json="--json" in words)
+
+
+def _check_verb(words: Sequence[str]) -> None:
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        raise UserError(f"there is no verb '{verb}'.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}.")
+
+
+def _failure(error: BaseException, *, as_json: bool) -> int:
+    """Say what went wrong and give the exit code."""
+    if isinstance(error, common.Interrupted):
+        common.say("interrupted before training began; nothing was written.")
+        return 128 + error.signum
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        common.say("interrupted.")
+        return common.INTERRUPTED
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error, file=sys.stderr)
+        return common.USAGE
+    message = _users_fault(error)
+    code = common.USAGE
+    if message is None:
+        code = common.DEFECT
+        message = f"{type(error).__name__}: {error}\nThis is a defect of Weft; --debug shows where it happened."
+    common.say(f"error: {message}")
+    if as_json:
+        common.print_json({"error": message})
+    return code
+
+
+def _users_fault(error: BaseException) -> str | None:
+    """The message for what the user can mend, or None for a defect."""
+    if isinstance(error, UserError):
+        return str(error)
+    # typer brings its own copy of click, or uses the installed one: told by what both have.
+    if hasattr(error, "format_message"):
+        context = getattr(error, "ctx", None)
+        hint = f" See '{context.command_path} --help'." if context is not None else ""
+        return f"{error.format_message()}{hint}"
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+        return f"{error.filename or 'a file'}: {error.strerror}."
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of GPU memory. Take a smaller batch_size (with more gradient_accumulation_steps), a smaller max_length, "
+            f"fewer jobs at once, or gradient_checkpointing: true. ({str(error).splitlines()[0]})"
+        )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

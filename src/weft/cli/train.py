@@ -1,0 +1,253 @@
+"""``weft train``: one base, one or many jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli import common
+from weft.cli.progress import Reporter, make_reporter
+from weft.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from weft.train.config import RunConfig
+    from weft.train.loop import TrainResult
+    from weft.train.run import Setup
+
+
+class Signals:
+    """SIGINT and SIGTERM: while loading they end the program; while training the first asks to save and leave."""
+
+    def __init__(self) -> None:
+        self.training = False
+        self.received: int | None = None
+
+    def stop(self) -> bool:
+        """Whether to save and leave."""
+        return self.received is not None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if not self.training:
+            raise common.Interrupted(signum)
+        if self.received is None:
+            self.received = signum
+            common.say("stopping: saving after this step (a second Ctrl-C leaves at once, without saving)")
+        elif signum == signal.SIGINT:
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h\n")  # the live display has hidden the cursor
+            os._exit(common.INTERRUPTED)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle both signals inside the block."""
+        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [KEY=VALUE]...",
+            help="The run's configuration, or the folder of a run to resume; then settings that win over it, such as "
+            "learning_rate=1e-3 or jobs.0.r=16 (docs/config.md has them all).",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base: a folder, a hub id or an embedded model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv or .txt.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method; repeat it to train several at once.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the run (default: runs/weft).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite_output_dir: Annotated[
+        bool, typer.Option("--overwrite-output-dir", help="Delete the run that is in the folder, and begin anew.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")] = False,
+) -> int:
+    """Train one or many adapters over one base.
+
+    weft train run.yaml learning_rate=1e-3
+
+    weft train --model DIR --data FILE --method lora --method prefix_tuning r=16
+    """
+    flags: dict[str, Any] = {"model": model, "data": data, "output_dir": output_dir}
+    flags |= {"method": None if not method else method[0] if len(method) == 1 else method}
+    flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
+    given = {key: value for key, value in flags.items() if value is not None}
+    signals = Signals()
+    with signals.installed():
+        settings = _settings(config or [], given)
+        return _run(settings, signals, as_json=as_json, quiet=quiet)
+
+
+def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
+    from weft.train.config import build_config, load_config, load_run_config
+
+    file = words[0] if words and "=" not in words[0] else None
+    overrides = words[1:] if file else words
+    stray = next((word for word in overrides if "=" not in word), None)
+    if stray is not None:
+        raise UserError(
+            f"{stray!r} is not of the form key=value.{nearest(stray, ('train',))} Only the first word may be a file."
+        )
+    if file is None:
+        if not flags and not overrides:
+            raise UserError("nothing to train: give a CONFIG.yaml, or --model, --data and --method.")
+        return build_config({}, overrides, flags=flags, source="command line")
+    if Path(file).is_dir():
+        return load_run_config(file, overrides, flags=flags)
+    return load_config(file, overrides, flags=flags)
+
+
+def _run(settings: RunConfig, signals: Signals, *, as_json: bool, quiet: bool) -> int:
+    from weft.train.run import train as run_training
+
+    reporter: list[Reporter] = []
+    jobs: list[dict[str, Any]] = []
+
+    def ready(setup: Setup) -> None:
+        # From here on a signal must let the trainer save.
+        signals.training = True
+        jobs.extend(_facts(setup))
+        if not quiet:
+            for line in _opening(setup, jobs):
+                (common.say if as_json else print)(line)
+        reporter.append(make_reporter([(j.name, 0, j.total_steps) for j in setup.jobs], quiet=quiet))
+
+    def event(value: Mapping[str, Any]) -> None:
+        reporter[0].event(value)
+
+    try:
+        result = run_training(settings, on_event=event, should_stop=signals.stop, on_ready=ready)
+    finally:
+        for each in reporter:
+            each.close()
+    summary = _summary(settings, result, jobs)
+    if as_json:
+        common.print_json(summary)
+    else:
+        _show(summary)
+    if signals.received is not None and not result.completed:
+        return 128 + signals.received
+    return common.JOB_FAILED if any(job["ended"] == "failed" for job in summary["jobs"]) else common.DONE
+
+
+def _facts(setup: Setup) -> list[dict[str, Any]]:
+    """What is known of each job before it trains."""
+    folder = Path(setup.config.output_dir) / "adapters"
+    return [
+        {
+            "name": job.name,
+            "method": job.config.method,
+            "trainable_parameters": job.adapter.num_trainable(),
+            "folder": str(folder / job.name),
+        }
+        for job in setup.jobs
+    ]
+
+
+def _opening(setup: Setup, jobs: list[dict[str, Any]]) -> Iterator[str]:
+    """PEFT's sentence for each job, and where it goes."""
+    base = sum(p.numel() for p in setup.base.model.parameters())
+    for job in jobs:
+        own = job["trainable_parameters"]
+        yield (
+            f"{job['name']}: trainable params: {own:,} || all params: {base + own:,} || "
+            f"trainable%: {100 * own / (base + own):.4f} -> {job['folder']}"
+        )
+
+
+def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The machine-readable result."""
+    logged = list(_metrics(Path(settings.output_dir)))
+    rows = []
+    for job in jobs:
+        state, name = result.jobs[job["name"]], job["name"]
+        losses = [e["loss"] for e in logged if e["event"] == "step" and e["job"] == name]
+        evals = [e["eval_loss"] for e in logged if e["event"] == "eval" and e["job"] == name]
+        folder = Path(job["folder"])
+        size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if result.completed else 0
+        rows.append(
+            {
+                **job,
+                "ended": state["ended"] or "interrupted",
+                "steps": state["step"],
+                "total_steps": state["total_steps"],
+                "loss": losses[-1] if losses else None,
+                "eval_loss_first": evals[0] if evals else None,
+                "eval_loss_best": state["best_eval_loss"],
+                "eval_loss_last": evals[-1] if evals else None,
+                "tokens": state["tokens"],
+                "tokens_per_second": round(state["tokens"] / state["seconds"], 1) if state["seconds"] else None,
+                "bytes": size,
+                "folder": job["folder"] if result.completed else None,
+            }
+        )
+    return {
+        "completed": result.completed,
+        "model": settings.model,
+        "output_dir": settings.output_dir,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 3),
+        "jobs": rows,
+    }
+
+
+def _metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The events that the run has logged, those before a resumption too."""
+    path = folder / "metrics.jsonl"
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
+def _show(summary: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    out = common.console()
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "job": lambda job: job["name"],
+        "method": lambda job: job["method"],
+        "params": lambda job: f"{job['trainable_parameters']:,}",
+        "steps": lambda job: f"{job['steps']}/{job['total_steps']}",
+        "loss": lambda job: _loss(job["loss"]),
+        "eval first": lambda job: _loss(job["eval_loss_first"]),
+        "best": lambda job: _loss(job["eval_loss_best"]),
+        "last": lambda job: _loss(job["eval_loss_last"]),
+        "tok/s": lambda job: "" if job["tokens_per_second"] is None else f"{job['tokens_per_second']:.0f}",
+        "file": lambda job: common.human_size(job["bytes"]) if job["bytes"] else "",
+        "ended": lambda job: job["ended"],
+    }
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading in ("job", "method", "ended") else "right", no_wrap=True)
+    for job in summary["jobs"]:
+        table.add_row(*(cell(job) for cell in columns.values()))
+    print()
+    out.print(table)
+    print()
+    # Under the table, not in it: a path that is cut cannot be copied.
+    if summary["completed"]:
+        for job in summary["jobs"]:
+            print(f"{job['name']} -> {job['folder']}")
+        print(f"talk to it:  weft chat {summary['output_dir']}")
+    else:
+        print(f"saved at step {summary['steps']}. Go on with:  weft train {summary['output_dir']} --resume")
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

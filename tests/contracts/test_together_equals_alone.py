@@ -1,0 +1,99 @@
+"""The central promise: jobs trained together end as the same jobs trained alone, weights and not only losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contracts import kit
+from weft.core.adapters import Adapters
+from weft.models import describe
+from weft.train import Job, JobConfig, Trainer
+
+# As unlike as jobs can be. A method that is not listed takes the last line.
+TRAINING: dict[str, dict] = {
+    "lora": {"batch_size": 4, "learning_rate": 1e-3, "weight_decay": 0.01},
+    "bitfit": {"batch_size": 3, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "share": 0.5},
+    "prompt_tuning": {"batch_size": 2, "gradient_accumulation_steps": 3, "optimizer": "sgd", "learning_rate": 0.05},
+    "prefix_tuning": {"batch_size": 5, "lr_scheduler_type": "constant", "warmup_steps": 10, "share": 0.9,
+                      "method_settings": {"num_virtual_tokens": 4, "prefix_projection": True}},
+    "bottleneck": {"batch_size": 1, "weight_decay": 0.1, "max_grad_norm": 0.3},
+}  # fmt: skip
+LENGTHS = {"lora": (3, 20), "bitfit": (5, 33), "prompt_tuning": (2, 9), "prefix_tuning": (3, 15), "bottleneck": (10, 40)}
+
+
+def job_config(method: str, steps: int) -> JobConfig:
+    """The job of one method."""
+    given = dict(TRAINING.get(method, {"batch_size": 2, "gradient_accumulation_steps": 2}))
+    settings = {**kit.SETTINGS.get(method, {}), **kit.DROPOUT.get(method, {}), **given.pop("method_settings", {})}
+    share = given.pop("share", 1.0)
+    return JobConfig(
+        name=method, method=method, method_settings=settings, steps=int(steps * share), seed=kit.ALL.index(method), **given
+    )
+
+
+def train(model: torch.nn.Module, methods: list[str], steps: int, **options: bool) -> dict[str, list[Tensor]]:
+    """The trained parameters and optimizer states of every job."""
+    adapters = Adapters(model, describe(model), **options)
+    jobs = []
+    for method in methods:
+        config = job_config(method, steps)
+        data = kit.samples(30, *LENGTHS.get(method, (3, 25)), seed=config.seed)
+        adapter = adapters.add(method, config.method_config(), seed=config.seed)
+        jobs.append(Job(config, adapter, data, data[:5]))
+    before = {job.name: kit.sha256(job.parameters) for job in jobs}
+    result = Trainer(adapters, jobs).run()
+    assert {entry["ended"] for entry in result.jobs.values()} == {"finished"}
+    out = {job.name: list(job.tensors().values()) for job in jobs}
+    assert all(kit.sha256(job.parameters) != before[job.name] for job in jobs), "a job that does not move proves nothing"
+    adapters.close()
+    return out
+
+
+def assert_bitwise(a: dict[str, list[Tensor]], b: dict[str, list[Tensor]], method: str) -> None:
+    """All tensors of one job are the same to the bit."""
+    assert all(torch.equal(x, y) for x, y in zip(a[method], b[method], strict=True)), method
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_after_200_steps_in_double_precision(kind: str) -> None:
+    model = kit.make_model(kind, torch.float64)
+    together = train(model, kit.ALL, 200)
+    for method in kit.ALL:
+        alone = train(model, [method], 200)
+        kit.measured(f"{kind} {method} together - alone", kit.difference(together[method], alone[method]), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
+def test_exact_mode_is_bitwise(kind: str, dtype: torch.dtype) -> None:
+    model = kit.make_model(kind, dtype)
+    steps = 30
+    together = train(model, kit.ALL, steps, exact=True)
+    reordered = train(model, kit.ALL[::-1], steps, exact=True)
+    for index, method in enumerate(kit.ALL):
+        alone = train(model, [method], steps, exact=True)
+        assert_bitwise(together, alone, method)
+        assert_bitwise(reordered, alone, method)
+        # Neighbours removed one by one: the rest must not notice.
+        neighbour = kit.ALL[(index + 1) % len(kit.ALL)]
+        assert_bitwise(train(model, [neighbour, method], steps // 3, exact=True),
+                       train(model, [method], steps // 3, exact=True), method)  # fmt: skip
+
+
+def test_exact_mode_with_checkpointing_is_bitwise() -> None:
+    model = kit.make_model("llama")
+    together = train(model, kit.ALL, 20, exact=True, checkpointing=True)
+    for method in kit.ALL:
+        assert_bitwise(together, train(model, [method], 20, exact=True, checkpointing=True), method)
+        assert_bitwise(together, train(model, [method], 20, exact=True), method)
+
+
+def test_on_the_padded_path() -> None:
+    """Falcon: the width of the padding is the longest neighbour's, and still nothing of it may be felt."""
+    model = kit.make_model("falcon", torch.float64)
+    together = train(model, kit.ALL, 12)
+    for method in kit.ALL:
+        alone = train(model, [method], 12)
+        kit.measured(f"falcon {method} together - alone", kit.difference(together[method], alone[method]), 1e-6)

@@ -1,0 +1,84 @@
+"""Every recipe is a complete run: it is loaded as it stands and run at a small size, on real data where it names it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from weft.evaluate.exact_match import decode
+from weft.generate import Request, generate
+from weft.train import load_config
+from weft.train.run import train
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def shared_data() -> Path:
+    return Path(os.environ.get("WEFT_SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+
+def load(name: str, out: Path, *overrides: str):
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    moved = [f"output_dir={out}"]
+    for key in ("model", "data"):
+        if str(values[key]).startswith("../shared/data"):
+            found = shared_data() / Path(values[key]).relative_to("../shared/data")
+            if not found.exists():
+                pytest.skip(f"needs the shared data: {found} is absent")
+            moved.append(f"{key}={found}")
+    return load_config(recipe, [*moved, *overrides])
+
+
+def eval_losses(folder: Path) -> list[float]:
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [event["eval_loss"] for event in events if event["event"] == "eval"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_runs(recipe, tmp_path):
+    result = train(load(recipe.stem, tmp_path / "run", "limit=40", "eval_size=8", "steps=2", "threads=1"))
+    assert result.completed
+
+
+def run_alpaca(tmp_path, *overrides: str) -> Path:
+    """Interrupt the run after its second checkpoint's worth of steps, go on, and talk to what came out."""
+    folder = tmp_path / "run"
+    seen = []
+    config = load("alpaca_stories260k", folder, *overrides)
+    first = train(config, on_event=seen.append, should_stop=lambda: sum(e["event"] == "eval" for e in seen) >= 3)
+    assert not first.completed
+    second = train(config.model_copy(update={"resume": True}))
+    assert second.completed
+    losses = eval_losses(folder)
+    assert len(losses) >= 4
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False)), losses
+    assert losses[-1] < 0.8 * losses[0]
+    return folder
+
+
+def chat_once(folder: Path) -> str:
+    from weft.data import Message
+    from weft.generate.open import open_target
+
+    opened = open_target(str(folder))
+    prompt = opened.renderer.prompt_ids([Message("user", "Name a fruit.")])
+    request = Request(prompt, opened.names[0], max_new_tokens=20)
+    (completion,) = generate(opened.adapters, [request], stop_ids={opened.renderer.eos_token_id})
+    return decode(opened.renderer.tokenizer, completion.ids)
+
+
+def test_alpaca_loss_falls_resumes_and_chats(tmp_path):
+    torch.set_num_threads(1)
+    folder = run_alpaca(tmp_path, "steps=60", "eval_steps=15", "save_steps=15", "eval_size=40")
+    assert chat_once(folder)
+
+
+@pytest.mark.slow
+def test_alpaca_at_full_size(tmp_path):
+    folder = run_alpaca(tmp_path)
+    assert chat_once(folder)
