@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 WORLD_SEED, CORPUS_SEED, TOKENIZER_SEED, HELD_OUT_SEED, INSTRUCTION_SEED, WEIGHT_SEED = 0, 1, 2, 3, 4, 5
 BASE_TEXTS = 160
 BLOCK, BATCH = 128, 8
-STEPS = {"tiny-llama": 3000, "tiny-bloom": 2600}
+STEPS = {"tiny-llama": 2400, "tiny-bloom": 2000}
 PEAK_LR = {"tiny-llama": 3e-3, "tiny-bloom": 3e-3}
 WARM_UP, FINAL_LR, WEIGHT_DECAY = 100, 0.05, 0.05
 
@@ -106,31 +106,36 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def optimizer_for(model: Model) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices alone."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
+def optimizers_for(model: Model) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and all vectors; both scaled to AdamW's rates."""
+    embedding = model.get_input_embeddings().weight
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": [embedding], "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(matrices, lr=0.0, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True),
+    ]
 
 
 def pretrain(name: str, model: Model, batches: Iterator[torch.Tensor], steps: int, minutes: float | None) -> float:
     """Trains in place and returns the mean loss of the last 50 steps; `minutes` replaces `steps` after 30 of them."""
-    optimizer, losses, start = optimizer_for(model), [], time.perf_counter()
+    optimizers, losses, start = optimizers_for(model), [], time.perf_counter()
     model.train()
     step = 0
     while step < steps:
         if minutes is not None and step == 30:
             steps = max(60, int(minutes * 60 / ((time.perf_counter() - start) / step)))
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, steps, PEAK_LR[name])
         batch = next(batches)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         step += 1
         if step % 100 == 0 or step == steps:

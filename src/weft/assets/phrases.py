@@ -24,14 +24,13 @@ NAMES_EN = _words(
     "Ada Ben Cora Dino Ella Finn Gina Hugo Iris Jack Kira Liam Mona Nico Olga Paul Rosa Sami Tara Vera Walt Xena "
     "Yuri Zoe Anton Bella Carl Diana Emil Flora Greta Hanna Igor Julia Kevin Laura Marco Nadia Oscar Petra Quinn "
     "Robin Simon Tessa Ursula Victor Wendy Alma Boris Clara David Elsa Frank Grace Henry Irma Jonas Karen Leon "
-    "Maria Nora Otto Pia Ralph Sonja Tomas Viola Wanda Yara Zeno Agnes Bruno Celia Doris Edgar Fiona Hilda Ivan "
-    "Klaus Linda"
+    "Maria"
 )
 # One character per person that no other person's name has: a base this small need not learn pairs of characters.
 SURNAMES_ZH = "王李张刘陈杨赵黄周吴徐孙"
 GIVEN_ZH = (
-    "梅伟芳娜敏静丽强磊军洋勇艳杰娟涛明超霞平刚英华玉萍鹏飞辉兰琴凯峰建国志斌宇浩轩博文欣怡佳琪雪晴雨婷倩颖琳洁莉莹岚蓉薇瑶珊"
-    "岩松柏林森楠栋梁坤乾宁康乐福禄寿喜祥瑞庆"
+    "梅伟芳娜敏静丽强磊军洋勇艳杰娟涛明超霞平刚英华玉萍鹏飞辉兰琴凯峰建国志斌宇浩轩博"
+    "文欣怡佳琪雪晴雨婷倩颖琳洁莉莹岚蓉薇瑶珊"
 )
 TOWNS = _pairs(
     "Oakford=橡津,Redhill=红岭,Millbay=磨湾,Stonewick=石维,Foxdale=狐谷,Larkham=雀甸,Winport=风港,"
@@ -87,10 +86,6 @@ GROUPS: dict[Word, list[Word]] = {
         "jasmine=茉莉,peony=牡丹,lotus=荷花,sunflower=向日葵"
     ),
 }
-DAYS = _pairs(
-    "Monday=星期一,Tuesday=星期二,Wednesday=星期三,Thursday=星期四,Friday=星期五,Saturday=星期六,Sunday=星期日"
-)
-
 # What each attribute is called on a card; the order is the order of the task tables.
 ATTRIBUTES: dict[str, Word] = {
     "home": ("home town", "家乡"),
@@ -360,7 +355,7 @@ REVIEW_QUESTIONS: dict[str, list[str]] = {
 # A record is told in a sentence and then as JSON; both records have a name, a thing and a detail.
 RECORD_KEYS: dict[str, tuple[Word, Word, Word]] = {
     "purchase": (("name", "姓名"), ("item", "物品"), ("price", "价格")),
-    "trip": (("name", "姓名"), ("town", "城镇"), ("day", "日期")),
+    "trip": (("name", "姓名"), ("town", "城镇"), ("days", "天数")),
 }
 RECORDS: dict[str, dict[str, list[str]]] = {
     "en": {
@@ -369,11 +364,11 @@ RECORDS: dict[str, dict[str, list[str]]] = {
             "For {d} coins {n} got the {t}.",
             "{n} paid {d} coins for the {t}.",
         ],
-        "trip": ["{n} travels to {t} on {d}.", "On {d} {n} takes a trip to {t}.", "{n} goes on {d} to {t}."],
+        "trip": ["{n} travels to {t} for {d} days.", "For {d} days {n} stays in {t}.", "{n} spends {d} days in {t}."],
     },
     "zh": {
         "purchase": ["{n}花{d}元买了{t}。", "{n}买{t}用了{d}元。", "{n}用{d}元买到{t}。"],
-        "trip": ["{n}在{d}去{t}旅行。", "{d}那天{n}前往{t}。", "{n}打算{d}到{t}游玩。"],
+        "trip": ["{n}去{t}旅行{d}天。", "{n}在{t}住{d}天。", "{n}花{d}天游玩{t}。"],
     },
 }
 RECORD_TALES: dict[str, list[str]] = {

@@ -20,7 +20,7 @@ Record = dict[str, str]  # one instruction: instruction, input, output, task, la
 TASKS = ("facts", "arithmetic", "sentiment", "classification", "json")
 TRAIN_PER_TASK = {"facts": 800, "arithmetic": 480, "sentiment": 320, "classification": 400, "json": 400}
 EVAL_PER_TASK = 40
-LARGEST_ADDEND, LARGEST_MINUEND, LARGEST_PRICE = 10, 12, 20
+LARGEST_ADDEND, LARGEST_MINUEND, LARGEST_COUNT = 10, 12, 20
 # How often the corpus tells each part of the world. People carry most facts, so they get most documents.
 SHARES = {"people": 38, "towns": 5, "things": 8, "sums": 18, "reviews": 7, "records": 24}
 # Cards put names and values at the head of a line, where an answer will stand.
@@ -145,17 +145,16 @@ def draw_record(
     """A sentence and the JSON that holds its three values in the fixed order of `phrases.RECORD_KEYS`."""
     at = LANGUAGES.index(language)
     kind = rng.choice(list(P.RECORD_KEYS))
-    things, last = (world.things, LARGEST_PRICE) if kind == "purchase" else (world.towns, len(P.DAYS))
+    things = world.things if kind == "purchase" else world.towns
     while True:
-        # All three fields decide: were it thing and detail alone, a base would learn which pairs never occur.
-        person, thing, detail = rng.choice(people), rng.randrange(len(things)), rng.randrange(last)
-        if is_held_out(world.people.index(person), thing, detail) == held_out:
+        # All three fields decide: were it thing and count alone, a base would learn which pairs never occur.
+        person, thing, count = rng.choice(people), rng.randrange(len(things)), rng.randint(2, LARGEST_COUNT)
+        if is_held_out(world.people.index(person), thing, count) == held_out:
             break
     name, what = person.name[at], things[thing].name[at]
-    value: int | str = detail + 1 if kind == "purchase" else P.DAYS[detail][at]
-    sentence = rng.choice(P.RECORDS[language][kind]).format(n=name, t=what, d=value)
+    sentence = rng.choice(P.RECORDS[language][kind]).format(n=name, t=what, d=count)
     keys = [key[at] for key in P.RECORD_KEYS[kind]]
-    return sentence, json.dumps(dict(zip(keys, (name, what, value), strict=True)), ensure_ascii=False)
+    return sentence, json.dumps(dict(zip(keys, (name, what, count), strict=True)), ensure_ascii=False)
 
 
 def tell_record(rng: random.Random, world: World, language: str) -> str:

@@ -1,2 +1,172 @@
-def chat() -> int:
-    return 0
+"""``weft chat``: talk to a run's adapters, to an adapter, or to a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weft.cli import common
+from weft.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from weft.data import Message
+    from weft.generate.open import Opened
+    from weft.generate.sampling import Sampling
+
+COMMANDS = {
+    "/help": "this list",
+    "/adapter NAME": "switch to another adapter, or to 'base'; the conversation goes on",
+    "/system TEXT": "set the system message and begin anew (without TEXT: none)",
+    "/reset": "begin a new conversation",
+    "/exit": "leave (so does Ctrl-D)",
+}
+
+
+def chat(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Folder of a run, of an adapter, or a model.")
+    ],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapters of the run to load; the first one answers. 'base' is the base.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (default: 256, or what fits).")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as in training), float32, bfloat16, float16")] = "auto",
+) -> int:
+    """Talk to a run's adapters, to an adapter, or to a model. Reads lines from stdin when that is no terminal.
+
+    weft chat runs/weft --adapter lora
+    """
+    from weft.generate.open import open_target
+    from weft.generate.sampling import Sampling
+
+    opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    first = (adapter or list(opened.names) or [None])[0]
+    talk = Conversation(opened, opened.adapter(first), system, sampling, max_new_tokens)
+    for note in (*opened.notes, talk.introduction()):
+        common.say(note)
+    for line in _lines():
+        try:
+            if not talk.take(line):
+                break
+        except UserError as error:
+            # One bad line does not end a conversation, but a script has to notice it.
+            if not sys.stdin.isatty():
+                raise
+            common.say(f"error: {error}")
+    return common.DONE
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or the lines of stdin."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            if line.strip():
+                yield line.rstrip("\r\n")
+        return
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its editing and history)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            return
+        if line.strip():
+            yield line
+
+
+class Conversation:
+    """The turns so far, and who answers."""
+
+    def __init__(
+        self, opened: Opened, adapter: str | None, system: str | None, sampling: Sampling, max_new_tokens: int | None
+    ) -> None:
+        self.opened, self.adapter, self.system = opened, adapter, system
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self.messages: list[Message] = []
+        self.reset()
+
+    def introduction(self) -> str:
+        """Who answers, and who else could."""
+        others = [name for name in (*self.opened.names, "base") if name != (self.adapter or "base")]
+        rest = f" (also there: {', '.join(others)}; /adapter NAME switches)" if self.opened.names and others else ""
+        return f"{self.adapter or 'base'} answers{rest}. /help lists the commands."
+
+    def reset(self) -> None:
+        """Forget the turns."""
+        from weft.data import Message
+
+        self.messages = [Message("system", self.system)] if self.system else []
+
+    def take(self, line: str) -> bool:
+        """Obey a command or answer a message; False if it was ``/exit``."""
+        word, _, rest = line.strip().partition(" ")
+        if not word.startswith("/"):
+            self.answer(line)
+            return True
+        if word in ("/exit", "/quit"):
+            return False
+        if word == "/help":
+            for command, meaning in COMMANDS.items():
+                common.say(f"  {command:<15} {meaning}")
+        elif word == "/reset":
+            self.reset()
+            common.say("a new conversation")
+        elif word == "/system":
+            self.system = rest.strip() or None
+            self.reset()
+            common.say("a new conversation, with this system message" if self.system else "a new conversation")
+        elif word == "/adapter":
+            self._switch(rest.strip())
+        else:
+            known = [command.split()[0] for command in COMMANDS]
+            raise UserError(f"there is no command '{word}'.{nearest(word, known)} Commands: {', '.join(known)}.")
+        return True
+
+    def _switch(self, name: str) -> None:
+        if name:
+            self.adapter = self.opened.adapter(name)
+        common.say(self.introduction())
+
+    def answer(self, text: str) -> None:
+        """Answer a message, printing the tokens as they come. Ctrl-C ends the answer, not the program."""
+        from weft.data import Message
+        from weft.generate import Request, generate
+        from weft.generate.text import TextStream
+
+        messages = [*self.messages, Message("user", text)]
+        prompt = self.opened.prompt_ids(messages)
+        what = "the conversation (/reset begins a new one)"
+        count = self.opened.room(len(prompt), self.adapter, self.max_new_tokens, what=what, clip=True)
+        stream = TextStream(self.opened.renderer.tokenizer)
+        said: list[str] = []
+
+        def show(index: int, token: int) -> None:
+            said.append(stream.push(token))
+            print(said[-1], end="", flush=True)
+
+        request = Request(prompt, self.adapter, count, self.sampling)
+        try:
+            generate(self.opened.adapters, [request], stop_ids=self.opened.stop_ids, on_token=show)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+        said.append(stream.flush())
+        print(said[-1], flush=True)
+        self.messages = [*messages, Message("assistant", "".join(said))]

@@ -22,11 +22,11 @@ TERMINATED = 143
 
 EXIT_CODES: dict[int, str] = {
     DONE: "done",
-    DEFECT: "a defect of Weft (run again with --debug for the traceback)",
-    USAGE: "your input cannot be used; the message says what and where",
-    JOB_FAILED: "training ended, but at least one job failed (loss or gradient not finite)",
-    INTERRUPTED: "interrupted by Ctrl-C; a training run is saved and can be resumed",
-    TERMINATED: "ended by SIGTERM; a training run is saved and can be resumed",
+    DEFECT: "a defect of Weft (--debug shows the traceback)",
+    USAGE: "the input cannot be used (the message says what and where)",
+    JOB_FAILED: "training ended, but a job failed (loss or gradient not finite)",
+    INTERRUPTED: "interrupted by Ctrl-C (a training run is saved and can be resumed)",
+    TERMINATED: "ended by SIGTERM (likewise)",
 }
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in sorted(EXIT_CODES.items())) + "."
 

@@ -1,2 +1,211 @@
-def generate() -> int:
-    return 0
+"""``weft generate``: answers to many prompts from many adapters in one batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli import common
+from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.data import Message, Record
+    from weft.generate.open import Opened
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text or a conversation, and where it comes from."""
+
+    content: str | list[Message]
+    source: str
+
+    def shown(self) -> Any:
+        """As JSON has it."""
+        if isinstance(self.content, str):
+            return self.content
+        return [{"role": message.role, "content": message.content} for message in self.content]
+
+
+def generate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Folder of a run, of an adapter, or a model.")
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="Prompts: a .txt with one per line, or .json/.jsonl/.csv records with prompt, instruction (and input), "
+            "question, text or messages; answers in them are left out.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapter that answers; may be repeated. 'base' is the base. Default: the first.")
+    ] = None,
+    all_adapters: Annotated[bool, typer.Option("--all-adapters", help="Every adapter of the run answers.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write one JSON line per answer.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
+    model: Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message before every prompt.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (default: 256, or what fits).")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws; every answer has its own generator.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that decode together.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as in training), float32, bfloat16, float16")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print all answers as one JSON object.")] = False,
+) -> int:
+    """Answer prompts with one or many adapters, all in one batch.
+
+    weft generate runs/weft --prompt "What is a loom?" --all-adapters
+    """
+    from weft.generate.open import open_target
+    from weft.generate.sampling import Sampling
+
+    if bool(prompt) == (input_file is not None):
+        raise UserError("give the prompts by --prompt TEXT (may be repeated) or by --input FILE, one of the two.")
+    if output is not None and output.exists() and not overwrite:
+        raise UserError(f"{output} is there already; take another name or --overwrite.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {output.absolute().parent} for {output.name}.")
+    if all_adapters and adapter:
+        raise UserError("--all-adapters and --adapter exclude each other.")
+    prompts = _read(input_file) if input_file else [Prompt(text, "--prompt") for text in prompt or ()]
+    opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
+    for note in opened.notes:
+        common.say(note)
+    who = _who(opened, adapter, all_adapters)
+    results = _answer(opened, prompts, who, system, max_new_tokens, Sampling(temperature, top_k, top_p, seed), raw,
+                      batch_size)  # fmt: skip
+    if output is not None:
+        _write(output, results)
+    if as_json:
+        common.print_json({"target": target, "results": results})
+    elif output is None:
+        _show(results)
+    else:
+        common.say(f"{len(results)} answers -> {output}")
+    return common.DONE
+
+
+def _who(opened: Opened, adapter: list[str] | None, everyone: bool) -> list[str | None]:
+    if adapter:
+        return list(dict.fromkeys(opened.adapter(name) for name in adapter))
+    if everyone or len(opened.names) < 2:
+        return list(opened.names) or [None]
+    first, *others = opened.names
+    common.say(f"{first} answers; also there: {', '.join(others)} (--adapter NAME, --all-adapters)")
+    return [first]
+
+
+def _answer(
+    opened: Opened,
+    prompts: Sequence[Prompt],
+    who: Sequence[str | None],
+    system: str | None,
+    max_new_tokens: int | None,
+    sampling: Any,
+    raw: bool,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    from weft.generate import Request
+    from weft.generate import generate as run
+    from weft.generate.text import decode
+
+    requests, owners = [], []
+    for prompt in prompts:
+        ids = _ids(opened, prompt, system, raw)
+        for name in who:
+            count = opened.room(len(ids), name, max_new_tokens, what=prompt.source)
+            requests.append(Request(ids, name, count, sampling))
+            owners.append(prompt)
+    completions = run(opened.adapters, requests, stop_ids=opened.stop_ids, batch_size=batch_size)
+    return [
+        {
+            "prompt": prompt.shown(),
+            "adapter": request.adapter or "base",
+            "text": decode(opened.renderer.tokenizer, done.ids),
+            "finish_reason": done.finish_reason,
+            "prompt_tokens": len(request.prompt),
+            "tokens": len(done.ids),
+        }
+        for prompt, request, done in zip(owners, requests, completions, strict=True)
+    ]
+
+
+def _ids(opened: Opened, prompt: Prompt, system: str | None, raw: bool) -> list[int]:
+    from weft.data import Message
+
+    content = prompt.content
+    if raw:
+        if not isinstance(content, str):
+            raise UserError(f"{prompt.source}: a conversation needs the chat template; --raw continues texts only.")
+        ids = opened.prompt_ids(content, raw=True)
+    else:
+        messages = [Message("user", content)] if isinstance(content, str) else content
+        ids = opened.prompt_ids([*([Message("system", system)] if system else []), *messages])
+    if not ids:
+        raise UserError(f"{prompt.source}: a prompt without a single token cannot be continued.")
+    return ids
+
+
+def _read(path: Path) -> list[Prompt]:
+    from weft.data import read_records
+
+    prompts = [_prompt(record) for record in read_records(path)]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts.")
+    return prompts
+
+
+def _prompt(record: Record) -> Prompt:
+    """The question of a record; what it holds of an answer is left out."""
+    from weft.data import Message
+
+    fields = record.fields
+    turns = fields.get("messages")
+    if isinstance(turns, list):
+        if not all(isinstance(t, dict) and isinstance(t.get("content"), str) and "role" in t for t in turns):
+            raise UserError(f"{record.source}: messages must be a list of objects with role and content, both text.")
+        messages = [Message(str(turn["role"]), turn["content"]) for turn in turns]
+        while messages and messages[-1].role == "assistant":
+            messages.pop()
+        return Prompt(messages, record.source)
+    for name in ("prompt", "instruction", "question", "text"):
+        if isinstance(fields.get(name), str):
+            extra = fields.get("input") if name == "instruction" else None
+            return Prompt(f"{fields[name]}\n{extra}" if extra else fields[name], record.source)
+    raise UserError(
+        f"{record.source}: no prompt in this record. It needs a field prompt, instruction, question, text or messages; "
+        f"it has {', '.join(map(repr, fields)) or 'none'}."
+    )
+
+
+def _write(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    part = path.with_name(f".{path.name}.unfinished")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results), encoding="utf-8")
+    part.replace(path)
+
+
+def _show(results: Sequence[dict[str, Any]]) -> None:
+    """The text alone if there is one answer, else each under a heading."""
+    if len(results) == 1:
+        print(results[0]["text"])
+        return
+    before = None
+    for row in results:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        if prompt != before:
+            print(f"\n# {prompt}" if before is not None else f"# {prompt}")
+            before = prompt
+        print(f"[{row['adapter']}] {row['text']}")

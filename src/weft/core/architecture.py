@@ -48,7 +48,10 @@ class Architecture:
             UserError: nothing matches; the message lists what could.
         """
         wanted: str | list[str] = targets if isinstance(targets, str) else list(targets)
-        found = [path for path in self.linears if _matches(path, wanted)]
+        try:
+            found = [path for path in self.linears if _matches(path, wanted)]
+        except re.error as error:
+            raise UserError(f"target_modules {wanted!r} is no regular expression: {error}.") from None
         if layers is not None:
             keep = tuple(f"{self.blocks[i]}." for i in layers if 0 <= i < self.num_layers)
             found = [path for path in found if path.startswith(keep)]

@@ -81,8 +81,9 @@ class LoraConfig(MethodConfig):
         how = entries.pop("init_lora_weights", True)
         if isinstance(how, str) and how.lower() not in _INITS_THAT_KEEP_THE_BASE:
             raise UserError(
-                f"adapter_config.json: 'init_lora_weights' is {how!r}, which also changed the base's own weights; on the plain "
-                "base the adapter would answer differently. Save it with path_initial_model_for_weight_conversion in peft."
+                f"adapter_config.json: 'init_lora_weights' is {how!r}, which also changed the base's own weights; on the "
+                "plain base the adapter would answer differently. Convert it in peft when saving: "
+                "path_initial_model_for_weight_conversion."
             )
         return super().from_peft(entries, keys)
 

@@ -88,10 +88,9 @@ def describe(model: nn.Module) -> Architecture:
 
 
 def _falcon_kv_heads(config: Any) -> int | None:
-    """Falcon has words of its own for grouped-query attention."""
-    if getattr(config, "new_decoder_architecture", False):
-        return config.num_kv_heads
-    return 1 if getattr(config, "multi_query", False) else None
+    """Falcon's keys as its cache holds them: one head in the 7B; the new architecture repeats its few for every query."""
+    few = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    return 1 if few else None
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from weft.assets import EMBEDDED_MODELS, model_path
@@ -107,9 +108,13 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer
     source, where, kind = resolve_model(name), resolve_device(device), resolve_dtype(dtype)
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers only warns, and fills them with random numbers.
+        raise UserError(f"the model {name!r} lacks {len(missing)} of its tensors: {', '.join(missing[:3])} ...")
     nn.Module.to(model, where).eval()
     if tokenizer is None:
         tokenizer = load_tokenizer(source)

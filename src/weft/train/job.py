@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,7 @@ class Job:
         self.optimizer = make_optimizer(config, self.parameters, self.rate)
         self.progress = Progress()
         self.best: list[Tensor] | None = None
+        self._order_of_epoch: tuple[int, list[int]] = (-1, [])
 
     @property
     def active(self) -> bool:
@@ -69,11 +71,16 @@ class Job:
     def micro_batches(self) -> list[list[Sample]]:
         """The samples of the coming optimizer step, one list per forward pass."""
         epoch, within = divmod(self.progress.step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "order", epoch))
-        order = torch.randperm(len(self.samples), generator=generator).tolist()
+        order = self._order(epoch)
         size, count = self.config.batch_size, self.config.gradient_accumulation_steps
         starts = range(within * size * count, min((within + 1) * size * count, len(order)), size)
         return [[self.samples[i] for i in order[start : start + size]] for start in starts]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._order_of_epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "order", epoch))
+            self._order_of_epoch = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
+        return self._order_of_epoch[1]
 
     def dropout_seed(self, micro: int) -> int:
         """For the ``micro``-th forward pass of the coming step."""
@@ -171,6 +178,7 @@ class Job:
         """``progress`` as JSON values."""
         return asdict(self.progress)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the tokenized training and evaluation data, in order."""
         digest = hashlib.sha256()

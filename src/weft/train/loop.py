@@ -120,7 +120,7 @@ class Trainer:
             "step": self.step,
             "environment": environment(),
             "jobs": {
-                job.name: {"progress": job.state(), "data": job.fingerprint(), "recent": self._recent[job.name]}
+                job.name: {"progress": job.state(), "data": job.fingerprint, "recent": self._recent[job.name]}
                 for job in self.jobs
             },
         }
@@ -165,9 +165,9 @@ class Trainer:
         for job in self.jobs:
             if not job.wants_evaluation():
                 continue
-            if self.should_stop():
+            loss = evaluate_loss(self.adapters, job.name, job.eval_samples, should_stop=self.should_stop)
+            if loss is None:
                 return False
-            loss = evaluate_loss(self.adapters, job.name, job.eval_samples)
             job.evaluated(loss)
             self._tell({"event": "eval", "job": job.name, "step": job.progress.step, "eval_loss": loss})
         return True
@@ -183,7 +183,7 @@ class Trainer:
         if names != before:
             raise UserError(f"cannot resume: the checkpoint's jobs are {before}, the configuration's are {names}.")
         for job in self.jobs:
-            if job.fingerprint() != state["jobs"][job.name]["data"]:
+            if job.fingerprint != state["jobs"][job.name]["data"]:
                 raise UserError(
                     f"cannot resume: the data of job '{job.name}' (file, tokenizer, template or length) is not what "
                     "the checkpoint was made with. Put it back, or begin a new run in another output_dir."

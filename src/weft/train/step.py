@@ -7,7 +7,7 @@ optimizer and clipping, and every job draws from its own seeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,11 +97,22 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
 
 
 @torch.no_grad()
-def evaluate_loss(adapters: Adapters, adapter: str | None, samples: Sequence[Sample], max_tokens: int = 4096) -> float:
-    """Mean loss per learned token over ``samples``, in passes of at most ``max_tokens`` tokens (or one sequence)."""
+def evaluate_loss(
+    adapters: Adapters,
+    adapter: str | None,
+    samples: Sequence[Sample],
+    max_tokens: int = 4096,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss per learned token over ``samples``, in passes of at most ``max_tokens`` tokens (or one sequence).
+
+    None if ``should_stop``, asked before every pass, said yes.
+    """
     total, weight, size = 0.0, 0.0, 0
     batch: list[Sample] = []
     for sample in (*samples, None):
+        if should_stop():
+            return None
         if batch and (sample is None or size + len(sample.input_ids) > max_tokens):
             (loss,) = forward_losses(adapters, [Work(adapter, batch)])
             total += float(loss)

@@ -1,0 +1,229 @@
+"""Opening what can be talked to: the folder of a run, an adapter in PEFT's layout, or a plain model.
+
+A run's folder answers by itself: it says which base, chat template, tokenizer and adapters belong together. If the run has
+not ended, its newest intact checkpoint stands in for the adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.assets import EMBEDDED_MODELS
+from weft.core.adapters import Adapters
+from weft.core.files import CONFIG, WEIGHTS, read_json
+from weft.data import Message, Renderer
+from weft.errors import UserError
+from weft.models import Base, load_base
+from weft.models.load import load_tokenizer
+from weft.train.config import RunConfig, read_run_config
+from weft.train.run import base_fingerprint
+from weft.train.store import RUN_FILE, RunStore
+
+BASE = "base"
+# Where neither the user nor the model sets a limit.
+_DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass
+class Opened:
+    """A base with adapters, and the renderer that their training used.
+
+    Attributes:
+        names: the adapters, in the run's order; empty for a plain model.
+        notes: what the user should know, such as that an adapter comes from a checkpoint.
+    """
+
+    base: Base
+    adapters: Adapters
+    renderer: Renderer
+    names: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends an answer: the tokenizer's, the model's and the renderer's."""
+        configured = getattr(self.base.model, "generation_config", None)
+        eos = getattr(configured, "eos_token_id", None)
+        ids = eos if isinstance(eos, list) else [eos]
+        return frozenset(
+            i for i in (*ids, self.base.tokenizer.eos_token_id, self.renderer.eos_token_id) if isinstance(i, int)
+        )
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter's name as ``Request`` wants it; ``base`` (unless an adapter is called so) and None are the base.
+
+        Raises:
+            UserError: there is no such adapter.
+        """
+        if name is None or (name == BASE and name not in self.names):
+            return None
+        self.adapters[name]
+        return name
+
+    def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt: a conversation, or a text that is one question (``raw``: that is continued as it is)."""
+        if not isinstance(prompt, str):
+            return self.renderer.prompt_ids(prompt)
+        if raw:
+            return list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"])
+        return self.renderer.prompt_ids([Message("user", prompt)])
+
+    def room(
+        self, length: int, adapter: str | None, wanted: int | None, *, what: str = "the prompt", clip: bool = False
+    ) -> int:
+        """How many tokens may follow a prompt of ``length``: ``wanted``, or what is usual and fits.
+
+        Raises:
+            UserError: the prompt leaves no room, or less than ``wanted`` (unless ``clip``).
+        """
+        limit = self.adapters.architecture.max_length
+        if limit is None:
+            return wanted or _DEFAULT_NEW_TOKENS
+        learned = 0
+        if adapter is not None:
+            learned = self.adapters[adapter].num_virtual_tokens + self.adapters[adapter].num_prefix_tokens
+        left = limit - length - learned
+        if left < (1 if clip or wanted is None else wanted):
+            taken = f"{length} tokens" + f" and the adapter's {learned}" * bool(learned)
+            asked = f" (max_new_tokens: {wanted})" * (wanted is not None)
+            raise UserError(f"{what}: {taken} of the model's {limit} positions leave no room for an answer{asked}.")
+        return min(wanted or _DEFAULT_NEW_TOKENS, left)
+
+    def close(self) -> None:
+        """Take the adapters off; the model is again the one that was loaded."""
+        self.adapters.close()
+
+
+def open_target(
+    target: str | Path,
+    *,
+    model: str | None = None,
+    adapters: Sequence[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Opened:
+    """Open a run's folder, an adapter's folder, or a model (folder, hub id, embedded name).
+
+    Args:
+        target: what to open.
+        model: the base to use instead of the one that the target names.
+        adapters: load only these of a run; default all. ``base`` is always there.
+        device, dtype: as in a run's configuration.
+
+    Raises:
+        UserError: nothing usable is there, a file is damaged, or the base is not the one that was trained on.
+    """
+    folder = Path(target).expanduser()
+    if (folder / RUN_FILE).is_file():
+        return _open_run(folder, model, adapters, device, dtype)
+    if (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file():
+        run = folder.absolute().parent.parent
+        if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
+            return _open_run(run, None, [folder.absolute().name], device, dtype)
+        return _open_adapter(folder, model, device, dtype)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no run ({RUN_FILE}), no adapter ({CONFIG}) and no model (config.json). Give one of these, "
+            "a hub id, or the name of an embedded model."
+        )
+    base = load_base(model or str(target), device=device, dtype=dtype)
+    return Opened(base, Adapters(base.model, base.architecture), Renderer(base.tokenizer))
+
+
+def _open_adapter(folder: Path, model: str | None, device: str, dtype: str) -> Opened:
+    named = read_json(folder / CONFIG).get("base_model_name_or_path")
+    source = model or named
+    if not source or not isinstance(source, str):
+        raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
+    # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
+    tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
+    try:
+        base = load_base(source, device=device, dtype=dtype, tokenizer=tokenizer)
+    except UserError as error:
+        hint = "" if model else f" ({CONFIG} names this base; --model takes another place)"
+        raise UserError(f"{error}{hint}") from None
+    opened = Opened(base, Adapters(base.model, base.architecture), Renderer(base.tokenizer))
+    name = re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
+    opened.adapters.load(name, folder, tokenizer=base.tokenizer)
+    opened.names = (name,)
+    return opened
+
+
+def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, device: str, dtype: str) -> Opened:
+    config = read_run_config(folder)
+    store = RunStore(folder)
+    names = [job.name for job in config.jobs]
+    keep = names if wanted is None else [name for name in names if name in wanted]
+    unknown = [name for name in wanted or () if name not in names and name != BASE]
+    if unknown:
+        raise UserError(f"{folder} has no adapter '{unknown[0]}'; there are: {', '.join(names)} (and {BASE}).")
+    tokenizer = load_tokenizer(str(store.tokenizer)) if store.tokenizer.is_dir() else None
+    recorded = store.read_run().get("base")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    source = model or _base_of(config, recorded)
+    base = load_base(
+        source, device=device, dtype=config.dtype if dtype == "auto" else dtype, tokenizer=tokenizer
+    )
+    if model is None and dtype == "auto" and recorded:
+        _same_base(base, recorded, folder)
+    opened = Opened(
+        base, Adapters(base.model, base.architecture), Renderer(base.tokenizer, chat_template=config.chat_template)
+    )
+    try:
+        _add_adapters(opened, store, config, keep)
+    except BaseException:
+        opened.close()
+        raise
+    opened.names = tuple(keep)
+    return opened
+
+
+def _base_of(config: RunConfig, recorded: dict[str, Any]) -> str:
+    """The configuration's own word may be a path relative to where the run was started."""
+    path = recorded.get("model")
+    if config.model not in EMBEDDED_MODELS and isinstance(path, str) and Path(path).is_dir():
+        return path
+    return config.model
+
+
+def _same_base(base: Base, recorded: dict[str, Any], folder: Path) -> None:
+    found = base_fingerprint(base)
+    if any(found[key] != recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors")):
+        raise UserError(
+            f"the model at {base.name} is not the one that {folder} was trained on: its tensors have changed since. "
+            "Put the old one back; or name a base with --model to use it all the same."
+        )
+
+
+def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Sequence[str]) -> None:
+    tokenizer = opened.base.tokenizer
+    unfinished = []
+    for name in names:
+        folder = store.adapters / name
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            opened.adapters.load(name, folder, tokenizer=tokenizer)
+        else:
+            unfinished.append(name)
+    if not unfinished:
+        return
+    found = store.latest()
+    if found is None:
+        raise UserError(f"{store.folder} has neither finished adapters nor a checkpoint yet; wait for one (save_steps).")
+    state, tensors, warnings = found
+    opened.notes += [*warnings, f"the run is not finished: {', '.join(unfinished)} as of step {state['step']}"]
+    jobs = {job.name: job for job in config.jobs}
+    for name in unfinished:
+        adapter = opened.adapters.add(name, jobs[name].method_config(), seed=jobs[name].seed, tokenizer=tokenizer)
+        stored = tensors.get(name, {})
+        with torch.no_grad():
+            for key, parameter in adapter.named_parameters():
+                value = stored.get(f"parameter.{key}")
+                if value is None or value.shape != parameter.shape:
+                    raise UserError(f"{store.folder}: the checkpoint of step {state['step']} does not fit job '{name}'.")
+                parameter.copy_(value)

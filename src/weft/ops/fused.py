@@ -1,0 +1,163 @@
+"""What stands between the matrix products of a Llama block, as single autograd nodes made for a CPU.
+
+Written as separate torch operations, each of these reads and writes whole [N, d] tensors from memory several times, casts
+them to fp32 and back, and keeps the intermediate results for the backward pass. Here rows go in blocks that stay in the
+cache through all steps, and only inputs are kept. Notation: N rows, d their width.
+
+Nothing is ever written into a tensor that was given: a second backward pass over a retained graph is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 2**18  # numbers per block: 1 MiB in fp32, of which every core's L2 holds its share (measured)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, BLOCK // width)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps x and the rows' 1 / rms [N, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        n, d = x.shape
+        out, rstd = torch.empty_like(x), x.new_empty(n, 1, dtype=_wide(x.dtype))
+        block = min(n, max(1, BLOCK // d))
+        h, square = (x.new_empty(block, d, dtype=rstd.dtype) for _ in range(2))
+        for rows in _blocks(n, d):
+            size = rows.stop - rows.start
+            h_b, r_b, out_b = h[:size].copy_(x[rows]), rstd[rows], out[rows]
+            torch.mean(torch.mul(h_b, h_b, out=square[:size]), -1, keepdim=True, out=r_b)
+            r_b.add_(eps).rsqrt_()
+            out_b.copy_(h_b.mul_(r_b)).mul_(weight)
+        ctx.save_for_backward(x, rstd, weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+        """With h = x rstd and g = weight dy:  dx = rstd (g - h mean(g h))."""
+        x, rstd, weight = ctx.saved_tensors
+        n, d = x.shape
+        dx = torch.empty_like(x)
+        block = min(n, max(1, BLOCK // d))
+        h, g, product = (x.new_empty(block, d, dtype=rstd.dtype) for _ in range(3))
+        scaled = x.new_empty(block, d)
+        for rows in _blocks(n, d):
+            size = rows.stop - rows.start
+            r_b = rstd[rows]
+            h_b = h[:size].copy_(x[rows]).mul_(r_b)
+            g_b = g[:size].copy_(torch.mul(d_out[rows], weight, out=scaled[:size]))
+            mean = torch.mul(g_b, h_b, out=product[:size]).mean(-1, keepdim=True)
+            dx[rows].copy_(g_b.addcmul_(h_b, mean, value=-1).mul_(r_b))
+        return dx, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * (x / sqrt(mean(x^2) + eps))`` (Zhang & Sennrich 2019), for a frozen weight.
+
+    x [..., d], weight [d], one dtype; the norm is computed in fp32 (fp64 for fp64) and rounded to x's dtype before it is
+    multiplied, as transformers' LlamaRMSNorm does it.
+    """
+    return _RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view_as(x)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rms_norm``, operation by operation."""
+    h = x.to(_wide(x.dtype))
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Keeps gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        for rows in _blocks(*gate.shape):
+            out_b = out[rows]
+            torch.ops.aten.silu.out(gate[rows], out=out_b)
+            out_b.mul_(up[rows])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        for rows in _blocks(*gate.shape):
+            gate_b, d_out_b, d_gate_b, d_up_b = gate[rows], d_out[rows], d_gate[rows], d_up[rows]
+            torch.ops.aten.silu.out(gate_b, out=d_up_b)
+            d_up_b.mul_(d_out_b)
+            torch.mul(d_out_b, up[rows], out=d_gate_b)
+            torch.ops.aten.silu_backward.grad_input(d_gate_b, gate_b, grad_input=d_gate_b)
+        return d_gate, d_up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer 2020) of [..., d] each."""
+    width = gate.shape[-1]
+    return _SwiGlu.apply(gate.reshape(-1, width).contiguous(), up.reshape(-1, width).contiguous()).view_as(gate)
+
+
+def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
+    """``swiglu``, operation by operation."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + rotate_half(x) sin, of x [N, H, D], cos and sin [N, 1, D]; two dtypes never mix."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    for rows in _blocks(x.shape[0], x.shape[1] * x.shape[2]):
+        x_b, out_b, sin_b = x[rows], out[rows], sin[rows]
+        torch.mul(x_b, cos[rows], out=out_b)
+        out_b[..., :half].addcmul_(x_b[..., half:], sin_b[..., :half], value=-1)
+        out_b[..., half:].addcmul_(x_b[..., :half], sin_b[..., half:])
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    """Keeps cos and sin, which every layer shares. The gradient is the rotation backwards: dx = dy cos + R^T (dy sin)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        # R^T (dy sin) = -R(dy swapped(sin)); the halves of sin are swapped because R moves them along with dy.
+        return _rotate(d_out.contiguous(), cos, -sin.roll(sin.shape[-1] // 2, -1)), None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021) in the half-split form of GPT-NeoX and Llama.
+
+    x [N, H, D] (a projection's memory order), cos and sin [N, D]; returns [N, H, D].
+    """
+    return _Rotary.apply(x.contiguous(), cos[:, None], sin[:, None])
+
+
+def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``rotary``, operation by operation."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]

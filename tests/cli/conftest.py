@@ -1,0 +1,58 @@
+"""Running the command line inside the test's process."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass
+class Run:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def weft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """``weft("train", …, stdin="…")`` in an empty working directory."""
+    from weft.cli.main import main
+
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*words: object, stdin: str = "") -> Run:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        before = dict(os.environ)
+        try:
+            code = main([str(word) for word in words])
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            logging.getLogger("weft").propagate = True
+        captured = capsys.readouterr()
+        return Run(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_dir(tiny_llama_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two jobs, trained through the command line."""
+    from weft.cli.main import main
+
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    words = ["train", "--model", tiny_llama_dir, "--data", tiny_data, "--method", "lora", "--method", "prefix_tuning"]
+    settings = ["num_virtual_tokens=4", "steps=4", "eval_size=4", "logging_steps=1", "--output-dir", folder, "--quiet"]
+    assert main([str(word) for word in (*words, *settings)]) == 0
+    return folder
