@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _CORPUS = [
@@ -56,7 +56,7 @@ def _save(folder: Path, model: Any, tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers, hidden size 32, grouped-query attention (4 heads, 2 for keys), 256 positions, no biases."""
+    """A Llama of two layers, hidden size 32, grouped-query attention (4 heads, 2 for keys), 256 positions; no bias."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -174,7 +174,9 @@ def test_a_run_is_not_overwritten(weft: Callable[..., Any], place: dict[str, Pat
         ("adapters/lora/weft.json", '{"method": "lora", "config": {"r": 2}}', "shape"),
     ],
 )
-def test_damaged_run(weft: Callable[..., Any], run_dir: Path, tmp_path: Path, file: str, content: str, expected: str) -> None:
+def test_damaged_run(
+    weft: Callable[..., Any], run_dir: Path, tmp_path: Path, file: str, content: str, expected: str
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     (copy / file).write_text(content, encoding="utf-8")
@@ -207,7 +209,8 @@ def test_another_base_than_the_one_trained_on(
     other = tmp_path / "other"
     shutil.copytree(tiny_llama_dir, other)
     tensors = load_file(other / "model.safetensors")
-    save_file({k: v + 0.5 if v.dim() == 1 else v for k, v in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    changed = {key: value + 0.5 if value.dim() == 1 else value for key, value in tensors.items()}
+    save_file(changed, other / "model.safetensors", {"format": "pt"})
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
     stored = json.loads((run / "run.json").read_text())

@@ -45,7 +45,7 @@ def values_and_gradients(
     """Logits of every sequence, and the gradients of a function of them, over all ``groups`` (one pass each)."""
     adapters = kit.open_with_all(model, dropout=dropout, **options)
     logits = [adapters.logits(h) for parts in groups for h in kit.hidden_of(adapters, parts)]
-    torch.autograd.backward([x.square().mean() for x in logits])
+    torch.autograd.backward([x.square().mean() for x in logits if x.requires_grad])
     grads = {name: kit.gradients(adapters[name]) for name in kit.ALL}
     adapters.close()
     return [x.detach() for x in logits], grads

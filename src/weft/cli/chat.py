@@ -34,7 +34,7 @@ def chat(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (default: 256, or what fits).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (256, or what fits).")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")] = 0,
@@ -51,8 +51,8 @@ def chat(
 
     opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    first = (adapter or list(opened.names) or [None])[0]
-    talk = Conversation(opened, opened.adapter(first), system, sampling, max_new_tokens)
+    names = [*(adapter or opened.names), None]
+    talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens)
     for note in (*opened.notes, talk.introduction()):
         common.say(note)
     for line in _lines():

@@ -133,7 +133,8 @@ def _machine() -> Iterator[Check]:
     yield Check("machine", "cores", OK, f"{cores}")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.split()[1:]}
+        pairs = (line.split() for line in meminfo.read_text().splitlines())
+        kib = {words[0].rstrip(":"): int(words[1]) for words in pairs if len(words) > 1}
         free, total = (common.human_size(kib.get(key, 0) * 1024) for key in ("MemAvailable", "MemTotal"))
         yield Check("machine", "memory", OK, f"{free} of {total} free")
     disk = shutil.disk_usage(".")
@@ -187,12 +188,12 @@ def train_one_step(method: str) -> str:
         config = JobConfig(name="check", method=method, steps=1, batch_size=2, warmup_ratio=0)
         fields = type(config.method_config()).model_fields
         config = config.model_copy(update={"method_settings": {k: v for k, v in settings.items() if k in fields}})
-        samples = [Sample([1, 5, 9, 7, 3], [0.0, 0.0, 1.0, 1.0, 1.0], "check"), Sample([2, 4, 6], [0.0, 1.0, 1.0], "check")]
+        samples = [Sample(ids, [0.0, *[1.0] * (len(ids) - 1)], "check") for ids in ([1, 5, 9, 7, 3], [2, 4, 6])]
         job = Job(config, adapters.add("check", config.method_config()), samples)
         before = evaluate_loss(adapters, "check", samples)
         result = train_step(adapters, [job])["check"]
         after = evaluate_loss(adapters, "check", samples)
-        if not after < before or result.grad_norm <= 0:
+        if before is None or after is None or not after < before or result.grad_norm <= 0:
             raise ValueError(f"one step took the loss from {before:.4f} to {after:.4f}")
         return f"one step: loss {before:.4f} -> {after:.4f}"
     finally:

@@ -42,12 +42,13 @@ def generate(
         typer.Option(
             "--input",
             metavar="FILE",
-            help="Prompts: a .txt with one per line, or .json/.jsonl/.csv records with prompt, instruction (and input), "
-            "question, text or messages; answers in them are left out.",
+            help="Prompts: a .txt with one per line, or .json/.jsonl/.csv records with prompt, instruction (and "
+            "input), question, text or messages; answers in them are left out.",
         ),
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="Adapter that answers; may be repeated. 'base' is the base. Default: the first.")
+        list[str] | None,
+        typer.Option(help="Adapter that answers; may be repeated. 'base' is the base. Default: the first."),
     ] = None,
     all_adapters: Annotated[bool, typer.Option("--all-adapters", help="Every adapter of the run answers.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write one JSON line per answer.")] = None,
@@ -55,7 +56,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
     model: Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")] = None,
     system: Annotated[str | None, typer.Option(help="System message before every prompt.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (default: 256, or what fits).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (256, or what fits).")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")] = 0,

@@ -121,17 +121,27 @@ def _users_fault(error: BaseException) -> str | None:
         return str(error)
     # typer brings its own copy of click, or uses the installed one: told by what both have.
     if hasattr(error, "format_message"):
-        context = getattr(error, "ctx", None)
-        hint = f" See '{context.command_path} --help'." if context is not None else ""
-        return f"{error.format_message()}{hint}"
+        return _usage(error)
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
         return f"{error.filename or 'a file'}: {error.strerror}."
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            "out of GPU memory. Take a smaller batch_size (with more gradient_accumulation_steps), a smaller max_length, "
-            f"fewer jobs at once, or gradient_checkpointing: true. ({str(error).splitlines()[0]})"
+            "out of GPU memory. Take a smaller batch_size (with more gradient_accumulation_steps), a smaller "
+            f"max_length, fewer jobs at once, or gradient_checkpointing: true. ({str(error).splitlines()[0]})"
         )
     return None
+
+
+def _usage(error: Any) -> str:
+    """What the argument parser complains of, and where to look."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "weft"
+    message = str(error.format_message()).rstrip()
+    message += "" if message.endswith((".", "?", "!")) else "."
+    option = str(getattr(error, "option_name", "")).lstrip("-")
+    if option and command.endswith(" train"):
+        message += f" Settings are written without dashes: {option.replace('-', '_')}=VALUE."
+    return f"{message} See '{command} --help'."
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class LiveReporter:
 
     def event(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "warning":
-            self.console.print(f"warning: {event['message']}")
+            self.console.print(f"warning: {event['message']}", markup=False, highlight=False)
         elif event["event"] == "eval":
             self.rows[event["job"]].eval_loss = event["eval_loss"]
         elif event["event"] == "step":

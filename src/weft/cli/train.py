@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ import typer
 
 from weft.cli import common
 from weft.cli.progress import Reporter, make_reporter
-from weft.errors import UserError, nearest
+from weft.errors import UserError
 
 if TYPE_CHECKING:
     from weft.train.config import RunConfig
@@ -30,9 +31,14 @@ class Signals:
     def __init__(self) -> None:
         self.training = False
         self.received: int | None = None
+        self._told = False
 
     def stop(self) -> bool:
-        """Whether to save and leave."""
+        """Whether to save and leave; says so once."""
+        # Not said by the handler: it may have interrupted a print, and printing again there raises.
+        if self.received is not None and not self._told:
+            self._told = True
+            common.say("stopping: saving after this step (Ctrl-C leaves at once, without saving)")
         return self.received is not None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
@@ -40,7 +46,6 @@ class Signals:
             raise common.Interrupted(signum)
         if self.received is None:
             self.received = signum
-            common.say("stopping: saving after this step (a second Ctrl-C leaves at once, without saving)")
         elif signum == signal.SIGINT:
             if sys.stderr.isatty():
                 os.write(2, b"\x1b[?25h\n")  # the live display has hidden the cursor
@@ -101,9 +106,7 @@ def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
     overrides = words[1:] if file else words
     stray = next((word for word in overrides if "=" not in word), None)
     if stray is not None:
-        raise UserError(
-            f"{stray!r} is not of the form key=value.{nearest(stray, ('train',))} Only the first word may be a file."
-        )
+        raise UserError(f"{stray!r} is not of the form key=value. Only the first word may be a file.")
     if file is None:
         if not flags and not overrides:
             raise UserError("nothing to train: give a CONFIG.yaml, or --model, --data and --method.")
@@ -215,38 +218,50 @@ def _metrics(folder: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "job": lambda job: job["name"],
+    "method": lambda job: job["method"],
+    "params": lambda job: f"{job['trainable_parameters']:,}",
+    "steps": lambda job: f"{job['steps']}/{job['total_steps']}",
+    "loss": lambda job: _loss(job["loss"]),
+    "eval first": lambda job: _loss(job["eval_loss_first"]),
+    "best": lambda job: _loss(job["eval_loss_best"]),
+    "last": lambda job: _loss(job["eval_loss_last"]),
+    "tok/s": lambda job: "" if job["tokens_per_second"] is None else f"{job['tokens_per_second']:.0f}",
+    "file": lambda job: common.human_size(job["bytes"]) if job["bytes"] else "",
+    "ended": lambda job: job["ended"],
+}
+
+
 def _show(summary: Mapping[str, Any]) -> None:
+    from rich.measure import Measurement
     from rich.table import Table
 
     out = common.console()
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "job": lambda job: job["name"],
-        "method": lambda job: job["method"],
-        "params": lambda job: f"{job['trainable_parameters']:,}",
-        "steps": lambda job: f"{job['steps']}/{job['total_steps']}",
-        "loss": lambda job: _loss(job["loss"]),
-        "eval first": lambda job: _loss(job["eval_loss_first"]),
-        "best": lambda job: _loss(job["eval_loss_best"]),
-        "last": lambda job: _loss(job["eval_loss_last"]),
-        "tok/s": lambda job: "" if job["tokens_per_second"] is None else f"{job['tokens_per_second']:.0f}",
-        "file": lambda job: common.human_size(job["bytes"]) if job["bytes"] else "",
-        "ended": lambda job: job["ended"],
-    }
-    for heading in columns:
+    for heading in _COLUMNS:
         table.add_column(heading, justify="left" if heading in ("job", "method", "ended") else "right", no_wrap=True)
     for job in summary["jobs"]:
-        table.add_row(*(cell(job) for cell in columns.values()))
+        table.add_row(*(cell(job) for cell in _COLUMNS.values()))
     print()
-    out.print(table)
+    if Measurement.get(out, out.options.update(max_width=1000), table).maximum <= out.width:
+        out.print(table)
+    else:
+        # A table that is cut says nothing; on a narrow screen every job gets a few lines instead.
+        for job in summary["jobs"]:
+            cells = {heading: cell(job) for heading, cell in _COLUMNS.items()}
+            print("{job} ({method}): {ended}, {steps} steps, {params} params {file}".format(**cells).rstrip())
+            losses = [f"{heading} {cells[heading]}" for heading in ("loss", "eval first", "best", "last", "tok/s")]
+            print("  " + "  ".join(text for text in losses if not text.endswith(" ")))
     print()
     # Under the table, not in it: a path that is cut cannot be copied.
     if summary["completed"]:
         for job in summary["jobs"]:
             print(f"{job['name']} -> {job['folder']}")
-        print(f"talk to it:  weft chat {summary['output_dir']}")
+        print(f"talk to it:  weft chat {shlex.quote(summary['output_dir'])}")
     else:
-        print(f"saved at step {summary['steps']}. Go on with:  weft train {summary['output_dir']} --resume")
+        again = f"weft train {shlex.quote(summary['output_dir'])} --resume"
+        print(f"saved at step {summary['steps']}. Go on with:  {again}")
 
 
 def _loss(value: float | None) -> str:

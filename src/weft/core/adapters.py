@@ -67,7 +67,7 @@ class Adapters:
         if exact:
             # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
             # summed, must not depend on which methods the neighbours use.
-            for path in (*architecture.linears, *architecture.norms):
+            for path in (*architecture.linears, *architecture.norms, *architecture.activations):
                 attach(model.get_submodule(path), path, self.router)
         if checkpointing:
             for path in architecture.blocks:
@@ -144,7 +144,7 @@ class Adapters:
         """Remove every adapter and every trace: the model is again the one that was loaded."""
         for name in self.names:
             self.remove(name)
-        for path in (*self.architecture.linears, *self.architecture.norms):
+        for path in (*self.architecture.linears, *self.architecture.norms, *self.architecture.activations):
             detach(self.model.get_submodule(path))
         for path in self.architecture.blocks:
             disable_checkpointing(self.model.get_submodule(path))

@@ -34,6 +34,8 @@ class Architecture:
     norms: tuple[str, ...]
     attention_output: tuple[str, ...]
     mlp_output: tuple[str, ...]
+    # Element-wise functions that are modules: their last few elements take another code path than the rest.
+    activations: tuple[str, ...] = ()
     max_length: int | None = None
     # Makes the model attend along the packed stream; None: the model only works on padded batches.
     install_attention: AttentionInstaller | None = None
@@ -79,6 +81,12 @@ def is_linear(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether the module is a LayerNorm, an RMSNorm or one of their kin."""
     return "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module is an activation function of torch or transformers."""
+    home, name = type(module).__module__, type(module).__name__.lower()
+    return home in ("torch.nn.modules.activation", "transformers.activations") or "gelu" in name
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -154,9 +154,17 @@ def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tenso
 
 def _padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tensor) -> Any:
     """A transformers cache holding every row's prefix, right-aligned; what is not there is masked by the caller."""
-    from transformers import DynamicCache
+    from transformers.cache_utils import Cache, DynamicLayer
 
-    cache = DynamicCache()
+    class PrefixLayer(DynamicLayer):
+        """Keeps the prefix and nothing else: a checkpointed block shows its keys twice."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                return super().update(key_states, value_states)
+            return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+    cache = Cache(layer_class_to_replicate=PrefixLayer)
     layers = len(next(iter(stream.route.prefixes.values())))
     some_key, some_value = next(iter(stream.route.prefixes.values()))[0]
     for layer in range(layers):

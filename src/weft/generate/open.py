@@ -1,7 +1,7 @@
 """Opening what can be talked to: the folder of a run, an adapter in PEFT's layout, or a plain model.
 
-A run's folder answers by itself: it says which base, chat template, tokenizer and adapters belong together. If the run has
-not ended, its newest intact checkpoint stands in for the adapters.
+A run's folder answers by itself: it says which base, chat template, tokenizer and adapters belong together. If the run
+has not ended, its newest intact checkpoint stands in for the adapters.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Opened:
         return name
 
     def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: a conversation, or a text that is one question (``raw``: that is continued as it is)."""
+        """Token ids of a prompt: a conversation, or a text that is one question (``raw``: to be continued)."""
         if not isinstance(prompt, str):
             return self.renderer.prompt_ids(prompt)
         if raw:
@@ -167,9 +167,7 @@ def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, dev
     recorded = store.read_run().get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
     source = model or _base_of(config, recorded)
-    base = load_base(
-        source, device=device, dtype=config.dtype if dtype == "auto" else dtype, tokenizer=tokenizer
-    )
+    base = load_base(source, device=device, dtype=config.dtype if dtype == "auto" else dtype, tokenizer=tokenizer)
     if model is None and dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
     opened = Opened(
@@ -214,7 +212,7 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
         return
     found = store.latest()
     if found is None:
-        raise UserError(f"{store.folder} has neither finished adapters nor a checkpoint yet; wait for one (save_steps).")
+        raise UserError(f"{store.folder} has neither finished adapters nor a checkpoint yet (see save_steps).")
     state, tensors, warnings = found
     opened.notes += [*warnings, f"the run is not finished: {', '.join(unfinished)} as of step {state['step']}"]
     jobs = {job.name: job for job in config.jobs}
@@ -225,5 +223,5 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
             for key, parameter in adapter.named_parameters():
                 value = stored.get(f"parameter.{key}")
                 if value is None or value.shape != parameter.shape:
-                    raise UserError(f"{store.folder}: the checkpoint of step {state['step']} does not fit job '{name}'.")
+                    raise UserError(f"{store.folder}: the checkpoint does not fit the configuration of job '{name}'.")
                 parameter.copy_(value)

@@ -65,8 +65,9 @@ class LoraConfig(MethodConfig):
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         entries = self.model_dump(mode="json")
-        if self.layers_to_transform is not None:
-            # PEFT refuses layers beside a regular expression (or "all-linear"); whole paths say the same.
+        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if pattern or self.layers_to_transform is not None:
+            # PEFT applies an expression to every module (a norm would be an error) and refuses layers beside one.
             entries["target_modules"] = architecture.match(self.target_modules, self.layers_to_transform)
             entries["layers_to_transform"] = None
         gpt2 = architecture.model_type == "gpt2"
@@ -81,8 +82,8 @@ class LoraConfig(MethodConfig):
         how = entries.pop("init_lora_weights", True)
         if isinstance(how, str) and how.lower() not in _INITS_THAT_KEEP_THE_BASE:
             raise UserError(
-                f"adapter_config.json: 'init_lora_weights' is {how!r}, which also changed the base's own weights; on the "
-                "plain base the adapter would answer differently. Convert it in peft when saving: "
+                f"adapter_config.json: 'init_lora_weights' is {how!r}, which also changed the base's own weights; on "
+                "the plain base the adapter would answer differently. Convert it in peft when saving: "
                 "path_initial_model_for_weight_conversion."
             )
         return super().from_peft(entries, keys)

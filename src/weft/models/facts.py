@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from weft.core.architecture import Architecture, AttentionInstaller, is_linear, is_norm
+from weft.core.architecture import Architecture, AttentionInstaller, is_activation, is_linear, is_norm
 from weft.errors import UserError
 from weft.models.bloom import install_bloom
+from weft.models.fused import install_fused
 from weft.models.interface import install_interface
 
 
@@ -22,7 +23,7 @@ class Facts:
     install: AttentionInstaller | None = install_interface
 
 
-_LLAMA = Facts("self_attn.o_proj", "mlp.down_proj")
+_LLAMA = Facts("self_attn.o_proj", "mlp.down_proj", install_fused)
 FACTS: dict[str, Facts] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -82,13 +83,14 @@ def describe(model: nn.Module) -> Architecture:
         norms=tuple(path for path, module in model.named_modules() if is_norm(module)),
         attention_output=_outputs(blocks, linears, facts.attention_output if facts else None, "attn", _ATTENTION_NAMES),
         mlp_output=_outputs(blocks, linears, facts.mlp_output if facts else None, "mlp", _MLP_NAMES),
+        activations=tuple(path for path, module in model.named_modules() if is_activation(module)),
         max_length=int(limit) if limit else None,
         install_attention=facts.install if facts else None,
     )
 
 
 def _falcon_kv_heads(config: Any) -> int | None:
-    """Falcon's keys as its cache holds them: one head in the 7B; the new architecture repeats its few for every query."""
+    """Falcon's keys as its cache holds them: one head in the 7B; the new architecture repeats them per query."""
     few = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     return 1 if few else None
 

@@ -93,7 +93,9 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name) if not Path(name).is_dir() else name)
     except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+        there = not Path(name).is_dir() or (Path(name) / "tokenizer.json").is_file()
+        hint = "" if there else " (no tokenizer.json there)"
+        raise UserError(f"the tokenizer of {name!r} cannot be loaded{hint}: {_first_line(error)}") from error
 
 
 def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None) -> Base:
@@ -108,9 +110,10 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer
     source, where, kind = resolve_model(name), resolve_device(device), resolve_dtype(dtype)
     transformers_logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers only warns, and fills them with random numbers.

@@ -9,7 +9,8 @@ Nothing is ever written into a tensor that was given: a second backward pass ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -161,3 +162,126 @@ def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``rotary``, operation by operation."""
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``begin`` to ``end`` of a stream, and the linears (by number) that have a low-rank update there."""
+
+    begin: int
+    end: int
+    linears: tuple[int, ...] = ()
+    scalings: tuple[float, ...] = ()
+
+
+class _LowRankLinears(torch.autograd.Function):
+    """Arguments after ``pieces``: weights, biases (or None), then A and B of each piece's updates in turn.
+
+    Keeps x, every z = x A^T and the factors in x's dtype; z of one piece's updates is one product, and so is their share
+    of dx and of dA. The large product comes last and is added by the matrix product itself, in its fp32 accumulators.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pieces: Sequence[Piece], count: int, *tensors: Tensor | None) -> Any:
+        weights, biases = tensors[:count], tensors[count : 2 * count]
+        factors = [f.to(x.dtype) for f in tensors[2 * count :] if f is not None]
+        touched = {i for piece in pieces for i in piece.linears}
+        ys = [
+            x.new_empty(len(x), len(w)) if i in touched else torch.nn.functional.linear(x, w, bias)
+            for i, (w, bias) in enumerate(zip(weights, biases, strict=True))
+        ]
+        kept, at = [], 0
+        for piece in pieces:
+            rows = slice(piece.begin, piece.end)
+            for i in touched.difference(piece.linears):
+                ys[i][rows] = 0.0 if biases[i] is None else biases[i]
+            if not piece.linears:
+                continue
+            mine = factors[at : at + 2 * len(piece.linears)]
+            at += len(mine)
+            stacked = torch.cat(mine[::2])  # A of all updates, [R, in]
+            z = x[rows] @ stacked.t()
+            parts = z.split([len(a) for a in mine[::2]], 1)
+            for i, s, z_i, b in zip(piece.linears, piece.scalings, parts, mine[1::2], strict=True):
+                y = ys[i][rows]
+                if biases[i] is None:
+                    torch.addmm(y, z_i, b.t(), beta=0, alpha=s, out=y)
+                else:
+                    torch.addmm(biases[i], z_i, b.t(), alpha=s, out=y)
+            kept += [stacked, z, *mine[1::2]]
+        for i in touched:
+            ys[i].addmm_(x, weights[i].t())
+        ctx.save_for_backward(*([x] if touched else []), *kept, *weights)
+        ctx.pieces, ctx.count, ctx.shape = pieces, count, x.shape
+        ctx.dtypes = [f.dtype for f in tensors[2 * count :] if f is not None]
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_ys: Tensor) -> tuple[Any, ...]:
+        """dz = s dy B,  dA = dz^T x,  dB = s dy^T z,  dx = sum over linears of dz A + dy W."""
+        saved, weights = list(ctx.saved_tensors[: -ctx.count]), ctx.saved_tensors[-ctx.count :]
+        x = saved.pop(0) if saved else None
+        dx = d_ys[0].new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+        gradients: list[Tensor] = []
+        updated = any(piece.linears for piece in ctx.pieces)
+        for piece in ctx.pieces:
+            rows = slice(piece.begin, piece.end)
+            if not piece.linears:
+                if dx is not None and updated:
+                    dx[rows] = 0.0
+                continue
+            stacked, z, *bs = (saved.pop(0) for _ in range(2 + len(piece.linears)))
+            dz = torch.empty_like(z)
+            ranks = [b.shape[1] for b in bs]
+            d_bs = []
+            parts = zip(piece.linears, piece.scalings, z.split(ranks, 1), dz.split(ranks, 1), bs, strict=True)
+            for i, s, z_i, dz_i, b in parts:
+                dy = d_ys[i][rows]
+                dz_i.copy_(dy @ b).mul_(s)
+                d_bs.append((dy.t() @ z_i).to(torch.promote_types(b.dtype, torch.float32)).mul_(s))
+            d_as = (dz.t() @ x[rows]).split(ranks)
+            gradients += [g for pair in zip(d_as, d_bs, strict=True) for g in pair]
+            if dx is not None:
+                torch.mm(dz, stacked, out=dx[rows])
+        if dx is not None:
+            for i, (dy, w) in enumerate(zip(d_ys, weights, strict=True)):
+                dx.addmm_(dy, w, beta=1 if i or updated else 0)
+        cast = (g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return dx, None, None, *(None,) * (2 * ctx.count), *cast
+
+
+def low_rank_linears(
+    x: Tensor,
+    linears: Sequence[tuple[Tensor, Tensor | None]],
+    pieces: Sequence[Piece],
+    factors: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Several frozen linears of one input, each with LoRA updates on its own rows:
+
+        y_i = x W_i^T + bias_i,   and on the rows of a piece that updates linear i:   y_i += s (x A^T) B^T.
+
+    x [N, in]; ``linears`` (W_i [out_i, in], bias_i [out_i] or None), no gradients; the pieces cover 0 .. N in order;
+    ``factors``: A [r, in] and B [out_i, r] of every update in the order of the pieces and, within one, of its linears,
+    in any floating dtype. Returns one [N, out_i] per linear.
+    """
+    weights, biases = [w for w, _ in linears], [bias for _, bias in linears]
+    return _LowRankLinears.apply(x, pieces, len(linears), *weights, *biases, *factors)
+
+
+def low_rank_linears_ref(
+    x: Tensor,
+    linears: Sequence[tuple[Tensor, Tensor | None]],
+    pieces: Sequence[Piece],
+    factors: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """``low_rank_linears``, as the equation has it."""
+    ys = [torch.nn.functional.linear(x, w, bias) for w, bias in linears]
+    at = iter(factors)
+    for piece in pieces:
+        inside = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)
+        inside[piece.begin : piece.end] = 1.0
+        for i, s in zip(piece.linears, piece.scalings, strict=True):
+            a, b = next(at).to(x.dtype), next(at).to(x.dtype)
+            ys[i] = ys[i] + inside * (s * (x @ a.t()) @ b.t())
+    return tuple(ys)

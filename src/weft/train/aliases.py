@@ -22,8 +22,6 @@ RENAMED: dict[str, str] = {
     "train_type": "method",
     "lora_r": "r",
     "lora_rank": "r",
-    "lora_target": "target_modules",
-    "lora_target_modules": "target_modules",
     "cutoff_len": "max_length",
     "sequence_len": "max_length",
     "max_seq_length": "max_length",
@@ -31,7 +29,6 @@ RENAMED: dict[str, str] = {
     "micro_batch_size": "batch_size",
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",
-    "max_steps": "steps",
     "max_samples": "limit",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
@@ -62,22 +59,67 @@ VALUES: dict[str, dict[Any, Any]] = {
     "target_modules": {"all": "all-linear"},
 }
 
+
+def _targets(value: Any) -> tuple[str, Any]:
+    """LLaMA-Factory writes ``q_proj,v_proj``; here a string is a regular expression over whole paths."""
+    if isinstance(value, str) and value not in ("all", "all-linear"):
+        return "target_modules", [name.strip() for name in value.split(",") if name.strip()]
+    return "target_modules", value
+
+
+def _resume(value: Any) -> tuple[str, Any]:
+    if isinstance(value, str):
+        raise UserError(
+            f"resume_from_checkpoint: {value!r}: a run goes on from the newest intact checkpoint of its output_dir; "
+            "write resume: true."
+        )
+    return "resume", bool(value)
+
+
+def _only_off(key: str) -> Callable[[Any], None]:
+    """A feature that is not here: switching it off changes nothing, switching it on cannot be obeyed."""
+
+    def check(value: Any) -> None:
+        if value not in (None, False, 0, "none", [], ["none"]):
+            raise UserError(f"{key}: {value!r} is not in this version of Weft; leave it out.")
+
+    return check
+
+
+_NOT_HERE = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "neftune_noise_alpha", "report_to")
+# swift's words for which tokens are learned.
+_LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
+
+
+def _loss_scale(value: Any) -> tuple[str, Any] | None:
+    if value not in _LOSS_SCALES:
+        raise UserError(f"loss_scale: {value!r} is none of {', '.join(_LOSS_SCALES)}.")
+    return _LOSS_SCALES[value]
+
+
 # A switch elsewhere that is a choice here: key -> its value -> (our key, our value), None where it changes nothing.
 SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
     "bf16": lambda on: ("dtype", "bfloat16") if on else None,
     "fp16": lambda on: ("dtype", "float16") if on else None,
+    "use_peft": lambda on: ("method", "lora") if on else None,
     "train_on_inputs": lambda on: ("train_on", "all") if on else None,
     "train_on_prompt": lambda on: ("train_on", "all") if on else None,
-    "completion_only_loss": lambda on: None if on else ("train_on", "all"),
+    "completion_only_loss": lambda on: None if on or on is None else ("train_on", "all"),
     "assistant_only_loss": lambda on: None if on else ("train_on", "all"),
     "mask_history": lambda on: ("train_on", "last_answer") if on else None,
-    "resume_from_checkpoint": lambda on: ("resume", bool(on)),
+    "loss_scale": _loss_scale,
+    "resume_from_checkpoint": _resume,
+    # transformers' -1 says that num_train_epochs counts.
+    "max_steps": lambda count: None if count in (None, -1, 0) else ("steps", count),
+    "lora_target": _targets,
+    "lora_target_modules": _targets,
+    "lora_target_linear": lambda on: ("target_modules", "all-linear") if on else None,
     # Batches here never hold padding, whatever this says.
     "packing": lambda on: None,
     "sample_packing": lambda on: None,
     "padding_free": lambda on: None,
     "neat_packing": lambda on: None,
-    "lora_target_linear": lambda on: ("target_modules", "all-linear") if on else None,
+    **{key: _only_off(key) for key in _NOT_HERE},
 }
 
 

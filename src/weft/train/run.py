@@ -66,9 +66,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         truncate=config.truncate,
     )
     files: dict[str, list[Sample]] = {}
-    adapters = Adapters(
-        base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing
-    )
+    adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
     try:
         jobs = [_make_job(config, index, base, adapters, renderer, files) for index in range(len(config.jobs))]
     except BaseException:

@@ -1,0 +1,86 @@
+"""``weft generate``: prompts and adapters in one batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def test_one_answer_is_only_its_text(weft: Callable[..., Any], run_dir: Path) -> None:
+    result = weft("generate", run_dir, "--prompt", "What comes after one?", "--max-new-tokens", 4)
+    assert result.code == 0, result.err
+    assert "lora answers; also there: prefix_tuning" in result.err
+    assert "[lora]" not in result.out
+
+
+def test_all_adapters_and_json(weft: Callable[..., Any], run_dir: Path) -> None:
+    result = weft("generate", run_dir, "--prompt", "one", "--prompt", "two", "--all-adapters", "--json",
+                  "--max-new-tokens", 4)  # fmt: skip
+    rows = json.loads(result.out)["results"]
+    assert [(row["prompt"], row["adapter"]) for row in rows] == [
+        ("one", "lora"), ("one", "prefix_tuning"), ("two", "lora"), ("two", "prefix_tuning")
+    ]  # fmt: skip
+    # A row does not depend on what else is in the batch.
+    for row in rows:
+        alone = weft("generate", run_dir, "--prompt", row["prompt"], "--adapter", row["adapter"], "--json",
+                     "--max-new-tokens", 4)  # fmt: skip
+        assert json.loads(alone.out)["results"] == [row]
+
+
+def test_the_prompt_is_the_one_of_training(weft: Callable[..., Any], run_dir: Path, tiny_llama_dir: Path) -> None:
+    from weft.generate.open import open_target
+
+    opened = open_target(run_dir, adapters=["lora"])
+    assert opened.names == ("lora",)
+    text = opened.renderer.tokenizer.decode(opened.prompt_ids("Hi"))
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert opened.renderer.tokenizer.eos_token_id in opened.stop_ids
+    assert opened.prompt_ids("Hi", raw=True) == opened.renderer.tokenizer("Hi")["input_ids"]
+    opened.close()
+
+
+def test_input_files(weft: Callable[..., Any], run_dir: Path, tiny_data: Path) -> None:
+    Path("lines.txt").write_text("one\n\nzwei 中\n", encoding="utf-8")
+    rows = [
+        {"prompt": "p"},
+        {"instruction": "i", "input": "more", "output": "left out"},
+        {"messages": [{"role": "user", "content": "m"}, {"role": "assistant", "content": "left out"}]},
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = weft("generate", run_dir, "--input", "lines.txt", "--output", "out.jsonl", "--max-new-tokens", 2)
+    assert result.code == 0, result.err
+    assert result.out == ""
+    written = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in written] == ["one", "zwei 中"]
+    assert weft("generate", run_dir, "--input", "lines.txt", "--output", "out.jsonl").code == 2
+    result = weft("generate", run_dir, "--input", "rows.jsonl", "--json", "--max-new-tokens", 2)
+    assert [row["prompt"] for row in json.loads(result.out)["results"]] == [
+        "p", "i\nmore", [{"role": "user", "content": "m"}]
+    ]  # fmt: skip
+    Path("bad.jsonl").write_text('{"prompt": "p"}\n{"reply": "r"}\n', encoding="utf-8")
+    assert "bad.jsonl:2: no prompt" in weft("generate", run_dir, "--input", "bad.jsonl").err
+
+
+def test_adapter_folder_inside_a_run_keeps_the_runs_template(weft: Callable[..., Any], run_dir: Path) -> None:
+    whole = weft("generate", run_dir, "--prompt", "one", "--adapter", "prefix_tuning", "--max-new-tokens", 4)
+    alone = weft("generate", run_dir / "adapters" / "prefix_tuning", "--prompt", "one", "--max-new-tokens", 4)
+    assert whole.out == alone.out
+
+
+def test_sampling_is_seeded(weft: Callable[..., Any], tiny_bloom_dir: Path) -> None:
+    words = (
+        "generate",
+        tiny_bloom_dir,
+        "--prompt",
+        "one",
+        "--temperature",
+        2,
+        "--max-new-tokens",
+        8,
+        "--json",
+        "--raw",
+    )
+    texts = [weft(*words, "--seed", seed).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]

@@ -1,0 +1,236 @@
+"""The same weights give the same numbers in peft, and files go both ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.contracts import kit
+from weft.core.adapter import Adapter
+from weft.core.adapters import Adapters
+from weft.core.files import read_tensors
+from weft.core.stream import Part
+from weft.errors import UserError
+from weft.models import describe
+
+KINDS = ["llama", "bloom", "gpt2", "qwen2"]
+LIMIT = 1e-5
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "qwen2": ["k_proj", "o_proj", "up_proj"],
+           "gpt2": ["c_attn", "c_fc"], "bloom": ["query_key_value", "dense_h_to_4h"]}  # fmt: skip
+
+
+def common(kind: str) -> dict[str, Any]:
+    return {"task_type": "CAUSAL_LM", **({"fan_in_fan_out": True} if kind == "gpt2" else {})}
+
+
+def lora_variants(kind: str) -> dict[str, dict[str, Any]]:
+    """PEFT configurations that ours claims to read."""
+    a, b, *_ = TARGETS[kind]
+    return {
+        "plain": {"r": 4, "lora_alpha": 7, "target_modules": TARGETS[kind]},
+        "all-linear": {"r": 3, "target_modules": "all-linear"},
+        "rank_pattern": {"r": 4, "target_modules": TARGETS[kind], "rank_pattern": {a: 2}, "alpha_pattern": {b: 5}},
+        "pattern of paths": {"r": 4, "target_modules": TARGETS[kind], "rank_pattern": {rf".*\.1\..*{a}": 3},
+                             "alpha_pattern": {rf"^.*\.0\..*{b}": 32}},
+        "rslora": {"r": 9, "use_rslora": True, "target_modules": TARGETS[kind]},
+        "layers": {"r": 4, "target_modules": TARGETS[kind], "layers_to_transform": [1]},
+        "one layer": {"r": 4, "target_modules": TARGETS[kind], "layers_to_transform": 0},
+        "regex": {"r": 4, "target_modules": rf".*\.(0|1)\..*{a}"},
+        "gaussian": {"r": 4, "target_modules": TARGETS[kind], "init_lora_weights": "gaussian"},
+        "excluded": {"r": 4, "target_modules": "all-linear", "exclude_modules": [a]},
+    }  # fmt: skip
+
+
+def peft_config(kind: str, method: str, variant: str = "plain") -> peft.PeftConfig:
+    if method == "lora":
+        return peft.LoraConfig(**common(kind), **lora_variants(kind)[variant])
+    cls = {"prompt_tuning": peft.PromptTuningConfig, "prefix_tuning": peft.PrefixTuningConfig}[method]
+    extra = {"prefix_projection": True, "encoder_hidden_size": 24} if variant == "projection" else {}
+    return cls(task_type="CAUSAL_LM", num_virtual_tokens=5, **extra)
+
+
+def fresh_peft(kind: str, config: peft.PeftConfig) -> Any:
+    """A peft model over our tiny base, its adapter's values moved away from zero."""
+    model = peft.get_peft_model(kit.make_model(kind), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def peft_logits(model: Any, texts: list[list[int]], *, padded: bool) -> list[Tensor]:
+    """Logits of each text's own tokens, over one right-padded batch or one text at a time."""
+    if not padded:
+        return [peft_logits(model, [ids], padded=True)[0] for ids in texts]
+    width = max(map(len, texts))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in texts])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in texts])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    virtual = logits.shape[1] - width  # prompt tuning's rows stand in front
+    return [row[virtual : virtual + len(text)] for row, text in zip(logits, texts, strict=True)]
+
+
+def our_logits(adapters: Adapters, name: str, texts: list[list[int]]) -> list[Tensor]:
+    return [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(name, texts)])]
+
+
+CASES = [
+    *[(kind, "lora", variant) for kind in KINDS for variant in lora_variants(kind)],
+    *[(kind, method, "plain") for kind in KINDS for method in ("prompt_tuning", "prefix_tuning")],
+    *[(kind, "prefix_tuning", "projection") for kind in KINDS],
+]
+
+
+def their_gradients(model: Any) -> dict[str, Tensor]:
+    """peft's gradients under the names of its file."""
+    kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    grads = {}
+    for name, parameter in model.named_parameters():
+        if name in kept and parameter.grad is not None:
+            grads[name.replace(".default", "").replace("prompt_encoder.embedding.weight", "prompt_embeddings")] = parameter.grad
+    return grads
+
+
+def our_gradients(adapter: Adapter) -> dict[str, Tensor]:
+    return {key: p.grad for key, p in adapter.tensors().items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("kind", "method", "variant"), CASES)
+def test_peft_to_ours(kind: str, method: str, variant: str, tmp_path: Path) -> None:
+    """peft's save_pretrained loads here: same logits, same gradient of every parameter."""
+    theirs = fresh_peft(kind, peft_config(kind, method, variant))
+    theirs.save_pretrained(tmp_path)
+    texts = kit.texts(4, seed=2)
+    model = kit.make_model(kind)
+    adapters = Adapters(model, describe(model))
+    adapter = adapters.load("it", tmp_path)
+    assert adapter.config.method == method
+    ours = our_logits(adapters, "it", texts)
+    padded, single = (peft_logits(theirs, texts, padded=p) for p in (True, False))
+    kit.measured(f"{kind} {method} {variant} logits, ours - peft one by one", kit.difference(ours, single), LIMIT)
+    kit.measured(f"{kind} {method} {variant} logits, ours - peft padded", kit.difference(ours, padded), LIMIT)
+    plain = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+    assert kit.difference(ours, plain) > 1e-3, "the adapter does nothing: equality would prove nothing"
+    if variant == "projection":
+        return  # the file has lost the encoder
+    torch.autograd.backward([x.square().mean() for x in ours])
+    torch.autograd.backward([x.square().mean() for x in single])
+    mine, other = our_gradients(adapter), their_gradients(theirs)
+    assert mine.keys() == other.keys()
+    assert mine
+    for key in mine:
+        kit.measured(f"{kind} {method} {variant} gradient {key}", float((mine[key] - other[key]).abs().max()), LIMIT)
+
+
+OUR_LORA: dict[str, dict[str, Any]] = {
+    "all": {"r": 3},
+    "layers": {"r": 4, "layers_to_transform": [1]},
+    "patterns": {"r": 4, "use_rslora": True, "rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.1\..*": 3.5}},
+    "regex of layers": {"r": 2, "target_modules": r".*\.1\..*"},
+    "drop": {"r": 2, "lora_dropout": 0.3},
+}
+OURS = [
+    *[("lora", settings) for settings in OUR_LORA.values()],
+    ("prompt_tuning", {"num_virtual_tokens": 3}),
+    ("prefix_tuning", {"num_virtual_tokens": 3}),
+    ("prefix_tuning", {"num_virtual_tokens": 3, "prefix_projection": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), OURS, ids=lambda value: json.dumps(value) if isinstance(value, dict) else value)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ours_to_peft(kind: str, method: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = kit.make_model(kind)
+    adapters = Adapters(model, describe(model))
+    kit.randomize(adapters.add("it", kit.METHODS[method](**settings)), 5)
+    adapters.save("it", tmp_path)
+    texts = kit.texts(4, seed=2)
+    ours = our_logits(adapters, "it", texts)
+    theirs = peft.PeftModel.from_pretrained(kit.make_model(kind), tmp_path).eval()
+    kit.measured(f"{kind} {method}: peft - ours", kit.difference(ours, peft_logits(theirs, texts, padded=True)), LIMIT)
+    # peft drops nothing that we wrote, and misses nothing.
+    assert set(peft.get_peft_model_state_dict(theirs)) == set(read_tensors(tmp_path / "adapter_model.safetensors"))
+
+
+def edit(folder: Path, **entries: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+REFUSED = {
+    "use_dora": True,
+    "modules_to_save": ["lm_head"],
+    "bias": "all",
+    "lora_bias": True,
+    "layer_replication": [[0, 2], [1, 3]],
+    "trainable_token_indices": [1, 2],
+    "use_qalora": True,
+    "target_parameters": ["mlp.down_proj.weight"],
+    "a_key_of_the_future": 3,
+    "init_lora_weights": "pissa",
+}
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_what_changes_the_computation_is_refused_by_name(key: str, tmp_path: Path) -> None:
+    fresh_peft("llama", peft_config("llama", "lora")).save_pretrained(tmp_path)
+    edit(tmp_path, **{key: REFUSED[key]})
+    adapters = Adapters(model := kit.make_model("llama"), describe(model))
+    with pytest.raises(UserError, match=key):
+        adapters.load("it", tmp_path)
+    assert adapters.names == []
+
+
+def test_an_unknown_kind_and_another_base_are_refused(tmp_path: Path) -> None:
+    fresh_peft("llama", peft_config("llama", "lora")).save_pretrained(tmp_path)
+    adapters = Adapters(model := kit.make_model("gpt2"), describe(model))
+    with pytest.raises(UserError, match="matches no linear module"):
+        adapters.load("it", tmp_path)
+    edit(tmp_path, peft_type="VERA")
+    with pytest.raises(UserError, match="VERA"):
+        adapters.load("it", tmp_path)
+    assert adapters.names == []
+
+
+def test_a_wider_base_is_refused(tmp_path: Path) -> None:
+    model = kit.make_model("llama")
+    adapters = Adapters(model, describe(model))
+    for method in kit.ALL:
+        adapters.add(method, kit.method_config(method))
+        adapters.save(method, tmp_path / method)
+    from transformers import LlamaForCausalLM
+
+    config = kit.model_config("llama")
+    config.update({"hidden_size": 64, "head_dim": 16})
+    wide = LlamaForCausalLM(config)
+    other = Adapters(wide, describe(wide))
+    for method in kit.ALL:
+        with pytest.raises(UserError, match="has shape"):
+            other.load(method, tmp_path / method)
+    assert other.names == []
+    assert all(type(m).__name__.removeprefix("Routed") == type(m).__name__ for m in wide.modules() if isinstance(m, nn.Linear))
+
+
+def test_loading_needs_no_tokenizer_though_the_beginning_did(tmp_path: Path) -> None:
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(c) % 90 for c in text]}
+
+    model = kit.make_model("llama")
+    adapters = Adapters(model, describe(model))
+    texts = kit.texts(2)
+    for method, settings in {
+        "prompt_tuning": {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "hello"},
+        "prefix_tuning": {"prefix_init_text": "hello"},
+    }.items():
+        adapters.add(method, kit.METHODS[method](num_virtual_tokens=7, **settings), tokenizer=tokenizer)
+        adapters.save(method, tmp_path / method)
+        adapters.load(f"{method}-again", tmp_path / method)
+        assert kit.difference(our_logits(adapters, method, texts), our_logits(adapters, f"{method}-again", texts)) == 0

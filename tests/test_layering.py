@@ -1,0 +1,137 @@
+"""The import direction (DESIGN.md, section 2), and what must not appear anywhere."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "weft"
+ORDER = (
+    "ops", "core", "methods", "objectives", "models", "data", "train", "generate", "evaluate", "synthesize", "serve",
+    "cli",
+)  # fmt: skip
+FREE = {"errors", "assets"}  # anyone may use them, and they use nobody
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(module: str) -> str | None:
+    """``weft.core.site`` -> ``core``; None for the package itself (its version) and for other packages."""
+    names = module.split(".")
+    return names[1] if names[0] == "weft" and len(names) > 1 else None
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import, also those inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            # "from weft import core" names a part too.
+            yield from ((node.lineno, f"{base}.{alias.name}" if base == "weft" else base) for alias in node.names)
+
+
+def wrong_imports(path: Path, source: str) -> list[str]:
+    """Imports of ``path`` that point down the order, or out of a free part."""
+    relative = path.relative_to(SOURCE)
+    own = relative.parts[0].removesuffix(".py")
+    if own == "__init__":
+        return []
+    package = ".".join(["weft", *relative.parts[:-1]])
+    wrong = []
+    for line, module in imports(ast.parse(source), package):
+        other = part_of(module)
+        if other is None or other == own or other in FREE or other == "__version__":
+            continue
+        if own in FREE or own not in ORDER or other not in ORDER or ORDER.index(other) > ORDER.index(own):
+            wrong.append(f"{relative}:{line}: {own} imports {module}")
+    return wrong
+
+
+def test_every_part_has_its_place() -> None:
+    parts = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
+    assert parts - {"__init__", "__main__"} <= {*ORDER, *FREE}, "a new part: give it a place in ORDER"
+
+
+def test_imports_go_up_only() -> None:
+    assert [entry for path in FILES for entry in wrong_imports(path, path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/x.py", "import weft.train.loop"),
+        ("core/x.py", "from weft.methods import METHODS"),
+        ("ops/x.py", "def f():\n    from weft import core"),
+        ("data/sub/x.py", "from ...train import Job"),
+        ("errors.py", "from weft.core import site"),
+    ],
+)
+def test_the_check_sees(path: str, source: str) -> None:
+    assert wrong_imports(SOURCE / path, source)
+
+
+def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Whatever runs code that lies in a file or a string."""
+    safe = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and "yaml.SafeLoader" in map(ast.unparse, n.bases)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            for bad in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}:
+                if any(name.split(".")[0] == bad for name in names):
+                    yield node.lineno, bad
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        # model.eval() is harmless; eval(...) is not.
+        loader = [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"]
+        if called == "yaml.load" and loader and loader[0] in safe:
+            continue
+        if called in {"eval", "exec", "torch.load", "torch.jit.load", "__import__", "os.system", "yaml.load", "yaml.unsafe_load"}:
+            yield node.lineno, called
+        for keyword in node.keywords:
+            value = keyword.value
+            off = isinstance(value, ast.Constant) and value.value is False
+            if (keyword.arg == "trust_remote_code" and not off) or (
+                keyword.arg in {"shell", "allow_pickle"} and isinstance(value, ast.Constant) and value.value is True
+            ):
+                yield node.lineno, f"{keyword.arg}={ast.unparse(value)}"
+
+
+def test_nothing_runs_code_from_a_file() -> None:
+    found = [f"{path.relative_to(SOURCE)}:{line}: {what}" for path in FILES for line, what in forbidden(ast.parse(path.read_text()))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "from pickle import loads", "torch.load(p)", "yaml.load(s, Loader=L)", "eval('1')", "f(trust_remote_code=True)",
+     "f(trust_remote_code=flag)", "subprocess.run(c, shell=True)", "np.load(p, allow_pickle=True)"],
+)  # fmt: skip
+def test_the_ban_sees(source: str) -> None:
+    assert list(forbidden(ast.parse(source)))
+
+
+def test_the_ban_lets_through() -> None:
+    assert not list(forbidden(ast.parse("model.eval()\nyaml.safe_load(s)\nclass L(yaml.SafeLoader): ...\nyaml.load(s, Loader=L)\nf(trust_remote_code=False)")))
+
+
+def test_files_and_functions_stay_small() -> None:
+    """DESIGN.md, section 5: about 400 lines a file, about 60 a function."""
+    long = []
+    for path in FILES:
+        source = path.read_text()
+        if source.count("\n") > 420:
+            long.append(f"{path.relative_to(SOURCE)}: {source.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 70:
+                    long.append(f"{path.relative_to(SOURCE)}:{node.lineno}: {node.name} has {lines} lines")
+    assert long == []
