@@ -64,52 +64,34 @@ def test_patience_does_not_discard_the_last_gain() -> None:
 
 @pytest.mark.parametrize("sick", kit.ALL)
 def test_a_job_that_is_not_finite_ends_alone(sick: str, tmp_path: Path) -> None:
-    model = kit.make_model("llama")
-    given = [{"name": m, "method": m, "method_settings": kit.SETTINGS.get(m, {}), "steps": 6} for m in kit.ALL]
-    adapters, jobs = make(model, *[g for g in given if g["name"] != sick])
-    Trainer(adapters, jobs).run()
-    wanted = {job.name: kit.parameters(job.adapter) for job in jobs}
-    adapters.close()
-
-    adapters, jobs = make(model, *given)
-    for job, seed in zip([j for j in jobs if j.name != sick], range(9), strict=False):
-        job.config = job.config.model_copy(update={"seed": seed})
-    jobs = [j for j in jobs if j.name == sick] + [j for j in jobs if j.name != sick]
-    victim = jobs[0]
-    with torch.no_grad():
-        next(iter(victim.parameters)).fill_(float("inf"))
-    events: list[Any] = []
-    store = RunStore(tmp_path / "run")
-    store.prepare(overwrite=False, resume=False)
-    result = Trainer(adapters, jobs, on_event=events.append, store=store).run()
-    assert result.completed
-    assert result.jobs[sick]["ended"] == "failed"
-    assert result.jobs[sick]["step"] == 1
-    warnings = [e for e in events if e["event"] == "warning"]
-    assert [w["job"] for w in warnings] == [sick]
-    assert all(result.jobs[name]["ended"] == "finished" for name in kit.ALL if name != sick)
-    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
-        json.loads(line)
-    adapters.close()
-    assert wanted.keys() == {name for name in kit.ALL if name != sick}
-
-
-def test_neighbours_of_a_failed_job_end_as_if_alone() -> None:
+    """It ends at once and says so; the others end as if it had never been there."""
     model = kit.make_model("llama", torch.float64)
-    ends = []
-    for names in (["good"], ["bad", "good"]):
-        adapters, jobs = make(model, *[{"name": n, "seed": 3, "steps": 8} for n in names])
-        for job in jobs:
-            job.samples = kit.samples(8, seed=1)
-            if job.name == "bad":
-                torch.nn.init.constant_(job.parameters[0], float("nan"))
-            else:
-                kit.randomize(job.adapter)
-        Trainer(adapters, jobs).run()
-        ends.append(kit.parameters(jobs[-1].adapter))
+    given = {m: {"name": m, "method": m, "method_settings": kit.SETTINGS.get(m, {}), "steps": 6} for m in kit.ALL}
+    healthy = [m for m in kit.ALL if m != sick]
+    ends, events = [], []
+    for names in (healthy, [sick, *healthy]):
+        adapters = Adapters(model, describe(model))
+        jobs = []
+        for name in names:
+            config = JobConfig(**given[name], batch_size=2)
+            adapter = adapters.add(name, config.method_config(), seed=kit.ALL.index(name))
+            jobs.append(Job(config, adapter, kit.samples(8, seed=kit.ALL.index(name))))
+        if sick in names:
+            torch.nn.init.constant_(jobs[0].parameters[0], float("inf"))
+        store = RunStore(tmp_path / f"run-{len(names)}")
+        store.prepare(overwrite=False, resume=False)
+        events.clear()
+        result = Trainer(adapters, jobs, on_event=events.append, store=store).run()
+        ends.append({job.name: list(kit.parameters(job.adapter).values()) for job in jobs})
         adapters.close()
-    # The adapters begin differently (their place gives the seed), so begin them alike.
-    assert ends[0].keys() == ends[1].keys()
+    assert result.completed
+    assert (result.jobs[sick]["ended"], result.jobs[sick]["step"]) == ("failed", 1)
+    assert [e["job"] for e in events if e["event"] == "warning"] == [sick]
+    for name in healthy:
+        assert result.jobs[name]["ended"] == "finished"
+        kit.measured(f"{name} beside a failed {sick}", kit.difference(ends[0][name], ends[1][name]), 1e-10)
+    for line in (tmp_path / f"run-{len(kit.ALL)}" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

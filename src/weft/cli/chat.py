@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weft.cli import common
+from weft.cli import common, options
 from weft.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -26,21 +26,19 @@ COMMANDS = {
 
 
 def chat(
-    target: Annotated[
-        str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Folder of a run, of an adapter, or a model.")
-    ],
+    target: options.Target,
     adapter: Annotated[
         list[str] | None, typer.Option(help="Adapters of the run to load; the first one answers. 'base' is the base.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (256, or what fits).")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as in training), float32, bfloat16, float16")] = "auto",
+    model: options.Model = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
 ) -> int:
     """Talk to a run's adapters, to an adapter, or to a model. Reads lines from stdin when that is no terminal.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import common
+from weft.cli import common, options
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ class Prompt:
 
 
 def generate(
-    target: Annotated[
-        str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Folder of a run, of an adapter, or a model.")
-    ],
+    target: options.Target,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     input_file: Annotated[
         Path | None,
@@ -54,16 +52,16 @@ def generate(
     output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write one JSON line per answer.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
-    model: Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message before every prompt.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (256, or what fits).")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws; every answer has its own generator.")] = 0,
+    model: options.Model = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that decode together.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as in training), float32, bfloat16, float16")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print all answers as one JSON object.")] = False,
 ) -> int:
     """Answer prompts with one or many adapters, all in one batch.
@@ -73,14 +71,7 @@ def generate(
     from weft.generate.open import open_target
     from weft.generate.sampling import Sampling
 
-    if bool(prompt) == (input_file is not None):
-        raise UserError("give the prompts by --prompt TEXT (may be repeated) or by --input FILE, one of the two.")
-    if output is not None and output.exists() and not overwrite:
-        raise UserError(f"{output} is there already; take another name or --overwrite.")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {output.absolute().parent} for {output.name}.")
-    if all_adapters and adapter:
-        raise UserError("--all-adapters and --adapter exclude each other.")
+    _check(prompt, input_file, adapter, all_adapters, output, overwrite)
     prompts = _read(input_file) if input_file else [Prompt(text, "--prompt") for text in prompt or ()]
     opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
     for note in opened.notes:
@@ -97,6 +88,25 @@ def generate(
     else:
         common.say(f"{len(results)} answers -> {output}")
     return common.DONE
+
+
+def _check(
+    prompt: list[str] | None,
+    input_file: Path | None,
+    adapter: list[str] | None,
+    all_adapters: bool,
+    output: Path | None,
+    overwrite: bool,
+) -> None:
+    """What can be told before a model is loaded."""
+    if bool(prompt) == (input_file is not None):
+        raise UserError("give the prompts by --prompt TEXT (may be repeated) or by --input FILE, one of the two.")
+    if output is not None and output.exists() and not overwrite:
+        raise UserError(f"{output} is there already; take another name or --overwrite.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {output.absolute().parent} for {output.name}.")
+    if all_adapters and adapter:
+        raise UserError("--all-adapters and --adapter exclude each other.")
 
 
 def _who(opened: Opened, adapter: list[str] | None, everyone: bool) -> list[str | None]:

@@ -42,11 +42,13 @@ class Signals:
         return self.received is not None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if not self.training:
-            raise common.Interrupted(signum)
-        if self.received is None:
+        first = self.received is None
+        if first:
             self.received = signum
-        elif signum == signal.SIGINT:
+        if not self.training:
+            # Python drops what is raised inside a destructor; the flag then still ends the run at its first step.
+            raise common.Interrupted(signum)
+        if not first and signum == signal.SIGINT:
             if sys.stderr.isatty():
                 os.write(2, b"\x1b[?25h\n")  # the live display has hidden the cursor
             os._exit(common.INTERRUPTED)

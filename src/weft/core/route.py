@@ -67,10 +67,16 @@ class Route:
     padded: bool = False
     exact: bool = False
 
-    @property
-    def dim(self) -> int:
-        """The dimension of a module's input along which the segments lie."""
-        return 0 if self.padded else -2
+    def dim(self, x: Tensor) -> int:
+        """The dimension of a module's input along which the segments lie.
+
+        In the stream it is the one that counts the tokens: [1, N, d], [N, d], or, for norms of single heads,
+        [1, N, heads, d] and [1, heads, N, d], where the outer one in memory is the tokens' if both have the same size.
+        """
+        if self.padded:
+            return 0
+        tokens = sum(segment.tokens for segment in self.segments)
+        return max((i for i in range(x.dim() - 1) if x.shape[i] == tokens), key=x.stride)
 
     @property
     def sizes(self) -> list[int]:

@@ -51,18 +51,19 @@ class Site:
         if len(route.segments) == 1:
             return self._change(0, x, y, route)
         # split's backward is one concatenation, where slicing would write one zero-padded tensor per segment.
-        xs, ys = x.split(route.sizes, route.dim), y.split(route.sizes, route.dim)
-        return torch.cat([self._change(i, xs[i], ys[i], route) for i in range(len(xs))], route.dim)
+        dim = route.dim(x)
+        xs, ys = x.split(route.sizes, dim), y.split(route.sizes, dim)
+        return torch.cat([self._change(i, xs[i], ys[i], route) for i in range(len(xs))], dim)
 
     def _apply_exactly(self, module: nn.Module, x: Tensor, route: Route) -> Tensor:
         """One matrix product per segment, each on memory of its own: kernels choose their blocking by row count and by
         alignment, forward and backward, and so would round differently beside a neighbour."""
-        pieces = []
-        for index, rows in enumerate(x.split(route.sizes, route.dim)):
+        pieces, dim = [], route.dim(x)
+        for index, rows in enumerate(x.split(route.sizes, dim)):
             own = _OwnMemory.apply(rows)
             y = self._change(index, own, self.base_class.forward(module, own), route)
             pieces.append(_OwnMemory.apply(y))
-        return torch.cat(pieces, route.dim)
+        return torch.cat(pieces, dim)
 
     def _change(self, index: int, x: Tensor, y: Tensor, route: Route) -> Tensor:
         segment = route.segments[index]

@@ -56,6 +56,8 @@ def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
     could = set()
     for path in (*shape.linears, *shape.norms):
         module = context.model.get_submodule(path)
+        if not is_linear(module) and module.get_parameter("weight").dim() != 1:
+            continue  # Cohere's norms of queries and keys have a weight per head and no bias
         if getattr(module, "bias", None) is None and not (config.add_missing and path.startswith(blocks)):
             continue
         last = path.rsplit(".", 1)[-1]

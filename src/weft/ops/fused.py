@@ -220,7 +220,8 @@ class _LowRankLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *d_ys: Tensor) -> tuple[Any, ...]:
         """dz = s dy B,  dA = dz^T x,  dB = s dy^T z,  dx = sum over linears of dz A + dy W."""
-        saved, weights = list(ctx.saved_tensors[: -ctx.count]), ctx.saved_tensors[-ctx.count :]
+        saved = list(ctx.saved_tensors)  # once: under checkpointing every look at them unpacks again
+        weights = [saved.pop() for _ in range(ctx.count)][::-1]
         x = saved.pop(0) if saved else None
         dx = d_ys[0].new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor] = []

@@ -140,7 +140,8 @@ class Job:
         progress, patience = self.progress, self.config.early_stopping_patience
         progress.evaluated_at = progress.step
         best = progress.best_eval_loss
-        if best is None or loss < best - self.config.early_stopping_min_delta:
+        # Nothing is below NaN: taken for the best it would stay the best.
+        if math.isfinite(loss) and (best is None or loss < best - self.config.early_stopping_min_delta):
             progress.best_eval_loss, progress.evals_without_gain = loss, 0
             if patience is not None:
                 self.best = [p.detach().clone() for p in self.parameters]

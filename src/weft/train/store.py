@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -69,7 +70,8 @@ class RunStore:
         return read_json(self.folder / RUN_FILE)
 
     def log(self, event: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
+        """Append one line to ``metrics.jsonl``; JSON has no word for what is not finite, so that becomes null."""
+        event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
         with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(event, ensure_ascii=False) + "\n")
 
@@ -97,20 +99,20 @@ class RunStore:
             _sync(path)
         _sync(work)
         final = self.checkpoints / f"step-{step:08d}"
-        aside = final.with_name(final.name + _REPLACED)
-        if aside.exists():
-            shutil.rmtree(aside)
         if final.exists():
-            # Still a checkpoint under this name: there may be no other.
+            # It stays a checkpoint, under another name: there may be no other.
+            aside = final.with_name(final.name + _REPLACED)
+            if aside.exists():
+                shutil.rmtree(aside)
             os.replace(final, aside)
         os.replace(work, final)
         _sync(self.checkpoints)
         # What is newer was passed over as damaged when the run went back; it must not count among those that are kept.
-        committed = [path for path in self._committed() if path != aside]
+        committed = [path for path in self._committed() if not path.name.endswith(_REPLACED)]
         upto = committed.index(final) + 1
-        for old in (*committed[: max(0, upto - keep)], *committed[upto:], aside):
-            if old.exists():
-                shutil.rmtree(old)
+        replaced = self.checkpoints.glob(f"step-*{_REPLACED}")
+        for old in (*committed[: max(0, upto - keep)], *committed[upto:], *replaced):
+            shutil.rmtree(old)
         return final
 
     def latest(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]] | None:
