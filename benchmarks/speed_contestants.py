@@ -9,14 +9,16 @@ prints its figures as one line of JSON. Every contestant trains LoRA of rank 16 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import speed_setting as setting
 import torch
 from torch import nn
 
+import speed_setting as setting
 from weft.core.adapters import Adapters
 from weft.data import Sample
 from weft.models.facts import describe
@@ -31,12 +33,21 @@ FIVE: dict[str, dict[str, Any]] = {
 }
 
 
-def timed(batches: Batches, seconds: list[float], losses: list[float], model: nn.Module) -> dict[str, Any]:
-    """A contestant's figures; the first batch warmed up."""
+Moment = tuple[float, float]
+
+
+def now() -> Moment:
+    """Wall-clock and processor seconds (of all threads)."""
+    return time.perf_counter(), time.process_time()
+
+
+def timed(batches: Batches, ends: list[Moment], losses: list[float], model: nn.Module) -> dict[str, Any]:
+    """A contestant's figures from the moments at which its steps ended; the first step warmed up."""
     return {
         "tokens": sum(len(s.input_ids) for batch in batches[1:] for s in batch),
-        "seconds": sum(seconds[1:]),
-        "step_seconds": seconds,
+        "seconds": ends[-1][0] - ends[1][0],
+        "cpu_seconds": ends[-1][1] - ends[1][1],
+        "step_seconds": [b[0] - a[0] for a, b in itertools.pairwise(ends)],
         "losses": losses,
         "parameters": setting.matmul_parameters(model),
         "peak_bytes": setting.peak_resident(),
@@ -52,21 +63,18 @@ def run_weft(shape: setting.Shape, plan: setting.Plan) -> dict[str, Any]:
             for key, tensor in adapters["lora"].tensors().items():
                 if "lora_A" in key:
                     tensor.copy_(setting.initial_adapter(key, tensor))
-        seconds, losses = _train(adapters, [job])
-        return timed(plan.shuffled, seconds, losses["lora"], model)
+        ends, losses = _train(adapters, [job])
+        return timed(plan.shuffled, ends, losses["lora"], model)
 
 
-class _adapters:
-    """``Adapters`` as a context."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.adapters = Adapters(model, describe(model))
-
-    def __enter__(self) -> Adapters:
-        return self.adapters
-
-    def __exit__(self, *error: object) -> None:
-        self.adapters.close()
+@contextlib.contextmanager
+def _adapters(model: nn.Module) -> Iterator[Adapters]:
+    """``Adapters`` that are closed afterwards."""
+    adapters = Adapters(model, describe(model))
+    try:
+        yield adapters
+    finally:
+        adapters.close()
 
 
 def _job(adapters: Adapters, method: str, settings: dict[str, Any], batches: Batches, name: str) -> Any:
@@ -94,28 +102,27 @@ def _job(adapters: Adapters, method: str, settings: dict[str, Any], batches: Bat
     return Job(config, adapters.add(name, config.method_config(), seed=0), samples)
 
 
-def _train(adapters: Adapters, jobs: list[Any]) -> tuple[list[float], dict[str, list[float]]]:
-    """Run to the end; seconds of each step, losses of each job."""
+def _train(adapters: Adapters, jobs: list[Any]) -> tuple[list[Moment], dict[str, list[float]]]:
+    """Run to the end; the start and the end of each step, and the losses of each job."""
     from weft.train import Trainer
 
-    ends = [time.perf_counter()]
+    ends = [now()]
     losses: dict[str, list[float]] = {job.name: [] for job in jobs}
 
     def note(event: Any) -> None:
         if event["event"] == "step":
             losses[event["job"]].append(event["loss"])
             if event["job"] == jobs[-1].name:
-                ends.append(time.perf_counter())
+                ends.append(now())
 
     Trainer(adapters, jobs, logging_steps=1, on_event=note).run()
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)], losses
+    return ends, losses
 
 
 def run_five(shape: setting.Shape, plan: setting.Plan, together: bool) -> dict[str, Any]:
     """Five methods, each with batches of its own: in one pass, or one run after the other."""
     model = setting.build_model(shape)
-    rounds = len(plan.shuffled)
-    total = [0.0] * rounds
+    total = [(0.0, 0.0)] * (len(plan.shuffled) + 1)
     losses: dict[str, list[float]] = {}
     # Job j sees the batches rotated by j, so that five different batches of 8 share a step.
     turned = {m: [plan.shuffled[0], *_rotate(plan.shuffled[1:], i)] for i, m in enumerate(FIVE)}
@@ -123,8 +130,8 @@ def run_five(shape: setting.Shape, plan: setting.Plan, together: bool) -> dict[s
     for group in groups:
         with _adapters(model) as adapters:
             jobs = [_job(adapters, method, FIVE[method], turned[method], method) for method in group]
-            seconds, found = _train(adapters, jobs)
-            total = [a + b for a, b in zip(total, seconds, strict=True)]
+            ends, found = _train(adapters, jobs)
+            total = [(t[0] + e[0], t[1] + e[1]) for t, e in zip(total, ends, strict=True)]
             losses |= found
     result = timed(plan.shuffled, total, [sum(step) / len(FIVE) for step in zip(*losses.values(), strict=True)], model)
     return {**result, "tokens": result["tokens"] * len(FIVE)}
@@ -152,15 +159,15 @@ def run_trainer(shape: setting.Shape, batches: Batches, expert: bool) -> dict[st
         for name, parameter in tuned.named_parameters():
             if "lora_A" in name:
                 parameter.copy_(setting.initial_adapter(name.replace(".default", ""), parameter))
-    ends: list[float] = []
+    ends: list[Moment] = []
     losses: list[float] = []
 
     class Note(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(now())
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(now())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
@@ -182,8 +189,7 @@ def run_trainer(shape: setting.Shape, batches: Batches, expert: bool) -> dict[st
         )
         flat = [_features(sample) for batch in batches for sample in batch]
         Trainer(tuned, arguments, train_dataset=flat, data_collator=_collate, callbacks=[Note()]).train()
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    return {**timed(batches, seconds, losses, model), "parameters": parameters}
+    return {**timed(batches, ends, losses, model), "parameters": parameters}
 
 
 def _features(sample: Sample) -> dict[str, list[int]]:

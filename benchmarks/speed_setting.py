@@ -1,4 +1,4 @@
-"""What every contestant of ``train_speed.py`` shares: the model's shape, its random weights, the records, their batches."""
+"""What every contestant of ``train_speed.py`` shares: shape and random weights of the model, records, batches."""
 
 from __future__ import annotations
 

@@ -79,7 +79,9 @@ def test_the_check_sees(path: str, source: str) -> None:
 
 def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Whatever runs code that lies in a file or a string."""
-    safe = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and "yaml.SafeLoader" in map(ast.unparse, n.bases)}
+    safe = {
+        n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and "yaml.SafeLoader" in map(ast.unparse, n.bases)
+    }
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
@@ -93,7 +95,16 @@ def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
         loader = [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"]
         if called == "yaml.load" and loader and loader[0] in safe:
             continue
-        if called in {"eval", "exec", "torch.load", "torch.jit.load", "__import__", "os.system", "yaml.load", "yaml.unsafe_load"}:
+        if called in {
+            "eval",
+            "exec",
+            "torch.load",
+            "torch.jit.load",
+            "__import__",
+            "os.system",
+            "yaml.load",
+            "yaml.unsafe_load",
+        }:
             yield node.lineno, called
         for keyword in node.keywords:
             value = keyword.value
@@ -105,13 +116,18 @@ def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def test_nothing_runs_code_from_a_file() -> None:
-    found = [f"{path.relative_to(SOURCE)}:{line}: {what}" for path in FILES for line, what in forbidden(ast.parse(path.read_text()))]
+    found = [
+        f"{path.relative_to(SOURCE)}:{line}: {what}"
+        for path in FILES
+        for line, what in forbidden(ast.parse(path.read_text()))
+    ]
     assert found == []
 
 
 @pytest.mark.parametrize(
     "source",
-    ["import pickle", "from pickle import loads", "torch.load(p)", "yaml.load(s, Loader=L)", "eval('1')", "f(trust_remote_code=True)",
+    ["import pickle", "from pickle import loads", "torch.load(p)", "eval('1')",
+     "yaml.load(s, Loader=L)", "f(trust_remote_code=True)",
      "f(trust_remote_code=flag)", "subprocess.run(c, shell=True)", "np.load(p, allow_pickle=True)"],
 )  # fmt: skip
 def test_the_ban_sees(source: str) -> None:
@@ -119,7 +135,14 @@ def test_the_ban_sees(source: str) -> None:
 
 
 def test_the_ban_lets_through() -> None:
-    assert not list(forbidden(ast.parse("model.eval()\nyaml.safe_load(s)\nclass L(yaml.SafeLoader): ...\nyaml.load(s, Loader=L)\nf(trust_remote_code=False)")))
+    assert not list(
+        forbidden(
+            ast.parse(
+                "model.eval()\nyaml.safe_load(s)\nclass L(yaml.SafeLoader): ...\n"
+                "yaml.load(s, Loader=L)\nf(trust_remote_code=False)"
+            )
+        )
+    )
 
 
 def test_files_and_functions_stay_small() -> None:

@@ -24,6 +24,16 @@ def place(weft: Callable[..., Any], tmp_path: Path, tiny_llama_dir: Path, tiny_d
     bad_json = tmp_path / "bad-json-model"
     shutil.copytree(tiny_llama_dir, bad_json)
     (bad_json / "config.json").write_text("{not json", encoding="utf-8")
+    odd = tmp_path / "odd-model"
+    shutil.copytree(tiny_llama_dir, odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "num_attention_heads": 5}))
+    shallow = tmp_path / "shallow-model"
+    shutil.copytree(tiny_llama_dir, shallow)
+    (shallow / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    wide = tmp_path / "wide-model"
+    shutil.copytree(tiny_llama_dir, wide)
+    (wide / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
     no_tokenizer = tmp_path / "no-tokenizer"
     no_tokenizer.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -42,6 +52,7 @@ def place(weft: Callable[..., Any], tmp_path: Path, tiny_llama_dir: Path, tiny_d
         "occupied": ("occupied.txt", "in the way"),
     }
     paths = {"model": tiny_llama_dir, "data": tiny_data, "cut": model, "badjson": bad_json, "notok": no_tokenizer}
+    paths |= {"odd": odd, "shallow": shallow, "wide": wide}
     for key, (name, text) in files.items():
         paths[key] = tmp_path / name
         paths[key].write_text(text, encoding="utf-8")
@@ -88,6 +99,9 @@ CASES = [
     ("train --model ./nowhere --data {data} --method lora", ["no model at './nowhere'"]),
     ("train --model {cut} --data {data} --method lora", ["broken-model", "cannot be loaded"]),
     ("train --model {badjson} --data {data} --method lora", ["bad-json-model", "cannot be loaded"]),
+    ("train --model {odd} --data {data} --method lora", ["odd-model", "cannot be loaded", "attention heads"]),
+    ("train --model {shallow} --data {data} --method lora", ["shallow-model", "lacks 9", "layers.2"]),
+    ("train --model {wide} --data {data} --method lora", ["wide-model", "(32, 64)", "(32, 80)"]),
     ("train --model {notok} --data {data} --method lora", ["tokenizer", "no-tokenizer"]),
     ("train --model {model} --data nowhere.jsonl --method lora", ["no data file at nowhere.jsonl"]),
     ("train --model {model} --data {empty} --method lora", ["empty.jsonl"]),

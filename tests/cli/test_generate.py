@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def test_one_answer_is_only_its_text(weft: Callable[..., Any], run_dir: Path) -> None:
@@ -67,6 +71,19 @@ def test_adapter_folder_inside_a_run_keeps_the_runs_template(weft: Callable[...,
     whole = weft("generate", run_dir, "--prompt", "one", "--adapter", "prefix_tuning", "--max-new-tokens", 4)
     alone = weft("generate", run_dir / "adapters" / "prefix_tuning", "--prompt", "one", "--max-new-tokens", 4)
     assert whole.out == alone.out
+
+
+def test_a_reader_that_leaves_is_no_defect(weft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*args: object, **kwargs: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys.modules["weft.cli.generate"], "_check", leave)
+    with monkeypatch.context() as patch:  # the parser replaces both streams by ones that keep quiet
+        patch.setattr(sys, "stdout", sys.stdout)
+        patch.setattr(sys, "stderr", sys.stderr)
+        result = weft("generate", "x")
+    assert result.code == 141
+    assert "defect" not in result.err
 
 
 def test_sampling_is_seeded(weft: Callable[..., Any], tiny_bloom_dir: Path) -> None:

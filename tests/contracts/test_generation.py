@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from tests.contracts import kit
+
 from weft.core.adapters import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.generate.sampling import Sampling, choose
-from weft.models import describe
 
 WHO = [None, *kit.ALL]
 
@@ -87,7 +86,7 @@ def test_sampling_does_not_depend_on_neighbours() -> None:
 
 
 def test_learned_positions_up_to_the_last_one() -> None:
-    """GPT-2 has 64 positions: a text that ends exactly there is answered as teacher forcing says, one more is refused."""
+    """GPT-2 has 64 positions: a text that ends there is answered as teacher forcing says, one more is refused."""
     adapters = kit.open_with_all(kit.make_model("gpt2", torch.float64))
     limit = adapters.architecture.max_length
     assert limit == 64

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.contracts import kit
 from torch import Tensor
 
-from tests.contracts import kit
 from weft.core.adapters import Adapters
 from weft.core.stream import run_stream
 from weft.data import Sample
@@ -17,14 +17,14 @@ from weft.train.step import Work, forward_losses, train_step
 PAIRS = [(method, kit.ALL[(i + 1) % len(kit.ALL)]) for i, method in enumerate(kit.ALL)]
 
 
-def losses_and_gradients(adapters: Adapters, data: dict[str, list[Sample]]) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+def losses_and_gradients(
+    adapters: Adapters, data: dict[str, list[Sample]]
+) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     """Each job's loss and its adapter's gradients, after one pass over all of ``data``."""
     work = [Work(name, batch, seed=7, divisor=3.0) for name, batch in data.items()]
     losses = forward_losses(adapters, work)
     torch.autograd.backward(losses)
-    return {
-        name: (loss.detach(), kit.gradients(adapters[name])) for (name, loss) in zip(data, losses, strict=True)
-    }
+    return {name: (loss.detach(), kit.gradients(adapters[name])) for (name, loss) in zip(data, losses, strict=True)}
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
@@ -109,7 +109,9 @@ def test_leak_1_the_mean_is_each_jobs_own() -> None:
         jobs = make_jobs(adapters, mine={}, other={"count": 60, "batch_size": big, "lengths": (20, 40)})
         norms.append(train_step(adapters, jobs)["mine"])
         adapters.close()
-    kit.measured("gradient norm beside 2 or 60 sequences, relative", abs(norms[0].grad_norm / norms[1].grad_norm - 1), 1e-13)
+    kit.measured(
+        "gradient norm beside 2 or 60 sequences, relative", abs(norms[0].grad_norm / norms[1].grad_norm - 1), 1e-13
+    )
     kit.measured("loss beside 2 or 60 sequences", abs(norms[0].loss - norms[1].loss), 1e-13)
 
 

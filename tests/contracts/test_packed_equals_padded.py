@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contracts import kit
 from torch import Tensor
 
-from tests.contracts import kit
 from weft.core.adapters import Adapters
 from weft.core.stream import Part
 from weft.generate import Request, generate
@@ -97,7 +97,9 @@ def test_a_model_that_only_runs_padded(options: dict[str, bool]) -> None:
         model = type(model)(config).double().eval()
     parts = batch()
     single = [[Part(part.adapter, [ids])] for part in parts for ids in part.sequences]
-    compare("falcon batch - one by one", values_and_gradients(model, [parts]), values_and_gradients(model, single), 1e-5)
+    compare(
+        "falcon batch - one by one", values_and_gradients(model, [parts]), values_and_gradients(model, single), 1e-5
+    )
 
     adapters = kit.open_with_all(model)
     assert adapters.padded

@@ -9,9 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.contracts import kit
 from torch import Tensor, nn
 
-from tests.contracts import kit
 from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
 from weft.core.files import read_tensors
@@ -95,7 +95,9 @@ def their_gradients(model: Any) -> dict[str, Tensor]:
     grads = {}
     for name, parameter in model.named_parameters():
         if name in kept and parameter.grad is not None:
-            grads[name.replace(".default", "").replace("prompt_encoder.embedding.weight", "prompt_embeddings")] = parameter.grad
+            grads[name.replace(".default", "").replace("prompt_encoder.embedding.weight", "prompt_embeddings")] = (
+                parameter.grad
+            )
     return grads
 
 
@@ -145,7 +147,9 @@ OURS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "settings"), OURS, ids=lambda value: json.dumps(value) if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    ("method", "settings"), OURS, ids=lambda value: json.dumps(value) if isinstance(value, dict) else value
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_to_peft(kind: str, method: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model = kit.make_model(kind)
@@ -216,7 +220,9 @@ def test_a_wider_base_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="has shape"):
             other.load(method, tmp_path / method)
     assert other.names == []
-    assert all(type(m).__name__.removeprefix("Routed") == type(m).__name__ for m in wide.modules() if isinstance(m, nn.Linear))
+    assert all(
+        type(m).__name__.removeprefix("Routed") == type(m).__name__ for m in wide.modules() if isinstance(m, nn.Linear)
+    )
 
 
 def test_loading_needs_no_tokenizer_though_the_beginning_did(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contracts import kit
 from torch import Tensor, nn
 
-from tests.contracts import kit
 from weft.core.adapters import Adapters
 from weft.core.files import read_tensors
 from weft.core.stream import Part
@@ -82,7 +82,9 @@ def test_checkpointing_really_recomputes(monkeypatch: pytest.MonkeyPatch) -> Non
         adapters = kit.open_with_all(kit.make_model("llama"), checkpointing=checkpointing)
         calls: list[int] = []
         plain = attention.varlen_attention
-        monkeypatch.setattr("weft.core.attention.varlen_attention", lambda *a, p=plain, c=calls, **k: (c.append(1), p(*a, **k))[1])
+        monkeypatch.setattr(
+            "weft.core.attention.varlen_attention", lambda *a, p=plain, c=calls, **k: (c.append(1), p(*a, **k))[1]
+        )
         torch.autograd.backward(losses(adapters, seed=1))
         monkeypatch.setattr("weft.core.attention.varlen_attention", plain)
         counts.append(len(calls))
@@ -156,7 +158,9 @@ def test_remove_gives_modules_their_class_back(kind: str) -> None:
         kept = kit.hidden_of(adapters, [Part(kit.ALL[0], texts)])
         for method in kit.ALL[1:]:
             adapters.remove(method)
-        assert all(torch.equal(a, b) for a, b in zip(kept, kit.hidden_of(adapters, [Part(kit.ALL[0], texts)]), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(kept, kit.hidden_of(adapters, [Part(kit.ALL[0], texts)]), strict=True)
+        )
         adapters.remove(kit.ALL[0])
         assert picture(model) == bare
         assert all(torch.equal(a, b) for a, b in zip(plain, kit.hidden_of(adapters, [Part(None, texts)]), strict=True))
@@ -182,7 +186,9 @@ def test_saved_is_what_was_trained_and_loads_exactly(kind: str, method: str, tmp
     model = kit.make_model(kind)
     texts = kit.texts(3)
     with Open(model) as adapters:
-        config = JobConfig(name="one", method=method, method_settings=kit.SETTINGS.get(method, {}), steps=3, batch_size=2)
+        config = JobConfig(
+            name="one", method=method, method_settings=kit.SETTINGS.get(method, {}), steps=3, batch_size=2
+        )
         adapter = adapters.add("one", config.method_config())
         Trainer(adapters, [Job(config, adapter, kit.samples(6))]).run()
         adapters.save("one", tmp_path / "a", base_name="base")
@@ -194,7 +200,9 @@ def test_saved_is_what_was_trained_and_loads_exactly(kind: str, method: str, tmp
         wanted = kit.hidden_of(adapters, [Part("one", texts)])
         adapters.remove("one")
         adapters.load("again", tmp_path / "a")
-        assert all(torch.equal(a, b) for a, b in zip(wanted, kit.hidden_of(adapters, [Part("again", texts)]), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(wanted, kit.hidden_of(adapters, [Part("again", texts)]), strict=True)
+        )
         adapters.save("again", tmp_path / "b", base_name="base")
     for name in ("adapter_model.safetensors", "adapter_config.json", "weft.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name

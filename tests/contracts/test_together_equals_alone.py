@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.contracts import kit
 from torch import Tensor
 
-from tests.contracts import kit
 from weft.core.adapters import Adapters
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer

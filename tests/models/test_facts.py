@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contracts import kit
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.contracts import kit
 from weft.core.adapters import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
@@ -24,7 +24,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0},
     "qwen3": {"head_dim": 16},
     "phi3": {"sliding_window": 6, "partial_rotary_factor": 1.0},
-    "granite": {"logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
+    "granite": {
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+    },
     "cohere": {"logit_scale": 0.3, "use_qk_norm": True},
     "stablelm": {"qk_layernorm": True},
     "phi": {"qk_layernorm": True},
@@ -79,13 +84,15 @@ def test_all_methods_in_the_stream_and_padded(kind: str) -> None:
     model = make(kind)
     parts = [Part(name, kit.texts(3, 2, 16, seed=i)) for i, name in enumerate([*kit.ALL, None])]
     found = []
-    for padded in (False, True):
-        adapters = kit.open_with_all(model, padded=padded)
+    for options in ({}, {"padded": True}, {"exact": True}):
+        adapters = kit.open_with_all(model, **options)
         hidden = kit.hidden_of(adapters, parts)
         torch.autograd.backward([h.square().mean() for h in hidden if h.requires_grad])
         grads = [g for name in kit.ALL for g in kit.gradients(adapters[name]).values()]
         found.append((hidden, grads))
         adapters.close()
+    for which, limit in ((0, 2e-5), (1, 2e-5)):
+        kit.measured(f"{kind}: stream - exact, {which}", kit.difference(found[0][which], found[2][which]), limit)
     if "sliding_window" in SPECIAL.get(kind, {}):
         # transformers' cache counts a window from other places than the prefix's; the rest must agree.
         rows = [i for i, part in enumerate(p.adapter for p in parts for _ in p.sequences) if part != "prefix_tuning"]

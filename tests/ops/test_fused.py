@@ -33,7 +33,8 @@ def draw(*shape: int, dtype: torch.dtype, seed: int, grad: bool = True) -> Tenso
 
 def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     """Equal up to the rounding of ``dtype``, relative to the largest entry."""
-    assert a.dtype == b.dtype and a.shape == b.shape
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
     bound = TOLERANCE[dtype] * max(1.0, b.abs().max().item() if b.numel() else 0.0)
     torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=bound)
 
@@ -60,9 +61,7 @@ def test_rms_norm_computes_in_fp32() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("n", "heads", "dim"), [(1, 1, 2), (5, 3, 8), (40, 2, 6)])
 @pytest.mark.parametrize("block", [1, 2**18])
-def test_rotary(
-    dtype: torch.dtype, n: int, heads: int, dim: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rotary(dtype: torch.dtype, n: int, heads: int, dim: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "BLOCK", block)
     x = draw(n, heads, dim, dtype=dtype, seed=4)
     # Unequal halves: the gradient must not rely on cos and sin repeating themselves.
@@ -80,7 +79,10 @@ def check_linears(
     n, d = sum(sizes), 10
     x = draw(n, d, dtype=dtype, seed=10)
     linears = [
-        (draw(o, d, dtype=dtype, seed=11 + i, grad=False), draw(o, dtype=dtype, seed=30 + i, grad=False) if bias else None)
+        (
+            draw(o, d, dtype=dtype, seed=11 + i, grad=False),
+            draw(o, dtype=dtype, seed=30 + i, grad=False) if bias else None,
+        )
         for i, o in enumerate(outs)
     ]
     # The adapters' own dtype is wider than the base's.
@@ -91,7 +93,10 @@ def check_linears(
         begin += size
         for i in here:
             rank = r + p
-            factors += [draw(rank, d, dtype=own, seed=50 + 7 * p + i), draw(outs[i], rank, dtype=own, seed=90 + 7 * p + i)]
+            factors += [
+                draw(rank, d, dtype=own, seed=50 + 7 * p + i),
+                draw(outs[i], rank, dtype=own, seed=90 + 7 * p + i),
+            ]
     results = []
     for f in (low_rank_linears, low_rank_linears_ref):
         ys = f(x, linears, pieces, factors)

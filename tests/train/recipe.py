@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from tests.contracts import kit
+
 from weft.core.adapters import Adapters
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
@@ -68,7 +68,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     found = RunStore(folder).latest()
     assert found is not None
     state, tensors, _ = found
-    jobs = {name: {k: v for k, v in entry["progress"].items() if k != "seconds"} for name, entry in state["jobs"].items()}
+    jobs = {
+        name: {k: v for k, v in entry["progress"].items() if k != "seconds"} for name, entry in state["jobs"].items()
+    }
     hashes = {name: {key: kit.sha256([t]) for key, t in sorted(group.items())} for name, group in tensors.items()}
     adapters = {path.parent.name: path.read_bytes() for path in sorted(folder.glob("adapters/*/*.safetensors"))}
     assert len(adapters) == len(SETTINGS)
@@ -121,7 +123,7 @@ def at_the_disk(action: Callable[[int], None]) -> Callable[[], None]:
 
 
 def child(folder: str, where: str, at: int) -> None:
-    """A process that is killed at the ``at``-th forward pass or change of the disk (0: never). No Python cleanup runs."""
+    """A process that is killed at the ``at``-th forward pass or change of the disk (0: never), with no cleanup."""
 
     def kill(count: int) -> None:
         if count == at:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.contracts import kit
+
 from weft.core.adapters import Adapters
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
@@ -98,7 +98,9 @@ def test_a_job_that_is_not_finite_ends_alone(sick: str, tmp_path: Path) -> None:
 def test_masters_stay_in_float32(dtype: torch.dtype) -> None:
     """Whatever the base computes in; and a step too small for bfloat16 still moves them."""
     model = kit.make_model("llama", dtype)
-    given = [{"name": m, "method": m, "method_settings": kit.SETTINGS.get(m, {}), "learning_rate": 1e-6} for m in kit.ALL]
+    given = [
+        {"name": m, "method": m, "method_settings": kit.SETTINGS.get(m, {}), "learning_rate": 1e-6} for m in kit.ALL
+    ]
     adapters, jobs = make(model, *given)
     before = {job.name: kit.parameters(job.adapter) for job in jobs}
     result = Trainer(adapters, jobs).run()

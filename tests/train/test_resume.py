@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.train import recipe
+
 from weft.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert recipe.go_on(folder)
     found = recipe.outcome(folder)
     ended = {name: progress["ended"] for name, progress in found["jobs"].items()}
-    assert ended == {"lora": "early_stop", "prefix": "finished", "bottleneck": "finished"}, "the run must hold all cases"
+    assert ended == {"lora": "early_stop", "prefix": "finished", "bottleneck": "finished"}, (
+        "the run must hold all cases"
+    )
     assert found["jobs"]["lora"]["step"] < 14
     return found
 
@@ -48,9 +50,7 @@ def context() -> Iterator[Any]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.syspath_prepend(str(ROOT))
         made = multiprocessing.get_context("forkserver")
-        made.set_forkserver_preload(
-            ["tests.train.recipe", "weft.train", "transformers.models.qwen2.modeling_qwen2", "peft.tuners.lora"][:3]
-        )
+        made.set_forkserver_preload(["tests.train.recipe", "weft.train", "transformers.models.qwen2.modeling_qwen2"])
         yield made
 
 
@@ -77,7 +77,7 @@ POINTS = 20
 def test_kill_9(point: int, context: Any, unbroken: dict[str, Any], tmp_path: Path) -> None:
     """Half of the points lie inside a save. A third of the runs is killed a second time, after going on."""
     rng, where = random.Random(point), ("disk" if point % 2 else "forward")
-    at = rng.randint(1, 150 if where == "disk" else 30)
+    at = rng.randint(1, 100 if where == "disk" else 30)
     folder = tmp_path / "run"
     code = run_child(context, folder, where, at)
     assert code == KILLED, f"the point {where} {at} was not reached: exit code {code}"
@@ -100,7 +100,7 @@ def test_kill_9_at_any_time(point: int, context: Any, unbroken: dict[str, Any], 
 
 @pytest.mark.parametrize("ask", [1, 2, 3, 4, 6, 8, 11, 14, 17, 20])
 def test_asked_to_stop_anywhere(ask: int, unbroken: dict[str, Any], tmp_path: Path) -> None:
-    """``should_stop`` is asked after every step and before every evaluation; stops at the ``ask``-th and every 3rd after."""
+    """It is asked after every step and before every evaluation; here it stops at the ``ask``-th and every 7th after."""
     asked, folder = 0, tmp_path / "run"
 
     def should_stop() -> bool:
@@ -117,7 +117,9 @@ def test_asked_to_stop_anywhere(ask: int, unbroken: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.parametrize("save_steps", [1, 3, None])
-def test_how_often_it_is_saved_changes_nothing(save_steps: int | None, unbroken: dict[str, Any], tmp_path: Path) -> None:
+def test_how_often_it_is_saved_changes_nothing(
+    save_steps: int | None, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
     recipe.go_on(tmp_path / "run", save_steps=save_steps)
     assert_same(recipe.outcome(tmp_path / "run"), unbroken)
 
@@ -128,21 +130,11 @@ def test_a_finished_run_stays_as_it_is(unbroken: dict[str, Any], tmp_path: Path)
         assert_same(recipe.outcome(tmp_path / "run"), unbroken)
 
 
-def stop_at(step: int) -> Any:
-    """A ``should_stop`` that says yes once ``step`` steps are done (and before no evaluation)."""
-    trainer: list[Any] = []
-
-    def ask() -> bool:
-        return bool(trainer) and trainer[0].step >= step
-
-    return trainer, ask
-
-
-def break_at(folder: Path, step: int, **options: Any) -> None:
+def break_at(folder: Path, step: int) -> None:
     """Run until ``step`` steps are done."""
-    holder, ask = stop_at(step)
-    trainer = recipe.make_trainer(folder, should_stop=ask, **options)
-    holder.append(trainer)
+    made: list[Any] = []
+    trainer = recipe.make_trainer(folder, should_stop=lambda: made[0].step >= step)
+    made.append(trainer)
     trainer.resume()
     assert not trainer.run().completed
     assert trainer.step == step

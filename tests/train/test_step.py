@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.contracts import kit
 from torch import Tensor
 
-from tests.contracts import kit
 from weft.core.adapters import Adapters
 from weft.data import Sample
 from weft.models import describe
@@ -62,7 +62,9 @@ def test_the_gradient_is_that_of_the_mean_over_learned_tokens() -> None:
     for sample in data:
         stream_logits = adapters.logits(kit.hidden_of(adapters, [kit.Part("one", [sample.input_ids])])[0])
         weights = torch.tensor(sample.weights[1:], dtype=torch.float64)
-        losses = torch.nn.functional.cross_entropy(stream_logits[:-1], torch.tensor(sample.input_ids[1:]), reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            stream_logits[:-1], torch.tensor(sample.input_ids[1:]), reduction="none"
+        )
         total, count = total + (losses * weights).sum(), count + float(weights.sum())
     (total / count).backward()
     wanted = {name: p.detach() - p.grad for name, p in adapter.named_parameters()}
@@ -72,10 +74,14 @@ def test_the_gradient_is_that_of_the_mean_over_learned_tokens() -> None:
     kit.measured("loss", abs(result.loss - float(total / count)), 1e-12)
 
 
-@pytest.mark.parametrize(("count", "size", "accumulation", "epochs"), [(10, 3, 2, 2), (7, 2, 1, 1.5), (3, 8, 4, 2), (9, 1, 4, 1)])
+@pytest.mark.parametrize(
+    ("count", "size", "accumulation", "epochs"), [(10, 3, 2, 2), (7, 2, 1, 1.5), (3, 8, 4, 2), (9, 1, 4, 1)]
+)
 def test_every_epoch_sees_every_sample_once(count: int, size: int, accumulation: int, epochs: float) -> None:
     adapters = Adapters(MODEL, describe(MODEL))
-    config = JobConfig(name="one", method="lora", batch_size=size, gradient_accumulation_steps=accumulation, epochs=epochs)
+    config = JobConfig(
+        name="one", method="lora", batch_size=size, gradient_accumulation_steps=accumulation, epochs=epochs
+    )
     job = Job(config, adapters.add("one", config.method_config()), kit.samples(count))
     adapters.close()
     seen: list[list[str]] = []

@@ -47,6 +47,7 @@ def chat(
     from weft.generate.open import open_target
     from weft.generate.sampling import Sampling
 
+    common.tell_hub(model or target)
     opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
     sampling = Sampling(temperature, top_k, top_p, seed)
     names = [*(adapter or opened.names), None]

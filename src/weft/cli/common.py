@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ USAGE = 2
 JOB_FAILED = 3
 INTERRUPTED = 130
 TERMINATED = 143
+PIPE_CLOSED = 141
 
 EXIT_CODES: dict[int, str] = {
     DONE: "done",
@@ -26,6 +28,7 @@ EXIT_CODES: dict[int, str] = {
     USAGE: "the input cannot be used (the message says what and where)",
     JOB_FAILED: "training ended, but a job failed (loss or gradient not finite)",
     INTERRUPTED: "interrupted by Ctrl-C (a training run is saved and can be resumed)",
+    PIPE_CLOSED: "whoever read the output has gone",
     TERMINATED: "ended by SIGTERM (likewise)",
 }
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in sorted(EXIT_CODES.items())) + "."
@@ -56,6 +59,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def tell_hub(model: str) -> None:
+    """Say that a model will be looked for on the hub: a mistyped folder looks like an id, and asking takes a while."""
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists():
+        say(f"{model} is no folder here; looking for it in the Hugging Face cache and hub")
+
+
 def print_json(value: Any) -> None:
     """One JSON object on stdout. JSON knows no NaN, so what is not finite becomes null."""
     print(json.dumps(finite(value), ensure_ascii=False, indent=2), flush=True)
@@ -74,6 +83,7 @@ def quiet_libraries() -> None:
     """Keep other libraries' chatter off the screen; has to come before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore")

@@ -3,17 +3,68 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.table import Table
+import typer
+
+from weft.cli import common
+from weft.cli.progress import Reporter, make_reporter
+from weft.cli.train import Signals
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from weft.evaluate.demo import DemoResult
+    from weft.train.run import Setup
+
+
+def demo(
+    model: Annotated[str, typer.Option(help="Base: tiny-llama or tiny-bloom (the instruction set is theirs).")] = (
+        "tiny-llama"
+    ),
+    output_dir: Annotated[str, typer.Option(help="Folder of the run; a demo in it is replaced.")] = "runs/demo",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps (default: 300).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result.")] = False,
+) -> int:
+    """Train five methods at once on an embedded base, and show what each has learned and forgotten."""
+    from weft.evaluate.demo import STEPS, run_demo
+
+    signals = Signals()
+    reporter: list[Reporter] = []
+
+    def ready(setup: Setup) -> None:
+        signals.training = True
+        if not quiet:
+            common.say(f"{len(setup.jobs)} methods over one frozen {model}; first the base answers by itself")
+        reporter.append(make_reporter([(j.name, 0, j.total_steps) for j in setup.jobs], quiet=quiet))
+
+    with signals.installed():
+        try:
+            result = run_demo(
+                model,
+                output_dir,
+                steps=steps or STEPS,
+                on_event=lambda event: reporter[0].event(event),
+                on_ready=ready,
+                should_stop=signals.stop,
+            )
+        finally:
+            for each in reporter:
+                each.close()
+    if result is None:
+        return 128 + (signals.received or 2)
+    if as_json:
+        common.print_json(as_json_object(result))
+    else:
+        show(result, common.console())
+    return common.DONE
 
 
 def show(result: DemoResult, console: Console) -> None:
     """Print the table and some answers."""
+    from rich.table import Table
+
     table = Table(title=f"Five methods, one pass over one frozen {result.model}")
     for column in ("method", "trainable", "file", "exact match", "base text loss", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -28,22 +79,27 @@ def show(result: DemoResult, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "exact match: greedy answers to held-out questions, base → adapter. base text loss: change of the loss per token "
-        "on the base's own kind of text (what it forgot). seconds: of the shared pass while the job was in it.\n",
+        "exact match: greedy answers to held-out questions, base → adapter. base text loss: change of the loss per "
+        "token on the base's own kind of text (what it forgot). seconds: of the shared pass while the job was in it.\n",
         style="dim",
     )
-    answers = Table(title="Some held-out questions", show_lines=True)
-    answers.add_column("question")
-    for column in ("reference", "base", *(row.method for row in result.rows)):
+    best = max(result.rows, key=lambda row: row.exact_match_after).method
+    answers = Table(title="Some held-out questions, before and after", show_lines=True)
+    for column in ("question", "reference", "base", best):
         answers.add_column(column, overflow="fold")
     for sample in result.samples:
-        short = [sample[c] if len(sample[c]) <= 60 else sample[c][:57] + "…" for c in list(sample)[1:]]
-        answers.add_row(sample["question"], *short)
+        answers.add_row(sample["question"], *(_short(sample[key]) for key in ("reference", "base", best)))
     console.print(answers)
     console.print(f"loss curves: {result.picture}")
-    console.print(f"talk to it:  weft chat {result.output_dir} --adapter {result.rows[0].method}")
+    total = result.seconds["total"]
+    console.print(f"{total:.0f} s in all, {result.seconds['training']:.0f} s of them training")
+    console.print(f"talk to it:  weft chat {result.output_dir} --adapter {best}")
 
 
-def as_json(result: DemoResult) -> dict[str, object]:
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def as_json_object(result: DemoResult) -> dict[str, Any]:
     """The machine-readable result."""
     return asdict(result)

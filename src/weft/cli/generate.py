@@ -73,6 +73,7 @@ def generate(
 
     _check(prompt, input_file, adapter, all_adapters, output, overwrite)
     prompts = _read(input_file) if input_file else [Prompt(text, "--prompt") for text in prompt or ()]
+    common.tell_hub(model or target)
     opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
     for note in opened.notes:
         common.say(note)

@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = typer.main.get_command(app).main(words, prog_name="weft", standalone_mode=False)
         return code if isinstance(code, int) else common.DONE
     except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # click's doing
+            return common.PIPE_CLOSED
         return leaving.code if isinstance(leaving.code, int) else common.DEFECT
     except BaseException as error:
         if debug and isinstance(error, Exception):

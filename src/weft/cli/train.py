@@ -121,6 +121,7 @@ def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
 def _run(settings: RunConfig, signals: Signals, *, as_json: bool, quiet: bool) -> int:
     from weft.train.run import train as run_training
 
+    common.tell_hub(settings.model)
     reporter: list[Reporter] = []
     jobs: list[dict[str, Any]] = []
 

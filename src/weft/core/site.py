@@ -45,6 +45,10 @@ class Site:
         """Run the base module, then each segment's own functions on that segment's rows."""
         if route.exact:
             return self._apply_exactly(module, x, route)
+        if route.padded and x.dim() == 2:
+            # OPT flattens its batch before the MLP; the segments lie along the batch.
+            batch = sum(route.sizes)
+            return self.apply(module, x.view(batch, -1, x.shape[-1]), route).flatten(0, 1)
         y = self.base_class.forward(module, x)
         if not any(segment.adapter in self.functions for segment in route.segments):
             return y

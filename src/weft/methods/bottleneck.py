@@ -73,7 +73,10 @@ class Bottleneck(SiteAdapter):
 
     def __init__(self, config: BottleneckConfig, name: str, context: BuildContext) -> None:
         shape = context.architecture
-        skipped = tuple(f"{shape.blocks[i]}." for i in config.leave_out if i < shape.num_layers)
+        wrong = [i for i in config.leave_out if not 0 <= i < shape.num_layers]
+        if wrong:
+            raise UserError(f"bottleneck: leave_out {wrong}: this model's layers are 0 to {shape.num_layers - 1}.")
+        skipped = tuple(f"{shape.blocks[i]}." for i in config.leave_out)
         places = [*shape.attention_output * config.mh_adapter, *shape.mlp_output * config.output_adapter]
         places = [path for path in places if not (skipped and path.startswith(skipped))]
         if not places:

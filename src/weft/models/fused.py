@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import SiteFunction
+from weft.core.attention import attend
 from weft.core.route import Route, Router, Segment
 from weft.core.site import Site, site_of
 from weft.methods.lora import LoraLinear
-from weft.models.interface import install_interface, weft_attention
+from weft.models.interface import install_interface
 from weft.ops.fused import Piece, low_rank_linears, rms_norm, rotary
 
 _ROUTER = "_weft_fused_router"
@@ -53,10 +54,12 @@ class _FusedAttention:
             y.view(len(cos), -1, module.head_dim)
             for y in project((module.q_proj, module.k_proj, module.v_proj), hidden_states, route)
         )
-        q, k, v = (x.transpose(0, 1)[None] for x in (rotary(q, cos, sin), rotary(k, cos, sin), v))
-        window = getattr(module, "sliding_window", None)
-        out, _ = weft_attention(module, q, k, v, None, scaling=module.scaling, sliding_window=window)
-        return project((module.o_proj,), out.reshape(1, len(cos), -1), route)[0], None
+        q, k, v = (x.transpose(0, 1) for x in (rotary(q, cos, sin), rotary(k, cos, sin), v))
+        # Qwen2 decides by layer; Mistral has one window for all, in its configuration.
+        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+        bias = {} if window is None else {"sliding_window": window}
+        out = attend(module.__dict__[_ROUTER], module.layer_idx, q, k, v, scale=module.scaling, **bias)
+        return project((module.o_proj,), out.view(1, len(cos), -1), route)[0], None
 
 
 class _FusedMlp:
@@ -92,8 +95,9 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
         pieces.append(Piece(begin, begin + segment.tokens, tuple(updates), scalings))
         begin += segment.tokens
     linears: list[Any] = [(module.weight, module.bias) for module in modules]
-    ys = low_rank_linears(x[0], linears, pieces, factors)
-    return [_follow(x, y[None], todo, route) if todo else y[None] for y, todo in zip(ys, later, strict=True)]
+    # Not x[0], whose gradient is written into a tensor of zeros.
+    ys = (y.unsqueeze(0) for y in low_rank_linears(x.squeeze(0), linears, pieces, factors))
+    return [_follow(x, y, todo, route) if todo else y for y, todo in zip(ys, later, strict=True)]
 
 
 def _functions(site: Site | None, segment: Segment) -> list[SiteFunction]:
@@ -107,7 +111,8 @@ def _draws_nothing(lora: LoraLinear, segment: Segment) -> bool:
 def _is_plain(module: nn.Module, site: Site | None) -> bool:
     """A frozen nn.Linear and nothing else."""
     kind = type(module) if site is None else site.base_class
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in module.__dict__
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooked = any(hooks) or "forward" in module.__dict__
     return kind is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())
 
 
@@ -116,11 +121,11 @@ def _follow(x: Tensor, y: Tensor, functions: dict[int, list[SiteFunction]], rout
     if len(route.segments) == 1:
         xs, ys = [x], [y]
     else:
-        xs, ys = list(x.split(route.sizes, route.dim)), list(y.split(route.sizes, route.dim))
+        xs, ys = list(x.split(route.sizes, 1)), list(y.split(route.sizes, 1))
     for index, todo in functions.items():
         for function in todo:
             ys[index] = function(xs[index], ys[index], route.segments[index])
-    return ys[0] if len(ys) == 1 else torch.cat(ys, route.dim)
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
 
 
 # Class of transformers -> what takes its place. Only classes whose forward was compared with ours.

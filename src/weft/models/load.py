@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from weft.assets import EMBEDDED_MODELS, model_path
@@ -92,7 +91,7 @@ def load_tokenizer(name: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name) if not Path(name).is_dir() else name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as in load_base
         there = not Path(name).is_dir() or (Path(name) / "tokenizer.json").is_file()
         hint = "" if there else " (no tokenizer.json there)"
         raise UserError(f"the tokenizer of {name!r} cannot be loaded{hint}: {_first_line(error)}") from error
@@ -110,14 +109,20 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer
     source, where, kind = resolve_model(name), resolve_device(device), resolve_dtype(dtype)
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
+    # transformers only warns of either, and fills in random numbers.
     missing = sorted(report["missing_keys"])
     if missing:
-        # transformers only warns, and fills them with random numbers.
         raise UserError(f"the model {name!r} lacks {len(missing)} of its tensors: {', '.join(missing[:3])} ...")
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"the model {name!r} is damaged: {key} is {tuple(found)}, its config.json says {tuple(wanted)}."
+        )
     nn.Module.to(model, where).eval()
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
@@ -125,4 +130,6 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # A line that ends with a colon says nothing without the next.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

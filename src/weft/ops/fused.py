@@ -1,8 +1,9 @@
-"""What stands between the matrix products of a Llama block, as single autograd nodes made for a CPU.
+"""A Llama block's norms, rotary positions and linears with LoRA on them, as single autograd nodes made for a CPU.
 
-Written as separate torch operations, each of these reads and writes whole [N, d] tensors from memory several times, casts
-them to fp32 and back, and keeps the intermediate results for the backward pass. Here rows go in blocks that stay in the
-cache through all steps, and only inputs are kept. Notation: N rows, d their width.
+Written as separate torch operations, each of these reads and writes whole [N, d] tensors from memory several times,
+casts them to fp32 and back, and keeps the intermediate results for the backward pass. Here rows go in blocks that stay
+in the cache through all steps, and only inputs are kept. Notation: N rows, d their width. (SwiGLU made the same way was
+measured and left out: it needs silu twice, and silu is most of its time.)
 
 Nothing is ever written into a tensor that was given: a second backward pass over a retained graph is right.
 """
@@ -71,8 +72,8 @@ class _RmsNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * (x / sqrt(mean(x^2) + eps))`` (Zhang & Sennrich 2019), for a frozen weight.
 
-    x [..., d], weight [d], one dtype; the norm is computed in fp32 (fp64 for fp64) and rounded to x's dtype before it is
-    multiplied, as transformers' LlamaRMSNorm does it.
+    x [..., d], weight [d], one dtype; computed in fp32 (fp64 for fp64) and rounded to x's dtype before it is multiplied
+    by the weight, as transformers' LlamaRMSNorm does it.
     """
     return _RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view_as(x)
 
@@ -84,46 +85,8 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * h.to(x.dtype)
 
 
-class _SwiGlu(torch.autograd.Function):
-    """Keeps gate and up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        for rows in _blocks(*gate.shape):
-            out_b = out[rows]
-            torch.ops.aten.silu.out(gate[rows], out=out_b)
-            out_b.mul_(up[rows])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        for rows in _blocks(*gate.shape):
-            gate_b, d_out_b, d_gate_b, d_up_b = gate[rows], d_out[rows], d_gate[rows], d_up[rows]
-            torch.ops.aten.silu.out(gate_b, out=d_up_b)
-            d_up_b.mul_(d_out_b)
-            torch.mul(d_out_b, up[rows], out=d_gate_b)
-            torch.ops.aten.silu_backward.grad_input(d_gate_b, gate_b, grad_input=d_gate_b)
-        return d_gate, d_up
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` (Shazeer 2020) of [..., d] each."""
-    width = gate.shape[-1]
-    return _SwiGlu.apply(gate.reshape(-1, width).contiguous(), up.reshape(-1, width).contiguous()).view_as(gate)
-
-
-def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
-    """``swiglu``, operation by operation."""
-    return torch.nn.functional.silu(gate) * up
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin, of x [N, H, D], cos and sin [N, 1, D]; two dtypes never mix."""
+    """x cos + rotate_half(x) sin, of x [N, H, D], cos and sin [N, 1, D]."""
     half = x.shape[-1] // 2
     out = torch.empty_like(x)
     for rows in _blocks(x.shape[0], x.shape[1] * x.shape[2]):
@@ -135,7 +98,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """Keeps cos and sin, which every layer shares. The gradient is the rotation backwards: dx = dy cos + R^T (dy sin)."""
+    """Keeps cos and sin, which all layers share. The gradient is the rotation back: dx = dy cos + R^T (dy sin)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -177,8 +140,9 @@ class Piece:
 class _LowRankLinears(torch.autograd.Function):
     """Arguments after ``pieces``: weights, biases (or None), then A and B of each piece's updates in turn.
 
-    Keeps x, every z = x A^T and the factors in x's dtype; z of one piece's updates is one product, and so is their share
-    of dx and of dA. The large product comes last and is added by the matrix product itself, in its fp32 accumulators.
+    Keeps x, every z = x A^T and the factors in x's dtype; z of one piece's updates is one product, and so is their
+    share of dx and of dA. The large product comes last and adds
+    what is there in its own fp32 accumulators.
     """
 
     @staticmethod
@@ -240,7 +204,7 @@ class _LowRankLinears(torch.autograd.Function):
             for i, s, z_i, dz_i, b in parts:
                 dy = d_ys[i][rows]
                 dz_i.copy_(dy @ b).mul_(s)
-                d_bs.append((dy.t() @ z_i).to(torch.promote_types(b.dtype, torch.float32)).mul_(s))
+                d_bs.append((z_i.t() @ dy).t().to(torch.promote_types(b.dtype, torch.float32)).mul_(s))
             d_as = (dz.t() @ x[rows]).split(ranks)
             gradients += [g for pair in zip(d_as, d_bs, strict=True) for g in pair]
             if dx is not None:
