@@ -56,9 +56,10 @@ def model_config(kind: str, **more: Any) -> PretrainedConfig:
     """A tiny configuration: Llama and Qwen2 with grouped-query attention, GPT-2 with Conv1D, BLOOM with ALiBi."""
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, **more}
         return LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, **special, **more,
+            vocab_size=VOCABULARY, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, **special, **sizes,
         )  # fmt: skip
     if kind == "qwen2":
         return Qwen2Config(

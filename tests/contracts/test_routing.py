@@ -53,6 +53,26 @@ def test_in_a_mixed_batch_as_alone(kind: str, method: str) -> None:
         del model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_exact_mode_beside_any_neighbours(dtype: torch.dtype) -> None:
+    """Widths that are no multiple of a cache line, so that every row count gives another alignment: the loss and all
+    gradients are the same bits whatever stands before."""
+    widths = {"hidden_size": 44, "intermediate_size": 52, "head_dim": 12}
+    model = kit.make_model("llama", dtype, **widths)
+    adapters = kit.open_with_all(model, dropout=True, exact=True)
+    own = {name: kit.samples(3, seed=i) for i, name in enumerate(kit.ALL)}
+    for name in kit.ALL:
+        found = []
+        for seed in (None, *range(len(kit.ALL))):
+            others = kit.ALL if seed is not None else []
+            before = [Work(n, kit.samples(1 + seed % 3, seed=seed), 3) for n in others[seed or 0 :][:1] if n != name]
+            *_, loss = forward_losses(adapters, [*before, Work(name, own[name], 5)])
+            loss.backward()
+            found.append(kit.sha256([loss, *kit.gradients(adapters[name]).values()]))
+        assert len(set(found)) == 1, name
+    adapters.close()
+
+
 def losses(adapters: Adapters, seed: int) -> list[Tensor]:
     work = [Work(n, kit.samples(3, seed=seed + i), seed=seed + i, divisor=4.0) for i, n in enumerate(kit.ALL)]
     return forward_losses(adapters, work)
