@@ -47,7 +47,7 @@ JOB_KEYS: dict[str, str] = {
     "batch_size": "sequences per forward pass",
     "gradient_accumulation_steps": "forward passes per optimizer step",
     "optimizer": "torch's own",
-    "learning_rate": "default: where the method was measured to train well (below)",
+    "learning_rate": "default: the usual one of the method (below)",
     "adam_betas": "AdamW's decay rates; `adam_beta1` and `adam_beta2` set one",
     "adam_epsilon": "AdamW's ε",
     "momentum": "of `sgd`",

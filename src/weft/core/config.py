@@ -56,7 +56,7 @@ class MethodConfig(BaseModel):
     peft_type: ClassVar[str]
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
-    # The rate at which the method was measured to train well by itself (docs/methods.md).
+    # What the field uses for models of ordinary size when nothing is said; tiny models want ten times as much.
     default_learning_rate: ClassVar[float] = 1e-3
 
     def build(self, name: str, context: BuildContext) -> Adapter:

@@ -20,7 +20,7 @@ class BitFitConfig(MethodConfig):
 
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
-    default_learning_rate: ClassVar[float] = 1e-2
+    default_learning_rate: ClassVar[float] = 1e-3
 
     target_modules: list[str] | None = None
     add_missing: bool = False

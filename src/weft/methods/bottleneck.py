@@ -32,7 +32,7 @@ class BottleneckConfig(MethodConfig):
 
     method: ClassVar[str] = "bottleneck"
     peft_type: ClassVar[str] = "BOTTLENECK"
-    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate: ClassVar[float] = 2e-4
 
     mh_adapter: bool = True
     output_adapter: bool = True

@@ -28,7 +28,7 @@ class LoraConfig(MethodConfig):
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
-    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate: ClassVar[float] = 2e-4
     # How the base stores its weights, or how the adapter was first drawn: nothing that changes what it computes now.
     harmless_keys: ClassVar[frozenset[str]] = frozenset(
         {"fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern", "exclude_modules", "loftq_config"}

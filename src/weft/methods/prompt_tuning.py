@@ -21,7 +21,7 @@ class PromptTuningConfig(MethodConfig):
 
     method: ClassVar[str] = "prompt_tuning"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    default_learning_rate: ClassVar[float] = 1e-2
+    default_learning_rate: ClassVar[float] = 3e-2
     harmless_keys: ClassVar[frozenset[str]] = frozenset(
         {"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "tokenizer_kwargs",
          "tokenizer_name_or_path"}

@@ -65,7 +65,7 @@ class JobConfig(BaseModel):
         return method_config(self.method)(**self.method_settings)
 
     def rate(self) -> float:
-        """The learning rate: the one given, or the one at which the method was measured to train well."""
+        """The learning rate: the one given, or the usual one of the method."""
         return self.learning_rate or method_config(self.method).default_learning_rate
 
 
