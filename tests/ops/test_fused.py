@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weft.ops import fused
-from weft.ops.fused import Piece, low_rank_linears, low_rank_linears_ref, rms_norm, rms_norm_ref, rotary, rotary_ref
+from weft.ops.fused import (
+    Piece,
+    low_rank_linears,
+    low_rank_linears_ref,
+    rms_norm,
+    rms_norm_ref,
+    rotary,
+    rotary_ref,
+    swiglu,
+    swiglu_ref,
+)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -56,6 +66,17 @@ def test_rms_norm_computes_in_fp32() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.full((2, 64), 60_000.0, dtype=dtype)
         close(rms_norm(x, torch.ones(64, dtype=dtype), 1e-6), torch.ones(2, 64, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7, 33), (64, 16)])
+def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gate, up = draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
+    y, ref = swiglu(gate, up), swiglu_ref(gate, up)
+    close(y, ref, dtype)
+    d_y = draw(*shape, dtype=dtype, seed=3, grad=False)
+    for a, b in zip(*(torch.autograd.grad(out, [gate, up], d_y) for out in (y, ref)), strict=True):
+        close(a, b, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from weft.core.adapter import SiteFunction
 from weft.core.attention import attend
@@ -20,7 +21,7 @@ from weft.core.route import Route, Router, Segment
 from weft.core.site import Site, site_of
 from weft.methods.lora import LoraLinear
 from weft.models.interface import install_interface
-from weft.ops.fused import Piece, low_rank_linears, rms_norm, rotary
+from weft.ops.fused import Piece, low_rank_linears, rms_norm, rotary, swiglu
 
 _ROUTER = "_weft_fused_router"
 
@@ -71,7 +72,10 @@ class _FusedMlp:
         if route is None:
             return super().forward(x)  # type: ignore[misc]
         gate, up = project((module.gate_proj, module.up_proj), x, route)
-        return project((module.down_proj,), module.act_fn(gate) * up, route)[0]
+        # The activation may be a site of some method, or another function than SiLU.
+        plain_silu = type(module.act_fn) in (nn.SiLU, SiLUActivation)
+        hidden = swiglu(gate, up) if plain_silu else module.act_fn(gate) * up
+        return project((module.down_proj,), hidden, route)[0]
 
 
 def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[Tensor]:

@@ -2,8 +2,8 @@
 
 Written as separate torch operations, each of these reads and writes whole [N, d] tensors from memory several times,
 casts them to fp32 and back, and keeps the intermediate results for the backward pass. Here rows go in blocks that stay
-in the cache through all steps, and only inputs are kept. Notation: N rows, d their width. (SwiGLU made the same way was
-measured and left out: it needs silu twice, and silu is most of its time.)
+in the cache through all steps, and only inputs are kept. Notation: N rows, d their width. (SwiGLU is
+here for memory alone: computing silu twice takes what the blocks save.)
 
 Nothing is ever written into a tensor that was given: a second backward pass over a retained graph is right.
 """
@@ -83,6 +83,34 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     h = x.to(_wide(x.dtype))
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     return weight * h.to(x.dtype)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Keeps gate and up, and not silu(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_up = torch.nn.functional.silu(gate).mul_(d_out)
+        d_gate = d_out * up
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return d_gate, d_up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer 2020) of [..., d] each."""
+    return _SwiGlu.apply(gate, up)
+
+
+def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
+    """``swiglu``, operation by operation."""
+    return torch.nn.functional.silu(gate) * up
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

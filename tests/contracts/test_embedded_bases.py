@@ -1,0 +1,63 @@
+"""Together equals alone on the two embedded bases, with their own instructions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.contracts import kit
+from tests.contracts.test_together_equals_alone import assert_bitwise, job_config
+from torch import Tensor
+
+from weft.assets import EMBEDDED_MODELS, instructions_path
+from weft.core.adapters import Adapters
+from weft.data import Renderer, load_samples
+from weft.models import Base, load_base
+from weft.train import Job, Trainer
+
+
+def train(base: Base, methods: list[str], steps: int, *, exact: bool = False) -> dict[str, list[Tensor]]:
+    """Parameters and optimizer states; every job learns from instructions of its own."""
+    samples = load_samples(instructions_path("train"), Renderer(base.tokenizer))
+    adapters = Adapters(base.model, base.architecture, exact=exact)
+    jobs = []
+    for method in methods:
+        config, index = job_config(method, steps), kit.ALL.index(method)
+        adapter = adapters.add(method, config.method_config(), seed=config.seed)
+        jobs.append(Job(config, adapter, samples[100 * index : 100 * index + 100]))
+    Trainer(adapters, jobs).run()
+    out = {job.name: list(job.tensors().values()) for job in jobs}
+    adapters.close()
+    return out
+
+
+def compare(name: str, steps: int) -> None:
+    base = load_base(name, dtype="float64")
+    together = train(base, kit.ALL, steps)
+    for method in kit.ALL:
+        found = kit.difference(together[method], train(base, [method], steps)[method])
+        kit.measured(f"{name} {method}, {steps} steps in fp64: together - alone", found, 1e-10)
+
+
+def compare_exactly(name: str, steps: int) -> None:
+    base = load_base(name, dtype="float32")
+    together = train(base, kit.ALL, steps, exact=True)
+    for method in kit.ALL:
+        assert_bitwise(together, train(base, [method], steps, exact=True), method)
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_together_equals_alone(name: str) -> None:
+    compare(name, 10)
+    compare_exactly(name, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_together_equals_alone_after_200_steps(name: str) -> None:
+    compare(name, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_exact_mode_is_bitwise_after_200_steps(name: str) -> None:
+    compare_exactly(name, 200)
