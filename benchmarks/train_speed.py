@@ -41,6 +41,14 @@ def run_one(contestant: str, args: argparse.Namespace, seed: int) -> dict[str, A
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
+def summary(name: str, result: dict[str, Any]) -> str:
+    """For the screen."""
+    if name == "gemm":
+        return ", ".join(f"{shape} {rate:.0f}" for shape, rate in result["rates"].items()) + " GFLOP/s"
+    rate, cores = result["tokens"] / result["seconds"], result["cpu_seconds"] / result["seconds"]
+    return f"{rate:.1f} tok/s, {cores:.2f} cores busy, {result['peak_bytes'] / 1e9:.2f} GB"
+
+
 def speeds(runs: list[dict[str, Any]]) -> list[float]:
     """Useful tokens per second of each round."""
     return [run["tokens"] / run["seconds"] for run in runs]
@@ -138,8 +146,7 @@ def main() -> None:
             if result is None:
                 continue
             runs[name].append(result)
-            said = result["rates"] if name == "gemm" else f"{result['tokens'] / result['seconds']:.1f} tok/s"
-            print(f"round {seed + 1}, {name}: {said}", flush=True)
+            print(f"round {seed + 1}, {name}: {summary(name, result)}", flush=True)
     text = report(runs, args)
     print(text)
     if args.out and all(runs.values()):

@@ -158,7 +158,8 @@ def install_fused(model: nn.Module, router: Router) -> Callable[[], None]:
             continue
         swapped.append((module, type(module)))
         module.__dict__[_ROUTER] = router
-        module.__class__ = _fused_class(mixin, type(module))
+        kind: type = type(module)
+        module.__class__ = _fused_class(mixin, kind)
 
     def undo() -> None:
         for module, kind in swapped:

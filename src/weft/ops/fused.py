@@ -174,7 +174,7 @@ class _LowRankLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pieces: Sequence[Piece], count: int, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, x: Tensor, pieces: Sequence[Piece], count: int, *tensors: Any) -> Any:
         weights, biases = tensors[:count], tensors[count : 2 * count]
         factors = [f.to(x.dtype) for f in tensors[2 * count :] if f is not None]
         touched = {i for piece in pieces for i in piece.linears}
@@ -214,7 +214,7 @@ class _LowRankLinears(torch.autograd.Function):
         """dz = s dy B,  dA = dz^T x,  dB = s dy^T z,  dx = sum over linears of dz A + dy W."""
         saved = list(ctx.saved_tensors)  # once: under checkpointing every look at them unpacks again
         weights = [saved.pop() for _ in range(ctx.count)][::-1]
-        x = saved.pop(0) if saved else None
+        x: Any = saved.pop(0) if saved else None
         dx = d_ys[0].new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor] = []
         updated = any(piece.linears for piece in ctx.pieces)
