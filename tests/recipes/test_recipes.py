@@ -1,5 +1,6 @@
 """Every recipe is a complete run: it is loaded as it stands and run at a small size, on real data where it names it."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -56,7 +57,7 @@ def run_alpaca(tmp_path, *overrides: str) -> Path:
     assert second.completed
     losses = eval_losses(folder)
     assert len(losses) >= 4
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False)), losses
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses)), losses
     assert losses[-1] < 0.8 * losses[0]
     return folder
 

@@ -162,7 +162,8 @@ def _padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tenso
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 return super().update(key_states, value_states)
-            assert self.keys is not None and self.values is not None
+            assert self.keys is not None
+            assert self.values is not None
             return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
     cache = Cache(layer_class_to_replicate=PrefixLayer)
