@@ -93,3 +93,9 @@ def test_a_character_of_several_tokens_comes_whole(tiny_llama_dir: Path) -> None
     cut = TextStream(tokenizer)
     shown = "".join(cut.push(token) for token in tokenizer("a织", add_special_tokens=False)["input_ids"][:-1])
     assert shown + cut.flush() == "a"
+
+
+def test_a_line_that_is_not_utf_8(weft: Callable[..., Any], run_dir: Path) -> None:
+    result = weft("chat", run_dir, stdin="\udcff bad\n")
+    assert result.code == 2, result.err
+    assert "line 1 of stdin is not UTF-8" in result.err

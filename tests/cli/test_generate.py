@@ -101,3 +101,16 @@ def test_sampling_is_seeded(weft: Callable[..., Any], tiny_bloom_dir: Path) -> N
     )
     texts = [weft(*words, "--seed", seed).out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_top_p_0_is_the_likeliest_token(weft: Callable[..., Any], run_dir: Path) -> None:
+    asked = ["generate", run_dir, "--prompt", "one", "--max-new-tokens", 3, "--json"]
+    drawn = weft(*asked, "--temperature", 1, "--top-p", 0)
+    assert drawn.code == 0, drawn.err
+    assert json.loads(drawn.out) == json.loads(weft(*asked).out)
+
+
+@pytest.mark.parametrize("extra", [["--output", ".", "--overwrite"], ["--seed", 2**63]])
+def test_unusable_options(weft: Callable[..., Any], run_dir: Path, extra: list[Any]) -> None:
+    result = weft("generate", run_dir, "--prompt", "one", "--max-new-tokens", 2, *extra)
+    assert result.code == 2, result.err

@@ -128,6 +128,12 @@ def test_refused(values: dict[Any, Any], message: str) -> None:
         make_config({**BASE, **values})
 
 
+@pytest.mark.parametrize(("settings", "message"), [({"name": "base"}, "the base itself"), ({"seed": 2**63}, "64 bits")])
+def test_names_and_seeds_that_cannot_be_used(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        job(**settings)
+
+
 def test_a_message_names_the_file_and_the_job(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: m\ndata: d\njobs:\n- method: lora\n- {method: lora, name: b, r: x}\n")

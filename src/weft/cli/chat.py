@@ -69,7 +69,9 @@ def chat(
 def _lines() -> Iterator[str]:
     """What the user types, or the lines of stdin."""
     if not sys.stdin.isatty():
-        for line in sys.stdin:
+        for number, line in enumerate(sys.stdin, 1):
+            if any("\ud800" <= character <= "\udfff" for character in line):
+                raise UserError(f"line {number} of stdin is not UTF-8.")
             if line.strip():
                 yield line.rstrip("\r\n")
         return

@@ -102,6 +102,8 @@ def _check(
     """What can be told before a model is loaded."""
     if bool(prompt) == (input_file is not None):
         raise UserError("give the prompts by --prompt TEXT (may be repeated) or by --input FILE, one of the two.")
+    if output is not None and output.is_dir():
+        raise UserError(f"--output {output} is a folder, not a file.")
     if output is not None and output.exists() and not overwrite:
         raise UserError(f"{output} is there already; take another name or --overwrite.")
     if output is not None and not output.absolute().parent.is_dir():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -17,6 +19,10 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed} does not fit into 64 bits.")
 
     def generator(self) -> torch.Generator:
         """The request's own generator: what its neighbours draw does not change it."""
@@ -40,5 +46,7 @@ def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> i
     if sampling.top_p < 1.0:
         # A token stays if what lies above it does not yet make up top_p; so the first always stays.
         above = probabilities.cumsum(-1) - probabilities
-        probabilities[above >= sampling.top_p * probabilities.sum()] = 0
+        cut = above >= sampling.top_p * probabilities.sum()
+        cut[0] = False  # also with top_p 0
+        probabilities[cut] = 0
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

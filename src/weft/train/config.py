@@ -54,6 +54,10 @@ class JobConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> JobConfig:
         check_name(self.name)
+        if self.name == "base":
+            raise ValueError("'base' is no name for a job: in chat and generate it is the base itself")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} does not fit into 64 bits")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas {self.adam_betas}: both must lie in [0, 1)")
         if self.early_stopping_patience is not None and self.eval_steps is None:
