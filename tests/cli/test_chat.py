@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,3 +100,13 @@ def test_a_line_that_is_not_utf_8(weft: Callable[..., Any], run_dir: Path) -> No
     result = weft("chat", run_dir, stdin="\udcff bad\n")
     assert result.code == 2, result.err
     assert "line 1 of stdin is not UTF-8" in result.err
+
+
+def test_answers_as_json_lines(weft: Callable[..., Any], run_dir: Path) -> None:
+    talked = weft("chat", run_dir, "--max-new-tokens", 5, stdin="What comes after one?\n")
+    result = weft("chat", run_dir, "--json", "--max-new-tokens", 5, stdin="What comes after one?\nAnd then?\n")
+    first, second = (json.loads(line) for line in result.out.splitlines())
+    assert first["adapter"] == second["adapter"] == "lora"
+    assert first["answer"] == talked.out.removesuffix("\n")
+    assert first["finish_reason"] in ("stop", "length")
+    assert second["prompt"] == "And then?"

@@ -17,7 +17,7 @@ from weft.models import describe
     [
         ("lora", {"target_modules": ["q_porj"]}, "Did you mean 'q_proj'"),
         ("lora", {"target_modules": "no_such_thing"}, "matches no linear module"),
-        ("lora", {"layers_to_transform": [99]}, "matches no linear module"),
+        ("lora", {"layers_to_transform": [99]}, "there is no layer 99"),
         ("bottleneck", {"leave_out": [3]}, "layers are 0 to 2"),
         ("bottleneck", {"leave_out": [-1]}, "layers are 0 to 2"),
         ("bottleneck", {"leave_out": [0, 1, 2]}, "nothing to tune"),

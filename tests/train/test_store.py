@@ -172,3 +172,18 @@ def test_a_folder_is_not_taken_by_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         RunStore(tmp_path / "file").prepare(overwrite=True, resume=False)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    """A lock belongs to an open file, so a second store in this process stands for a second process."""
+    first = RunStore(tmp_path / "run")
+    first.prepare(overwrite=False, resume=True)
+    with pytest.raises(UserError, match="another process is training"):
+        RunStore(tmp_path / "run").prepare(overwrite=False, resume=True)
+    first.release()
+    RunStore(tmp_path / "run").prepare(overwrite=False, resume=True)
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend():
+    with pytest.raises(UserError, match="cannot be made"):
+        RunStore("/proc/weft-cannot-write-here/run").prepare(overwrite=False, resume=False)

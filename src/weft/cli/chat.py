@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -39,6 +40,9 @@ def chat(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each answer as one JSON object on a line of stdout, when it is whole.")
+    ] = False,
 ) -> int:
     """Talk to a run's adapters, to an adapter, or to a model. Reads lines from stdin when that is no terminal.
 
@@ -51,7 +55,7 @@ def chat(
     opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
     sampling = Sampling(temperature, top_k, top_p, seed)
     names = [*(adapter or opened.names), None]
-    talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens)
+    talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens, as_json)
     for note in (*opened.notes, talk.introduction()):
         common.say(note)
     for line in _lines():
@@ -96,10 +100,16 @@ class Conversation:
     """The turns so far, and who answers."""
 
     def __init__(
-        self, opened: Opened, adapter: str | None, system: str | None, sampling: Sampling, max_new_tokens: int | None
+        self,
+        opened: Opened,
+        adapter: str | None,
+        system: str | None,
+        sampling: Sampling,
+        max_new_tokens: int | None,
+        as_json: bool = False,
     ) -> None:
         self.opened, self.adapter, self.system = opened, adapter, system
-        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self.sampling, self.max_new_tokens, self.as_json = sampling, max_new_tokens, as_json
         self.messages: list[Message] = []
         self.reset()
 
@@ -160,14 +170,21 @@ class Conversation:
 
         def show(index: int, token: int) -> None:
             said.append(stream.push(token))
-            print(said[-1], end="", flush=True)
+            if not self.as_json:
+                print(said[-1], end="", flush=True)
 
         request = Request(prompt, self.adapter, count, self.sampling)
+        reason = "interrupted"
         try:
-            generate(self.opened.adapters, [request], stop_ids=self.opened.stop_ids, on_token=show)
+            (done,) = generate(self.opened.adapters, [request], stop_ids=self.opened.stop_ids, on_token=show)
+            reason = done.finish_reason
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
         said.append(stream.flush())
-        print(said[-1], flush=True)
+        if self.as_json:
+            whole = {"adapter": self.adapter, "prompt": text, "answer": "".join(said), "finish_reason": reason}
+            print(json.dumps(whole, ensure_ascii=False), flush=True)
+        else:
+            print(said[-1], flush=True)
         self.messages = [*messages, Message("assistant", "".join(said))]

@@ -47,24 +47,36 @@ class Architecture:
         a list holds last parts of paths. ``layers`` keeps those blocks only.
 
         Raises:
-            UserError: nothing matches; the message lists what could.
+            UserError: an entry of the list matches nothing (a typo would silently make a smaller adapter), or nothing
+                does; the message lists what could. Or a layer is not there.
         """
         wanted: str | list[str] = targets if isinstance(targets, str) else list(targets)
+        if not isinstance(wanted, str):
+            for name in wanted:
+                if not any(_matches(path, [name]) for path in self.linears):
+                    raise UserError(self._no_match(name))
+        absent = [i for i in layers or () if not 0 <= i < self.num_layers]
+        if absent:
+            last = self.num_layers - 1
+            raise UserError(f"layers_to_transform: there is no layer {absent[0]}; this model has 0 to {last}.")
         try:
             found = [path for path in self.linears if _matches(path, wanted)]
         except re.error as error:
             raise UserError(f"target_modules {wanted!r} is no regular expression: {error}.") from None
         if layers is not None:
-            keep = tuple(f"{self.blocks[i]}." for i in layers if 0 <= i < self.num_layers)
+            keep = tuple(f"{self.blocks[i]}." for i in layers)
             found = [path for path in found if path.startswith(keep)]
         if not found:
-            names = sorted({path.rsplit(".", 1)[-1] for path in self.linears})
-            hint = "" if isinstance(wanted, str) or not wanted else nearest(wanted[0], names)
-            raise UserError(
-                f"target_modules {wanted!r} matches no linear module of this {self.model_type} model.{hint} "
-                f"What can match: {', '.join(names)} (or 'all-linear')."
-            )
+            raise UserError(self._no_match(wanted))
         return found
+
+    def _no_match(self, wanted: str | list[str]) -> str:
+        names = sorted({path.rsplit(".", 1)[-1] for path in self.linears})
+        hint = nearest(wanted, names) if isinstance(wanted, str) else ""
+        return (
+            f"target_modules {wanted!r} matches no linear module of this {self.model_type} model.{hint} "
+            f"What can match: {', '.join(names)} (or 'all-linear')."
+        )
 
 
 def _matches(path: str, wanted: str | list[str]) -> bool:

@@ -50,7 +50,7 @@ class MethodConfig(BaseModel):
     A subclass names itself (``method``), says what PEFT calls it (``peft_type``) and builds its adapter.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: ClassVar[str]
     peft_type: ClassVar[str]

@@ -61,7 +61,7 @@ def read_records(path: str | os.PathLike[str], *, limit: int | None = None) -> l
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not records:
         what = "the file is empty" if empty else "the file holds no records"
-        raise UserError(f"{path}: {what}; expected at least one.")
+        raise UserError(f"{path}: {what}; expected at least one record.")
     return records
 
 

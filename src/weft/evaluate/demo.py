@@ -185,6 +185,7 @@ def draw_losses(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
         if held:
             axes.plot([e["step"] for e in held], [e["eval_loss"] for e in held], "o", color=f"C{number}", markersize=5)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token")
     axes.set_title(f"{title}: one frozen base, one pass (lines: training; dots: held-out questions)")

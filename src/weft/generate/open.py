@@ -204,7 +204,7 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
     unfinished = []
     for name in names:
         folder = store.adapters / name
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        if folder.is_dir():  # finished; if a file of it is gone, say that, and answer from nothing older
             opened.adapters.load(name, folder, tokenizer=tokenizer)
         else:
             unfinished.append(name)

@@ -64,6 +64,9 @@ def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
         could.add(last)
         if config.target_modules is None or last in config.target_modules:
             sizes[path] = linear_shape(module)[1] if is_linear(module) else module.get_parameter("weight").shape[0]
+    stray = sorted(set(config.target_modules or ()) - could)
+    if could and stray:
+        raise UserError(f"bitfit: target_modules {stray} match no bias; there are: {', '.join(sorted(could))}.")
     if sizes:
         return sizes
     if could:

@@ -25,7 +25,7 @@ from weft.train.store import RUN_FILE
 class JobConfig(BaseModel):
     """One adapter and how it is trained. ``steps`` are optimizer steps and win over ``epochs``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     method: str
@@ -76,7 +76,7 @@ class JobConfig(BaseModel):
 class RunConfig(BaseModel):
     """A run: base, data, jobs, where it is written."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     data: str
@@ -184,6 +184,7 @@ def read_run_config(folder: str | Path) -> RunConfig:
 
 
 def _run_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    _refuse_switches(values, RunConfig, source)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -289,11 +290,25 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConf
     fitting = {key: value for key, value in defaults.items() if key in _JOB_KEYS or key in cls.model_fields}
     merged = {"name": method, **fitting, **given}
     settings = {key: merged.pop(key) for key in list(merged) if key in cls.model_fields}
+    _refuse_switches(settings, cls, where)
+    _refuse_switches(merged, JobConfig, where)
     try:
         cls(**settings)
         return JobConfig(**merged, method_settings=settings)
     except ValidationError as error:
         raise UserError(_explain(error, where, _JOB_KEYS | set(cls.model_fields))) from None
+
+
+def _refuse_switches(settings: Mapping[str, Any], cls: type[BaseModel], where: str) -> None:
+    """pydantic takes true for 1, which nobody means."""
+    for key, value in settings.items():
+        field = cls.model_fields.get(key)
+        if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
+            raise UserError(f"{where}: {key}: expected {_plain(field.annotation)}, not {str(value).lower()}.")
+
+
+def _plain(annotation: Any) -> str:
+    return getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
 
 
 def _unknown(where: str, keys: list[str], known: set[str] | frozenset[str]) -> str:

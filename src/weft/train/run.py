@@ -19,7 +19,7 @@ from weft.models.load import resolve_model
 from weft.train.config import RunConfig
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
-from weft.train.store import RUN_FILE, RunStore
+from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
@@ -27,7 +27,7 @@ _FREE_KEYS = frozenset(
 )
 
 
-_EMPTY_RUN = {"checkpoints", "adapters"}
+_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     for job in config.jobs:
         for data in (job.data or config.data, job.eval_data or config.eval_data):
             if data is not None and not Path(data).is_file():
+                if Path(data).is_dir():
+                    raise UserError(f"{data} is a folder; data is one file.")
                 raise UserError(f"no data file at {data}.")
     base = base or load_base(config.model, dtype=config.dtype, device=config.device)
     limit = base.architecture.max_length
@@ -112,8 +114,9 @@ def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: B
     if len(longest.input_ids) + learned > limit:
         raise UserError(
             f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed "
-            f"the model's {limit} positions. Set max_length: {limit - learned} (with truncate: true to cut) or fewer "
-            "num_virtual_tokens."
+            f"the model's {limit} positions. "
+            + (f"Set max_length: {limit - learned} (with truncate: true to cut) or " if learned < limit - 1 else "")
+            + "fewer num_virtual_tokens."
         )
 
 
@@ -140,6 +143,21 @@ def train(
     on_ready(setup)
     begun = (store.folder / RUN_FILE).is_file()
     store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
+    try:
+        return _train(config, setup, store, on_event, should_stop, on_trained)
+    finally:
+        store.release()
+        setup.adapters.close()
+
+
+def _train(
+    config: RunConfig,
+    setup: Setup,
+    store: RunStore,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+    on_trained: Callable[[Setup], None],
+) -> TrainResult:
     trainer = Trainer(
         setup.adapters,
         setup.jobs,
@@ -159,7 +177,6 @@ def train(
         for job in setup.jobs:
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
-    setup.adapters.close()
     return result
 
 

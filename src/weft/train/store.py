@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +27,7 @@ from weft.errors import UserError
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 # Ending of a checkpoint's name while another of the same step takes its place.
 _REPLACED = ".replaced"
 
@@ -38,7 +40,7 @@ class RunStore:
         self.checkpoints = self.folder / "checkpoints"
         self.adapters = self.folder / "adapters"
         self.tokenizer = self.folder / "tokenizer"
-        self._metrics_size = 0
+        self._locked: IO[str] | None = None
 
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
         """Make the folder ready: new, emptied, or kept for going on.
@@ -57,9 +59,36 @@ class RunStore:
                 )
             if not is_run:
                 raise UserError(f"{self.folder} is no run's folder, so it is not overwritten; take another output_dir.")
+            self._lock()
+            self.release()
             shutil.rmtree(self.folder)
-        for folder in (self.folder, self.checkpoints, self.adapters):
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in (self.folder, self.checkpoints, self.adapters):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {self.folder}: the folder cannot be made: {error.strerror}.") from None
+        self._lock()
+
+    def _lock(self) -> None:
+        """Keep other processes from training here; the kernel lets go of it however this process ends.
+
+        Raises:
+            UserError: another process trains in this folder.
+        """
+        self._locked = open(self.folder / LOCK_FILE, "a")  # noqa: SIM115 - held until release
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise UserError(
+                f"another process is training in {self.folder}. Wait for it, stop it, or take another output_dir."
+            ) from None
+
+    def release(self) -> None:
+        """Let others train in this folder again."""
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Write ``run.json``."""
