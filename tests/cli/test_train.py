@@ -83,7 +83,7 @@ def test_file_flags_and_overrides(weft: Callable[..., Any], tiny_llama_dir: Path
 
 
 def test_a_job_that_fails_is_exit_3(weft: Callable[..., Any], words: list[str]) -> None:
-    result = weft(*words, "--method", "lora", "--method", "bottleneck", "jobs.lora.learning_rate=.inf", "steps=3",
+    result = weft(*words, "--method", "lora", "--method", "bottleneck", "jobs.lora.learning_rate=1e30", "steps=3",
                   "warmup_ratio=0", "--json")  # fmt: skip
     assert result.code == 3
     lora, bottleneck = json.loads(result.out)["jobs"]

@@ -53,11 +53,14 @@ def go_on(folder: Path, **options: Any) -> bool:
     """Resume (or begin) and run; writes the adapters if the run came to its end."""
     trainer = make_trainer(folder, **options)
     assert trainer.store is not None
-    trainer.resume()
-    result = trainer.run()
-    if result.completed:
-        for job in trainer.jobs:
-            trainer.adapters.save(job.name, trainer.store.adapters / job.name)
+    try:
+        trainer.resume()
+        result = trainer.run()
+        if result.completed:
+            for job in trainer.jobs:
+                trainer.adapters.save(job.name, trainer.store.adapters / job.name)
+    finally:
+        trainer.store.release()
     return result.completed
 
 

@@ -138,6 +138,7 @@ def break_at(folder: Path, step: int) -> None:
     trainer.resume()
     assert not trainer.run().completed
     assert trainer.step == step
+    trainer.store.release()
 
 
 @pytest.mark.parametrize("how", ["truncate", "flip", "remove", "empty"])
@@ -182,10 +183,12 @@ def test_other_data_or_jobs_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     trainer.jobs[1].samples = trainer.jobs[1].samples[::-1]
     with pytest.raises(UserError, match="data of job 'prefix'"):
         trainer.resume()
+    trainer.store.release()
     trainer = recipe.make_trainer(folder)
     trainer.jobs.pop()
     with pytest.raises(UserError, match="jobs are"):
         trainer.resume()
+    trainer.store.release()
     monkeypatch.setattr("weft.train.loop.environment", lambda: {"torch": "other"})
     events: list[Any] = []
     recipe.make_trainer(folder, on_event=events.append).resume()
