@@ -14,7 +14,7 @@ import weft
 from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.train.job import Job
-from weft.train.memory import peak_memory
+from weft.train.memory import freed_memory_kept, peak_memory
 from weft.train.step import StepResult, evaluate_loss, train_step
 from weft.train.store import RunStore
 
@@ -89,6 +89,10 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train until all jobs have ended, or until ``should_stop``."""
+        with freed_memory_kept(self.adapters.device):
+            return self._run()
+
+    def _run(self) -> TrainResult:
         started, saved_at = time.monotonic(), self.step
         while True:
             stopped = not self._evaluate_due()
