@@ -1,7 +1,7 @@
 """Rebuilds the embedded bases: corpus, tokenizer, pre-training, instruction set. One command, no download.
 
     python tools/build_bases.py                       # everything in src/weft/assets, both bases
-    python tools/build_bases.py --model tiny-llama --steps 500 --out /tmp/assets
+    python tools/build_bases.py --model tiny-llama --steps 500 --out assets
 
 The text, the instruction set and the tokenizer are the same bytes every time. The weights are the same bits for the
 same ``--steps`` and ``--threads`` on the same machine type and torch version; ``--minutes`` chooses the number of steps
