@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import platform
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_peak_memory_is_in_bytes() -> None:
     assert peak_memory(CPU) - before < 2 * held.nbytes + 50e6
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to keep memory")
 def test_memory_is_given_back_afterwards() -> None:
     before = resident()
     with freed_memory_kept(CPU):
@@ -34,4 +34,4 @@ def test_memory_is_given_back_afterwards() -> None:
         kept = resident() - before
     after = resident() - before
     assert after < 100e6
-    assert kept > 200e6 or not hasattr(__import__("ctypes").CDLL(None), "malloc_trim")
+    assert kept > 200e6
