@@ -127,8 +127,7 @@ def hidden_of(adapters: Adapters, parts: list[Part]) -> list[Tensor]:
     """Hidden states of every part's own tokens (virtual rows left out), one tensor per sequence."""
     stream = adapters.stream(parts)
     hidden = adapters.forward(stream)
-    lengths = [len(ids) for part in parts for ids in part.sequences]
-    return [hidden[first : first + n] for first, n in zip(stream.first_token, lengths, strict=True)]
+    return [hidden[torch.tensor(list(rows))] for rows in stream.rows]
 
 
 def gradients(adapter: Adapter) -> dict[str, Tensor]:

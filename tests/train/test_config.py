@@ -32,7 +32,7 @@ def test_method_keys_go_to_the_jobs_that_know_them() -> None:
     assert lora.method_settings == {"r": 4}
     assert prompt.method_settings == {"num_virtual_tokens": 7}
     assert lora.epochs == prompt.epochs == 2
-    assert lora.rate() == METHODS["lora"].default_learning_rate
+    assert lora.learning_rate is None  # the method's own, which depends on the base
 
 
 def test_a_job_wins_over_the_top() -> None:

@@ -51,14 +51,14 @@ def test_the_state_comes_back_to_the_bit(kind: str, dtype: torch.dtype) -> None:
         optimizer.step()
 
     first = [nn.Parameter(torch.ones(7, dtype=dtype)), nn.Parameter(torch.ones(3, 2, dtype=dtype))]
-    optimizer = make_optimizer(config, first, 0.01)
+    optimizer = make_optimizer(config, first, [0.01, 0.02])
     assert optimizer_tensors(optimizer) == {}
     for seed in range(3):
         step(first, optimizer, seed)
     stored = {key: value.clone() for key, value in optimizer_tensors(optimizer).items()}
     assert stored
     second = [nn.Parameter(p.detach().clone()) for p in first]
-    other = make_optimizer(config, second, 0.01)
+    other = make_optimizer(config, second, [0.01, 0.02])
     restore_optimizer(other, stored)
     for seed in range(3, 6):
         step(first, optimizer, seed)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from weft.core.config import MethodConfig
 from weft.methods import METHODS
 from weft.train.aliases import RENAMED, SWITCHES, VALUES
 from weft.train.config import JobConfig, RunConfig
@@ -60,6 +61,7 @@ JOB_KEYS: dict[str, str] = {
     "eval_steps": "evaluate every so many steps, besides before the first and after the last",
     "early_stopping_patience": "end after so many evaluations without gain, with the best weights; needs `eval_steps`",
     "early_stopping_min_delta": "how much lower a loss must be to count as gain",
+    "neftune_noise_alpha": "NEFTune: strength of the noise on the embeddings in training; 5 is usual, 0: none",
 }
 # What a switch of another tool does here, by key.
 SWITCH_MEANINGS: dict[str, str] = {
@@ -81,7 +83,7 @@ SWITCH_MEANINGS: dict[str, str] = {
         ("packing", "sample_packing", "padding_free", "neat_packing"), "nothing: no pad token is ever computed"
     ),
     **dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "neftune_noise_alpha", "report_to"),
+        ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "report_to"),
         "nothing if off; not in this version if on",
     ),
 }
@@ -164,10 +166,15 @@ def _yaml(value: Any) -> str:
 def _methods() -> Iterator[str]:
     for name, cls in METHODS.items():
         summary = " ".join((cls.__doc__ or "").split()).replace("``", "`")
-        yield f"### {name}\n\n{summary} Learning rate by default: {cls.default_learning_rate:g}.\n"
+        yield f"### {name}\n\n{summary} Learning rate by default: {_rates(cls)}.\n"
         lines = ["| key | type | default |", "|---|---|---|"]
         lines += [f"| `{key}` | {_type(field)} | {_default(field)} |" for key, field in cls.model_fields.items()]
         yield "\n".join(lines) + "\n"
+
+
+def _rates(cls: type[MethodConfig]) -> str:
+    small, large = cls.learning_rate(128), cls.learning_rate(2048)
+    return f"{large:g}" if small == large else f"{large:g} (bases of width 2048 and more) to {small:g} (128 and less)"
 
 
 def _aliases() -> str:

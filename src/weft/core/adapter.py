@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from weft.errors import UserError, nearest
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
+# (rows of the module's input, the segment they belong to) -> the rows that go in instead.
+InputFunction = Callable[[Tensor, Segment], Tensor]
+# (place, count): that many virtual tokens stand before the sequence's own token ``place``.
+Run = tuple[int, int]
 
 
 class Adapter(nn.Module):
@@ -30,13 +34,33 @@ class Adapter(nn.Module):
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
     num_virtual_tokens: int = 0
     num_prefix_tokens: int = 0
+    # Of the base; the default learning rate depends on it.
+    hidden_size: int = 2048
+    # A classification job's own head (``weft.core.heads``); None: the base's.
+    head: nn.Module | None = None
 
     def sites(self) -> Mapping[str, SiteFunction]:
         """Module path -> what happens to that module's output."""
         return {}
 
+    def input_sites(self) -> Mapping[str, InputFunction]:
+        """Module path -> what happens to that module's input."""
+        return {}
+
+    def inserted_blocks(self) -> Mapping[str, Sequence[nn.Module]]:
+        """Block path -> blocks that run after it, called as it is called."""
+        return {}
+
+    def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
+        """Where the virtual tokens stand in a sequence of ``length`` own tokens, in the order of ``virtual_tokens``.
+
+        ``answer`` is the place of the first answer token (None: the text has none; generation: the prompt's end),
+        ``slots`` the places that the template names.
+        """
+        return ((0, self.num_virtual_tokens),)
+
     def virtual_tokens(self) -> Tensor:
-        """Learned rows [num_virtual_tokens, d] that stand before each of the adapter's sequences."""
+        """Learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences."""
         raise NotImplementedError
 
     def prefix_states(self) -> PrefixStates:
@@ -60,6 +84,29 @@ class Adapter(nn.Module):
         foreign = sorted(set(tensors) - set(own))
         if foreign:
             raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
+
+    def begin_training(self, total_steps: int) -> None:
+        """Told once before the first step (or the first after a resume), with the length of the whole run.
+
+        Raises:
+            UserError: the method's schedule does not fit into the run.
+        """
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that training adds to the loss of every step."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called after optimizer step ``step`` (from 1), while the gradients are still there. What changes here and is
+        needed to go on must be a buffer: checkpoints hold parameters and buffers."""
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        """What the learning rate is multiplied by for one parameter, named as ``named_parameters`` does."""
+        return 1.0
+
+    def default_learning_rate(self, parameter: str) -> float:
+        """The rate of one parameter if the job names none."""
+        return self.config.learning_rate(self.hidden_size)
 
     def num_trainable(self) -> int:
         """How many numbers are trained."""

@@ -15,8 +15,9 @@ from weft.core.adapter import Adapter, master_dtype
 from weft.core.architecture import Architecture
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.route import Route, Router
-from weft.core.site import attach, detach, site_of
+from weft.core.heads import ClassificationHead, ClassificationTask
+from weft.core.route import KeyValueCache, Route, Router, Segment
+from weft.core.site import attach, detach, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.errors import UserError
 
@@ -64,10 +65,12 @@ class Adapters:
         if not self.padded:
             assert architecture.install_attention is not None
             self._undo.append(architecture.install_attention(model, self.router))
+        shape = architecture
+        self._exact_paths = frozenset((*shape.linears, *shape.norms, *shape.activations))
         if exact:
             # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
             # summed, must not depend on which methods the neighbours use.
-            for path in (*architecture.linears, *architecture.norms, *architecture.activations):
+            for path in self._exact_paths:
                 attach(model.get_submodule(path), path, self.router)
         if checkpointing:
             for path in architecture.blocks:
@@ -98,15 +101,23 @@ class Adapters:
     def __contains__(self, name: str) -> bool:
         return name in self._adapters
 
-    def add(self, name: str, config: MethodConfig, *, seed: int = 0, tokenizer: Any = None) -> Adapter:
+    def add(
+        self,
+        name: str,
+        config: MethodConfig,
+        *,
+        seed: int = 0,
+        tokenizer: Any = None,
+        classification: ClassificationTask | None = None,
+        blank: bool = False,
+    ) -> Adapter:
         """Make a new adapter; its initial values come from a generator seeded with ``seed`` alone.
+
+        ``classification`` gives it a head of its own. ``blank``: values do not matter, they will be loaded.
 
         Raises:
             UserError: the name is taken or no valid folder name, or the method finds nothing to tune.
         """
-        return self._add(name, config, seed, tokenizer)
-
-    def _add(self, name: str, config: MethodConfig, seed: int, tokenizer: Any, *, blank: bool = False) -> Adapter:
         files.check_name(name)
         if name in self._adapters:
             raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
@@ -119,24 +130,32 @@ class Adapters:
             tokenizer,
             self._keys_values,
             blank,
+            self.router,
         )
         adapter = config.build(name, context)
+        adapter.hidden_size = self.architecture.hidden_size
+        if classification is not None:
+            shape = self.architecture
+            pooler = self.model.get_submodule(shape.pooler) if shape.pooler else None
+            adapter.head = ClassificationHead(classification, shape.head_kind, pooler, context)
+        sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
         # All become sites before any is given its function: a module that cannot leaves nothing half attached.
-        sites = [(attach(self.model.get_submodule(p), p, self.router), f) for p, f in adapter.sites().items()]
-        for site, function in sites:
-            site.functions.setdefault(name, []).append(function)
+        at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks)}
+        for path, function in sites.items():
+            at[path].functions[name] = [function]
+        for path, prepare in inputs.items():
+            at[path].inputs[name] = prepare
+        for path, inserted in blocks.items():
+            at[path].inserted[name] = list(inserted)
         self._adapters[name] = adapter
         return adapter
 
     def remove(self, name: str) -> None:
         """Take the adapter away; modules that no adapter uses any more get their own class back."""
-        adapter = self[name]
-        for path in adapter.sites():
-            module = self.model.get_submodule(path)
-            site = site_of(module)
-            assert site is not None
-            del site.functions[name]
-            if not site.functions and not self.exact:
+        self[name]
+        for module, site in list(sites_in(self.model)):
+            site.remove(name)
+            if site.empty and not (self.exact and site.path in self._exact_paths):
                 detach(module)
         del self._adapters[name]
 
@@ -144,8 +163,8 @@ class Adapters:
         """Remove every adapter and every trace: the model is again the one that was loaded."""
         for name in self.names:
             self.remove(name)
-        for path in (*self.architecture.linears, *self.architecture.norms, *self.architecture.activations):
-            detach(self.model.get_submodule(path))
+        for module, _ in list(sites_in(self.model)):
+            detach(module)
         for path in self.architecture.blocks:
             disable_checkpointing(self.model.get_submodule(path))
         while self._undo:
@@ -157,11 +176,11 @@ class Adapters:
 
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
         """Add an adapter from a folder in PEFT's layout, ours or peft's."""
-        config, tensors = files.read(Path(folder))
-        adapter = self._add(name, config, 0, tokenizer, blank=True)
+        config, tensors, task = files.read(Path(folder))
+        adapter = self.add(name, config, tokenizer=tokenizer, classification=task, blank=True)
         try:
             with torch.no_grad():
-                adapter.load_tensors(tensors)
+                files.load_tensors(adapter, tensors)
         except BaseException:
             self.remove(name)
             raise
@@ -170,19 +189,36 @@ class Adapters:
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """Lay out a batch; rows of ``parts`` keep their order."""
         return build_stream(
-            parts, self._adapters, device=self.device, padded=self.padded, exact=self.exact, cache=cache
+            parts,
+            self._adapters,
+            device=self.device,
+            padded=self.padded,
+            exact=self.exact,
+            cache=cache,
+            first_position=self.architecture.first_position,
         )
 
     def forward(self, stream: Stream) -> Tensor:
         """Last hidden states [N, d] of the stream, before the head."""
         return run_stream(self.model, self.router, stream, self._adapters)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head's logits [n, vocabulary] for hidden states [n, d]."""
+    def logits(self, hidden: Tensor, rows: Sequence[tuple[str | None, int]] = ()) -> Tensor:
+        """The head's logits [n, vocabulary] for hidden states [n, d].
+
+        ``rows``: (adapter, how many rows) in order, where adapters may have changed the head; left out: the base's own.
+        """
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         softcap, scale = head_scaling(self.model)
-        logits = head(hidden) * scale
+        route = Route(tuple(Segment(name, count, count) for name, count in rows if count), exact=self.exact)
+        with self.router.use(route if rows and site_of(head) is not None else None):
+            logits = head(hidden) * scale
         return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+    def changes_head(self, name: str | None) -> bool:
+        """Whether the adapter gives other logits than the base for the same hidden state."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        site = site_of(head) if head is not None else None
+        return site is not None and (name in site.functions or name in site.inputs)
 
     @contextlib.contextmanager
     def route(self, route: Route | None) -> Iterator[None]:
@@ -215,6 +251,9 @@ class _Recorder:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise AssertionError("a recorder sees one pass only")
+
+    def part(self, first: int, count: int) -> KeyValueCache:
+        raise AssertionError("a recorder sees the plain base only")
 
 
 def head_scaling(model: nn.Module) -> tuple[float | None, float]:

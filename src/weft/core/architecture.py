@@ -37,6 +37,18 @@ class Architecture:
     # Element-wise functions that are modules: their last few elements take another code path than the rest.
     activations: tuple[str, ...] = ()
     max_length: int | None = None
+    # The table of token embeddings and the linear that gives the logits (which may share one tensor).
+    embeddings: str = ""
+    head: str = ""
+    # Every token sees the whole sequence (BERT), not only what stands before it.
+    bidirectional: bool = False
+    # Of a classification head on this model (``weft.core.heads``), and where the base's own pooler is.
+    head_kind: str = "score"
+    pooler: str | None = None
+    # What PEFT calls the task of a job without a head of its own.
+    peft_task: str = "CAUSAL_LM"
+    # Positions begin here (RoBERTa: 2).
+    first_position: int = 0
     # Makes the model attend along the packed stream; None: the model only works on padded batches.
     install_attention: AttentionInstaller | None = None
 

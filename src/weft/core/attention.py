@@ -33,6 +33,8 @@ def attend(router: Router, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale
         route.cache.prefill(layer, k, v, route)
     assert route.layout is not None
     prefix = {
-        group: (states[layer][0].to(k.dtype), states[layer][1].to(v.dtype)) for group, states in route.prefixes.items()
+        group: (states[layer][0].to(k.dtype), states[layer][1].to(v.dtype))
+        for group, states in route.prefixes.items()
+        if layer < len(states)  # an inserted block has no learned keys
     }
     return varlen_attention(q, k, v, route.layout, scale=scale, prefix=prefix, **bias)

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from weft.core.route import Router
 
 _ROUTER = "_weft_checkpoint_router"
+_CLASS = "_weft_checkpoint_class"
 
 
 class _CheckpointedForward:
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        base_class = type(self).__mro__[2]
-        run = functools.partial(base_class.forward, self)  # type: ignore[attr-defined]
+        run = functools.partial(self.__dict__[_CLASS].forward, self)
         # Below the lowest adapter nothing needs a gradient: saving and recomputing there would be pure loss.
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             return run(hidden, *args, **kwargs)
@@ -37,7 +37,7 @@ def _checkpointed_class(base_class: Any) -> Any:
 def enable_checkpointing(block: nn.Module, router: Router) -> None:
     """Keep only the block's input; its inside is computed again in the backward pass."""
     if _ROUTER not in block.__dict__:
-        block.__dict__[_ROUTER] = router
+        block.__dict__[_ROUTER], block.__dict__[_CLASS] = router, type(block)
         block.__class__ = _checkpointed_class(cast(Any, type(block)))
 
 
@@ -45,4 +45,4 @@ def disable_checkpointing(block: nn.Module) -> None:
     """Undo ``enable_checkpointing``."""
     if _ROUTER in block.__dict__:
         del block.__dict__[_ROUTER]
-        block.__class__ = type(block).__mro__[2]
+        block.__class__ = block.__dict__.pop(_CLASS)

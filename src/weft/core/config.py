@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
+from weft.core.route import Router
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ class BuildContext:
     """What a method may look at while it makes an adapter.
 
     ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
-    ``blank``: the values will be loaded, so none that cost a tokenizer or a pass of the base need be made.
+    ``blank``: the values will be loaded, or the model is on the meta device and only its shapes are asked, so none
+    that cost a tokenizer, a pass of the base or a look at its weights may be made.
     """
 
     model: nn.Module
@@ -33,6 +36,7 @@ class BuildContext:
     tokenizer: Any = None
     keys_values: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
     blank: bool = False
+    router: Router | None = None
 
     def normal(self, *shape: int, std: float) -> Tensor:
         """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""
@@ -56,8 +60,20 @@ class MethodConfig(BaseModel):
     peft_type: ClassVar[str]
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
-    # What the field uses for models of ordinary size when nothing is said; tiny models want ten times as much.
+    # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
     default_learning_rate: ClassVar[float] = 1e-3
+    small_learning_rate: ClassVar[float | None] = None
+    # What the method can be used for.
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
+
+    @classmethod
+    def learning_rate(cls, hidden_size: int) -> float:
+        """The rate that is used when the job names none: small models want larger steps."""
+        large, small = cls.default_learning_rate, cls.small_learning_rate
+        if small is None:
+            return large
+        share = min(max(math.log2(2048 / hidden_size) / 4, 0.0), 1.0)
+        return float(f"{large ** (1 - share) * small**share:.2g}")
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         """Make the adapter ``name``; draws its initial values from ``context.generator`` only.

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.core.adapter import Adapter
+from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
+from weft.core.combined import Combined, CombinedConfig
 from weft.core.config import MethodConfig
+from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -42,9 +46,7 @@ METHODS: dict[str, type[MethodConfig]] = {}
 def method_config(method: str) -> type[MethodConfig]:
     """The configuration class of a method by its name; UserError lists the methods."""
     if method not in METHODS:
-        raise UserError(
-            f"no method named {method!r}.{nearest(method, METHODS)} Methods: {', '.join(sorted(METHODS))}."
-        )
+        raise UserError(f"no method named {method!r}.{nearest(method, METHODS)} Methods: {', '.join(sorted(METHODS))}.")
     return METHODS[method]
 
 
@@ -55,54 +57,111 @@ def check_name(name: str) -> None:
 
 
 def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_name: str = "") -> None:
-    """Write ``adapter`` into ``folder``."""
+    """Write ``adapter`` into ``folder``; several methods in one adapter each get a folder in it, which loads alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = adapter.config
-    entries: dict[str, Any] = {
+    own: dict[str, Any] = {"method": adapter.config.method}
+    if isinstance(adapter, Combined):
+        names = [f"{i}-{part.config.method}" for i, part in enumerate(adapter.parts, 1)]
+        for name, part in zip(names, adapter.parts, strict=True):
+            save(part, architecture, folder / name, base_name=base_name)
+        if adapter.head is not None:
+            _save_tensors(adapter.head.stored(), folder / WEIGHTS)  # type: ignore[operator]
+        own["parts"] = names
+    else:
+        own["config"] = adapter.config.model_dump(mode="json")
+        _write_json(folder / CONFIG, _peft_entries(adapter, architecture, base_name))
+        _save_tensors(stored_tensors(adapter), folder / WEIGHTS)
+    if adapter.head is not None:
+        own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
+    _write_json(folder / OWN_CONFIG, own)
+
+
+def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """All that the adapter's file holds: the method's tensors and those of a classification head."""
+    tensors = dict(adapter.tensors())
+    if isinstance(adapter.head, ClassificationHead):
+        tensors |= adapter.head.stored()
+    return tensors
+
+
+@torch.no_grad()
+def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what ``read`` gave."""
+    rest = dict(tensors)
+    if isinstance(adapter.head, ClassificationHead):
+        for key, parameter in adapter.head.stored().items():
+            parameter.copy_(checked(tensors, key, tuple(parameter.shape)))
+            del rest[key]
+    adapter.load_tensors(rest)
+
+
+def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) -> dict[str, Any]:
+    config, head = adapter.config, adapter.head
+    entries = {
         "peft_type": config.peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": architecture.peft_task if head is None else "SEQ_CLS",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "revision": None,
         "auto_mapping": None,
         **config.to_peft(architecture),
     }
-    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / CONFIG, entries)
-    _write_json(folder / OWN_CONFIG, {"method": config.method, "config": config.model_dump(mode="json")})
+    if isinstance(head, ClassificationHead):
+        # peft looks for the head under these two names.
+        entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), "classifier", "score"]
+    return entries
 
 
-def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """Read an adapter folder: the method's configuration and the tensors.
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # A copy each: two names may share one tensor, which safetensors refuses.
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
+    """Read an adapter folder: the method's configuration, the tensors and the classes, if it classifies.
 
     Raises:
         UserError: a file is missing or broken, or holds what Weft does not know.
     """
     if not folder.is_dir():
         raise UserError(f"no adapter folder at {folder}.")
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    try:
+        task = ClassificationTask(tuple(own["labels"])) if "labels" in own else None
+        if "parts" in own:
+            read_parts = [read(folder / name) for name in own["parts"]]
+            joined = {f"{i}.{key}": t for i, (_, part, _) in enumerate(read_parts) for key, t in part.items()}
+            if (folder / WEIGHTS).is_file():
+                joined |= read_tensors(folder / WEIGHTS)
+            return CombinedConfig(parts=tuple(config for config, _, _ in read_parts)), joined, task
+        tensors = read_tensors(_weights_of(folder))
+        if own:
+            return method_config(own["method"])(**own["config"]), tensors, task
+        return (*_read_foreign(folder, tensors), None)
+    except (ValidationError, KeyError) as error:
+        raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
+
+
+def _weights_of(folder: Path) -> Path:
     if not (folder / WEIGHTS).is_file():
         other = folder / "adapter_model.bin"
         hint = f" {other.name} is a pickle, which can run code and is never loaded; convert it with peft."
         hint *= other.exists()
         raise UserError(f"{folder} holds no {WEIGHTS}.{hint}")
+    return folder / WEIGHTS
+
+
+def _read_foreign(folder: Path, tensors: dict[str, Tensor]) -> tuple[MethodConfig, dict[str, Tensor]]:
+    """A folder that peft wrote."""
     entries = read_json(folder / CONFIG)
-    tensors = read_tensors(folder / WEIGHTS)
-    own = folder / OWN_CONFIG
-    try:
-        if own.is_file():
-            stored = read_json(own)
-            return method_config(stored["method"])(**stored["config"]), tensors
-        by_type = {cls.peft_type: cls for cls in METHODS.values()}
-        peft_type = entries.get("peft_type")
-        if peft_type not in by_type:
-            raise UserError(
-                f"{folder / CONFIG}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}."
-            )
-        rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}
-        return by_type[peft_type].from_peft(rest, list(tensors)), tensors
-    except (ValidationError, KeyError) as error:
-        raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
+    by_type: dict[str, type[MethodConfig]] = {}
+    for cls in METHODS.values():
+        by_type.setdefault(cls.peft_type, cls)  # P-tuning v2's files are prefix tuning's
+    peft_type = entries.get("peft_type")
+    if peft_type not in by_type:
+        raise UserError(f"{folder / CONFIG}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")
+    rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}
+    return by_type[peft_type].from_peft(rest, list(tensors)), tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

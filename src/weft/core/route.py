@@ -36,20 +36,26 @@ class KeyValueCache(Protocol):
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store one token per row; returns the layer's keys, values [B, kv_heads, T, head_dim] and lengths [B]."""
 
+    def part(self, first: int, count: int) -> KeyValueCache:
+        """A view of ``count`` rows from row ``first``, for layers that only these rows pass through."""
+
 
 @dataclass(frozen=True)
 class Segment:
     """The rows of one adapter.
 
     ``seed`` fixes every random number drawn for these rows in this pass (None: nothing is drawn, as in evaluation), so
-    that neither a neighbour nor a recomputation can change it. ``lengths`` are the sequences', on the padded path only.
+    that neither a neighbour nor a recomputation can change it. ``lengths`` are its sequences', virtual tokens included.
+    ``neftune_alpha`` is the strength of the noise on its embeddings (0: none).
     """
 
     adapter: str | None
     tokens: int
     sequences: int
     seed: int | None = None
-    lengths: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] = ()
+    padded: bool = False
+    neftune_alpha: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Route:
     cache: KeyValueCache | None = None
     padded: bool = False
     exact: bool = False
+    _alone: dict[int, Route] = field(default_factory=dict, repr=False)
 
     def dim(self, x: Tensor) -> int:
         """The dimension of a module's input along which the segments lie.
@@ -76,7 +83,26 @@ class Route:
         if self.padded:
             return 0
         tokens = sum(segment.tokens for segment in self.segments)
-        return max((i for i in range(x.dim() - 1) if x.shape[i] == tokens), key=x.stride)
+        # An embedding's input has no last dimension of features.
+        dims = x.dim() - x.is_floating_point()
+        return max((i for i in range(dims) if x.shape[i] == tokens), key=x.stride)
+
+    def alone(self, index: int) -> Route:
+        """The route of segment ``index`` with nobody beside it, for what is computed for its rows only."""
+        if index not in self._alone:
+            segment = self.segments[index]
+            first = sum(s.sequences for s in self.segments[:index])
+            layout = None
+            if self.layout is not None:
+                groups = (0,) if index in self.prefixes else ()
+                layout = SequenceLayout.build(
+                    segment.lengths, prefix_groups=groups, separate_groups=self.exact,
+                    device=self.layout.cu_seqlens.device,
+                )  # fmt: skip
+            prefixes = {0: self.prefixes[index]} if index in self.prefixes else {}
+            cache = None if self.cache is None else self.cache.part(first, segment.sequences)
+            self._alone[index] = Route((segment,), layout, prefixes, cache, self.padded, self.exact)
+        return self._alone[index]
 
     @property
     def sizes(self) -> list[int]:
@@ -96,7 +122,7 @@ def seeded_dropout(x: Tensor, p: float, segment: Segment, site: str) -> Tensor:
         return x
     generator = torch.Generator(device=x.device)
     generator.manual_seed(stable_seed(segment.seed, site))
-    if segment.lengths is None:
+    if not segment.padded:
         mask = torch.empty_like(x).bernoulli_(1.0 - p, generator=generator)
         return x * mask.div_(1.0 - p)
     # Padded [B, T, d]: drawn for the tokens alone, as in the stream, for T is the longest neighbour's length.

@@ -1,4 +1,4 @@
-"""Sites: base modules whose class was swapped in place, so that adapters can change their output.
+"""Sites: base modules whose class was swapped in place, so that adapters can change what they compute.
 
 The module object stays where it is, with its parameters, buffers and state-dict keys; only ``__class__`` changes, to a
 subclass of what it was. ``isinstance`` therefore stays true, quantised layers need no code of their own, and putting
@@ -8,12 +8,13 @@ the old class back removes every trace.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import SiteFunction
+from weft.core.adapter import InputFunction, SiteFunction
 from weft.core.route import Route, Router
 from weft.errors import UserError
 
@@ -33,30 +34,68 @@ class _OwnMemory(torch.autograd.Function):
 
 
 class Site:
-    """What hangs on one swapped module: the shared router and, per adapter, the functions to apply in order."""
+    """What hangs on one swapped module: the shared router and, per adapter, what it does here.
+
+    ``inputs`` change the rows that go in, ``functions`` those that come out (in order), ``inserted`` are blocks that
+    run after this one.
+    """
 
     def __init__(self, path: str, router: Router, base_class: type[nn.Module]) -> None:
         self.path = path
         self.router = router
         self.base_class = base_class
+        self.inputs: dict[str, InputFunction] = {}
         self.functions: dict[str, list[SiteFunction]] = {}
+        self.inserted: dict[str, list[nn.Module]] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no adapter does anything here."""
+        return not (self.inputs or self.functions or self.inserted)
+
+    def remove(self, adapter: str) -> None:
+        """Forget what the adapter does here."""
+        for found in (self.inputs, self.functions, self.inserted):
+            found.pop(adapter, None)
+
+    def run(self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's forward under the current route."""
+        route = self.router.current
+        if route is None:
+            return self.base_class.forward(module, x, *args, **kwargs)
+        if self.inserted:
+            return self._run_block(module, x, args, kwargs, route)
+        if x is None or not torch.is_tensor(x) or "position_ids" in kwargs:
+            # OPT asks its table of positions with a mask first and the positions by name.
+            y = self.base_class.forward(module, x, *args, **kwargs)
+            return self._change_all(kwargs["position_ids"], y, route)
+        return self.apply(module, x, route)
 
     def apply(self, module: nn.Module, x: Tensor, route: Route) -> Tensor:
-        """Run the base module, then each segment's own functions on that segment's rows."""
-        if route.exact:
+        """Run the base module on the rows x, then each segment's own functions on that segment's rows."""
+        if route.exact and x.is_floating_point():
             return self._apply_exactly(module, x, route)
-        if route.padded and x.dim() == 2:
+        if route.padded and x.dim() == 2 and x.is_floating_point():
             # OPT flattens its batch before the MLP; the segments lie along the batch.
             batch = sum(route.sizes)
             return self.apply(module, x.view(batch, -1, x.shape[-1]), route).flatten(0, 1)
-        y = self.base_class.forward(module, x)
+        if any(segment.adapter in self.inputs for segment in route.segments):
+            pieces = x.split(_sizes(x, route), dim := _dim(x, route))
+            x = torch.cat([self._prepare(i, piece, route) for i, piece in enumerate(pieces)], dim)
+        return self._change_all(x, self.base_class.forward(module, x), route)
+
+    def _change_all(self, x: Tensor, y: Tensor, route: Route) -> Tensor:
         if not any(segment.adapter in self.functions for segment in route.segments):
             return y
         if len(route.segments) == 1:
             return self._change(0, x, y, route)
         # split's backward is one concatenation, where slicing would write one zero-padded tensor per segment.
-        dim = route.dim(x)
-        xs, ys = x.split(route.sizes, dim), y.split(route.sizes, dim)
+        sizes, dim = _sizes(x, route), _dim(x, route)
+        if x.shape[dim] != sum(sizes):
+            # One row of positions for the whole padded batch.
+            x = x.expand(sum(sizes), *x.shape[1:])
+            y = y.expand(sum(sizes), *y.shape[1:])
+        xs, ys = x.split(sizes, dim), y.split(sizes, dim)
         return torch.cat([self._change(i, xs[i], ys[i], route) for i in range(len(xs))], dim)
 
     def _apply_exactly(self, module: nn.Module, x: Tensor, route: Route) -> Tensor:
@@ -64,10 +103,16 @@ class Site:
         alignment, forward and backward, and so would round differently beside a neighbour."""
         pieces, dim = [], route.dim(x)
         for index, rows in enumerate(x.split(route.sizes, dim)):
-            own = _OwnMemory.apply(rows)
+            own = self._prepare(index, _OwnMemory.apply(rows), route)
             y = self._change(index, own, self.base_class.forward(module, own), route)
             pieces.append(_OwnMemory.apply(y))
         return torch.cat(pieces, dim)
+
+    def _prepare(self, index: int, x: Tensor, route: Route) -> Tensor:
+        segment = route.segments[index]
+        if segment.adapter is None or segment.adapter not in self.inputs:
+            return x
+        return self.inputs[segment.adapter](x, segment)
 
     def _change(self, index: int, x: Tensor, y: Tensor, route: Route) -> Tensor:
         segment = route.segments[index]
@@ -77,16 +122,58 @@ class Site:
             y = function(x, y, segment)
         return y
 
+    def _run_block(
+        self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route
+    ) -> Any:
+        """The block, then each segment's inserted blocks on its rows alone, called with its part of the arguments."""
+        out = self.base_class.forward(module, x, *args, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        dim, pieces = route.dim(y), []
+        for index, rows in enumerate(y.split(route.sizes, dim)):
+            blocks = self.inserted.get(route.segments[index].adapter or "", ())
+            if blocks:
+                rows = _OwnMemory.apply(rows)
+            for block in blocks:
+                own = [_part(value, index, route, y.shape[dim]) for value in args]
+                named = {key: _part(value, index, route, y.shape[dim]) for key, value in kwargs.items()}
+                with self.router.use(route.alone(index)):
+                    rows = block(rows, *own, **named)
+                rows = rows[0] if isinstance(rows, tuple) else rows
+            pieces.append(rows)
+        y = torch.cat(pieces, dim)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+def _dim(x: Tensor, route: Route) -> int:
+    # Token ids come as one flat stream on the padded path too.
+    return 0 if x.dim() == 1 else route.dim(x)
+
+
+def _sizes(x: Tensor, route: Route) -> list[int]:
+    return [s.tokens for s in route.segments] if x.dim() == 1 else route.sizes
+
+
+def _part(value: Any, index: int, route: Route, total: int) -> Any:
+    """A segment's part of one of a block's arguments: of its tensors the segment's rows, of everything else all."""
+    if isinstance(value, tuple):
+        return tuple(_part(inner, index, route, total) for inner in value)
+    if not torch.is_tensor(value):
+        # A cache of prefixes (padded batches) belongs to the base's layers.
+        return None if type(value).__name__.endswith("Cache") else value
+    if len(route.segments) == 1:
+        return value
+    dim = next((i for i in range(min(2, value.dim())) if value.shape[i] == total), None)
+    if dim is None or (route.padded and dim != 0):
+        return value
+    return value.split(route.sizes, dim)[index].contiguous()
+
 
 class _RoutedForward:
     """The part that a swapped class adds to its base class."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         site: Site = self.__dict__[_SITE]
-        route = site.router.current
-        if route is None:
-            return site.base_class.forward(self, x, *args, **kwargs)
-        return site.apply(self, x, route)  # type: ignore[arg-type]
+        return site.run(cast(nn.Module, self), x, args, kwargs)
 
 
 @functools.cache
@@ -97,6 +184,12 @@ def _routed_class(base_class: Any) -> Any:
 def site_of(module: nn.Module) -> Site | None:
     """The module's site, or None if its class is the original one."""
     return module.__dict__.get(_SITE)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without its site."""
+    site = site_of(module)
+    return type(module) if site is None else site.base_class
 
 
 def attach(module: nn.Module, path: str, router: Router) -> Site:
@@ -126,3 +219,11 @@ def detach(module: nn.Module) -> None:
     if site is not None:
         module.__class__ = site.base_class
         del module.__dict__[_SITE]
+
+
+def sites_in(model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
+    """Every module that is a site."""
+    for module in model.modules():
+        site = site_of(module)
+        if site is not None:
+            yield module, site

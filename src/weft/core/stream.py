@@ -9,18 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter
-from weft.core.route import PrefixStates, Route, Router, Segment
+from weft.core.adapter import Adapter, Run
+from weft.core.route import PrefixStates, Route, Router, Segment, stable_seed
 from weft.ops.attention import SequenceLayout
 
 
 @dataclass(frozen=True)
 class Part:
-    """The sequences (token ids) of one adapter in a batch; ``adapter`` None is the plain base."""
+    """The sequences (token ids) of one adapter in a batch; ``adapter`` None is the plain base.
+
+    ``answers`` and ``slots``: per sequence, where its answer begins and the places its template names, for adapters
+    whose virtual tokens stand there (``Adapter.places``). ``neftune_alpha``: noise on the embeddings in training.
+    """
 
     adapter: str | None
     sequences: Sequence[Sequence[int]]
     seed: int | None = None
+    answers: Sequence[int | None] = ()
+    slots: Sequence[Sequence[int]] = ()
+    neftune_alpha: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Stream:
 
     Attributes:
         input_ids, position_ids: [N] int64; rows of virtual tokens hold id 0, their embedding is put in later.
-        first_token: stream row of each sequence's first own token.
+        rows: stream row of every own token, one tuple per sequence.
         virtual_rows: for each segment with virtual tokens, the rows they take, [sequences * num_virtual_tokens].
         prefix_length: learned keys that each sequence sees before its own.
         route: where each row goes.
@@ -38,7 +45,7 @@ class Stream:
     input_ids: Tensor
     position_ids: Tensor
     lengths: tuple[int, ...]
-    first_token: tuple[int, ...]
+    rows: tuple[Sequence[int], ...]
     virtual_rows: Mapping[int, Tensor]
     prefix_length: tuple[int, ...]
     route: Route
@@ -52,13 +59,14 @@ def build_stream(
     padded: bool = False,
     exact: bool = False,
     cache: Any = None,
+    first_position: int = 0,
 ) -> Stream:
     """Lay the parts' sequences end to end, with each adapter's virtual tokens at the head of its sequences."""
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
     groups: list[int] = []
-    first_token: list[int] = []
+    own_rows: list[Sequence[int]] = []
     prefix_length: list[int] = []
     segments: list[Segment] = []
     virtual_rows: dict[int, Tensor] = {}
@@ -69,23 +77,30 @@ def build_stream(
         virtual = adapter.num_virtual_tokens if adapter else 0
         prefix = adapter.num_prefix_tokens if adapter else 0
         begin = len(ids)
-        rows: list[int] = []
-        for sequence in part.sequences:
-            rows.extend(range(len(ids), len(ids) + virtual))
-            first_token.append(len(ids) + virtual)
-            ids.extend([0] * virtual)
-            ids.extend(sequence)
-            length = virtual + len(sequence)
-            positions.extend(range(prefix, prefix + length))
+        learned: list[int] = []
+        for index, sequence in enumerate(part.sequences):
+            start, length = len(ids), virtual + len(sequence)
+            own: Sequence[int] = range(start, start + length)
+            if adapter is not None and virtual:
+                answer = part.answers[index] if part.answers else None
+                runs = adapter.places(len(sequence), answer, part.slots[index] if part.slots else ())
+                own, taken = _interleave(len(sequence), runs, start)
+                learned.extend(taken)
+            own_rows.append(own)
+            ids.extend([0] * length)
+            for row, token in zip(own, sequence, strict=True):
+                ids[row] = token
+            positions.extend(range(first_position + prefix, first_position + prefix + length))
             lengths.append(length)
             groups.append(group)
             prefix_length.append(prefix)
         if virtual:
-            virtual_rows[group] = torch.tensor(rows, device=device)
+            virtual_rows[group] = torch.tensor(learned, device=device)
         if prefix and adapter:
             prefixes[group] = adapter.prefix_states()
-        own = tuple(lengths[-len(part.sequences) :]) if padded else None
-        segments.append(Segment(part.adapter, len(ids) - begin, len(part.sequences), part.seed, own))
+        of_part = tuple(lengths[-len(part.sequences) :])
+        tokens, alpha = len(ids) - begin, part.neftune_alpha
+        segments.append(Segment(part.adapter, tokens, len(part.sequences), part.seed, of_part, padded, alpha))
     layout = None
     if not padded:
         layout = SequenceLayout.build(
@@ -96,23 +111,61 @@ def build_stream(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
         tuple(lengths),
-        tuple(first_token),
+        tuple(own_rows),
         virtual_rows,
         tuple(prefix_length),
         route,
     )
 
 
+def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:
+    """Rows, from ``start``, of a sequence's own tokens and of its virtual tokens in the order of ``runs``."""
+    own: list[int] = []
+    taken: dict[int, range] = {}
+    row = start
+    for index in sorted(range(len(runs)), key=lambda i: runs[i][0]):
+        place, count = runs[index]
+        ahead = place - len(own)
+        own.extend(range(row, row + ahead))
+        taken[index] = range(row + ahead, row + ahead + count)
+        row += ahead + count
+    own.extend(range(row, row + length - len(own)))
+    return own, [virtual for index in range(len(runs)) for virtual in taken[index]]
+
+
 def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:
     """Token embeddings [N, d] with the adapters' virtual tokens in their rows."""
     table = model.get_input_embeddings()  # type: ignore[operator]
     hidden = table(stream.input_ids)
+    hidden = _noise(hidden, stream)
     for group, rows in stream.virtual_rows.items():
         segment = stream.route.segments[group]
         assert segment.adapter is not None
         learned = adapters[segment.adapter].virtual_tokens().to(hidden.dtype)
         hidden = hidden.index_copy(0, rows, learned.repeat(segment.sequences, 1))
     return hidden
+
+
+def _noise(hidden: Tensor, stream: Stream) -> Tensor:
+    """NEFTune (Jain et al. 2023, algorithm 1): in training, a sequence of L own tokens gets uniform noise from
+    (-1, 1) * alpha / sqrt(L d) on its embeddings; the numbers come from the segment's own seed."""
+    segments = stream.route.segments
+    if not any(segment.neftune_alpha and segment.seed is not None for segment in segments):
+        return hidden
+    pieces, begin, first, d = [], 0, 0, hidden.shape[1]
+    for rows, segment in zip(hidden.split([s.tokens for s in segments]), segments, strict=True):
+        if segment.neftune_alpha and segment.seed is not None:
+            sequences = stream.rows[first : first + segment.sequences]
+            own = torch.tensor([row - begin for places in sequences for row in places], device=hidden.device)
+            lengths = torch.tensor([len(places) for places in sequences for _ in places])
+            generator = torch.Generator().manual_seed(stable_seed(segment.seed, "neftune"))
+            noise = torch.rand(len(own), d, generator=generator) * 2 - 1
+            noise *= (segment.neftune_alpha / (lengths * d).sqrt())[:, None]
+            # Virtual rows are put in afterwards, and so have none.
+            rows = rows.index_add(0, own, noise.to(rows))
+        pieces.append(rows)
+        begin, first = begin + segment.tokens, first + segment.sequences
+    return torch.cat(pieces)
 
 
 def run_stream(model: nn.Module, router: Router, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:

@@ -11,18 +11,20 @@ from weft.data.render import Sample
 from weft.objectives.likelihood import Supervised
 
 
-def supervise(stream: Stream, samples: Sequence[Sample], begin: int = 0) -> Supervised:
-    """The learned tokens of ``samples``, which are the stream's sequences ``begin, begin + 1, …``.
+def supervise(stream: Stream, samples: Sequence[Sample], sequences: Sequence[int] | None = None) -> Supervised:
+    """The learned tokens of ``samples``, which are the stream's ``sequences`` (all of them, if left out).
 
     The token at place t of a sequence is predicted by the row before it; the first has no row before it of its own, so
     a renderer gives it weight 0.
     """
     rows, targets, weights, owner = [], [], [], []
-    for index, sample in enumerate(samples):
-        first = stream.first_token[begin + index]
+    numbers = range(len(samples)) if sequences is None else sequences
+    for index, (sample, number) in enumerate(zip(samples, numbers, strict=True)):
+        places = stream.rows[number]
         for place, weight in enumerate(sample.weights):
             if weight and place:
-                rows.append(first + place - 1)
+                # The row before it may be a virtual token's: generation goes on from there too.
+                rows.append(places[place] - 1)
                 targets.append(sample.input_ids[place])
                 weights.append(weight)
                 owner.append(index)

@@ -49,6 +49,11 @@ class Sample:
     input_ids: list[int]
     weights: list[float]
     source: str
+    slots: tuple[int, ...] = ()
+    answer: int | None = None
+    label: int | None = None
+    target_ids: tuple[int, ...] = ()
+    token_types: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

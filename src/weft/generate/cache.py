@@ -42,6 +42,10 @@ class KeyValueCache:
             pair.append(store)
         self._layers[layer] = (pair[0], pair[1])
 
+    def part(self, first: int, count: int) -> PartOfCache:
+        """Rows ``first`` to ``first + count``, for layers that only these pass through."""
+        return PartOfCache(self, slice(first, first + count))
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store one token per row; the caller moves on with ``advance`` once every layer has."""
         keys, values = self._layers[layer]
@@ -59,3 +63,42 @@ class KeyValueCache:
         """Drop all rows but these [n], in this order."""
         self.lengths = self.lengths[rows]
         self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
+
+
+class PartOfCache:
+    """Some neighbouring rows of a cache. An inserted layer's keys and values lie in the cache of all rows, so that rows
+    can be dropped without knowing who uses which layer; the other rows' places stay empty."""
+
+    def __init__(self, whole: KeyValueCache, rows: slice) -> None:
+        self.whole, self.rows = whole, rows
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the prompts are in."""
+        return self.whole.prefilled
+
+    def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
+        """Store the rows' prompts, [kv_heads, N of these rows, head_dim]."""
+        whole = self.whole
+        here = (whole._row >= self.rows.start) & (whole._row < self.rows.stop)
+        pair = whole._layers.get(layer)
+        if pair is None:
+            shape = (len(whole.lengths), k.shape[0], whole._capacity, k.shape[2])
+            pair = whole._layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+        for store, x in zip(pair, (k, v), strict=True):
+            store[whole._row[here], :, whole._place[here]] = x.transpose(0, 1)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``KeyValueCache.append``, of these rows."""
+        keys, values = (side[self.rows] for side in self.whole._layers[layer])
+        lengths = self.whole.lengths[self.rows]
+        rows = torch.arange(len(lengths), device=lengths.device)
+        keys[rows, :, lengths] = k.transpose(0, 1)
+        values[rows, :, lengths] = v.transpose(0, 1)
+        longest = int(lengths.max()) + 1
+        return keys[:, :, :longest], values[:, :, :longest], lengths + 1
+
+    def part(self, first: int, count: int) -> PartOfCache:
+        """Of these rows again some."""
+        begin = self.rows.start + first
+        return PartOfCache(self.whole, slice(begin, begin + count))

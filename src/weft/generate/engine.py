@@ -25,6 +25,7 @@ class Request:
     adapter: str | None = None
     max_new_tokens: int = 64
     sampling: Sampling = field(default_factory=Sampling)
+    slots: Sequence[int] = ()
 
 
 @dataclass
@@ -118,10 +119,14 @@ class _Batch:
     def _parts(self, rows: Sequence[int]) -> list[tuple[str | None, list[int]]]:
         return [(name, list(group)) for name, group in itertools.groupby(rows, key=lambda r: self.requests[r].adapter)]
 
+    def _part(self, name: str | None, rows: Sequence[int]) -> Part:
+        """The rows' prompts and what they have answered so far."""
+        asked = [self.requests[r] for r in rows]
+        texts = [[*request.prompt, *self.completions[r].ids] for r, request in zip(rows, asked, strict=True)]
+        return Part(name, texts, None, [len(r.prompt) for r in asked], [r.slots for r in asked])
+
     def _prefill(self) -> tuple[KeyValueCache, Tensor]:
-        parts = [
-            Part(name, [self.requests[r].prompt for r in rows], seed=None) for name, rows in self._parts(self.alive)
-        ]
+        parts = [self._part(name, rows) for name, rows in self._parts(self.alive)]
         plain = self.adapters.stream(parts)
         device = self.adapters.device
         cache = KeyValueCache(
@@ -133,31 +138,34 @@ class _Batch:
         hidden = self.adapters.forward(stream)
         cache.prefilled = True
         last = torch.tensor(plain.lengths, device=device).cumsum(0) - 1
-        return cache, self.adapters.logits(hidden[last])
+        return cache, self.adapters.logits(hidden[last], self._counts())
 
     def _decode(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
-        segments = tuple(Segment(name, len(rows), len(rows)) for name, rows in self._parts(self.alive))
         count = len(self.alive)
+        segments = tuple(Segment(name, n, n, lengths=(1,) * n) for name, n in self._counts())
         route = Route(segments, cache=cache, exact=self.adapters.exact)
         limit = self.adapters.architecture.max_length
         # Rows that have ended keep their place until the batch is thinned; their positions must stay legal.
         positions = cache.lengths if limit is None else cache.lengths.clamp(max=limit - 1)
-        stream = Stream(tokens, positions, (1,) * count, tuple(range(count)), {}, (0,) * count, route)
+        positions = positions + self.adapters.architecture.first_position
+        own = tuple(range(i, i + 1) for i in range(count))
+        stream = Stream(tokens, positions, (1,) * count, own, {}, (0,) * count, route)
         hidden = self.adapters.forward(stream)
         cache.advance()
-        return self.adapters.logits(hidden)
+        return self.adapters.logits(hidden, self._counts())
+
+    def _counts(self) -> list[tuple[str | None, int]]:
+        return [(name, len(rows)) for name, rows in self._parts(self.alive)]
 
     def _run_without_cache(self) -> list[Completion]:
         """For models that only run padded batches: every step runs the whole text again. Slow, and right."""
         ended: set[int] = set()
         while len(ended) < len(self.alive):
-            parts = []
-            for name, rows in self._parts(self.alive):
-                parts.append(Part(name, [[*self.requests[r].prompt, *self.completions[r].ids] for r in rows]))
+            parts = [self._part(name, rows) for name, rows in self._parts(self.alive)]
             stream = self.adapters.stream(parts)
             hidden = self.adapters.forward(stream)
             last = torch.tensor(stream.lengths, device=hidden.device).cumsum(0) - 1
-            self._take(self.adapters.logits(hidden[last]), ended)
+            self._take(self.adapters.logits(hidden[last], self._counts()), ended)
             self.alive = [row for row in self.alive if row not in ended]
             ended.clear()
         return self.completions

@@ -86,7 +86,13 @@ def describe(model: nn.Module) -> Architecture:
         activations=tuple(path for path, module in model.named_modules() if is_activation(module)),
         max_length=int(limit) if limit else None,
         install_attention=facts.install if facts else None,
+        embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
+        head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
     )
+
+
+def _path_of(model: nn.Module, wanted: Any) -> str:
+    return next((path for path, module in model.named_modules() if module is wanted), "")
 
 
 def _falcon_kv_heads(config: Any) -> int | None:

@@ -21,7 +21,7 @@ from weft.core.route import Route, Router, Segment
 from weft.core.site import Site, site_of
 from weft.methods.lora import LoraLinear
 from weft.models.interface import install_interface
-from weft.ops.fused import Piece, low_rank_linears, rms_norm, rotary, swiglu
+from weft.ops.fused import Piece, low_rank_linears, rms_norm, rms_norm_ref, rotary, swiglu
 
 _ROUTER = "_weft_fused_router"
 
@@ -37,8 +37,11 @@ def _usable(module: nn.Module, x: Tensor) -> Route | None:
 class _FusedNorm:
     def forward(self, hidden_states: Tensor) -> Tensor:
         module: Any = self
-        # transformers computes even a float64 model's norms in float32; ours would differ in the eighth digit.
-        ours = hidden_states.dtype == module.weight.dtype != torch.float64 and not module.weight.requires_grad
+        if hidden_states.dtype == torch.float64 and module.__dict__[_ROUTER].current is not None:
+            # transformers computes even a float64 model's norms in float32: where neighbours change an input's last
+            # bit, that rounding makes it the eighth digit.
+            return rms_norm_ref(hidden_states, module.weight, module.variance_epsilon)
+        ours = hidden_states.dtype == module.weight.dtype and not module.weight.requires_grad
         if not ours or _usable(module, hidden_states) is None:
             return super().forward(hidden_states)  # type: ignore[misc]
         return rms_norm(hidden_states, module.weight, module.variance_epsilon)
@@ -117,6 +120,8 @@ def _draws_nothing(lora: LoraLinear, segment: Segment) -> bool:
 def _is_plain(module: nn.Module, site: Site | None) -> bool:
     """A frozen nn.Linear and nothing else."""
     kind = type(module) if site is None else site.base_class
+    if site is not None and site.inputs:
+        return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     hooked = any(hooks) or "forward" in module.__dict__
     return kind is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())

@@ -97,6 +97,25 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"the tokenizer of {name!r} cannot be loaded{hint}: {_first_line(error)}") from error
 
 
+def sketch_base(name: str, *, dtype: str = "auto", tokenizer: Any = None) -> Base:
+    """The base without its weights, all tensors on the meta device: enough to check a configuration against it.
+
+    Raises:
+        UserError: it is not there, or its configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, kind = resolve_model(name), resolve_dtype(dtype)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+    except Exception as error:  # as in load_base
+        raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return Base(model.eval(), tokenizer or load_tokenizer(source), describe(model), name)
+
+
 def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None) -> Base:
     """Load a base model with its head, in evaluation mode.
 

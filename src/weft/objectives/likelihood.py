@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from weft.ops.loss import linear_cross_entropy
 
@@ -49,6 +50,16 @@ def likelihood(hidden: Tensor, head: Head, batch: Supervised) -> Tensor:
     losses = linear_cross_entropy(
         hidden, head.weight, batch.targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale
     )
+    return _per_sequence(losses, batch)
+
+
+def likelihood_of_logits(logits: Tensor, batch: Supervised) -> Tensor:
+    """The same from logits [S, vocabulary], for an adapter that changes the head and so shares it with nobody."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _per_sequence(F.cross_entropy(wide, batch.targets, reduction="none"), batch)
+
+
+def _per_sequence(losses: Tensor, batch: Supervised) -> Tensor:
     weighted = losses * batch.weights.to(losses.dtype)
     return torch.zeros(batch.num_sequences, dtype=losses.dtype, device=losses.device).index_add(
         0, batch.sequence, weighted

@@ -86,7 +86,7 @@ def _only_off(key: str) -> Callable[[Any], None]:
     return check
 
 
-_NOT_HERE = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "neftune_noise_alpha", "report_to")
+_NOT_HERE = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "report_to")
 # swift's words for which tokens are learned.
 _LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
 

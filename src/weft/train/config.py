@@ -6,6 +6,7 @@ Keys of a job may stand at the top, where they are defaults for every job. The m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import weft.methods
+from weft.core.combined import CombinedConfig
 from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config, read_json
 from weft.errors import UserError, nearest
@@ -50,6 +52,7 @@ class JobConfig(BaseModel):
     eval_steps: int | None = Field(default=None, gt=0)
     early_stopping_patience: int | None = Field(default=None, gt=0)
     early_stopping_min_delta: float = Field(default=0.0, ge=0)
+    neftune_noise_alpha: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> JobConfig:
@@ -66,11 +69,12 @@ class JobConfig(BaseModel):
 
     def method_config(self) -> MethodConfig:
         """The method's own configuration."""
-        return method_config(self.method)(**self.method_settings)
+        return method_of(self.method, self.method_settings)
 
-    def rate(self) -> float:
-        """The learning rate: the one given, or the usual one of the method."""
-        return self.learning_rate or method_config(self.method).default_learning_rate
+    def planned_steps(self, samples: int) -> tuple[int, int]:
+        """(optimizer steps per epoch, of the whole job) with that many samples."""
+        per_epoch = math.ceil(math.ceil(samples / self.batch_size) / self.gradient_accumulation_steps)
+        return per_epoch, self.steps or max(1, round(self.epochs * per_epoch))
 
 
 class RunConfig(BaseModel):
@@ -282,21 +286,47 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConf
     method = given.get("method", defaults.get("method"))
     if not isinstance(method, str):
         raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
-    cls = method_config(method)
-    unknown = [key for key in given if key not in _JOB_KEYS and key not in cls.model_fields]
+    parts = [part.strip() for part in method.split("+")]
+    classes = {part: method_config(part) for part in parts}
+    if len(classes) < len(parts):
+        raise UserError(f"{where}: method {method!r} names one method twice.")
+    fields = {key for cls in classes.values() for key in cls.model_fields}
+    # Of several methods in one job, each may have settings under its own name.
+    known = _JOB_KEYS | fields | (set(parts) if len(parts) > 1 else set())
+    unknown = [key for key in given if key not in known]
     if unknown:
-        raise UserError(_unknown(where, unknown, _JOB_KEYS | set(cls.model_fields)))
+        raise UserError(_unknown(where, unknown, known))
     # A default of another method's (r, say, for prompt tuning) is meant for the jobs that know it.
-    fitting = {key: value for key, value in defaults.items() if key in _JOB_KEYS or key in cls.model_fields}
-    merged = {"name": method, **fitting, **given}
-    settings = {key: merged.pop(key) for key in list(merged) if key in cls.model_fields}
-    _refuse_switches(settings, cls, where)
+    fitting = {key: value for key, value in defaults.items() if key in known}
+    merged = {"name": method.replace(" ", "").replace("+", "-"), **fitting, **given}
+    settings = {key: merged.pop(key) for key in list(merged) if key not in _JOB_KEYS}
+    for part, cls in classes.items():
+        _refuse_switches(_settings_of(part, cls, settings, where), cls, where)
     _refuse_switches(merged, JobConfig, where)
     try:
-        cls(**settings)
+        method_of(method, settings)
         return JobConfig(**merged, method_settings=settings)
     except ValidationError as error:
-        raise UserError(_explain(error, where, _JOB_KEYS | set(cls.model_fields))) from None
+        raise UserError(_explain(error, where, known)) from None
+
+
+def _settings_of(
+    part: str, cls: type[MethodConfig], settings: Mapping[str, Any], where: str = "configuration"
+) -> dict[str, Any]:
+    """Of the settings of a job with several methods, those of one: what stands under its name wins."""
+    own = settings.get(part, {})
+    if not isinstance(own, Mapping):
+        raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")
+    return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
+
+
+def method_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
+    """The configuration of a method, or of several joined by ``+``."""
+    names = [name.strip() for name in method.split("+")]
+    if len(names) == 1:
+        return method_config(names[0])(**settings)
+    classes = [(name, method_config(name)) for name in names]
+    return CombinedConfig(parts=tuple(cls(**_settings_of(name, cls, settings)) for name, cls in classes))
 
 
 def _refuse_switches(settings: Mapping[str, Any], cls: type[BaseModel], where: str) -> None:

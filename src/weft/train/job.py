@@ -47,14 +47,19 @@ class Job:
         self.config, self.adapter = config, adapter
         self.samples, self.eval_samples = samples, eval_samples
         self.name = config.name
-        batches = math.ceil(len(samples) / config.batch_size)
-        self.steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        self.total_steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
+        self.steps_per_epoch, self.total_steps = config.planned_steps(len(samples))
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
-        self.rate = config.rate()
-        self.parameters: list[nn.Parameter] = [p for p in adapter.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(config, self.parameters, self.rate)
+        named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
+        self.rate = config.learning_rate or adapter.default_learning_rate("")
+        rates = [
+            (config.learning_rate or adapter.default_learning_rate(n)) * adapter.learning_rate_factor(n) for n in named
+        ]
+        self.parameters: list[nn.Parameter] = list(named.values())
+        self.optimizer = make_optimizer(config, self.parameters, rates) if named else None
         self.progress = Progress()
+        if not named:
+            self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
+        adapter.begin_training(self.total_steps)
         self.best: list[Tensor] | None = None
         self._order_of_epoch: tuple[int, list[int]] = (-1, [])
 
@@ -86,17 +91,22 @@ class Job:
         """For the ``micro``-th forward pass of the coming step."""
         return stable_seed(self.config.seed, "dropout", self.progress.step, micro)
 
+    def schedule_factor(self) -> float:
+        """What the learning rates are multiplied by in the coming step."""
+        kind, step = self.config.lr_scheduler_type, self.progress.step
+        return schedule_factor(kind, step, self.total_steps, self.warmup)
+
     def learning_rate(self) -> float:
         """Of the coming step."""
-        kind, step = self.config.lr_scheduler_type, self.progress.step
-        return self.rate * schedule_factor(kind, step, self.total_steps, self.warmup)
+        return self.rate * self.schedule_factor()
 
     def update(self) -> float:
         """Clip, step the optimizer, clear the gradients; returns the gradients' norm before clipping.
 
         A norm that is not finite changes nothing but the loss scale (float16 bases) or ends the job.
         """
-        progress, rate = self.progress, self.learning_rate()
+        progress, factor = self.progress, self.schedule_factor()
+        assert self.optimizer is not None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if progress.loss_scale != 1.0:
             torch._foreach_div_(gradients, progress.loss_scale)
@@ -106,8 +116,9 @@ class Job:
             if self.config.max_grad_norm and norm > self.config.max_grad_norm:
                 torch._foreach_mul_(gradients, self.config.max_grad_norm / (norm + 1e-6))
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = group["peak_lr"] * factor
             self.optimizer.step()
+            self.adapter.after_step(progress.step + 1)
         self._rescale(math.isfinite(norm))
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -160,7 +171,9 @@ class Job:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is needed to go on exactly: parameters (encoders too), optimizer, best weights."""
         named = {f"parameter.{name}": p.detach() for name, p in self.adapter.named_parameters()}
-        named |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.optimizer).items()}
+        named |= {f"buffer.{name}": b.detach() for name, b in self.adapter.named_buffers()}
+        if self.optimizer is not None:
+            named |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.optimizer).items()}
         named |= {f"best.{i}": value for i, value in enumerate(self.best or ())}
         return {key: value.cpu().contiguous() for key, value in named.items()}
 
@@ -169,8 +182,11 @@ class Job:
         """Put back what ``tensors`` and ``progress`` held."""
         for name, parameter in self.adapter.named_parameters():
             parameter.copy_(tensors[f"parameter.{name}"])
+        for name, buffer in self.adapter.named_buffers():
+            buffer.copy_(tensors[f"buffer.{name}"])
         optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-        restore_optimizer(self.optimizer, optimizer)
+        if self.optimizer is not None:
+            restore_optimizer(self.optimizer, optimizer)
         best = sorted((int(k.removeprefix("best.")), v) for k, v in tensors.items() if k.startswith("best."))
         self.best = [value.to(p.device) for (_, value), p in zip(best, self.parameters, strict=True)] if best else None
         self.progress = Progress(**progress)

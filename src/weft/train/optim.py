@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(
-    config: JobConfig, parameters: Sequence[nn.Parameter], learning_rate: float
+    config: JobConfig, parameters: Sequence[nn.Parameter], rates: Sequence[float]
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) or SGD with momentum, over one job's parameters."""
+    """AdamW (Loshchilov & Hutter 2019) or SGD with momentum, over one job's parameters and the learning rate of each;
+    a group's own rate, before the schedule, stands in its ``peak_lr``."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for parameter, rate in zip(parameters, rates, strict=True):
+        by_rate.setdefault(rate, []).append(parameter)
+    groups = [{"params": params, "lr": rate, "peak_lr": rate} for rate, params in by_rate.items()]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, foreach=False
-        )
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, foreach=False)
     return torch.optim.AdamW(
-        parameters,
-        lr=learning_rate,
+        groups,
         betas=config.adam_betas,
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,

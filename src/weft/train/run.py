@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from weft.core.adapters import Adapters
 from weft.data import Renderer, Sample, load_samples, split_holdout
 from weft.errors import UserError
 from weft.models import Base, load_base
-from weft.models.load import resolve_model
-from weft.train.config import RunConfig
+from weft.models.load import resolve_model, sketch_base
+from weft.train.config import JobConfig, RunConfig
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
@@ -55,32 +55,52 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
                 if Path(data).is_dir():
                     raise UserError(f"{data} is a folder; data is one file.")
                 raise UserError(f"no data file at {data}.")
-    base = base or load_base(config.model, dtype=config.dtype, device=config.device)
-    limit = base.architecture.max_length
+    # What can be refused is refused before weights are loaded, which may take minutes.
+    sketch = base or sketch_base(config.model, dtype=config.dtype)
+    limit = sketch.architecture.max_length
     length = config.max_length or limit
     if limit is not None and length is not None and length > limit:
         raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
     renderer = Renderer(
-        base.tokenizer,
+        sketch.tokenizer,
         chat_template=config.chat_template,
         train_on=config.train_on,
         max_length=length,
         truncate=config.truncate,
     )
     files: dict[str, list[Sample]] = {}
+    loaded = [_load_data(config, job, renderer, files) for job in config.jobs]
+    _check(config, sketch, loaded)
+    if base is None:
+        base = load_base(config.model, dtype=config.dtype, device=config.device, tokenizer=sketch.tokenizer)
     adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
     try:
-        jobs = [_make_job(config, index, base, adapters, renderer, files) for index in range(len(config.jobs))]
+        jobs = []
+        for job, (train, held) in zip(config.jobs, loaded, strict=True):
+            adapter = adapters.add(job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer)
+            jobs.append(Job(job, adapter, train, held))
     except BaseException:
         adapters.close()
         raise
     return Setup(config, base, adapters, renderer, jobs)
 
 
-def _make_job(
-    config: RunConfig, index: int, base: Base, adapters: Adapters, renderer: Renderer, files: dict[str, list[Sample]]
-) -> Job:
-    job = config.jobs[index]
+def _check(config: RunConfig, sketch: Base, data: Sequence[tuple[list[Sample], list[Sample]]]) -> None:
+    """Make every adapter without values, and take it away again."""
+    adapters = Adapters(sketch.model, sketch.architecture, exact=config.exact)
+    try:
+        for job, (train, held) in zip(config.jobs, data, strict=True):
+            adapter = adapters.add(job.name, job.method_config(), tokenizer=sketch.tokenizer, blank=True)
+            adapter.begin_training(job.planned_steps(len(train))[1])
+            _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, (*train, *held), sketch)
+    finally:
+        adapters.close()
+
+
+def _load_data(
+    config: RunConfig, job: JobConfig, renderer: Renderer, files: dict[str, list[Sample]]
+) -> tuple[list[Sample], list[Sample]]:
+    """The job's samples to train on and to evaluate on; a file that several jobs read is read once."""
 
     def load(path: str) -> list[Sample]:
         if path not in files:
@@ -96,13 +116,9 @@ def _make_job(
 
     samples, held = load(job.data or config.data), job.eval_data or config.eval_data
     if held is not None:
-        train, evaluation = samples, load(held)
-    else:
-        # Every job holds out the same records, so that their losses compare.
-        train, evaluation = split_holdout(samples, config.eval_size, seed=0)
-    adapter = adapters.add(job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer)
-    _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, (*train, *evaluation), base)
-    return Job(job, adapter, train, evaluation)
+        return samples, load(held)
+    # Every job holds out the same records, so that their losses compare.
+    return split_holdout(samples, config.eval_size, seed=0)
 
 
 def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: Base) -> None:

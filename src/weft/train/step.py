@@ -7,6 +7,7 @@ optimizer and clipping, and every job draws from its own seeds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from weft.core.adapters import Adapters, head_scaling
 from weft.core.stream import Part, Stream
 from weft.data import Sample
 from weft.data.batch import supervise
-from weft.objectives import Head, likelihood
+from weft.objectives import Head, classification, likelihood, likelihood_of_logits
 from weft.train.job import Job
 
 
@@ -29,6 +30,7 @@ class Work:
     samples: Sequence[Sample]
     seed: int | None = None
     divisor: float = 1.0
+    neftune_alpha: float = 0.0
 
 
 def model_head(adapters: Adapters) -> Head:
@@ -39,25 +41,74 @@ def model_head(adapters: Adapters) -> Head:
 
 
 def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
-    """Each entry's summed token loss divided by its divisor: one scalar tensor per entry of ``work``."""
-    stream = adapters.stream([Part(w.adapter, [s.input_ids for s in w.samples], w.seed) for w in work])
-    hidden, head = adapters.forward(stream), model_head(adapters)
-    if adapters.exact:
-        losses, begin = [], 0
-        for w in work:
-            # A copy of its own for every job: the same shapes and alignment as if it were alone.
-            losses.append(_losses(hidden, head, stream, w.samples, begin).sum())
-            begin += len(w.samples)
-    else:
-        samples = [sample for w in work for sample in w.samples]
-        per_sequence = _losses(hidden, head, stream, samples, 0)
-        losses = [part.sum() for part in per_sequence.split([len(w.samples) for w in work])]
-    return [loss / w.divisor for loss, w in zip(losses, work, strict=True)]
+    """Each entry's summed loss divided by its divisor: one scalar tensor per entry of ``work``."""
+    stream = adapters.stream([_part(w) for w in work])
+    hidden = adapters.forward(stream)
+    ends = list(itertools.accumulate(len(w.samples) for w in work))
+    sequences = [range(end - len(w.samples), end) for w, end in zip(work, ends, strict=True)]
+    losses: dict[int, Tensor] = {}
+    shared = []
+    for index, w in enumerate(work):
+        if w.adapter is not None and adapters[w.adapter].head is not None:
+            losses[index] = _class_losses(adapters, hidden, stream, w, sequences[index])
+        elif adapters.changes_head(w.adapter):
+            batch = supervise(stream, w.samples, sequences[index])
+            logits = adapters.logits(hidden.index_select(0, batch.rows), [(w.adapter, len(batch.rows))])
+            losses[index] = likelihood_of_logits(logits, batch)
+        elif adapters.exact:
+            # By itself: the same shapes and alignment as if no other job were there.
+            losses[index] = _token_losses(adapters, hidden, stream, w.samples, sequences[index])
+        else:
+            shared.append(index)
+    if shared:
+        samples = [sample for i in shared for sample in work[i].samples]
+        numbers = [number for i in shared for number in sequences[i]]
+        per_sequence = _token_losses(adapters, hidden, stream, samples, numbers)
+        losses |= dict(zip(shared, per_sequence.split([len(work[i].samples) for i in shared]), strict=True))
+    return [losses[i].sum() / w.divisor for i, w in enumerate(work)]
 
 
-def _losses(hidden: Tensor, head: Head, stream: Stream, samples: Sequence[Sample], begin: int) -> Tensor:
-    batch = supervise(stream, samples, begin)
-    return likelihood(hidden.index_select(0, batch.rows), head, batch)
+def _part(w: Work) -> Part:
+    samples = w.samples
+    return Part(
+        w.adapter,
+        [s.input_ids for s in samples],
+        w.seed,
+        [s.answer for s in samples],
+        [s.slots for s in samples],
+        w.neftune_alpha,
+    )
+
+
+def _token_losses(
+    adapters: Adapters, hidden: Tensor, stream: Stream, samples: Sequence[Sample], sequences: Sequence[int]
+) -> Tensor:
+    batch = supervise(stream, samples, sequences)
+    return likelihood(hidden.index_select(0, batch.rows), model_head(adapters), batch)
+
+
+def class_logits(adapters: Adapters, hidden: Tensor, stream: Stream, name: str, sequences: Sequence[int]) -> Tensor:
+    """Logits [n, classes] of some sequences of the stream, all of adapter ``name``, from its own head.
+
+    What stands for a sequence is its first row if tokens see the whole sequence, else its last.
+    """
+    ends = list(itertools.accumulate(stream.lengths))
+    bidirectional = adapters.architecture.bidirectional
+    rows = [ends[i] - stream.lengths[i] if bidirectional else ends[i] - 1 for i in sequences]
+    head = adapters[name].head
+    assert head is not None
+    return head(hidden.index_select(0, torch.tensor(rows, device=hidden.device)))
+
+
+def _class_losses(adapters: Adapters, hidden: Tensor, stream: Stream, w: Work, sequences: Sequence[int]) -> Tensor:
+    assert w.adapter is not None
+    labels = torch.tensor([s.label for s in w.samples], device=hidden.device)
+    return classification(class_logits(adapters, hidden, stream, w.adapter, sequences), labels)
+
+
+def loss_weight(sample: Sample) -> float:
+    """What a sample counts in its job's mean: its learned tokens, or one if it is to be classified."""
+    return sum(sample.weights) if sample.label is None else 1.0
 
 
 @dataclass(frozen=True)
@@ -77,12 +128,18 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
     that all are at a step's end together, and what shares a pass depends on the step alone (an exact resume needs it).
     """
     batches = {job.name: job.micro_batches() for job in jobs}
-    weight = {n: sum(sum(s.weights) for micro in micros for s in micro) for n, micros in batches.items()}
+    weight = {n: sum(loss_weight(s) for micro in micros for s in micro) for n, micros in batches.items()}
     total: dict[str, Tensor] = {}
     for index in range(max(len(micros) for micros in batches.values())):
         present = [job for job in jobs if index < len(batches[job.name])]
-        work = [Work(j.name, batches[j.name][index], j.dropout_seed(index), weight[j.name]) for j in present]
+        work = [
+            Work(j.name, batches[j.name][index], j.dropout_seed(index), weight[j.name], j.config.neftune_noise_alpha)
+            for j in present
+        ]
         losses = forward_losses(adapters, work)
+        if index == 0:
+            penalties = [job.adapter.penalty() for job in present]
+            losses = [a if b is None else a + b.to(a.dtype) for a, b in zip(losses, penalties, strict=True)]
         scaled = [loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)]
         torch.autograd.backward(scaled)
         for job, loss in zip(present, losses, strict=True):
@@ -116,7 +173,7 @@ def evaluate_loss(
         if batch and (sample is None or size + len(sample.input_ids) > max_tokens):
             (loss,) = forward_losses(adapters, [Work(adapter, batch)])
             total += float(loss)
-            weight += sum(sum(s.weights) for s in batch)
+            weight += sum(loss_weight(s) for s in batch)
             batch, size = [], 0
         if sample is not None:
             batch.append(sample)

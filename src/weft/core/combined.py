@@ -1,0 +1,124 @@
+"""Several methods in one adapter: LoRA with BitFit, a prefix with bottleneck adapters (as in MAM, He et al. 2022) …
+
+Each keeps its own configuration and file; at a module where two of them act, they act in the order they are named in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction
+from weft.core.config import BuildContext, MethodConfig
+from weft.core.route import PrefixStates, Segment
+
+
+class CombinedConfig(MethodConfig):
+    """The methods, in order."""
+
+    method: ClassVar[str] = "combined"
+    peft_type: ClassVar[str] = ""
+
+    parts: tuple[SerializeAsAny[MethodConfig], ...] = Field(min_length=1)
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        return Combined(self, name, context)
+
+
+class Combined(Adapter):
+    """One adapter made of several."""
+
+    def __init__(self, config: CombinedConfig, name: str, context: BuildContext) -> None:
+        super().__init__(config, name)
+        self.parts: list[Adapter] = [part.build(name, context) for part in config.parts]
+        self.part_modules = nn.ModuleList(self.parts)
+        self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
+        self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
+
+    def sites(self) -> Mapping[str, SiteFunction]:
+        functions: dict[str, list[SiteFunction]] = {}
+        for part in self.parts:
+            for path, function in part.sites().items():
+                functions.setdefault(path, []).append(function)
+        return {path: found[0] if len(found) == 1 else _in_order(found) for path, found in functions.items()}
+
+    def input_sites(self) -> Mapping[str, InputFunction]:
+        functions: dict[str, list[InputFunction]] = {}
+        for part in self.parts:
+            for path, function in part.input_sites().items():
+                functions.setdefault(path, []).append(function)
+        return {path: _inputs_in_order(found) for path, found in functions.items()}
+
+    def inserted_blocks(self) -> Mapping[str, Sequence[nn.Module]]:
+        blocks: dict[str, list[nn.Module]] = {}
+        for part in self.parts:
+            for path, inserted in part.inserted_blocks().items():
+                blocks.setdefault(path, []).extend(inserted)
+        return blocks
+
+    def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
+        return [run for part in self.parts if part.num_virtual_tokens for run in part.places(length, answer, slots)]
+
+    def virtual_tokens(self) -> Tensor:
+        return torch.cat([part.virtual_tokens() for part in self.parts if part.num_virtual_tokens])
+
+    def prefix_states(self) -> PrefixStates:
+        states = [part.prefix_states() for part in self.parts if part.num_prefix_tokens]
+        return [
+            (torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1))
+            for layer in zip(*states, strict=True)
+        ]
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {f"{i}.{key}": tensor for i, part in enumerate(self.parts) for key, tensor in part.tensors().items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for index, part in enumerate(self.parts):
+            prefix = f"{index}."
+            part.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+    def begin_training(self, total_steps: int) -> None:
+        for part in self.parts:
+            part.begin_training(total_steps)
+
+    def penalty(self) -> Tensor | None:
+        found = [penalty for part in self.parts if (penalty := part.penalty()) is not None]
+        return torch.stack(found).sum() if found else None
+
+    def after_step(self, step: int) -> None:
+        for part in self.parts:
+            part.after_step(step)
+
+    def default_learning_rate(self, parameter: str) -> float:
+        if not parameter.startswith("part_modules."):
+            return self.parts[0].config.learning_rate(self.hidden_size)
+        return self.parts[int(parameter.split(".", 2)[1])].config.learning_rate(self.hidden_size)
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        """``part_modules.<index>.<name>``."""
+        if not parameter.startswith("part_modules."):
+            return 1.0
+        _, index, name = parameter.split(".", 2)
+        return self.parts[int(index)].learning_rate_factor(name)
+
+
+def _in_order(functions: Sequence[SiteFunction]) -> SiteFunction:
+    def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        for function in functions:
+            y = function(x, y, segment)
+        return y
+
+    return run
+
+
+def _inputs_in_order(functions: Sequence[InputFunction]) -> InputFunction:
+    def run(x: Tensor, segment: Segment) -> Tensor:
+        for function in functions:
+            x = function(x, segment)
+        return x
+
+    return run
