@@ -135,9 +135,10 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
                 joined |= read_tensors(folder / WEIGHTS)
             return CombinedConfig(parts=tuple(config for config, _, _ in read_parts)), joined, task
         tensors = read_tensors(_weights_of(folder))
+        entries = read_json(folder / CONFIG)
         if own:
             return method_config(own["method"])(**own["config"]), tensors, task
-        return (*_read_foreign(folder, tensors), None)
+        return (*_read_foreign(folder, entries, tensors), None)
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
 
@@ -151,9 +152,10 @@ def _weights_of(folder: Path) -> Path:
     return folder / WEIGHTS
 
 
-def _read_foreign(folder: Path, tensors: dict[str, Tensor]) -> tuple[MethodConfig, dict[str, Tensor]]:
+def _read_foreign(
+    folder: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[MethodConfig, dict[str, Tensor]]:
     """A folder that peft wrote."""
-    entries = read_json(folder / CONFIG)
     by_type: dict[str, type[MethodConfig]] = {}
     for cls in METHODS.values():
         by_type.setdefault(cls.peft_type, cls)  # P-tuning v2's files are prefix tuning's
