@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -203,12 +202,3 @@ def test_real_preference_data_is_refused(shared: Path) -> None:
     for name in ("dpo_en.json", "kto_en.json", "oasst_zh.json"):
         with pytest.raises(UserError, match=f"{name}:2: "):
             to_example(read_records(shared / "preference" / name, limit=1)[0])
-
-
-@pytest.fixture
-def shared() -> Path:
-    default = Path(__file__).parents[2].parent / "shared" / "data"
-    path = Path(os.environ.get("WEFT_SHARED_DATA", default))
-    if not path.is_dir():
-        pytest.skip(f"the shared real data is not at {path} (set WEFT_SHARED_DATA)")
-    return path

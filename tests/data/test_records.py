@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -11,17 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft.data import read_records
+from weft.data import Record, read_records
+from weft.data.records import first_rows
 from weft.errors import UserError
-
-
-@pytest.fixture
-def shared() -> Path:
-    default = Path(__file__).parents[2].parent / "shared" / "data"
-    path = Path(os.environ.get("WEFT_SHARED_DATA", default))
-    if not path.is_dir():
-        pytest.skip(f"the shared real data is not at {path} (set WEFT_SHARED_DATA)")
-    return path
 
 
 def write(tmp_path: Path, name: str, content: str | bytes) -> Path:
@@ -96,6 +87,15 @@ def test_csv_and_tsv(tmp_path: Path) -> None:
     assert lines(records) == [2, 5]
     records = read_records(write(tmp_path, "a.tsv", 'a\tb\n1\t"open\n2\tc\n'))
     assert [record.fields for record in records] == [{"a": "1", "b": '"open'}, {"a": "2", "b": "c"}]
+
+
+def test_a_table_without_a_header(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.tsv", '1\t"a\n2\tb\tc\n')
+    assert read_records(path, header=("n", "text"), limit=1)[0] == Record({"n": "1", "text": '"a'}, f"{path}:1")
+    with pytest.raises(UserError, match=r"a\.tsv:2: 3 cells where expected are 2 columns: n, text"):
+        read_records(path, header=("n", "text"))
+    assert first_rows(path, 1) == [["1", '"a']]
+    assert first_rows(write(tmp_path, "a.txt", "x"), 1) == []
 
 
 def test_txt(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tests.data.kit import CHATML, FORGETFUL, LLAMA2, byte_tokenizer, learned, space_tokenizer, talk
+from transformers import AutoTokenizer
 
 from weft.data import (
     PLAIN_TEMPLATE,
@@ -20,81 +19,12 @@ from weft.data import (
     Message,
     PlainText,
     Renderer,
-    Sample,
     load_samples,
     read_records,
     split_holdout,
     to_example,
 )
 from weft.errors import UserError
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA2 = (
-    "{% for message in messages %}{% if message.role == 'user' %}"
-    "{{ bos_token + '[INST] ' + message.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message.content + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-# Shows the thoughts of the last answer only, as the templates of several reasoning models do.
-FORGETFUL = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{% if message.role == 'assistant' and loop.last %}{{ '(thought)' }}{% endif %}"
-    "{{ message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def byte_tokenizer(eos: str | None = "</s>", *, adds_bos: bool = False, template: str | None = None) -> Any:
-    """Bytes, with merges that would reach across the seam between a prompt's end and an answer's beginning."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ċ", "Ċ"), ("Ċ", "a"), (":", "Ċ"), ("t", "h"), ("Ġ", "a")]
-    vocab = {token: number for number, token in enumerate(alphabet + [left + right for left, right in merges])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    if adds_bos:
-        bos = [("<s>", tokenizer.token_to_id("<s>"))]
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>" if adds_bos else None, eos_token=eos)
-    fast.chat_template = template
-    return fast
-
-
-def space_tokenizer() -> Any:
-    """Like sentencepiece: puts a space before whatever it is given; adds BOS."""
-    symbols = ["<unk>", "<s>", "</s>", "▁", *"#:[]/\n", *"abcdefghijklmnopqrstuvwxyzINSTR", "▁a"]
-    vocab = {symbol: number for number, symbol in enumerate(symbols)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in symbols[:3]])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def talk(*contents: str, source: str = "d.json:7") -> Conversation:
-    """A conversation of user and assistant in turn."""
-    roles = ("user", "assistant")
-    return Conversation(tuple(Message(roles[index % 2], text) for index, text in enumerate(contents)), source)
-
-
-def learned(tokenizer: Any, sample: Sample) -> list[str]:
-    """The learned stretches of a sample, as text."""
-    assert len(sample.input_ids) == len(sample.weights)
-    assert sample.weights[0] == 0.0
-    stretches: list[list[int]] = []
-    for index, (token, weight) in enumerate(zip(sample.input_ids, sample.weights, strict=True)):
-        assert weight in (0.0, 1.0)
-        if weight and not sample.weights[index - 1]:
-            stretches.append([])
-        if weight:
-            stretches[-1].append(token)
-    return [tokenizer.decode(stretch) for stretch in stretches]
-
 
 # ------------------------------------------------------------------------------------------------------ what is learned
 
@@ -308,8 +238,11 @@ def test_tools_and_calls_reach_the_template() -> None:
 
 
 def test_options_are_checked() -> None:
+    endless = Renderer(byte_tokenizer(None))  # classification needs no end
     with pytest.raises(UserError, match="no end-of-sequence token"):
-        Renderer(byte_tokenizer(None))
+        endless.sample(talk("q", "a"))
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        endless.sample(PlainText("a", "t:1"))
     with pytest.raises(UserError, match="Did you mean 'answers'"):
         Renderer(byte_tokenizer(), train_on="answer")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="max_length is 1"):
@@ -356,21 +289,12 @@ def test_load_samples_and_holdout(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 # -------------------------------------------------------------------------------------------------- the real tokenizers
 
 
-@pytest.fixture
-def shared() -> Path:
-    default = Path(__file__).parents[2].parent / "shared" / "data"
-    path = Path(os.environ.get("WEFT_SHARED_DATA", default))
-    if not path.is_dir():
-        pytest.skip(f"the shared real data is not at {path} (set WEFT_SHARED_DATA)")
-    return path
-
-
 @pytest.mark.parametrize("name", ["tokenizers/llama2", "tokenizers/minimind", "tokenizers/gpt2", "models/stories260K"])
 def test_real_tokenizers_on_real_records(shared: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / name)
     if tokenizer.eos_token is None:  # the folder of GPT-2 has no tokenizer_config.json
         with pytest.raises(UserError, match="end-of-sequence"):
-            Renderer(tokenizer)
+            Renderer(tokenizer).sample(talk("q", "a"))
         tokenizer.eos_token = "<|endoftext|>"
     renderer = Renderer(tokenizer)
     template = renderer.chat_template

@@ -1,20 +1,25 @@
 """Data: files to records, records to conversations, conversations to token ids with loss weights."""
 
 from weft.data.formats import FORMATS, Conversation, EmptyAnswerError, Message, PlainText, to_example
+from weft.data.labelled import load_labelled
 from weft.data.load import load_samples, split_holdout
 from weft.data.records import Record, read_records
-from weft.data.render import PLAIN_TEMPLATE, Renderer, Sample
+from weft.data.render import PLAIN_TEMPLATE, Prompt, Renderer, Sample
+from weft.data.tokens import SOFT
 
 __all__ = [
     "FORMATS",
     "PLAIN_TEMPLATE",
+    "SOFT",
     "Conversation",
     "EmptyAnswerError",
     "Message",
     "PlainText",
+    "Prompt",
     "Record",
     "Renderer",
     "Sample",
+    "load_labelled",
     "load_samples",
     "read_records",
     "split_holdout",

@@ -6,12 +6,12 @@ import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from weft.data.formats import EmptyAnswerError, to_example
 from weft.data.records import read_records
-from weft.data.render import Renderer, Sample
-from weft.errors import UserError
+from weft.data.render import Renderer, Sample, Task
+from weft.errors import UserError, nearest
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -25,14 +25,21 @@ def load_samples(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     empty_answers: Literal["error", "skip"] = "error",
+    task: Task = "causal_lm",
 ) -> list[Sample]:
     """Read the first ``limit`` records of a file (see ``read_records``, ``to_example``) and render each, in order.
 
+    ``task`` chooses ``renderer.sample`` or ``renderer.seq2seq``; for classes see ``load_labelled``.
     ``empty_answers="skip"`` leaves records with an empty answer out, and logs how many and the first's place.
     Raises UserError, naming file and line, for the first record that cannot be used.
     """
     if empty_answers not in ("error", "skip"):
         raise UserError(f"empty_answers is {empty_answers!r}; expected 'error' or 'skip'.")
+    if task not in get_args(Task):
+        raise UserError(
+            f"task is {task!r}; expected {' or '.join(get_args(Task))}.{nearest(str(task), get_args(Task))}"
+        )
+    render = renderer.seq2seq if task == "seq2seq" else renderer.sample
     samples, skipped = [], []
     for record in read_records(path, limit=limit):
         try:
@@ -42,7 +49,7 @@ def load_samples(
                 raise
             skipped.append(record.source)
             continue
-        samples.append(renderer.sample(example))
+        samples.append(render(example))
     if skipped:
         logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, len(skipped), skipped[0])
     if not samples:

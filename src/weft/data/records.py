@@ -11,7 +11,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 from weft.errors import UserError
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".json", ".jsonl", *TABLES, ".txt")
 _WRAPPERS = ("train", "data")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
@@ -34,28 +35,23 @@ class Record:
     source: str
 
 
-def read_records(path: str | os.PathLike[str], *, limit: int | None = None) -> list[Record]:
+def read_records(
+    path: str | os.PathLike[str], *, limit: int | None = None, header: Sequence[str] | None = None
+) -> list[Record]:
     """Read the first ``limit`` records (all by default) of a .json, .jsonl, .csv, .tsv or .txt file, in file order.
 
     A .json file may hold an array of objects, an object with such an array under ``train`` or ``data``, one object,
     or objects one after another (JSON Lines under the wrong suffix). A row that is a list of messages is taken as
-    ``{"messages": row}``. Raises UserError for a file that cannot be read, and for the first malformed record.
+    ``{"messages": row}``. ``header`` names the columns of a table whose file does not.
+    Raises UserError for a file that cannot be read, and for the first malformed record.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give the number of records to read, 1 or more (or leave it out for all).")
-    file = Path(path)
-    reader = _READERS.get(file.suffix.lower())
-    if file.is_dir():
-        raise UserError(f"{path} is a directory: give one data file ({', '.join(SUFFIXES)}).")
-    if not file.exists():
-        raise UserError(f"{path} does not exist: check the path of the data file (it is relative to {_here()}).")
-    if reader is None:
-        raise UserError(
-            f"{path}: files ending in '{file.suffix}' are not read. Known: {', '.join(SUFFIXES)}. "
-            "Convert the file, for instance to JSON Lines (.jsonl: one object per line)."
-        )
+    file = _existing(path)
+    suffix = file.suffix.lower()
     try:
-        records = list(islice(reader(file), limit))
+        reader = _read_table(file, header) if suffix in TABLES else _READERS[suffix](file)
+        records = list(islice(reader, limit))
         empty = not records and file.stat().st_size == 0
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -63,6 +59,32 @@ def read_records(path: str | os.PathLike[str], *, limit: int | None = None) -> l
         what = "the file is empty" if empty else "the file holds no records"
         raise UserError(f"{path}: {what}; expected at least one record.")
     return records
+
+
+def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
+    """The first rows of a .csv or .tsv file as they stand, the header among them; of other files none."""
+    file = _existing(path)
+    if file.suffix.lower() not in TABLES:
+        return []
+    try:
+        return [row for _, row in islice(_rows(file), count)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    """The file at ``path``, which exists and has a suffix that is read."""
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{path} is a directory: give one data file ({', '.join(SUFFIXES)}).")
+    if not file.exists():
+        raise UserError(f"{path} does not exist: check the path of the data file (it is relative to {_here()}).")
+    if file.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{path}: files ending in '{file.suffix}' are not read. Known: {', '.join(SUFFIXES)}. "
+            "Convert the file, for instance to JSON Lines (.jsonl: one object per line)."
+        )
+    return file
 
 
 def _here() -> str:
@@ -268,30 +290,37 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 # ------------------------------------------------------------------------------------------------------ tables and text
 
 
-def _read_table(path: Path, *, tabs: bool) -> Iterator[Record]:
-    """A .csv (quoted as spreadsheets do) or a .tsv (no quoting: a quotation mark there is a character like another)."""
-    text = _decode(path.read_bytes(), path)
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    rows = _rows(csv.reader(io.StringIO(text, newline=""), **options), path)
-    header_line, header = next(rows, (1, []))
+def _read_table(path: Path, names: Sequence[str] | None) -> Iterator[Record]:
+    rows = _rows(path)
+    header_line, header = (0, list(names)) if names else next(rows, (1, []))
     if not header:
         return
     if len(set(header)) < len(header) or "" in header:
         raise UserError(
             f"{path}:{header_line}: the first line must name the columns, each once; found {', '.join(header)!r}."
         )
+    hint = " (a .tsv file has no quoting: save as .csv if cells hold tabs or line breaks)"
     for line, row in rows:
         if len(row) != len(header):
-            hint = " (a .tsv file has no quoting: save as .csv if cells hold tabs or line breaks)" if tabs else ""
+            named = f"the header (line {header_line}) names" if header_line else "expected are"
             raise UserError(
-                f"{path}:{line}: {len(row)} cells where the header (line {header_line}) names {len(header)} columns: "
-                f"{', '.join(header)}{hint}."
+                f"{path}:{line}: {len(row)} cells where {named} {len(header)} columns: "
+                f"{', '.join(header)}{hint if _tabs(path) else ''}."
             )
         yield Record(dict(zip(header, row, strict=True)), f"{path}:{line}")
 
 
-def _rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the line where it begins (a quoted cell may span lines)."""
+def _tabs(path: Path) -> bool:
+    return path.suffix.lower() == ".tsv"
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, each with the line where it begins (a quoted cell may span lines).
+
+    A .csv is quoted as spreadsheets do; a .tsv has no quoting: a quotation mark there is a character like another.
+    """
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if _tabs(path) else {"strict": True}
+    reader = csv.reader(io.StringIO(_decode(path.read_bytes(), path), newline=""), **options)
     while True:
         line = reader.line_num + 1
         limit = csv.field_size_limit(_MAX_CELL)  # process-wide, hence put back around every row
@@ -310,18 +339,10 @@ def _rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
             yield line, row
 
 
-def _read_csv(path: Path) -> Iterable[Record]:
-    return _read_table(path, tabs=False)
-
-
-def _read_tsv(path: Path) -> Iterable[Record]:
-    return _read_table(path, tabs=True)
-
-
 def _read_txt(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
         if line.strip():
             yield Record({"text": line}, f"{path}:{number}")
 
 
-_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_tsv, ".txt": _read_txt}
+_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt}

@@ -8,17 +8,19 @@ generation time, whatever the tokenizer would have merged across the seam.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from weft.data.formats import Conversation, Message, PlainText
+from weft.data.tokens import SOFT, Encoder
 from weft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["answers", "last_answer", "all"]
+Task = Literal["causal_lm", "seq2seq"]
 
 # For tokenizers without a template of their own: Alpaca's headings, extended to several turns, tools and results.
 PLAIN_TEMPLATE = """\
@@ -35,16 +37,20 @@ PLAIN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"""
 
-# Two of Unicode's noncharacters enclose the number of a piece of text that must not become a control token.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_GUARDED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
-_ANCHOR = "\n"
+_AFTER_ANSWER = re.compile(f"(?:\\s|{re.escape(SOFT)})*$")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Token ids and, for each, the loss weight of PREDICTING it: ``weights[i]`` scales the loss of ``input_ids[i]``
-    given ``input_ids[:i]``. Equal lengths; ``weights[0]`` is 0.0, for nothing predicts the first token."""
+    given ``input_ids[:i]``. Equal lengths; ``weights[0]`` is 0.0, for nothing predicts the first token.
+
+    ``slots``: places in ``input_ids`` before which a slot for virtual tokens stands, ascending, several may be equal
+    (in a sample without learned tokens also ``len(input_ids)``: after the last).
+    ``answer``: the place where the last learned answer begins, None for plain text and where no turn is learned.
+    ``label``: the class, and ``token_types`` the segment of each token (empty: all 0), of classification data.
+    ``target_ids``: what a sequence-to-sequence model is to write. With either of these, ``weights`` are all 0.0.
+    """
 
     input_ids: list[int]
     weights: list[float]
@@ -57,12 +63,42 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """What generation starts from: token ids, and the places of slots, each 0 … len(ids), as in ``Sample.slots``."""
+
+    ids: list[int]
+    slots: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class _Span:
-    """Characters [start, end) of a rendering: what turn ``turn`` adds to its own generation prompt."""
+    """Characters [start, end) of a rendering: what a turn (named as in "turn 2 of 4") adds to its own prompt."""
 
     start: int
     end: int
     trained: bool
+    turn: str
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A sample in the making; ``answers`` are the places where learned answers begin."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+
+    def add(self, ids: list[int], weight: float, slots: Iterable[int] = ()) -> None:
+        """Append; ``slots`` count from the beginning of ``ids``."""
+        self.slots += [len(self.ids) + slot for slot in slots]
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+
+    def prepend(self, ids: list[int]) -> None:
+        self.ids, self.weights = ids + self.ids, [0.0] * len(ids) + self.weights
+        self.slots = [slot + len(ids) for slot in self.slots]
+        self.answers = [place + len(ids) for place in self.answers]
 
 
 class Renderer:
@@ -89,33 +125,52 @@ class Renderer:
             raise UserError(f"train_on is {train_on!r}; expected one of {', '.join(known)}.{hint}")
         if max_length is not None and max_length < 2:
             raise UserError(f"max_length is {max_length}; expected 2 tokens or more (the first is never learned).")
-        eos = tokenizer.eos_token_id
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer)
+        self.chat_template = chat_template or (None if tokenizer.chat_template else PLAIN_TEMPLATE)
+        self.train_on, self.max_length, self.truncate = train_on, max_length, truncate
+        self.template_kwargs = dict(template_kwargs or {})
+        self._bare = not chat_template and not tokenizer.chat_template
+
+    # -- public
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends an answer. Raises UserError where there is none (asked for only where one is needed)."""
+        eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int):
             raise UserError(
                 "the tokenizer has no end-of-sequence token, so a model could not learn to stop. Set `eos_token` in "
                 "its tokenizer_config.json to the token that ends a text (GPT-2: <|endoftext|>)."
             )
-        self.tokenizer = tokenizer
-        self.eos_token_id: int = eos
-        self.chat_template = chat_template or (None if tokenizer.chat_template else PLAIN_TEMPLATE)
-        self.train_on, self.max_length, self.truncate = train_on, max_length, truncate
-        self.template_kwargs = dict(template_kwargs or {})
-        self._controls = _control_texts(tokenizer)
-        self._control = re.compile("|".join(re.escape(text) for text in self._controls))
-        bos = tokenizer.bos_token_id
-        bare, usual = self._tokens("a"), list(tokenizer("a", verbose=False)["input_ids"])
-        # Measured, for `add_bos_token` is False on fast tokenizers whose post-processor adds it all the same.
-        self._automatic_bos = [bos] if isinstance(bos, int) and usual[: 1 + len(bare)] == [bos, *bare] else []
-        # Sentencepiece-like tokenizers put a space before whatever they are given, which is wrong in mid-text.
-        anchor, anchored = self._tokens(_ANCHOR), self._tokens(_ANCHOR + "a")
-        prefixes = bool(anchor) and anchored[: len(anchor)] == anchor and anchored[len(anchor) :] != bare
-        self._anchor = anchor if prefixes else []
+        return eos
 
-    # -- public
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        task: Task = "causal_lm",
+        source: str = "the conversation",
+    ) -> Prompt:
+        """Ids and slots to generate the next assistant turn from. Raises UserError as ``sample`` does."""
+        if task == "seq2seq":
+            return self._source(messages, tools, source)
+        draft = self._stream(messages, tools, generation=True, source=source)
+        return Prompt(draft.ids, tuple(draft.slots))
 
     def prompt_ids(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Ids [prompt length] to generate the next assistant turn from. Raises UserError as ``sample`` does."""
-        return self._stream(messages, tools, generation=True, source="the conversation")[0]
+        """``prompt(messages).ids`` [prompt length]."""
+        return self.prompt(messages, tools=tools).ids
+
+    def seq2seq_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """``prompt(messages, task="seq2seq").ids``: the encoder's input."""
+        return self.prompt(messages, task="seq2seq").ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Text as it stands, after the tokenizer's BOS if it has one; no end-of-sequence token."""
+        ids, _ = self.encoder.encode(self.encoder.guard(text), first=True)
+        return [*self.encoder.missing_head([]), *ids]
 
     def sample(self, example: Conversation | PlainText) -> Sample:
         """Ids and loss weights of one example.
@@ -124,74 +179,136 @@ class Renderer:
         sample longer than ``max_length``, and for one of which nothing would be learned.
         """
         if isinstance(example, PlainText):
-            ids = [*self._bos([]), *self._encode(self._guard(example.text), first=True), self.eos_token_id]
-            weights = [1.0] * len(ids)
+            draft = _Draft()
+            draft.add([*self.text_ids(example.text), self.eos_token_id], 1.0)
         else:
-            ids, weights = self._stream(example.messages, example.tools, generation=False, source=example.source)
-        weights[0] = 0.0
-        return self._fit(ids, weights, example.source)
+            draft = self._stream(example.messages, example.tools, generation=False, source=example.source)
+        draft.weights[0] = 0.0
+        return self._fit(draft, example.source)
+
+    def seq2seq(self, example: Conversation | PlainText) -> Sample:
+        """The last answer as ``target_ids``, what comes before it as ``input_ids``; see docs/data.md.
+
+        Raises UserError (naming the example's line) for plain text, for an example without a learned answer after
+        another turn, and for an input or an answer longer than ``max_length``.
+        """
+        place = example.source
+        if isinstance(example, PlainText):
+            raise UserError(f"{place}: plain text has no answer to write; seq2seq needs a question and an answer.")
+        messages = example.messages
+        learned = [i for i, turn in enumerate(messages) if i and turn.role == "assistant" and turn.train is not False]
+        if not learned:
+            raise UserError(f"{place}: no assistant turn after another turn is learned, which seq2seq needs.")
+        answer = messages[learned[-1]]
+        if answer.tool_calls:
+            raise UserError(f"{place}: the last answer is a tool call, which seq2seq cannot write. Remove the record.")
+        prompt = self._source(messages[: learned[-1]], example.tools, place)
+        # Special tokens typed in the answer are split like other text; the tokenizer still adds its own around it.
+        options = {"split_special_tokens": True, "verbose": False}
+        target = list(self.tokenizer(text_target=answer.content, **options)["input_ids"])
+        target += [] if self.eos_token_id in target else [self.eos_token_id]
+        ids, slots = self.cut(prompt.ids, place, "the input"), prompt.slots
+        if len(ids) < len(prompt.ids):
+            kept = len(ids) - len(self.encoder.tail)
+            ids, slots = ids[:kept] + self.encoder.tail, tuple(slot for slot in slots if slot < kept)
+        target = self.cut(target, place, "the answer")
+        return Sample(ids, [0.0] * len(ids), place, slots=slots, target_ids=tuple(target))
+
+    def cut(self, ids: list[int], source: str, what: str = "the record") -> list[int]:
+        """``ids`` up to ``max_length``; longer ones are a UserError unless ``truncate``."""
+        limit = self.max_length
+        if limit is None or len(ids) <= limit:
+            return ids
+        if not self.truncate:
+            raise UserError(
+                f"{source}: {what} is {len(ids)} tokens long, max_length is {limit}. Raise `max_length`, "
+                "set `truncate: true` to cut the end off long records, or remove this one."
+            )
+        return ids[:limit]
 
     # -- lengths
 
-    def _fit(self, ids: list[int], weights: list[float], source: str) -> Sample:
-        if not any(weights):
+    def _fit(self, draft: _Draft, source: str) -> Sample:
+        if not any(draft.weights):
             raise UserError(
                 f"{source}: nothing of this record would be learned (train_on: {self.train_on}). It needs an assistant "
                 "turn that follows another turn and is not marked as untrained."
             )
-        limit = self.max_length
-        if limit is not None and len(ids) > limit:
-            if not self.truncate:
-                raise UserError(
-                    f"{source}: the record is {len(ids)} tokens long, max_length is {limit}. Raise `max_length`, "
-                    "set `truncate: true` to cut the end off long records, or remove this one."
-                )
-            ids, weights = ids[:limit], weights[:limit]
-            if not any(weights):
-                raise UserError(
-                    f"{source}: cut to max_length {limit}, this record keeps no token to learn: its prompt alone is "
-                    "that long. Raise `max_length` or remove the record."
-                )
-        return Sample(ids, weights, source)
+        ids = self.cut(draft.ids, source)
+        weights = draft.weights[: len(ids)]
+        if not any(weights):
+            raise UserError(
+                f"{source}: cut to max_length {self.max_length}, this record keeps no token to learn: its prompt alone "
+                "is that long. Raise `max_length` or remove the record."
+            )
+        # A slot stands before a token, so one whose token was cut off (or never was) goes too.
+        slots = tuple(slot for slot in draft.slots if slot < len(ids))
+        return Sample(ids, weights, source, slots, max((at for at in draft.answers if at < len(ids)), default=None))
 
     # -- conversations
 
     def _stream(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, generation: bool, source: str
-    ) -> tuple[list[int], list[float]]:
+    ) -> _Draft:
         """The one path of training and generation: equal messages give equal ids up to a learned answer."""
         if not messages:
             raise UserError(f"{source}: there are no messages.")
         turns = [self._turn(message) for message in messages]
-        schemas = [self._guard(tool) for tool in tools]
+        schemas = [self.encoder.guard(tool) for tool in tools]
         text = self._render(turns, schemas, generation, source)
         base = 1.0 if self.train_on == "all" else 0.0
-        ids: list[int] = []
-        weights: list[float] = []
-
-        def add(tokens: list[int], weight: float) -> None:
-            ids.extend(tokens)
-            weights.extend([weight] * len(tokens))
-
-        at = 0
+        draft, at = _Draft(), 0
         for span in self._spans(messages, turns, schemas, text, generation, source):
-            add(self._encode(text[at : span.start], first=at == 0), base)
-            answer = text[span.start : span.end]
-            tokens = self._encode(answer, first=span.start == 0)
-            if not span.trained:
-                add(tokens, 0.0)
-            elif self.eos_token_id in tokens:  # only the template can have written it: contents are guarded
-                stop = tokens.index(self.eos_token_id) + 1
-                add(tokens[:stop], 1.0)
-                add(tokens[stop:], base)
+            ids, slots = self.encoder.encode(text[at : span.start], first=at == 0)
+            draft.add(ids, base, slots)
+            if span.trained:
+                draft.answers.append(len(draft.ids))
+                self._add_answer(draft, text, span, base, source)
             else:
-                body = answer.rstrip()
-                add([*self._encode(body, first=False), self.eos_token_id], 1.0)
-                add(self._encode(answer[len(body) :], first=False), base)
+                ids, slots = self.encoder.encode(text[span.start : span.end], first=span.start == 0)
+                draft.add(ids, 0.0, slots)
             at = span.end
-        add(self._encode(text[at:], first=at == 0), base)
-        bos = self._bos(ids)
-        return bos + ids, [0.0] * len(bos) + weights
+        ids, slots = self.encoder.encode(text[at:], first=at == 0)
+        draft.add(ids, base, slots)
+        draft.prepend(self.encoder.missing_head(draft.ids))
+        return draft
+
+    def _add_answer(self, draft: _Draft, text: str, span: _Span, base: float, source: str) -> None:
+        """Add a learned answer up to its end, and what the template writes after that."""
+        answer, eos = text[span.start : span.end], self.eos_token_id
+        ids, slots = self.encoder.encode(answer, first=span.start == 0)
+        if eos in ids:  # only the template can have written it: contents are guarded
+            stop = ids.index(eos) + 1
+            inside = [slot for slot in slots if slot < stop]
+            draft.add(ids[:stop], 1.0)
+            draft.add(ids[stop:], base, [slot - stop for slot in slots])
+        else:
+            end = _AFTER_ANSWER.search(answer).start()  # type: ignore[union-attr]
+            ids, inside = self.encoder.encode(answer[:end], first=False)
+            draft.add([*ids, eos], 1.0)
+            ids, slots = self.encoder.encode(answer[end:], first=False)
+            draft.add(ids, base, slots)
+        if inside:
+            raise UserError(
+                f"{source}: the chat template puts {SOFT} inside the answer of {span.turn}, where the model writes: at "
+                "generation it would not stand there. Put it before the answer, also under `add_generation_prompt`."
+            )
+
+    def _source(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], source: str) -> Prompt:
+        """The input of a sequence-to-sequence model, in the special tokens that its tokenizer puts around a text."""
+        if not messages:
+            raise UserError(f"{source}: there are no messages.")
+        if self._bare:  # such models were trained on bare text, not on headings
+            if tools or any(message.tool_calls for message in messages):
+                raise UserError(f"{source}: tools need a `chat_template` that renders them; the tokenizer has none.")
+            ordered = sorted(messages, key=lambda message: message.role != "system")
+            text = self.encoder.guard("\n".join(message.content for message in ordered))
+        else:
+            turns = [self._turn(message) for message in messages]
+            text = self._render(turns, [self.encoder.guard(tool) for tool in tools], True, source)
+        ids, slots = self.encoder.encode(text, first=True)
+        head = self.encoder.missing_head(ids, bos_only=False)
+        return Prompt(head + ids + self.encoder.missing_tail(ids), tuple(slot + len(head) for slot in slots))
 
     def _spans(
         self,
@@ -223,7 +340,7 @@ class Renderer:
                         f"{source}: the chat template does not render the tool call of {turn}. Use a `chat_template` "
                         "that supports tools."
                     )
-            spans.append(_Span(len(prompt), len(closed), trained))
+            spans.append(_Span(len(prompt), len(closed), trained, turn))
         return spans
 
     def _marked(self, messages: Sequence[Message], generation: bool, source: str) -> list[tuple[int, bool]]:
@@ -252,9 +369,9 @@ class Renderer:
         return marked
 
     def _turn(self, message: Message) -> dict[str, Any]:
-        turn: dict[str, Any] = {"role": message.role, "content": self._guard(message.content)}
+        turn: dict[str, Any] = {"role": message.role, "content": self.encoder.guard(message.content)}
         if message.tool_calls:
-            turn["tool_calls"] = [self._guard(call) for call in message.tool_calls]
+            turn["tool_calls"] = [self.encoder.guard(call) for call in message.tool_calls]
         return turn
 
     def _render(self, turns: list[dict[str, Any]], schemas: list[Any], generation: bool, source: str) -> str:
@@ -270,47 +387,3 @@ class Renderer:
         except Exception as error:  # the template is a program of the user's: whatever it raises is about their data
             raise UserError(f"{source}: the chat template refuses this conversation: {error}.") from error
         return str(text)
-
-    # -- tokens
-
-    def _bos(self, ids: list[int]) -> list[int]:
-        """The beginning-of-sequence token, where the tokenizer adds one and ``ids`` does not begin with it already."""
-        return [] if ids[:1] == self._automatic_bos else self._automatic_bos
-
-    def _guard(self, value: Any) -> Any:
-        """Replace what reads like a control token, at any depth, by a mark that the template passes through."""
-        if isinstance(value, str):
-            return self._control.sub(lambda found: f"{_OPEN}{self._controls[found[0]]}{_CLOSE}", value)
-        if isinstance(value, dict):
-            return {self._guard(key): self._guard(item) for key, item in value.items()}
-        return [self._guard(item) for item in value] if isinstance(value, list) else value
-
-    def _encode(self, text: str, *, first: bool) -> list[int]:
-        """Ids of one piece of a rendering; ``first`` if it begins the sequence. Marks become ordinary tokens again."""
-        ids: list[int] = []
-        texts = list(self._controls)
-        for number, piece in enumerate(_GUARDED.split(text)):
-            if not piece:
-                continue
-            literal = number % 2 == 1
-            ids += self._piece(texts[int(piece)] if literal else piece, literal=literal, first=first and not ids)
-        return ids
-
-    def _piece(self, text: str, *, literal: bool, first: bool) -> list[int]:
-        if self._anchor and not first:
-            ids = self._tokens(_ANCHOR + text, literal)
-            if ids[: len(self._anchor)] == self._anchor:
-                return ids[len(self._anchor) :]
-        return self._tokens(text, literal)
-
-    def _tokens(self, text: str, literal: bool = False) -> list[int]:
-        options = {"split_special_tokens": True} if literal else {}
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
-
-
-def _control_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Texts that the tokenizer would turn into control tokens, numbered, longest first (so that no prefix wins)."""
-    texts = {str(text) for text in tokenizer.all_special_tokens}
-    texts |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts = {text for text in texts if text} | {_OPEN}
-    return {text: number for number, text in enumerate(sorted(texts, key=lambda text: (-len(text), text)))}
