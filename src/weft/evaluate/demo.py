@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.assets import base_text_path, instructions_path
-from weft.core.files import WEIGHTS
+from weft.core.files import weights_path
 from weft.evaluate.exact_match import Answer, answer_questions, exact_match, read_questions
 from weft.evaluate.forgetting import read_documents, text_loss, text_samples
 from weft.train import RunConfig, make_config
@@ -135,7 +135,7 @@ def run_demo(
     found = DemoResult(model, output_dir)
     found.picture = str(draw_losses(events, Path(output_dir) / "loss.png", model))
     for job in config.jobs:
-        weights = Path(output_dir) / "adapters" / job.name / WEIGHTS
+        weights = weights_path(Path(output_dir) / "adapters" / job.name)
         found.rows.append(
             Measured(
                 job.name,
