@@ -147,9 +147,7 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a linear module as [out, in] in ``dtype``, dequantised if it is bitsandbytes'."""
     weight: Any = module.weight
     if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return _dequantized(weight).to(dtype)
     if hasattr(weight, "SCB"):
         state: Any = module.state
         # bitsandbytes moves the scales from the weight to the module when it first runs.
@@ -157,6 +155,18 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight.data.to(dtype) * (scale.to(dtype) / 127)[:, None]
     dense: Tensor = weight.detach().to(dtype)
     return dense if isinstance(module, nn.Linear) else dense.t()
+
+
+def _dequantized(weight: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    data, state = weight.data, copy.copy(weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a weight when it first runs without gradients.
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = state.absmax.t().reshape(-1).float()
+    return functional.dequantize_4bit(data, state)
 
 
 def modules_named(model: nn.Module, names: Sequence[str], key: str) -> dict[str, nn.Module]:
