@@ -152,7 +152,8 @@ class SvdLinear(nn.Module):
 
 def _orthonormal_columns(rows: int, columns: int, context: BuildContext) -> Tensor:
     drawn = torch.randn(rows, columns, generator=context.generator, dtype=torch.float32)
-    return torch.linalg.qr(drawn).Q.to(context.device, context.dtype)
+    # QR gives columns that lie together; torch's fused AdamW wants a restored state to lie as the parameter does.
+    return torch.linalg.qr(drawn).Q.contiguous().to(context.device, context.dtype)
 
 
 class AdaLora(SiteAdapter):
