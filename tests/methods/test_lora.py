@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tests.contracts import kit
+from tests.contracts.test_packed_equals_padded import no_cast  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
 import weft.models.fused
@@ -29,7 +30,7 @@ from weft.ops.lowrank import (
     sketched_factors,
 )
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import evaluate_loss
+from weft.train.step import Work, evaluate_loss, forward_losses
 
 D = torch.float64
 
@@ -406,15 +407,42 @@ def test_the_fused_modules_take_only_plain_lora_for_plain_lora(kind: str, monkey
     kit.measured(f"{kind} fused - own", kit.difference(*found), 1e-9)
 
 
+def variant_settings(kind: str) -> dict[str, dict[str, Any]]:
+    table, norm = {"llama": ("embed_tokens", "norm"), "bloom": ("word_embeddings", "ln_f"), "gpt2": ("wte", "ln_f")}[
+        kind
+    ]
+    dense = {"llama": "q_proj", "bloom": "dense", "gpt2": "c_fc"}[kind]
+    return {
+        **VARIANTS,
+        "embedding and head": {"target_modules": [table, "lm_head", dense], "use_dora": True},
+        "whole": {"bias": "all", "modules_to_save": ["lm_head", norm]},
+    }
+
+
+@pytest.mark.usefixtures("no_cast")
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
+def test_variants_on_padded_batches(kind: str) -> None:
+    """All of them in one batch, with dropout: losses and gradients as in the stream."""
+    found = []
+    for padded in (False, True):
+        model = kit.make_model(kind, D)
+        adapters = Adapters(model, describe(model), padded=padded)
+        work = []
+        for seed, (name, settings) in enumerate(variant_settings(kind).items()):
+            key = name.replace(" ", "-")
+            kit.randomize(adapters.add(key, LoraConfig(r=4, **settings), seed=seed), seed)
+            work.append(Work(key, kit.samples(3, seed=seed), seed=seed))
+        losses = forward_losses(adapters, work)
+        torch.autograd.backward(losses)
+        found.append([torch.stack(losses), *(g for w in work for g in kit.gradients(adapters[w.adapter]).values())])
+        adapters.close()
+    kit.measured(f"{kind} padded - stream", kit.difference(*found), 1e-10 if kind != "bloom" else 2e-5)
+
+
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
 def test_variants_train_together_as_alone(kind: str) -> None:
     """Weights after training, to the bit in exact mode; and every one of them moves."""
-    settings = dict(VARIANTS)
-    if kind == "bloom":
-        settings |= {
-            "embedding and head": {"target_modules": ["word_embeddings", "lm_head", "dense"], "use_dora": True},
-            "whole": {"bias": "all", "modules_to_save": ["lm_head", "ln_f"]},
-        }
+    settings = variant_settings(kind)
 
     def train(names: list[str]) -> dict[str, dict[str, Tensor]]:
         model = kit.make_model(kind)

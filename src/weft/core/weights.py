@@ -98,7 +98,9 @@ class OwnWeights(nn.Module):
         for part in parts:
             base = module.get_parameter(part).detach()
             value = torch.empty(base.shape, dtype=context.dtype, device=context.device) if context.blank else base
-            self.register_parameter(part, nn.Parameter(value.to(context.device, context.dtype, copy=True)))
+            # Contiguous, for torch's fused AdamW wants a restored state to lie as the parameter does.
+            own = value.to(context.device, context.dtype, copy=True, memory_format=torch.contiguous_format)
+            self.register_parameter(part, nn.Parameter(own))
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         base: Any = self.base
