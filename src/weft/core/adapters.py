@@ -59,6 +59,8 @@ class Adapters:
             raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
         if not self.padded and architecture.install_attention is None:
             raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
+        # Of a quantised base: module path -> the weight [out, in] before (LoftQ asks for it).
+        self.original_weight: Callable[[str], Tensor] | None = None
         self._adapters: dict[str, Adapter] = {}
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
@@ -134,6 +136,7 @@ class Adapters:
             self._keys_values,
             blank,
             self.router,
+            self.original_weight,
         )
         adapter = config.build(name, context)
         adapter.hidden_size = self.architecture.hidden_size

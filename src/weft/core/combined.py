@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction
+from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction, in_order
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates, Segment
 
@@ -44,7 +44,7 @@ class Combined(Adapter):
         for part in self.parts:
             for path, function in part.sites().items():
                 functions.setdefault(path, []).append(function)
-        return {path: found[0] if len(found) == 1 else _in_order(found) for path, found in functions.items()}
+        return {path: found[0] if len(found) == 1 else in_order(found) for path, found in functions.items()}
 
     def input_sites(self) -> Mapping[str, InputFunction]:
         functions: dict[str, list[InputFunction]] = {}
@@ -105,14 +105,11 @@ class Combined(Adapter):
         _, index, name = parameter.split(".", 2)
         return self.parts[int(index)].learning_rate_factor(name)
 
-
-def _in_order(functions: Sequence[SiteFunction]) -> SiteFunction:
-    def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        for function in functions:
-            y = function(x, y, segment)
-        return y
-
-    return run
+    def scaled_learning_rate(self, parameter: str, rate: float) -> float:
+        if not parameter.startswith("part_modules."):
+            return rate
+        _, index, name = parameter.split(".", 2)
+        return self.parts[int(index)].scaled_learning_rate(name, rate)
 
 
 def _inputs_in_order(functions: Sequence[InputFunction]) -> InputFunction:

@@ -68,7 +68,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
             _save_tensors(adapter.head.stored(), folder / WEIGHTS)  # type: ignore[operator]
         own["parts"] = names
     else:
-        own["config"] = adapter.config.model_dump(mode="json")
+        own["config"] = adapter.stored_config().model_dump(mode="json")
         entries = adapter.config.own_layout(adapter.name, architecture)
         _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
         _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
@@ -97,7 +97,7 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) -> dict[str, Any]:
-    config, head = adapter.config, adapter.head
+    config, head = adapter.stored_config(), adapter.head
     entries = {
         "peft_type": config.peft_type,
         "task_type": architecture.peft_task if head is None else "SEQ_CLS",

@@ -8,7 +8,7 @@ survives saving to the bit).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,9 @@ class OwnWeights(nn.Module):
         for part in parts:
             base = module.get_parameter(part).detach()
             value = torch.empty(base.shape, dtype=context.dtype, device=context.device) if context.blank else base
-            self.register_parameter(part, nn.Parameter(value.to(context.device, context.dtype, copy=True)))
+            # Contiguous, for torch's fused AdamW wants a restored state to lie as the parameter does.
+            own = value.to(context.device, context.dtype, copy=True, memory_format=torch.contiguous_format)
+            self.register_parameter(part, nn.Parameter(own))
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         base: Any = self.base
@@ -107,6 +109,66 @@ class OwnWeights(nn.Module):
             return y + (bias - base.bias.to(bias.dtype)).to(y.dtype)
         own = {part: value.to(base.get_parameter(part).dtype) for part, value in self.named_parameters()}
         return _Shell(base)(x, own).to(y.dtype)
+
+
+def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[str, OwnWeights]:
+    """``modules_to_save``: whole weights for the named modules, or for all that is inside them; a path for each.
+
+    Raises:
+        UserError: a name matches no module, or one whose weights cannot be trained.
+    """
+    own: dict[str, OwnWeights] = {}
+    for path, module in modules_named(context.model, names or (), "modules_to_save").items():
+        inside = [
+            (p, m) for p, m in module.named_modules(prefix=path) if next(m.parameters(recurse=False), None) is not None
+        ]
+        if not inside:
+            raise UserError(f"modules_to_save: module '{path}' ({plain_class(module).__name__}) holds no weights.")
+        own |= {p: OwnWeights(m, weight_parts(m, p), context) for p, m in inside}
+    return own
+
+
+def saved_biases(
+    bias: str, context: BuildContext, targets: Collection[str], besides: Collection[str] = ()
+) -> dict[str, OwnWeights]:
+    """PEFT's ``bias``: own biases for every module that has one ("all"), for the targets ("..._only"), or none.
+
+    ``besides``: modules that are trained whole already.
+    """
+    if bias == "none":
+        return {}
+    return {
+        path: OwnWeights(module, ("bias",), context)
+        for path, module in context.model.named_modules()
+        if (bias == "all" or path in targets) and path not in besides
+        if (is_linear(module) or is_norm(module)) and module._parameters.get("bias") is not None
+    }
+
+
+def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a linear module as [out, in] in ``dtype``, dequantised if it is bitsandbytes'."""
+    weight: Any = module.weight
+    if hasattr(weight, "quant_state"):
+        return _dequantized(weight).to(dtype)
+    if hasattr(weight, "SCB"):
+        state: Any = module.state
+        # bitsandbytes moves the scales from the weight to the module when it first runs.
+        scale = weight.SCB if weight.SCB is not None else state.SCB
+        return weight.data.to(dtype) * (scale.to(dtype) / 127)[:, None]
+    dense: Tensor = weight.detach().to(dtype)
+    return dense if isinstance(module, nn.Linear) else dense.t()
+
+
+def _dequantized(weight: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    data, state = weight.data, copy.copy(weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a weight when it first runs without gradients.
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = state.absmax.t().reshape(-1).float()
+    return functional.dequantize_4bit(data, state)
 
 
 def modules_named(model: nn.Module, names: Sequence[str], key: str) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from weft.core.config import MethodConfig
 from weft.core.files import METHODS
+from weft.methods.adalora import AdaLoraConfig
 from weft.methods.bitfit import BitFitConfig
 from weft.methods.bottleneck import BottleneckConfig
 from weft.methods.lora import LoraConfig
@@ -10,6 +11,7 @@ from weft.methods.prompt_tuning import PromptTuningConfig
 
 _ALL: tuple[type[MethodConfig], ...] = (
     LoraConfig,
+    AdaLoraConfig,
     BitFitConfig,
     PromptTuningConfig,
     PrefixTuningConfig,
@@ -19,6 +21,7 @@ METHODS.update({config.method: config for config in _ALL})
 
 __all__ = [
     "METHODS",
+    "AdaLoraConfig",
     "BitFitConfig",
     "BottleneckConfig",
     "LoraConfig",
