@@ -4,6 +4,9 @@ from weft.core.config import MethodConfig
 from weft.core.files import METHODS
 from weft.methods.bitfit import BitFitConfig
 from weft.methods.bottleneck import BottleneckConfig
+from weft.methods.freeze import FreezeConfig
+from weft.methods.full import FullConfig
+from weft.methods.llama_pro import LlamaProConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix_tuning import PrefixTuningConfig
 from weft.methods.prompt_tuning import PromptTuningConfig
@@ -14,6 +17,9 @@ _ALL: tuple[type[MethodConfig], ...] = (
     PromptTuningConfig,
     PrefixTuningConfig,
     BottleneckConfig,
+    FullConfig,
+    FreezeConfig,
+    LlamaProConfig,
 )
 METHODS.update({config.method: config for config in _ALL})
 
@@ -21,6 +27,9 @@ __all__ = [
     "METHODS",
     "BitFitConfig",
     "BottleneckConfig",
+    "FreezeConfig",
+    "FullConfig",
+    "LlamaProConfig",
     "LoraConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
