@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction, in_order
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates, Segment
+from weft.errors import UserError
 
 
 class CombinedConfig(MethodConfig):
@@ -38,6 +39,15 @@ class Combined(Adapter):
         self.part_modules = nn.ModuleList(self.parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
         self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
+        inserting = [part.config.method for part in self.parts if part.inserted_blocks()]
+        prefixed = [part.config.method for part in self.parts if part.num_prefix_tokens]
+        if inserting and prefixed:
+            # They have learned keys for the base's layers; a new one in between would attend to none.
+            raise UserError(
+                f"method {prefixed[0]}+{inserting[0]}: {prefixed[0]} has no keys and values for the blocks that "
+                f"{inserting[0]} inserts. Make two jobs of them, or take prompt_tuning or bottleneck beside "
+                f"{inserting[0]}."
+            )
 
     def sites(self) -> Mapping[str, SiteFunction]:
         functions: dict[str, list[SiteFunction]] = {}

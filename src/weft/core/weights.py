@@ -55,38 +55,102 @@ class _Shell:
 
 
 class WeightDelta(nn.Module):
-    """``y = f(x; W + ΔW, b + Δb)`` with the changes in the adapter's own dtype; they begin at zero."""
+    """``y = f(x; W + ΔW, b + Δb)`` with the changes in the adapter's own dtype; they begin at zero.
 
-    def __init__(self, module: nn.Module, parts: Sequence[str], context: BuildContext) -> None:
+    Every f here is linear in its weights (Gemma's norms: up to a constant), so what is computed is f(x; W, b) plus a
+    correction. It is exactly zero in the beginning, whatever the dtypes, small changes are not rounded away beside a
+    bf16 weight, and what other methods of the same job did to y stays.
+
+    ``shared``: changes by the ``id`` of the base's tensor, for modules that are tied (a head and its embedding).
+    """
+
+    weight_delta: Tensor | None
+    bias_delta: Tensor | None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Sequence[str],
+        context: BuildContext,
+        shared: dict[int, nn.Parameter] | None = None,
+    ) -> None:
         super().__init__()
         self.__dict__["base"] = module  # not a submodule: its tensors are not the adapter's
-        for part in parts:
-            self.register_parameter(f"{part}_delta", nn.Parameter(context.zeros(*module.get_parameter(part).shape)))
-
-    weight_delta: Tensor | None = None
-    bias_delta: Tensor | None = None
+        self._linear_in_weight: bool | None = None
+        known = {} if shared is None else shared
+        for part in ("weight", "bias"):
+            if part not in parts:
+                self.register_parameter(f"{part}_delta", None)
+                continue
+            tensor = module.get_parameter(part)
+            if id(tensor) not in known:
+                known[id(tensor)] = nn.Parameter(context.zeros(*tensor.shape))
+            self.register_parameter(f"{part}_delta", known[id(tensor)])
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         base: Any = self.base
+        if self.weight_delta is None:
+            return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
         if is_norm(base):
-            # In the delta's precision: added to a bf16 weight, small changes would be rounded away.
-            wide = {
-                part.removesuffix("_delta"): base.get_parameter(part.removesuffix("_delta")).to(delta.dtype) + delta
-                for part, delta in self._parameters.items()
-                if delta is not None
-            }
-            return _Shell(base)(x.to(next(iter(wide.values())).dtype), wide).to(y.dtype)
-        if self.weight_delta is not None:
-            weight = self.weight_delta.to(y.dtype)
-            if isinstance(base, nn.Embedding):
-                scale = getattr(base, "embed_scale", None)
-                change = F.embedding(x + getattr(base, "offset", 0), weight)
-                y = y + (change if scale is None else change * scale)
-            elif isinstance(base, nn.Linear):
-                y = y + F.linear(x, weight)
-            else:
-                y = y + x @ weight
+            return y + self._norm(x).to(y.dtype)
+        weight = self.weight_delta.to(y.dtype)
+        if isinstance(base, nn.Embedding):
+            # The row of padding_idx learns nothing, in torch's own training neither.
+            change = F.embedding(x + getattr(base, "offset", 0), weight, padding_idx=base.padding_idx)
+            scale = getattr(base, "embed_scale", None)
+            y = y + (change if scale is None else change * torch.as_tensor(scale).to(change))
+        elif isinstance(base, nn.Linear):
+            y = y + F.linear(x, weight)
+        else:
+            y = y + x @ weight
         return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """f(x; W + ΔW, b + Δb) - f(x; W, b), in the delta's precision."""
+        assert self.weight_delta is not None
+        norm: nn.Module = self.__dict__["base"]
+        run, x = _Shell(norm), x.to(self.weight_delta.dtype)
+        change = {"weight": self.weight_delta}
+        if norm._parameters.get("bias") is not None:
+            change["bias"] = torch.zeros_like(self.weight_delta) if self.bias_delta is None else self.bias_delta
+        if self._linear_in_weight is None:
+            with torch.no_grad():
+                some = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype, device=x.device)
+                some = some.expand(*change["weight"].shape[:-1], x.shape[-1])
+                none = {part: torch.zeros_like(delta) for part, delta in change.items()}
+                self._linear_in_weight = not bool(run(some[None], none).any())
+        if self._linear_in_weight:
+            return run(x, change)
+        base = {part: norm.get_parameter(part).to(x.dtype) for part in change}
+        return run(x, {part: base[part] + delta for part, delta in change.items()}) - run(x, base)
+
+
+def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, WeightDelta]:
+    """A ``WeightDelta`` per module that holds one of the parameters ``names``, by module path; tied ones share theirs.
+
+    Raises:
+        UserError: no module of a known kind holds a parameter (experts that are fused into one tensor, say).
+    """
+    model = context.model
+    wanted = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in names}
+    layers: dict[str, WeightDelta] = {}
+    shared: dict[int, nn.Parameter] = {}
+    refusals: dict[int, str] = {}
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        parts = [part for part, p in own.items() if id(p) in wanted]
+        if not parts:
+            continue
+        try:
+            weight_parts(module, path)
+        except UserError as error:
+            refusals |= {id(own[part]): str(error) for part in parts}
+        else:
+            layers[path] = WeightDelta(module, parts, context, shared)
+    unknown = [key for key in wanted if key not in shared]
+    if unknown:
+        raise UserError(f"parameter '{wanted[unknown[0]]}' cannot be trained: {refusals[unknown[0]]}")
+    return layers
 
 
 class OwnWeights(nn.Module):
