@@ -22,13 +22,15 @@ from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.config import MethodConfig
-from weft.core.heads import ClassificationHead, ClassificationTask
+from weft.core.heads import ClassificationHead, ClassificationTask, task_of_tensors
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
 # Entries that every PEFT configuration has and that say nothing about the method.
+# Under these two names peft looks for a classification head.
+HEAD_MODULES = ("classifier", "score")
 COMMON_KEYS = (
     "task_type",
     "peft_type",
@@ -107,8 +109,7 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
         **config.to_peft(architecture),
     }
     if isinstance(head, ClassificationHead):
-        # peft looks for the head under these two names.
-        entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), "classifier", "score"]
+        entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), *HEAD_MODULES]
     return entries
 
 
@@ -138,7 +139,7 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
         entries = read_json(folder / CONFIG)
         if own:
             return method_config(own["method"])(**own["config"]), tensors, task
-        return (*_read_foreign(folder, entries, tensors), None)
+        return _read_foreign(folder, entries, tensors)
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
 
@@ -154,7 +155,7 @@ def _weights_of(folder: Path) -> Path:
 
 def _read_foreign(
     folder: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[MethodConfig, dict[str, Tensor]]:
+) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
     """A folder that peft wrote."""
     by_type: dict[str, type[MethodConfig]] = {}
     for cls in METHODS.values():
@@ -163,7 +164,10 @@ def _read_foreign(
     if peft_type not in by_type:
         raise UserError(f"{folder / CONFIG}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")
     rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}
-    return by_type[peft_type].from_peft(rest, list(tensors)), tensors
+    task, of_head = task_of_tensors(tensors) if entries.get("task_type") == "SEQ_CLS" else (None, [])
+    if task is not None:
+        rest["modules_to_save"] = [m for m in rest.get("modules_to_save") or () if m not in HEAD_MODULES] or None
+    return by_type[peft_type].from_peft(rest, [key for key in tensors if key not in of_head]), tensors, task
 
 
 def read_json(path: Path) -> dict[str, Any]:

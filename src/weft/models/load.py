@@ -12,7 +12,7 @@ from torch import nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
-from weft.models.facts import describe
+from weft.models.facts import ENCODERS, describe
 
 DTYPES = {
     "float32": torch.float32,
@@ -103,42 +103,46 @@ def sketch_base(name: str, *, dtype: str = "auto", tokenizer: Any = None) -> Bas
     Raises:
         UserError: it is not there, or its configuration cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source, kind = resolve_model(name), resolve_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(source)
         kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            model = _headless(_auto_class(config, name).from_config(config, dtype=kind))
+    except UserError:
+        raise
     except Exception as error:  # as in load_base
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     return Base(model.eval(), tokenizer or load_tokenizer(source), describe(model), name)
 
 
 def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None) -> Base:
-    """Load a base model with its head, in evaluation mode.
+    """Load a base model, in evaluation mode: a decoder with its head, an encoder without.
 
     Raises:
         UserError: it is not there, cannot be read, or the device is missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     source, where, kind = resolve_model(name), resolve_device(device), resolve_dtype(dtype)
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        auto = _auto_class(AutoConfig.from_pretrained(source), name)
+        loaded: Any = auto.from_pretrained(source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True)
+    except UserError:
+        raise
     except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
+    own = set(_headless(model).state_dict(keep_vars=True))
     # transformers only warns of either, and fills in random numbers.
-    missing = sorted(report["missing_keys"])
+    missing = sorted(own & set(report["missing_keys"]) if _is_encoder(model.config) else report["missing_keys"])
     if missing:
         raise UserError(f"the model {name!r} lacks {len(missing)} of its tensors: {', '.join(missing[:3])} ...")
-    for key, found, wanted in sorted(report["mismatched_keys"]):
+    for key, found, wanted in sorted(key for key in report["mismatched_keys"] if key[0] in own):
         raise UserError(
             f"the model {name!r} is damaged: {key} is {tuple(found)}, its config.json says {tuple(wanted)}."
         )
@@ -146,6 +150,36 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
     return Base(model, tokenizer, describe(model), name)
+
+
+def _is_encoder(config: Any) -> bool:
+    return getattr(config, "model_type", "") in ENCODERS
+
+
+def _auto_class(config: Any, name: str) -> Any:
+    """The transformers class that loads it. Encoders come with a classification head, so that their modules have the
+    paths that PEFT's files name; the head itself is then put away (every job has its own)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if _is_encoder(config):
+        return AutoModelForSequenceClassification
+    kinds = [auto for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)
+             if type(config) in auto._model_mapping]  # fmt: skip
+    if kinds == [AutoModelForSequenceClassification]:
+        raise UserError(
+            f"the model {name!r} is of the type {config.model_type}, which has no language-modelling head and is none "
+            f"of the encoders that Weft knows: {', '.join(ENCODERS)}."
+        )
+    return AutoModelForCausalLM
+
+
+def _headless(model: Any) -> Any:
+    """An encoder without what stands on its body: a head that transformers had to make up is different every time."""
+    if _is_encoder(model.config):
+        for name, child in list(model.named_children()):
+            if child is not model.base_model:
+                setattr(model, name, nn.Identity())
+    return model
 
 
 def _first_line(error: BaseException) -> str:
