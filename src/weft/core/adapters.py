@@ -236,7 +236,7 @@ class Adapters:
 
             body: Any = self.model.base_model
             # An encoder makes no cache by itself, but fills one that it is given.
-            given = {"past_key_values": DynamicCache()} if self.architecture.bidirectional else {}
+            given: dict[str, Any] = {"past_key_values": DynamicCache()} if self.architecture.bidirectional else {}
             out = body(input_ids=input_ids[None].to(self.device), use_cache=True, **given)
             past = given.get("past_key_values") or out.past_key_values
             return [(layer.keys[0], layer.values[0]) for layer in past.layers]

@@ -226,7 +226,8 @@ def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tenso
         more["token_type_ids"] = types.view(count, width)
     if longest:
         if bidirectional and "past_key_values" not in inspect.signature(body.forward).parameters:
-            raise UserError(f"a {model.config.model_type} model takes no prefix in padded batches; leave out padded.")
+            kind = type(body).__name__
+            raise UserError(f"{kind} takes no prefix in padded batches; leave out padded.")
         past = _padded_prefix(model, stream, longest, hidden)
         seen = torch.tensor(stream.prefix_length, device=hidden.device)[:, None]
         columns = torch.arange(longest, device=hidden.device)[None]

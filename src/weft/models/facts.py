@@ -65,7 +65,6 @@ ENCODERS: dict[str, Facts] = {
     "electra": _encoder("gelu_classifier"),
     "distilbert": Facts("attention.out_lin", "ffn.lin2", install_bidirectional, True, "pre_classifier"),
 }
-FACTS |= ENCODERS
 # For other architectures: usual names, most specific first. Anything not in the table runs padded, through its own
 # attention, until someone has checked that its attention goes through the interface.
 _ATTENTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
@@ -80,7 +79,7 @@ def describe(model: nn.Module) -> Architecture:
     """
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    facts = FACTS.get(config.model_type)
+    facts = FACTS.get(config.model_type) or ENCODERS.get(config.model_type)
     encoder = facts is not None and facts.encoder
     if encoder and getattr(config, "is_decoder", False):
         raise UserError(f"this {config.model_type} model is configured as a decoder (is_decoder), which is not known.")

@@ -67,8 +67,8 @@ def install_interface(model: nn.Module, router: Router, *, causal: bool = True) 
 
     def undo() -> None:
         for module in attentions:
-            for key in (ROUTER, CAUSAL, _LAYER):
-                module.__dict__.pop(key, None)
+            for mark in (ROUTER, CAUSAL, _LAYER):
+                module.__dict__.pop(mark, None)
         for key, config in configs.items():
             config._attn_implementation = before[key]
 

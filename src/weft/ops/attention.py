@@ -62,7 +62,7 @@ class _Scores:
             yield i0, i1, first_key, before + (i1 if self.causal else length)
 
     def pads(self, bucket: Bucket, before: int, like: Tensor) -> Tensor | None:
-        """[b * K, 1, before + T] of 0 and -inf, which hides the pad keys; None if the bucket has none. Kept likewise."""
+        """[b * K, 1, before + T] of 0 and -inf, which hides the pad keys; None if there are none. Kept likewise."""
         if min(bucket.lengths) == bucket.length:
             return None
         cache, key = self.layout._cache, ("pads", bucket.start, before, self.kv_heads, like.dtype)

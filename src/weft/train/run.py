@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from weft.core.adapters import Adapters
-from weft.data import Renderer, Sample, load_samples, split_holdout
+from weft.core.heads import ClassificationHead, ClassificationTask
+from weft.data import Renderer, Sample, load_labelled, load_samples, split_holdout
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
@@ -39,6 +40,15 @@ class Setup:
     adapters: Adapters
     renderer: Renderer
     jobs: list[Job]
+
+
+@dataclass(frozen=True)
+class _JobData:
+    """What a job trains on and what it is evaluated on; the classes, if it classifies."""
+
+    train: list[Sample]
+    held: list[Sample]
+    classes: ClassificationTask | None = None
 
 
 def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
@@ -68,57 +78,101 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         max_length=length,
         truncate=config.truncate,
     )
-    files: dict[str, list[Sample]] = {}
-    loaded = [_load_data(config, job, renderer, files) for job in config.jobs]
+    _check_tasks(config, sketch)
+    read = _Reader(config, renderer, sketch.architecture.bidirectional)
+    loaded = [read.job(job) for job in config.jobs]
     _check(config, sketch, loaded)
     if base is None:
         base = load_base(config.model, dtype=config.dtype, device=config.device, tokenizer=sketch.tokenizer)
     adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
     try:
         jobs = []
-        for job, (train, held) in zip(config.jobs, loaded, strict=True):
-            adapter = adapters.add(job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer)
-            jobs.append(Job(job, adapter, train, held))
+        for job, found in zip(config.jobs, loaded, strict=True):
+            adapter = adapters.add(
+                job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, classification=found.classes
+            )
+            jobs.append(Job(job, adapter, found.train, found.held))
     except BaseException:
         adapters.close()
         raise
     return Setup(config, base, adapters, renderer, jobs)
 
 
-def _check(config: RunConfig, sketch: Base, data: Sequence[tuple[list[Sample], list[Sample]]]) -> None:
+def _check_tasks(config: RunConfig, sketch: Base) -> None:
+    for job in config.jobs:
+        if sketch.architecture.bidirectional and job.task == "causal_lm":
+            raise UserError(
+                f"job '{job.name}': task is causal_lm, but {config.model} is an encoder "
+                f"({sketch.architecture.model_type}) and writes no text. Set task: sequence_classification, or take "
+                "a base that writes."
+            )
+
+
+def _check(config: RunConfig, sketch: Base, loaded: Sequence[_JobData]) -> None:
     """Make every adapter without values, and take it away again."""
     adapters = Adapters(sketch.model, sketch.architecture, exact=config.exact)
     try:
-        for job, (train, held) in zip(config.jobs, data, strict=True):
-            adapter = adapters.add(job.name, job.method_config(), tokenizer=sketch.tokenizer, blank=True)
-            adapter.begin_training(job.planned_steps(len(train))[1])
-            _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, (*train, *held), sketch)
+        for job, data in zip(config.jobs, loaded, strict=True):
+            adapter = adapters.add(
+                job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
+            )
+            adapter.begin_training(job.planned_steps(len(data.train))[1])
+            samples = (*data.train, *data.held)
+            _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
         adapters.close()
 
 
-def _load_data(
-    config: RunConfig, job: JobConfig, renderer: Renderer, files: dict[str, list[Sample]]
-) -> tuple[list[Sample], list[Sample]]:
-    """The job's samples to train on and to evaluate on; a file that several jobs read is read once."""
+class _Reader:
+    """Reads the jobs' files; what several jobs read alike is read once."""
 
-    def load(path: str) -> list[Sample]:
-        if path not in files:
-            files[path] = load_samples(
+    def __init__(self, config: RunConfig, renderer: Renderer, encoder: bool) -> None:
+        self.config, self.renderer, self.encoder = config, renderer, encoder
+        self.files: dict[Any, Any] = {}
+
+    def job(self, job: JobConfig) -> _JobData:
+        """The job's samples to train on and to evaluate on."""
+        path, held = job.data or self.config.data, job.eval_data or self.config.eval_data
+        classes = None
+        if job.task == "sequence_classification":
+            samples, names = self._labelled(path, job, tuple(job.labels) if job.labels else None)
+            classes = ClassificationTask(names)
+            if held is not None:
+                return _JobData(samples, self._labelled(held, job, names)[0], classes)
+        else:
+            samples = self._texts(path)
+            if held is not None:
+                return _JobData(samples, self._texts(held))
+        # Every job holds out the same records, so that their losses compare.
+        return _JobData(*split_holdout(samples, self.config.eval_size, seed=0), classes)
+
+    def _texts(self, path: str) -> list[Sample]:
+        if path not in self.files:
+            self.files[path] = load_samples(
                 path,
-                renderer,
-                format=config.data_format,
-                columns=config.columns,
-                limit=config.limit,
-                empty_answers=config.empty_answers,
+                self.renderer,
+                format=self.config.data_format,
+                columns=self.config.columns,
+                limit=self.config.limit,
+                empty_answers=self.config.empty_answers,
             )
-        return files[path]
+        return self.files[path]
 
-    samples, held = load(job.data or config.data), job.eval_data or config.eval_data
-    if held is not None:
-        return samples, load(held)
-    # Every job holds out the same records, so that their losses compare.
-    return split_holdout(samples, config.eval_size, seed=0)
+    def _labelled(
+        self, path: str, job: JobConfig, labels: tuple[str, ...] | None
+    ) -> tuple[list[Sample], tuple[str, ...]]:
+        key = (path, labels, tuple(job.text_columns or ()), job.label_column)
+        if key not in self.files:
+            self.files[key] = load_labelled(
+                path,
+                self.renderer,
+                labels=labels,
+                text_columns=job.text_columns,
+                label_column=job.label_column,
+                limit=self.config.limit,
+                encoder=self.encoder,
+            )
+        return self.files[key]
 
 
 def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: Base) -> None:
@@ -186,7 +240,8 @@ def _train(
     )
     if config.resume:
         trainer.resume()
-    store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base)})
+    labels = {j.name: j.adapter.head.task.labels for j in setup.jobs if isinstance(j.adapter.head, ClassificationHead)}
+    store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base), "labels": labels})
     setup.base.tokenizer.save_pretrained(store.tokenizer)
     result = trainer.run()
     if result.completed:
