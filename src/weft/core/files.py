@@ -22,7 +22,7 @@ from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.config import MethodConfig
-from weft.core.heads import ClassificationHead, ClassificationTask, task_of_tensors
+from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask, task_of_tensors
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -67,7 +67,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         for name, part in zip(names, adapter.parts, strict=True):
             save(part, architecture, folder / name, base_name=base_name)
         if adapter.head is not None:
-            _save_tensors(adapter.head.stored(), folder / WEIGHTS)  # type: ignore[operator]
+            _save_tensors(_stored_head(adapter), folder / WEIGHTS)
         own["parts"] = names
     else:
         own["config"] = adapter.config.model_dump(mode="json")
@@ -82,8 +82,13 @@ def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All that the adapter's file holds: the method's tensors and those of a classification head."""
     tensors = dict(adapter.tensors())
     if isinstance(adapter.head, ClassificationHead):
-        tensors |= adapter.head.stored()
+        tensors |= _stored_head(adapter)
     return tensors
+
+
+def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
+    assert isinstance(adapter.head, ClassificationHead)
+    return adapter.head.stored(PREFIXES[adapter.num_virtual_tokens + adapter.num_prefix_tokens > 0])
 
 
 @torch.no_grad()
@@ -91,7 +96,7 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Take over what ``read`` gave."""
     rest = dict(tensors)
     if isinstance(adapter.head, ClassificationHead):
-        for key, parameter in adapter.head.stored().items():
+        for key, parameter in _stored_head(adapter).items():
             parameter.copy_(checked(tensors, key, tuple(parameter.shape)))
             del rest[key]
     adapter.load_tensors(rest)
@@ -108,6 +113,9 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
         "auto_mapping": None,
         **config.to_peft(architecture),
     }
+    if architecture.bidirectional and entries.get("target_modules") == "all-linear":
+        # To peft that would also be an encoder's pooler and the first layer of its head.
+        entries["target_modules"] = list(architecture.linears)
     if isinstance(head, ClassificationHead):
         entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), *HEAD_MODULES]
     return entries

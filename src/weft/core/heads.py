@@ -42,7 +42,8 @@ KINDS: dict[str, _Kind] = {
     "gelu_classifier": _Kind("classifier.out_proj", "classifier.dense", functional.gelu),
     "pre_classifier": _Kind("classifier", "pre_classifier", functional.relu),
 }
-PREFIX = "base_model.model."
+# Before the module's path in PEFT's files; methods that wrap no module of the model (prompts, prefixes) have the short.
+PREFIXES = ("base_model.model.", "base_model.")
 
 
 class ClassificationHead(nn.Module):
@@ -79,19 +80,21 @@ class ClassificationHead(nn.Module):
             hidden = kind.activation(functional.linear(hidden, self.dense_weight, self.dense_bias))
         return functional.linear(hidden, self.weight, self.bias if kind.bias else None)
 
-    def stored(self) -> Mapping[str, Tensor]:
+    def stored(self, prefix: str = "base_model.model.") -> Mapping[str, Tensor]:
         """The tensors under the names that PEFT's files give them."""
         kind = KINDS[self.kind]
         names = {"weight": f"{kind.last}.weight", "bias": f"{kind.last}.bias",
                  "dense_weight": f"{kind.dense}.weight", "dense_bias": f"{kind.dense}.bias"}  # fmt: skip
-        return {PREFIX + names[part]: parameter for part, parameter in self.named_parameters()}
+        return {prefix + names[part]: parameter for part, parameter in self.named_parameters()}
 
 
 def task_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[ClassificationTask | None, list[str]]:
     """Of a file that peft wrote: the classes of the head in it, which has no names for them, and the head's tensors."""
     parts = {kind.last for kind in KINDS.values()} | {kind.dense for kind in KINDS.values() if kind.dense}
-    keys = [key for key in tensors if key.removeprefix(PREFIX).rpartition(".")[0] in parts]
-    weights = {f"{PREFIX}{kind.last}.weight" for kind in KINDS.values()} & set(keys)
+    keys = [
+        key for key in tensors if any(key.rpartition(".")[0] == prefix + part for part in parts for prefix in PREFIXES)
+    ]
+    weights = {f"{prefix}{kind.last}.weight" for kind in KINDS.values() for prefix in PREFIXES} & set(keys)
     if not weights:
         return None, []
     count = len(tensors[weights.pop()])
