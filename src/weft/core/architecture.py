@@ -49,6 +49,8 @@ class Architecture:
     peft_task: str = "CAUSAL_LM"
     # Positions begin here (RoBERTa: 2).
     first_position: int = 0
+    # How many kinds of segment the embeddings tell apart (BERT: 2); 0: the model is not told.
+    token_types: int = 0
     # Makes the model attend along the packed stream; None: the model only works on padded batches.
     install_attention: AttentionInstaller | None = None
 
