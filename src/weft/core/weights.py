@@ -66,6 +66,11 @@ class WeightDelta(nn.Module):
     weight_delta: Tensor | None = None
     bias_delta: Tensor | None = None
 
+    @property
+    def replaces_output(self) -> bool:
+        """Whether what the module gave plays no part: another method's change must come after."""
+        return is_norm(self.base)  # type: ignore[arg-type]
+
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         base: Any = self.base
         if is_norm(base):
@@ -99,6 +104,11 @@ class OwnWeights(nn.Module):
             base = module.get_parameter(part).detach()
             value = torch.empty(base.shape, dtype=context.dtype, device=context.device) if context.blank else base
             self.register_parameter(part, nn.Parameter(value.to(context.device, context.dtype, copy=True)))
+
+    @property
+    def replaces_output(self) -> bool:
+        """As in ``WeightDelta``."""
+        return set(self._parameters) != {"bias"}
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         base: Any = self.base

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import is_linear, linear_shape
+from weft.core.compose import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment
 from weft.errors import UserError
@@ -21,6 +22,7 @@ class BitFitConfig(MethodConfig):
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
     default_learning_rate: ClassVar[float] = 1e-3
+    combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
 
     target_modules: list[str] | None = None
     add_missing: bool = False

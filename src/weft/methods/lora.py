@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import Architecture, linear_shape
+from weft.core.compose import ON_PRODUCTS, Combination, Source
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
+from weft.methods.lora_combine import combine_lora
 from weft.ops.lowrank import low_rank_add
 
 # PEFT's other ones (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
@@ -29,6 +31,7 @@ class LoraConfig(MethodConfig):
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
     default_learning_rate: ClassVar[float] = 2e-4
+    combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS
     # How the base stores its weights, or how the adapter was first drawn: nothing that changes what it computes now.
     harmless_keys: ClassVar[frozenset[str]] = frozenset(
         {"fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern", "exclude_modules", "loftq_config"}
@@ -62,6 +65,9 @@ class LoraConfig(MethodConfig):
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         return default
+
+    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
+        return combine_lora(sources, how)
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         entries = self.model_dump(mode="json")
