@@ -186,7 +186,7 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
         losses = [e["loss"] for e in logged if e["event"] == "step" and e["job"] == name]
         evals = [e["eval_loss"] for e in logged if e["event"] == "eval" and e["job"] == name]
         folder = Path(job["folder"])
-        size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if result.completed else 0
+        size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) if result.completed else 0
         rows.append(
             {
                 **job,

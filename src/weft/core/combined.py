@@ -43,7 +43,7 @@ class CombinedConfig(MethodConfig):
         if any(kind != kinds[0] for kind in kinds):
             raise UserError(f"the adapters are made of different methods: {', '.join('+'.join(k) for k in kinds)}.")
         for index in range(len(self.parts)):
-            own = [Source(source.name, _parts_of(source)[index], _of_part(source.tensors, index)) for source in sources]
+            own = [Source(one.name, _parts_of(one)[index], part_tensors(one.tensors, index)) for one in sources]
             config, found = combine(own, how)
             configs.append(config)
             tensors |= {f"{index}.{key}": tensor for key, tensor in found.items()}
@@ -55,7 +55,8 @@ def _parts_of(source: Source) -> tuple[MethodConfig, ...]:
     return source.config.parts
 
 
-def _of_part(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+def part_tensors(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The tensors of one part, under its own names."""
     prefix = f"{index}."
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
@@ -109,7 +110,7 @@ class Combined(Adapter):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for index, part in enumerate(self.parts):
-            part.load_tensors(_of_part(tensors, index))
+            part.load_tensors(part_tensors(tensors, index))
 
     def begin_training(self, total_steps: int) -> None:
         for part in self.parts:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
-from weft.core.combined import Combined, CombinedConfig
+from weft.core.combined import Combined, CombinedConfig, part_tensors
 from weft.core.config import MethodConfig
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.errors import UserError, nearest
@@ -76,6 +76,28 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
     _write_json(folder / OWN_CONFIG, own)
 
 
+class Stored(Adapter):
+    """What an adapter's file holds, without a model to use it on."""
+
+    def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(config, "")
+        self.stored = dict(tensors)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.stored
+
+
+def write(
+    config: MethodConfig, tensors: Mapping[str, Tensor], architecture: Architecture, folder: Path, *, base_name: str
+) -> None:
+    """``save`` of an adapter that was never built: what ``read`` gave, or ``weft.core.compose``."""
+    adapter: Adapter = Stored(config, tensors)
+    if isinstance(config, CombinedConfig):
+        parts = [Stored(part, part_tensors(tensors, i)) for i, part in enumerate(config.parts)]
+        adapter = Combined(config, "", parts)
+    save(adapter, architecture, folder, base_name=base_name)
+
+
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All that the adapter's file holds: the method's tensors and those of a classification head."""
     tensors = dict(adapter.tensors())
@@ -129,7 +151,7 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
     try:
         task = ClassificationTask(tuple(own["labels"])) if "labels" in own else None
         if "parts" in own:
-            read_parts = [read(folder / name) for name in own["parts"]]
+            read_parts = [read(folder / name) for name in _parts(own)]
             joined = {f"{i}.{key}": t for i, (_, part, _) in enumerate(read_parts) for key, t in part.items()}
             if (folder / WEIGHTS).is_file():
                 joined |= read_tensors(folder / WEIGHTS)
@@ -141,6 +163,23 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
         return (*_read_foreign(folder, entries, tensors), None)
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
+
+
+def base_of(folder: Path) -> str | None:
+    """What the adapter in ``folder`` calls its base; of several methods in one, what the first does."""
+    parts = _parts(read_json(folder / OWN_CONFIG)) if (folder / OWN_CONFIG).is_file() else []
+    named = read_json(folder / parts[0] / CONFIG if parts else folder / CONFIG).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
+def _parts(own: Mapping[str, Any]) -> list[str]:
+    """The folders of an adapter's parts."""
+    parts = own.get("parts", [])
+    if not isinstance(parts, list) or ("parts" in own and not parts):
+        raise UserError(f"{OWN_CONFIG}: parts is {parts!r}; it must name the folders of the adapter's parts.")
+    for part in parts:
+        check_name(str(part))
+    return [str(part) for part in parts]
 
 
 def _weights_of(folder: Path) -> Path:
