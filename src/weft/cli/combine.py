@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,27 +66,39 @@ def combine(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already; it is left alone. Take another folder.")
     found = [one for source in sources for one in _find(source, adapter)]
-    read = [files.read(one.folder) for one in found]
-    headed = next((one for one, (_, _, task) in zip(found, read, strict=True) if task is not None), None)
-    if headed is not None:
-        raise UserError(f"{headed.name} has a classification head; heads trained apart cannot be made one.")
-    base_name = resolve_model(model) if model else _base(found)
     if given and len(given) != len(found):
         names = ", ".join(one.name for one in found)
         raise UserError(f"--weights has {len(given)} numbers; there are {len(found)} adapters: {names}.")
-    sources_read = [Source(one.name, config, tensors) for one, (config, tensors, _) in zip(found, read, strict=True)]
-    config, tensors = compose(sources_read, how)
+    base_name = resolve_model(model) if model else _base(found)
     common.tell_hub(base_name)
     base = sketch_base(base_name)
+
+    def load(one: Found) -> Source:
+        config, tensors, task = files.read(one.folder)
+        if task is not None:
+            raise UserError(f"{one.name} has a classification head; heads trained apart cannot be made one.")
+        try:
+            made = files.assemble("one", config, tensors, base.model, base.architecture)
+        except UserError as error:
+            raise UserError(f"{one.name}, on {base_name}: {error}") from None
+        return Source(one.name, config, made.tensors())
+
+    config, tensors = compose([load(one) for one in found], how)
+    new = files.assemble(_name(output), config, tensors, base.model, base.architecture)
     part = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(part, ignore_errors=True)
-    files.write(config, tensors, base.architecture, part, base_name=base_name)
+    files.save(new, base.architecture, part, base_name=base_name)
     _save_tokenizer(found, part)
     if output.exists():
         output.rmdir()  # empty, or it would have been refused
     part.replace(output)
     _tell(output, found, how, sum(tensor.numel() for tensor in tensors.values()), as_json=as_json)
     return common.DONE
+
+
+def _name(output: Path) -> str:
+    """What the adapter is called where its file says so."""
+    return re.sub(r"[^\w\-]", "_", output.absolute().name, flags=re.ASCII).strip("_") or "adapter"
 
 
 def _weights(text: str | None) -> tuple[float, ...]:
@@ -122,10 +135,15 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
 
 
 def _base(found: Sequence[Found]) -> str:
-    """The one base that all adapters name."""
+    """The one base that all adapters, or their runs, name."""
     from weft.core.files import base_of
+    from weft.train.store import RunStore
 
     bases = {one.name: base_of(one.folder) for one in found}
+    for one in found:
+        if one.run is not None:
+            recorded = RunStore(one.run).read_run().get("base", {}).get("model")
+            bases[one.name] = recorded if isinstance(recorded, str) else bases[one.name]
     nameless = next((name for name, base in bases.items() if base is None), None)
     if nameless is not None:
         raise UserError(f"{nameless} does not say which base it is for; name it with --model.")
@@ -153,7 +171,7 @@ def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
 
 
 def _tell(output: Path, found: Sequence[Found], how: Any, parameters: int, *, as_json: bool) -> None:
-    size = sum(path.stat().st_size for path in output.rglob("adapter_model.safetensors"))
+    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
     if as_json:
         common.print_json(
             {

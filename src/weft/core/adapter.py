@@ -71,6 +71,10 @@ class Adapter(nn.Module):
         """The adapter's tensors under the names that ``adapter_model.safetensors`` gives them."""
         raise NotImplementedError
 
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        """The same under the names of the folder's layout, where that is another one than PEFT's."""
+        return self.tensors()
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of an ``adapter_model.safetensors``.
 

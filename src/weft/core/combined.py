@@ -6,7 +6,6 @@ Each keeps its own configuration and file; at a module where two of them act, th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction
 from weft.core.compose import ON_PRODUCTS, Combination, Source, combine
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.route import PrefixStates, Segment, stable_seed
+from weft.core.route import PrefixStates, Segment
 from weft.errors import UserError
 
 
@@ -149,24 +148,17 @@ def _in_order(path: str, functions: Sequence[SiteFunction]) -> SiteFunction:
     ordered = [*replacing, *(function for function in functions if function not in replacing)]
 
     def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        for index, function in enumerate(ordered):
-            y = function(x, y, _reseeded(segment, index))
+        for function in ordered:
+            y = function(x, y, segment)
         return y
 
     return run
 
 
-def _reseeded(segment: Segment, index: int) -> Segment:
-    """Two functions at one module would draw the same dropout mask."""
-    if segment.seed is None or index == 0:
-        return segment
-    return replace(segment, seed=stable_seed(segment.seed, "part", index))
-
-
 def _inputs_in_order(functions: Sequence[InputFunction]) -> InputFunction:
     def run(x: Tensor, segment: Segment) -> Tensor:
-        for index, function in enumerate(functions):
-            x = function(x, _reseeded(segment, index))
+        for function in functions:
+            x = function(x, segment)
         return x
 
     return run

@@ -16,13 +16,14 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
-from weft.core.combined import Combined, CombinedConfig, part_tensors
-from weft.core.config import MethodConfig
+from weft.core.combined import Combined, CombinedConfig
+from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import ClassificationHead, ClassificationTask
+from weft.core.route import Router
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -69,38 +70,37 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         own["parts"] = names
     else:
         own["config"] = adapter.config.model_dump(mode="json")
-        _write_json(folder / CONFIG, _peft_entries(adapter, architecture, base_name))
-        _save_tensors(stored_tensors(adapter), folder / WEIGHTS)
+        entries = adapter.config.own_layout(adapter.name, architecture)
+        _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
+        _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     _write_json(folder / OWN_CONFIG, own)
 
 
-class Stored(Adapter):
-    """What an adapter's file holds, without a model to use it on."""
-
-    def __init__(self, config: MethodConfig, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(config, "")
-        self.stored = dict(tensors)
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.stored
-
-
-def write(
-    config: MethodConfig, tensors: Mapping[str, Tensor], architecture: Architecture, folder: Path, *, base_name: str
-) -> None:
-    """``save`` of an adapter that was never built: what ``read`` gave, or ``weft.core.compose``."""
-    adapter: Adapter = Stored(config, tensors)
-    if isinstance(config, CombinedConfig):
-        parts = [Stored(part, part_tensors(tensors, i)) for i, part in enumerate(config.parts)]
-        adapter = Combined(config, "", parts)
-    save(adapter, architecture, folder, base_name=base_name)
+@torch.no_grad()
+def assemble(
+    name: str, config: MethodConfig, tensors: Mapping[str, Tensor], model: nn.Module, architecture: Architecture
+) -> Adapter:
+    """An adapter with these values, beside a model of which only the shapes count: it may lie on the meta device."""
+    widest = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda d: d.itemsize)
+    context = BuildContext(
+        model,
+        architecture,
+        torch.Generator(),
+        torch.promote_types(widest, torch.float32),
+        torch.device("cpu"),
+        blank=True,
+        router=Router(),
+    )
+    adapter = config.build(name, context)
+    adapter.load_tensors(tensors)
+    return adapter
 
 
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All that the adapter's file holds: the method's tensors and those of a classification head."""
-    tensors = dict(adapter.tensors())
+    tensors = dict(adapter.file_tensors())
     if isinstance(adapter.head, ClassificationHead):
         tensors |= adapter.head.stored()
     return tensors
@@ -132,6 +132,12 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
         # peft looks for the head under these two names.
         entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), "classifier", "score"]
     return entries
+
+
+def weights_path(folder: Path) -> Path:
+    """The file of tensors in an adapter's folder; PEFT's name, if there is none."""
+    names = dict.fromkeys((WEIGHTS, *(cls.weights_file for cls in METHODS.values())))
+    return next((folder / name for name in names if (folder / name).is_file()), folder / WEIGHTS)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -183,18 +189,21 @@ def _parts(own: Mapping[str, Any]) -> list[str]:
 
 
 def _weights_of(folder: Path) -> Path:
-    if not (folder / WEIGHTS).is_file():
-        other = folder / "adapter_model.bin"
-        hint = f" {other.name} is a pickle, which can run code and is never loaded; convert it with peft."
-        hint *= other.exists()
-        raise UserError(f"{folder} holds no {WEIGHTS}.{hint}")
-    return folder / WEIGHTS
+    path = weights_path(folder)
+    if not path.is_file():
+        pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).exists()]
+        hint = f" {''.join(pickles)} is a pickle, which can run code and is never loaded; convert it."
+        raise UserError(f"{folder} holds no {WEIGHTS}.{hint * bool(pickles)}")
+    return path
 
 
 def _read_foreign(
     folder: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """A folder that peft wrote."""
+    """A folder that peft wrote, or AdapterHub."""
+    for cls in METHODS.values():
+        if (config := cls.from_layout(entries)) is not None:
+            return config, tensors
     by_type: dict[str, type[MethodConfig]] = {}
     for cls in METHODS.values():
         by_type.setdefault(cls.peft_type, cls)  # P-tuning v2's files are prefix tuning's

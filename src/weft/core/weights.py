@@ -60,11 +60,13 @@ class WeightDelta(nn.Module):
     def __init__(self, module: nn.Module, parts: Sequence[str], context: BuildContext) -> None:
         super().__init__()
         self.__dict__["base"] = module  # not a submodule: its tensors are not the adapter's
-        for part in parts:
-            self.register_parameter(f"{part}_delta", nn.Parameter(context.zeros(*module.get_parameter(part).shape)))
+        for part in ("weight", "bias"):
+            shape = module.get_parameter(part).shape if part in parts else None
+            delta = nn.Parameter(context.zeros(*shape)) if shape is not None else None
+            self.register_parameter(f"{part}_delta", delta)
 
-    weight_delta: Tensor | None = None
-    bias_delta: Tensor | None = None
+    weight_delta: Tensor | None
+    bias_delta: Tensor | None
 
     @property
     def replaces_output(self) -> bool:

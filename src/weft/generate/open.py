@@ -16,7 +16,7 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, OWN_CONFIG, WEIGHTS, base_of
+from weft.core.files import CONFIG, OWN_CONFIG, base_of, weights_path
 from weft.data import Message, Prompt, Renderer
 from weft.errors import UserError
 from weft.models import Base, load_base
@@ -126,7 +126,7 @@ def open_target(
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, model, adapters, device, dtype)
-    if any((folder / name).is_file() for name in (CONFIG, WEIGHTS, OWN_CONFIG)):
+    if any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
         run = folder.absolute().parent.parent
         if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
             return _open_run(run, None, [folder.absolute().name], device, dtype)
@@ -170,7 +170,15 @@ def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, dev
     recorded = store.read_run().get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
     source = model or _base_of(config, recorded)
-    base = load_base(source, device=device, dtype=config.dtype if dtype == "auto" else dtype, tokenizer=tokenizer)
+    base = load_base(
+        source,
+        device=device,
+        dtype=config.dtype if dtype == "auto" else dtype,
+        tokenizer=tokenizer,
+        shape=config.shape,
+        quantization=config.quantization,
+        hub=config.hub,
+    )
     if model is None and dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
     opened = Opened(
