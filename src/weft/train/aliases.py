@@ -41,6 +41,8 @@ RENAMED: dict[str, str] = {
     "val_size": "eval_size",
     "num_threads": "threads",
     "patience": "early_stopping_patience",
+    "neftune_alpha": "neftune_noise_alpha",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
 }
 
 # Other tools' words for a value of ours.
@@ -166,6 +168,10 @@ def translate(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _value(name: str, value: Any) -> Any:
     words = VALUES.get(name, {})
+    if name == "neftune_noise_alpha" and value is None:
+        return 0.0  # transformers' word for off
     if isinstance(value, list) and name == "method":
-        return [words.get(v, v) if isinstance(v, str) else v for v in value]
+        return [_value(name, v) for v in value]
+    if name == "method" and isinstance(value, str) and "+" in value:
+        return "+".join(str(_value(name, part.strip())) for part in value.split("+"))
     return words.get(value, value) if isinstance(value, str) else value
