@@ -16,11 +16,13 @@ from weft.models.interface import install_interface
 
 @dataclass(frozen=True)
 class Facts:
-    """Within one block: the last linear of the attention and of the MLP. ``install`` None: padded batches only."""
+    """Within one block: the last linear of the attention and of the MLP. ``install`` None: padded batches only.
+    ``outside``: last parts of the paths of linears that stand before or after the blocks."""
 
     attention_output: str
     mlp_output: str
     install: AttentionInstaller | None = install_interface
+    outside: tuple[str, ...] = ()
 
 
 _LLAMA = Facts("self_attn.o_proj", "mlp.down_proj", install_fused)
@@ -40,7 +42,7 @@ FACTS: dict[str, Facts] = {
     "phi": Facts("self_attn.dense", "mlp.fc2"),
     "gpt2": Facts("attn.c_proj", "mlp.c_proj"),
     "gpt_neox": Facts("attention.dense", "mlp.dense_4h_to_h"),
-    "opt": Facts("self_attn.out_proj", "fc2"),
+    "opt": Facts("self_attn.out_proj", "fc2", outside=("project_in", "project_out")),
     "bloom": Facts("self_attention.dense", "mlp.dense_4h_to_h", install_bloom),
     "falcon": Facts("self_attention.dense", "mlp.dense_4h_to_h", None),
 }
@@ -68,6 +70,9 @@ def describe(model: nn.Module) -> Architecture:
     )
     if not linears:
         raise UserError(f"no blocks with linear modules found in this {config.model_type} model.")
+    if facts and facts.outside:
+        around = [path for path, module in model.named_modules() if is_linear(module)]
+        linears += tuple(path for path in around if path.endswith(tuple(f".{name}" for name in facts.outside)))
     heads = int(text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     limit = getattr(text, "max_position_embeddings", None)
@@ -86,6 +91,7 @@ def describe(model: nn.Module) -> Architecture:
         activations=tuple(path for path, module in model.named_modules() if is_activation(module)),
         max_length=int(limit) if limit else None,
         install_attention=facts.install if facts else None,
+        embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
         embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
         head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
     )
