@@ -7,7 +7,9 @@ from weft.methods.bitfit import BitFitConfig
 from weft.methods.bottleneck import BottleneckConfig
 from weft.methods.freeze import FreezeConfig
 from weft.methods.full import FullConfig
+from weft.methods.ia3 import IA3Config
 from weft.methods.llama_pro import LlamaProConfig
+from weft.methods.ln_tuning import LNTuningConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix_tuning import PrefixTuningConfig
 from weft.methods.prompt_tuning import PromptTuningConfig
@@ -22,6 +24,8 @@ _ALL: tuple[type[MethodConfig], ...] = (
     FullConfig,
     FreezeConfig,
     LlamaProConfig,
+    IA3Config,
+    LNTuningConfig,
 )
 METHODS.update({config.method: config for config in _ALL})
 
@@ -32,6 +36,8 @@ __all__ = [
     "BottleneckConfig",
     "FreezeConfig",
     "FullConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LlamaProConfig",
     "LoraConfig",
     "PrefixTuningConfig",

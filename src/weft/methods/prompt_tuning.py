@@ -45,7 +45,7 @@ class PromptTuningConfig(MethodConfig):
         return {
             "num_virtual_tokens": self.num_virtual_tokens,
             "prompt_tuning_init": "RANDOM",
-            "token_dim": architecture.hidden_size,
+            "token_dim": architecture.embedding_size or architecture.hidden_size,
             "num_transformer_submodules": 1,
             "num_attention_heads": architecture.num_heads,
             "num_layers": architecture.num_layers,
