@@ -41,10 +41,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 5},
     "prefix_tuning": {"num_virtual_tokens": 4},
     "bottleneck": {"reduction_factor": 4},
+    "hard_prompt": {"prompt_ids": [5, 17, 17, 40]},
+    "p_tuning": {"num_virtual_tokens": 4},
+    "p_tuning_v2": {"num_virtual_tokens": 3},
 }
-DROPOUT: dict[str, dict[str, Any]] = {"lora": {"lora_dropout": 0.2}, "bottleneck": {"dropout": 0.2}}
+DROPOUT: dict[str, dict[str, Any]] = {
+    "lora": {"lora_dropout": 0.2},
+    "bottleneck": {"dropout": 0.2},
+    "p_tuning": {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.2},
+}
 # Methods that do not promise to begin as the identity: they put something new before the text.
-NOT_IDENTITY = {"prompt_tuning", "prefix_tuning"}
+NOT_IDENTITY = {"prompt_tuning", "prefix_tuning", "hard_prompt", "p_tuning", "p_tuning_v2"}
+# Methods that train nothing; those that do.
+UNTRAINED = {"hard_prompt"}
+TRAINED = [method for method in ALL if method not in UNTRAINED]
 
 
 def method_config(method: str, *, dropout: bool = False, **more: Any) -> MethodConfig:
@@ -144,7 +154,7 @@ def parameters(adapter: Adapter) -> dict[str, Tensor]:
 
 def difference(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     """Largest absolute difference of two lists of tensors."""
-    return max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))
+    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True)), default=0.0)
 
 
 def sha256(tensors: Iterable[Tensor]) -> str:

@@ -4,7 +4,10 @@ from weft.core.config import MethodConfig
 from weft.core.files import METHODS
 from weft.methods.bitfit import BitFitConfig
 from weft.methods.bottleneck import BottleneckConfig
+from weft.methods.hard_prompt import HardPromptConfig
 from weft.methods.lora import LoraConfig
+from weft.methods.p_tuning import PTuningConfig
+from weft.methods.p_tuning_v2 import PTuningV2Config
 from weft.methods.prefix_tuning import PrefixTuningConfig
 from weft.methods.prompt_tuning import PromptTuningConfig
 
@@ -14,6 +17,9 @@ _ALL: tuple[type[MethodConfig], ...] = (
     PromptTuningConfig,
     PrefixTuningConfig,
     BottleneckConfig,
+    HardPromptConfig,
+    PTuningConfig,
+    PTuningV2Config,
 )
 METHODS.update({config.method: config for config in _ALL})
 
@@ -21,7 +27,10 @@ __all__ = [
     "METHODS",
     "BitFitConfig",
     "BottleneckConfig",
+    "HardPromptConfig",
     "LoraConfig",
+    "PTuningConfig",
+    "PTuningV2Config",
     "PrefixTuningConfig",
     "PromptTuningConfig",
 ]
