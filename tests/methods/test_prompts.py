@@ -14,6 +14,7 @@ from tests.contracts import kit
 from torch import Tensor
 
 from weft.core.adapters import Adapters
+from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
@@ -21,7 +22,7 @@ from weft.generate import Request, generate
 from weft.methods.encoder import EncodedRows
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, forward_losses
+from weft.train.step import Work, evaluate_loss, forward_losses
 
 IDS = [11, 12, 13, 14, 15]
 
@@ -306,3 +307,31 @@ def test_a_prefix_trains_under_gradient_checkpointing(settings: dict[str, Any]) 
         assert found[0]
         assert all(bool(g.any()) for name, g in found[0].items() if name != "encoder.first.bias")
         assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+CLASSIFIED: list[tuple[str, dict[str, Any]]] = [
+    ("p_tuning_v2", {}),
+    ("prefix_tuning", {"prefix_projection": True}),
+    ("p_tuning", {}),
+    ("prompt_tuning", {"virtual_position": "after"}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), CLASSIFIED, ids=str)
+def test_classification_with_a_head_of_its_own(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Texts of two classes are told apart after some steps, and the folder gives back prompt, encoder and head."""
+    adapters = open_model("llama", torch.float32)
+    task = ClassificationTask(("low", "high"))
+    adapters.add("a", kit.METHODS[method](num_virtual_tokens=3, **settings), classification=task)
+    texts = [([3 + i % 20] if i % 2 else [70 + i % 20]) * (2 + i % 3) for i in range(16)]
+    data = [Sample(ids, [0.0] * len(ids), "s", label=int(ids[0] >= 70)) for ids in texts]
+    config = JobConfig(name="a", method=method, steps=30, batch_size=8, learning_rate=1e-2)
+    begun = float(evaluate_loss(adapters, "a", data) or 0)
+    Trainer(adapters, [Job(config, adapters["a"], data)]).run()
+    ended = float(evaluate_loss(adapters, "a", data) or 0)
+    assert ended < 0.7 * begun
+    adapters.save("a", tmp_path)
+    adapters.load("b", tmp_path)
+    assert evaluate_loss(adapters, "b", data) == ended
+    assert sum(p.numel() for p in adapters["b"].parameters()) == sum(p.numel() for p in adapters["a"].parameters())
+    adapters.close()

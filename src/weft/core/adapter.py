@@ -30,14 +30,15 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
+        # A classification job's own head (``weft.core.heads``); None: the base's. Not on the class, where it would hide
+        # the module that is put here later.
+        self.head: nn.Module | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
     num_virtual_tokens: int = 0
     num_prefix_tokens: int = 0
     # Of the base; the default learning rate depends on it.
     hidden_size: int = 2048
-    # A classification job's own head (``weft.core.heads``); None: the base's.
-    head: nn.Module | None = None
 
     def sites(self) -> Mapping[str, SiteFunction]:
         """Module path -> what happens to that module's output."""
