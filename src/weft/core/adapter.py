@@ -73,6 +73,10 @@ class Adapter(nn.Module):
         """The adapter's tensors under the names that ``adapter_model.safetensors`` gives them."""
         raise NotImplementedError
 
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        """The same under the names of the folder's layout, where that is another one than PEFT's."""
+        return self.tensors()
+
     def extra_tensors(self) -> Mapping[str, Tensor]:
         """What training needs to go on but inference does not (an encoder); a file of its own beside the other."""
         return {}

@@ -17,7 +17,7 @@ from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.route import KeyValueCache, Route, Router, Segment
-from weft.core.site import attach, detach, site_of, sites_in
+from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.errors import UserError
 
@@ -72,6 +72,9 @@ class Adapters:
             # summed, must not depend on which methods the neighbours use.
             for path in self._exact_paths:
                 attach(model.get_submodule(path), path, self.router)
+        for path in architecture.linears:
+            if mixes_rows(module := model.get_submodule(path)):
+                attach(module, path, self.router).apart = True
         if checkpointing:
             for path in architecture.blocks:
                 enable_checkpointing(model.get_submodule(path), self.router)
@@ -155,7 +158,7 @@ class Adapters:
         self[name]
         for module, site in list(sites_in(self.model)):
             site.remove(name)
-            if site.empty and not (self.exact and site.path in self._exact_paths):
+            if site.empty and not site.apart and not (self.exact and site.path in self._exact_paths):
                 detach(module)
         del self._adapters[name]
 

@@ -58,6 +58,8 @@ class MethodConfig(BaseModel):
 
     method: ClassVar[str]
     peft_type: ClassVar[str]
+    # What the folder's file of tensors is called.
+    weights_file: ClassVar[str] = "adapter_model.safetensors"
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
     # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
@@ -86,6 +88,15 @@ class MethodConfig(BaseModel):
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""
         return self.model_dump(mode="json")
+
+    def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any] | None:
+        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose files are not laid out as PEFT's."""
+        return None
+
+    @classmethod
+    def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
+        """The configuration from an ``adapter_config.json`` that is laid out that way; None if it is none of these."""
+        return None
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:

@@ -70,8 +70,9 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         own["parts"] = names
     else:
         own["config"] = adapter.config.model_dump(mode="json")
-        _write_json(folder / CONFIG, _peft_entries(adapter, architecture, base_name))
-        _save_tensors(stored_tensors(adapter), folder / WEIGHTS)
+        entries = adapter.config.own_layout(adapter.name, architecture)
+        _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
+        _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
         if extra := adapter.extra_tensors():
             _save_tensors(extra, folder / EXTRA)
         else:
@@ -83,7 +84,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
 
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All that the adapter's file holds: the method's tensors and those of a classification head."""
-    tensors = dict(adapter.tensors())
+    tensors = dict(adapter.file_tensors())
     if isinstance(adapter.head, ClassificationHead):
         tensors |= adapter.head.stored()
     return tensors
@@ -115,6 +116,12 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
         # peft looks for the head under these two names.
         entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), "classifier", "score"]
     return entries
+
+
+def weights_path(folder: Path) -> Path:
+    """The file of tensors in an adapter's folder; PEFT's name, if there is none."""
+    names = dict.fromkeys((WEIGHTS, *(cls.weights_file for cls in METHODS.values())))
+    return next((folder / name for name in names if (folder / name).is_file()), folder / WEIGHTS)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -150,18 +157,21 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
 
 
 def _weights_of(folder: Path) -> Path:
-    if not (folder / WEIGHTS).is_file():
-        other = folder / "adapter_model.bin"
-        hint = f" {other.name} is a pickle, which can run code and is never loaded; convert it with peft."
-        hint *= other.exists()
-        raise UserError(f"{folder} holds no {WEIGHTS}.{hint}")
-    return folder / WEIGHTS
+    path = weights_path(folder)
+    if not path.is_file():
+        pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).exists()]
+        hint = f" {''.join(pickles)} is a pickle, which can run code and is never loaded; convert it."
+        raise UserError(f"{folder} holds no {WEIGHTS}.{hint * bool(pickles)}")
+    return path
 
 
 def _read_foreign(
     folder: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """A folder that peft wrote."""
+    """A folder that peft wrote, or AdapterHub."""
+    for cls in METHODS.values():
+        if (config := cls.from_layout(entries)) is not None:
+            return config, tensors
     by_type: dict[str, type[MethodConfig]] = {}
     for cls in METHODS.values():
         by_type.setdefault(cls.peft_type, cls)  # P-tuning v2's files are prefix tuning's

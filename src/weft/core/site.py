@@ -47,6 +47,8 @@ class Site:
         self.inputs: dict[str, InputFunction] = {}
         self.functions: dict[str, list[SiteFunction]] = {}
         self.inserted: dict[str, list[nn.Module]] = {}
+        # Each segment's rows by themselves, whatever the route says: the module mixes rows (``mixes_rows``).
+        self.apart = False
 
     @property
     def empty(self) -> bool:
@@ -73,7 +75,7 @@ class Site:
 
     def apply(self, module: nn.Module, x: Tensor, route: Route) -> Tensor:
         """Run the base module on the rows x, then each segment's own functions on that segment's rows."""
-        if route.exact and x.is_floating_point():
+        if (route.exact or self.apart) and x.is_floating_point():
             return self._apply_exactly(module, x, route)
         if route.padded and x.dim() == 2 and x.is_floating_point():
             # OPT flattens its batch before the MLP; the segments lie along the batch.
@@ -179,6 +181,12 @@ class _RoutedForward:
 @functools.cache
 def _routed_class(base_class: Any) -> Any:
     return type(f"Routed{base_class.__name__}", (_RoutedForward, base_class), {"__module__": __name__})
+
+
+def mixes_rows(module: nn.Module) -> bool:
+    """Whether what the module gives for one row depends on the others: LLM.int8 takes a feature out of the int8 product
+    if any row of the batch has an outlier there."""
+    return type(module).__name__.removeprefix("Routed") == "Linear8bitLt"
 
 
 def site_of(module: nn.Module) -> Site | None:

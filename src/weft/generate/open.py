@@ -16,7 +16,7 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, WEIGHTS, read_json
+from weft.core.files import CONFIG, OWN_CONFIG, read_json, weights_path
 from weft.data import Message, Renderer
 from weft.errors import UserError
 from weft.models import Base, load_base
@@ -122,7 +122,7 @@ def open_target(
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, model, adapters, device, dtype)
-    if (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file():
+    if any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
         run = folder.absolute().parent.parent
         if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
             return _open_run(run, None, [folder.absolute().name], device, dtype)
@@ -137,7 +137,9 @@ def open_target(
 
 
 def _open_adapter(folder: Path, model: str | None, device: str, dtype: str) -> Opened:
-    named = read_json(folder / CONFIG).get("base_model_name_or_path")
+    parts = sorted(folder.glob(f"*/{CONFIG}"))
+    where = folder / CONFIG if (folder / CONFIG).is_file() or not parts else parts[0]
+    named = read_json(where).get("base_model_name_or_path")
     source = model or named
     if not source or not isinstance(source, str):
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
@@ -167,7 +169,15 @@ def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, dev
     recorded = store.read_run().get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
     source = model or _base_of(config, recorded)
-    base = load_base(source, device=device, dtype=config.dtype if dtype == "auto" else dtype, tokenizer=tokenizer)
+    base = load_base(
+        source,
+        device=device,
+        dtype=config.dtype if dtype == "auto" else dtype,
+        tokenizer=tokenizer,
+        shape=config.shape,
+        quantization=config.quantization,
+        hub=config.hub,
+    )
     if model is None and dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
     opened = Opened(

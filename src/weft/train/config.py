@@ -20,6 +20,9 @@ from weft.core.combined import CombinedConfig
 from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config, read_json
 from weft.errors import UserError, nearest
+from weft.models.hub import Hub
+from weft.models.load import Shape
+from weft.models.quantize import Quantization
 from weft.train.aliases import translate
 from weft.train.store import RUN_FILE
 
@@ -98,6 +101,10 @@ class RunConfig(BaseModel):
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     max_length: int | None = Field(default=None, gt=1)
     truncate: bool = False
+    hub: Hub = "huggingface"
+    data_hub: Hub | None = None
+    shape: Shape = "full"
+    quantization: Quantization | None = None
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = Field(default=None, gt=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from weft.core.adapters import Adapters
 from weft.data import Renderer, Sample, load_samples, split_holdout
 from weft.errors import UserError
 from weft.models import Base, load_base
+from weft.models.hub import fetch_dataset, is_dataset_id
 from weft.models.load import resolve_model, sketch_base
 from weft.train.config import JobConfig, RunConfig
 from weft.train.job import Job
@@ -49,14 +50,9 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    for job in config.jobs:
-        for data in (job.data or config.data, job.eval_data or config.eval_data):
-            if data is not None and not Path(data).is_file():
-                if Path(data).is_dir():
-                    raise UserError(f"{data} is a folder; data is one file.")
-                raise UserError(f"no data file at {data}.")
+    places = _data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
-    sketch = base or sketch_base(config.model, dtype=config.dtype)
+    sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
     limit = sketch.architecture.max_length
     length = config.max_length or limit
     if limit is not None and length is not None and length > limit:
@@ -69,10 +65,18 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         truncate=config.truncate,
     )
     files: dict[str, list[Sample]] = {}
-    loaded = [_load_data(config, job, renderer, files) for job in config.jobs]
+    loaded = [_load_data(config, job, renderer, files, places) for job in config.jobs]
     _check(config, sketch, loaded)
     if base is None:
-        base = load_base(config.model, dtype=config.dtype, device=config.device, tokenizer=sketch.tokenizer)
+        base = load_base(
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            tokenizer=sketch.tokenizer,
+            shape=config.shape,
+            quantization=config.quantization,
+            hub=config.hub,
+        )
     adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
     try:
         jobs = []
@@ -83,6 +87,24 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         adapters.close()
         raise
     return Setup(config, base, adapters, renderer, jobs)
+
+
+def _data_files(config: RunConfig) -> dict[str, Path]:
+    """Where the data that the jobs name lies; what is on a hub is fetched."""
+    places = {}
+    for job in config.jobs:
+        for data in (job.data or config.data, job.eval_data or config.eval_data):
+            if data is None or data in places:
+                continue
+            if is_dataset_id(data):
+                places[data] = fetch_dataset(data, config.data_hub or config.hub)
+            elif Path(data).is_dir():
+                raise UserError(f"{data} is a folder; data is one file.")
+            elif not Path(data).is_file():
+                raise UserError(f"no data file at {data}.")
+            else:
+                places[data] = Path(data)
+    return places
 
 
 def _check(config: RunConfig, sketch: Base, data: Sequence[tuple[list[Sample], list[Sample]]]) -> None:
@@ -98,14 +120,18 @@ def _check(config: RunConfig, sketch: Base, data: Sequence[tuple[list[Sample], l
 
 
 def _load_data(
-    config: RunConfig, job: JobConfig, renderer: Renderer, files: dict[str, list[Sample]]
+    config: RunConfig,
+    job: JobConfig,
+    renderer: Renderer,
+    files: dict[str, list[Sample]],
+    places: Mapping[str, Path],
 ) -> tuple[list[Sample], list[Sample]]:
     """The job's samples to train on and to evaluate on; a file that several jobs read is read once."""
 
     def load(path: str) -> list[Sample]:
         if path not in files:
             files[path] = load_samples(
-                path,
+                places[path],
                 renderer,
                 format=config.data_format,
                 columns=config.columns,
