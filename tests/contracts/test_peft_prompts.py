@@ -1,4 +1,4 @@
-"""P-tuning, P-tuning v2, hard prompts and their encoders against peft; prompt and prefix tuning are in ``test_peft``."""
+"""P-tuning, P-tuning v2 and hard prompts against peft; prompt and prefix tuning are in ``test_peft``."""
 
 from __future__ import annotations
 

@@ -13,4 +13,3 @@ class PTuningV2Config(DeepPromptConfig):
     """PEFT knows it as prefix tuning without a projection."""
 
     method: ClassVar[str] = "p_tuning_v2"
-    default_learning_rate: ClassVar[float] = 1e-2

@@ -27,6 +27,8 @@ class DeepPromptConfig(MethodConfig):
     the base itself computes for sampled tokens (or for ``prefix_init_text``), which trains far better than noise."""
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    default_learning_rate: ClassVar[float] = 1e-2
+    small_learning_rate: ClassVar[float | None] = 0.2
     harmless_keys: ClassVar[frozenset[str]] = frozenset(
         {"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "init_weights",
          "encoder_hidden_size", "prefix_projection"}
@@ -64,10 +66,9 @@ class DeepPromptConfig(MethodConfig):
 
 
 class PrefixTuningConfig(DeepPromptConfig):
-    """As above, and the reparameterisation."""
+    """As above, and the reparameterisation, whose network learns by a twentieth of the default learning rate."""
 
     method: ClassVar[str] = "prefix_tuning"
-    default_learning_rate: ClassVar[float] = 1e-2
 
     prefix_projection: bool = False
     encoder_hidden_size: int | None = Field(default=None, gt=0)
@@ -109,6 +110,11 @@ class DeepPrompt(EncodedRows):
         shape = context.architecture
         self.num_prefix_tokens = config.num_virtual_tokens
         self.shape = (config.num_virtual_tokens, 2 * shape.num_layers, shape.num_kv_heads, shape.head_dim)
+
+    def default_learning_rate(self, parameter: str) -> float:
+        rate = super().default_learning_rate(parameter)
+        # All keys and values move with each weight of the network.
+        return rate / 20 if self.encoder is not None and not parameter.startswith("head.") else rate
 
     def prefix_states(self) -> PrefixStates:
         by_layer = self.values().view(self.shape).permute(1, 2, 0, 3)

@@ -50,8 +50,9 @@ class PromptTuningConfig(SoftPromptConfig):
     method: ClassVar[str] = "prompt_tuning"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     default_learning_rate: ClassVar[float] = 3e-2
+    small_learning_rate: ClassVar[float | None] = 0.2
 
-    num_virtual_tokens: int = Field(default=20, gt=0)
+    num_virtual_tokens: int = Field(default=50, gt=0)
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "SAMPLE_VOCAB"
     prompt_tuning_init_text: str | None = None
 
