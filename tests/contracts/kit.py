@@ -47,6 +47,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 5},
     "prefix_tuning": {"num_virtual_tokens": 4},
     "bottleneck": {"reduction_factor": 4},
+    "hard_prompt": {"prompt_ids": [5, 17, 17, 40]},
+    "p_tuning": {"num_virtual_tokens": 4},
+    "p_tuning_v2": {"num_virtual_tokens": 3},
 }
 # Every method's fields of that name.
 DROPOUT: dict[str, dict[str, Any]] = {
@@ -54,8 +57,13 @@ DROPOUT: dict[str, dict[str, Any]] = {
     for method, config in METHODS.items()
     if (found := {name: 0.2 for name in config.model_fields if name.endswith("dropout")})
 }
+# The dropout of an encoder lies between the layers of its LSTM.
+DROPOUT["p_tuning"] |= {"encoder_reparameterization_type": "LSTM"}
 # Methods that do not promise to begin as the identity: they put something new before the text.
-NOT_IDENTITY = {"prompt_tuning", "prefix_tuning"}
+NOT_IDENTITY = {"prompt_tuning", "prefix_tuning", "hard_prompt", "p_tuning", "p_tuning_v2"}
+# Methods that train nothing; those that do.
+UNTRAINED = {"hard_prompt"}
+TRAINED = [method for method in ALL if method not in UNTRAINED]
 
 
 def method_config(method: str, *, dropout: bool = False, **more: Any) -> MethodConfig:
@@ -178,7 +186,7 @@ def parameters(adapter: Adapter) -> dict[str, Tensor]:
 
 def difference(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     """Largest absolute difference of two lists of tensors."""
-    return max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))
+    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True)), default=0.0)
 
 
 def sha256(tensors: Iterable[Tensor]) -> str:

@@ -103,8 +103,8 @@ class Combined(Adapter):
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
         return [run for part in self.parts if part.num_virtual_tokens for run in part.places(length, answer, slots)]
 
-    def virtual_tokens(self) -> Tensor:
-        return torch.cat([part.virtual_tokens() for part in self.parts if part.num_virtual_tokens])
+    def virtual_tokens(self, seed: int | None = None) -> Tensor:
+        return torch.cat([part.virtual_tokens(seed) for part in self.parts if part.num_virtual_tokens])
 
     def prefix_states(self) -> PrefixStates:
         states = [part.prefix_states() for part in self.parts if part.num_prefix_tokens]

@@ -27,6 +27,7 @@ from weft.core.route import Router
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
+EXTRA = "encoder.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
 # Entries that every PEFT configuration has and that say nothing about the method.
@@ -75,6 +76,10 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         entries = adapter.config.own_layout(adapter.name, architecture)
         _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
         _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
+        if extra := adapter.extra_tensors():
+            _save_tensors(extra, folder / EXTRA)
+        else:
+            (folder / EXTRA).unlink(missing_ok=True)  # of an adapter that was here before
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     _write_json(folder / OWN_CONFIG, own)
@@ -174,6 +179,7 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
         tensors = read_tensors(_weights_of(folder))
         entries = read_json(folder / CONFIG)
         if own:
+            tensors |= read_tensors(folder / EXTRA) if (folder / EXTRA).is_file() else {}
             return method_config(own["method"])(**own["config"]), tensors, task
         return _read_foreign(folder, entries, tensors)
     except (ValidationError, KeyError) as error:
