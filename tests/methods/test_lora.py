@@ -488,3 +488,15 @@ def test_tied_embeddings_stay_tied_in_the_base_only() -> None:
     mine, base = adapters.logits(ours[0], [("it", len(ours[0]))]), adapters.logits(plain[0])
     torch.testing.assert_close(mine, 2 * base)
     assert torch.equal(model.lm_head.weight, before)
+
+
+def test_the_padding_token_is_not_trained() -> None:
+    """As in peft: where the base's table has a padding token, its column of A gets no gradient."""
+    for kind, table, padded in (("llama", "embed_tokens", True), ("gpt2", "wte", False)):
+        model = kit.make_model(kind)
+        adapters = Adapters(model, describe(model))
+        adapter = kit.randomize(adapters.add("it", LoraConfig(r=4, target_modules=[table])))
+        kit.hidden_of(adapters, [Part("it", [[7, 0, 9, 0]])])[0].square().sum().backward()
+        (gradient,) = (p.grad for name, p in adapter.named_parameters() if "embedding_A" in name)
+        assert gradient[:, [7, 9]].any(dim=0).all()
+        assert bool(gradient[:, 0].any()) != padded
