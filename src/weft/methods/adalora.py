@@ -42,7 +42,7 @@ class AdaLoraConfig(LowRankConfig):
     method: ClassVar[str] = "adalora"
     peft_type: ClassVar[str] = "ADALORA"
     default_learning_rate: ClassVar[float] = 1e-3
-    small_learning_rate: ClassVar[float] = 1e-2
+    small_learning_rate: ClassVar[float] = 2e-2
     harmless_keys: ClassVar[frozenset[str]] = LowRankConfig.harmless_keys | {"r", "init_lora_weights", "alpha_pattern"}
 
     init_r: int = Field(default=12, gt=0)
