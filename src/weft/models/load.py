@@ -129,13 +129,18 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer
 
     source, where, kind = resolve_model(name), resolve_device(device), resolve_dtype(dtype)
     transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
     try:
         auto = _auto_class(AutoConfig.from_pretrained(source), name)
+        # transformers' own report of what is missing would name the head that is put away; ours is below.
+        transformers_logging.set_verbosity_error()
         loaded: Any = auto.from_pretrained(source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True)
     except UserError:
         raise
     except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     model, report = loaded
     own = set(_headless(model).state_dict(keep_vars=True))
     # transformers only warns of either, and fills in random numbers.
