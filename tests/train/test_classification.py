@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import peft
 import pytest
 import torch
 from tests.contracts import kit
 from tests.models import encoder_kit
-from tests.models.encoder_kit import make_encoder, save_bert, their_logits, write_reviews
+from tests.models.encoder_kit import make_encoder, their_logits
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
@@ -25,12 +22,10 @@ from weft.data import Sample
 from weft.errors import UserError
 from weft.evaluate import predict
 from weft.generate import Request, generate
-from weft.generate.open import open_target
 from weft.methods import METHODS
 from weft.models import describe
 from weft.objectives import class_metrics
-from weft.train import Job, JobConfig, Trainer, make_config
-from weft.train.run import train
+from weft.train import Job, JobConfig, Trainer
 from weft.train.step import class_logits, evaluate
 
 LIMIT = 1e-5
@@ -71,8 +66,8 @@ def peft_config(kind: str, method: str) -> peft.PeftConfig:
     return cls(task_type="SEQ_CLS", num_virtual_tokens=4, **sizes)
 
 
-# DistilBERT takes no cache, which peft's prefixes need; peft's prompts have to be as wide as the blocks, which ELECTRA's
-# embeddings are not.
+# DistilBERT takes no cache, which peft's prefixes need; peft's prompts have to be as wide as the blocks, which those of
+# ELECTRA's embeddings are not.
 NOT_IN_PEFT = {("distilbert", "prefix_tuning"), ("distilbert", "p_tuning_v2"), ("electra", "prompt_tuning")}
 EXCHANGE = [
     (kind, method)

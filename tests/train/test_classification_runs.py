@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,8 @@ from weft.core.files import METHODS
 from weft.data import load_labelled
 from weft.errors import UserError
 from weft.evaluate import predict
+from weft.evaluate.classify import text_sample
+from weft.generate import Request, generate
 from weft.generate.open import open_target
 from weft.methods import LoraConfig
 from weft.train import make_config
@@ -157,10 +159,8 @@ def test_a_decoder_carries_both_tasks(
     assert result.jobs["sorts"]["metrics"]["majority"] > 0.5
     run = str(tmp_path / "run")
     assert main(["generate", run, "--prompt", "What comes after one?", "--all-adapters", "--max-new-tokens", "3"]) == 0
+    opened = open_target(run)
     with pytest.raises(UserError, match="'sorts' was trained to classify"):
-        from weft.generate import Request, generate
-
-        opened = open_target(run)
         generate(opened.adapters, [Request([5], "sorts")], stop_ids=())
 
 
@@ -172,8 +172,6 @@ def test_pairs_are_encoded_as_the_tokenizer_does(bert: Path, tmp_path: Path) -> 
     train(make_config({"model": str(bert), "data": str(data), "method": "lora", "task": "sequence_classification",
                        "steps": 3, "output_dir": str(folder), "threads": 1}))  # fmt: skip
     opened = open_target(folder)
-    from weft.evaluate.classify import text_sample
-
     sample = text_sample(opened.adapters, opened.renderer, "a fine film\tthe film is dull")
     (read, *_), names = load_labelled(data, opened.renderer, encoder=True)
     assert names == ("dull", "lovely")
