@@ -101,7 +101,7 @@ def model_config(kind: str, **more: Any) -> PretrainedConfig:
     if kind == "gpt_neox":
         return GPTNeoXConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=128, use_parallel_residual=True, **special, **more,
+            max_position_embeddings=128, **special, **more,
         )  # fmt: skip
     if kind == "opt":
         return OPTConfig(
