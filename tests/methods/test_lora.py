@@ -13,9 +13,10 @@ from tests.contracts import kit
 from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
+from weft.core.combined import CombinedConfig
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
-from weft.methods import LoraConfig
+from weft.methods import BitFitConfig, LoraConfig
 from weft.models import describe
 from weft.ops.lowrank import (
     loftq_factors,
@@ -270,3 +271,17 @@ def test_it_can_be_checked_on_the_meta_device(settings: dict[str, Any]) -> None:
 def test_settings_that_no_model_allows(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LoraConfig(**settings)
+
+
+def test_lora_plus_rates_in_a_job_of_several_methods() -> None:
+    """Each part has its own: LoRA+ beside BitFit, and the rate of embeddings, which is no multiple."""
+    adapters = open_llama()
+    lora = LoraConfig(r=4, loraplus_lr_ratio=4, target_modules=["embed_tokens", "q_proj"])
+    adapter = adapters.add("it", CombinedConfig(parts=(BitFitConfig(add_missing=True), lora)))
+    for name, _ in adapter.named_parameters():
+        wanted = 1e-2
+        if "lora_embedding" in name:
+            wanted = 1e-6
+        elif "lora_B" in name:
+            wanted = 4e-2
+        assert math.isclose(adapter.scaled_learning_rate(name, 1e-2), wanted), name
