@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction
+from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction, in_order
 from weft.core.compose import ON_PRODUCTS, Combination, Source, combine
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates, Segment
@@ -69,6 +69,15 @@ class Combined(Adapter):
         self.part_modules = nn.ModuleList(self.parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
         self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
+        inserting = [part.config.method for part in self.parts if part.inserted_blocks()]
+        prefixed = [part.config.method for part in self.parts if part.num_prefix_tokens]
+        if inserting and prefixed:
+            # They have learned keys for the base's layers; a new one in between would attend to none.
+            raise UserError(
+                f"method {prefixed[0]}+{inserting[0]}: {prefixed[0]} has no keys and values for the blocks that "
+                f"{inserting[0]} inserts. Make two jobs of them, or take prompt_tuning or bottleneck beside "
+                f"{inserting[0]}."
+            )
 
     def sites(self) -> Mapping[str, SiteFunction]:
         functions: dict[str, list[SiteFunction]] = {}
@@ -94,8 +103,8 @@ class Combined(Adapter):
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
         return [run for part in self.parts if part.num_virtual_tokens for run in part.places(length, answer, slots)]
 
-    def virtual_tokens(self) -> Tensor:
-        return torch.cat([part.virtual_tokens() for part in self.parts if part.num_virtual_tokens])
+    def virtual_tokens(self, seed: int | None = None) -> Tensor:
+        return torch.cat([part.virtual_tokens(seed) for part in self.parts if part.num_virtual_tokens])
 
     def prefix_states(self) -> PrefixStates:
         states = [part.prefix_states() for part in self.parts if part.num_prefix_tokens]
@@ -136,6 +145,12 @@ class Combined(Adapter):
         _, index, name = parameter.split(".", 2)
         return self.parts[int(index)].learning_rate_factor(name)
 
+    def scaled_learning_rate(self, parameter: str, rate: float) -> float:
+        if not parameter.startswith("part_modules."):
+            return rate
+        _, index, name = parameter.split(".", 2)
+        return self.parts[int(index)].scaled_learning_rate(name, rate)
+
 
 def _in_order(path: str, functions: Sequence[SiteFunction]) -> SiteFunction:
     """What puts its own weights in the base's place comes first, for it forgets the output that it is given."""
@@ -145,14 +160,7 @@ def _in_order(path: str, functions: Sequence[SiteFunction]) -> SiteFunction:
             f"two of the methods put weights of their own in the place of '{path}'; one would undo the other. Leave "
             "that module to one of them."
         )
-    ordered = [*replacing, *(function for function in functions if function not in replacing)]
-
-    def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        for function in ordered:
-            y = function(x, y, segment)
-        return y
-
-    return run
+    return in_order([*replacing, *(function for function in functions if function not in replacing)])
 
 
 def _inputs_in_order(functions: Sequence[InputFunction]) -> InputFunction:
