@@ -313,7 +313,7 @@ class _Weights(MethodConfig):
     peft_type = "STUB"
 
     kind: Any = OwnWeights
-    path: str = "model.norm"
+    path: str = "model.layers.1.input_layernorm"
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         from weft.core.adapter import SiteAdapter
@@ -335,7 +335,7 @@ def test_what_replaces_the_base_comes_first(kind: Any) -> None:
             kit.randomize(part, len(list(part.parameters())))
         found.append(kit.hidden_of(adapters, [Part(name, kit.texts(2))]))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    with pytest.raises(UserError, match=r"in the place of 'model\.norm'"):
+    with pytest.raises(UserError, match=r"in the place of 'model\.layers\.1\.input_layernorm'"):
         adapters.add("z", CombinedConfig(parts=(own, own)))
     assert adapters.names == ["x", "y"]
 

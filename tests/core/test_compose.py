@@ -245,6 +245,39 @@ def test_adapters_of_several_methods_part_by_part() -> None:
     assert adapters.names == ["a", "b", "new", "c"]
 
 
+def test_of_a_single_adapter_only_its_weight_is_left() -> None:
+    """As in peft: with nothing to agree with, nothing is left out."""
+    adapters = two(LoraConfig(r=2))
+    for kind in ("linear", "ties", "svd"):
+        density = {"density": 0.5} if kind == "ties" else {}
+        adapters.combine(kind, ["a"], [2.0], combination_type=kind, **density)
+        wanted, found = our_changes(adapters, "a"), our_changes(adapters, kind)
+        assert max(float((found[path] - 2 * wanted[path]).abs().max()) for path in wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", kit.ALL)
+def test_every_method_combines_or_says_that_it_cannot(method: str) -> None:
+    """One adapter with weight 1 is itself; virtual tokens put together are the stack."""
+    adapters = two(kit.method_config(method))
+    kinds = type(adapters["a"].config).combination_types
+    texts = kit.texts(3)
+
+    def hidden(name: str) -> list[Tensor]:
+        return kit.hidden_of(adapters, [Part(name, texts, None, [2] * 3)])
+
+    if "linear" not in kinds:
+        with pytest.raises(UserError, match="linear does not work"):
+            adapters.combine("new", ["a", "b"])
+        return
+    adapters.combine("new", ["a"], [1.0])
+    assert kit.difference(hidden("new"), hidden("a")) < 1e-5
+    adapters.combine("mean", ["a", "b"])
+    if "cat" in kinds and method != "lora":
+        adapters.combine("cat", ["a", "b"], combination_type="cat")
+        adapters.stack("stack", ["a", "b"])
+        assert kit.difference(hidden("cat"), hidden("stack")) < 1e-5
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"weights": [1.0]}, "1 weights for 2 adapters"),
     ({"weights": [1.0, float("nan")]}, "finite"),

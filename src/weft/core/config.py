@@ -83,7 +83,7 @@ class MethodConfig(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if "num_virtual_tokens" in cls.model_fields and "cat" not in cls.combination_types:
+        if "num_virtual_tokens" in cls.model_fields and cls.combination_types == ("linear",):
             cls.combination_types = (*cls.combination_types, "cat")
 
     @classmethod

@@ -22,6 +22,7 @@ class LNTuningConfig(MethodConfig):
     peft_type: ClassVar[str] = "LN_TUNING"
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = 1e-2
+    whole_values: ClassVar[bool] = True
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
     target_modules: str | list[str] | None = None
