@@ -29,6 +29,10 @@ RUN_KEYS: dict[str, str] = {
     "train_on": "which tokens are learned ([data.md](data.md))",
     "max_length": "longest sequence in tokens; default: what the model can take",
     "truncate": "cut longer records instead of refusing them",
+    "hub": "where an id of a model or a data set is looked up; `HF_ENDPOINT` names a mirror of Hugging Face",
+    "data_hub": "for data sets, if it is another one than `hub`",
+    "shape": "`tiny`: the same architecture with two layers of width 64 and random weights, to try a run in seconds",
+    "quantization": "how the base's linears are kept: NF4 with double quantisation, or LLM.int8; needs `weft[quant]`",
     "dtype": "what the base computes in: `auto` (as its config says), `float32`, `bfloat16`, `float16`, `float64`",
     "device": "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:0`",
     "threads": "CPU threads of torch",
@@ -40,7 +44,9 @@ RUN_KEYS: dict[str, str] = {
 }
 JOB_KEYS: dict[str, str] = {
     "name": "name of the adapter and of its folder",
-    "method": "one of " + ", ".join(f"`{name}`" for name in METHODS),
+    "method": "one of "
+    + ", ".join(f"`{name}`" for name in METHODS)
+    + "; or several in one adapter, joined by `+` (above)",
     "data": "training data of this job",
     "eval_data": "evaluation data of this job",
     "task": "`causal_lm` writes text; `sequence_classification` names the class of a text, through a head of the job's "
@@ -54,7 +60,7 @@ JOB_KEYS: dict[str, str] = {
     "batch_size": "sequences per forward pass",
     "gradient_accumulation_steps": "forward passes per optimizer step",
     "optimizer": "torch's own",
-    "learning_rate": "default: the usual one of the method (below)",
+    "learning_rate": "default: the usual one of the method (below); of several methods in one job each its own",
     "adam_betas": "AdamW's decay rates; `adam_beta1` and `adam_beta2` set one",
     "adam_epsilon": "AdamW's ε",
     "momentum": "of `sgd`",
@@ -88,10 +94,12 @@ SWITCH_MEANINGS: dict[str, str] = {
     **dict.fromkeys(
         ("packing", "sample_packing", "padding_free", "neat_packing"), "nothing: no pad token is ever computed"
     ),
-    **dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "report_to"),
-        "nothing if off; not in this version if on",
-    ),
+    "load_in_4bit": "`quantization: nf4` if on",
+    "load_in_8bit": "`quantization: int8` if on",
+    "quantization_bit": "`quantization`: 4 → `nf4`, 8 → `int8`",
+    "quant_bits": "`quantization`: 4 → `nf4`, 8 → `int8`",
+    "use_modelscope": "`hub: modelscope` if on",
+    "report_to": "nothing if off; not in this version if on",
 }
 
 _INTRO = """\
@@ -109,6 +117,16 @@ epochs: 2                  # for both jobs
 jobs:
 - {name: small, method: lora, r: 4}
 - {method: prefix_tuning, num_virtual_tokens: 10, learning_rate: 5e-3}
+```
+
+One job may carry several methods. They are trained, saved and loaded as one adapter, and act in the order in which they
+are named. Settings may stand beside the job's for all that know them, or under a method's name, where they win:
+
+```yaml
+method: prefix_tuning+bottleneck
+reduction_factor: 8
+prefix_tuning: {num_virtual_tokens: 10}
+neftune_noise_alpha: 5     # noise on the embeddings goes with any method
 ```
 
 On the command line `key=value` wins over the file, with YAML's values and dots for what lies deeper:

@@ -78,6 +78,9 @@ def train(
     data: Annotated[str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv or .txt.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; repeat it to train several at once.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the run (default: runs/weft).")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="tiny: the base's architecture shrunk and random, to try a run in seconds.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite_output_dir: Annotated[
         bool, typer.Option("--overwrite-output-dir", help="Delete the run that is in the folder, and begin anew.")
@@ -93,7 +96,7 @@ def train(
     """
     flags: dict[str, Any] = {"model": model, "data": data, "output_dir": output_dir}
     flags |= {"method": None if not method else method[0] if len(method) == 1 else method}
-    flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
+    flags |= {"shape": shape, "resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
     given = {key: value for key, value in flags.items() if value is not None}
     signals = Signals()
     with signals.installed():
@@ -121,7 +124,8 @@ def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
 def _run(settings: RunConfig, signals: Signals, *, as_json: bool, quiet: bool) -> int:
     from weft.train.run import train as run_training
 
-    common.tell_hub(settings.model)
+    if settings.shape == "full":
+        common.tell_hub(settings.model)
     reporter: list[Reporter] = []
     jobs: list[dict[str, Any]] = []
 
@@ -188,7 +192,7 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
         evals = [e["eval_loss"] for e in told]
         right = [e["eval_accuracy"] for e in told if "eval_accuracy" in e]
         folder = Path(job["folder"])
-        size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if result.completed else 0
+        size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) if result.completed else 0
         rows.append(
             {
                 **job,

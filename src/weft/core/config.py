@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
+from weft.core.compose import Combination, Source, combine_like_tensors
 from weft.core.route import Router
 from weft.errors import UserError
 
@@ -25,7 +26,8 @@ class BuildContext:
 
     ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
     ``blank``: the values will be loaded, or the model is on the meta device and only its shapes are asked, so none
-    that cost a tokenizer, a pass of the base or a look at its weights may be made.
+    that cost a tokenizer, a pass of the base or a look at its weights may be made. ``original_weight`` gives the
+    weight [out, in] that a quantised module was made from, by the module's path.
     """
 
     model: nn.Module
@@ -37,6 +39,12 @@ class BuildContext:
     keys_values: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
     blank: bool = False
     router: Router | None = None
+    original_weight: Callable[[str], Tensor] | None = None
+
+    @property
+    def loading(self) -> bool:
+        """Whether a file's values will come: neither a new adapter nor a check of its configuration."""
+        return self.blank and self.device.type != "meta"
 
     def normal(self, *shape: int, std: float) -> Tensor:
         """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""
@@ -58,13 +66,25 @@ class MethodConfig(BaseModel):
 
     method: ClassVar[str]
     peft_type: ClassVar[str]
+    # What the folder's file of tensors is called.
+    weights_file: ClassVar[str] = "adapter_model.safetensors"
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
     # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = None
+    # How trained adapters become a new one (``weft.core.compose``); ``whole_values``: the tensors are values that take
+    # the place of the base's and not changes, so they can be averaged but not added.
+    combination_types: ClassVar[tuple[str, ...]] = ("linear",)
+    whole_values: ClassVar[bool] = False
     # What the method can be used for.
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "num_virtual_tokens" in cls.model_fields and "cat" not in cls.combination_types:
+            cls.combination_types = (*cls.combination_types, "cat")
 
     @classmethod
     def learning_rate(cls, hidden_size: int) -> float:
@@ -83,9 +103,26 @@ class MethodConfig(BaseModel):
         """
         raise NotImplementedError
 
+    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
+        """Configuration and tensors of a new adapter made of ``sources``, of which this is the first's configuration.
+
+        Raises:
+            UserError: they do not fit together.
+        """
+        return combine_like_tensors(sources, how)
+
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""
         return self.model_dump(mode="json")
+
+    def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any] | None:
+        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose files are not laid out as PEFT's."""
+        return None
+
+    @classmethod
+    def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
+        """The configuration from an ``adapter_config.json`` that is laid out that way; None if it is none of these."""
+        return None
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
@@ -102,3 +139,12 @@ class MethodConfig(BaseModel):
                     "computes and which Weft does not know; the adapter would answer differently, so it is not loaded."
                 )
         return cls(**known)
+
+
+class SavesModules(MethodConfig):
+    """Of a method that can train whole base modules beside its own parameters: last parts of their paths.
+
+    The adapter hands ``weft.core.weights.saved_modules`` of them to ``SiteAdapter``.
+    """
+
+    modules_to_save: list[str] | None = None

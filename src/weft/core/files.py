@@ -16,16 +16,18 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
-from weft.core.config import MethodConfig
+from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask, task_of_tensors
+from weft.core.route import Router
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
+EXTRA = "encoder.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
 # Entries that every PEFT configuration has and that say nothing about the method.
@@ -70,17 +72,42 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
             _save_tensors(_stored_head(adapter), folder / WEIGHTS)
         own["parts"] = names
     else:
-        own["config"] = adapter.config.model_dump(mode="json")
-        _write_json(folder / CONFIG, _peft_entries(adapter, architecture, base_name))
-        _save_tensors(stored_tensors(adapter), folder / WEIGHTS)
+        own["config"] = adapter.stored_config().model_dump(mode="json")
+        entries = adapter.config.own_layout(adapter.name, architecture)
+        _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
+        _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
+        if extra := adapter.extra_tensors():
+            _save_tensors(extra, folder / EXTRA)
+        else:
+            (folder / EXTRA).unlink(missing_ok=True)  # of an adapter that was here before
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     _write_json(folder / OWN_CONFIG, own)
 
 
+@torch.no_grad()
+def assemble(
+    name: str, config: MethodConfig, tensors: Mapping[str, Tensor], model: nn.Module, architecture: Architecture
+) -> Adapter:
+    """An adapter with these values, beside a model of which only the shapes count: it may lie on the meta device."""
+    widest = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda d: d.itemsize)
+    context = BuildContext(
+        model,
+        architecture,
+        torch.Generator(),
+        torch.promote_types(widest, torch.float32),
+        torch.device("cpu"),
+        blank=True,
+        router=Router(),
+    )
+    adapter = config.build(name, context)
+    adapter.load_tensors(tensors)
+    return adapter
+
+
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All that the adapter's file holds: the method's tensors and those of a classification head."""
-    tensors = dict(adapter.tensors())
+    tensors = dict(adapter.file_tensors())
     if isinstance(adapter.head, ClassificationHead):
         tensors |= _stored_head(adapter)
     return tensors
@@ -103,7 +130,7 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) -> dict[str, Any]:
-    config, head = adapter.config, adapter.head
+    config, head = adapter.stored_config(), adapter.head
     entries = {
         "peft_type": config.peft_type,
         "task_type": architecture.peft_task if head is None else "SEQ_CLS",
@@ -119,6 +146,12 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
     if isinstance(head, ClassificationHead):
         entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), *HEAD_MODULES]
     return entries
+
+
+def weights_path(folder: Path) -> Path:
+    """The file of tensors in an adapter's folder; PEFT's name, if there is none."""
+    names = dict.fromkeys((WEIGHTS, *(cls.weights_file for cls in METHODS.values())))
+    return next((folder / name for name in names if (folder / name).is_file()), folder / WEIGHTS)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -138,7 +171,7 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
     try:
         task = ClassificationTask(tuple(own["labels"])) if "labels" in own else None
         if "parts" in own:
-            read_parts = [read(folder / name) for name in own["parts"]]
+            read_parts = [read(folder / name) for name in _parts(own)]
             joined = {f"{i}.{key}": t for i, (_, part, _) in enumerate(read_parts) for key, t in part.items()}
             if (folder / WEIGHTS).is_file():
                 joined |= read_tensors(folder / WEIGHTS)
@@ -146,25 +179,46 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
         tensors = read_tensors(_weights_of(folder))
         entries = read_json(folder / CONFIG)
         if own:
+            tensors |= read_tensors(folder / EXTRA) if (folder / EXTRA).is_file() else {}
             return method_config(own["method"])(**own["config"]), tensors, task
         return _read_foreign(folder, entries, tensors)
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
 
 
+def base_of(folder: Path) -> str | None:
+    """What the adapter in ``folder`` calls its base; of several methods in one, what the first does."""
+    parts = _parts(read_json(folder / OWN_CONFIG)) if (folder / OWN_CONFIG).is_file() else []
+    named = read_json(folder / parts[0] / CONFIG if parts else folder / CONFIG).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
+def _parts(own: Mapping[str, Any]) -> list[str]:
+    """The folders of an adapter's parts."""
+    parts = own.get("parts", [])
+    if not isinstance(parts, list) or ("parts" in own and not parts):
+        raise UserError(f"{OWN_CONFIG}: parts is {parts!r}; it must name the folders of the adapter's parts.")
+    for part in parts:
+        check_name(str(part))
+    return [str(part) for part in parts]
+
+
 def _weights_of(folder: Path) -> Path:
-    if not (folder / WEIGHTS).is_file():
-        other = folder / "adapter_model.bin"
-        hint = f" {other.name} is a pickle, which can run code and is never loaded; convert it with peft."
-        hint *= other.exists()
-        raise UserError(f"{folder} holds no {WEIGHTS}.{hint}")
-    return folder / WEIGHTS
+    path = weights_path(folder)
+    if not path.is_file():
+        pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).exists()]
+        hint = f" {''.join(pickles)} is a pickle, which can run code and is never loaded; convert it."
+        raise UserError(f"{folder} holds no {WEIGHTS}.{hint * bool(pickles)}")
+    return path
 
 
 def _read_foreign(
     folder: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
-    """A folder that peft wrote."""
+    """A folder that peft wrote, or AdapterHub."""
+    for cls in METHODS.values():
+        if (config := cls.from_layout(entries)) is not None:
+            return config, tensors, None
     by_type: dict[str, type[MethodConfig]] = {}
     for cls in METHODS.values():
         by_type.setdefault(cls.peft_type, cls)  # P-tuning v2's files are prefix tuning's

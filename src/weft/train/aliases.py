@@ -40,7 +40,12 @@ RENAMED: dict[str, str] = {
     "torch_dtype": "dtype",
     "val_size": "eval_size",
     "num_threads": "threads",
+    "freeze_trainable_layers": "num_layers_trainable",
+    "num_layer_trainable": "num_layers_trainable",
+    "num_expand": "num_new_blocks",
     "patience": "early_stopping_patience",
+    "neftune_alpha": "neftune_noise_alpha",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
 }
 
 # Other tools' words for a value of ours.
@@ -67,6 +72,17 @@ def _targets(value: Any) -> tuple[str, Any]:
     return "target_modules", value
 
 
+def _names(key: str) -> Callable[[Any], tuple[str, Any] | None]:
+    """LLaMA-Factory writes ``mlp,self_attn``, and ``all`` for no choice."""
+
+    def split(value: Any) -> tuple[str, Any] | None:
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",") if name.strip()]
+        return None if value in (None, [], ["all"]) else (key, value)
+
+    return split
+
+
 def _resume(value: Any) -> tuple[str, Any]:
     if isinstance(value, str):
         raise UserError(
@@ -86,7 +102,14 @@ def _only_off(key: str) -> Callable[[Any], None]:
     return check
 
 
-_NOT_HERE = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "report_to")
+_NOT_HERE = ("report_to",)
+_BITS = {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None}
+
+
+def _bits(value: Any) -> tuple[str, Any] | None:
+    if value not in _BITS:
+        raise UserError(f"quantization_bit: {value!r}: a base is kept in 4 (nf4) or 8 bits (int8).")
+    return _BITS[value]
 # swift's words for which tokens are learned.
 _LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
 
@@ -109,10 +132,18 @@ SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
     "mask_history": lambda on: ("train_on", "last_answer") if on else None,
     "loss_scale": _loss_scale,
     "resume_from_checkpoint": _resume,
+    "load_in_4bit": lambda on: ("quantization", "nf4") if on else None,
+    "load_in_8bit": lambda on: ("quantization", "int8") if on else None,
+    "quantization_bit": _bits,
+    "quant_bits": _bits,
+    "use_modelscope": lambda on: ("hub", "modelscope") if on else None,
     # transformers' -1 says that num_train_epochs counts.
     "max_steps": lambda count: None if count in (None, -1, 0) else ("steps", count),
     "lora_target": _targets,
     "lora_target_modules": _targets,
+    "freeze_trainable_modules": _names("trainable_modules"),
+    "name_module_trainable": _names("trainable_modules"),
+    "freeze_extra_modules": _names("name_patterns"),
     "lora_target_linear": lambda on: ("target_modules", "all-linear") if on else None,
     # Batches here never hold padding, whatever this says.
     "packing": lambda on: None,
@@ -154,6 +185,10 @@ def translate(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _value(name: str, value: Any) -> Any:
     words = VALUES.get(name, {})
+    if name == "neftune_noise_alpha" and value is None:
+        return 0.0  # transformers' word for off
     if isinstance(value, list) and name == "method":
-        return [words.get(v, v) if isinstance(v, str) else v for v in value]
+        return [_value(name, v) for v in value]
+    if name == "method" and isinstance(value, str) and "+" in value:
+        return "+".join(str(_value(name, part.strip())) for part in value.split("+"))
     return words.get(value, value) if isinstance(value, str) else value

@@ -54,7 +54,7 @@ class Job:
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
         self.rate = config.learning_rate or adapter.default_learning_rate("")
         rates = [
-            (config.learning_rate or adapter.default_learning_rate(n)) * adapter.learning_rate_factor(n) for n in named
+            adapter.scaled_learning_rate(n, config.learning_rate or adapter.default_learning_rate(n)) for n in named
         ]
         self.parameters: list[nn.Parameter] = list(named.values())
         self.optimizer = make_optimizer(config, self.parameters, rates) if named else None

@@ -6,20 +6,20 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from weft.core.adapters import Adapters
-from weft.core.heads import ClassificationHead, ClassificationTask
-from weft.data import Renderer, Sample, load_labelled, load_samples, split_holdout
+from weft.core.heads import ClassificationHead
+from weft.data import Renderer, Sample
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
-from weft.train.config import JobConfig, RunConfig
+from weft.train.config import RunConfig
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
+from weft.train.reader import JobData, Reader, data_files
 from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
@@ -42,15 +42,6 @@ class Setup:
     jobs: list[Job]
 
 
-@dataclass(frozen=True)
-class _JobData:
-    """What a job trains on and what it is evaluated on; the classes, if it classifies."""
-
-    train: list[Sample]
-    held: list[Sample]
-    classes: ClassificationTask | None = None
-
-
 def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     """Load base and data and make every job's adapter. Writes nothing.
 
@@ -59,14 +50,9 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    for job in config.jobs:
-        for data in (job.data or config.data, job.eval_data or config.eval_data):
-            if data is not None and not Path(data).is_file():
-                if Path(data).is_dir():
-                    raise UserError(f"{data} is a folder; data is one file.")
-                raise UserError(f"no data file at {data}.")
+    places = data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
-    sketch = base or sketch_base(config.model, dtype=config.dtype)
+    sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
     limit = sketch.architecture.max_length
     length = config.max_length or limit
     if limit is not None and length is not None and length > limit:
@@ -79,11 +65,19 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         truncate=config.truncate,
     )
     _check_tasks(config, sketch)
-    read = _Reader(config, renderer, sketch.architecture.bidirectional)
+    read = Reader(config, renderer, sketch.architecture.bidirectional, places)
     loaded = [read.job(job) for job in config.jobs]
     _check(config, sketch, loaded)
     if base is None:
-        base = load_base(config.model, dtype=config.dtype, device=config.device, tokenizer=sketch.tokenizer)
+        base = load_base(
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            tokenizer=sketch.tokenizer,
+            shape=config.shape,
+            quantization=config.quantization,
+            hub=config.hub,
+        )
     adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
     try:
         jobs = []
@@ -108,7 +102,7 @@ def _check_tasks(config: RunConfig, sketch: Base) -> None:
             )
 
 
-def _check(config: RunConfig, sketch: Base, loaded: Sequence[_JobData]) -> None:
+def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
     """Make every adapter without values, and take it away again."""
     adapters = Adapters(sketch.model, sketch.architecture, exact=config.exact)
     try:
@@ -121,58 +115,6 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[_JobData]) -> None:
             _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
         adapters.close()
-
-
-class _Reader:
-    """Reads the jobs' files; what several jobs read alike is read once."""
-
-    def __init__(self, config: RunConfig, renderer: Renderer, encoder: bool) -> None:
-        self.config, self.renderer, self.encoder = config, renderer, encoder
-        self.files: dict[Any, Any] = {}
-
-    def job(self, job: JobConfig) -> _JobData:
-        """The job's samples to train on and to evaluate on."""
-        path, held = job.data or self.config.data, job.eval_data or self.config.eval_data
-        classes = None
-        if job.task == "sequence_classification":
-            samples, names = self._labelled(path, job, tuple(job.labels) if job.labels else None)
-            classes = ClassificationTask(names)
-            if held is not None:
-                return _JobData(samples, self._labelled(held, job, names)[0], classes)
-        else:
-            samples = self._texts(path)
-            if held is not None:
-                return _JobData(samples, self._texts(held))
-        # Every job holds out the same records, so that their losses compare.
-        return _JobData(*split_holdout(samples, self.config.eval_size, seed=0), classes)
-
-    def _texts(self, path: str) -> list[Sample]:
-        if path not in self.files:
-            self.files[path] = load_samples(
-                path,
-                self.renderer,
-                format=self.config.data_format,
-                columns=self.config.columns,
-                limit=self.config.limit,
-                empty_answers=self.config.empty_answers,
-            )
-        return self.files[path]
-
-    def _labelled(
-        self, path: str, job: JobConfig, labels: tuple[str, ...] | None
-    ) -> tuple[list[Sample], tuple[str, ...]]:
-        key = (path, labels, tuple(job.text_columns or ()), job.label_column)
-        if key not in self.files:
-            self.files[key] = load_labelled(
-                path,
-                self.renderer,
-                labels=labels,
-                text_columns=job.text_columns,
-                label_column=job.label_column,
-                limit=self.config.limit,
-                encoder=self.encoder,
-            )
-        return self.files[key]
 
 
 def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: Base) -> None:
