@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -216,3 +217,35 @@ def test_a_chat_with_an_encoder_is_refused(bert: Path, capsys: pytest.CaptureFix
 
     assert main(["generate", str(bert), "--prompt", "hello"]) == 2
     assert "is an encoder: it writes no text" in capsys.readouterr().err
+
+
+def sst2(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A random BERT whose tokenizer knows SST-2's words, and the data."""
+    shared = Path(os.environ.get("WEFT_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")) / "nlu" / "SST-2"
+    if not shared.is_dir():
+        pytest.skip(f"needs the shared data: {shared} is absent")
+    lines = (shared / "train.tsv").read_text(encoding="utf-8").splitlines()
+    texts = [line.rpartition("\t")[0] for line in lines]
+    base = save_bert(folder / "bert", texts, vocabulary=4000, hidden_size=128, intermediate_size=256)
+    return base, {"data": str(shared / "train.tsv"), "eval_data": str(shared / "dev.tsv")}
+
+
+def test_real_data_runs_end_to_end(tmp_path: Path) -> None:
+    base, data = sst2(tmp_path)
+    result = train(make_config(settings(base, data, tmp_path / "run", steps=3, limit=60)))
+    assert result.completed
+    assert all(0.5 <= result.jobs[job["method"]]["metrics"]["majority"] <= 0.7 for job in JOBS)
+
+
+@pytest.mark.slow
+def test_real_data_is_learned_by_a_random_bert(tmp_path: Path) -> None:
+    """Better than the majority class with every method; nothing here is pre-trained, so not by much."""
+    base, data = sst2(tmp_path)
+    rates = {"lora": 1e-3, "bitfit": 1e-2, "prefix_tuning": 5e-2}
+    jobs = [{"method": method, "learning_rate": rate} for method, rate in rates.items()]
+    more = {"epochs": 5, "limit": 3000, "batch_size": 32, "eval_steps": 94, "jobs": jobs}
+    result = train(make_config(settings(base, data, tmp_path / "run", **more)))
+    for name in rates:
+        found = result.jobs[name]["metrics"]
+        print(f"[measured] SST-2 on a random BERT, {name}: {found}")
+        assert found["accuracy"] > found["majority"] + 0.03, name
