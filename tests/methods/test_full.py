@@ -68,7 +68,8 @@ def test_full_is_torchs_training_of_the_whole_model(kind: str, optimizer: str) -
     config = JobConfig(name="full", method="full", steps=6, batch_size=3, gradient_accumulation_steps=2,
                        optimizer=optimizer, learning_rate={"sgd": 0.05, "adamw": 1e-3}[optimizer],
                        lr_scheduler_type="constant", warmup_ratio=0)  # fmt: skip
-    data = kit.samples(20, 3, 20)
+    # Token 0 pads in some of these models, and then learns nothing from being read.
+    data = [Sample([i * (i % 5 > 0) for i in s.input_ids], s.weights, s.source) for s in kit.samples(20, 3, 20)]
     adapters = Adapters(model, describe(model))
     adapter = adapters.add("full", config.method_config())
     other = adapters.add("neighbour", config.method_config())

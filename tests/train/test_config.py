@@ -219,7 +219,7 @@ def test_the_example_of_the_reference_is_valid() -> None:
     ],
 )
 def test_llama_factorys_words_for_freeze(given: dict, settings: dict) -> None:
-    (job,) = build_config({**BASE, "finetuning_type": "freeze", **given}).jobs
+    (job,) = build_config({"model": "m", "data": "d", "finetuning_type": "freeze", **given}).jobs
     assert job.method == "freeze"
     assert job.method_settings == settings
     job.method_config()
