@@ -35,7 +35,7 @@ def weft_attention(
         raise UserError("attention sinks (s_aux) are not implemented in the packed stream; use padded=True.")
     router: Router = module.__dict__[ROUTER]
     # Asked each time: LLaMA-Pro's copies of a block have numbers of their own.
-    layer: int = module.__dict__.get(_LAYER, getattr(module, "layer_idx", None))
+    layer: Any = module.__dict__.get(_LAYER, getattr(module, "layer_idx", None))
     bias: dict[str, Any] = {}
     if sliding_window is not None:
         bias["sliding_window"] = sliding_window
