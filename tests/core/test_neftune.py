@@ -113,7 +113,8 @@ def test_off_in_evaluation_and_generation() -> None:
     adapters = opened()
     texts = kit.texts(3)
     loud = Part("prompt", texts, 8, neftune_alpha=ALPHA)
-    for parts in ([Part("lora", texts, None, neftune_alpha=ALPHA)], [Part("lora", texts, 7), loud]):
+    unseeded = Part("lora", texts, None, neftune_alpha=ALPHA)
+    for parts in ([unseeded], [unseeded, loud], [Part("lora", texts, 7), loud]):
         assert not any(added.any() for added in noise(adapters, parts, 0))
     samples = kit.samples(4)
     losses = []

@@ -55,7 +55,7 @@ class _Slotted(Adapter):
         assert len(slots) == 2, "the slots did not come along"
         return [(slots[0], 2), (slots[1], 1), (answer, 1)]
 
-    def virtual_tokens(self) -> torch.Tensor:
+    def virtual_tokens(self, seed: int | None = None) -> torch.Tensor:
         return self.prompt
 
 
