@@ -285,3 +285,11 @@ def test_lora_plus_rates_in_a_job_of_several_methods() -> None:
         elif "lora_B" in name:
             wanted = 4e-2
         assert math.isclose(adapter.scaled_learning_rate(name, 1e-2), wanted), name
+
+
+@pytest.mark.parametrize(
+    "layers", [{"layers_to_transform": [1]}, {"layers_to_transform": 1, "layers_pattern": "layers"}]
+)
+def test_chosen_layers_only(layers: dict[str, Any]) -> None:
+    adapter = open_llama().add("it", LoraConfig(r=4, target_modules=["q_proj", "lm_head"], **layers))
+    assert list(adapter.sites()) == ["model.layers.1.self_attn.q_proj"]
