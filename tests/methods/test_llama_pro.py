@@ -153,7 +153,7 @@ def test_beside_prefixes_on_the_padded_path(kind: str) -> None:
 
 
 def test_falcon_with_alibi_beside_prefixes() -> None:
-    """ALiBi comes as [B * heads, 1, T] there."""
+    """ALiBi comes as [B, heads, 1, P + T] there (BLOOM: [B * heads, 1, P + T])."""
     model = make("falcon", alibi=True, new_decoder_architecture=False, multi_query=False, num_kv_heads=4).double()
     adapters = Adapters(model, describe(model))
     kit.randomize(adapters.add("it", CONFIG))

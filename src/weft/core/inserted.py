@@ -36,7 +36,7 @@ def _padded_part(value: Tensor, index: int, route: Route, hidden: Tensor) -> Ten
     if value.dim() < 2:
         return value
     rows, first = value.shape[0], sum(route.sizes[:index])
-    # ALiBi is [B * heads, 1, T].
+    # BLOOM's ALiBi is [B * heads, 1, T].
     each = rows // batch if value.dim() == 3 and rows % batch == 0 else int(rows == batch)
     before = max((states[0][0].shape[1] for states in route.prefixes.values()), default=0)
     # Not the angles of rotary positions [B, T, head_dim], whose last dimension may happen to be as long.
