@@ -37,6 +37,8 @@ ALL = sorted(METHODS)
 # Per method, what its tests set; "drop" holds what turns its dropout on.
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4},
+    # As many ranks as the budget: what AdaLoRA's file holds when it drops some, its own tests see.
+    "adalora": {"init_r": 4, "target_r": 4},
     "bitfit": {"add_missing": True},
     "prompt_tuning": {"num_virtual_tokens": 5},
     "prefix_tuning": {"num_virtual_tokens": 4},
@@ -47,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 DROPOUT: dict[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.2},
+    "adalora": {"lora_dropout": 0.2},
     "bottleneck": {"dropout": 0.2},
     "p_tuning": {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.2},
 }

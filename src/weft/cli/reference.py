@@ -47,6 +47,12 @@ JOB_KEYS: dict[str, str] = {
     "method": "one of " + ", ".join(f"`{name}`" for name in METHODS),
     "data": "training data of this job",
     "eval_data": "evaluation data of this job",
+    "task": "`causal_lm` writes text; `sequence_classification` names the class of a text, through a head of the job's "
+    "own (on a base that writes or on an encoder)",
+    "labels": "classification: names of the classes in order; default: those in the training data",
+    "text_columns": "classification: the columns with the text or the pair of texts, if their names are not usual ones "
+    "([data.md](data.md))",
+    "label_column": "classification: the column with the label, likewise",
     "steps": "optimizer steps; wins over `epochs`",
     "epochs": "passes over the data",
     "batch_size": "sequences per forward pass",

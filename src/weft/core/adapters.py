@@ -59,6 +59,8 @@ class Adapters:
             raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
         if not self.padded and architecture.install_attention is None:
             raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
+        # Of a quantised base: module path -> the weight [out, in] before (LoftQ asks for it).
+        self.original_weight: Callable[[str], Tensor] | None = None
         self._adapters: dict[str, Adapter] = {}
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
@@ -134,6 +136,7 @@ class Adapters:
             self._keys_values,
             blank,
             self.router,
+            self.original_weight,
         )
         adapter = config.build(name, context)
         adapter.hidden_size = self.architecture.hidden_size
@@ -199,11 +202,13 @@ class Adapters:
             exact=self.exact,
             cache=cache,
             first_position=self.architecture.first_position,
+            token_types=self.architecture.token_types,
         )
 
     def forward(self, stream: Stream) -> Tensor:
         """Last hidden states [N, d] of the stream, before the head."""
-        return run_stream(self.model, self.router, stream, self._adapters)
+        bidirectional = self.architecture.bidirectional
+        return run_stream(self.model, self.router, stream, self._adapters, bidirectional=bidirectional)
 
     def logits(self, hidden: Tensor, rows: Sequence[tuple[str | None, int]] = ()) -> Tensor:
         """The head's logits [n, vocabulary] for hidden states [n, d].
@@ -233,9 +238,14 @@ class Adapters:
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
         if self.padded:
+            from transformers import DynamicCache
+
             body: Any = self.model.base_model
-            out = body(input_ids=input_ids[None].to(self.device), use_cache=True)
-            return [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
+            # An encoder makes no cache by itself, but fills one that it is given.
+            given: dict[str, Any] = {"past_key_values": DynamicCache()} if self.architecture.bidirectional else {}
+            out = body(input_ids=input_ids[None].to(self.device), use_cache=True, **given)
+            past = given.get("past_key_values") or out.past_key_values
+            return [(layer.keys[0], layer.values[0]) for layer in past.layers]
         recorder = _Recorder()
         self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
         return recorder.layers

@@ -22,7 +22,7 @@ from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.config import MethodConfig
-from weft.core.heads import ClassificationHead, ClassificationTask
+from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask, task_of_tensors
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -30,6 +30,8 @@ EXTRA = "encoder.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
 # Entries that every PEFT configuration has and that say nothing about the method.
+# Under these two names peft looks for a classification head.
+HEAD_MODULES = ("classifier", "score")
 COMMON_KEYS = (
     "task_type",
     "peft_type",
@@ -66,10 +68,10 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         for name, part in zip(names, adapter.parts, strict=True):
             save(part, architecture, folder / name, base_name=base_name)
         if adapter.head is not None:
-            _save_tensors(adapter.head.stored(), folder / WEIGHTS)  # type: ignore[operator]
+            _save_tensors(_stored_head(adapter), folder / WEIGHTS)
         own["parts"] = names
     else:
-        own["config"] = adapter.config.model_dump(mode="json")
+        own["config"] = adapter.stored_config().model_dump(mode="json")
         entries = adapter.config.own_layout(adapter.name, architecture)
         _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
         _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
@@ -86,8 +88,13 @@ def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All that the adapter's file holds: the method's tensors and those of a classification head."""
     tensors = dict(adapter.file_tensors())
     if isinstance(adapter.head, ClassificationHead):
-        tensors |= adapter.head.stored()
+        tensors |= _stored_head(adapter)
     return tensors
+
+
+def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
+    assert isinstance(adapter.head, ClassificationHead)
+    return adapter.head.stored(PREFIXES[adapter.num_virtual_tokens + adapter.num_prefix_tokens > 0])
 
 
 @torch.no_grad()
@@ -95,14 +102,14 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Take over what ``read`` gave."""
     rest = dict(tensors)
     if isinstance(adapter.head, ClassificationHead):
-        for key, parameter in adapter.head.stored().items():
+        for key, parameter in _stored_head(adapter).items():
             parameter.copy_(checked(tensors, key, tuple(parameter.shape)))
             del rest[key]
     adapter.load_tensors(rest)
 
 
 def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) -> dict[str, Any]:
-    config, head = adapter.config, adapter.head
+    config, head = adapter.stored_config(), adapter.head
     entries = {
         "peft_type": config.peft_type,
         "task_type": architecture.peft_task if head is None else "SEQ_CLS",
@@ -112,9 +119,11 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
         "auto_mapping": None,
         **config.to_peft(architecture),
     }
+    if architecture.bidirectional and entries.get("target_modules") == "all-linear":
+        # To peft that would also be an encoder's pooler and the first layer of its head.
+        entries["target_modules"] = list(architecture.linears)
     if isinstance(head, ClassificationHead):
-        # peft looks for the head under these two names.
-        entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), "classifier", "score"]
+        entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), *HEAD_MODULES]
     return entries
 
 
@@ -151,7 +160,7 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
         if own:
             tensors |= read_tensors(folder / EXTRA) if (folder / EXTRA).is_file() else {}
             return method_config(own["method"])(**own["config"]), tensors, task
-        return (*_read_foreign(folder, entries, tensors), None)
+        return _read_foreign(folder, entries, tensors)
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
 
@@ -167,11 +176,11 @@ def _weights_of(folder: Path) -> Path:
 
 def _read_foreign(
     folder: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[MethodConfig, dict[str, Tensor]]:
+) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
     """A folder that peft wrote, or AdapterHub."""
     for cls in METHODS.values():
         if (config := cls.from_layout(entries)) is not None:
-            return config, tensors
+            return config, tensors, None
     by_type: dict[str, type[MethodConfig]] = {}
     for cls in METHODS.values():
         by_type.setdefault(cls.peft_type, cls)  # P-tuning v2's files are prefix tuning's
@@ -179,7 +188,10 @@ def _read_foreign(
     if peft_type not in by_type:
         raise UserError(f"{folder / CONFIG}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")
     rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}
-    return by_type[peft_type].from_peft(rest, list(tensors)), tensors
+    task, of_head = task_of_tensors(tensors) if entries.get("task_type") == "SEQ_CLS" else (None, [])
+    if task is not None:
+        rest["modules_to_save"] = [m for m in rest.get("modules_to_save") or () if m not in HEAD_MODULES] or None
+    return by_type[peft_type].from_peft(rest, [key for key in tensors if key not in of_head]), tensors, task
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import InputFunction, SiteFunction
+from weft.core.inserted import segment_part
 from weft.core.route import Route, Router
 from weft.errors import UserError
 
@@ -129,15 +130,17 @@ class Site:
     ) -> Any:
         """The block, then each segment's inserted blocks on its rows alone, called with its part of the arguments."""
         out = self.base_class.forward(module, x, *args, **kwargs)
+        if not any(segment.adapter in self.inserted for segment in route.segments):
+            return out
         y = out[0] if isinstance(out, tuple) else out
         dim, pieces = route.dim(y), []
         for index, rows in enumerate(y.split(route.sizes, dim)):
             blocks = self.inserted.get(route.segments[index].adapter or "", ())
             if blocks:
                 rows = _OwnMemory.apply(rows)
+                own = [segment_part(value, index, route, y) for value in args]
+                named = {key: segment_part(value, index, route, y) for key, value in kwargs.items()}
             for block in blocks:
-                own = [_part(value, index, route, y.shape[dim]) for value in args]
-                named = {key: _part(value, index, route, y.shape[dim]) for key, value in kwargs.items()}
                 with self.router.use(route.alone(index)):
                     rows = block(rows, *own, **named)
                 rows = rows[0] if isinstance(rows, tuple) else rows
@@ -153,21 +156,6 @@ def _dim(x: Tensor, route: Route) -> int:
 
 def _sizes(x: Tensor, route: Route) -> list[int]:
     return [s.tokens for s in route.segments] if x.dim() == 1 else route.sizes
-
-
-def _part(value: Any, index: int, route: Route, total: int) -> Any:
-    """A segment's part of one of a block's arguments: of its tensors the segment's rows, of everything else all."""
-    if isinstance(value, tuple):
-        return tuple(_part(inner, index, route, total) for inner in value)
-    if not torch.is_tensor(value):
-        # A cache of prefixes (padded batches) belongs to the base's layers.
-        return None if type(value).__name__.endswith("Cache") else value
-    if len(route.segments) == 1:
-        return value
-    dim = next((i for i in range(min(2, value.dim())) if value.shape[i] == total), None)
-    if dim is None or (route.padded and dim != 0):
-        return value
-    return value.split(route.sizes, dim)[index].contiguous()
 
 
 class _RoutedForward:

@@ -17,8 +17,10 @@ import torch
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
 from weft.core.files import CONFIG, OWN_CONFIG, read_json, weights_path
+from weft.core.heads import ClassificationTask
 from weft.data import Message, Renderer
 from weft.errors import UserError
+from weft.generate.engine import check_writes
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.train.config import RunConfig, read_run_config
@@ -48,6 +50,7 @@ class Opened:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every token that ends an answer: the tokenizer's, the model's and the renderer's."""
+        check_writes(self.adapters, None)
         configured = getattr(self.base.model, "generation_config", None)
         eos = getattr(configured, "eos_token_id", None)
         ids = eos if isinstance(eos, list) else [eos]
@@ -227,7 +230,14 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
     opened.notes += [*warnings, f"the run is not finished: {', '.join(unfinished)} as of step {state['step']}"]
     jobs = {job.name: job for job in config.jobs}
     for name in unfinished:
-        adapter = opened.adapters.add(name, jobs[name].method_config(), seed=jobs[name].seed, tokenizer=tokenizer)
+        named = store.read_run().get("labels", {}).get(name)
+        adapter = opened.adapters.add(
+            name,
+            jobs[name].method_config(),
+            seed=jobs[name].seed,
+            tokenizer=tokenizer,
+            classification=ClassificationTask(tuple(named)) if named else None,
+        )
         stored = tensors.get(name, {})
         with torch.no_grad():
             for key, parameter in adapter.named_parameters():

@@ -2,9 +2,13 @@
 
 from weft.core.config import MethodConfig
 from weft.core.files import METHODS
+from weft.methods.adalora import AdaLoraConfig
 from weft.methods.bitfit import BitFitConfig
 from weft.methods.bottleneck import BottleneckConfig
+from weft.methods.freeze import FreezeConfig
+from weft.methods.full import FullConfig
 from weft.methods.hard_prompt import HardPromptConfig
+from weft.methods.llama_pro import LlamaProConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.p_tuning import PTuningConfig
 from weft.methods.p_tuning_v2 import PTuningV2Config
@@ -13,6 +17,7 @@ from weft.methods.prompt_tuning import PromptTuningConfig
 
 _ALL: tuple[type[MethodConfig], ...] = (
     LoraConfig,
+    AdaLoraConfig,
     BitFitConfig,
     PromptTuningConfig,
     PrefixTuningConfig,
@@ -20,14 +25,21 @@ _ALL: tuple[type[MethodConfig], ...] = (
     HardPromptConfig,
     PTuningConfig,
     PTuningV2Config,
+    FullConfig,
+    FreezeConfig,
+    LlamaProConfig,
 )
 METHODS.update({config.method: config for config in _ALL})
 
 __all__ = [
     "METHODS",
+    "AdaLoraConfig",
     "BitFitConfig",
     "BottleneckConfig",
+    "FreezeConfig",
+    "FullConfig",
     "HardPromptConfig",
+    "LlamaProConfig",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, checked
+from weft.core.adapter import Adapter, copy_into
 from weft.core.config import BuildContext, MethodConfig
 from weft.errors import UserError
 
@@ -83,16 +83,10 @@ class EncodedRows(Adapter):
         return {} if self.encoder is None else {_ENCODER + n: p for n, p in self.encoder.named_parameters()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        rows = checked(tensors, KEY, self.row_shape)
-        some = next(self.parameters())
-        rows = rows.to(some.device, some.dtype, copy=True)
-        own = dict(self.extra_tensors()) if any(key.startswith(_ENCODER) for key in tensors) else {}
-        for key, parameter in own.items():
-            parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
-        foreign = sorted(set(tensors) - set(own) - {KEY})
-        if foreign:
-            raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
-        if own:
+        rows = next(self.parameters()).new_empty(self.row_shape)
+        encoder = self.extra_tensors() if any(key.startswith(_ENCODER) for key in tensors) else {}
+        copy_into({KEY: rows, **encoder}, tensors)
+        if encoder:
             self.loaded = rows
         else:
             # peft's file has lost the encoder: what loads is plain rows.

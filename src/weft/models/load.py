@@ -13,7 +13,7 @@ from torch import nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
-from weft.models.facts import describe
+from weft.models.facts import ENCODERS, describe
 from weft.models.hub import Hub, fetch_model
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
@@ -116,7 +116,7 @@ def sketch_base(
     Raises:
         UserError: it is not there, or its configuration cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source, kind = _source(name, shape, hub), resolve_dtype(dtype)
     if tokenizer is None:
@@ -125,7 +125,7 @@ def sketch_base(
         config = tiny_config(source, tokenizer) if shape == "tiny" else AutoConfig.from_pretrained(source)
         kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            model = _headless(_auto_class(config, name).from_config(config, dtype=kind))
     except UserError:
         raise
     except Exception as error:  # as in load_base
@@ -143,7 +143,7 @@ def load_base(
     quantization: Quantization | None = None,
     hub: Hub = "huggingface",
 ) -> Base:
-    """Load a base model with its head, in evaluation mode.
+    """Load a base model, in evaluation mode: a decoder with its head, an encoder without.
 
     ``shape="tiny"``: the same architecture shrunk, with random weights. ``quantization``: how its linears are kept.
 
@@ -155,10 +155,8 @@ def load_base(
         tokenizer = tokenizer or tiny_tokenizer(source)
         with tempfile.TemporaryDirectory() as folder:
             # Through a folder, so that loading and quantising are those of a real one.
-            from transformers import AutoModelForCausalLM
-
             config = tiny_config(source, tokenizer)
-            random_model(AutoModelForCausalLM, config, torch.float32).save_pretrained(folder)
+            random_model(_auto_class(config, name), config, torch.float32).save_pretrained(folder)
             model = _load_model(name, folder, kind, where, quantization)
     else:
         model = _load_model(name, source, kind, where, quantization)
@@ -174,22 +172,25 @@ def _load_model(
         compute = kind if isinstance(kind, torch.dtype) else torch.bfloat16
         options = {"quantization_config": quantization_config(quantization, compute), "device_map": {"": where}}
         kind = compute
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(AutoConfig.from_pretrained(source), name).from_pretrained(
             source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    except UserError:
+        raise
     except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
+    own = set(_headless(model).state_dict(keep_vars=True))
     # transformers only warns of either, and fills in random numbers.
-    missing = sorted(report["missing_keys"])
+    missing = sorted(own & set(report["missing_keys"]) if _is_encoder(model.config) else report["missing_keys"])
     if missing:
         raise UserError(f"the model {name!r} lacks {len(missing)} of its tensors: {', '.join(missing[:3])} ...")
-    for key, found, wanted in sorted(report["mismatched_keys"]):
+    for key, found, wanted in sorted(key for key in report["mismatched_keys"] if key[0] in own):
         raise UserError(
             f"the model {name!r} is damaged: {key} is {tuple(found)}, its config.json says {tuple(wanted)}."
         )
@@ -198,6 +199,36 @@ def _load_model(
     else:
         one_kernel(model)
     return model.eval()
+
+
+def _is_encoder(config: Any) -> bool:
+    return getattr(config, "model_type", "") in ENCODERS
+
+
+def _auto_class(config: Any, name: str) -> Any:
+    """The transformers class that loads it. Encoders come with a classification head, so that their modules have the
+    paths that PEFT's files name; the head itself is then put away (every job has its own)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if _is_encoder(config):
+        return AutoModelForSequenceClassification
+    kinds = [auto for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)
+             if type(config) in auto._model_mapping]  # fmt: skip
+    if kinds == [AutoModelForSequenceClassification]:
+        raise UserError(
+            f"the model {name!r} is of the type {config.model_type}, which has no language-modelling head and is none "
+            f"of the encoders that Weft knows: {', '.join(ENCODERS)}."
+        )
+    return AutoModelForCausalLM
+
+
+def _headless(model: Any) -> Any:
+    """An encoder without what stands on its body: a head that transformers had to make up is different every time."""
+    if _is_encoder(model.config):
+        for name, child in list(model.named_children()):
+            if child is not model.base_model:
+                setattr(model, name, nn.Identity())
+    return model
 
 
 def _first_line(error: BaseException) -> str:
