@@ -111,6 +111,15 @@ def drawn(module: M, inputs: int, context: BuildContext) -> M:
     return module
 
 
+def orthogonal(layer: nn.Linear, context: BuildContext) -> nn.Linear:
+    """Make the weight orthogonal times sqrt(2), the bias zero: before a ReLU, what goes in comes out as large (Saxe et
+    al. 2014, He et al. 2015), so that the inputs of a deep encoder learn as fast as its outputs would."""
+    if not context.blank:
+        nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=context.generator)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 def normal_rows(count: int, width: int, context: BuildContext) -> nn.Parameter:
     """What an encoder begins with: standard normal, [count, width]."""
     if context.device.type == "meta":
