@@ -168,7 +168,7 @@ def _load(name: str) -> str:
 def _methods() -> Iterator[Check]:
     from weft.methods import METHODS
 
-    for method in METHODS:
+    for method in (*METHODS, "lora+bitfit"):
         yield _try("methods", method, lambda m=method: train_one_step(m))  # type: ignore[misc]
 
 
@@ -186,7 +186,7 @@ def train_one_step(method: str) -> str:
     adapters = Adapters(model, describe(model))
     try:
         settings: dict[str, Any] = {"num_virtual_tokens": 4, "add_missing": True, "prompt_ids": [5, 9]}
-        fields = METHODS[method].model_fields
+        fields = {key for name in method.split("+") for key in METHODS[name].model_fields}
         settings = {key: value for key, value in settings.items() if key in fields}
         config = JobConfig(name="check", method=method, steps=1, batch_size=2, warmup_ratio=0, method_settings=settings)
         samples = [Sample(ids, [0.0, *[1.0] * (len(ids) - 1)], "check") for ids in ([1, 5, 9, 7, 3], [2, 4, 6])]

@@ -8,7 +8,9 @@ from weft.methods.bottleneck import BottleneckConfig
 from weft.methods.freeze import FreezeConfig
 from weft.methods.full import FullConfig
 from weft.methods.hard_prompt import HardPromptConfig
+from weft.methods.ia3 import IA3Config
 from weft.methods.llama_pro import LlamaProConfig
+from weft.methods.ln_tuning import LNTuningConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.p_tuning import PTuningConfig
 from weft.methods.p_tuning_v2 import PTuningV2Config
@@ -22,12 +24,14 @@ _ALL: tuple[type[MethodConfig], ...] = (
     PromptTuningConfig,
     PrefixTuningConfig,
     BottleneckConfig,
-    HardPromptConfig,
-    PTuningConfig,
-    PTuningV2Config,
     FullConfig,
     FreezeConfig,
     LlamaProConfig,
+    IA3Config,
+    LNTuningConfig,
+    HardPromptConfig,
+    PTuningConfig,
+    PTuningV2Config,
 )
 METHODS.update({config.method: config for config in _ALL})
 
@@ -39,6 +43,8 @@ __all__ = [
     "FreezeConfig",
     "FullConfig",
     "HardPromptConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LlamaProConfig",
     "LoraConfig",
     "PTuningConfig",

@@ -24,6 +24,7 @@ class HardPromptConfig(SoftPromptConfig):
 
     method: ClassVar[str] = "hard_prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    combination_types: ClassVar[tuple[str, ...]] = ()  # it is its text
 
     prompt_text: str | None = None
     prompt_ids: list[int] | None = None

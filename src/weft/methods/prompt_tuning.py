@@ -32,7 +32,7 @@ class SoftPromptConfig(MethodConfig):
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         entries: dict[str, Any] = {
-            "token_dim": architecture.hidden_size,
+            "token_dim": architecture.embedding_size or architecture.hidden_size,
             "num_transformer_submodules": 1,
             "num_attention_heads": architecture.num_heads,
             "num_layers": architecture.num_layers,
