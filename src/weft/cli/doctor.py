@@ -185,13 +185,15 @@ def train_one_step(method: str) -> str:
     model = _tiny_model()
     adapters = Adapters(model, describe(model))
     try:
-        settings: dict[str, Any] = {"num_virtual_tokens": 4, "add_missing": True}
-        config = JobConfig(name="check", method=method, steps=1, batch_size=2, warmup_ratio=0)
+        settings: dict[str, Any] = {"num_virtual_tokens": 4, "add_missing": True, "prompt_ids": [5, 9]}
         fields = {key for name in method.split("+") for key in METHODS[name].model_fields}
-        config = config.model_copy(update={"method_settings": {k: v for k, v in settings.items() if k in fields}})
+        settings = {key: value for key, value in settings.items() if key in fields}
+        config = JobConfig(name="check", method=method, steps=1, batch_size=2, warmup_ratio=0, method_settings=settings)
         samples = [Sample(ids, [0.0, *[1.0] * (len(ids) - 1)], "check") for ids in ([1, 5, 9, 7, 3], [2, 4, 6])]
         job = Job(config, adapters.add("check", config.method_config()), samples)
         before = evaluate_loss(adapters, "check", samples)
+        if not job.active:
+            return f"trains nothing: loss {before:.4f}"
         result = train_step(adapters, [job])["check"]
         after = evaluate_loss(adapters, "check", samples)
         if before is None or after is None or not after < before or result.grad_norm <= 0:

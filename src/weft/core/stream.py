@@ -92,9 +92,7 @@ def build_stream(
             start, length = len(ids), virtual + len(sequence)
             own: Sequence[int] = range(start, start + length)
             if adapter is not None and virtual:
-                answer = part.answers[index] if part.answers else None
-                if answer is None and adapter.head is not None:
-                    answer = len(sequence)  # what is classified is said at the end
+                answer = _answer(part, index, adapter)
                 runs = adapter.places(len(sequence), answer, part.slots[index] if part.slots else ())
                 own, taken = _interleave(len(sequence), runs, start)
                 learned.extend(taken)
@@ -145,6 +143,12 @@ def _token_types(
         raise UserError(f"the tokenizer tells {max(found) + 1} segments apart, the model {known}: they do not belong "
                         "together.")  # fmt: skip
     return torch.tensor(found, device=device)
+
+
+def _answer(part: Part, index: int, adapter: Adapter) -> int | None:
+    """Where the answer of a sequence begins: what is classified is said at the end."""
+    answer = part.answers[index] if part.answers else None
+    return len(part.sequences[index]) if answer is None and adapter.head is not None else answer
 
 
 def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, checked
+from weft.core.adapter import Adapter, copy_into
 from weft.core.config import BuildContext, MethodConfig
 from weft.errors import UserError
 
@@ -83,16 +83,10 @@ class EncodedRows(Adapter):
         return {} if self.encoder is None else {_ENCODER + n: p for n, p in self.encoder.named_parameters()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        rows = checked(tensors, KEY, self.row_shape)
-        some = next(self.parameters())
-        rows = rows.to(some.device, some.dtype, copy=True)
-        own = dict(self.extra_tensors()) if any(key.startswith(_ENCODER) for key in tensors) else {}
-        for key, parameter in own.items():
-            parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
-        foreign = sorted(set(tensors) - set(own) - {KEY})
-        if foreign:
-            raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
-        if own:
+        rows = next(self.parameters()).new_empty(self.row_shape)
+        encoder = self.extra_tensors() if any(key.startswith(_ENCODER) for key in tensors) else {}
+        copy_into({KEY: rows, **encoder}, tensors)
+        if encoder:
             self.loaded = rows
         else:
             # peft's file has lost the encoder: what loads is plain rows.
@@ -115,6 +109,15 @@ def drawn(module: M, inputs: int, context: BuildContext) -> M:
             uniform = torch.rand(parameter.shape, generator=context.generator, dtype=torch.float32) * 2 - 1
             parameter.copy_(uniform / inputs**0.5)
     return module
+
+
+def orthogonal(layer: nn.Linear, context: BuildContext) -> nn.Linear:
+    """Make the weight orthogonal times sqrt(2), the bias zero: before a ReLU, what goes in comes out as large (Saxe et
+    al. 2014, He et al. 2015), so that the inputs of a deep encoder learn as fast as its outputs would."""
+    if not context.blank:
+        nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=context.generator)
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def normal_rows(count: int, width: int, context: BuildContext) -> nn.Parameter:

@@ -65,8 +65,9 @@ class HardPrompt(Adapter):
         stray = [i for i in ids if not 0 <= i < len(table)]
         if stray:
             raise UserError(f"prompt_ids: {stray[0]} is no token; this base has 0 to {len(table) - 1}.")
-        empty = torch.zeros(len(ids), embedding_width(context), dtype=table.dtype, device=context.device)
-        self.register_buffer("rows", empty if context.blank else embedded(torch.tensor(ids), context).clone())
+        empty = context.zeros(len(ids), embedding_width(context))
+        rows = empty if context.blank else embedded(torch.tensor(ids), context)
+        self.register_buffer("rows", rows.to(context.device, context.dtype, copy=True))
         self.num_virtual_tokens = len(ids)
 
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:

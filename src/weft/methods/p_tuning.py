@@ -15,7 +15,7 @@ from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture
 from weft.core.config import BuildContext
 from weft.core.route import stable_seed
-from weft.methods.encoder import RowEncoder, drawn, linear, normal_rows, sampled_ids
+from weft.methods.encoder import RowEncoder, drawn, linear, normal_rows, orthogonal, sampled_ids
 from weft.methods.prompt_tuning import PromptTuning, SoftPromptConfig, embedded, embedding_width
 
 
@@ -26,8 +26,9 @@ class PTuningConfig(SoftPromptConfig):
     method: ClassVar[str] = "p_tuning"
     peft_type: ClassVar[str] = "P_TUNING"
     default_learning_rate: ClassVar[float] = 1e-3
+    small_learning_rate: ClassVar[float | None] = 1e-2
 
-    num_virtual_tokens: int = Field(default=20, gt=0)
+    num_virtual_tokens: int = Field(default=50, gt=0)
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     encoder_hidden_size: int | None = Field(default=None, gt=0)
     encoder_num_layers: int = Field(default=2, gt=0)
@@ -44,7 +45,7 @@ class PTuningConfig(SoftPromptConfig):
     def build(self, name: str, context: BuildContext) -> Adapter:
         n, width = self.num_virtual_tokens, embedding_width(context)
         rows = context.zeros(n, width) if context.blank else embedded(sampled_ids(n, context), context)
-        return PromptTuning(self, name, rows, PromptEncoder(self, width, context), context)
+        return PTuning(self, name, rows, PromptEncoder(self, width, context), context)
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         return {
@@ -62,6 +63,15 @@ class PTuningConfig(SoftPromptConfig):
         found = super().from_peft({k: v for k, v in entries.items() if not k.startswith("encoder_")}, keys)
         assert isinstance(found, PTuningConfig)
         return found
+
+
+class PTuning(PromptTuning):
+    """A soft prompt that an encoder makes."""
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        # An optimizer like Adam moves every number by the rate; the inputs are that much larger than the weights, and
+        # each moves one virtual token only.
+        return 30.0 if parameter == "encoder.embedding" else 1.0
 
 
 class PromptEncoder(RowEncoder):
@@ -83,7 +93,7 @@ class PromptEncoder(RowEncoder):
             sizes = [2 * hidden, 2 * hidden]
         else:
             sizes = [width, hidden, hidden]
-        self.mlp = nn.ModuleList(linear(a, b, context) for a, b in itertools.pairwise(sizes))
+        self.mlp = nn.ModuleList(orthogonal(linear(a, b, context), context) for a, b in itertools.pairwise(sizes))
         self.last = linear(sizes[-1], width, context)
 
     def features(self, seed: int | None) -> Tensor:
