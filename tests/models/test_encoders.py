@@ -23,6 +23,8 @@ from weft.train.run import base_fingerprint
 from weft.train.step import class_logits
 
 TASK = ClassificationTask(("bad", "good"))
+# Methods that no encoder can take, and what they say.
+REFUSED = {"llama_pro": "normalises after the residual sum"}
 
 
 def copy_head(head: nn.Module | None, model: nn.Module) -> None:
@@ -103,6 +105,13 @@ def test_all_methods_in_the_stream_padded_exact_and_one_by_one(kind: str) -> Non
         gradients = {name: kit.gradients(adapters[name]) for name in names}
         assert all(gradients.values())
         assert all("head.weight" in of for of in gradients.values())
+        if kind == "bert" and "full" in names:  # its pooler too, which sees one row per text
+            pooler = adapters["full"].sites()["bert.pooler.dense"]
+            assert isinstance(pooler, nn.Module)
+            of_pooler = {id(p) for p in pooler.parameters()}
+            found_in = [n for n, p in adapters["full"].named_parameters() if id(p) in of_pooler]
+            assert found_in
+            assert all(gradients["full"][n].abs().max() > 0 for n in found_in)
         found.append(([x.detach() for x in logits], gradients))
         adapters.close()
     for (logits, gradients), what in zip(found[1:], ("padded", "exact", "checkpointing", "one by one"), strict=True):
@@ -122,10 +131,20 @@ def _opened(model: nn.Module, names: list[str], **options: bool) -> Adapters:
 
 def _names(model: nn.Module, *, prefix: bool) -> list[str]:
     """The methods for classification; with ``prefix`` False those that need no prefix."""
-    adapters = _opened(model, [name for name in kit.ALL if "sequence_classification" in kit.METHODS[name].tasks])
+    fitting = [name for name in kit.ALL if "sequence_classification" in kit.METHODS[name].tasks]
+    adapters = _opened(model, [name for name in fitting if name not in REFUSED])
     found = [name for name in adapters.names if prefix or not adapters[name].num_prefix_tokens]
     adapters.close()
     return found
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_a_misfit_says_why(method: str) -> None:
+    model = make_encoder("bert")
+    adapters = Adapters(model, describe(model))
+    with pytest.raises(UserError, match=REFUSED[method]):
+        adapters.add("it", kit.method_config(method), classification=TASK, blank=True)
+    adapters.close()
 
 
 def test_a_prefix_that_a_padded_batch_would_lose_is_refused() -> None:

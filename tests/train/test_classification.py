@@ -60,7 +60,10 @@ def peft_config(kind: str, method: str) -> peft.PeftConfig:
                    "distilbert": ["q_lin", "lin2"]}.get(kind, ["query", "output.dense"])  # fmt: skip
         return peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=targets, fan_in_fan_out=kind == "gpt2")
     if method == "ia3":
-        return peft.IA3Config(task_type="SEQ_CLS", fan_in_fan_out=kind == "gpt2")
+        targets = {"electra": (["key", "value"], ["output.dense"]), "distilbert": (["k_lin", "v_lin"], ["lin2"])}
+        both, last = targets.get(kind, (None, []))  # peft has defaults for the others
+        more = {"target_modules": both + last, "feedforward_modules": last} if both else {}
+        return peft.IA3Config(task_type="SEQ_CLS", fan_in_fan_out=kind == "gpt2", **more)
     cls = peft.PromptTuningConfig if method == "prompt_tuning" else peft.PrefixTuningConfig
     sizes = {"token_dim": 32, "num_layers": 2, "num_attention_heads": 4} if kind == "distilbert" else {}
     return cls(task_type="SEQ_CLS", num_virtual_tokens=4, **sizes)

@@ -43,6 +43,8 @@ class Site:
 
     def __init__(self, path: str, router: Router, base_class: type[nn.Module]) -> None:
         self.path = path
+        # A pooler sees one row per sequence: a job's head calls it under a route of such rows (full fine-tuning).
+        self.pools = "pooler" in path.split(".")
         self.router = router
         self.base_class = base_class
         self.inputs: dict[str, InputFunction] = {}
@@ -64,7 +66,7 @@ class Site:
     def run(self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward under the current route."""
         route = self.router.current
-        if route is None:
+        if route is None or (self.pools and (route.padded or route.layout is not None)):
             return self.base_class.forward(module, x, *args, **kwargs)
         if self.inserted:
             return self._run_block(module, x, args, kwargs, route)

@@ -68,10 +68,7 @@ def build_stream(
     first_position: int = 0,
     token_types: int = 0,
 ) -> Stream:
-    """Lay the parts' sequences end to end, with each adapter's virtual tokens at the head of its sequences.
-
-    ``token_types``: how many the model tells apart; 0: it is not told.
-    """
+    """Lay the parts' sequences end to end, with each adapter's virtual tokens among them."""
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []

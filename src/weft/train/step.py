@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters, head_scaling
+from weft.core.route import Route, Segment
 from weft.core.stream import Part, Stream
 from weft.data import Sample
 from weft.data.batch import supervise
@@ -98,7 +99,10 @@ def class_logits(adapters: Adapters, hidden: Tensor, stream: Stream, name: str, 
     rows = [ends[i] - stream.lengths[i] if bidirectional else ends[i] - 1 for i in sequences]
     head = adapters[name].head
     assert head is not None
-    return head(hidden.index_select(0, torch.tensor(rows, device=hidden.device)))
+    # One row per sequence, for a pooler that the adapter changes.
+    route = Route((Segment(name, len(rows), len(rows), lengths=(1,) * len(rows)),), exact=adapters.exact)
+    with adapters.route(route):
+        return head(hidden.index_select(0, torch.tensor(rows, device=hidden.device)))
 
 
 def _class_losses(adapters: Adapters, hidden: Tensor, stream: Stream, w: Work, sequences: Sequence[int]) -> Tensor:
