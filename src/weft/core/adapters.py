@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.route import KeyValueCache, Route, Router, Segment
+from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
 from weft.core.site import attach, detach, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.errors import UserError
@@ -132,7 +134,9 @@ class Adapters:
             blank,
             self.router,
         )
+        check_task(config, self.architecture)
         adapter = config.build(name, context)
+        check_sites(adapter, self.architecture)
         adapter.hidden_size = self.architecture.hidden_size
         if classification is not None:
             shape = self.architecture
@@ -229,6 +233,8 @@ class Adapters:
     @torch.no_grad()
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
+        if self.architecture.task == "seq2seq":
+            return prompt_keys_values(self.model, input_ids.to(self.device))
         if self.padded:
             body: Any = self.model.base_model
             out = body(input_ids=input_ids[None].to(self.device), use_cache=True)
@@ -258,9 +264,11 @@ class _Recorder:
 
 def head_scaling(model: nn.Module) -> tuple[float | None, float]:
     """(soft cap, factor) that the architecture applies to its logits (Gemma-2; Cohere, Granite)."""
-    config = model.config
+    config: Any = model.config
     softcap = getattr(config, "final_logit_softcapping", None)
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+        factor /= math.sqrt(config.d_model)
     return softcap, factor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -49,8 +50,15 @@ class Architecture:
     peft_task: str = "CAUSAL_LM"
     # Positions begin here (RoBERTa: 2).
     first_position: int = 0
+    # Of an encoder-decoder: the decoder's linears that are applied to what the encoder gives. Else empty.
+    memory_linears: tuple[str, ...] = ()
     # Makes the model attend along the packed stream; None: the model only works on padded batches.
     install_attention: AttentionInstaller | None = None
+
+    @property
+    def task(self) -> Literal["causal_lm", "seq2seq"]:
+        """What the base itself was made for."""
+        return "seq2seq" if self.memory_linears else "causal_lm"
 
     def match(self, targets: str | Iterable[str], layers: Iterable[int] | None = None) -> list[str]:
         """Linear modules that ``target_modules`` names, by PEFT's rules.
@@ -67,16 +75,17 @@ class Architecture:
             for name in wanted:
                 if not any(_matches(path, [name]) for path in self.linears):
                     raise UserError(self._no_match(name))
-        absent = [i for i in layers or () if not 0 <= i < self.num_layers]
+        last = max(int(block.rsplit(".", 1)[-1]) for block in self.blocks)
+        absent = [i for i in layers or () if not 0 <= i <= last]
         if absent:
-            last = self.num_layers - 1
             raise UserError(f"layers_to_transform: there is no layer {absent[0]}; this model has 0 to {last}.")
         try:
             found = [path for path in self.linears if _matches(path, wanted)]
         except re.error as error:
             raise UserError(f"target_modules {wanted!r} is no regular expression: {error}.") from None
         if layers is not None:
-            keep = tuple(f"{self.blocks[i]}." for i in layers)
+            # An encoder-decoder has a layer of each number in both stacks.
+            keep = tuple(f"{block}." for block in self.blocks if int(block.rsplit(".", 1)[-1]) in set(layers))
             found = [path for path in found if path.startswith(keep)]
         if not found:
             raise UserError(self._no_match(wanted))

@@ -69,10 +69,10 @@ class Opened:
     def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """Token ids of a prompt: a conversation, or a text that is one question (``raw``: to be continued)."""
         if not isinstance(prompt, str):
-            return self.renderer.prompt_ids(prompt)
+            return self.renderer.prompt(prompt, task=self.adapters.architecture.task).ids
         if raw:
             return list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"])
-        return self.renderer.prompt_ids([Message("user", prompt)])
+        return self.prompt_ids([Message("user", prompt)])
 
     def room(
         self, length: int, adapter: str | None, wanted: int | None, *, what: str = "the prompt", clip: bool = False

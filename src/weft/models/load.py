@@ -12,6 +12,7 @@ from torch import nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
+from weft.models.encoder_decoder import auto_class
 from weft.models.facts import describe
 
 DTYPES = {
@@ -103,14 +104,14 @@ def sketch_base(name: str, *, dtype: str = "auto", tokenizer: Any = None) -> Bas
     Raises:
         UserError: it is not there, or its configuration cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source, kind = resolve_model(name), resolve_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(source)
         kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            model = auto_class(config).from_config(config, dtype=kind)
     except Exception as error:  # as in load_base
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     return Base(model.eval(), tokenizer or load_tokenizer(source), describe(model), name)
@@ -122,13 +123,13 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer
     Raises:
         UserError: it is not there, cannot be read, or the device is missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     source, where, kind = resolve_model(name), resolve_device(device), resolve_dtype(dtype)
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(
             source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across

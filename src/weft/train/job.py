@@ -201,4 +201,6 @@ class Job:
         digest = hashlib.sha256()
         for sample in (*self.samples, *self.eval_samples):
             digest.update(repr((sample.input_ids, sample.weights)).encode())
+            if sample.target_ids:
+                digest.update(repr(sample.target_ids).encode())
         return digest.hexdigest()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -69,7 +69,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         truncate=config.truncate,
     )
     files: dict[str, list[Sample]] = {}
-    loaded = [_load_data(config, job, renderer, files) for job in config.jobs]
+    loaded = [_load_data(config, job, renderer, files, sketch.architecture.task) for job in config.jobs]
     _check(config, sketch, loaded)
     if base is None:
         base = load_base(config.model, dtype=config.dtype, device=config.device, tokenizer=sketch.tokenizer)
@@ -98,7 +98,11 @@ def _check(config: RunConfig, sketch: Base, data: Sequence[tuple[list[Sample], l
 
 
 def _load_data(
-    config: RunConfig, job: JobConfig, renderer: Renderer, files: dict[str, list[Sample]]
+    config: RunConfig,
+    job: JobConfig,
+    renderer: Renderer,
+    files: dict[str, list[Sample]],
+    task: Literal["causal_lm", "seq2seq"],
 ) -> tuple[list[Sample], list[Sample]]:
     """The job's samples to train on and to evaluate on; a file that several jobs read is read once."""
 
@@ -111,6 +115,7 @@ def _load_data(
                 columns=config.columns,
                 limit=config.limit,
                 empty_answers=config.empty_answers,
+                task=task,
             )
         return files[path]
 
