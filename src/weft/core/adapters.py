@@ -263,11 +263,11 @@ class _Recorder:
 
 
 def head_scaling(model: nn.Module) -> tuple[float | None, float]:
-    """(soft cap, factor) that the architecture applies to its logits (Gemma-2; Cohere, Granite)."""
+    """(soft cap, factor) that the architecture applies to its logits (Gemma-2; Cohere, Granite, T5)."""
     config: Any = model.config
     softcap = getattr(config, "final_logit_softcapping", None)
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+    if getattr(config, "scale_decoder_outputs", config.model_type == "umt5"):  # T5, where it ties its embeddings
         factor /= math.sqrt(config.d_model)
     return softcap, factor
 
