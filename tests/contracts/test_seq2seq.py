@@ -91,6 +91,7 @@ def logits_of(adapters: Adapters, name: str | None, data: list[Sample]) -> list[
 
 def their_logits(model: Any, data: list[Sample], *, masked: bool = True) -> list[Tensor]:
     """The same from a transformers or peft model, over one right-padded batch."""
+
     def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows))
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

@@ -43,6 +43,7 @@ JOB_KEYS: dict[str, str] = {
     "method": "one of " + ", ".join(f"`{name}`" for name in METHODS),
     "data": "training data of this job",
     "eval_data": "evaluation data of this job",
+    "task": "`causal_lm` writes text, as the base does it; `seq2seq` asks for an encoder-decoder (T5, mT5)",
     "steps": "optimizer steps; wins over `epochs`",
     "epochs": "passes over the data",
     "batch_size": "sequences per forward pass",

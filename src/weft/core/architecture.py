@@ -57,7 +57,7 @@ class Architecture:
 
     @property
     def task(self) -> Literal["causal_lm", "seq2seq"]:
-        """What the base itself was made for."""
+        """How the base writes, if it does: ``seq2seq`` for an encoder-decoder."""
         return "seq2seq" if self.memory_linears else "causal_lm"
 
     def match(self, targets: str | Iterable[str], layers: Iterable[int] | None = None) -> list[str]:

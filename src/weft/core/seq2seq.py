@@ -221,18 +221,38 @@ def prompt_keys_values(model: nn.Module, input_ids: Tensor) -> list[tuple[Tensor
 
 
 def check_task(config: MethodConfig, architecture: Architecture) -> None:
-    """Refuse a method that is not made for what the base does.
+    """Refuse a method that is not made for encoder-decoders on one.
 
     Raises:
-        UserError: names the method and what the base is.
+        UserError: names the method and what it is made for.
     """
+    if architecture.task != "seq2seq":
+        return
     for part in getattr(config, "parts", (config,)):
-        if architecture.task not in part.tasks:
+        if "seq2seq" not in part.tasks:
             raise UserError(
-                f"method {part.method} does not work with {architecture.model_type}, whose task is "
-                f"{architecture.task}; it is made for: {', '.join(sorted(part.tasks))}. Take another method (lora, for "
-                "one) or another base."
+                f"method {part.method} does not work with {architecture.model_type}, whose task is seq2seq; it is made "
+                f"for: {', '.join(sorted(part.tasks))}. Take another method (lora, for one) or another base."
             )
+
+
+def check_job(name: str, task: str, architecture: Architecture) -> None:
+    """Refuse a job that the base cannot do; ``causal_lm``, the default, is whatever writing the base was made for.
+
+    Raises:
+        UserError: ``seq2seq`` without an encoder-decoder, or classification with one.
+    """
+    kind = architecture.model_type
+    if task == "seq2seq" and architecture.task != "seq2seq":
+        raise UserError(
+            f"job '{name}': task is seq2seq, but a {kind} model is no encoder-decoder (T5 and mT5 are). Leave task "
+            "out, or take such a base."
+        )
+    if task == "sequence_classification" and architecture.task == "seq2seq":
+        raise UserError(
+            f"job '{name}': task is sequence_classification, which Weft does not do with an encoder-decoder ({kind}). "
+            "Set task: seq2seq and let it write the name of the class, or take another base."
+        )
 
 
 def check_sites(adapter: Adapter, architecture: Architecture) -> None:

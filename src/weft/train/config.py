@@ -34,6 +34,7 @@ class JobConfig(BaseModel):
     method_settings: dict[str, Any] = {}
     data: str | None = None
     eval_data: str | None = None
+    task: Literal["causal_lm", "seq2seq"] = "causal_lm"
     steps: int | None = Field(default=None, gt=0)
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=8, gt=0)

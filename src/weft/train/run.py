@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from weft.core.adapters import Adapters
+from weft.core.seq2seq import check_job
 from weft.data import Renderer, Sample, load_samples, split_holdout
 from weft.errors import UserError
 from weft.models import Base, load_base
@@ -57,6 +58,8 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
                 raise UserError(f"no data file at {data}.")
     # What can be refused is refused before weights are loaded, which may take minutes.
     sketch = base or sketch_base(config.model, dtype=config.dtype)
+    for job in config.jobs:
+        check_job(job.name, job.task, sketch.architecture)
     limit = sketch.architecture.max_length
     length = config.max_length or limit
     if limit is not None and length is not None and length > limit:
