@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
 from weft.core.adapters import Adapters
-from weft.core.seq2seq import run_seq2seq
+from weft.core.seq2seq import Decoder, run_seq2seq
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
@@ -146,7 +146,7 @@ def test_together_equals_alone(kind: str) -> None:
         alone.backward()
         own = kit.gradients(adapters[w.adapter])
         assert own.keys() == grads.keys()
-        kit.measured(f"{kind} {w.adapter} loss, together - alone", abs(float(loss - alone)), 1e-10)
+        kit.measured(f"{kind} {w.adapter} loss, together - alone", abs((loss - alone).item()), 1e-10)
         worst = kit.difference(grads.values(), own.values())
         kit.measured(f"{kind} {w.adapter} gradient, together - alone", worst, 1e-10)
         assert any(g.abs().max() > 0 for g in own.values()), w.adapter
@@ -210,20 +210,28 @@ def test_checkpointing_is_used() -> None:
     assert sorted(calls) == ["decoder.block.2"] * 2 + ["encoder.block.2"] * 2
 
 
-def test_dropout_in_cross_attention_does_not_see_the_neighbours_lengths() -> None:
+@pytest.mark.parametrize(("inputs", "answers"), [((9, 12), (1, 4)), ((1, 3), (9, 14))], ids=["longer", "shorter"])
+def test_dropout_in_cross_attention_sees_the_encoders_rows(inputs: tuple[int, int], answers: tuple[int, int]) -> None:
     """Its key and value projections read encoder rows: more of them, or fewer, than the decoder has."""
-    config = METHODS["lora"](r=2, target_modules=["EncDecAttention.k", "EncDecAttention.v"], lora_dropout=0.5)
     model = make_model("t5", torch.float64)
     adapters = Adapters(model, describe(model))
-    kit.randomize(adapters.add("a", config), 1)
-    kit.randomize(adapters.add("b", config), 2)
+    for index, (name, dropout) in enumerate({"a": 0.5, "b": 0.5, "hardly": 1e-13}.items()):
+        targets = ["EncDecAttention.k", "EncDecAttention.v"]
+        config = METHODS["lora"](r=2, target_modules=targets, lora_dropout=dropout)
+        kit.randomize(adapters.add(name, config), index)
+    data = [
+        Sample(ids, [0.0] * len(ids), "", target_ids=tuple(answer))
+        for ids, answer in zip(kit.texts(3, *inputs, seed=1), kit.texts(3, *answers, seed=2), strict=True)
+    ]
+    (alone,) = forward_losses(adapters, [Work("a", data, 5)])
     for low, high in ((1, 2), (25, 30)):
-        work = [Work("a", samples(3, 9, 12), 5), Work("b", samples(2, low, high), 6)]
-        beside = forward_losses(adapters, work)[0]
-        (alone,) = forward_losses(adapters, work[:1])
-        assert abs(float(beside - alone)) <= 1e-10
-    (without,) = forward_losses(adapters, [Work("a", samples(3, 9, 12))])
-    assert abs(float(without - alone)) > 1e-6, "dropout does nothing"
+        (beside, _) = forward_losses(adapters, [Work("a", data, 5), Work("b", samples(2, low, high), 6)])
+        assert abs((beside - alone).item()) <= 1e-10
+    (without,) = forward_losses(adapters, [Work("a", data)])
+    assert abs((without - alone).item()) > 1e-6, "dropout does nothing"
+    # A mask that is 1 wherever a token is drops none of them.
+    (hardly,), (none,) = (forward_losses(adapters, [Work("hardly", data, seed)]) for seed in (5, None))
+    assert abs((hardly - none).item()) <= 1e-10
 
 
 # -- peft
@@ -338,6 +346,27 @@ def test_greedy_equals_teacher_forcing_in_any_company(kind: str) -> None:
             (logits,) = logits_of(adapters, request.adapter, [given])
         assert logits.argmax(-1)[:-1].tolist() == answer, request.adapter
         assert generate(adapters, [request], stop_ids=())[0].ids == answer, request.adapter
+
+
+def test_the_cache_gives_the_hidden_states_of_one_pass() -> None:
+    """Also after rows have left."""
+    adapters = open_with_all(make_model("t5", torch.float64))
+    names = [None, *fitting()]
+    data = {name: samples(2, 1, 15, seed=i) for i, name in enumerate(names)}
+    parts = [Part(name, [s.input_ids for s in data[name]]) for name in names]
+    answers = [(5 + i, 9, 40 + i, 7) for i in range(2 * len(names))]
+    with torch.no_grad():
+        stream, hidden = run_seq2seq(adapters, parts, answers)
+        whole = hidden[torch.tensor([list(rows) for rows in stream.rows])]
+        decoder = Decoder(adapters, parts)
+        tokens, inputs = decoder.first_tokens, torch.tensor(answers)
+        rows, counts = torch.arange(len(answers)), [(name, 2) for name in names]
+        for place in range(4):
+            kit.measured(f"place {place}", kit.difference(decoder.step(tokens, counts), whole[rows, place]), 1e-10)
+            if place == 1:  # every second row, which leaves each adapter one
+                decoder.keep(torch.arange(1, len(rows), 2))
+                rows, counts = rows[1::2], [(name, 1) for name in names]
+            tokens = inputs[rows, place]
 
 
 # -- what does not fit

@@ -16,6 +16,7 @@ from weft.core.files import read_tensors
 from weft.data import Message
 from weft.errors import UserError
 from weft.evaluate import Question, answer_questions
+from weft.generate import generate
 from weft.generate.open import open_target
 from weft.methods import METHODS
 from weft.models import describe
@@ -133,7 +134,9 @@ def test_other_answers_are_other_data(t5_dir: Path, tiny_data: Path, tmp_path: P
         train(build_config({**values, "resume": True}))
 
 
-def test_generate_answers_as_training_asked(weft: Callable[..., str], run_dir: Path, t5_dir: Path) -> None:
+def test_generate_answers_as_training_asked(
+    weft: Callable[..., str], run_dir: Path, t5_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoTokenizer
 
     result = weft("generate", run_dir, "--prompt", "What comes after one?", "--all-adapters", "--json",
@@ -145,8 +148,16 @@ def test_generate_answers_as_training_asked(weft: Callable[..., str], run_dir: P
     ids = opened.prompt_ids("What comes after one?")
     assert ids == tokenizer("What comes after one?")["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
+    asked: list[list[int]] = []
+
+    def note(adapters: Any, requests: Any, **options: Any) -> Any:
+        asked.extend(request.prompt for request in requests)
+        return generate(adapters, requests, **options)
+
+    monkeypatch.setattr("weft.evaluate.exact_match.generate", note)
     question = Question((Message("user", "What comes after one?"),), "two", "here")
     answers = answer_questions(opened.adapters, opened.renderer, [question], METHODS_HERE, max_new_tokens=5)
+    assert asked == [ids] * len(METHODS_HERE)
     assert [answers[row["adapter"]][0].text for row in rows] == [row["text"].strip() for row in rows]
     opened.close()
 
