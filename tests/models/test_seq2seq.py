@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,8 @@ def test_generate_answers_as_training_asked(
         asked.extend(request.prompt for request in requests)
         return generate(adapters, requests, **options)
 
-    monkeypatch.setattr("weft.evaluate.exact_match.generate", note)
+    # The package has a function of the module's name.
+    monkeypatch.setattr(importlib.import_module("weft.evaluate.exact_match"), "generate", note)
     question = Question((Message("user", "What comes after one?"),), "two", "here")
     answers = answer_questions(opened.adapters, opened.renderer, [question], METHODS_HERE, max_new_tokens=5)
     assert asked == [ids] * len(METHODS_HERE)
