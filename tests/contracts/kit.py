@@ -37,12 +37,18 @@ ALL = sorted(METHODS)
 # Per method, what its tests set; "drop" holds what turns its dropout on.
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4},
+    # As many ranks as the budget: what AdaLoRA's file holds when it drops some, its own tests see.
+    "adalora": {"init_r": 4, "target_r": 4},
     "bitfit": {"add_missing": True},
     "prompt_tuning": {"num_virtual_tokens": 5},
     "prefix_tuning": {"num_virtual_tokens": 4},
     "bottleneck": {"reduction_factor": 4},
 }
-DROPOUT: dict[str, dict[str, Any]] = {"lora": {"lora_dropout": 0.2}, "bottleneck": {"dropout": 0.2}}
+DROPOUT: dict[str, dict[str, Any]] = {
+    "lora": {"lora_dropout": 0.2},
+    "adalora": {"lora_dropout": 0.2},
+    "bottleneck": {"dropout": 0.2},
+}
 # Methods that do not promise to begin as the identity: they put something new before the text.
 NOT_IDENTITY = {"prompt_tuning", "prefix_tuning"}
 

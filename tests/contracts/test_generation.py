@@ -29,7 +29,8 @@ def teacher(adapters: Adapters, request: Request, answer: list[int]) -> list[int
     """The likeliest token at every place of the answer, from one pass over the whole text."""
     with torch.no_grad():
         (hidden,) = kit.hidden_of(adapters, [Part(request.adapter, [[*request.prompt, *answer]])])
-        return adapters.logits(hidden).argmax(-1)[len(request.prompt) - 1 : -1].tolist()
+        logits = adapters.logits(hidden, [(request.adapter, len(hidden))])
+        return logits.argmax(-1)[len(request.prompt) - 1 : -1].tolist()
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["cache", "padded"])

@@ -44,7 +44,11 @@ def values_and_gradients(
 ) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
     """Logits of every sequence, and the gradients of a function of them, over all ``groups`` (one pass each)."""
     adapters = kit.open_with_all(model, dropout=dropout, **options)
-    logits = [adapters.logits(h) for parts in groups for h in kit.hidden_of(adapters, parts)]
+    logits = []
+    for parts in groups:
+        names = [part.adapter for part in parts for _ in part.sequences]
+        hidden = kit.hidden_of(adapters, parts)
+        logits += [adapters.logits(h, [(name, len(h))]) for name, h in zip(names, hidden, strict=True)]
     torch.autograd.backward([x.square().mean() for x in logits if x.requires_grad])
     grads = {name: kit.gradients(adapters[name]) for name in kit.ALL}
     adapters.close()
@@ -109,7 +113,7 @@ def test_a_model_that_only_runs_padded(options: dict[str, bool]) -> None:
     for request, answer in zip(requests, answers, strict=True):
         full = [*request.prompt, *answer]
         (hidden,) = kit.hidden_of(adapters, [Part(request.adapter, [full])])
-        told = adapters.logits(hidden).argmax(-1)[len(request.prompt) - 1 : -1]
+        told = adapters.logits(hidden, [(request.adapter, len(full))]).argmax(-1)[len(request.prompt) - 1 : -1]
         assert told.tolist() == answer
     adapters.close()
 

@@ -170,9 +170,6 @@ def edit(folder: Path, **entries: Any) -> None:
 
 
 REFUSED = {
-    "use_dora": True,
-    "modules_to_save": ["lm_head"],
-    "bias": "all",
     "lora_bias": True,
     "layer_replication": [[0, 2], [1, 3]],
     "trainable_token_indices": [1, 2],

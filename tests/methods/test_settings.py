@@ -45,7 +45,7 @@ def test_the_first_values_depend_on_the_seed_alone() -> None:
         first = kit.parameters(adapters.add("a", kit.method_config(method), seed=5))
         second = kit.parameters(adapters.add("b", kit.method_config(method), seed=5))
         assert kit.sha256(first.values()) == kit.sha256(second.values())
-        if method != "bitfit":
+        if method not in ("bitfit", "full", "freeze", "llama_pro"):  # all begin at zero, or as the base
             third = kit.parameters(adapters.add("c", kit.method_config(method), seed=6))
             assert kit.sha256(first.values()) != kit.sha256(third.values())
         for name in adapters.names:

@@ -109,7 +109,8 @@ def test_generation_is_teacher_forcing(kind: str) -> None:
     for request, answer in zip(asked, generate(adapters, asked, stop_ids=()), strict=True):
         with torch.no_grad():
             (hidden,) = kit.hidden_of(adapters, [Part(request.adapter, [[*request.prompt, *answer.ids]])])
-            told = adapters.logits(hidden).argmax(-1)[len(request.prompt) - 1 : -1].tolist()
+            likeliest = adapters.logits(hidden, [(request.adapter, len(hidden))]).argmax(-1)
+        told = likeliest[len(request.prompt) - 1 : -1].tolist()
         assert told == answer.ids, request.adapter
     adapters.close()
 

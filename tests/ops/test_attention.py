@@ -85,6 +85,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 7},
     "window 1": {"sliding_window": 1},
     "softcap": {"softcap": 1.5},
+    "bidirectional": {"causal": False},
+    "bidirectional softcap": {"causal": False, "softcap": 1.5},
     "all": {"alibi_slopes": torch.tensor([0.3, 0.2, 0.1, 0.05]), "sliding_window": 70, "softcap": 2.0},
 }
 
@@ -127,6 +129,8 @@ def test_random_layouts(data: st.DataObject) -> None:
         "softcap": data.draw(st.sampled_from([None, 2.0])),
         "alibi_slopes": data.draw(st.sampled_from([None, torch.tensor([0.5, 0.25, 0.1, 0.05])])),
     }
+    if data.draw(st.booleans()):
+        features = {"softcap": features["softcap"], "causal": False}
     separate = data.draw(st.booleans())
     chunk, attention.QUERY_CHUNK = attention.QUERY_CHUNK, data.draw(st.sampled_from([3, 16, 256]))
     try:
@@ -148,7 +152,7 @@ def test_every_token_is_in_one_bucket_once() -> None:
     assert all(len({groups[s] for s in b.sequences}) == 1 for b in separate.buckets)
 
 
-@pytest.mark.parametrize("features", [{}, FEATURES["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("features", [{}, FEATURES["all"], {"causal": False}], ids=["plain", "all", "bidirectional"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_separate_groups_is_bitwise_what_each_group_is_alone(dtype: torch.dtype, features: dict[str, Any]) -> None:
     lengths, groups = [33, 65, 7, 90, 1, 310, 64, 28], [0, 1, 0, 2, 1, 1, 0, 3]
@@ -178,8 +182,9 @@ def test_separate_groups_is_bitwise_what_each_group_is_alone(dtype: torch.dtype,
             assert all(torch.equal(a, b) for a, b in zip(alone_grads[3:], grads[first : first + 2], strict=True))
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("poison", [5.0, float("nan")])
-def test_a_sequence_never_moves_another(poison: float) -> None:
+def test_a_sequence_never_moves_another(poison: float, causal: bool) -> None:
     """Same bucket, one sequence changed (even to NaN): outputs and gradients of the others differ by exactly 0."""
     lengths = [20, 25, 17, 22]
     layout = SequenceLayout.build(lengths)
@@ -190,7 +195,7 @@ def test_a_sequence_never_moves_another(poison: float) -> None:
     for x in changed:
         x[:, 20:45] = poison
         x.requires_grad_()
-    before, after = (run(varlen_attention, layout, x, []) for x in (leaves, changed))
+    before, after = (run(varlen_attention, layout, x, [], causal=causal) for x in (leaves, changed))
     assert torch.equal(before[0][others], after[0][others])
     assert all(torch.equal(a[:, others], b[:, others]) for a, b in zip(before[1:], after[1:], strict=True))
 
@@ -228,11 +233,17 @@ def test_wrong_input_is_refused() -> None:
         varlen_attention(q, k, k, SequenceLayout.build([9]), scale=1.0)
     with pytest.raises(ValueError, match="one dtype"):
         varlen_attention(q, k.float(), k, SequenceLayout.build([10]), scale=1.0)
+    with pytest.raises(ValueError, match="causal attention only"):
+        varlen_attention(q, k, k, SequenceLayout.build([10]), scale=1.0, sliding_window=3, causal=False)
     with pytest.raises(ValueError, match="prefix_groups"):
         varlen_attention(q, k, k, SequenceLayout.build([10]), scale=1.0, prefix={0: (k, k)})
 
 
-@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+# One new token sees all that is in the cache: there is nothing that is not causal about it.
+CAUSAL = {name: features for name, features in FEATURES.items() if features.get("causal", True)}
+
+
+@pytest.mark.parametrize("features", CAUSAL.values(), ids=CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_decode_equals_ref(features: dict[str, Any], dtype: torch.dtype) -> None:
     gen = torch.Generator().manual_seed(3)
@@ -245,7 +256,7 @@ def test_decode_equals_ref(features: dict[str, Any], dtype: torch.dtype) -> None
     torch.testing.assert_close(fast, ref, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("features", CAUSAL.values(), ids=CAUSAL)
 def test_decode_continues_varlen(features: dict[str, Any]) -> None:
     """The last token of a sequence, decoded against its cache, gives the row that the whole sequence gives."""
     n = 24

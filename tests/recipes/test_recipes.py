@@ -32,6 +32,12 @@ def load(name: str, out: Path, *overrides: str):
             if not found.exists():
                 pytest.skip(f"needs the shared data: {found} is absent")
             moved.append(f"{key}={found}")
+    if "/" in str(values["data"]) and not Path(values["data"]).suffix:
+        # A recipe for a hub: here the same file with its architecture shrunk, on the same kind of instructions.
+        found = shared_data() / "sft" / "alpaca_gpt4_zh.json"
+        if not found.exists():
+            pytest.skip(f"needs the shared data: {found} is absent")
+        moved += ["shape=tiny", f"data={found}"]
     return load_config(recipe, [*moved, *overrides])
 
 
@@ -44,6 +50,15 @@ def eval_losses(folder: Path) -> list[float]:
 def test_every_recipe_runs(recipe, tmp_path):
     result = train(load(recipe.stem, tmp_path / "run", "limit=40", "eval_size=8", "steps=2", "threads=1"))
     assert result.completed
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_llama_2_quantised(quantization, tmp_path):
+    config = load(
+        "llama-2-7b_alpaca-zh", tmp_path / "run", "limit=30", "eval_size=8", "steps=2", "threads=1",
+        f"quantization={quantization}",
+    )  # fmt: skip
+    assert train(config).completed
 
 
 def run_alpaca(tmp_path, *overrides: str) -> Path:

@@ -77,7 +77,10 @@ def test_a_job_wins_over_the_top() -> None:
         ({"resume_from_checkpoint": True}, "run", "resume", True),
         ({"overwrite_output_dir": True}, "run", "overwrite_output_dir", True),
         ({"report_to": "none"}, "run", "resume", False),
-        ({"load_in_4bit": False}, "run", "dtype", "auto"),
+        ({"load_in_4bit": False}, "run", "quantization", None),
+        ({"load_in_4bit": True}, "run", "quantization", "nf4"),
+        ({"quantization_bit": 8}, "run", "quantization", "int8"),
+        ({"use_modelscope": True}, "run", "hub", "modelscope"),
         ({"packing": True}, "run", "exact", False),
         # axolotl
         ({"sequence_len": 50}, "run", "max_length", 50),
@@ -110,7 +113,7 @@ def test_model_and_method_of_other_tools(key: str, method: tuple[str, Any]) -> N
     [
         ({"lr": 1, "learning_rate": 2}, "'lr' and 'learning_rate' mean the same"),
         ({"bf16": True, "fp16": True}, "'bf16' and 'fp16' mean the same"),
-        ({"load_in_4bit": True}, "load_in_4bit: True is not in this version"),
+        ({"quantization_bit": 3}, "a base is kept in 4 .nf4. or 8 bits"),
         ({"resume_from_checkpoint": "out/checkpoint-3"}, "newest intact checkpoint"),
         ({"loss_scale": "hermes"}, "loss_scale"),
         ({3: 4}, "key 3 is not a string"),

@@ -64,7 +64,7 @@ def generate(
     dtype: options.Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print all answers as one JSON object.")] = False,
 ) -> int:
-    """Answer prompts with one or many adapters, all in one batch.
+    """Answer prompts with one or many adapters, all in one batch; a classification adapter answers with the label.
 
     weft generate runs/weft --prompt "What is a loom?" --all-adapters
     """
@@ -136,6 +136,13 @@ def _answer(
     from weft.generate import generate as run
     from weft.generate.text import decode
 
+    classifiers = [name for name in who if name is not None and opened.adapters[name].head is not None]
+    if classifiers:
+        labelled = {name: _classify(opened, prompts, name) for name in classifiers}
+        others = [name for name in who if name not in labelled]
+        more = _answer(opened, prompts, others, system, max_new_tokens, sampling, raw, batch_size) if others else []
+        written = iter(more)
+        return [labelled[n][i] if n in labelled else next(written) for i in range(len(prompts)) for n in who]
     requests, owners = [], []
     for prompt in prompts:
         ids = _ids(opened, prompt, system, raw)
@@ -154,6 +161,28 @@ def _answer(
             "tokens": len(done.ids),
         }
         for prompt, request, done in zip(owners, requests, completions, strict=True)
+    ]
+
+
+def _classify(opened: Opened, prompts: Sequence[Prompt], name: str) -> list[dict[str, Any]]:
+    """The class of every prompt; two texts have a tab between them."""
+    from weft.evaluate.classify import predict, text_sample
+
+    samples = []
+    for prompt in prompts:
+        if not isinstance(prompt.content, str):
+            raise UserError(f"{prompt.source}: adapter '{name}' classifies texts; this is a conversation.")
+        samples.append(text_sample(opened.adapters, opened.renderer, prompt.content, prompt.source))
+    found = predict(opened.adapters, name, samples)
+    return [
+        {
+            "prompt": prompt.shown(),
+            "adapter": name,
+            "text": found.names[label],
+            "probabilities": dict(zip(found.names, row, strict=True)),
+            "prompt_tokens": len(sample.input_ids),
+        }
+        for prompt, sample, label, row in zip(prompts, samples, found.labels, found.probabilities.tolist(), strict=True)
     ]
 
 

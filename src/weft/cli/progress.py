@@ -47,7 +47,10 @@ class PlainReporter(QuietReporter):
 def plain_line(event: Mapping[str, Any]) -> str | None:
     """The line for an event, or None for those that have none."""
     if event["event"] == "eval":
-        return f"eval job={event['job']} step={event['step']} eval_loss={event['eval_loss']:.4f}"
+        line = f"eval job={event['job']} step={event['step']} eval_loss={event['eval_loss']:.4f}"
+        if "eval_accuracy" not in event:
+            return line
+        return f"{line} accuracy={event['eval_accuracy']:.4f} majority={event['eval_majority']:.4f}"
     if event["event"] != "step":
         return None
     return (
@@ -66,6 +69,7 @@ class _Row:
     total: int = 0
     loss: float | None = None
     eval_loss: float | None = None
+    accuracy: float | None = None
     speed: float | None = None
     eta: float | None = None
 
@@ -87,7 +91,8 @@ class LiveReporter:
         if event["event"] == "warning":
             self.console.print(f"warning: {event['message']}", markup=False, highlight=False)
         elif event["event"] == "eval":
-            self.rows[event["job"]].eval_loss = event["eval_loss"]
+            row = self.rows[event["job"]]
+            row.eval_loss, row.accuracy = event["eval_loss"], event.get("eval_accuracy")
         elif event["event"] == "step":
             row = self.rows[event["job"]]
             row.step, row.total, row.loss = event["step"], event["total_steps"], event["loss"]
@@ -107,7 +112,8 @@ class LiveReporter:
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column("job", max_width=24, no_wrap=True)
         table.add_column("", min_width=8)
-        for heading in ("step", "loss", "eval", "tok/s", "ETA"):
+        classifies = any(row.accuracy is not None for row in self.rows.values())
+        for heading in ("step", "loss", "eval", *(["acc"] if classifies else []), "tok/s", "ETA"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
@@ -117,6 +123,7 @@ class LiveReporter:
                 f"{row.step}/{row.total}",
                 _number(row.loss, ".4f"),
                 _number(row.eval_loss, ".4f"),
+                *([_number(row.accuracy, ".3f")] if classifies else []),
                 _number(row.speed, ".0f"),
                 "" if row.eta is None else common.human_time(row.eta),
                 "",

@@ -29,6 +29,10 @@ RUN_KEYS: dict[str, str] = {
     "train_on": "which tokens are learned ([data.md](data.md))",
     "max_length": "longest sequence in tokens; default: what the model can take",
     "truncate": "cut longer records instead of refusing them",
+    "hub": "where an id of a model or a data set is looked up; `HF_ENDPOINT` names a mirror of Hugging Face",
+    "data_hub": "for data sets, if it is another one than `hub`",
+    "shape": "`tiny`: the same architecture with two layers of width 64 and random weights, to try a run in seconds",
+    "quantization": "how the base's linears are kept: NF4 with double quantisation, or LLM.int8; needs `weft[quant]`",
     "dtype": "what the base computes in: `auto` (as its config says), `float32`, `bfloat16`, `float16`, `float64`",
     "device": "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:0`",
     "threads": "CPU threads of torch",
@@ -43,7 +47,13 @@ JOB_KEYS: dict[str, str] = {
     "method": "one of " + ", ".join(f"`{name}`" for name in METHODS),
     "data": "training data of this job",
     "eval_data": "evaluation data of this job",
-    "task": "`causal_lm` writes text, as the base does it; `seq2seq` asks for an encoder-decoder (T5, mT5)",
+    "task": "`causal_lm` writes text, as the base does it (`seq2seq`: only on an encoder-decoder, T5 or "
+    "mT5); `sequence_classification` names the class of a text, through a head of the job's "
+    "own (on a base that writes or on an encoder)",
+    "labels": "classification: names of the classes in order; default: those in the training data",
+    "text_columns": "classification: the columns with the text or the pair of texts, if their names are not usual ones "
+    "([data.md](data.md))",
+    "label_column": "classification: the column with the label, likewise",
     "steps": "optimizer steps; wins over `epochs`",
     "epochs": "passes over the data",
     "batch_size": "sequences per forward pass",
@@ -83,10 +93,12 @@ SWITCH_MEANINGS: dict[str, str] = {
     **dict.fromkeys(
         ("packing", "sample_packing", "padding_free", "neat_packing"), "nothing: no pad token is ever computed"
     ),
-    **dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "report_to"),
-        "nothing if off; not in this version if on",
-    ),
+    "load_in_4bit": "`quantization: nf4` if on",
+    "load_in_8bit": "`quantization: int8` if on",
+    "quantization_bit": "`quantization`: 4 → `nf4`, 8 → `int8`",
+    "quant_bits": "`quantization`: 4 → `nf4`, 8 → `int8`",
+    "use_modelscope": "`hub: modelscope` if on",
+    "report_to": "nothing if off; not in this version if on",
 }
 
 _INTRO = """\

@@ -78,6 +78,9 @@ def train(
     data: Annotated[str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv or .txt.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; repeat it to train several at once.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the run (default: runs/weft).")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="tiny: the base's architecture shrunk and random, to try a run in seconds.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite_output_dir: Annotated[
         bool, typer.Option("--overwrite-output-dir", help="Delete the run that is in the folder, and begin anew.")
@@ -93,7 +96,7 @@ def train(
     """
     flags: dict[str, Any] = {"model": model, "data": data, "output_dir": output_dir}
     flags |= {"method": None if not method else method[0] if len(method) == 1 else method}
-    flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
+    flags |= {"shape": shape, "resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
     given = {key: value for key, value in flags.items() if value is not None}
     signals = Signals()
     with signals.installed():
@@ -121,7 +124,8 @@ def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
 def _run(settings: RunConfig, signals: Signals, *, as_json: bool, quiet: bool) -> int:
     from weft.train.run import train as run_training
 
-    common.tell_hub(settings.model)
+    if settings.shape == "full":
+        common.tell_hub(settings.model)
     reporter: list[Reporter] = []
     jobs: list[dict[str, Any]] = []
 
@@ -184,7 +188,9 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
     for job in jobs:
         state, name = result.jobs[job["name"]], job["name"]
         losses = [e["loss"] for e in logged if e["event"] == "step" and e["job"] == name]
-        evals = [e["eval_loss"] for e in logged if e["event"] == "eval" and e["job"] == name]
+        told = [e for e in logged if e["event"] == "eval" and e["job"] == name]
+        evals = [e["eval_loss"] for e in told]
+        right = [e["eval_accuracy"] for e in told if "eval_accuracy" in e]
         folder = Path(job["folder"])
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if result.completed else 0
         rows.append(
@@ -197,6 +203,10 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
                 "eval_loss_first": evals[0] if evals else None,
                 "eval_loss_best": state["best_eval_loss"],
                 "eval_loss_last": evals[-1] if evals else None,
+                "eval_accuracy_first": right[0] if right else None,
+                "eval_accuracy_best": max(right, default=None),
+                "eval_accuracy_last": right[-1] if right else None,
+                "eval_majority": told[-1].get("eval_majority") if told else None,
                 "tokens": state["tokens"],
                 "tokens_per_second": round(state["tokens"] / state["seconds"], 1) if state["seconds"] else None,
                 "bytes": size,
@@ -230,6 +240,8 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "eval first": lambda job: _loss(job["eval_loss_first"]),
     "best": lambda job: _loss(job["eval_loss_best"]),
     "last": lambda job: _loss(job["eval_loss_last"]),
+    "accuracy": lambda job: _loss(job["eval_accuracy_last"]),
+    "majority": lambda job: _loss(job["eval_majority"]),
     "tok/s": lambda job: "" if job["tokens_per_second"] is None else f"{job['tokens_per_second']:.0f}",
     "file": lambda job: common.human_size(job["bytes"]) if job["bytes"] else "",
     "ended": lambda job: job["ended"],
@@ -242,26 +254,30 @@ def _show(summary: Mapping[str, Any]) -> None:
 
     out = common.console()
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for heading in _COLUMNS:
+    classifies = any(job["eval_accuracy_last"] is not None for job in summary["jobs"])
+    columns = {h: cell for h, cell in _COLUMNS.items() if classifies or h not in ("accuracy", "majority")}
+    for heading in columns:
         table.add_column(heading, justify="left" if heading in ("job", "method", "ended") else "right", no_wrap=True)
     for job in summary["jobs"]:
-        table.add_row(*(cell(job) for cell in _COLUMNS.values()))
+        table.add_row(*(cell(job) for cell in columns.values()))
     print()
     if Measurement.get(out, out.options.update(max_width=1000), table).maximum <= out.width:
         out.print(table)
     else:
         # A table that is cut says nothing; on a narrow screen every job gets a few lines instead.
         for job in summary["jobs"]:
-            cells = {heading: cell(job) for heading, cell in _COLUMNS.items()}
+            cells = {heading: cell(job) for heading, cell in columns.items()}
             print("{job} ({method}): {ended}, {steps} steps, {params} params {file}".format(**cells).rstrip())
-            losses = [f"{heading} {cells[heading]}" for heading in ("loss", "eval first", "best", "last", "tok/s")]
+            figures = ("loss", "eval first", "best", "last", "accuracy", "majority", "tok/s")
+            losses = [f"{heading} {cells[heading]}" for heading in figures if heading in cells]
             print("  " + "  ".join(text for text in losses if not text.endswith(" ")))
     print()
     # Under the table, not in it: a path that is cut cannot be copied.
     if summary["completed"]:
         for job in summary["jobs"]:
             print(f"{job['name']} -> {job['folder']}")
-        print(f"talk to it:  weft chat {shlex.quote(summary['output_dir'])}")
+        where = shlex.quote(summary["output_dir"])
+        print(f"classify:  weft generate {where} --prompt TEXT" if classifies else f"talk to it:  weft chat {where}")
     else:
         again = f"weft train {shlex.quote(summary['output_dir'])} --resume"
         print(f"saved at step {summary['steps']}. Go on with:  {again}")

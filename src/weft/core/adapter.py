@@ -30,14 +30,15 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
+        # A classification job's own head (``weft.core.heads``); None: the base's. Not on the class, where it would hide
+        # the module that is put here later.
+        self.head: nn.Module | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
     num_virtual_tokens: int = 0
     num_prefix_tokens: int = 0
     # Of the base; the default learning rate depends on it.
     hidden_size: int = 2048
-    # A classification job's own head (``weft.core.heads``); None: the base's.
-    head: nn.Module | None = None
 
     def sites(self) -> Mapping[str, SiteFunction]:
         """Module path -> what happens to that module's output."""
@@ -71,19 +72,21 @@ class Adapter(nn.Module):
         """The adapter's tensors under the names that ``adapter_model.safetensors`` gives them."""
         raise NotImplementedError
 
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        """The same under the names of the folder's layout, where that is another one than PEFT's."""
+        return self.tensors()
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of an ``adapter_model.safetensors``.
 
         Raises:
             UserError: a tensor is missing, has another shape, or is not one of this adapter's.
         """
-        own = self.tensors()
-        for key, parameter in own.items():
-            parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
-        # What is left over would silently be ignored.
-        foreign = sorted(set(tensors) - set(own))
-        if foreign:
-            raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
+        copy_into(self.tensors(), tensors)
+
+    def stored_config(self) -> MethodConfig:
+        """The configuration that is saved: the adapter's own, with what training has found out."""
+        return self.config
 
     def begin_training(self, total_steps: int) -> None:
         """Told once before the first step (or the first after a resume), with the length of the whole run.
@@ -103,6 +106,10 @@ class Adapter(nn.Module):
     def learning_rate_factor(self, parameter: str) -> float:
         """What the learning rate is multiplied by for one parameter, named as ``named_parameters`` does."""
         return 1.0
+
+    def scaled_learning_rate(self, parameter: str, rate: float) -> float:
+        """The learning rate of one parameter in a job whose rate is ``rate``."""
+        return rate * self.learning_rate_factor(parameter)
 
     def default_learning_rate(self, parameter: str) -> float:
         """The rate of one parameter if the job names none."""
@@ -131,29 +138,73 @@ def checked(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> 
     return value
 
 
+def copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy a file's tensors into ``own``, which must have the same names and shapes.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or is not one of ``own``.
+    """
+    for key, parameter in own.items():
+        parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
+    # What is left over would silently be ignored.
+    foreign = sorted(set(tensors) - set(own))
+    if foreign:
+        raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
+
+
 class SiteAdapter(Adapter):
     """An adapter whose parameters hang on base modules: one small module per site, which is its site function.
 
     A parameter ``part`` at module ``path`` is stored as ``base_model.model.<path>.<part, '_' as the method says>``.
+    ``own``: base tensors that are trained whole beside them (``weft.core.weights``: ``modules_to_save``, biases).
     """
 
     prefix = "base_model.model."
 
-    def __init__(self, config: MethodConfig, name: str, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        config: MethodConfig,
+        name: str,
+        layers: Mapping[str, nn.Module],
+        own: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__(config, name)
         self.paths = list(layers)
         self.layers = nn.ModuleList(layers.values())
+        self.own_paths = list(own or {})
+        self.own = nn.ModuleList((own or {}).values())
 
     def stored_name(self, part: str) -> str:
         """What the file calls the parameter ``part`` of a layer."""
         return part
 
     def sites(self) -> Mapping[str, SiteFunction]:
-        return dict(zip(self.paths, self.layers, strict=True))
+        functions: dict[str, SiteFunction] = dict(zip(self.paths, self.layers, strict=True))
+        for path, weights in zip(self.own_paths, self.own, strict=True):
+            # A layer may take the base's bias apart, so it comes before the own bias is put in.
+            functions[path] = in_order([functions[path], weights]) if path in functions else weights
+        return functions
 
     def tensors(self) -> Mapping[str, Tensor]:
-        return {
+        layers = {
             f"{self.prefix}{path}.{self.stored_name(part)}": parameter
             for path, layer in zip(self.paths, self.layers, strict=True)
             for part, parameter in layer.named_parameters()
         }
+        # peft wraps the modules it tunes, and calls what was there the base layer.
+        return layers | {
+            f"{self.prefix}{path}.{'base_layer.' if path in self.paths else ''}{part}": parameter
+            for path, weights in zip(self.own_paths, self.own, strict=True)
+            for part, parameter in weights.named_parameters()
+        }
+
+
+def in_order(functions: Sequence[SiteFunction]) -> SiteFunction:
+    """One site function that applies several, each to what the one before gave."""
+
+    def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        for function in functions:
+            y = function(x, y, segment)
+        return y
+
+    return run

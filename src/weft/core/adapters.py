@@ -19,7 +19,7 @@ from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.route import KeyValueCache, Route, Router, Segment
 from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
-from weft.core.site import attach, detach, site_of, sites_in
+from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.errors import UserError
 
@@ -61,6 +61,8 @@ class Adapters:
             raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
         if not self.padded and architecture.install_attention is None:
             raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
+        # Of a quantised base: module path -> the weight [out, in] before (LoftQ asks for it).
+        self.original_weight: Callable[[str], Tensor] | None = None
         self._adapters: dict[str, Adapter] = {}
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
@@ -74,6 +76,9 @@ class Adapters:
             # summed, must not depend on which methods the neighbours use.
             for path in self._exact_paths:
                 attach(model.get_submodule(path), path, self.router)
+        for path in architecture.linears:
+            if mixes_rows(module := model.get_submodule(path)):
+                attach(module, path, self.router).apart = True
         if checkpointing:
             for path in architecture.blocks:
                 enable_checkpointing(model.get_submodule(path), self.router)
@@ -133,6 +138,7 @@ class Adapters:
             self._keys_values,
             blank,
             self.router,
+            self.original_weight,
         )
         check_task(config, self.architecture)
         adapter = config.build(name, context)
@@ -159,7 +165,7 @@ class Adapters:
         self[name]
         for module, site in list(sites_in(self.model)):
             site.remove(name)
-            if site.empty and not (self.exact and site.path in self._exact_paths):
+            if site.empty and not site.apart and not (self.exact and site.path in self._exact_paths):
                 detach(module)
         del self._adapters[name]
 
@@ -200,11 +206,13 @@ class Adapters:
             exact=self.exact,
             cache=cache,
             first_position=self.architecture.first_position,
+            token_types=self.architecture.token_types,
         )
 
     def forward(self, stream: Stream) -> Tensor:
         """Last hidden states [N, d] of the stream, before the head."""
-        return run_stream(self.model, self.router, stream, self._adapters)
+        bidirectional = self.architecture.bidirectional
+        return run_stream(self.model, self.router, stream, self._adapters, bidirectional=bidirectional)
 
     def logits(self, hidden: Tensor, rows: Sequence[tuple[str | None, int]] = ()) -> Tensor:
         """The head's logits [n, vocabulary] for hidden states [n, d].
@@ -236,9 +244,14 @@ class Adapters:
         if self.architecture.task == "seq2seq":
             return prompt_keys_values(self.model, input_ids.to(self.device))
         if self.padded:
+            from transformers import DynamicCache
+
             body: Any = self.model.base_model
-            out = body(input_ids=input_ids[None].to(self.device), use_cache=True)
-            return [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
+            # An encoder makes no cache by itself, but fills one that it is given.
+            given: dict[str, Any] = {"past_key_values": DynamicCache()} if self.architecture.bidirectional else {}
+            out = body(input_ids=input_ids[None].to(self.device), use_cache=True, **given)
+            past = given.get("past_key_values") or out.past_key_values
+            return [(layer.keys[0], layer.values[0]) for layer in past.layers]
         recorder = _Recorder()
         self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
         return recorder.layers

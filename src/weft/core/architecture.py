@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,8 @@ class Architecture:
     first_position: int = 0
     # Of an encoder-decoder: the decoder's linears that are applied to what the encoder gives. Else empty.
     memory_linears: tuple[str, ...] = ()
+    # How many kinds of segment the embeddings tell apart (BERT: 2); 0: the model is not told.
+    token_types: int = 0
     # Makes the model attend along the packed stream; None: the model only works on padded batches.
     install_attention: AttentionInstaller | None = None
 
@@ -60,11 +62,14 @@ class Architecture:
         """How the base writes, if it does: ``seq2seq`` for an encoder-decoder."""
         return "seq2seq" if self.memory_linears else "causal_lm"
 
-    def match(self, targets: str | Iterable[str], layers: Iterable[int] | None = None) -> list[str]:
+    def match(
+        self, targets: str | Iterable[str], layers: Iterable[int] | None = None, more: Sequence[str] = ()
+    ) -> list[str]:
         """Linear modules that ``target_modules`` names, by PEFT's rules.
 
         ``"all-linear"`` means every linear of the blocks; another string is a regular expression over the whole path;
-        a list holds last parts of paths. ``layers`` keeps those blocks only.
+        a list holds last parts of paths. ``layers`` keeps those blocks only. ``more``: modules outside the blocks that
+        can be named too.
 
         Raises:
             UserError: an entry of the list matches nothing (a typo would silently make a smaller adapter), or nothing
@@ -73,14 +78,15 @@ class Architecture:
         wanted: str | list[str] = targets if isinstance(targets, str) else list(targets)
         if not isinstance(wanted, str):
             for name in wanted:
-                if not any(_matches(path, [name]) for path in self.linears):
-                    raise UserError(self._no_match(name))
+                if not any(_matches(path, [name]) for path in (*self.linears, *more)):
+                    raise UserError(self._no_match(name, more))
         last = max(int(block.rsplit(".", 1)[-1]) for block in self.blocks)
         absent = [i for i in layers or () if not 0 <= i <= last]
         if absent:
             raise UserError(f"layers_to_transform: there is no layer {absent[0]}; this model has 0 to {last}.")
         try:
-            found = [path for path in self.linears if _matches(path, wanted)]
+            could = self.linears if wanted == "all-linear" else (*self.linears, *more)
+            found = [path for path in could if _matches(path, wanted)]
         except re.error as error:
             raise UserError(f"target_modules {wanted!r} is no regular expression: {error}.") from None
         if layers is not None:
@@ -88,11 +94,11 @@ class Architecture:
             keep = tuple(f"{block}." for block in self.blocks if int(block.rsplit(".", 1)[-1]) in set(layers))
             found = [path for path in found if path.startswith(keep)]
         if not found:
-            raise UserError(self._no_match(wanted))
+            raise UserError(self._no_match(wanted, more))
         return found
 
-    def _no_match(self, wanted: str | list[str]) -> str:
-        names = sorted({path.rsplit(".", 1)[-1] for path in self.linears})
+    def _no_match(self, wanted: str | list[str], more: Sequence[str]) -> str:
+        names = sorted({path.rsplit(".", 1)[-1] for path in (*self.linears, *more)})
         hint = nearest(wanted, names) if isinstance(wanted, str) else ""
         return (
             f"target_modules {wanted!r} matches no linear module of this {self.model_type} model.{hint} "

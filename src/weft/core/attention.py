@@ -10,11 +10,14 @@ from weft.core.route import Router
 from weft.ops.attention import decode_attention, varlen_attention
 
 
-def attend(router: Router, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, **bias: Any) -> Tensor:
+def attend(
+    router: Router, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = True, **bias: Any
+) -> Tensor:
     """Attention of layer ``layer`` for the stream that ``router`` describes.
 
     Args:
         q: [heads, N, head_dim]; k, v: [kv_heads, N, head_dim], positions already applied.
+        causal: False where every token sees its whole sequence (encoders, which never decode).
         bias: ``alibi_slopes``, ``sliding_window``, ``softcap`` as in ``varlen_attention``.
 
     Returns:
@@ -37,4 +40,4 @@ def attend(router: Router, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale
         for group, states in route.prefixes.items()
         if layer < len(states)  # an inserted block has no learned keys
     }
-    return varlen_attention(q, k, v, route.layout, scale=scale, prefix=prefix, **bias)
+    return varlen_attention(q, k, v, route.layout, scale=scale, prefix=prefix, causal=causal, **bias)

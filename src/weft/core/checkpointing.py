@@ -41,6 +41,11 @@ def enable_checkpointing(block: nn.Module, router: Router) -> None:
         block.__class__ = _checkpointed_class(cast(Any, type(block)))
 
 
+def is_checkpointed(block: nn.Module) -> bool:
+    """Whether ``enable_checkpointing`` was called on the block."""
+    return _ROUTER in block.__dict__
+
+
 def disable_checkpointing(block: nn.Module) -> None:
     """Undo ``enable_checkpointing``."""
     if _ROUTER in block.__dict__:

@@ -12,9 +12,10 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction
+from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction, in_order
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates, Segment
+from weft.errors import UserError
 
 
 class CombinedConfig(MethodConfig):
@@ -38,13 +39,22 @@ class Combined(Adapter):
         self.part_modules = nn.ModuleList(self.parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
         self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
+        inserting = [part.config.method for part in self.parts if part.inserted_blocks()]
+        prefixed = [part.config.method for part in self.parts if part.num_prefix_tokens]
+        if inserting and prefixed:
+            # They have learned keys for the base's layers; a new one in between would attend to none.
+            raise UserError(
+                f"method {prefixed[0]}+{inserting[0]}: {prefixed[0]} has no keys and values for the blocks that "
+                f"{inserting[0]} inserts. Make two jobs of them, or take prompt_tuning or bottleneck beside "
+                f"{inserting[0]}."
+            )
 
     def sites(self) -> Mapping[str, SiteFunction]:
         functions: dict[str, list[SiteFunction]] = {}
         for part in self.parts:
             for path, function in part.sites().items():
                 functions.setdefault(path, []).append(function)
-        return {path: found[0] if len(found) == 1 else _in_order(found) for path, found in functions.items()}
+        return {path: found[0] if len(found) == 1 else in_order(found) for path, found in functions.items()}
 
     def input_sites(self) -> Mapping[str, InputFunction]:
         functions: dict[str, list[InputFunction]] = {}
@@ -105,14 +115,11 @@ class Combined(Adapter):
         _, index, name = parameter.split(".", 2)
         return self.parts[int(index)].learning_rate_factor(name)
 
-
-def _in_order(functions: Sequence[SiteFunction]) -> SiteFunction:
-    def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        for function in functions:
-            y = function(x, y, segment)
-        return y
-
-    return run
+    def scaled_learning_rate(self, parameter: str, rate: float) -> float:
+        if not parameter.startswith("part_modules."):
+            return rate
+        _, index, name = parameter.split(".", 2)
+        return self.parts[int(index)].scaled_learning_rate(name, rate)
 
 
 def _inputs_in_order(functions: Sequence[InputFunction]) -> InputFunction:

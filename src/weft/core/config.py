@@ -25,7 +25,8 @@ class BuildContext:
 
     ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
     ``blank``: the values will be loaded, or the model is on the meta device and only its shapes are asked, so none
-    that cost a tokenizer, a pass of the base or a look at its weights may be made.
+    that cost a tokenizer, a pass of the base or a look at its weights may be made. ``original_weight`` gives the
+    weight [out, in] that a quantised module was made from, by the module's path.
     """
 
     model: nn.Module
@@ -37,6 +38,12 @@ class BuildContext:
     keys_values: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
     blank: bool = False
     router: Router | None = None
+    original_weight: Callable[[str], Tensor] | None = None
+
+    @property
+    def loading(self) -> bool:
+        """Whether a file's values will come: neither a new adapter nor a check of its configuration."""
+        return self.blank and self.device.type != "meta"
 
     def normal(self, *shape: int, std: float) -> Tensor:
         """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""
@@ -58,6 +65,8 @@ class MethodConfig(BaseModel):
 
     method: ClassVar[str]
     peft_type: ClassVar[str]
+    # What the folder's file of tensors is called.
+    weights_file: ClassVar[str] = "adapter_model.safetensors"
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
     # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
@@ -87,6 +96,15 @@ class MethodConfig(BaseModel):
         """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""
         return self.model_dump(mode="json")
 
+    def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any] | None:
+        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose files are not laid out as PEFT's."""
+        return None
+
+    @classmethod
+    def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
+        """The configuration from an ``adapter_config.json`` that is laid out that way; None if it is none of these."""
+        return None
+
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
         """Read the method's entries of an ``adapter_config.json`` (the common ones are already taken out).
@@ -102,3 +120,12 @@ class MethodConfig(BaseModel):
                     "computes and which Weft does not know; the adapter would answer differently, so it is not loaded."
                 )
         return cls(**known)
+
+
+class SavesModules(MethodConfig):
+    """Of a method that can train whole base modules beside its own parameters: last parts of their paths.
+
+    The adapter hands ``weft.core.weights.saved_modules`` of them to ``SiteAdapter``.
+    """
+
+    modules_to_save: list[str] | None = None

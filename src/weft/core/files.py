@@ -22,13 +22,15 @@ from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.config import MethodConfig
-from weft.core.heads import ClassificationHead, ClassificationTask
+from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask, task_of_tensors
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
 # Entries that every PEFT configuration has and that say nothing about the method.
+# Under these two names peft looks for a classification head.
+HEAD_MODULES = ("classifier", "score")
 COMMON_KEYS = (
     "task_type",
     "peft_type",
@@ -65,12 +67,13 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         for name, part in zip(names, adapter.parts, strict=True):
             save(part, architecture, folder / name, base_name=base_name)
         if adapter.head is not None:
-            _save_tensors(adapter.head.stored(), folder / WEIGHTS)  # type: ignore[operator]
+            _save_tensors(_stored_head(adapter), folder / WEIGHTS)
         own["parts"] = names
     else:
-        own["config"] = adapter.config.model_dump(mode="json")
-        _write_json(folder / CONFIG, _peft_entries(adapter, architecture, base_name))
-        _save_tensors(stored_tensors(adapter), folder / WEIGHTS)
+        own["config"] = adapter.stored_config().model_dump(mode="json")
+        entries = adapter.config.own_layout(adapter.name, architecture)
+        _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
+        _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     _write_json(folder / OWN_CONFIG, own)
@@ -78,10 +81,15 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
 
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All that the adapter's file holds: the method's tensors and those of a classification head."""
-    tensors = dict(adapter.tensors())
+    tensors = dict(adapter.file_tensors())
     if isinstance(adapter.head, ClassificationHead):
-        tensors |= adapter.head.stored()
+        tensors |= _stored_head(adapter)
     return tensors
+
+
+def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
+    assert isinstance(adapter.head, ClassificationHead)
+    return adapter.head.stored(PREFIXES[adapter.num_virtual_tokens + adapter.num_prefix_tokens > 0])
 
 
 @torch.no_grad()
@@ -89,14 +97,14 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Take over what ``read`` gave."""
     rest = dict(tensors)
     if isinstance(adapter.head, ClassificationHead):
-        for key, parameter in adapter.head.stored().items():
+        for key, parameter in _stored_head(adapter).items():
             parameter.copy_(checked(tensors, key, tuple(parameter.shape)))
             del rest[key]
     adapter.load_tensors(rest)
 
 
 def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) -> dict[str, Any]:
-    config, head = adapter.config, adapter.head
+    config, head = adapter.stored_config(), adapter.head
     entries = {
         "peft_type": config.peft_type,
         "task_type": architecture.peft_task if head is None else "SEQ_CLS",
@@ -106,10 +114,18 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
         "auto_mapping": None,
         **config.to_peft(architecture),
     }
+    if architecture.bidirectional and entries.get("target_modules") == "all-linear":
+        # To peft that would also be an encoder's pooler and the first layer of its head.
+        entries["target_modules"] = list(architecture.linears)
     if isinstance(head, ClassificationHead):
-        # peft looks for the head under these two names.
-        entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), "classifier", "score"]
+        entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), *HEAD_MODULES]
     return entries
+
+
+def weights_path(folder: Path) -> Path:
+    """The file of tensors in an adapter's folder; PEFT's name, if there is none."""
+    names = dict.fromkeys((WEIGHTS, *(cls.weights_file for cls in METHODS.values())))
+    return next((folder / name for name in names if (folder / name).is_file()), folder / WEIGHTS)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -138,24 +154,27 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
         entries = read_json(folder / CONFIG)
         if own:
             return method_config(own["method"])(**own["config"]), tensors, task
-        return (*_read_foreign(folder, entries, tensors), None)
+        return _read_foreign(folder, entries, tensors)
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
 
 
 def _weights_of(folder: Path) -> Path:
-    if not (folder / WEIGHTS).is_file():
-        other = folder / "adapter_model.bin"
-        hint = f" {other.name} is a pickle, which can run code and is never loaded; convert it with peft."
-        hint *= other.exists()
-        raise UserError(f"{folder} holds no {WEIGHTS}.{hint}")
-    return folder / WEIGHTS
+    path = weights_path(folder)
+    if not path.is_file():
+        pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).exists()]
+        hint = f" {''.join(pickles)} is a pickle, which can run code and is never loaded; convert it."
+        raise UserError(f"{folder} holds no {WEIGHTS}.{hint * bool(pickles)}")
+    return path
 
 
 def _read_foreign(
     folder: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """A folder that peft wrote."""
+) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
+    """A folder that peft wrote, or AdapterHub."""
+    for cls in METHODS.values():
+        if (config := cls.from_layout(entries)) is not None:
+            return config, tensors, None
     by_type: dict[str, type[MethodConfig]] = {}
     for cls in METHODS.values():
         by_type.setdefault(cls.peft_type, cls)  # P-tuning v2's files are prefix tuning's
@@ -167,7 +186,10 @@ def _read_foreign(
     if rows is not None and entries.get("num_transformer_submodules") == 2 and len(rows) == 2 * (virtual or 0):
         # Of an encoder-decoder's two sets of virtual tokens peft only ever uses the encoder's.
         tensors = {**tensors, "prompt_embeddings": rows[:virtual]}
-    return by_type[peft_type].from_peft(rest, list(tensors)), tensors
+    task, of_head = task_of_tensors(tensors) if entries.get("task_type") == "SEQ_CLS" else (None, [])
+    if task is not None:
+        rest["modules_to_save"] = [m for m in rest.get("modules_to_save") or () if m not in HEAD_MODULES] or None
+    return by_type[peft_type].from_peft(rest, [key for key in tensors if key not in of_head]), tensors, task
 
 
 def read_json(path: Path) -> dict[str, Any]:

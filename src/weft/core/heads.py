@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from weft.core.config import BuildContext
 from weft.errors import UserError
@@ -24,15 +25,37 @@ class ClassificationTask:
             raise UserError(f"sequence classification needs two classes or more, not {list(self.labels)}.")
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """Names under which PEFT's files keep the last linear and a dense layer before it, and what stands between."""
+
+    last: str
+    dense: str | None = None
+    activation: Callable[[Tensor], Tensor] = torch.tanh
+    bias: bool = True
+
+
+KINDS: dict[str, _Kind] = {
+    "score": _Kind("score", bias=False),
+    "classifier": _Kind("classifier"),
+    "dense_classifier": _Kind("classifier.out_proj", "classifier.dense"),
+    "gelu_classifier": _Kind("classifier.out_proj", "classifier.dense", functional.gelu),
+    "pre_classifier": _Kind("classifier", "pre_classifier", functional.relu),
+}
+# Before the module's path in PEFT's files; methods that wrap no module of the model (prompts, prefixes) have the short.
+PREFIXES = ("base_model.model.", "base_model.")
+
+
 class ClassificationHead(nn.Module):
     """``score(h)`` of the hidden state that stands for a sequence: transformers' ``...ForSequenceClassification``.
 
     Decoders: one linear map without a bias, named ``score``, on the last token. Encoders with a dense layer of their
-    own in the head (RoBERTa) or a pooler in the base (BERT) are described by ``kind``:
+    own in the head or a pooler in the base are described by ``kind``:
 
     - ``score``: W h
     - ``classifier``: W tanh(W_p h + b_p) + b with the base's pooler W_p, frozen (BERT)
-    - ``dense_classifier``: W tanh(W_d h + b_d) + b, all trained (RoBERTa)
+    - ``dense_classifier``: W tanh(W_d h + b_d) + b, all trained (RoBERTa); ``gelu_classifier``, ``pre_classifier``: the
+      same with GELU (ELECTRA), with ReLU (DistilBERT)
     """
 
     def __init__(self, task: ClassificationTask, kind: str, pooler: nn.Module | None, context: BuildContext) -> None:
@@ -40,36 +63,39 @@ class ClassificationHead(nn.Module):
         self.task, self.kind = task, kind
         self.__dict__["pooler"] = pooler
         d, labels = context.architecture.hidden_size, len(task.labels)
-        if kind == "dense_classifier":
+        if KINDS[kind].dense:
             self.dense_weight = nn.Parameter(context.normal(d, d, std=1 / math.sqrt(d)))
             self.dense_bias = nn.Parameter(context.zeros(d))
         self.weight = nn.Parameter(context.normal(labels, d, std=0.02))
-        if kind != "score":
+        if KINDS[kind].bias:
             self.bias = nn.Parameter(context.zeros(labels))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [n, labels] of the hidden states [n, d], in the head's own dtype."""
-        if self.kind == "score":
-            return hidden.to(self.weight.dtype) @ self.weight.t()
-        if self.kind == "classifier":
-            pooler = self.__dict__["pooler"]
-            # A pooler takes the first token of [n, T, d].
-            pooled = (pooler(hidden[:, None]) if pooler is not None else hidden).to(self.weight.dtype)
-        else:
-            dense = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.dense_weight, self.dense_bias)
-            pooled = torch.tanh(dense)
-        return torch.nn.functional.linear(pooled, self.weight, self.bias)
+        kind, pooler = KINDS[self.kind], self.__dict__["pooler"]
+        if pooler is not None:
+            hidden = pooler(hidden[:, None])  # it takes the first token of [n, T, d]
+        hidden = hidden.to(self.weight.dtype)
+        if kind.dense:
+            hidden = kind.activation(functional.linear(hidden, self.dense_weight, self.dense_bias))
+        return functional.linear(hidden, self.weight, self.bias if kind.bias else None)
 
-    def stored(self) -> Mapping[str, Tensor]:
+    def stored(self, prefix: str = "base_model.model.") -> Mapping[str, Tensor]:
         """The tensors under the names that PEFT's files give them."""
-        names = {
-            "score": {"weight": "score.weight"},
-            "classifier": {"weight": "classifier.weight", "bias": "classifier.bias"},
-            "dense_classifier": {
-                "dense_weight": "classifier.dense.weight",
-                "dense_bias": "classifier.dense.bias",
-                "weight": "classifier.out_proj.weight",
-                "bias": "classifier.out_proj.bias",
-            },
-        }[self.kind]
-        return {f"base_model.model.{name}": self.get_parameter(part) for part, name in names.items()}
+        kind = KINDS[self.kind]
+        names = {"weight": f"{kind.last}.weight", "bias": f"{kind.last}.bias",
+                 "dense_weight": f"{kind.dense}.weight", "dense_bias": f"{kind.dense}.bias"}  # fmt: skip
+        return {prefix + names[part]: parameter for part, parameter in self.named_parameters()}
+
+
+def task_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[ClassificationTask | None, list[str]]:
+    """Of a file that peft wrote: the classes of the head in it, which has no names for them, and the head's tensors."""
+    parts = {kind.last for kind in KINDS.values()} | {kind.dense for kind in KINDS.values() if kind.dense}
+    keys = [
+        key for key in tensors if any(key.rpartition(".")[0] == prefix + part for part in parts for prefix in PREFIXES)
+    ]
+    weights = {f"{prefix}{kind.last}.weight" for kind in KINDS.values() for prefix in PREFIXES} & set(keys)
+    if not weights:
+        return None, []
+    count = len(tensors[weights.pop()])
+    return ClassificationTask(tuple(f"LABEL_{i}" for i in range(count))), keys

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import InputFunction, SiteFunction
+from weft.core.inserted import segment_part
 from weft.core.route import Route, Router
 from weft.errors import UserError
 
@@ -47,6 +48,8 @@ class Site:
         self.inputs: dict[str, InputFunction] = {}
         self.functions: dict[str, list[SiteFunction]] = {}
         self.inserted: dict[str, list[nn.Module]] = {}
+        # Each segment's rows by themselves, whatever the route says: the module mixes rows (``mixes_rows``).
+        self.apart = False
 
     @property
     def empty(self) -> bool:
@@ -74,7 +77,7 @@ class Site:
 
     def apply(self, module: nn.Module, x: Tensor, route: Route) -> Tensor:
         """Run the base module on the rows x, then each segment's own functions on that segment's rows."""
-        if route.exact and x.is_floating_point():
+        if (route.exact or self.apart) and x.is_floating_point():
             return self._apply_exactly(module, x, route)
         if route.padded and x.dim() == 2 and x.is_floating_point():
             # OPT flattens its batch before the MLP; the segments lie along the batch.
@@ -128,15 +131,17 @@ class Site:
     ) -> Any:
         """The block, then each segment's inserted blocks on its rows alone, called with its part of the arguments."""
         out = self.base_class.forward(module, x, *args, **kwargs)
+        if not any(segment.adapter in self.inserted for segment in route.segments):
+            return out
         y = out[0] if isinstance(out, tuple) else out
         dim, pieces = route.dim(y), []
         for index, rows in enumerate(y.split(route.sizes, dim)):
             blocks = self.inserted.get(route.segments[index].adapter or "", ())
             if blocks:
                 rows = _OwnMemory.apply(rows)
+                own = [segment_part(value, index, route, y) for value in args]
+                named = {key: segment_part(value, index, route, y) for key, value in kwargs.items()}
             for block in blocks:
-                own = [_part(value, index, route, y.shape[dim]) for value in args]
-                named = {key: _part(value, index, route, y.shape[dim]) for key, value in kwargs.items()}
                 with self.router.use(route.alone(index)):
                     rows = block(rows, *own, **named)
                 rows = rows[0] if isinstance(rows, tuple) else rows
@@ -154,21 +159,6 @@ def _sizes(x: Tensor, route: Route) -> list[int]:
     return [s.tokens for s in route.segments] if x.dim() == 1 else route.sizes
 
 
-def _part(value: Any, index: int, route: Route, total: int) -> Any:
-    """A segment's part of one of a block's arguments: of its tensors the segment's rows, of everything else all."""
-    if isinstance(value, tuple):
-        return tuple(_part(inner, index, route, total) for inner in value)
-    if not torch.is_tensor(value):
-        # A cache of prefixes (padded batches) belongs to the base's layers.
-        return None if type(value).__name__.endswith("Cache") else value
-    if len(route.segments) == 1:
-        return value
-    dim = next((i for i in range(min(2, value.dim())) if value.shape[i] == total), None)
-    if dim is None or (route.padded and dim != 0):
-        return value
-    return value.split(route.sizes, dim)[index].contiguous()
-
-
 class _RoutedForward:
     """The part that a swapped class adds to its base class."""
 
@@ -180,6 +170,12 @@ class _RoutedForward:
 @functools.cache
 def _routed_class(base_class: Any) -> Any:
     return type(f"Routed{base_class.__name__}", (_RoutedForward, base_class), {"__module__": __name__})
+
+
+def mixes_rows(module: nn.Module) -> bool:
+    """Whether what the module gives for one row depends on the others: LLM.int8 takes a feature out of the int8 product
+    if any row of the batch has an outlier there."""
+    return type(module).__name__.removeprefix("Routed") == "Linear8bitLt"
 
 
 def site_of(module: nn.Module) -> Site | None:

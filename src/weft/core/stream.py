@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, Run
 from weft.core.route import PrefixStates, Route, Router, Segment, stable_seed
+from weft.errors import UserError
 from weft.ops.attention import SequenceLayout
 
 
@@ -20,6 +22,7 @@ class Part:
 
     ``answers`` and ``slots``: per sequence, where its answer begins and the places its template names, for adapters
     whose virtual tokens stand there (``Adapter.places``). ``neftune_alpha``: noise on the embeddings in training.
+    ``token_types``: per sequence, the segment of each token (BERT); nothing, or an empty sequence: all 0.
     """
 
     adapter: str | None
@@ -28,6 +31,7 @@ class Part:
     answers: Sequence[int | None] = ()
     slots: Sequence[Sequence[int]] = ()
     neftune_alpha: float = 0.0
+    token_types: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Stream:
         virtual_rows: for each segment with virtual tokens, the rows they take, [sequences * num_virtual_tokens].
         prefix_length: learned keys that each sequence sees before its own.
         route: where each row goes.
+        token_types: [N] int64, or None: all 0. Virtual tokens have type 0, as in PEFT.
     """
 
     input_ids: Tensor
@@ -49,6 +54,7 @@ class Stream:
     virtual_rows: Mapping[int, Tensor]
     prefix_length: tuple[int, ...]
     route: Route
+    token_types: Tensor | None = None
 
 
 def build_stream(
@@ -60,8 +66,12 @@ def build_stream(
     exact: bool = False,
     cache: Any = None,
     first_position: int = 0,
+    token_types: int = 0,
 ) -> Stream:
-    """Lay the parts' sequences end to end, with each adapter's virtual tokens at the head of its sequences."""
+    """Lay the parts' sequences end to end, with each adapter's virtual tokens at the head of its sequences.
+
+    ``token_types``: how many the model tells apart; 0: it is not told.
+    """
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
@@ -115,7 +125,24 @@ def build_stream(
         virtual_rows,
         tuple(prefix_length),
         route,
+        _token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
     )
+
+
+def _token_types(
+    parts: Sequence[Part], rows: Sequence[Sequence[int]], tokens: int, known: int, device: torch.device
+) -> Tensor | None:
+    given = [types for part in parts for types in part.token_types or [()] * len(part.sequences)]
+    if not any(any(types) for types in given):
+        return None
+    found = [0] * tokens
+    for own, types in zip(rows, given, strict=True):
+        for row, kind in zip(own, types, strict=bool(types)):
+            found[row] = kind
+    if not 0 <= min(found) <= max(found) < known:
+        raise UserError(f"the tokenizer tells {max(found) + 1} segments apart, the model {known}: they do not belong "
+                        "together.")  # fmt: skip
+    return torch.tensor(found, device=device)
 
 
 def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:
@@ -168,19 +195,22 @@ def _noise(hidden: Tensor, stream: Stream) -> Tensor:
     return torch.cat(pieces)
 
 
-def run_stream(model: nn.Module, router: Router, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:
+def run_stream(
+    model: nn.Module, router: Router, stream: Stream, adapters: Mapping[str, Adapter], *, bidirectional: bool = False
+) -> Tensor:
     """One pass of the base (without its head) over the stream; last hidden states [N, d]."""
     body = model.base_model
     assert isinstance(body, nn.Module)
     with router.use(stream.route):
         hidden = embed(model, stream, adapters)
         if stream.route.padded:
-            return _run_padded(model, body, stream, hidden)
-        out = body(inputs_embeds=hidden[None], position_ids=stream.position_ids[None], use_cache=False)
+            return _run_padded(model, body, stream, hidden, bidirectional)
+        types = {} if stream.token_types is None else {"token_type_ids": stream.token_types[None]}
+        out = body(inputs_embeds=hidden[None], position_ids=stream.position_ids[None], use_cache=False, **types)
         return out.last_hidden_state[0]
 
 
-def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tensor) -> Tensor:
+def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tensor, bidirectional: bool) -> Tensor:
     """The same pass as a padded batch, for models whose attention only knows [B, T]; right padding."""
     count, width = len(stream.lengths), max(stream.lengths)
     rows = torch.cat(
@@ -190,17 +220,29 @@ def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tenso
     positions = stream.position_ids.new_zeros(count * width).index_copy(0, rows, stream.position_ids)
     mask = stream.input_ids.new_zeros(count * width).index_fill(0, rows, 1).view(count, width)
     past, longest = None, max(stream.prefix_length)
+    more: dict[str, Any] = {}
+    if stream.token_types is not None:
+        types = stream.token_types.new_zeros(count * width).index_copy(0, rows, stream.token_types)
+        more["token_type_ids"] = types.view(count, width)
     if longest:
+        if bidirectional and "past_key_values" not in inspect.signature(body.forward).parameters:
+            kind = type(body).__name__
+            raise UserError(f"{kind} takes no prefix in padded batches; leave out padded.")
         past = padded_prefix(model, stream, longest, hidden)
         seen = torch.tensor(stream.prefix_length, device=hidden.device)[:, None]
         columns = torch.arange(longest, device=hidden.device)[None]
         mask = torch.cat([(columns >= longest - seen).to(mask.dtype), mask], dim=1)
+        if bidirectional:
+            # Encoders make their own of [B, T] masks without thinking of what stands before the text.
+            mask = hidden.new_zeros(mask.shape).masked_fill(mask == 0, torch.finfo(hidden.dtype).min)
+            mask = mask[:, None, None].expand(-1, 1, width, -1)
     out = body(
         inputs_embeds=embeds.view(count, width, -1),
         position_ids=positions.view(count, width),
         attention_mask=mask,
         past_key_values=past,
         use_cache=past is not None,
+        **more,
     )
     return out.last_hidden_state.reshape(count * width, -1)[rows]
 

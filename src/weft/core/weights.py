@@ -8,7 +8,7 @@ survives saving to the bit).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,38 +55,102 @@ class _Shell:
 
 
 class WeightDelta(nn.Module):
-    """``y = f(x; W + ΔW, b + Δb)`` with the changes in the adapter's own dtype; they begin at zero."""
+    """``y = f(x; W + ΔW, b + Δb)`` with the changes in the adapter's own dtype; they begin at zero.
 
-    def __init__(self, module: nn.Module, parts: Sequence[str], context: BuildContext) -> None:
+    Every f here is linear in its weights (Gemma's norms: up to a constant), so what is computed is f(x; W, b) plus a
+    correction. It is exactly zero in the beginning, whatever the dtypes, small changes are not rounded away beside a
+    bf16 weight, and what other methods of the same job did to y stays.
+
+    ``shared``: changes by the ``id`` of the base's tensor, for modules that are tied (a head and its embedding).
+    """
+
+    weight_delta: Tensor | None
+    bias_delta: Tensor | None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Sequence[str],
+        context: BuildContext,
+        shared: dict[int, nn.Parameter] | None = None,
+    ) -> None:
         super().__init__()
         self.__dict__["base"] = module  # not a submodule: its tensors are not the adapter's
-        for part in parts:
-            self.register_parameter(f"{part}_delta", nn.Parameter(context.zeros(*module.get_parameter(part).shape)))
-
-    weight_delta: Tensor | None = None
-    bias_delta: Tensor | None = None
+        self._linear_in_weight: bool | None = None
+        known = {} if shared is None else shared
+        for part in ("weight", "bias"):
+            if part not in parts:
+                self.register_parameter(f"{part}_delta", None)
+                continue
+            tensor = module.get_parameter(part)
+            if id(tensor) not in known:
+                known[id(tensor)] = nn.Parameter(context.zeros(*tensor.shape))
+            self.register_parameter(f"{part}_delta", known[id(tensor)])
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         base: Any = self.base
+        if self.weight_delta is None:
+            return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
         if is_norm(base):
-            # In the delta's precision: added to a bf16 weight, small changes would be rounded away.
-            wide = {
-                part.removesuffix("_delta"): base.get_parameter(part.removesuffix("_delta")).to(delta.dtype) + delta
-                for part, delta in self._parameters.items()
-                if delta is not None
-            }
-            return _Shell(base)(x.to(next(iter(wide.values())).dtype), wide).to(y.dtype)
-        if self.weight_delta is not None:
-            weight = self.weight_delta.to(y.dtype)
-            if isinstance(base, nn.Embedding):
-                scale = getattr(base, "embed_scale", None)
-                change = F.embedding(x + getattr(base, "offset", 0), weight)
-                y = y + (change if scale is None else change * scale)
-            elif isinstance(base, nn.Linear):
-                y = y + F.linear(x, weight)
-            else:
-                y = y + x @ weight
+            return y + self._norm(x).to(y.dtype)
+        weight = self.weight_delta.to(y.dtype)
+        if isinstance(base, nn.Embedding):
+            # The row of padding_idx learns nothing, in torch's own training neither.
+            change = F.embedding(x + getattr(base, "offset", 0), weight, padding_idx=base.padding_idx)
+            scale = getattr(base, "embed_scale", None)
+            y = y + (change if scale is None else change * torch.as_tensor(scale).to(change))
+        elif isinstance(base, nn.Linear):
+            y = y + F.linear(x, weight)
+        else:
+            y = y + x @ weight
         return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """f(x; W + ΔW, b + Δb) - f(x; W, b), in the delta's precision."""
+        assert self.weight_delta is not None
+        norm: nn.Module = self.__dict__["base"]
+        run, x = _Shell(norm), x.to(self.weight_delta.dtype)
+        change = {"weight": self.weight_delta}
+        if norm._parameters.get("bias") is not None:
+            change["bias"] = torch.zeros_like(self.weight_delta) if self.bias_delta is None else self.bias_delta
+        if self._linear_in_weight is None:
+            with torch.no_grad():
+                some = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype, device=x.device)
+                some = some.expand(*change["weight"].shape[:-1], x.shape[-1])
+                none = {part: torch.zeros_like(delta) for part, delta in change.items()}
+                self._linear_in_weight = not bool(run(some[None], none).any())
+        if self._linear_in_weight:
+            return run(x, change)
+        base = {part: norm.get_parameter(part).to(x.dtype) for part in change}
+        return run(x, {part: base[part] + delta for part, delta in change.items()}) - run(x, base)
+
+
+def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, WeightDelta]:
+    """A ``WeightDelta`` per module that holds one of the parameters ``names``, by module path; tied ones share theirs.
+
+    Raises:
+        UserError: no module of a known kind holds a parameter (experts that are fused into one tensor, say).
+    """
+    model = context.model
+    wanted = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in names}
+    layers: dict[str, WeightDelta] = {}
+    shared: dict[int, nn.Parameter] = {}
+    refusals: dict[int, str] = {}
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        parts = [part for part, p in own.items() if id(p) in wanted]
+        if not parts:
+            continue
+        try:
+            weight_parts(module, path)
+        except UserError as error:
+            refusals |= {id(own[part]): str(error) for part in parts}
+        else:
+            layers[path] = WeightDelta(module, parts, context, shared)
+    unknown = [key for key in wanted if key not in shared]
+    if unknown:
+        raise UserError(f"parameter '{wanted[unknown[0]]}' cannot be trained: {refusals[unknown[0]]}")
+    return layers
 
 
 class OwnWeights(nn.Module):
@@ -98,7 +162,9 @@ class OwnWeights(nn.Module):
         for part in parts:
             base = module.get_parameter(part).detach()
             value = torch.empty(base.shape, dtype=context.dtype, device=context.device) if context.blank else base
-            self.register_parameter(part, nn.Parameter(value.to(context.device, context.dtype, copy=True)))
+            # Contiguous, for torch's fused AdamW wants a restored state to lie as the parameter does.
+            own = value.to(context.device, context.dtype, copy=True, memory_format=torch.contiguous_format)
+            self.register_parameter(part, nn.Parameter(own))
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         base: Any = self.base
@@ -107,6 +173,66 @@ class OwnWeights(nn.Module):
             return y + (bias - base.bias.to(bias.dtype)).to(y.dtype)
         own = {part: value.to(base.get_parameter(part).dtype) for part, value in self.named_parameters()}
         return _Shell(base)(x, own).to(y.dtype)
+
+
+def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[str, OwnWeights]:
+    """``modules_to_save``: whole weights for the named modules, or for all that is inside them; a path for each.
+
+    Raises:
+        UserError: a name matches no module, or one whose weights cannot be trained.
+    """
+    own: dict[str, OwnWeights] = {}
+    for path, module in modules_named(context.model, names or (), "modules_to_save").items():
+        inside = [
+            (p, m) for p, m in module.named_modules(prefix=path) if next(m.parameters(recurse=False), None) is not None
+        ]
+        if not inside:
+            raise UserError(f"modules_to_save: module '{path}' ({plain_class(module).__name__}) holds no weights.")
+        own |= {p: OwnWeights(m, weight_parts(m, p), context) for p, m in inside}
+    return own
+
+
+def saved_biases(
+    bias: str, context: BuildContext, targets: Collection[str], besides: Collection[str] = ()
+) -> dict[str, OwnWeights]:
+    """PEFT's ``bias``: own biases for every module that has one ("all"), for the targets ("..._only"), or none.
+
+    ``besides``: modules that are trained whole already.
+    """
+    if bias == "none":
+        return {}
+    return {
+        path: OwnWeights(module, ("bias",), context)
+        for path, module in context.model.named_modules()
+        if (bias == "all" or path in targets) and path not in besides
+        if (is_linear(module) or is_norm(module)) and module._parameters.get("bias") is not None
+    }
+
+
+def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a linear module as [out, in] in ``dtype``, dequantised if it is bitsandbytes'."""
+    weight: Any = module.weight
+    if hasattr(weight, "quant_state"):
+        return _dequantized(weight).to(dtype)
+    if hasattr(weight, "SCB"):
+        state: Any = module.state
+        # bitsandbytes moves the scales from the weight to the module when it first runs.
+        scale = weight.SCB if weight.SCB is not None else state.SCB
+        return weight.data.to(dtype) * (scale.to(dtype) / 127)[:, None]
+    dense: Tensor = weight.detach().to(dtype)
+    return dense if isinstance(module, nn.Linear) else dense.t()
+
+
+def _dequantized(weight: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    data, state = weight.data, copy.copy(weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a weight when it first runs without gradients.
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = state.absmax.t().reshape(-1).float()
+    return functional.dequantize_4bit(data, state)
 
 
 def modules_named(model: nn.Module, names: Sequence[str], key: str) -> dict[str, nn.Module]:

@@ -1,7 +1,7 @@
 """Data: files to records, records to conversations, conversations to token ids with loss weights."""
 
 from weft.data.formats import FORMATS, Conversation, EmptyAnswerError, Message, PlainText, to_example
-from weft.data.labelled import load_labelled
+from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.load import load_samples, split_holdout
 from weft.data.records import Record, read_records
 from weft.data.render import PLAIN_TEMPLATE, Prompt, Renderer, Sample
@@ -24,4 +24,5 @@ __all__ = [
     "read_records",
     "split_holdout",
     "to_example",
+    "unlabelled_sample",
 ]

@@ -92,13 +92,26 @@ def load_labelled(
         texts = [_text(record, column) for column in columns.texts]
         if not any(text.strip() for text in texts):
             raise UserError(f"{record.source}: {_quoted(columns.texts)} is empty. Remove the record.")
-        unlabelled = (
-            _own_encoding(renderer, texts, record.source)
-            if own
-            else _joined(renderer, pair_separator.join(texts), as_chat, record.source)
+        unlabelled = unlabelled_sample(
+            renderer, texts, record.source, encoder=own, as_chat=as_chat, pair_separator=pair_separator
         )
         samples.append(replace(unlabelled, label=number[name]))
     return samples, names
+
+
+def unlabelled_sample(
+    renderer: Renderer,
+    texts: Sequence[str],
+    source: str,
+    *,
+    encoder: bool,
+    as_chat: bool = False,
+    pair_separator: str = "\n",
+) -> Sample:
+    """One record's texts as ``load_labelled`` encodes them."""
+    if encoder:
+        return _own_encoding(renderer, list(texts), source)
+    return _joined(renderer, pair_separator.join(texts), as_chat, source)
 
 
 def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample:

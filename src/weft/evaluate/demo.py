@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weft.assets import base_text_path, instructions_path
-from weft.core.files import WEIGHTS
-from weft.evaluate.exact_match import Answer, answer_questions, exact_match, read_questions
-from weft.evaluate.forgetting import read_documents, text_loss, text_samples
+from weft.assets import instructions_path
+from weft.core.files import weights_path
+from weft.evaluate.exact_match import Answer, exact_match
+from weft.evaluate.measure import Measure
 from weft.train import RunConfig, make_config
 from weft.train.run import Setup, train
 
@@ -75,34 +75,6 @@ def demo_config(model: str, output_dir: str, steps: int = STEPS) -> RunConfig:
     )
 
 
-class _Measure:
-    """Questions and base text, asked before and after."""
-
-    def __init__(self) -> None:
-        self.questions = read_questions(instructions_path("eval"))
-        self.documents = read_documents(base_text_path())
-        self.answers: dict[str | None, list[Answer]] = {}
-        self.text_losses: dict[str | None, float] = {}
-        self.parameters: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
-
-    def before(self, setup: Setup) -> None:
-        """The plain base."""
-        self._ask(setup, [None], "evaluation before")
-
-    def after(self, setup: Setup) -> None:
-        """Every trained adapter, all in the same batches."""
-        self.parameters = {job.name: job.adapter.num_trainable() for job in setup.jobs}
-        self._ask(setup, [job.name for job in setup.jobs], "evaluation after")
-
-    def _ask(self, setup: Setup, names: Sequence[str | None], what: str) -> None:
-        begun = time.monotonic()
-        self.answers |= answer_questions(setup.adapters, setup.renderer, self.questions, names)
-        samples = text_samples(setup.renderer, self.documents)
-        self.text_losses |= {name: text_loss(setup.adapters, name, samples) for name in names}
-        self.seconds[what] = time.monotonic() - begun
-
-
 def run_demo(
     model: str,
     output_dir: str,
@@ -118,7 +90,7 @@ def run_demo(
         UserError: the model or the folder cannot be used.
     """
     begun = time.monotonic()
-    config, measure = demo_config(model, output_dir, steps), _Measure()
+    config, measure = demo_config(model, output_dir, steps), Measure()
     events: list[Mapping[str, Any]] = []
 
     def note(event: Mapping[str, Any]) -> None:
@@ -135,7 +107,7 @@ def run_demo(
     found = DemoResult(model, output_dir)
     found.picture = str(draw_losses(events, Path(output_dir) / "loss.png", model))
     for job in config.jobs:
-        weights = Path(output_dir) / "adapters" / job.name / WEIGHTS
+        weights = weights_path(Path(output_dir) / "adapters" / job.name)
         found.rows.append(
             Measured(
                 job.name,
@@ -158,7 +130,7 @@ def _by_task(answers: Sequence[Answer]) -> dict[str, float]:
     return {task: exact_match([a for a in answers if a.question.task == task]) for task in tasks}
 
 
-def _samples(measure: _Measure, names: Sequence[str]) -> list[dict[str, str]]:
+def _samples(measure: Measure, names: Sequence[str]) -> list[dict[str, str]]:
     """For each task its first question: the reference, and what the base and every method answered."""
     seen: set[str] = set()
     samples = []

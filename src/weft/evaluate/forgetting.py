@@ -23,6 +23,4 @@ def text_samples(renderer: Renderer, documents: Sequence[str]) -> list[Sample]:
 
 def text_loss(adapters: Adapters, name: str | None, samples: Sequence[Sample]) -> float:
     """Mean negative log-likelihood per token under adapter ``name`` (None: the plain base)."""
-    loss = evaluate_loss(adapters, name, samples)
-    assert loss is not None
-    return loss
+    return evaluate_loss(adapters, name, samples)

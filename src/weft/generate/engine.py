@@ -68,7 +68,21 @@ def generate(
     return [done[i] for i in range(len(requests))]
 
 
+def check_writes(adapters: Adapters, name: str | None) -> None:
+    """Whether the base writes text, under adapter ``name``.
+
+    Raises:
+        UserError: the base is an encoder, or the adapter was trained to classify.
+    """
+    what = "A classification adapter answers with a label: weft generate, or weft.evaluate.predict."
+    if adapters.architecture.bidirectional:
+        raise UserError(f"a {adapters.architecture.model_type} model is an encoder: it writes no text. {what}")
+    if name is not None and adapters[name].head is not None:
+        raise UserError(f"adapter '{name}' was trained to classify; it writes no text. {what}")
+
+
 def _check(request: Request, adapters: Adapters) -> None:
+    check_writes(adapters, request.adapter)
     if not request.prompt:
         raise UserError("a prompt without a single token cannot be continued.")
     if request.max_new_tokens < 1:

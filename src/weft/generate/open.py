@@ -16,9 +16,11 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, WEIGHTS, read_json
+from weft.core.files import CONFIG, OWN_CONFIG, read_json, weights_path
+from weft.core.heads import ClassificationTask
 from weft.data import Message, Renderer
 from weft.errors import UserError
+from weft.generate.engine import check_writes
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.train.config import RunConfig, read_run_config
@@ -48,6 +50,7 @@ class Opened:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every token that ends an answer: the tokenizer's, the model's and the renderer's."""
+        check_writes(self.adapters, None)
         configured = getattr(self.base.model, "generation_config", None)
         eos = getattr(configured, "eos_token_id", None)
         ids = eos if isinstance(eos, list) else [eos]
@@ -122,7 +125,7 @@ def open_target(
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, model, adapters, device, dtype)
-    if (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file():
+    if any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
         run = folder.absolute().parent.parent
         if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
             return _open_run(run, None, [folder.absolute().name], device, dtype)
@@ -137,7 +140,9 @@ def open_target(
 
 
 def _open_adapter(folder: Path, model: str | None, device: str, dtype: str) -> Opened:
-    named = read_json(folder / CONFIG).get("base_model_name_or_path")
+    parts = sorted(folder.glob(f"*/{CONFIG}"))
+    where = folder / CONFIG if (folder / CONFIG).is_file() or not parts else parts[0]
+    named = read_json(where).get("base_model_name_or_path")
     source = model or named
     if not source or not isinstance(source, str):
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
@@ -167,7 +172,15 @@ def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, dev
     recorded = store.read_run().get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
     source = model or _base_of(config, recorded)
-    base = load_base(source, device=device, dtype=config.dtype if dtype == "auto" else dtype, tokenizer=tokenizer)
+    base = load_base(
+        source,
+        device=device,
+        dtype=config.dtype if dtype == "auto" else dtype,
+        tokenizer=tokenizer,
+        shape=config.shape,
+        quantization=config.quantization,
+        hub=config.hub,
+    )
     if model is None and dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
     opened = Opened(
@@ -217,7 +230,14 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
     opened.notes += [*warnings, f"the run is not finished: {', '.join(unfinished)} as of step {state['step']}"]
     jobs = {job.name: job for job in config.jobs}
     for name in unfinished:
-        adapter = opened.adapters.add(name, jobs[name].method_config(), seed=jobs[name].seed, tokenizer=tokenizer)
+        named = store.read_run().get("labels", {}).get(name)
+        adapter = opened.adapters.add(
+            name,
+            jobs[name].method_config(),
+            seed=jobs[name].seed,
+            tokenizer=tokenizer,
+            classification=ClassificationTask(tuple(named)) if named else None,
+        )
         stored = tensors.get(name, {})
         with torch.no_grad():
             for key, parameter in adapter.named_parameters():

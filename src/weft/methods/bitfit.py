@@ -1,5 +1,5 @@
-"""BitFit (Ben Zaken et al. 2021): only bias terms are trained. The adapter holds the *change* of each bias, so that
-``y = base(x) + delta`` and many of them can share one base."""
+"""BitFit (Ben Zaken et al. 2021): only bias terms are trained, ``y = W x + b + Δb`` and, of norms,
+``y = g · n(x) + b + Δb``. The adapter holds the *change* Δb of each, so that many of them can share one base."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, SiteAdapter
-from weft.core.architecture import is_linear, linear_shape
+from weft.core.architecture import Architecture, is_linear, linear_shape
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment
-from weft.errors import UserError
+from weft.errors import UserError, nearest
 
 
 class BitFitConfig(MethodConfig):
-    """``target_modules``: last parts of paths to keep (default: every bias); ``add_missing``: also give a bias to the
-    linear and norm modules of the blocks that have none."""
+    """``target_modules``: which biases (default: all that are there, norms' and the head's too): last parts of module
+    paths (``query``, ``q_proj``) or the groups ``attention``, ``mlp`` (their linear modules) and ``norm``.
+    ``add_missing``: also give a bias to the linear and norm modules of the blocks that have none."""
 
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
     default_learning_rate: ClassVar[float] = 1e-3
+    small_learning_rate: ClassVar[float | None] = 1e-2
 
     target_modules: list[str] | None = None
     add_missing: bool = False
@@ -52,26 +54,43 @@ def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
     """Module path -> length of its bias."""
     shape = context.architecture
     blocks = tuple(f"{path}." for path in shape.blocks)
+    wanted = config.target_modules
     sizes: dict[str, int] = {}
-    could = set()
-    for path in (*shape.linears, *shape.norms):
+    could: set[str] = set()
+    head = (shape.head,) if shape.head and shape.head not in shape.linears else ()
+    for path in (*shape.linears, *shape.norms, *head):
         module = context.model.get_submodule(path)
         if not is_linear(module) and module.get_parameter("weight").dim() != 1:
             continue  # Cohere's norms of queries and keys have a weight per head and no bias
         if getattr(module, "bias", None) is None and not (config.add_missing and path.startswith(blocks)):
             continue
-        last = path.rsplit(".", 1)[-1]
-        could.add(last)
-        if config.target_modules is None or last in config.target_modules:
+        names = {path.rsplit(".", 1)[-1], *_group(path, shape)}
+        could |= names
+        if wanted is None or names & set(wanted):
             sizes[path] = linear_shape(module)[1] if is_linear(module) else module.get_parameter("weight").shape[0]
-    stray = sorted(set(config.target_modules or ()) - could)
-    if could and stray:
-        raise UserError(f"bitfit: target_modules {stray} match no bias; there are: {', '.join(sorted(could))}.")
+    for name in wanted or ():
+        if could and name not in could:
+            raise UserError(
+                f"bitfit: target_modules: {name!r} matches no bias of this {shape.model_type} model; "
+                f"there are: {', '.join(sorted(could))}.{nearest(name, could)}"
+            )
     if sizes:
         return sizes
     if could:
-        raise UserError(f"bitfit: target_modules {config.target_modules} matches no bias; there are: {sorted(could)}.")
+        raise UserError(f"bitfit: target_modules is empty. What it can hold: {', '.join(sorted(could))}.")
     raise UserError(
-        f"bitfit finds nothing to tune: this {context.architecture.model_type} model has no bias terms. Set "
-        "add_missing: true to give its linear and norm modules new ones, or take another method (lora, for one)."
+        f"bitfit finds nothing to tune: this {shape.model_type} model has no bias terms. Set add_missing: true to give "
+        "its linear and norm modules new ones, or take another method (lora, for one)."
     )
+
+
+def _group(path: str, shape: Architecture) -> tuple[str, ...]:
+    """``norm``, ``attention`` or ``mlp``, of modules that are one of these."""
+    if path in shape.norms:
+        return ("norm",)
+    if path not in shape.linears:
+        return ()
+    block = next(block for block in shape.blocks if path.startswith(f"{block}."))
+    inside = path.removeprefix(block).lower()
+    # BERT's attention.output is attention, its intermediate and output are the MLP; OPT's fc1 has no parent.
+    return ("attention",) if "attn" in inside or "attention" in inside else ("mlp",)

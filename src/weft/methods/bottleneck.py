@@ -1,90 +1,410 @@
-"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2020): after a sub-layer, ``h + s · U f(D h + b) + c`` with
-D [m, d], U [d, m] and m = d / reduction_factor. U and c begin at zero, so the adapter begins as the identity."""
+"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2020; in parallel, He et al. 2021), computing what
+AdapterHub's ``adapters`` computes.
+
+With s what a sub-layer adds to the residual stream r, D [m, d] and U [d, m], m = d // reduction_factor:
+``s + scaling · (U f(D h + b) + c)``. Houlsby: h = s, after attention and MLP. Pfeiffer: h = s + r (where a norm follows
+the addition, as in BERT: norm(s + r)), after the MLP only. Parallel: h = r, beside the MLP.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ClassVar, Literal
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2CLS, get_activation
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter, SiteAdapter, SiteFunction
+from weft.core.architecture import Architecture
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
-from weft.errors import UserError
+from weft.errors import UserError, nearest
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "swish": F.silu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
+# Those with weights of their own are left out.
+NON_LINEARITIES = ("leakyrelu", *sorted(set(ACT2CLS) - {"prelu", "xielu"}))
+_PFEIFFER = {"mh_adapter": False, "original_ln_before": True, "non_linearity": "relu"}
+_PARALLEL = {"mh_adapter": False, "is_parallel": True, "non_linearity": "relu", "reduction_factor": 2.0, "scaling": 4.0}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "houlsby": {}, "pfeiffer": _PFEIFFER, "parallel": _PARALLEL, "scaled_parallel": {**_PARALLEL, "scaling": "learned"},
+}  # fmt: skip
+_PRESETS |= dict(zip(("double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn"), _PRESETS.values(), strict=True))
+# AdapterHub's settings that are not here, and why; they may be given if they are off.
+_NOT_HERE = {
+    "phm_layer": "Compacter's sums of Kronecker products are not built",
+    "use_gating": "the gate is a mean over the whole sequence, so that a token would see those after it",
+    "inv_adapter": "invertible adapters on the embeddings are not built",
+    "cross_adapter": "there is cross-attention in encoder-decoder models only",
+    "stochastic_depth": "dropping whole branches is for vision models; dropout is there",
 }
+# Entries of a foreign configuration that change nothing unless one of the above is on.
+_HARMLESS = re.compile(
+    "(shared_|factorized_|learn_)?phm(?!_layer$).*|(shared|factorized)_(W_phm|phm_W)|hypercomplex_nonlinearity|"
+    "init_weights_seed|stochastic_depth|inv_adapter_reduction_factor"
+)
 
 
 class BottleneckConfig(MethodConfig):
-    """AdapterHub's names. ``mh_adapter``: after attention; ``output_adapter``: after the MLP (both: Houlsby; the MLP
-    alone: Pfeiffer)."""
+    """AdapterHub's names and meanings. ``architecture`` sets what is not given: ``houlsby`` (the defaults),
+    ``pfeiffer``, ``parallel``, ``scaled_parallel``, or AdapterHub's names for them. Only the default of
+    ``init_weights`` differs: ``mam_adapter`` begins as the identity; ``bert`` and ``houlsby`` begin near it."""
 
     method: ClassVar[str] = "bottleneck"
     peft_type: ClassVar[str] = "BOTTLENECK"
+    weights_file: ClassVar[str] = "adapter.safetensors"
     default_learning_rate: ClassVar[float] = 2e-4
 
+    architecture: Literal[
+        "houlsby", "pfeiffer", "parallel", "scaled_parallel", "double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn"
+    ] = "houlsby"
     mh_adapter: bool = True
     output_adapter: bool = True
-    reduction_factor: float = Field(default=16, gt=0)
-    non_linearity: Literal["relu", "gelu", "swish", "silu", "tanh"] = "swish"
-    scaling: float = 1.0
+    reduction_factor: float | dict[str, float] = 16.0
+    non_linearity: str = "swish"
+    original_ln_before: bool = False
+    original_ln_after: bool = True
+    ln_before: bool = False
+    ln_after: bool = False
+    residual_before_ln: bool | Literal["post_add"] = True
+    adapter_residual_before_ln: bool = False
+    is_parallel: bool = False
+    scaling: float | Literal["learned", "channel"] = 1.0
+    init_weights: Literal["mam_adapter", "bert", "houlsby"] = "mam_adapter"
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     leave_out: list[int] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for key, why in _NOT_HERE.items():
+            if values.get(key):
+                raise ValueError(f"{key}: {values[key]!r}: {why}; leave it out (or off).")
+        values = {"architecture": "houlsby"} | {key: value for key, value in values.items() if key not in _NOT_HERE}
+        if isinstance(values.get("non_linearity"), str):
+            values["non_linearity"] = values["non_linearity"].lower()
+        if isinstance(by_layer := values.get("reduction_factor"), dict):
+            values["reduction_factor"] = {str(layer): factor for layer, factor in by_layer.items()}
+        return _PRESETS.get(str(values["architecture"]), {}) | values
+
+    @model_validator(mode="after")
+    def _check(self) -> BottleneckConfig:
+        names = [key for key in self.factors if key != "default" and not key.isdecimal()]
+        before, residual = self.original_ln_before, self.residual_before_ln
+        for wrong, message in (
+            (names, f"reduction_factor: {names}: keys are layer numbers from 0, and 'default'."),
+            (min(self.factors.values(), default=0) <= 0, "reduction_factor: above 0, for the width is divided by it."),
+            (self.non_linearity not in NON_LINEARITIES, f"non_linearity: {self.non_linearity!r} is none of "
+             f"{', '.join(NON_LINEARITIES)}.{nearest(self.non_linearity, NON_LINEARITIES)}"),
+            (self.scaling == 0, "scaling: 0 never changes anything; another number, 'learned' or 'channel'."),
+            (self.is_parallel and (before or residual is not True), "is_parallel: true needs original_ln_before: false "
+             f"and residual_before_ln: true; they are {str(before).lower()} and {str(residual).lower()}."),
+            (self.adapter_residual_before_ln and (self.is_parallel or not self.ln_after),
+             "adapter_residual_before_ln: true needs ln_after: true and is_parallel: false."),
+            (residual == "post_add" and not before,
+             "residual_before_ln: 'post_add' needs original_ln_before: true; else it is true or false."),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """The reduction factor by layer, or of those that are not named, 'default'."""
+        return self.reduction_factor if isinstance(self.reduction_factor, dict) else {"default": self.reduction_factor}
+
+    def width(self, hidden_size: int, layer: int) -> int:
+        """m in one layer."""
+        factor = self.factors.get(str(layer), self.factors.get("default"))
+        if factor is None:
+            raise UserError(f"bottleneck: reduction_factor says nothing of layer {layer}; add a 'default'.")
+        return max(1, int(hidden_size // factor))
+
+    def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any]:
+        return to_adapterhub(self, architecture, name)
+
+    @classmethod
+    def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
+        return from_adapterhub(entries) if "peft_type" not in entries and "config" in entries else None
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return Bottleneck(self, name, context)
 
 
-class BottleneckLayer(nn.Module):
-    """Down, non-linearity, up, added to what the sub-layer gave."""
+@dataclass(frozen=True)
+class _Around:
+    """Within a block, a pair for attention and MLP: modules that are given the residual stream as it was before the
+    sub-layer ("": the sub-layers run side by side, there is none), norms after the addition, and what AdapterHub calls
+    the module that holds its adapters."""
 
-    def __init__(self, config: BottleneckConfig, path: str, context: BuildContext) -> None:
+    reads: tuple[str, str]
+    norms: tuple[str, str] | None = None
+    holders: tuple[str, str] = ("attention_adapters", "output_adapters")
+
+
+_PRE = _Around(("input_layernorm", "post_attention_layernorm"))
+_BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+_BERT = _Around(("attention.self.query", "intermediate.dense"), _BERT_NORMS, ("attention.output", "output"))
+_AROUND: dict[str, _Around] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "starcoder2", "stablelm"), _PRE),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), _PRE),
+    "gpt2": _Around(("ln_1", "ln_2")),
+    "opt": _Around(("self_attn_layer_norm", "final_layer_norm")),
+    "phi": _Around(("input_layernorm", "")),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "distilbert": _Around(("attention.q_lin", "ffn.lin1"), ("sa_layer_norm", "output_layer_norm")),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One bottleneck: after sub-layer ``kind`` (0: attention, 1: MLP) of block ``layer``, on the linear ``path``.
+    ``read`` and ``norm`` are needed only if the configuration asks for the residual stream."""
+
+    layer: int
+    kind: int
+    path: str
+    read: str | None = None
+    norm: str | None = None
+
+
+class BottleneckLayer(nn.Module):
+    """Down, non-linearity, up. Parts live on up to three modules of the block: ``read`` keeps the residual stream that
+    ``forward`` (on the sub-layer's last linear) needs, ``finish`` gives what ``forward`` kept past a norm."""
+
+    def __init__(self, config: BottleneckConfig, place: Place, context: BuildContext) -> None:
         super().__init__()
-        d = context.architecture.hidden_size
-        m = max(1, int(d / config.reduction_factor))
-        self.path, self.config = path, config
-        self.down_weight = nn.Parameter(context.normal(m, d, std=1 / math.sqrt(d)))
+        m = config.width(d := context.architecture.hidden_size, place.layer)
+        self.path, self.config, self.place = place.path, config, place
+        # Not a submodule: its tensors are the base's.
+        self.__dict__["norm"] = context.model.get_submodule(place.norm) if place.norm else None
+        self.f = F.leaky_relu if config.non_linearity == "leakyrelu" else get_activation(config.non_linearity)
+        self.down_weight = nn.Parameter(_initial(config, "down", (m, d), context))
         self.down_bias = nn.Parameter(context.zeros(m))
-        self.up_weight = nn.Parameter(context.zeros(d, m))
+        self.up_weight = nn.Parameter(_initial(config, "up", (d, m), context))
         self.up_bias = nn.Parameter(context.zeros(d))
+        for norm in ("norm_before",) * config.ln_before + ("norm_after",) * config.ln_after:
+            self.register_parameter(f"{norm}_weight", nn.Parameter(context.zeros(d) + 1))
+            self.register_parameter(f"{norm}_bias", nn.Parameter(context.zeros(d)))
+        if not isinstance(config.scaling, float):
+            self.scaling = nn.Parameter(context.zeros(1 if config.scaling == "learned" else d) + 1)
+        # Rows on their way between modules of one block, by segment object: an adapter may have several segments.
+        self.waiting: dict[int, Tensor] = {}
+
+    def read(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """At the module that is given the residual stream: keep it."""
+        self.waiting[id(segment)] = x
+        return y
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        dtype = y.dtype
-        h = F.linear(y, self.down_weight.to(dtype), self.down_bias.to(dtype))
-        h = _ACTIVATIONS[self.config.non_linearity](h)
-        h = seeded_dropout(h, self.config.dropout, segment, self.path)
+        c, norm = self.config, self.__dict__["norm"]
+        r: Any = self.waiting.pop(id(segment), None)
+        # ``more``: how often r counts beyond the one that the model adds.
+        h, residual, more = y, y, 0
+        if c.is_parallel:
+            h = r
+        elif c.original_ln_before and r is not None:
+            h = y + r
+            if norm is None:
+                more = 0 if c.residual_before_ln else 1
+            else:
+                h = F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+                residual = {True: y, False: h, "post_add": y + r}[c.residual_before_ln]
+        change = self._change(h, segment)
+        if c.adapter_residual_before_ln:
+            out, more = self._own_norm(change + (residual + more * r if more else residual), "norm_after"), 0
+        else:
+            out = residual + (self._own_norm(change, "norm_after") if c.ln_after else change)
+        if norm is not None and not c.original_ln_after:
+            self.waiting[id(segment)] = out
+            return y
+        more -= not c.original_ln_after
+        return out + more * r if more else out
+
+    def finish(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """At the norm after the addition, with ``original_ln_after: false``: neither addition nor norm took place."""
+        return self.waiting.pop(id(segment))
+
+    def _change(self, h: Tensor, segment: Segment) -> Tensor:
+        dtype, scaling = h.dtype, self.config.scaling
+        if self.config.ln_before:
+            h = self._own_norm(h, "norm_before")
+        h = self.f(F.linear(h, self.down_weight.to(dtype), self.down_bias.to(dtype)))
         h = F.linear(h, self.up_weight.to(dtype), self.up_bias.to(dtype))
-        return y + (h if self.config.scaling == 1.0 else h * self.config.scaling)
+        if scaling != 1.0:
+            h = h * (scaling if isinstance(scaling, float) else self.scaling.to(dtype))
+        return seeded_dropout(h, self.config.dropout, segment, self.path)
+
+    def _own_norm(self, h: Tensor, name: str) -> Tensor:
+        weight, bias = (self.get_parameter(f"{name}_{part}").to(h.dtype) for part in ("weight", "bias"))
+        return F.layer_norm(h, weight.shape, weight, bias)
+
+
+def _initial(config: BottleneckConfig, part: str, shape: tuple[int, int], context: BuildContext) -> Tensor:
+    """AdapterHub's initial values. ``mam_adapter`` is Kaiming-uniform with a = sqrt(5), uniform within 1 / sqrt(in)."""
+    if config.init_weights == "bert":
+        return context.normal(*shape, std=0.02)
+    if config.init_weights == "houlsby":
+        values = nn.init.trunc_normal_(torch.empty(shape), std=0.01, a=-0.02, b=0.02, generator=context.generator)
+        return values.to(context.device, context.dtype)
+    if part == "up":
+        return context.zeros(*shape)
+    uniform = torch.rand(*shape, generator=context.generator, dtype=torch.float32) * 2 - 1
+    return (uniform / math.sqrt(shape[1])).to(context.device, context.dtype)
 
 
 class Bottleneck(SiteAdapter):
-    """A bottleneck after the attention and MLP sub-layers."""
+    """Bottlenecks after (or beside) the attention and MLP sub-layers."""
 
     def __init__(self, config: BottleneckConfig, name: str, context: BuildContext) -> None:
-        shape = context.architecture
-        wrong = [i for i in config.leave_out if not 0 <= i < shape.num_layers]
-        if wrong:
-            raise UserError(f"bottleneck: leave_out {wrong}: this model's layers are 0 to {shape.num_layers - 1}.")
-        skipped = tuple(f"{shape.blocks[i]}." for i in config.leave_out)
-        places = [*shape.attention_output * config.mh_adapter, *shape.mlp_output * config.output_adapter]
-        places = [path for path in places if not (skipped and path.startswith(skipped))]
-        if not places:
-            raise UserError(
-                "bottleneck finds nothing to tune: mh_adapter and output_adapter are both off, every layer is in "
-                f"leave_out, or the sub-layers of this {shape.model_type} model were not recognised."
-            )
-        super().__init__(config, name, {path: BottleneckLayer(config, path, context) for path in places})
+        places, shape = _places(config, context), context.architecture
+        super().__init__(config, name, {place.path: BottleneckLayer(config, place, context) for place in places})
+        self.settings, holders = config, _AROUND.get(shape.model_type, _PRE).holders
+        # The modules that hold them in AdapterHub.
+        self.holders = [f"{shape.blocks[place.layer]}.{holders[place.kind]}" for place in places]
+
+    def sites(self) -> Mapping[str, SiteFunction]:
+        functions: dict[str, SiteFunction] = {}
+        for layer in self.layers:
+            assert isinstance(layer, BottleneckLayer)
+            functions[layer.path] = layer
+            if layer.place.read:
+                functions[layer.place.read] = layer.read
+            if layer.place.norm and not layer.config.original_ln_after:
+                functions[layer.place.norm] = layer.finish
+        return functions
 
     def stored_name(self, part: str) -> str:
-        return "adapter_" + part.replace("_", ".")
+        return part if part == "scaling" else ".".join(f"adapter_{part}".rsplit("_", 1))
+
+    def _hub_names(self) -> Iterator[tuple[str, str, str]]:
+        """In AdapterHub's files, the module that holds a tensor and its name there; then its name in ours."""
+        for holder, path, layer in zip(self.holders, self.paths, self.layers, strict=True):
+            for part, _ in layer.named_parameters():
+                own = self.stored_name(part)
+                yield (
+                    holder,
+                    own.replace("down.", f"down.{int(self.settings.ln_before)}."),
+                    f"{self.prefix}{path}.{own}",
+                )
+                if part.startswith("norm_before"):  # also the first part of what stands before the non-linearity
+                    yield holder, own.replace("norm_before", "down.0"), f"{self.prefix}{path}.{own}"
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        return self.hub_tensors(self.name)
+
+    def hub_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors under the names of AdapterHub's ``adapter.safetensors``."""
+        own, name = self.tensors(), name.replace(".", "_")
+        return {f"{holder}.adapters.{name}.{tail}": own[key] for holder, tail, key in self._hub_names()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Also those that AdapterHub wrote, of whatever name and for a model with or without its head."""
+        own = {_UP_TO_LAYER.sub("", f"{holder}.{tail}"): key for holder, tail, key in self._hub_names()}
+        short = {key: _UP_TO_LAYER.sub("", _HUB_TENSOR.sub(".", key)) for key in tensors}
+        super().load_tensors({own.get(short[key], key): tensor for key, tensor in tensors.items()})
+
+
+def _places(config: BottleneckConfig, context: BuildContext) -> list[Place]:
+    """All bottlenecks, those of a block together.
+
+    Raises:
+        UserError: no place is left, a layer is not there, or the residual stream is asked for where it is not known.
+    """
+    shape = context.architecture
+    named = [int(key) for key in config.factors if key != "default"]
+    for key, numbers in (("leave_out", config.leave_out), ("reduction_factor", named)):
+        if wrong := [i for i in numbers if not 0 <= i < shape.num_layers]:
+            raise UserError(f"bottleneck: {key} {wrong}: this model's layers are 0 to {shape.num_layers - 1}.")
+    outputs = (shape.attention_output * config.mh_adapter, shape.mlp_output * config.output_adapter)
+    found = [
+        _place(config, context, layer, kind, path)
+        for layer, block in enumerate(shape.blocks)
+        if layer not in config.leave_out
+        for kind, paths in enumerate(outputs)
+        for path in paths
+        if path.startswith(f"{block}.")
+    ]
+    if not found:
+        raise UserError(
+            "bottleneck finds nothing to tune: mh_adapter and output_adapter are both off, every layer is in "
+            f"leave_out, or the sub-layers of this {shape.model_type} model were not recognised."
+        )
+    return found
+
+
+def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: int, path: str) -> Place:
+    shape, c = context.architecture, config
+    asks = [("is_parallel", c.is_parallel, "false"), ("original_ln_before", c.original_ln_before, "false"),
+            ("original_ln_after", not c.original_ln_after, "true")]  # fmt: skip
+    wanted = next(((key, other) for key, asked, other in asks if asked), None)
+    if wanted is None:
+        return Place(layer, kind, path)
+    trouble = f"bottleneck: {wanted[0]} needs the residual stream before the {('attention', 'MLP')[kind]}, which "
+    around, block, settings = _AROUND.get(shape.model_type), shape.blocks[layer], context.model.config
+    normed = getattr(settings, "apply_residual_connection_post_layernorm", False)
+    if around is None or normed or not getattr(settings, "do_layer_norm_before", True):
+        raise UserError(f"{trouble}is not known of this {shape.model_type} model; set it to {wanted[1]}.")
+    if around.norms is None and c.residual_before_ln == "post_add":
+        raise UserError(f"bottleneck: residual_before_ln is true or false in a {shape.model_type} model; 'post_add' "
+                        "needs a norm after the addition, as in BERT.")  # fmt: skip
+    inside = {name for name, _ in context.model.get_submodule(block).named_modules()}
+    if around.reads[kind] not in inside or (not around.reads[kind] and (c.is_parallel or not c.original_ln_after)):
+        raise UserError(f"{trouble}this {shape.model_type} model has not; set it to {wanted[1]}.")
+    norm = f"{block}.{around.norms[kind]}" if around.norms else None
+    reads = around.reads[kind] and (c.is_parallel or c.original_ln_before or norm is None)
+    return Place(layer, kind, path, f"{block}.{around.reads[kind]}" if reads else None, norm)
+
+
+# AdapterHub's folders hold adapter_config.json and adapter.safetensors (or a pickle, which is never read).
+# The part of a tensor's name that holds the adapter's, in all versions.
+_HUB_TENSOR = re.compile(r"\.(?:(?:attention|layer)_text_(?:task|lang)_)?adapters\.[^.]+\.")
+# What stands before the block's number.
+_UP_TO_LAYER = re.compile(r"^(?:.*?\.)?(?=\d+\.)")
+# adapter-transformers, which wrote no version, called them so.
+_OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+
+
+def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: str) -> dict[str, Any]:
+    """The ``adapter_config.json`` of AdapterHub for the adapter ``name``."""
+    return {
+        "config": config.model_dump(mode="json", exclude={"architecture"}),
+        "hidden_size": architecture.hidden_size,
+        "model_type": architecture.model_type,
+        "model_name": "",
+        "name": name.replace(".", "_"),  # names in AdapterHub hold no dot
+        "version": "adapters.1.3.0",
+    }
+
+
+def from_adapterhub(entries: Mapping[str, Any]) -> BottleneckConfig:
+    """The configuration in an ``adapter_config.json`` of AdapterHub.
+
+    Raises:
+        UserError: it is no bottleneck adapter, or an entry changes what it computes in a way that Weft does not know.
+    """
+    found = entries.get("config")
+    if not isinstance(found, Mapping):
+        raise UserError(f"adapter_config.json: 'config' is {found!r}, not the settings of an AdapterHub adapter.")
+    found = {key: value for key, value in found.items() if not _HARMLESS.fullmatch(key)}
+    if (kind := found.pop("architecture", None)) is not None:
+        raise UserError(f"adapter_config.json: 'architecture' is {kind!r}; Weft loads AdapterHub's bottlenecks (null).")
+    if "version" not in entries and found.get("non_linearity") in _OLD_ACTIVATIONS:
+        found["non_linearity"] = _OLD_ACTIVATIONS[found["non_linearity"]]
+    # What AdapterHub ignores there.
+    if found.get("is_parallel"):
+        found |= {"original_ln_before": False, "residual_before_ln": True, "adapter_residual_before_ln": False}
+    found["adapter_residual_before_ln"] = bool(found.get("adapter_residual_before_ln") and found.get("ln_after"))
+    for key in sorted(found.keys() - BottleneckConfig.model_fields.keys() - _NOT_HERE.keys()):
+        if found.pop(key):
+            raise UserError(f"adapter_config.json: {key!r} is on, and Weft does not know what it changes; not loaded.")
+    try:
+        return BottleneckConfig(**{"init_weights": "bert", **found})
+    except ValidationError as error:
+        raise UserError(f"adapter_config.json: the configuration cannot be used: {error}") from error

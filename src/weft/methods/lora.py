@@ -1,84 +1,98 @@
 """LoRA (Hu et al. 2021): ``W x + (alpha / r) B A x`` with A [r, in] random and B [out, r] zero, so that it begins as
-the identity. rsLoRA (Kalajdzievski 2023) scales by ``alpha / sqrt(r)`` instead."""
+the identity. rsLoRA (Kalajdzievski 2023) scales by ``alpha / sqrt(r)`` instead. LoRA+ (Hayou et al. 2024) trains B at a
+multiple of A's rate. PiSSA and DoRA are in ``weft.methods.dora``; how A and B begin, in ``weft.methods.lora_init``.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
+from weft.methods.dora import LoraEmbedding, VariantLinear
+from weft.methods.lora_init import drawn_factors, loftq_initial_factors, pissa_factors
+from weft.methods.low_rank import LowRankConfig, check_rank, drop_copies_of_the_base, find_targets
 from weft.ops.lowrank import low_rank_add
 
 # PEFT's other ones (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
 _INITS_THAT_KEEP_THE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
 
 
-class LoraConfig(MethodConfig):
-    """LoRA's settings; PEFT's names and meanings. Unlike PEFT the default targets are all linear modules."""
+class LoraConfig(LowRankConfig):
+    """LoRA's settings; PEFT's names and meanings.
+
+    ``init_lora_weights``: true (A Kaiming-uniform, B zero), gaussian, pissa, pissa_niter_<power iterations> (a faster
+    SVD), loftq (a base quantised to 4 bits), or false (both random). ``loraplus_lr_ratio``: B's learning rate (and that
+    of vectors) over A's; ``loraplus_lr_embedding``: then the rate of LoRA on embeddings.
+    """
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
     default_learning_rate: ClassVar[float] = 2e-4
-    # How the base stores its weights, or how the adapter was first drawn: nothing that changes what it computes now.
-    harmless_keys: ClassVar[frozenset[str]] = frozenset(
-        {"fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern", "exclude_modules", "loftq_config"}
-    )
+    own_fields: ClassVar[frozenset[str]] = frozenset({"loraplus_lr_ratio", "loraplus_lr_embedding"})
+    takes_embeddings: ClassVar[bool] = True
 
     r: int = Field(default=8, gt=0)
-    target_modules: str | list[str] = "all-linear"
-    lora_alpha: float = Field(default=16, gt=0)
-    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     use_rslora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
-    layers_to_transform: list[int] | None = None
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_init(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and not re.fullmatch(r"gaussian|loftq|pissa(_niter_\d+)?", value):
+            raise ValueError(f"{value!r} is none of true, false, gaussian, pissa, pissa_niter_<number>, loftq")
+        return value
+
+    @property
+    def pissa(self) -> bool:
+        """Whether A and B begin as the principal part of the weight."""
+        return str(self.init_lora_weights).startswith("pissa")
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return Lora(self, name, context)
 
     def scaling(self, path: str) -> float:
         """The factor before ``B A x`` at this module."""
-        alpha, r = self._pattern(self.alpha_pattern, path, self.lora_alpha), self.rank(path)
+        alpha, r = _of_pattern(self.alpha_pattern, path, self.lora_alpha), self.rank(path)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def rank(self, path: str) -> int:
         """r at this module, after ``rank_pattern``."""
-        return int(self._pattern(self.rank_pattern, path, self.r))
-
-    @staticmethod
-    def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        return default
+        return int(_of_pattern(self.rank_pattern, path, self.r))
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
-        entries = self.model_dump(mode="json")
-        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if pattern or self.layers_to_transform is not None:
-            # PEFT applies an expression to every module (a norm would be an error) and refuses layers beside one.
-            entries["target_modules"] = architecture.match(self.target_modules, self.layers_to_transform)
-            entries["layers_to_transform"] = None
-        gpt2 = architecture.model_type == "gpt2"
-        return {**entries, "bias": "none", "fan_in_fan_out": gpt2, "modules_to_save": None, "use_dora": False}
+        entries = super().to_peft(architecture)
+        if self.pissa:
+            # The file holds B A - B0 A0, of rank 2 r; alpha grows so that the scaling stays.
+            factor = math.sqrt(2) if self.use_rslora else 2
+            entries |= {
+                "r": 2 * self.r,
+                "lora_alpha": float(factor * self.lora_alpha),
+                "rank_pattern": {pattern: 2 * r for pattern, r in self.rank_pattern.items()},
+                "alpha_pattern": {pattern: factor * alpha for pattern, alpha in self.alpha_pattern.items()},
+            }
+        if self.pissa or self.init_lora_weights == "loftq":
+            entries["init_lora_weights"] = True  # else peft would change the base when it loads the adapter
+        return entries
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
-        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
         entries = dict(entries)
-        entries["target_modules"] = sorted({_module_path(key) for key in keys})
-        entries["layers_to_transform"] = None
+        entries.pop("loftq_config", None)
         how = entries.pop("init_lora_weights", True)
         if isinstance(how, str) and how.lower() not in _INITS_THAT_KEEP_THE_BASE:
             raise UserError(
@@ -89,40 +103,99 @@ class LoraConfig(MethodConfig):
         return super().from_peft(entries, keys)
 
 
-def _module_path(key: str) -> str:
-    return re.sub(r"\.lora_\w+(\.\w+)?$", "", key.removeprefix(SiteAdapter.prefix))
+def _of_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
 
 
 class LoraLinear(nn.Module):
-    """A and B of one linear module, in the adapter's own dtype."""
+    """A and B of one linear module, in the adapter's own dtype. (``weft.models.fused`` computes it by itself.)"""
 
-    def __init__(self, config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> None:
+    def __init__(self, path: str, a: Tensor, b: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
-        inputs, outputs = linear_shape(base)
-        r = config.rank(path)
-        self.path, self.scaling, self.dropout = path, config.scaling(path), config.lora_dropout
-        # Kaiming-uniform with a = sqrt(5), the reference implementation's choice, is uniform within 1 / sqrt(in).
-        std = 1.0 / r if config.init_lora_weights == "gaussian" else 1.0 / math.sqrt(3 * inputs)
-        if config.init_lora_weights == "gaussian":
-            a = context.normal(r, inputs, std=std)
-        else:
-            uniform = torch.rand(r, inputs, generator=context.generator, dtype=torch.float32) * 2 - 1
-            a = (uniform / math.sqrt(inputs)).to(context.device, context.dtype)
-        b = context.zeros(outputs, r) if config.init_lora_weights else context.normal(outputs, r, std=std)
-        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
+        self.path, self.scaling, self.dropout = path, scaling, dropout
+        self.lora_A, self.lora_B = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         x = seeded_dropout(x, self.dropout, segment, self.path)
         return low_rank_add(y, x, self.lora_A, self.lora_B, self.scaling)
 
 
+def _make_layer(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> nn.Module:
+    key = f"rank_pattern ({path})" if config.rank(path) != config.r else "r"
+    r, scaling = check_rank(key, config.rank(path), path, base, context), config.scaling(path)
+    how = config.init_lora_weights
+    if isinstance(base, nn.Embedding):
+        if config.pissa or how == "loftq":
+            raise UserError(
+                f"init_lora_weights: {how} is for linear modules, and '{path}' is an embedding; leave it out of "
+                "target_modules or use another init_lora_weights."
+            )
+        return LoraEmbedding(r, base, scaling, context, dora=config.use_dora, identity=bool(how))
+    if (config.pissa or how == "loftq") and context.blank:
+        inputs, outputs = linear_shape(base)
+        a, b = context.zeros(r, inputs), context.zeros(outputs, r)
+    elif config.pissa:
+        a, b = pissa_factors(config, path, base, context)
+    else:
+        a, b = (loftq_initial_factors if how == "loftq" else drawn_factors)(config, path, base, context)
+    if not (config.pissa or config.use_dora):
+        return LoraLinear(path, a, b, scaling, config.lora_dropout)
+    return VariantLinear(
+        path, base, a, b, scaling, config.lora_dropout, context, pissa=config.pissa, dora=config.use_dora
+    )
+
+
 class Lora(SiteAdapter):
-    """A low-rank update on every targeted linear module."""
+    """A low-rank update on every targeted module."""
 
     def __init__(self, config: LoraConfig, name: str, context: BuildContext) -> None:
-        paths = context.architecture.match(config.target_modules, config.layers_to_transform)
-        modules = {path: context.model.get_submodule(path) for path in paths}
-        super().__init__(config, name, {p: LoraLinear(config, p, m, context) for p, m in modules.items()})
+        modules, own = find_targets(config, context)
+        super().__init__(config, name, {p: _make_layer(config, p, m, context) for p, m in modules.items()}, own)
+        self.lora = config
+        self.__dict__["bases"] = modules  # not submodules: their tensors are not the adapter's
 
     def stored_name(self, part: str) -> str:
-        return f"{part}.weight"
+        return f"{part}.weight" if part in ("lora_A", "lora_B") else part
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        tensors = dict(super().tensors())
+        for a_key, b_key, layer in self._pissa_layers():
+            tensors[a_key], tensors[b_key] = layer.factors()
+        return tensors
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        rest = dict(tensors)
+        for a_key, b_key, layer in self._pissa_layers():
+            (r, inputs), outputs = layer.lora_A.shape, len(layer.lora_B)
+            a, b = checked(rest, a_key, (2 * r, inputs)), checked(rest, b_key, (outputs, 2 * r))
+            assert layer.initial_a is not None
+            assert layer.initial_b is not None
+            layer.initial_a.copy_(a[r:])
+            layer.initial_b.copy_(-b[:, r:])
+            rest[a_key], rest[b_key] = a[:r], b[:, :r]
+        drop_copies_of_the_base(rest, self.__dict__["bases"])
+        copy_into(super().tensors(), rest)
+
+    def _pissa_layers(self) -> list[tuple[str, str, VariantLinear]]:
+        """(A's name in the file, B's, layer)."""
+        return [
+            (f"{self.prefix}{path}.lora_A.weight", f"{self.prefix}{path}.lora_B.weight", m)
+            for path, m in zip(self.paths, self.layers, strict=True)
+            if isinstance(m, VariantLinear) and m.initial_a is not None
+        ]
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        ratio = self.lora.loraplus_lr_ratio
+        if ratio is None:
+            return 1.0
+        # Vectors (biases, magnitudes) go with B, as in peft's create_loraplus_optimizer.
+        return ratio if "lora_B" in parameter or self.get_parameter(parameter).ndim == 1 else 1.0
+
+    def scaled_learning_rate(self, parameter: str, rate: float) -> float:
+        owner = self.get_submodule(parameter.rpartition(".")[0])
+        if self.lora.loraplus_lr_ratio is not None and isinstance(owner, LoraEmbedding):
+            return self.lora.loraplus_lr_embedding
+        return super().scaled_learning_rate(parameter, rate)

@@ -26,13 +26,6 @@ _T5 = StackFacts(
 ENCODER_DECODERS: dict[str, StackFacts] = {"t5": _T5, "mt5": _T5, "umt5": _T5}
 
 
-def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model of this configuration with its language-model head."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-
-
 def describe_encoder_decoder(model: Any) -> Architecture:
     """The ``Architecture`` of an encoder-decoder: the encoder's blocks and then the decoder's.
 

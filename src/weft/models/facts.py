@@ -12,16 +12,23 @@ from weft.errors import UserError
 from weft.models.bloom import install_bloom
 from weft.models.encoder_decoder import describe_encoder_decoder
 from weft.models.fused import install_fused
-from weft.models.interface import install_interface
+from weft.models.interface import install_bidirectional, install_interface
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Within one block: the last linear of the attention and of the MLP. ``install`` None: padded batches only."""
+    """Within one block: the last linear of the attention and of the MLP. ``install`` None: padded batches only.
+
+    ``encoder``: every token sees the whole text, and a text is classified by its first token, through a head of the
+    kind ``head`` (``weft.core.heads``). ``padding_first``: positions begin after the pad token's id.
+    """
 
     attention_output: str
     mlp_output: str
     install: AttentionInstaller | None = install_interface
+    encoder: bool = False
+    head: str = "score"
+    padding_first: bool = False
 
 
 _LLAMA = Facts("self_attn.o_proj", "mlp.down_proj", install_fused)
@@ -45,6 +52,20 @@ FACTS: dict[str, Facts] = {
     "bloom": Facts("self_attention.dense", "mlp.dense_4h_to_h", install_bloom),
     "falcon": Facts("self_attention.dense", "mlp.dense_4h_to_h", None),
 }
+
+
+def _encoder(head: str, *, padding_first: bool = False) -> Facts:
+    return Facts("attention.output.dense", "output.dense", install_bidirectional, True, head, padding_first)
+
+
+ENCODERS: dict[str, Facts] = {
+    "bert": _encoder("classifier"),
+    "roberta": _encoder("dense_classifier", padding_first=True),
+    "xlm-roberta": _encoder("dense_classifier", padding_first=True),
+    "camembert": _encoder("dense_classifier", padding_first=True),
+    "electra": _encoder("gelu_classifier"),
+    "distilbert": Facts("attention.out_lin", "ffn.lin2", install_bidirectional, True, "pre_classifier"),
+}
 # For other architectures: usual names, most specific first. Anything not in the table runs padded, through its own
 # attention, until someone has checked that its attention goes through the interface.
 _ATTENTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
@@ -52,7 +73,7 @@ _MLP_NAMES = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "w2", "fc_out")
 
 
 def describe(model: nn.Module) -> Architecture:
-    """The ``Architecture`` of a transformers model with a language-model head.
+    """The ``Architecture`` of a transformers model: with a language-model head, or an encoder.
 
     Raises:
         UserError: the model has no list of blocks with linear modules in it.
@@ -61,7 +82,10 @@ def describe(model: nn.Module) -> Architecture:
     if getattr(config, "is_encoder_decoder", False):
         return describe_encoder_decoder(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    facts = FACTS.get(config.model_type)
+    facts = FACTS.get(config.model_type) or ENCODERS.get(config.model_type)
+    encoder = facts is not None and facts.encoder
+    if encoder and getattr(config, "is_decoder", False):
+        raise UserError(f"this {config.model_type} model is configured as a decoder (is_decoder), which is not known.")
     blocks = _blocks(model)
     linears = tuple(
         f"{block}.{path}"
@@ -74,6 +98,10 @@ def describe(model: nn.Module) -> Architecture:
     heads = int(text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     limit = getattr(text, "max_position_embeddings", None)
+    first = int(text.pad_token_id) + 1 if facts is not None and facts.padding_first else 0
+    pooler = _pooler(model) if encoder else None
+    # A pooler sees one row per sequence, so nothing in it can be a site.
+    modules = [(p, m) for p, m in model.named_modules() if pooler is None or not p.startswith(pooler)]
     return Architecture(
         model_type=config.model_type,
         hidden_size=int(text.hidden_size),
@@ -83,19 +111,31 @@ def describe(model: nn.Module) -> Architecture:
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
         blocks=blocks,
         linears=linears,
-        norms=tuple(path for path, module in model.named_modules() if is_norm(module)),
+        norms=tuple(path for path, module in modules if is_norm(module)),
         attention_output=_outputs(blocks, linears, facts.attention_output if facts else None, "attn", _ATTENTION_NAMES),
         mlp_output=_outputs(blocks, linears, facts.mlp_output if facts else None, "mlp", _MLP_NAMES),
-        activations=tuple(path for path, module in model.named_modules() if is_activation(module)),
-        max_length=int(limit) if limit else None,
+        activations=tuple(path for path, module in modules if is_activation(module)),
+        max_length=int(limit) - first if limit else None,
         install_attention=facts.install if facts else None,
         embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
         head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
+        bidirectional=encoder,
+        head_kind=facts.head if facts else "score",
+        pooler=pooler,
+        peft_task="FEATURE_EXTRACTION" if encoder else "CAUSAL_LM",
+        first_position=first,
+        token_types=int(getattr(text, "type_vocab_size", None) or 0) if encoder else 0,
     )
 
 
 def _path_of(model: nn.Module, wanted: Any) -> str:
     return next((path for path, module in model.named_modules() if module is wanted), "")
+
+
+def _pooler(model: nn.Module) -> str | None:
+    """BERT's: a layer of the base that its classification heads stand on."""
+    found = getattr(model.base_model, "pooler", None)
+    return _path_of(model, found) if found is not None else None
 
 
 def _falcon_kv_heads(config: Any) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
         updates: dict[int, LoraLinear] = {}
         for i, site in enumerate(sites):
             functions = _functions(site, segment)
-            if len(functions) == 1 and isinstance(only := functions[0], LoraLinear) and _draws_nothing(only, segment):
+            if len(functions) == 1 and _is_plain_lora(only := functions[0]) and _draws_nothing(only, segment):
                 updates[i] = only
             elif functions:
                 later[i][index] = functions
@@ -111,6 +111,11 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
 
 def _functions(site: Site | None, segment: Segment) -> list[SiteFunction]:
     return [] if site is None or segment.adapter is None else site.functions.get(segment.adapter, [])
+
+
+def _is_plain_lora(function: SiteFunction) -> TypeGuard[LoraLinear]:
+    """Not a subclass, which may compute something else."""
+    return type(function) is LoraLinear
 
 
 def _draws_nothing(lora: LoraLinear, segment: Segment) -> bool:

@@ -14,6 +14,8 @@ from weft.errors import UserError
 
 NAME = "weft"
 ROUTER = "_weft_router"
+CAUSAL = "_weft_causal"
+_LAYER = "_weft_layer"
 
 
 def weft_attention(
@@ -32,14 +34,15 @@ def weft_attention(
     if kwargs.get("s_aux") is not None:
         raise UserError("attention sinks (s_aux) are not implemented in the packed stream; use padded=True.")
     router: Router = module.__dict__[ROUTER]
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: int = module.__dict__[_LAYER]
     bias: dict[str, Any] = {}
     if sliding_window is not None:
         bias["sliding_window"] = sliding_window
     if softcap is not None:
         bias["softcap"] = softcap
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(router, layer, query[0], key[0], value[0], scale=scale, **bias)[None], None
+    causal: bool = module.__dict__[CAUSAL]
+    return attend(router, layer, query[0], key[0], value[0], scale=scale, causal=causal, **bias)[None], None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -50,20 +53,28 @@ AttentionInterface.register(NAME, weft_attention)
 AttentionMaskInterface.register(NAME, _no_mask)
 
 
-def install_interface(model: nn.Module, router: Router) -> Callable[[], None]:
+def install_interface(model: nn.Module, router: Router, *, causal: bool = True) -> Callable[[], None]:
     """Let every attention module of ``model`` attend along the stream that ``router`` describes."""
     attentions = [m for m in model.modules() if "attention" in type(m).__name__.lower()]
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
-    for module in attentions:
-        module.__dict__[ROUTER] = router
+    for number, module in enumerate(attentions):
+        # DistilBERT's do not know which layer they are in; there is one in each.
+        layer = getattr(module, "layer_idx", None)
+        module.__dict__ |= {ROUTER: router, CAUSAL: causal, _LAYER: number if layer is None else layer}
     for config in configs.values():
         config._attn_implementation = NAME
 
     def undo() -> None:
         for module in attentions:
-            module.__dict__.pop(ROUTER, None)
+            for mark in (ROUTER, CAUSAL, _LAYER):
+                module.__dict__.pop(mark, None)
         for key, config in configs.items():
             config._attn_implementation = before[key]
 
     return undo
+
+
+def install_bidirectional(model: nn.Module, router: Router) -> Callable[[], None]:
+    """The same for encoders, whose tokens see the whole sequence."""
+    return install_interface(model, router, causal=False)

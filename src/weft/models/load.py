@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,8 +13,12 @@ from torch import nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
-from weft.models.encoder_decoder import auto_class
-from weft.models.facts import describe
+from weft.models.facts import ENCODERS, describe
+from weft.models.hub import Hub, fetch_model
+from weft.models.quantize import Quantization, one_kernel, quantization_config
+from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
+
+Shape = Literal["full", "tiny"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -98,7 +103,14 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"the tokenizer of {name!r} cannot be loaded{hint}: {_first_line(error)}") from error
 
 
-def sketch_base(name: str, *, dtype: str = "auto", tokenizer: Any = None) -> Base:
+def _source(name: str, shape: Shape, hub: Hub) -> str:
+    # A tiny base needs nothing of a hub.
+    return resolve_model(name) if shape == "tiny" else fetch_model(resolve_model(name), hub)
+
+
+def sketch_base(
+    name: str, *, dtype: str = "auto", tokenizer: Any = None, shape: Shape = "full", hub: Hub = "huggingface"
+) -> Base:
     """The base without its weights, all tensors on the meta device: enough to check a configuration against it.
 
     Raises:
@@ -106,47 +118,119 @@ def sketch_base(name: str, *, dtype: str = "auto", tokenizer: Any = None) -> Bas
     """
     from transformers import AutoConfig
 
-    source, kind = resolve_model(name), resolve_dtype(dtype)
+    source, kind = _source(name, shape, hub), resolve_dtype(dtype)
+    if tokenizer is None:
+        tokenizer = tiny_tokenizer(source) if shape == "tiny" else load_tokenizer(source)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = tiny_config(source, tokenizer) if shape == "tiny" else AutoConfig.from_pretrained(source)
         kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
         with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=kind)
+            model = _headless(_auto_class(config, name).from_config(config, dtype=kind))
+    except UserError:
+        raise
     except Exception as error:  # as in load_base
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
-    return Base(model.eval(), tokenizer or load_tokenizer(source), describe(model), name)
+    return Base(model.eval(), tokenizer, describe(model), name)
 
 
-def load_base(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None) -> Base:
-    """Load a base model with its head, in evaluation mode.
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    tokenizer: Any = None,
+    shape: Shape = "full",
+    quantization: Quantization | None = None,
+    hub: Hub = "huggingface",
+) -> Base:
+    """Load a base model, in evaluation mode: a decoder with its head, an encoder without.
+
+    ``shape="tiny"``: the same architecture shrunk, with random weights. ``quantization``: how its linears are kept.
 
     Raises:
         UserError: it is not there, cannot be read, or the device is missing.
     """
+    source, where, kind = _source(name, shape, hub), resolve_device(device), resolve_dtype(dtype)
+    if shape == "tiny":
+        tokenizer = tokenizer or tiny_tokenizer(source)
+        with tempfile.TemporaryDirectory() as folder:
+            # Through a folder, so that loading and quantising are those of a real one.
+            config = tiny_config(source, tokenizer)
+            random_model(_auto_class(config, name), config, torch.float32).save_pretrained(folder)
+            model = _load_model(name, folder, kind, where, quantization)
+    else:
+        model = _load_model(name, source, kind, where, quantization)
+        tokenizer = tokenizer or load_tokenizer(source)
+    return Base(model, tokenizer, describe(model), name)
+
+
+def _load_model(
+    name: str, source: str, kind: torch.dtype | str, where: torch.device, quantization: Quantization | None
+) -> nn.Module:
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        compute = kind if isinstance(kind, torch.dtype) else torch.bfloat16
+        options = {"quantization_config": quantization_config(quantization, compute), "device_map": {"": where}}
+        kind = compute
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
-    source, where, kind = resolve_model(name), resolve_device(device), resolve_dtype(dtype)
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(
-            source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
+        loaded: Any = _auto_class(AutoConfig.from_pretrained(source), name).from_pretrained(
+            source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    except UserError:
+        raise
     except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
+    own = set(_headless(model).state_dict(keep_vars=True))
     # transformers only warns of either, and fills in random numbers.
-    missing = sorted(report["missing_keys"])
+    missing = sorted(own & set(report["missing_keys"]) if _is_encoder(model.config) else report["missing_keys"])
     if missing:
         raise UserError(f"the model {name!r} lacks {len(missing)} of its tensors: {', '.join(missing[:3])} ...")
-    for key, found, wanted in sorted(report["mismatched_keys"]):
+    for key, found, wanted in sorted(key for key in report["mismatched_keys"] if key[0] in own):
         raise UserError(
             f"the model {name!r} is damaged: {key} is {tuple(found)}, its config.json says {tuple(wanted)}."
         )
-    nn.Module.to(model, where).eval()
-    if tokenizer is None:
-        tokenizer = load_tokenizer(source)
-    return Base(model, tokenizer, describe(model), name)
+    if quantization is None:
+        nn.Module.to(model, where)
+    else:
+        one_kernel(model)
+    return model.eval()
+
+
+def _is_encoder(config: Any) -> bool:
+    return getattr(config, "model_type", "") in ENCODERS
+
+
+def _auto_class(config: Any, name: str) -> Any:
+    """The transformers class that loads it. Encoders come with a classification head, so that their modules have the
+    paths that PEFT's files name; the head itself is then put away (every job has its own)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    if _is_encoder(config):
+        return AutoModelForSequenceClassification
+    kinds = [auto for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)
+             if type(config) in auto._model_mapping]  # fmt: skip
+    if kinds == [AutoModelForSequenceClassification]:
+        raise UserError(
+            f"the model {name!r} is of the type {config.model_type}, which has no language-modelling head and is none "
+            f"of the encoders that Weft knows: {', '.join(ENCODERS)}."
+        )
+    return AutoModelForCausalLM
+
+
+def _headless(model: Any) -> Any:
+    """An encoder without what stands on its body: a head that transformers had to make up is different every time."""
+    if _is_encoder(model.config):
+        for name, child in list(model.named_children()):
+            if child is not model.base_model:
+                setattr(model, name, nn.Identity())
+    return model
 
 
 def _first_line(error: BaseException) -> str:

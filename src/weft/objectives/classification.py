@@ -1,6 +1,10 @@
-"""Sequence classification: cross-entropy of the class of a whole sequence."""
+"""Sequence classification: cross-entropy of the class of a whole sequence, and what counts its success."""
 
 from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,3 +19,26 @@ def classification(logits: Tensor, labels: Tensor) -> Tensor:
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels, reduction="none")
+
+
+def class_metrics(predicted: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
+    """``accuracy``; ``majority``, the accuracy of always naming the most frequent of ``labels``; ``f1`` (of class 1 if
+    there are the classes 0 and 1, as GLUE counts MRPC, else the mean over the classes); ``mcc``, Matthews' correlation.
+
+    With c right of n and class k named p_k and true t_k times (Gorodkin 2004):
+    MCC = (c n - sum p_k t_k) / sqrt((n^2 - sum p_k^2) (n^2 - sum t_k^2)); 0 where that is 0 / 0.
+    """
+    n, right = len(labels), sum(p == t for p, t in zip(predicted, labels, strict=True))
+    named, true = Counter(predicted), Counter(labels)
+    hits = Counter(p for p, t in zip(predicted, labels, strict=True) if p == t)
+    classes = sorted({*named, *true})
+    counted = [1] if max(classes) <= 1 else classes
+    f1 = [2 * hits[k] / (named[k] + true[k]) if named[k] + true[k] else 0.0 for k in counted]
+    spread = [n * n - sum(count * count for count in found.values()) for found in (named, true)]
+    covariance = right * n - sum(named[k] * true[k] for k in classes)
+    return {
+        "accuracy": right / n,
+        "majority": max(true.values()) / n,
+        "f1": sum(f1) / len(f1),
+        "mcc": covariance / math.sqrt(spread[0] * spread[1]) if all(spread) else 0.0,
+    }

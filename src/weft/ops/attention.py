@@ -1,15 +1,16 @@
-"""Causal attention over a padding-free stream: sequences of many jobs end to end, no token sees another sequence.
+"""Attention over a padding-free stream: sequences of many jobs end to end, no token sees another sequence.
 
 Notation: ``N`` tokens in the stream, ``S`` sequences, ``H`` query heads, ``K`` key/value heads, ``G = H / K`` query
 heads per key/value head, ``D`` head size, ``P`` prefix rows, ``T`` length of a bucket, ``b`` its number of sequences.
 For query ``i`` and key ``j`` of one sequence (both counted with the prefix)
 
     s_ij = scale * q_i . k_j,   s_ij <- c * tanh(s_ij / c),   s_ij <- s_ij + slope_h * j,
-    o_i = sum_j softmax_j(s_ij) v_j      over the visible j:  j <= i  and  i - j < window.
+    o_i = sum_j softmax_j(s_ij) v_j      over the visible j:  j <= i  and  i - j < window;  not causal: every j.
 
 How it is made fast on a CPU: sequences of similar length form a *bucket*; one gather turns the whole stream into the
-buckets' right-padded blocks ``[b, K, T * G, D]``, and each block is a few batched matrix products. Right padding needs
-no mask of its own: a real query never looks at a later key; pad queries are dropped, their output gradient is zero.
+buckets' right-padded blocks ``[b, K, T * G, D]``, and each block is a few batched matrix products. Causal attention
+needs no mask for the padding: a real query never looks at a later key; without causality the pad keys are hidden. Pad
+queries are dropped, their output gradient is zero.
 The ``G`` query heads of a key/value head are rows of one product, so keys and values are never repeated. Queries go in
 chunks, so that no score block is larger than ``chunk x T``, and the blocks above the diagonal are never computed.
 The probabilities are recomputed in the backward pass: only q, k and v are kept.
@@ -50,15 +51,27 @@ class _Scores:
     window: int | None
     softcap: float | None
     slopes: Tensor | None
+    causal: bool = True
 
-    def chunks(self, length: int, before: int) -> Iterator[tuple[int, int, int]]:
-        """(first query, end query, first key) of each score block of a bucket; keys count the ``before`` prefix rows.
-
-        The block's last key is the one of its last query.
-        """
+    def chunks(self, length: int, before: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first query, end query, first key, end key) of each score block of a bucket; keys count the ``before``
+        prefix rows. In causal attention the block's last key is the one of its last query."""
         for i0 in range(0, length, QUERY_CHUNK):
+            i1 = min(i0 + QUERY_CHUNK, length)
             first_key = 0 if self.window is None else max(0, before + i0 - self.window + 1)
-            yield i0, min(i0 + QUERY_CHUNK, length), first_key
+            yield i0, i1, first_key, before + (i1 if self.causal else length)
+
+    def pads(self, bucket: Bucket, before: int, like: Tensor) -> Tensor | None:
+        """[b * K, 1, before + T] of 0 and -inf, which hides the pad keys; None if there are none. Kept likewise."""
+        if min(bucket.lengths) == bucket.length:
+            return None
+        cache, key = self.layout._cache, ("pads", bucket.start, before, self.kv_heads, like.dtype)
+        if key not in cache:
+            ends = torch.tensor(bucket.lengths, device=like.device)[:, None] + before
+            hidden = torch.arange(before + bucket.length, device=like.device) >= ends
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+            cache[key] = mask[:, None].repeat_interleave(self.kv_heads, 0)
+        return cache[key]
 
     def mask(self, i0: int, i1: int, j0: int, per_kv: int, like: Tensor) -> Tensor:
         """[(i1 - i0) * G, i1 - j0] of 0 and -inf. Kept in the layout: every layer asks for it, twice."""
@@ -79,18 +92,29 @@ class _Scores:
         slopes = self.slopes.to(dtype).view(self.kv_heads, 1, -1, 1)
         return (slopes * distance.to(dtype)[None, :, None, :]).flatten(1, 2)
 
-    def probabilities(self, q: Tensor, k: Tensor, i0: int, i1: int, j0: int) -> tuple[Tensor, Tensor | None]:
-        """One score block: q [b * K, C * G, D] are the queries i0 .. i1-1, k [b * K, J, D] the keys j0 .. i1-1.
+    def hide(self, scores: Tensor, bucket: Bucket, before: int, i0: int, i1: int, j0: int) -> None:
+        """Put -inf where the keys j0 .. of a score block are hidden from the queries i0 .. i1-1 (own tokens only)."""
+        if not self.causal:
+            pads = self.pads(bucket, before, scores)
+            if pads is not None:
+                scores.add_(pads)
+            return
+        i0, i1, per_kv = before + i0, before + i1, scores.shape[1] // (i1 - i0)
+        # Without a window only the columns beyond the first query hold anything to hide.
+        d0 = i0 if self.window is None else j0
+        scores[:, :, d0 - j0 :].add_(self.mask(i0, i1, d0, per_kv, scores))
+
+    def probabilities(
+        self, q: Tensor, k: Tensor, bucket: Bucket, before: int, i0: int, i1: int, j0: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """One score block: q [b * K, C * G, D] are the queries i0 .. i1-1, k [b * K, J, D] the keys from j0 on.
 
         Returns the probabilities [b * K, C * G, J] and, with a softcap, tanh(s / c) of the same shape (for backward).
         Scores stay in the input's dtype unless a bias or a cap is added to them; torch's softmax computes in fp32.
         """
-        per_kv = q.shape[1] // (i1 - i0)
         if self.slopes is None and self.softcap is None:
             scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=self.scale)
-            # Without a window only the columns beyond the first query hold anything to hide.
-            d0 = i0 if self.window is None else j0
-            scores[:, :, d0 - j0 :].add_(self.mask(i0, i1, d0, per_kv, q))
+            self.hide(scores, bucket, before, i0, i1, j0)
             return scores.softmax(-1), None
         tanh = None
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -99,35 +123,37 @@ class _Scores:
             tanh = (scores / self.softcap).tanh_()
             scores = tanh * self.softcap
         if self.slopes is not None:
-            scores.unflatten(0, (-1, self.kv_heads)).add_(self.bias(i0, i1, j0, wide))
-        scores.add_(self.mask(i0, i1, j0, per_kv, scores))
+            scores.unflatten(0, (-1, self.kv_heads)).add_(self.bias(before + i0, before + i1, j0, wide))
+        self.hide(scores, bucket, before, i0, i1, j0)
         return scores.softmax(-1).to(q.dtype), tanh
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, length: int) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, bucket: Bucket) -> None:
         """Fill out [B, T * G, D] of one bucket from q [B, T * G, D], k and v [B, P + T, D] (B = b * K)."""
+        length = bucket.length
         per_kv, before = q.shape[1] // length, k.shape[1] - length
-        for i0, i1, j0 in self.chunks(length, before):
-            rows, keys = slice(i0 * per_kv, i1 * per_kv), slice(j0, before + i1)
-            p, _ = self.probabilities(q[:, rows], k[:, keys], before + i0, before + i1, j0)
+        for i0, i1, j0, j1 in self.chunks(length, before):
+            rows, keys = slice(i0 * per_kv, i1 * per_kv), slice(j0, j1)
+            p, _ = self.probabilities(q[:, rows], k[:, keys], bucket, before, i0, i1, j0)
             out[:, rows].baddbmm_(p, v[:, keys], beta=0)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, length: int
+        self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, bucket: Bucket
     ) -> None:
         """Fill dq, dk and dv of one bucket; shapes as in ``forward``.
 
         dP = dO V^T;  dS = P * (dP - rowsum(P * dP));  dQ = scale dS K;  dK = scale dS^T Q;  dV = P^T dO.
         """
+        length = bucket.length
         per_kv, before = q.shape[1] // length, k.shape[1] - length
         chunks = list(self.chunks(length, before))
         beta = 0 if len(chunks) == 1 and chunks[0][2] == 0 else 1  # 0: the only block covers every key
         if beta:
             dk.zero_()
             dv.zero_()
-        for i0, i1, j0 in chunks:
-            rows, keys = slice(i0 * per_kv, i1 * per_kv), slice(j0, before + i1)
+        for i0, i1, j0, j1 in chunks:
+            rows, keys = slice(i0 * per_kv, i1 * per_kv), slice(j0, j1)
             q_c, d_out_c, k_c = q[:, rows], d_out[:, rows], k[:, keys]
-            p, tanh = self.probabilities(q_c, k_c, before + i0, before + i1, j0)
+            p, tanh = self.probabilities(q_c, k_c, bucket, before, i0, i1, j0)
             dv[:, keys].baddbmm_(p.transpose(1, 2), d_out_c, beta=beta)
             dp = torch.bmm(d_out_c, v[:, keys].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
@@ -192,7 +218,7 @@ class _VarlenAttention(torch.autograd.Function):
             k_b, v_b = (_block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows))
             if (at := slots.get(bucket.group)) is not None:
                 k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
-            scores.forward(q_b, k_b, v_b, out_b, bucket.length)
+            scores.forward(q_b, k_b, v_b, out_b, bucket)
         return _unpack(out_rows, layout, kv_heads, heads)
 
     @staticmethod
@@ -210,11 +236,11 @@ class _VarlenAttention(torch.autograd.Function):
             q_b, do_b, dq_b = (_block(x, bucket, kv_heads, heads) for x in (q_rows, do_rows, dq_rows))
             k_b, v_b, dk_b, dv_b = (_block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows, dk_rows, dv_rows))
             if (at := slots.get(bucket.group)) is None:
-                scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_b, dv_b, bucket.length)
+                scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_b, dv_b, bucket)
                 continue
             k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
             dk_all, dv_all = torch.empty_like(k_b), torch.empty_like(v_b)
-            scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_all, dv_all, bucket.length)
+            scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_all, dv_all, bucket)
             for place, d_all, d_own in ((at, dk_all, dk_b), (at + 1, dv_all, dv_b)):
                 before = prefix[at].shape[1]
                 d_own.copy_(d_all[:, before:])
@@ -239,16 +265,19 @@ def varlen_attention(
     alibi_slopes: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention inside each sequence of the stream; the module's head says how.
+    """Attention inside each sequence of the stream, causal or of every token to all; the module's head says how.
 
     q [H, N, D]; k, v [K, N, D], H a multiple of K; cheapest if the memory order is [N, heads, D], as a projection gives
     it. ``prefix``: group -> (keys [K, P, D], values [K, P, D]), visible to every query of the group's sequences; the
     group must be in ``layout.prefix_groups`` (or the layout be built with ``separate_groups``). Prefix rows are
     positions 0 .. P-1. Returns [N, H, D], contiguous, in q's dtype (what transformers' attention interface wants, less
-    its batch dimension).
+    its batch dimension). ALiBi and a window look back only, and so are refused where attention is not causal.
     """
     _check(q, k, v, layout)
+    if not causal and (alibi_slopes is not None or sliding_window is not None):
+        raise ValueError("alibi_slopes and sliding_window are defined for causal attention only")
     slots: dict[int | None, int] = {}
     rows: list[Tensor] = []
     for group, (keys, values) in (prefix or {}).items():
@@ -258,7 +287,7 @@ def varlen_attention(
             raise ValueError(f"group {group} has a prefix, but the layout was built without it in prefix_groups")
         slots[group] = len(rows)
         rows += [keys.to(k.dtype), values.to(v.dtype)]
-    scores = _Scores(layout, k.shape[0], float(scale), sliding_window, softcap, alibi_slopes)
+    scores = _Scores(layout, k.shape[0], float(scale), sliding_window, softcap, alibi_slopes, causal)
     return _VarlenAttention.apply(q, k, v, scores, slots, *rows)
 
 
@@ -283,6 +312,7 @@ def varlen_attention_ref(
     alibi_slopes: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """``varlen_attention``, one sequence at a time, in fp32 (fp64 for fp64), every step written out."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -299,7 +329,9 @@ def varlen_attention_ref(
         i = j[keys.shape[1] - length :, None]
         scores = q[:, own].to(wide) @ keys.transpose(1, 2) * scale
         scores = _cap_and_bias(scores, j, alibi_slopes, softcap)
-        visible = (j <= i) if sliding_window is None else (j <= i) & (i - j < sliding_window)
+        visible = (j <= i) if causal else torch.ones_like(scores, dtype=torch.bool)
+        if sliding_window is not None:
+            visible = visible & (i - j < sliding_window)
         outs.append(scores.masked_fill(~visible, -math.inf).softmax(-1) @ values)
     return torch.cat(outs, 1).transpose(0, 1).to(q.dtype)
 

@@ -1,7 +1,10 @@
-"""The low-rank update of LoRA (Hu et al. 2021, eq. 3)."""
+"""The low-rank update of LoRA (Hu et al. 2021, eq. 3), and the decompositions it can begin with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 
@@ -24,3 +27,75 @@ def low_rank_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> 
 def low_rank_add_ref(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The same, as the paper writes it."""
     return y + scaling * (x.to(y.dtype) @ a.to(y.dtype).transpose(0, 1) @ b.to(y.dtype).transpose(0, 1))
+
+
+def low_rank(x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(x Aᵀ) Bᵀ`` in ``dtype``; x [..., in], a [r, in], b [out, r]."""
+    return x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t()
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``||W + scaling B A||`` of every row, [out], without the sum ever being written out.
+
+    With w, b rows of W and B:  ||w + s b A||² = ||w||² + 2 s (w Aᵀ) · b + s² (b A Aᵀ) · b.
+
+    Args:
+        weight: [out, in]; a: [r, in]; b: [out, r], one dtype.
+    """
+    square = weight.square().sum(1) + 2 * scaling * ((weight @ a.t()) * b).sum(1)
+    square = square + scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
+    # Rounding can make the square of what is nearly zero negative.
+    return square.clamp_min(0).sqrt()
+
+
+def row_norms_ref(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The same, written out."""
+    return torch.linalg.norm(weight + scaling * b @ a, dim=1)
+
+
+def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A [rank, in], B [out, rank] with ``scaling * B A`` the best approximation of weight [out, in] of that rank.
+
+    ``W = U S Vᵀ``: A = sqrt(S / scaling) Vᵀ and B = U sqrt(S / scaling), of the largest singular values (PiSSA,
+    Meng et al. 2024, eq. 2).
+    """
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:rank] / scaling).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def sketched_factors(
+    weight: Tensor, rank: int, scaling: float, iterations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``principal_factors`` from a random subspace (Halko et al. 2011, algorithm 4.4): close, and much faster.
+
+    ``iterations`` are its power iterations; the subspace has a few dimensions more than are kept.
+    """
+    width = min(rank + 8, *weight.shape)
+    start = torch.randn(weight.shape[1], width, generator=generator, dtype=torch.float32)
+    basis = torch.linalg.qr(weight @ start.to(weight)).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(weight.t() @ basis).Q
+        basis = torch.linalg.qr(weight @ basis).Q
+    a, b = principal_factors(basis.t() @ weight, rank, scaling)
+    return a, basis @ b
+
+
+def loftq_factors(
+    weight: Tensor, rank: int, scaling: float, quantize: Callable[[Tensor], Tensor], iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LoftQ (Li et al. 2023, algorithm 1): Q_t = q(W - s B A), then s B A = the best rank-r part of W - Q_t.
+
+    Args:
+        weight: [out, in], before quantisation.
+        quantize: a matrix as its quantisation gives it back.
+
+    Returns:
+        Q [out, in], A [rank, in], B [out, rank].
+    """
+    a, b = weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
+    quantized = weight
+    for _ in range(iterations):
+        quantized = quantize(weight - scaling * b @ a)
+        a, b = principal_factors(weight - quantized, rank, scaling)
+    return quantized, a, b

@@ -86,7 +86,14 @@ def _only_off(key: str) -> Callable[[Any], None]:
     return check
 
 
-_NOT_HERE = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "report_to")
+_NOT_HERE = ("report_to",)
+_BITS = {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None}
+
+
+def _bits(value: Any) -> tuple[str, Any] | None:
+    if value not in _BITS:
+        raise UserError(f"quantization_bit: {value!r}: a base is kept in 4 (nf4) or 8 bits (int8).")
+    return _BITS[value]
 # swift's words for which tokens are learned.
 _LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
 
@@ -109,6 +116,11 @@ SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
     "mask_history": lambda on: ("train_on", "last_answer") if on else None,
     "loss_scale": _loss_scale,
     "resume_from_checkpoint": _resume,
+    "load_in_4bit": lambda on: ("quantization", "nf4") if on else None,
+    "load_in_8bit": lambda on: ("quantization", "int8") if on else None,
+    "quantization_bit": _bits,
+    "quant_bits": _bits,
+    "use_modelscope": lambda on: ("hub", "modelscope") if on else None,
     # transformers' -1 says that num_train_epochs counts.
     "max_steps": lambda count: None if count in (None, -1, 0) else ("steps", count),
     "lora_target": _targets,

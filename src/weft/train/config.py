@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import weft.methods
 from weft.core.combined import CombinedConfig
 from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config, read_json
 from weft.errors import UserError, nearest
+from weft.models.hub import Hub
+from weft.models.load import Shape
+from weft.models.quantize import Quantization
 from weft.train.aliases import translate
 from weft.train.store import RUN_FILE
 
@@ -34,7 +37,10 @@ class JobConfig(BaseModel):
     method_settings: dict[str, Any] = {}
     data: str | None = None
     eval_data: str | None = None
-    task: Literal["causal_lm", "seq2seq"] = "causal_lm"
+    task: Literal["causal_lm", "seq2seq", "sequence_classification"] = "causal_lm"
+    labels: list[str] | None = None
+    text_columns: list[str] | None = None
+    label_column: str | None = None
     steps: int | None = Field(default=None, gt=0)
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=8, gt=0)
@@ -55,6 +61,15 @@ class JobConfig(BaseModel):
     early_stopping_min_delta: float = Field(default=0.0, ge=0)
     neftune_noise_alpha: float = Field(default=0.0, ge=0)
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names_of_labels(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            if any(isinstance(name, bool) for name in value):
+                raise ValueError("YAML reads no and yes as switches; put the labels in quotes")
+            return [str(name) if isinstance(name, (int, float)) else name for name in value]
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> JobConfig:
         check_name(self.name)
@@ -66,6 +81,11 @@ class JobConfig(BaseModel):
             raise ValueError(f"adam_betas {self.adam_betas}: both must lie in [0, 1)")
         if self.early_stopping_patience is not None and self.eval_steps is None:
             raise ValueError("early_stopping_patience needs eval_steps: without evaluation nothing can stop early")
+        method = self.method_config()
+        for part in method.parts if isinstance(method, CombinedConfig) else (method,):
+            if self.task not in part.tasks:
+                fitting = ", ".join(sorted(part.tasks))
+                raise ValueError(f"task {self.task}: method {part.method} is not for that; it is for {fitting}")
         return self
 
     def method_config(self) -> MethodConfig:
@@ -99,6 +119,10 @@ class RunConfig(BaseModel):
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     max_length: int | None = Field(default=None, gt=1)
     truncate: bool = False
+    hub: Hub = "huggingface"
+    data_hub: Hub | None = None
+    shape: Shape = "full"
+    quantization: Quantization | None = None
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = Field(default=None, gt=0)
@@ -114,6 +138,10 @@ class RunConfig(BaseModel):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two jobs are named {', '.join(twice)}; give each its own name")
+        classifies = any(job.task == "sequence_classification" for job in self.jobs)
+        for key in ("labels", "text_columns", "label_column"):
+            if not classifies and any(getattr(job, key) is not None for job in self.jobs):
+                raise ValueError(f"{key} is for classification; add task: sequence_classification")
         return self
 
 

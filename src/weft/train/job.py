@@ -6,13 +6,14 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
+from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
 from weft.data import Sample
 from weft.train.config import JobConfig
@@ -28,6 +29,7 @@ class Progress:
     seconds: float = 0.0
     evaluated_at: int = -1
     best_eval_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, besides the loss
     evals_without_gain: int = 0
     ended: str | None = None  # why it ended: finished, early_stop, failed
     loss_scale: float = 1.0
@@ -52,7 +54,7 @@ class Job:
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
         self.rate = config.learning_rate or adapter.default_learning_rate("")
         rates = [
-            (config.learning_rate or adapter.default_learning_rate(n)) * adapter.learning_rate_factor(n) for n in named
+            adapter.scaled_learning_rate(n, config.learning_rate or adapter.default_learning_rate(n)) for n in named
         ]
         self.parameters: list[nn.Parameter] = list(named.values())
         self.optimizer = make_optimizer(config, self.parameters, rates) if named else None
@@ -146,10 +148,10 @@ class Job:
             return False
         return progress.step == 0 or progress.ended == "finished" or bool(every and progress.step % every == 0)
 
-    def evaluated(self, loss: float) -> None:
+    def evaluated(self, loss: float, metrics: Mapping[str, float] | None = None) -> None:
         """Take note of an evaluation; ends the job if ``early_stopping_patience`` evaluations brought no gain."""
         progress, patience = self.progress, self.config.early_stopping_patience
-        progress.evaluated_at = progress.step
+        progress.evaluated_at, progress.metrics = progress.step, dict(metrics or {})
         best = progress.best_eval_loss
         # Nothing is below NaN: taken for the best it would stay the best.
         if math.isfinite(loss) and (best is None or loss < best - self.config.early_stopping_min_delta):
@@ -203,4 +205,8 @@ class Job:
             digest.update(repr((sample.input_ids, sample.weights)).encode())
             if sample.target_ids:
                 digest.update(repr(sample.target_ids).encode())
+            if sample.label is not None:
+                digest.update(repr((sample.label, sample.token_types)).encode())
+        if isinstance(self.adapter.head, ClassificationHead):
+            digest.update(repr(self.adapter.head.task.labels).encode())
         return digest.hexdigest()

@@ -15,7 +15,7 @@ from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.train.job import Job
 from weft.train.memory import freed_memory_kept, peak_memory
-from weft.train.step import StepResult, evaluate_loss, train_step
+from weft.train.step import StepResult, evaluate, train_step
 from weft.train.store import RunStore
 
 Event = Mapping[str, Any]
@@ -169,11 +169,12 @@ class Trainer:
         for job in self.jobs:
             if not job.wants_evaluation():
                 continue
-            loss = evaluate_loss(self.adapters, job.name, job.eval_samples, should_stop=self.should_stop)
-            if loss is None:
+            found = evaluate(self.adapters, job.name, job.eval_samples, should_stop=self.should_stop)
+            if found is None:
                 return False
-            job.evaluated(loss)
-            self._tell({"event": "eval", "job": job.name, "step": job.progress.step, "eval_loss": loss})
+            job.evaluated(found.loss, found.metrics)
+            figures = {f"eval_{key}": value for key, value in {"loss": found.loss, **found.metrics}.items()}
+            self._tell({"event": "eval", "job": job.name, "step": job.progress.step, **figures})
         return True
 
     def _tell(self, event: dict[str, Any], *, log: bool = True) -> None:

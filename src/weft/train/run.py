@@ -6,20 +6,21 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from weft.core.adapters import Adapters
+from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
-from weft.data import Renderer, Sample, load_samples, split_holdout
+from weft.data import Renderer, Sample
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
-from weft.train.config import JobConfig, RunConfig
+from weft.train.config import RunConfig
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
+from weft.train.reader import JobData, Reader, data_files
 from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
@@ -50,16 +51,9 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    for job in config.jobs:
-        for data in (job.data or config.data, job.eval_data or config.eval_data):
-            if data is not None and not Path(data).is_file():
-                if Path(data).is_dir():
-                    raise UserError(f"{data} is a folder; data is one file.")
-                raise UserError(f"no data file at {data}.")
+    places = data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
-    sketch = base or sketch_base(config.model, dtype=config.dtype)
-    for job in config.jobs:
-        check_job(job.name, job.task, sketch.architecture)
+    sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
     limit = sketch.architecture.max_length
     length = config.max_length or limit
     if limit is not None and length is not None and length > limit:
@@ -71,62 +65,58 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         max_length=length,
         truncate=config.truncate,
     )
-    files: dict[str, list[Sample]] = {}
-    loaded = [_load_data(config, job, renderer, files, sketch.architecture.task) for job in config.jobs]
+    _check_tasks(config, sketch)
+    read = Reader(config, renderer, sketch.architecture, places)
+    loaded = [read.job(job) for job in config.jobs]
     _check(config, sketch, loaded)
     if base is None:
-        base = load_base(config.model, dtype=config.dtype, device=config.device, tokenizer=sketch.tokenizer)
+        base = load_base(
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            tokenizer=sketch.tokenizer,
+            shape=config.shape,
+            quantization=config.quantization,
+            hub=config.hub,
+        )
     adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
     try:
         jobs = []
-        for job, (train, held) in zip(config.jobs, loaded, strict=True):
-            adapter = adapters.add(job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer)
-            jobs.append(Job(job, adapter, train, held))
+        for job, found in zip(config.jobs, loaded, strict=True):
+            adapter = adapters.add(
+                job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, classification=found.classes
+            )
+            jobs.append(Job(job, adapter, found.train, found.held))
     except BaseException:
         adapters.close()
         raise
     return Setup(config, base, adapters, renderer, jobs)
 
 
-def _check(config: RunConfig, sketch: Base, data: Sequence[tuple[list[Sample], list[Sample]]]) -> None:
+def _check_tasks(config: RunConfig, sketch: Base) -> None:
+    for job in config.jobs:
+        check_job(job.name, job.task, sketch.architecture)
+        if sketch.architecture.bidirectional and job.task == "causal_lm":
+            raise UserError(
+                f"job '{job.name}': task is causal_lm, but {config.model} is an encoder "
+                f"({sketch.architecture.model_type}) and writes no text. Set task: sequence_classification, or take "
+                "a base that writes."
+            )
+
+
+def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
     """Make every adapter without values, and take it away again."""
     adapters = Adapters(sketch.model, sketch.architecture, exact=config.exact)
     try:
-        for job, (train, held) in zip(config.jobs, data, strict=True):
-            adapter = adapters.add(job.name, job.method_config(), tokenizer=sketch.tokenizer, blank=True)
-            adapter.begin_training(job.planned_steps(len(train))[1])
-            _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, (*train, *held), sketch)
+        for job, data in zip(config.jobs, loaded, strict=True):
+            adapter = adapters.add(
+                job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
+            )
+            adapter.begin_training(job.planned_steps(len(data.train))[1])
+            samples = (*data.train, *data.held)
+            _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
         adapters.close()
-
-
-def _load_data(
-    config: RunConfig,
-    job: JobConfig,
-    renderer: Renderer,
-    files: dict[str, list[Sample]],
-    task: Literal["causal_lm", "seq2seq"],
-) -> tuple[list[Sample], list[Sample]]:
-    """The job's samples to train on and to evaluate on; a file that several jobs read is read once."""
-
-    def load(path: str) -> list[Sample]:
-        if path not in files:
-            files[path] = load_samples(
-                path,
-                renderer,
-                format=config.data_format,
-                columns=config.columns,
-                limit=config.limit,
-                empty_answers=config.empty_answers,
-                task=task,
-            )
-        return files[path]
-
-    samples, held = load(job.data or config.data), job.eval_data or config.eval_data
-    if held is not None:
-        return samples, load(held)
-    # Every job holds out the same records, so that their losses compare.
-    return split_holdout(samples, config.eval_size, seed=0)
 
 
 def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: Base) -> None:
@@ -194,7 +184,8 @@ def _train(
     )
     if config.resume:
         trainer.resume()
-    store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base)})
+    labels = {j.name: j.adapter.head.task.labels for j in setup.jobs if isinstance(j.adapter.head, ClassificationHead)}
+    store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base), "labels": labels})
     setup.base.tokenizer.save_pretrained(store.tokenizer)
     result = trainer.run()
     if result.completed:

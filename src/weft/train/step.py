@@ -8,8 +8,8 @@ optimizer and clipping, and every job draws from its own seeds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from weft.core.seq2seq import run_seq2seq
 from weft.core.stream import Part, Stream
 from weft.data import Sample
 from weft.data.batch import supervise
-from weft.objectives import Head, classification, likelihood, likelihood_of_logits
+from weft.objectives import Head, class_metrics, classification, likelihood, likelihood_of_logits
 from weft.train.job import Job
 
 
@@ -85,6 +85,7 @@ def _part(w: Work) -> Part:
         [s.answer for s in samples],
         [s.slots for s in samples],
         w.neftune_alpha,
+        [s.token_types for s in samples],
     )
 
 
@@ -110,8 +111,12 @@ def class_logits(adapters: Adapters, hidden: Tensor, stream: Stream, name: str, 
 
 def _class_losses(adapters: Adapters, hidden: Tensor, stream: Stream, w: Work, sequences: Sequence[int]) -> Tensor:
     assert w.adapter is not None
-    labels = torch.tensor([s.label for s in w.samples], device=hidden.device)
-    return classification(class_logits(adapters, hidden, stream, w.adapter, sequences), labels)
+    logits = class_logits(adapters, hidden, stream, w.adapter, sequences)
+    return classification(logits, _labels(w.samples, hidden.device))
+
+
+def _labels(samples: Sequence[Sample], device: torch.device) -> Tensor:
+    return torch.tensor([s.label for s in samples], device=device)
 
 
 def _size(sample: Sample) -> int:
@@ -167,29 +172,66 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
     return results
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss per learned token, or per sequence of a classification job, whose ``metrics`` are ``class_metrics``."""
+
+    loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
 @torch.no_grad()
-def evaluate_loss(
+def evaluate(
     adapters: Adapters,
     adapter: str | None,
     samples: Sequence[Sample],
     max_tokens: int = 4096,
     should_stop: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Mean loss per learned token over ``samples``, in passes of at most ``max_tokens`` tokens (or one sequence).
+) -> Evaluation | None:
+    """Evaluate on ``samples``, in passes of at most ``max_tokens`` tokens (or one sequence).
 
     None if ``should_stop``, asked before every pass, said yes.
     """
-    total, weight, size = 0.0, 0.0, 0
-    batch: list[Sample] = []
-    for sample in (*samples, None):
+    total, weight = 0.0, 0.0
+    predicted: list[int] = []
+    classifies = adapter is not None and adapters[adapter].head is not None
+    for batch in passes(samples, max_tokens):
         if should_stop():
             return None
-        if batch and (sample is None or size + _size(sample) > max_tokens):
+        if adapter is not None and classifies:
+            logits = logits_of(adapters, adapter, batch)
+            loss = classification(logits, _labels(batch, logits.device)).sum()
+            predicted += logits.argmax(-1).tolist()
+        else:
             (loss,) = forward_losses(adapters, [Work(adapter, batch)])
-            total += float(loss)
-            weight += sum(loss_weight(s) for s in batch)
+        total += float(loss)
+        weight += sum(loss_weight(s) for s in batch)
+    metrics = class_metrics(predicted, [s.label for s in samples if s.label is not None]) if classifies else {}
+    return Evaluation(total / weight, metrics)
+
+
+def evaluate_loss(adapters: Adapters, adapter: str | None, samples: Sequence[Sample], max_tokens: int = 4096) -> float:
+    """The loss alone."""
+    found = evaluate(adapters, adapter, samples, max_tokens)
+    assert found is not None
+    return found.loss
+
+
+def passes(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[Sample]]:
+    """``samples`` in order, cut where a pass would hold more than ``max_tokens`` tokens."""
+    batch: list[Sample] = []
+    size = 0
+    for sample in samples:
+        if batch and size + _size(sample) > max_tokens:
+            yield batch
             batch, size = [], 0
-        if sample is not None:
-            batch.append(sample)
-            size += _size(sample)
-    return total / weight
+        batch.append(sample)
+        size += _size(sample)
+    if batch:
+        yield batch
+
+
+def logits_of(adapters: Adapters, name: str, samples: Sequence[Sample]) -> Tensor:
+    """Class logits [n, classes] of some samples, in a pass of their own."""
+    stream = adapters.stream([_part(Work(name, samples))])
+    return class_logits(adapters, adapters.forward(stream), stream, name, range(len(samples)))

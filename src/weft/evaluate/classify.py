@@ -1,0 +1,60 @@
+"""What a classification adapter says of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.core.adapters import Adapters
+from weft.core.heads import ClassificationHead
+from weft.data import Renderer, Sample, unlabelled_sample
+from weft.errors import UserError
+from weft.train.step import logits_of, passes
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of each text: the index of the class, and the probabilities [n, classes] in the order of ``names``."""
+
+    labels: list[int]
+    probabilities: Tensor
+    names: tuple[str, ...]
+
+
+def classes_of(adapters: Adapters, name: str) -> tuple[str, ...]:
+    """The classes of adapter ``name``; UserError if it was not trained to classify."""
+    head = adapters[name].head
+    if not isinstance(head, ClassificationHead):
+        raise UserError(f"adapter '{name}' has no classes: it was not trained with task: sequence_classification.")
+    return head.task.labels
+
+
+@torch.no_grad()
+def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tokens: int = 4096) -> Predictions:
+    """Classify samples with adapter ``name``, in passes of at most ``max_tokens`` tokens.
+
+    Raises:
+        UserError: the adapter has no classes, or a sample is longer than the model's positions.
+    """
+    names, adapter, limit = classes_of(adapters, name), adapters[name], adapters.architecture.max_length
+    learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+    for sample in samples:
+        if limit is not None and len(sample.input_ids) + learned > limit:
+            raise UserError(
+                f"{sample.source}: {len(sample.input_ids)} tokens and the adapter's {learned} exceed the model's "
+                f"{limit} positions. Shorten the text."
+            )
+    logits = [logits_of(adapters, name, batch) for batch in passes(samples, max_tokens)]
+    found = torch.cat(logits).softmax(-1) if logits else torch.empty(0, len(names))
+    return Predictions(found.argmax(-1).tolist(), found, names)
+
+
+def text_sample(adapters: Adapters, renderer: Renderer, text: str, source: str = "the text") -> Sample:
+    """A text, or a pair of texts with a tab between them, as training encodes it."""
+    texts = text.split("\t")
+    if adapters.architecture.bidirectional and len(texts) > 2:
+        raise UserError(f"{source}: {len(texts)} texts with tabs between them; an encoder takes one or a pair.")
+    return unlabelled_sample(renderer, texts, source, encoder=adapters.architecture.bidirectional)

@@ -1,0 +1,288 @@
+"""AdaLoRA (Zhang et al. 2023): ``W x + s P Λ Q x`` with Λ diagonal (eq. 3), whose entries compete for a budget.
+
+PEFT's names: Q is ``lora_A`` [r, in], P ``lora_B`` [out, r], Λ ``lora_E`` [r, 1]. Λ begins at zero, so that the adapter
+begins as the identity. A penalty keeps P and Q near orthogonal (eq. 4):
+
+    γ Σ (||Pᵀ P - I||² + ||Q Qᵀ - I||²)        over all modules, Frobenius norms.
+
+PEFT draws P and Q from a Gaussian of 0.02; here they begin orthonormal, where the penalty is zero at any width.
+
+Every step smooths the sensitivity |w dL/dw| of every weight and its uncertainty (eqs. 9, 10; ``beta1``, ``beta2``);
+their product is the weight's score, and a triplet's is that of its λ plus the means over P's and Q's entries (eq. 7).
+From ``tinit`` on, every ``deltaT`` steps, only the ``budget`` best triplets of all modules keep their λ (eq. 6); the
+others' are zeroed, but may grow again until ``tfinal`` steps before the end, when the ranks are settled. The budget
+falls cubically (eq. 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
+from weft.core.architecture import Architecture, linear_shape
+from weft.core.config import BuildContext, MethodConfig
+from weft.core.route import Segment, seeded_dropout
+from weft.errors import UserError
+from weft.methods.low_rank import LowRankConfig, check_rank, drop_copies_of_the_base, find_targets
+from weft.ops.lowrank import low_rank_add
+
+
+class AdaLoraConfig(LowRankConfig):
+    """AdaLoRA's settings; PEFT's names and meanings.
+
+    ``tinit`` (default: a tenth of the run), ``tfinal`` (half of it), ``deltaT`` (a hundredth) and ``total_step`` (the
+    whole run) are in optimizer steps. ``rank_pattern`` says which ranks a trained adapter has kept; it is not set.
+    """
+
+    method: ClassVar[str] = "adalora"
+    peft_type: ClassVar[str] = "ADALORA"
+    default_learning_rate: ClassVar[float] = 1e-3
+    small_learning_rate: ClassVar[float] = 1e-2
+    harmless_keys: ClassVar[frozenset[str]] = LowRankConfig.harmless_keys | {"r", "init_lora_weights", "alpha_pattern"}
+
+    init_r: int = Field(default=12, gt=0)
+    target_r: int = Field(default=8, gt=0)
+    tinit: int | None = Field(default=None, ge=0)
+    tfinal: int | None = Field(default=None, ge=0)
+    deltaT: int | None = Field(default=None, gt=0)  # noqa: N815
+    total_step: int | None = Field(default=None, gt=0)
+    beta1: float = Field(default=0.85, gt=0, lt=1)
+    beta2: float = Field(default=0.85, gt=0, lt=1)
+    orth_reg_weight: float = Field(default=0.5, ge=0)
+    rank_pattern: dict[str, list[bool]] | None = None
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _as_long_as_the_rank(cls, value: dict[str, list[bool]] | None) -> dict[str, list[bool]] | None:
+        return value or None
+
+    @model_validator(mode="after")
+    def _budget(self) -> AdaLoraConfig:
+        if self.target_r > self.init_r:
+            raise ValueError(f"target_r is {self.target_r}; it can be 1 to init_r, which is {self.init_r}")
+        wrong = next((k for k, kept in (self.rank_pattern or {}).items() if len(kept) != self.init_r), None)
+        if wrong is not None:
+            raise ValueError(f"rank_pattern of {wrong} must have init_r ({self.init_r}) entries")
+        return self
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        return AdaLora(self, name, context)
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        # peft wants a schedule even of a finished adapter, and one that fits.
+        tinit, tfinal = self.tinit or 0, self.tfinal or 0
+        schedule = {
+            "tinit": tinit,
+            "tfinal": tfinal,
+            "deltaT": self.deltaT or 1,
+            "total_step": self.total_step or tinit + tfinal + 1,
+        }
+        return {**super().to_peft(architecture), **schedule}
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+        entries = dict(entries)
+        if entries.get("lora_alpha", 1) <= 0:
+            entries["lora_alpha"] = entries.get("init_r", 12)  # what peft takes instead
+        return super().from_peft(entries, keys)
+
+
+class SvdLinear(nn.Module):
+    """P, Λ, Q of one linear module, the smoothed scores of their entries, and which ranks the budget has left them."""
+
+    def __init__(self, config: AdaLoraConfig, path: str, base: nn.Module, context: BuildContext) -> None:
+        super().__init__()
+        inputs, outputs = linear_shape(base)
+        r = check_rank("init_r", config.init_r, path, base, context)
+        self.path, self.dropout = path, config.lora_dropout
+        self.scaling = config.lora_alpha / (r + 1e-5)  # as peft divides
+        self.lora_A = nn.Parameter(_orthonormal_columns(inputs, r, context).t().contiguous())
+        self.lora_B = nn.Parameter(_orthonormal_columns(outputs, r, context))
+        self.lora_E = nn.Parameter(context.zeros(r, 1))
+        self.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=context.device))
+        for part in ("A", "B", "E"):
+            for what in ("sensitivity", "uncertainty"):
+                self.register_buffer(f"{what}_{part}", torch.zeros_like(getattr(self, f"lora_{part}").data))
+
+    kept: Tensor
+
+    def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        x = seeded_dropout(x, self.dropout, segment, self.path)
+        return low_rank_add(y, x, self.lora_A * self.lora_E, self.lora_B, self.scaling)
+
+    def orthogonality(self) -> Tensor:
+        """||Pᵀ P - I||² + ||Q Qᵀ - I||²."""
+        eye = torch.eye(len(self.lora_A), dtype=self.lora_A.dtype, device=self.lora_A.device)
+        gram_q, gram_p = self.lora_A @ self.lora_A.t(), self.lora_B.t() @ self.lora_B
+        return (gram_p - eye).square().sum() + (gram_q - eye).square().sum()
+
+    def smooth(self, beta1: float, beta2: float) -> None:
+        """Take this step's gradients into the running means."""
+        for part in ("A", "B", "E"):
+            parameter = self.get_parameter(f"lora_{part}")
+            mean, spread = self.get_buffer(f"sensitivity_{part}"), self.get_buffer(f"uncertainty_{part}")
+            now = torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs()
+            mean.copy_(beta1 * mean + (1 - beta1) * now)
+            spread.copy_(beta2 * spread + (1 - beta2) * (now - mean).abs())
+
+    def scores(self) -> Tensor:
+        """Of the triplets, [r]."""
+        a, b, e = (self.get_buffer(f"sensitivity_{p}") * self.get_buffer(f"uncertainty_{p}") for p in "ABE")
+        return e.view(-1) + a.mean(1) + b.mean(0)
+
+    def forget_scores(self) -> None:
+        """Start the running means anew."""
+        for part in ("A", "B", "E"):
+            self.get_buffer(f"sensitivity_{part}").zero_()
+            self.get_buffer(f"uncertainty_{part}").zero_()
+
+    def zero_the_rest(self) -> None:
+        """λ = 0 where the budget has left nothing."""
+        self.lora_E.masked_fill_(~self.kept[:, None], 0.0)
+
+    def stored(self) -> Tensor:
+        """Which ranks a file must hold, [r] bool: all but those that were dropped and are still zero."""
+        return self.kept | (self.lora_E.detach().view(-1) != 0)
+
+
+def _orthonormal_columns(rows: int, columns: int, context: BuildContext) -> Tensor:
+    drawn = torch.randn(rows, columns, generator=context.generator, dtype=torch.float32)
+    # QR gives columns that lie together; torch's fused AdamW wants a restored state to lie as the parameter does.
+    return torch.linalg.qr(drawn).Q.contiguous().to(context.device, context.dtype)
+
+
+class AdaLora(SiteAdapter):
+    """A low-rank update on every targeted linear module, of ranks that the training allots."""
+
+    def __init__(self, config: AdaLoraConfig, name: str, context: BuildContext) -> None:
+        modules, own = find_targets(config, context)
+        super().__init__(config, name, {p: SvdLinear(config, p, m, context) for p, m in modules.items()}, own)
+        self.adalora = config
+        self.__dict__["bases"] = modules  # not submodules: their tensors are not the adapter's
+        self.register_buffer("settled", torch.zeros((), dtype=torch.bool, device=context.device))
+        self.schedule: tuple[int, int, int] | None = None
+        if context.device.type != "meta":
+            for path, layer in self._svd_layers():
+                pattern = (config.rank_pattern or {}).get(f"{path}.lora_E")
+                if pattern is not None:
+                    layer.kept.copy_(torch.tensor(pattern))
+
+    settled: Tensor
+
+    def _svd_layers(self) -> list[tuple[str, SvdLinear]]:
+        return [(p, m) for p, m in zip(self.paths, self.layers, strict=True) if isinstance(m, SvdLinear)]
+
+    def begin_training(self, total_steps: int) -> None:
+        config = self.adalora
+        total = config.total_step or total_steps
+        if total > total_steps:
+            raise UserError(
+                f"adalora: total_step is {total}, but the run has {total_steps} steps, so its ranks would never be "
+                f"settled; total_step can be 1 to {total_steps} (left out: the whole run)."
+            )
+        # What is not given must leave room for what is.
+        tinit, tfinal = config.tinit, config.tfinal
+        if tinit is None:
+            tinit = min(total // 10, max(0, total - (tfinal or 0) - 1))
+        if tfinal is None:
+            tfinal = min(total // 2, max(0, total - tinit - 1))
+        if tinit + tfinal >= total:
+            raise UserError(
+                f"adalora: tinit ({tinit}) and tfinal ({tfinal}) leave no steps between them in which ranks are "
+                f"allotted, for there are {total} in all; tinit + tfinal can be 0 to {total - 1}."
+            )
+        self.schedule = (tinit, total - tfinal, config.deltaT or max(1, total // 100))
+        # A checkpoint, if there is one, is restored after this.
+        self.settled.zero_()
+
+    def budget(self, step: int) -> int:
+        """Ranks in all that step ``step`` (from 1) may leave."""
+        assert self.schedule is not None
+        begin, end, _ = self.schedule
+        modules, config = len(self.layers), self.adalora
+        full, target = config.init_r * modules, config.target_r * modules
+        if step <= begin:
+            return full
+        left = max(0.0, 1 - (step - begin) / (end - begin))
+        return int((full - target) * left**3 + target)
+
+    def penalty(self) -> Tensor | None:
+        if not self.adalora.orth_reg_weight:
+            return None
+        return self.adalora.orth_reg_weight * torch.stack([m.orthogonality() for _, m in self._svd_layers()]).sum()
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        assert self.schedule is not None
+        begin, end, every = self.schedule
+        layers = [layer for _, layer in self._svd_layers()]
+        if step < end:
+            for layer in layers:
+                layer.smooth(self.adalora.beta1, self.adalora.beta2)
+            if step > begin and step % every == 0:
+                self._allot(self.budget(step))
+        elif not self.settled:
+            # Not "step == end": a step whose gradients were not finite is left out.
+            self._allot(self.budget(step))
+            for layer in layers:
+                layer.forget_scores()
+            self.settled.fill_(True)
+        else:
+            for layer in layers:
+                layer.zero_the_rest()
+
+    def _allot(self, budget: int) -> None:
+        """Leave λ to the ``budget`` triplets with the best scores of all modules."""
+        layers = [layer for _, layer in self._svd_layers()]
+        scores = torch.cat([layer.scores() for layer in layers])
+        # Not by a threshold: scores that are alike would all fall with it.
+        best = torch.sort(scores, descending=True, stable=True).indices[:budget]
+        kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
+        for layer, own in zip(layers, kept.split([len(layer.kept) for layer in layers]), strict=True):
+            layer.kept.copy_(own)
+            layer.zero_the_rest()
+
+    def ranks(self) -> dict[str, int]:
+        """Module path -> how many ranks its file holds."""
+        return {path: int(layer.stored().sum()) for path, layer in self._svd_layers()}
+
+    def stored_name(self, part: str) -> str:
+        return part
+
+    def stored_config(self) -> MethodConfig:
+        stored = {f"{path}.lora_E": layer.stored() for path, layer in self._svd_layers()}
+        dropped = any(not bool(own.all()) for own in stored.values())
+        pattern = {key: own.tolist() for key, own in stored.items()} if dropped else None
+        return self.adalora.model_copy(update={"rank_pattern": pattern})
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        tensors = dict(super().tensors())
+        for path, layer in self._svd_layers():
+            stored = layer.stored()
+            if not bool(stored.all()):
+                for part in ("lora_A", "lora_E"):
+                    tensors[f"{self.prefix}{path}.{part}"] = layer.get_parameter(part)[stored]
+                tensors[f"{self.prefix}{path}.lora_B"] = layer.lora_B[:, stored]
+        return tensors
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """What was dropped comes back as zeros, so that shapes, and sums to the bit, are those that were trained."""
+        rest = dict(tensors)
+        for path, layer in self._svd_layers():
+            kept = layer.kept
+            if bool(kept.all()):
+                continue
+            count = int(kept.sum())
+            for part in ("lora_A", "lora_B", "lora_E"):
+                full, key = torch.zeros_like(layer.get_parameter(part)), f"{self.prefix}{path}.{part}"
+                dim = 1 if part == "lora_B" else 0
+                shape = [count if d == dim else size for d, size in enumerate(full.shape)]
+                value = checked(rest, key, tuple(shape)).to(full)
+                rest[key] = full.index_copy_(dim, kept.nonzero().view(-1), value)
+        drop_copies_of_the_base(rest, self.__dict__["bases"])
+        copy_into(super().tensors(), rest)

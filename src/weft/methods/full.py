@@ -1,0 +1,58 @@
+"""Full fine-tuning as a job like any other: ``y = f(x; W + ΔW)`` with a ΔW, zero in the beginning, for every parameter.
+
+The base stays as it is, so several jobs of this kind, and of all others, share it; each costs as much memory as the
+base's parameters have in float32, and as much again per moment of its optimizer. Weight decay pulls ΔW, not W + ΔW,
+towards zero: towards the base (L2-SP, Li et al. 2018). Tied tensors have one ΔW, as they have one W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from weft.core.adapter import SiteAdapter
+from weft.core.config import BuildContext, MethodConfig
+from weft.core.weights import delta_layers
+from weft.errors import UserError
+
+
+class FullConfig(MethodConfig):
+    """There is nothing to choose; ``freeze`` trains a chosen part."""
+
+    method: ClassVar[str] = "full"
+    peft_type: ClassVar[str] = "FULL"
+    default_learning_rate: ClassVar[float] = 2e-5
+    small_learning_rate: ClassVar[float | None] = 3e-4
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
+
+    def build(self, name: str, context: BuildContext) -> WeightDeltas:
+        return WeightDeltas(self, name, context, [name for name, _ in context.model.named_parameters()])
+
+
+class WeightDeltas(SiteAdapter):
+    """The change of some of the base's parameters, stored as ``base_model.model.<path>.weight_delta`` (or ``bias_``).
+
+    Raises:
+        UserError: what a parameter does is not known, or it is quantised.
+    """
+
+    def __init__(self, config: MethodConfig, name: str, context: BuildContext, parameters: Collection[str]) -> None:
+        try:
+            layers = delta_layers(parameters, context)
+        except UserError as error:
+            raise UserError(f"{config.method}: {error} Or take another method, such as lora.") from None
+        super().__init__(config, name, layers)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        # A tied tensor stands in the file once, under its first module.
+        seen: set[int] = set()
+        return {k: t for k, t in super().tensors().items() if not (id(t) in seen or seen.add(id(t)))}  # type: ignore[func-returns-value]
+
+    def delta_weight(self, path: str) -> Mapping[str, Tensor]:
+        """What a merge adds to the tensors of module ``path``, in the adapter's dtype; empty if it stays."""
+        if path not in self.paths:
+            return {}
+        layer = self.layers[self.paths.index(path)]
+        return {part.removesuffix("_delta"): delta.detach() for part, delta in layer.named_parameters()}

@@ -1,0 +1,136 @@
+"""LLaMA-Pro (Wu et al. 2024), block expansion: the base's L blocks are cut into groups of equal size, and after each
+group stands a new block, a copy of the group's last one. Only the new blocks are trained.
+
+A block computes ``x' = x + Attn(n(x))``, ``y = x' + MLP(n(x'))``. With the last linear of both sub-layers set to zero
+(and their biases) it is ``y = x``: the expanded model begins exactly as the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointed
+from weft.core.config import BuildContext, MethodConfig
+from weft.core.inserted import copy_block
+from weft.core.route import Router
+from weft.core.site import Site, detach
+from weft.errors import UserError
+
+
+class LlamaProConfig(MethodConfig):
+    """``num_new_blocks``: how many, evenly spread (default: one for every four blocks, as in the paper)."""
+
+    method: ClassVar[str] = "llama_pro"
+    peft_type: ClassVar[str] = "LLAMA_PRO"
+    default_learning_rate: ClassVar[float] = 2e-4
+    small_learning_rate: ClassVar[float | None] = 2e-3
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
+
+    num_new_blocks: int | None = Field(default=None, gt=0)
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        return LlamaPro(self, name, context)
+
+    def groups(self, layers: int) -> list[int]:
+        """The number of each group's last block.
+
+        Raises:
+            UserError: there are more new blocks than blocks.
+        """
+        count = self.num_new_blocks or max(1, layers // 4)
+        if count > layers:
+            raise UserError(f"llama_pro: num_new_blocks {count}: this model has {layers} blocks, so 1 to {layers}.")
+        return [(i + 1) * layers // count - 1 for i in range(count)]
+
+
+class InsertedBlock(nn.Module):
+    """A block of the base's kind with parameters of its own, in the adapter's dtype, computed in the base's."""
+
+    def __init__(self, block: nn.Module, context: BuildContext) -> None:
+        super().__init__()
+        self.dtypes = {name: p.dtype for name, p in block.named_parameters()}
+        for module in block.modules():
+            for part, parameter in module.named_parameters(recurse=False):
+                own = parameter.detach().to(context.dtype)
+                module.register_parameter(part, nn.Parameter(own))
+        self.block = block
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rounded = {n: p.to(self.dtypes[n]) for n, p in self.block.named_parameters() if p.dtype != self.dtypes[n]}
+        if not rounded:
+            return self.block(hidden, *args, **kwargs)
+        return torch.func.functional_call(self.block, rounded, (hidden, *args), kwargs)
+
+
+class LlamaPro(Adapter):
+    """The new blocks, stored whole as ``base_model.model.<path of the block before>.inserted.0.<parameter>``."""
+
+    def __init__(self, config: LlamaProConfig, name: str, context: BuildContext) -> None:
+        super().__init__(config, name)
+        shape = context.architecture
+        _check(context)
+        self.paths = [shape.blocks[i] for i in config.groups(shape.num_layers)]
+        self.blocks = nn.ModuleList(
+            _new_block(path, shape.num_layers + number, context) for number, path in enumerate(self.paths)
+        )
+
+    def inserted_blocks(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {path: [block] for path, block in zip(self.paths, self.blocks, strict=True)}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {
+            f"{SiteAdapter.prefix}{path}.inserted.0.{part.removeprefix('block.')}": parameter
+            for path, block in zip(self.paths, self.blocks, strict=True)
+            for part, parameter in block.named_parameters()
+        }
+
+
+def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
+    """A copy of the block at ``path`` that computes the identity; ``number`` is its layer in a KV cache."""
+    shape, source = context.architecture, context.model.get_submodule(path)
+    block = copy_block(source, (Router, Site))
+    for module in block.modules():
+        detach(module)
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = number  # type: ignore[assignment]
+    disable_checkpointing(block)
+    for outputs in (shape.attention_output, shape.mlp_output):
+        last = [p.removeprefix(f"{path}.") for p in outputs if p.startswith(f"{path}.")]
+        for parameter in block.get_submodule(last[0]).parameters():
+            nn.init.zeros_(parameter)
+    new = InsertedBlock(block, context)
+    if is_checkpointed(source) and context.router is not None:
+        enable_checkpointing(new, context.router)
+    return new
+
+
+def _check(context: BuildContext) -> None:
+    """Whether a block with zeros in its last linears is the identity, and can be trained."""
+    shape = context.architecture
+    config: Any = context.model.config
+    # A norm after the sum changes what the zeros leave alone.
+    after = getattr(config, "apply_residual_connection_post_layernorm", False)
+    if shape.bidirectional or after or not getattr(config, "do_layer_norm_before", True):
+        raise UserError(
+            f"llama_pro: this {shape.model_type} model normalises after the residual sum, so no block of it can begin "
+            "as the identity. Take another method (bottleneck, for one)."
+        )
+    for path in shape.blocks:
+        block = context.model.get_submodule(path)
+        known = all(any(p.startswith(f"{path}.") for p in last) for last in (shape.attention_output, shape.mlp_output))
+        if not known or any("expert" in name for name, _ in block.named_parameters()):
+            raise UserError(
+                f"llama_pro: the last linear of the attention or of the MLP of block '{path}' of this "
+                f"{shape.model_type} model is not known (experts have many), so it cannot begin as the identity."
+            )
+        if not all(p.dtype.is_floating_point for p in block.parameters()):
+            raise UserError(
+                f"llama_pro: block '{path}' is quantised, and a copy of it cannot be trained. Load the base in bf16 or "
+                "fp32."
+            )

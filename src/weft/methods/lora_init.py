@@ -1,0 +1,78 @@
+"""How LoRA's A and B begin: drawn, from the base's weight (PiSSA), or from what quantisation lost of it (LoftQ)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.architecture import linear_shape
+from weft.core.config import BuildContext
+from weft.core.weights import dense_weight
+from weft.errors import UserError
+from weft.ops.lowrank import loftq_factors, principal_factors, sketched_factors
+
+if TYPE_CHECKING:
+    from weft.methods.lora import LoraConfig
+
+
+def drawn_factors(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
+    """A [r, in] Kaiming-uniform (or Gaussian), B [out, r] zero (``init_lora_weights: false``: Gaussian)."""
+    inputs, outputs = linear_shape(base)
+    r = config.rank(path)
+    # Kaiming-uniform with a = sqrt(5), the reference implementation's choice, is uniform within 1 / sqrt(in).
+    std = 1.0 / r if config.init_lora_weights == "gaussian" else 1.0 / math.sqrt(3 * inputs)
+    if config.init_lora_weights == "gaussian":
+        a = context.normal(r, inputs, std=std)
+    else:
+        uniform = torch.rand(r, inputs, generator=context.generator, dtype=torch.float32) * 2 - 1
+        a = (uniform / math.sqrt(inputs)).to(context.device, context.dtype)
+    b = context.zeros(outputs, r) if config.init_lora_weights else context.normal(outputs, r, std=std)
+    return a, b
+
+
+def pissa_factors(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
+    """The principal part of the weight (Meng et al. 2024): scaling * B A holds its r largest singular values."""
+    weight, r, scaling = dense_weight(base, context.dtype), config.rank(path), config.scaling(path)
+    _, _, iterations = str(config.init_lora_weights).partition("_niter_")
+    if iterations:
+        return sketched_factors(weight, r, scaling, int(iterations), context.generator)
+    return principal_factors(weight, r, scaling)
+
+
+def loftq_initial_factors(
+    config: LoraConfig, path: str, base: nn.Module, context: BuildContext
+) -> tuple[Tensor, Tensor]:
+    """The best rank-r part of what NF4 took from the weight (Li et al. 2023).
+
+    LoftQ alternates between quantising W - B A and decomposing the rest. Here the quantised base is shared and never
+    written, so Q = q(W) stays what it is and one decomposition is already the best there is.
+
+    Raises:
+        UserError: the module is not quantised to 4 bits, or the weight it was made from is not at hand.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError:
+        raise UserError("init_lora_weights: loftq needs bitsandbytes; pip install bitsandbytes") from None
+    if not isinstance(base, Linear4bit):
+        raise UserError(
+            f"init_lora_weights: loftq makes up for what quantisation lost, but module '{path}' is not quantised to 4 "
+            "bits. Load the base in nf4, or use init_lora_weights: true or pissa."
+        )
+    if context.original_weight is None:
+        raise UserError(
+            "init_lora_weights: loftq needs the weights from before quantisation, and this base was loaded without "
+            "them. Use init_lora_weights: true or pissa."
+        )
+    original = context.original_weight(path).to(context.device, context.dtype)
+    quantized = dense_weight(base, context.dtype)
+    if original.shape != quantized.shape:
+        raise UserError(
+            f"init_lora_weights: loftq: the original weight of module '{path}' is {tuple(original.shape)}, the "
+            f"quantised one {tuple(quantized.shape)}; they must be of the same model."
+        )
+    _, a, b = loftq_factors(original, config.rank(path), config.scaling(path), lambda _: quantized, 1)
+    return a, b

@@ -1,0 +1,159 @@
+"""What LoRA and AdaLoRA have in common: which modules they sit on, and what else of the base they may train."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from weft.core.adapter import SiteAdapter
+from weft.core.architecture import Architecture, is_linear, linear_shape
+from weft.core.config import BuildContext, MethodConfig, SavesModules
+from weft.core.site import plain_class
+from weft.core.weights import OwnWeights, saved_biases, saved_modules
+from weft.errors import UserError
+
+
+class LowRankConfig(SavesModules):
+    """PEFT's names and meanings. Unlike PEFT the default targets are all linear modules of the blocks."""
+
+    # How the base stores its weights, or how the adapter was first drawn: nothing that changes what it computes now.
+    harmless_keys: ClassVar[frozenset[str]] = frozenset(
+        {"fan_in_fan_out", "megatron_core", "qalora_group_size", "exclude_modules"}
+    )
+    # Fields that PEFT's configuration does not have.
+    own_fields: ClassVar[frozenset[str]] = frozenset()
+    takes_embeddings: ClassVar[bool] = False
+
+    target_modules: str | list[str] = "all-linear"
+    lora_alpha: float = Field(default=16, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    layers_to_transform: list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    @field_validator("layers_to_transform", mode="before")
+    @classmethod
+    def _one_layer(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _pattern_of_layers(self) -> LowRankConfig:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform are; give layers_to_transform too")
+        return self
+
+    def targets(self, architecture: Architecture) -> list[str]:
+        """Paths of the modules to tune: linears of the blocks, and the head or the token embeddings where named."""
+        more = [architecture.head, *([architecture.embeddings] if self.takes_embeddings else [])]
+        outside = [path for path in more if path and path not in architecture.linears]
+        if not self.layers_pattern:
+            return architecture.match(self.target_modules, self.layers_to_transform, outside)
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        wanted = {str(layer) for layer in self.layers_to_transform or ()}
+        found = []
+        for path in architecture.match(self.target_modules, None, outside):
+            number = next((m[1] for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", path))), None)
+            if number in wanted:
+                found.append(path)
+        if not found:
+            raise UserError(
+                f"layers_pattern {self.layers_pattern!r} with layers_to_transform {self.layers_to_transform} matches "
+                f"no module; blocks are named like {architecture.blocks[0]}."
+            )
+        return found
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        entries = self.model_dump(mode="json", exclude=set(self.own_fields))
+        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if pattern or self.layers_to_transform is not None:
+            # PEFT applies an expression to every module (a norm would be an error) and refuses layers beside one.
+            entries["target_modules"] = self.targets(architecture)
+            entries["layers_to_transform"] = entries["layers_pattern"] = None
+        return {**entries, "fan_in_fan_out": architecture.model_type == "gpt2"}
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
+        tuned = {key for key in keys if ".lora_" in key}
+        entries = {**entries, "target_modules": sorted({module_path(key) for key in tuned})}
+        entries["layers_to_transform"] = entries["layers_pattern"] = None
+        return super().from_peft(entries, keys)
+
+
+def module_path(key: str) -> str:
+    """The base module that a tensor of the adapter's file belongs to."""
+    return re.sub(r"\.lora_\w+(\.\w+)?$", "", key.removeprefix(SiteAdapter.prefix))
+
+
+def find_targets(config: LowRankConfig, context: BuildContext) -> tuple[dict[str, nn.Module], dict[str, OwnWeights]]:
+    """The modules to tune and the weights that are trained whole beside them, a path for each.
+
+    Raises:
+        UserError: a target is not there or of a kind that cannot be tuned.
+    """
+    shape, names = context.architecture, config.target_modules
+    for name in [] if isinstance(names, str) else names:
+        _refuse_other_kinds(name, config, context)
+    own = saved_modules(config.modules_to_save, context)
+    # peft too: what is trained whole needs no update.
+    paths = [path for path in config.targets(shape) if path not in own]
+    if not paths:
+        raise UserError(
+            f"target_modules {names!r}: every module it names is in modules_to_save {config.modules_to_save} as well, "
+            "so nothing is left to tune."
+        )
+    own |= saved_biases(config.bias, context, set(paths), set(own))
+    return {path: context.model.get_submodule(path) for path in paths}, own
+
+
+def _refuse_other_kinds(name: str, config: LowRankConfig, context: BuildContext) -> None:
+    """A name that does not match anything at all is ``Architecture.match``'s to refuse."""
+    shape = context.architecture
+    named = {p: m for p, m in context.model.named_modules() if p and (p == name or p.endswith(f".{name}"))}
+    could = {*shape.linears, shape.head, *([shape.embeddings] if config.takes_embeddings else [])}
+    if named and not could & set(named):
+        path, module = next(iter(named.items()))
+        names = sorted({p.rsplit(".", 1)[-1] for p in could if p})
+        raise UserError(
+            f"target_modules {name!r} matches no linear module: '{path}' is of the kind "
+            f"{plain_class(module).__name__}, on which {config.method} cannot be. "
+            f"What can match: {', '.join(names)} (or 'all-linear')."
+        )
+
+
+def check_rank(key: str, rank: int, path: str, module: nn.Module, context: BuildContext) -> int:
+    """The rank, if the module is large enough for it; a loaded file is not judged, for what it holds is no waste.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(module, nn.Embedding):
+        largest = min(module.num_embeddings, module.embedding_dim)
+    else:
+        assert is_linear(module)
+        largest = min(linear_shape(module))
+    if not 1 <= rank <= largest and not context.loading:
+        raise UserError(f"{key} is {rank}, but at module '{path}' it can be 1 to {largest}, the module's smaller side.")
+    return rank
+
+
+def drop_copies_of_the_base(tensors: dict[str, Tensor], bases: Mapping[str, nn.Module]) -> None:
+    """peft adds the base's own table to the file where embeddings or the head are tuned; take such tensors out.
+
+    Raises:
+        UserError: it is another table than the base's.
+    """
+    for path, base in bases.items():
+        key = f"{SiteAdapter.prefix}{path}.base_layer.weight"
+        if key in tensors:
+            copy, weight = tensors.pop(key), base.get_parameter("weight")
+            if copy.shape != weight.shape or not torch.equal(copy.to(weight), weight):
+                raise UserError(
+                    f"tensor '{key}' is a table of its own and not the base's; the adapter was made on a base with "
+                    "other embeddings (was the vocabulary resized?)."
+                )

@@ -1,0 +1,46 @@
+"""Quantised bases: LLM.int8 (Dettmers et al. 2022) and NF4 with double quantisation (Dettmers et al. 2023), by
+bitsandbytes. Adapters do not know of it: a site runs whatever the module's own class does."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from weft.errors import UserError
+
+Quantization = Literal["nf4", "fp4", "int8"]
+
+
+def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> Any:
+    """transformers' configuration for loading a base that way.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(f'quantization: {kind} needs bitsandbytes: pip install "weft[quant]".') from None
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def one_kernel(model: nn.Module) -> None:
+    """Let 4-bit linears on a CPU compute the same with and without gradients.
+
+    bitsandbytes packs their weights anew for a faster kernel that rounds differently (by 6e-3 in logits of a tiny
+    Llama) at the first pass without gradients; whether a layer needs any depends on which methods share the batch.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -1,0 +1,96 @@
+"""What is on a hub, without one: its clients are replaced."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from weft.errors import UserError
+from weft.models import hub
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("shibing624/alpaca-zh", True),
+        ("owner/name:data/train.json", True),
+        ("owner/name.v2", True),
+        ("data/train.json", False),
+        ("train.json", False),
+        ("../x/train", False),
+        ("./train", False),
+        ("tests/data", False),  # a folder that is there
+        ("a/b/c", False),
+    ],
+)
+def test_what_reads_as_a_data_sets_id(data: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert hub.is_dataset_id(data) == expected
+
+
+class Repository:
+    """A stand-in for the hub's client."""
+
+    def __init__(self, files: list[str]) -> None:
+        self.files = files
+
+    def list_repo_files(self, name: str, repo_type: str) -> list[str]:
+        assert (name, repo_type) == ("owner/name", "dataset")
+        return self.files
+
+
+def with_files(monkeypatch: pytest.MonkeyPatch, files: list[str]) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Repository(files))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, repo_type: f"/cache/{name}/{file}")
+
+
+def test_one_file_is_taken_and_of_several_the_named_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_files(monkeypatch, ["README.md", ".gitattributes", "alpaca.json"])
+    assert hub.fetch_dataset("owner/name") == Path("/cache/owner/name/alpaca.json")
+    with_files(monkeypatch, ["a.json", "b.jsonl"])
+    assert hub.fetch_dataset("owner/name:b.jsonl") == Path("/cache/owner/name/b.jsonl")
+    with pytest.raises(UserError, match=r"several data files: a\.json, b\.jsonl\. Name one: owner/name:<file>"):
+        hub.fetch_dataset("owner/name")
+    with pytest.raises(UserError, match=r"no such file there; there are: a\.json"):
+        hub.fetch_dataset("owner/name:c.json")
+    with_files(monkeypatch, ["train.parquet"])
+    with pytest.raises(UserError, match="no file that Weft reads"):
+        hub.fetch_dataset("owner/name")
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail() -> None:
+        raise ConnectionError("no route\nand much more")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", fail)
+    with pytest.raises(UserError, match=r"'owner/name' is no file here, .* cannot be fetched: no route$"):
+        hub.fetch_dataset("owner/name")
+
+
+def test_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(UserError, match=r"pip install \"weft\[modelscope\]\""):
+        hub.fetch_model("modelscope/Llama-2-7b-ms", "modelscope")
+    client = ModuleType("modelscope")
+    client.snapshot_download = lambda name, ignore_file_pattern: f"/cache/{name}"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "modelscope", client)
+    assert hub.fetch_model("modelscope/Llama-2-7b-ms", "modelscope") == "/cache/modelscope/Llama-2-7b-ms"
+    assert hub.fetch_model("owner/name") == "owner/name"
+    assert hub.fetch_model(str(tmp_path), "modelscope") == str(tmp_path)
+
+
+def test_a_run_fetches_its_data(monkeypatch: pytest.MonkeyPatch, tiny_llama_dir: Path, tiny_data: Path) -> None:
+    from weft.train import make_config, reader, run
+
+    monkeypatch.setattr(reader, "fetch_dataset", lambda data, where: tiny_data)
+    given = {"model": str(tiny_llama_dir), "data": "owner/name", "method": "lora", "threads": 1}
+    setup = run.prepare(make_config(given))
+    assert len(setup.jobs[0].samples) == 24
+    setup.adapters.close()
