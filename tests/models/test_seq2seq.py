@@ -98,7 +98,7 @@ def test_the_run_evaluates_and_learns(run_dir: Path) -> None:
         steps = [e["step"] for e in events(run_dir, "eval") if e["job"] == name]
         assert steps == [0, 3, 6], name
         assert [e["step"] for e in events(run_dir, "step") if e["job"] == name] == [1, 2, 3, 4, 5, 6]
-        assert (run_dir / "adapters" / name / "adapter_model.safetensors").is_file()
+        assert list((run_dir / "adapters" / name).glob("*.safetensors"))
     first, last = ([e["eval_loss"] for e in events(run_dir, "eval") if e["step"] == s] for s in (0, 6))
     assert sum(last) < sum(first)
 
@@ -119,7 +119,8 @@ def test_a_stopped_run_ends_bit_for_bit_as_the_unbroken_one(
     assert not stopped.completed
     assert train(build_config({**values, "resume": True})).completed
     for name in METHODS_HERE:
-        a, b = (read_tensors(folder / "adapters" / name / "adapter_model.safetensors") for folder in (run_dir, out))
+        (file,) = (out / "adapters" / name).glob("*.safetensors")
+        a, b = read_tensors(file), read_tensors(run_dir / file.relative_to(out))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
@@ -198,9 +199,23 @@ def test_misfits_are_refused_before_weights_are_loaded(
     refused(monkeypatch, {**values, "model": str(tiny_llama_dir)}, "job 'lora': task is seq2seq, but a llama model")
     refused(monkeypatch, {**values, "exact": True}, "exact mode needs the packed stream")
     monkeypatch.setattr(METHODS["bottleneck"], "tasks", frozenset({"causal_lm"}))
+    values.pop("task")
     refused(monkeypatch, values, "method bottleneck does not work with t5, whose task is seq2seq")
+    values |= {"task": "seq2seq"}
+    refused(monkeypatch, values, "task seq2seq: method bottleneck is not for that")
+    values.pop("task")
     both = [{"method": "lora+bottleneck", **kit.SETTINGS["lora"]}]
     refused(monkeypatch, {**values, "jobs": both}, "method bottleneck does not work with t5")
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "llama_pro"])
+def test_methods_that_change_whole_blocks_are_refused(
+    method: str, t5_dir: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = settings(t5_dir, tiny_data, tmp_path / "run", jobs=[{"method": method}])
+    refused(monkeypatch, values, f"task seq2seq: method {method} is not for that")
+    values.pop("task")
+    refused(monkeypatch, values, f"method {method} does not work with t5, whose task is seq2seq")
 
 
 def test_inserted_blocks_are_refused(
