@@ -13,11 +13,12 @@ import torch
 from tests.contracts import kit
 from tests.contracts.test_seq2seq import make_model
 
+from weft.core.adapters import Adapters
 from weft.core.files import read_tensors
 from weft.data import Message
 from weft.errors import UserError
 from weft.evaluate import Question, answer_questions
-from weft.generate import generate
+from weft.generate import Request, generate
 from weft.generate.open import open_target
 from weft.methods import METHODS
 from weft.models import describe
@@ -255,6 +256,23 @@ def test_layers_are_those_of_both_stacks() -> None:
     assert found == [f"{b}.layer.0.SelfAttention.q" for b in ("encoder.block.0", "decoder.block.0", "decoder.block.4")]
     with pytest.raises(UserError, match="no layer 5; this model has 0 to 4"):
         shape.match("all-linear", [5])
+
+
+def test_a_decoder_needs_a_token_to_begin_with() -> None:
+    model = make_model("t5")
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
+    with pytest.raises(UserError, match="no decoder_start_token_id"):
+        describe(model)
+
+
+@pytest.mark.parametrize("name", ["google/mt5-small", "google/flan-t5-base"])
+def test_a_tiny_shape_of_a_t5_writes(name: str) -> None:
+    """Nothing is downloaded: the name tells the architecture."""
+    base = load_base(name, shape="tiny", device="cpu")
+    adapters = Adapters(base.model, base.architecture)
+    (answer,) = generate(adapters, [Request([5, 6, 7], None, 4)], stop_ids=())
+    assert len(answer.ids) == 4
+    adapters.close()
 
 
 def test_an_unknown_encoder_decoder_is_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from weft.core.architecture import Architecture, is_activation, is_linear, is_norm
+from weft.core.seq2seq import start_token
 from weft.errors import UserError
 
 
@@ -32,7 +33,7 @@ def describe_encoder_decoder(model: Any) -> Architecture:
     ``num_layers`` is the decoder's: learned keys and values stand there.
 
     Raises:
-        UserError: the model type is not one that Weft knows.
+        UserError: the model type is not one that Weft knows, or nothing says what the decoder begins with.
     """
     config = model.config
     facts = ENCODER_DECODERS.get(config.model_type)
@@ -41,6 +42,7 @@ def describe_encoder_decoder(model: Any) -> Architecture:
             f"{config.model_type} is an encoder-decoder that Weft does not know; of these it trains "
             f"{', '.join(sorted(ENCODER_DECODERS))}."
         )
+    start_token(model)
     paths = {id(module): path for path, module in model.named_modules()}
     stacks = [_blocks(stack, paths[id(stack)]) for stack in (model.get_encoder(), model.get_decoder())]
     blocks = (*stacks[0], *stacks[1])
