@@ -17,8 +17,12 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    OPTConfig,
     PretrainedConfig,
     Qwen2Config,
 )
@@ -34,7 +38,7 @@ from weft.models import describe
 VOCABULARY = 97
 ALL = sorted(METHODS)
 
-# Per method, what its tests set; "drop" holds what turns its dropout on.
+# Per method, what its tests set.
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4},
     # As many ranks as the budget: what AdaLoRA's file holds when it drops some, its own tests see.
@@ -43,14 +47,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 5},
     "prefix_tuning": {"num_virtual_tokens": 4},
     "bottleneck": {"reduction_factor": 4},
+    "hard_prompt": {"prompt_ids": [5, 17, 17, 40]},
+    "p_tuning": {"num_virtual_tokens": 4},
+    "p_tuning_v2": {"num_virtual_tokens": 3},
 }
+# Every method's fields of that name.
 DROPOUT: dict[str, dict[str, Any]] = {
-    "lora": {"lora_dropout": 0.2},
-    "adalora": {"lora_dropout": 0.2},
-    "bottleneck": {"dropout": 0.2},
+    method: found
+    for method, config in METHODS.items()
+    if (found := {name: 0.2 for name in config.model_fields if name.endswith("dropout")})
 }
+# The dropout of an encoder lies between the layers of its LSTM.
+DROPOUT["p_tuning"] |= {"encoder_reparameterization_type": "LSTM"}
 # Methods that do not promise to begin as the identity: they put something new before the text.
-NOT_IDENTITY = {"prompt_tuning", "prefix_tuning"}
+NOT_IDENTITY = {"prompt_tuning", "prefix_tuning", "hard_prompt", "p_tuning", "p_tuning_v2"}
+# Methods that train nothing; those that do.
+UNTRAINED = {"hard_prompt"}
+TRAINED = [method for method in ALL if method not in UNTRAINED]
 
 
 def method_config(method: str, *, dropout: bool = False, **more: Any) -> MethodConfig:
@@ -59,7 +72,9 @@ def method_config(method: str, *, dropout: bool = False, **more: Any) -> MethodC
 
 
 def model_config(kind: str, **more: Any) -> PretrainedConfig:
-    """A tiny configuration: Llama and Qwen2 with grouped-query attention, GPT-2 with Conv1D, BLOOM with ALiBi."""
+    """A tiny configuration: Llama, Qwen2 and Mistral with grouped-query attention, GPT-2 with Conv1D, BLOOM with ALiBi,
+    Gemma with heads wider than hidden / heads and tied, scaled embeddings, GPT-NeoX with parallel residuals, OPT with
+    embeddings narrower than its blocks."""
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "llama":
         sizes = {"hidden_size": 32, "intermediate_size": 48, **more}
@@ -71,6 +86,27 @@ def model_config(kind: str, **more: Any) -> PretrainedConfig:
         return Qwen2Config(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=128, **special, **more,
+        )  # fmt: skip
+    if kind == "mistral":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": None, **more}
+        return MistralConfig(
+            vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, **special,
+            **sizes,
+        )  # fmt: skip
+    if kind == "gemma":
+        return GemmaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=16, max_position_embeddings=128, **special, **more,
+        )  # fmt: skip
+    if kind == "gpt_neox":
+        return GPTNeoXConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128, **special, **more,
+        )  # fmt: skip
+    if kind == "opt":
+        return OPTConfig(
+            vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, **special, **{"word_embed_proj_dim": 24, **more},
         )  # fmt: skip
     if kind == "bloom":
         return BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, **special, **more)
@@ -150,7 +186,7 @@ def parameters(adapter: Adapter) -> dict[str, Tensor]:
 
 def difference(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     """Largest absolute difference of two lists of tensors."""
-    return max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))
+    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True)), default=0.0)
 
 
 def sha256(tensors: Iterable[Tensor]) -> str:

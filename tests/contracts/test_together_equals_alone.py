@@ -58,7 +58,7 @@ def train(model: torch.nn.Module, methods: list[str], steps: int, **options: boo
     result = Trainer(adapters, jobs).run()
     assert {entry["ended"] for entry in result.jobs.values()} == {"finished"}
     out = {job.name: list(job.tensors().values()) for job in jobs}
-    assert all(kit.sha256(job.parameters) != before[job.name] for job in jobs), (
+    assert all(kit.sha256(job.parameters) != before[job.name] for job in jobs if job.name not in kit.UNTRAINED), (
         "a job that does not move proves nothing"
     )
     adapters.close()

@@ -93,10 +93,6 @@ def test_all_methods_in_the_stream_and_padded(kind: str) -> None:
         adapters.close()
     for which, limit in ((0, 2e-5), (1, 2e-5)):
         kit.measured(f"{kind}: stream - exact, {which}", kit.difference(found[0][which], found[2][which]), limit)
-    if "sliding_window" in SPECIAL.get(kind, {}):
-        # transformers' cache counts a window from other places than the prefix's; the rest must agree.
-        rows = [i for i, part in enumerate(p.adapter for p in parts for _ in p.sequences) if part != "prefix_tuning"]
-        found = [([h[i] for i in rows], []) for h, _ in found]
     kit.measured(f"{kind}: stream - padded", kit.difference(found[0][0], found[1][0]), 2e-5)
     if found[0][1]:
         kit.measured(f"{kind}: stream - padded, gradients", kit.difference(found[0][1], found[1][1]), 2e-5)
@@ -109,8 +105,8 @@ def test_generation_is_teacher_forcing(kind: str) -> None:
     for request, answer in zip(asked, generate(adapters, asked, stop_ids=()), strict=True):
         with torch.no_grad():
             (hidden,) = kit.hidden_of(adapters, [Part(request.adapter, [[*request.prompt, *answer.ids]])])
-            likeliest = adapters.logits(hidden, [(request.adapter, len(hidden))]).argmax(-1)
-        told = likeliest[len(request.prompt) - 1 : -1].tolist()
+            told = adapters.logits(hidden, [(request.adapter, len(hidden))]).argmax(-1)
+            told = told[len(request.prompt) - 1 : -1].tolist()
         assert told == answer.ids, request.adapter
     adapters.close()
 

@@ -26,8 +26,8 @@ def load(name: str, out: Path, *overrides: str):
     recipe = ROOT / "recipes" / f"{name}.yaml"
     values = yaml.safe_load(recipe.read_text())
     moved = [f"output_dir={out}"]
-    for key in ("model", "data"):
-        if str(values[key]).startswith("../shared/data"):
+    for key in ("model", "data", "eval_data"):
+        if str(values.get(key)).startswith("../shared/data"):
             found = shared_data() / Path(values[key]).relative_to("../shared/data")
             if not found.exists():
                 pytest.skip(f"needs the shared data: {found} is absent")

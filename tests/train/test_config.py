@@ -206,3 +206,20 @@ def test_the_example_of_the_reference_is_valid() -> None:
     example = reference.config_markdown().split("```yaml\n")[1].split("```")[0]
     config = make_config(yaml.safe_load(example))
     assert [job.name for job in config.jobs] == ["small", "prefix_tuning"]
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({"freeze_trainable_layers": 3}, {"num_layers_trainable": 3}),
+        ({"num_layer_trainable": -2, "freeze_trainable_modules": "all"}, {"num_layers_trainable": -2}),
+        ({"freeze_trainable_modules": "mlp,self_attn"}, {"trainable_modules": ["mlp", "self_attn"]}),
+        ({"name_module_trainable": ["mlp"]}, {"trainable_modules": ["mlp"]}),
+        ({"freeze_extra_modules": "embed_tokens, lm_head"}, {"name_patterns": ["embed_tokens", "lm_head"]}),
+    ],
+)
+def test_llama_factorys_words_for_freeze(given: dict, settings: dict) -> None:
+    (job,) = build_config({"model": "m", "data": "d", "finetuning_type": "freeze", **given}).jobs
+    assert job.method == "freeze"
+    assert job.method_settings == settings
+    job.method_config()

@@ -162,9 +162,9 @@ class Conversation:
         from weft.generate.text import TextStream
 
         messages = [*self.messages, Message("user", text)]
-        prompt = self.opened.prompt_ids(messages)
+        prompt = self.opened.prompt(messages)
         what = "the conversation (/reset begins a new one)"
-        count = self.opened.room(len(prompt), self.adapter, self.max_new_tokens, what=what, clip=True)
+        count = self.opened.room(len(prompt.ids), self.adapter, self.max_new_tokens, what=what, clip=True)
         stream = TextStream(self.opened.renderer.tokenizer)
         said: list[str] = []
 
@@ -173,7 +173,7 @@ class Conversation:
             if not self.as_json:
                 print(said[-1], end="", flush=True)
 
-        request = Request(prompt, self.adapter, count, self.sampling)
+        request = Request(prompt.ids, self.adapter, count, self.sampling, prompt.slots)
         reason = "interrupted"
         try:
             (done,) = generate(self.opened.adapters, [request], stop_ids=self.opened.stop_ids, on_token=show)

@@ -168,7 +168,7 @@ def _load(name: str) -> str:
 def _methods() -> Iterator[Check]:
     from weft.methods import METHODS
 
-    for method in METHODS:
+    for method in (*METHODS, "lora+bitfit"):
         yield _try("methods", method, lambda m=method: train_one_step(m))  # type: ignore[misc]
 
 
@@ -176,6 +176,7 @@ def train_one_step(method: str) -> str:
     """One optimizer step of a method on a model of two tiny blocks; says whether the loss went down."""
     from weft.core.adapters import Adapters
     from weft.data import Sample
+    from weft.methods import METHODS
     from weft.models import describe
     from weft.train.config import JobConfig
     from weft.train.job import Job
@@ -186,7 +187,7 @@ def train_one_step(method: str) -> str:
     try:
         settings: dict[str, Any] = {"num_virtual_tokens": 4, "add_missing": True}
         config = JobConfig(name="check", method=method, steps=1, batch_size=2, warmup_ratio=0)
-        fields = type(config.method_config()).model_fields
+        fields = {key for name in method.split("+") for key in METHODS[name].model_fields}
         config = config.model_copy(update={"method_settings": {k: v for k, v in settings.items() if k in fields}})
         samples = [Sample(ids, [0.0, *[1.0] * (len(ids) - 1)], "check") for ids in ([1, 5, 9, 7, 3], [2, 4, 6])]
         job = Job(config, adapters.add("check", config.method_config()), samples)

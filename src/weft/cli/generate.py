@@ -15,6 +15,7 @@ from weft.errors import UserError
 
 if TYPE_CHECKING:
     from weft.data import Message, Record
+    from weft.data import Prompt as Rendered
     from weft.generate.open import Opened
 
 
@@ -145,10 +146,10 @@ def _answer(
         return [labelled[n][i] if n in labelled else next(written) for i in range(len(prompts)) for n in who]
     requests, owners = [], []
     for prompt in prompts:
-        ids = _ids(opened, prompt, system, raw)
+        rendered = _rendered(opened, prompt, system, raw)
         for name in who:
-            count = opened.room(len(ids), name, max_new_tokens, what=prompt.source)
-            requests.append(Request(ids, name, count, sampling))
+            count = opened.room(len(rendered.ids), name, max_new_tokens, what=prompt.source)
+            requests.append(Request(rendered.ids, name, count, sampling, rendered.slots))
             owners.append(prompt)
     completions = run(opened.adapters, requests, stop_ids=opened.stop_ids, batch_size=batch_size)
     return [
@@ -186,20 +187,21 @@ def _classify(opened: Opened, prompts: Sequence[Prompt], name: str) -> list[dict
     ]
 
 
-def _ids(opened: Opened, prompt: Prompt, system: str | None, raw: bool) -> list[int]:
+def _rendered(opened: Opened, prompt: Prompt, system: str | None, raw: bool) -> Rendered:
+    """Ids and slots of a prompt."""
     from weft.data import Message
 
     content = prompt.content
     if raw:
         if not isinstance(content, str):
             raise UserError(f"{prompt.source}: a conversation needs the chat template; --raw continues texts only.")
-        ids = opened.prompt_ids(content, raw=True)
+        rendered = opened.prompt(content, raw=True)
     else:
         messages = [Message("user", content)] if isinstance(content, str) else content
-        ids = opened.prompt_ids([*([Message("system", system)] if system else []), *messages])
-    if not ids:
+        rendered = opened.prompt([*([Message("system", system)] if system else []), *messages])
+    if not rendered.ids:
         raise UserError(f"{prompt.source}: a prompt without a single token cannot be continued.")
-    return ids
+    return rendered
 
 
 def _read(path: Path) -> list[Prompt]:

@@ -44,7 +44,9 @@ RUN_KEYS: dict[str, str] = {
 }
 JOB_KEYS: dict[str, str] = {
     "name": "name of the adapter and of its folder",
-    "method": "one of " + ", ".join(f"`{name}`" for name in METHODS),
+    "method": "one of "
+    + ", ".join(f"`{name}`" for name in METHODS)
+    + "; or several in one adapter, joined by `+` (above)",
     "data": "training data of this job",
     "eval_data": "evaluation data of this job",
     "task": "`causal_lm` writes text, as the base does it (`seq2seq`: only on an encoder-decoder, T5 or "
@@ -59,7 +61,7 @@ JOB_KEYS: dict[str, str] = {
     "batch_size": "sequences per forward pass",
     "gradient_accumulation_steps": "forward passes per optimizer step",
     "optimizer": "torch's own",
-    "learning_rate": "default: the usual one of the method (below)",
+    "learning_rate": "default: the usual one of the method (below); of several methods in one job each its own",
     "adam_betas": "AdamW's decay rates; `adam_beta1` and `adam_beta2` set one",
     "adam_epsilon": "AdamW's ε",
     "momentum": "of `sgd`",
@@ -116,6 +118,16 @@ epochs: 2                  # for both jobs
 jobs:
 - {name: small, method: lora, r: 4}
 - {method: prefix_tuning, num_virtual_tokens: 10, learning_rate: 5e-3}
+```
+
+One job may carry several methods. They are trained, saved and loaded as one adapter, and act in the order in which they
+are named. Settings may stand beside the job's for all that know them, or under a method's name, where they win:
+
+```yaml
+method: prefix_tuning+bottleneck
+reduction_factor: 8
+prefix_tuning: {num_virtual_tokens: 10}
+neftune_noise_alpha: 5     # noise on the embeddings goes with any method
 ```
 
 On the command line `key=value` wins over the file, with YAML's values and dots for what lies deeper:

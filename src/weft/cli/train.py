@@ -192,7 +192,7 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
         evals = [e["eval_loss"] for e in told]
         right = [e["eval_accuracy"] for e in told if "eval_accuracy" in e]
         folder = Path(job["folder"])
-        size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if result.completed else 0
+        size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) if result.completed else 0
         rows.append(
             {
                 **job,

@@ -60,8 +60,9 @@ class Adapter(nn.Module):
         """
         return ((0, self.num_virtual_tokens),)
 
-    def virtual_tokens(self) -> Tensor:
-        """Learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences."""
+    def virtual_tokens(self, seed: int | None = None) -> Tensor:
+        """Learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences; ``seed`` fixes what is
+        drawn for them (None: nothing)."""
         raise NotImplementedError
 
     def prefix_states(self) -> PrefixStates:
@@ -76,8 +77,12 @@ class Adapter(nn.Module):
         """The same under the names of the folder's layout, where that is another one than PEFT's."""
         return self.tensors()
 
+    def extra_tensors(self) -> Mapping[str, Tensor]:
+        """What training needs to go on but inference does not (an encoder); a file of its own beside the other."""
+        return {}
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of an ``adapter_model.safetensors``.
+        """Take over the tensors of an ``adapter_model.safetensors``, and the extra ones if they were there.
 
         Raises:
             UserError: a tensor is missing, has another shape, or is not one of this adapter's.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from weft.core import files
 from weft.core.adapter import Adapter, master_dtype
 from weft.core.architecture import Architecture
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
+from weft.core.combined import Combined, CombinedConfig
+from weft.core.compose import Combination, Source
+from weft.core.compose import combine as compose
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.route import KeyValueCache, Route, Router, Segment
@@ -22,6 +25,7 @@ from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
 from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.errors import UserError
+from weft.ops.merge import MajoritySign
 
 # On a model whose attention and sites already obey a router: a second one would be asked by nobody.
 _OPEN = "_weft_open"
@@ -148,6 +152,9 @@ class Adapters:
             shape = self.architecture
             pooler = self.model.get_submodule(shape.pooler) if shape.pooler else None
             adapter.head = ClassificationHead(classification, shape.head_kind, pooler, context)
+        return self._attach(name, adapter)
+
+    def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
         # All become sites before any is given its function: a module that cannot leaves nothing half attached.
         at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks)}
@@ -160,9 +167,67 @@ class Adapters:
         self._adapters[name] = adapter
         return adapter
 
+    def stack(self, name: str, names: Sequence[str]) -> Adapter:
+        """A new name under which several adapters act on the same rows, in this order; nothing is copied.
+
+        They stay what they are and can be used by themselves; training the stack trains them.
+
+        Raises:
+            UserError: a name is missing, taken or given twice, or two of them have classification heads.
+        """
+        files.check_name(name)
+        if name in self._adapters:
+            raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
+        parts = [self[part] for part in names]
+        if len(set(names)) < max(len(names), 1):
+            raise UserError(f"a stack needs adapters to apply, each once, not {list(names)}.")
+        heads = [part.head for part in parts if part.head is not None]
+        if len(heads) > 1:
+            raise UserError(f"{', '.join(names)}: more than one of them has a classification head of its own.")
+        adapter = Combined(CombinedConfig(parts=tuple(part.config for part in parts)), name, parts)
+        adapter.hidden_size = self.architecture.hidden_size
+        adapter.head = heads[0] if heads else None
+        return self._attach(name, adapter)
+
+    def combine(
+        self,
+        name: str,
+        names: Sequence[str],
+        weights: Sequence[float] | None = None,
+        *,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
+        svd_rank: int | None = None,
+        seed: int = 0,
+    ) -> Adapter:
+        """A new adapter ``name`` made of trained ones of one kind; PEFT's ``add_weighted_adapter`` and its names.
+
+        ``weights``: one per adapter; default: the same share for each (1 where virtual tokens are put together).
+        What each setting means, and which rule works for which method: ``weft.core.compose``, docs/cli.md.
+
+        Raises:
+            UserError: the adapters do not fit together, or their method has no such rule.
+        """
+        headed = [part for part in names if self[part].head is not None]
+        if headed:
+            raise UserError(f"'{headed[0]}' has a classification head; heads trained apart cannot be made one.")
+        given = tuple(float(weight) for weight in weights or ())
+        how = Combination(given, combination_type, density, majority_sign_method, svd_rank, seed)
+        sources = [Source(part, self[part].config, self[part].tensors()) for part in names]
+        config, tensors = compose(sources, how)
+        return self._add_with(name, config, tensors)
+
     def remove(self, name: str) -> None:
-        """Take the adapter away; modules that no adapter uses any more get their own class back."""
-        self[name]
+        """Take the adapter away; modules that no adapter uses any more get their own class back.
+
+        Raises:
+            UserError: there is none, or a stack still uses it.
+        """
+        adapter = self[name]
+        for other, stack in self._adapters.items():
+            if isinstance(stack, Combined) and adapter in stack.parts:
+                raise UserError(f"'{name}' is part of the stack '{other}'; remove that first.")
         for module, site in list(sites_in(self.model)):
             site.remove(name)
             if site.empty and not site.apart and not (self.exact and site.path in self._exact_paths):
@@ -171,7 +236,7 @@ class Adapters:
 
     def close(self) -> None:
         """Remove every adapter and every trace: the model is again the one that was loaded."""
-        for name in self.names:
+        for name in reversed(self.names):  # a stack came after its parts
             self.remove(name)
         for module, _ in list(sites_in(self.model)):
             detach(module)
@@ -187,7 +252,11 @@ class Adapters:
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
         """Add an adapter from a folder in PEFT's layout, ours or peft's."""
         config, tensors, task = files.read(Path(folder))
-        adapter = self.add(name, config, tokenizer=tokenizer, classification=task, blank=True)
+        return self._add_with(name, config, tensors, tokenizer=tokenizer, classification=task)
+
+    def _add_with(self, name: str, config: MethodConfig, tensors: Mapping[str, Tensor], **more: Any) -> Adapter:
+        """``add``, then the values of ``tensors``."""
+        adapter = self.add(name, config, blank=True, **more)
         try:
             with torch.no_grad():
                 files.load_tensors(adapter, tensors)

@@ -40,6 +40,8 @@ class Architecture:
     max_length: int | None = None
     # The table of token embeddings and the linear that gives the logits (which may share one tensor).
     embeddings: str = ""
+    # Width of that table's rows, where it is not the blocks' (OPT-350m: 512 and 1024); 0: the same.
+    embedding_size: int = 0
     head: str = ""
     # Every token sees the whole sequence (BERT), not only what stands before it.
     bidirectional: bool = False

@@ -13,6 +13,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction, in_order
+from weft.core.compose import ON_PRODUCTS, Combination, Source, combine
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates, Segment
 from weft.errors import UserError
@@ -23,19 +24,48 @@ class CombinedConfig(MethodConfig):
 
     method: ClassVar[str] = "combined"
     peft_type: ClassVar[str] = ""
+    combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS  # each part's method has its own say
 
     parts: tuple[SerializeAsAny[MethodConfig], ...] = Field(min_length=1)
 
     def build(self, name: str, context: BuildContext) -> Adapter:
-        return Combined(self, name, context)
+        parts = [part.build(name, context) for part in self.parts]
+        for part in parts:
+            part.hidden_size = context.architecture.hidden_size
+        return Combined(self, name, parts)
+
+    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
+        """Part by part: the first parts of all adapters, the second ones …"""
+        configs: list[MethodConfig] = []
+        tensors: dict[str, Tensor] = {}
+        kinds = [[part.method for part in _parts_of(source)] for source in sources]
+        if any(kind != kinds[0] for kind in kinds):
+            raise UserError(f"the adapters are made of different methods: {', '.join('+'.join(k) for k in kinds)}.")
+        for index in range(len(self.parts)):
+            own = [Source(one.name, _parts_of(one)[index], part_tensors(one.tensors, index)) for one in sources]
+            config, found = combine(own, how)
+            configs.append(config)
+            tensors |= {f"{index}.{key}": tensor for key, tensor in found.items()}
+        return CombinedConfig(parts=tuple(configs)), tensors
+
+
+def _parts_of(source: Source) -> tuple[MethodConfig, ...]:
+    assert isinstance(source.config, CombinedConfig)
+    return source.config.parts
+
+
+def part_tensors(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The tensors of one part, under its own names."""
+    prefix = f"{index}."
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 class Combined(Adapter):
-    """One adapter made of several."""
+    """One adapter made of several: of its own (a job with several methods) or of others' (``Adapters.stack``)."""
 
-    def __init__(self, config: CombinedConfig, name: str, context: BuildContext) -> None:
+    def __init__(self, config: CombinedConfig, name: str, parts: Sequence[Adapter]) -> None:
         super().__init__(config, name)
-        self.parts: list[Adapter] = [part.build(name, context) for part in config.parts]
+        self.parts = list(parts)
         self.part_modules = nn.ModuleList(self.parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
         self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
@@ -54,7 +84,7 @@ class Combined(Adapter):
         for part in self.parts:
             for path, function in part.sites().items():
                 functions.setdefault(path, []).append(function)
-        return {path: found[0] if len(found) == 1 else in_order(found) for path, found in functions.items()}
+        return {path: found[0] if len(found) == 1 else _in_order(path, found) for path, found in functions.items()}
 
     def input_sites(self) -> Mapping[str, InputFunction]:
         functions: dict[str, list[InputFunction]] = {}
@@ -73,8 +103,8 @@ class Combined(Adapter):
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
         return [run for part in self.parts if part.num_virtual_tokens for run in part.places(length, answer, slots)]
 
-    def virtual_tokens(self) -> Tensor:
-        return torch.cat([part.virtual_tokens() for part in self.parts if part.num_virtual_tokens])
+    def virtual_tokens(self, seed: int | None = None) -> Tensor:
+        return torch.cat([part.virtual_tokens(seed) for part in self.parts if part.num_virtual_tokens])
 
     def prefix_states(self) -> PrefixStates:
         states = [part.prefix_states() for part in self.parts if part.num_prefix_tokens]
@@ -88,8 +118,7 @@ class Combined(Adapter):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for index, part in enumerate(self.parts):
-            prefix = f"{index}."
-            part.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            part.load_tensors(part_tensors(tensors, index))
 
     def begin_training(self, total_steps: int) -> None:
         for part in self.parts:
@@ -105,8 +134,9 @@ class Combined(Adapter):
 
     def default_learning_rate(self, parameter: str) -> float:
         if not parameter.startswith("part_modules."):
-            return self.parts[0].config.learning_rate(self.hidden_size)
-        return self.parts[int(parameter.split(".", 2)[1])].config.learning_rate(self.hidden_size)
+            return self.parts[0].default_learning_rate(parameter)
+        _, index, name = parameter.split(".", 2)
+        return self.parts[int(index)].default_learning_rate(name)
 
     def learning_rate_factor(self, parameter: str) -> float:
         """``part_modules.<index>.<name>``."""
@@ -120,6 +150,17 @@ class Combined(Adapter):
             return rate
         _, index, name = parameter.split(".", 2)
         return self.parts[int(index)].scaled_learning_rate(name, rate)
+
+
+def _in_order(path: str, functions: Sequence[SiteFunction]) -> SiteFunction:
+    """What puts its own weights in the base's place comes first, for it forgets the output that it is given."""
+    replacing = [function for function in functions if getattr(function, "replaces_output", False)]
+    if len(replacing) > 1:
+        raise UserError(
+            f"two of the methods put weights of their own in the place of '{path}'; one would undo the other. Leave "
+            "that module to one of them."
+        )
+    return in_order([*replacing, *(function for function in functions if function not in replacing)])
 
 
 def _inputs_in_order(functions: Sequence[InputFunction]) -> InputFunction:

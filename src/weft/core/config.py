@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
+from weft.core.compose import Combination, Source, combine_like_tensors
 from weft.core.route import Router
 from weft.errors import UserError
 
@@ -72,8 +73,18 @@ class MethodConfig(BaseModel):
     # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = None
+    # How trained adapters become a new one (``weft.core.compose``); ``whole_values``: the tensors are values that take
+    # the place of the base's and not changes, so they can be averaged but not added.
+    combination_types: ClassVar[tuple[str, ...]] = ("linear",)
+    whole_values: ClassVar[bool] = False
     # What the method can be used for.
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "num_virtual_tokens" in cls.model_fields and cls.combination_types == ("linear",):
+            cls.combination_types = (*cls.combination_types, "cat")
 
     @classmethod
     def learning_rate(cls, hidden_size: int) -> float:
@@ -91,6 +102,14 @@ class MethodConfig(BaseModel):
             UserError: the method finds nothing to tune in this model.
         """
         raise NotImplementedError
+
+    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
+        """Configuration and tensors of a new adapter made of ``sources``, of which this is the first's configuration.
+
+        Raises:
+            UserError: they do not fit together.
+        """
+        return combine_like_tensors(sources, how)
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""

@@ -16,16 +16,18 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
-from weft.core.config import MethodConfig
+from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask, task_of_tensors
+from weft.core.route import Router
 from weft.errors import UserError, nearest
 
 WEIGHTS = "adapter_model.safetensors"
+EXTRA = "encoder.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
 # Entries that every PEFT configuration has and that say nothing about the method.
@@ -74,9 +76,33 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         entries = adapter.config.own_layout(adapter.name, architecture)
         _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
         _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
+        if extra := adapter.extra_tensors():
+            _save_tensors(extra, folder / EXTRA)
+        else:
+            (folder / EXTRA).unlink(missing_ok=True)  # of an adapter that was here before
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     _write_json(folder / OWN_CONFIG, own)
+
+
+@torch.no_grad()
+def assemble(
+    name: str, config: MethodConfig, tensors: Mapping[str, Tensor], model: nn.Module, architecture: Architecture
+) -> Adapter:
+    """An adapter with these values, beside a model of which only the shapes count: it may lie on the meta device."""
+    widest = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda d: d.itemsize)
+    context = BuildContext(
+        model,
+        architecture,
+        torch.Generator(),
+        torch.promote_types(widest, torch.float32),
+        torch.device("cpu"),
+        blank=True,
+        router=Router(),
+    )
+    adapter = config.build(name, context)
+    adapter.load_tensors(tensors)
+    return adapter
 
 
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -145,7 +171,7 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
     try:
         task = ClassificationTask(tuple(own["labels"])) if "labels" in own else None
         if "parts" in own:
-            read_parts = [read(folder / name) for name in own["parts"]]
+            read_parts = [read(folder / name) for name in _parts(own)]
             joined = {f"{i}.{key}": t for i, (_, part, _) in enumerate(read_parts) for key, t in part.items()}
             if (folder / WEIGHTS).is_file():
                 joined |= read_tensors(folder / WEIGHTS)
@@ -153,10 +179,28 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
         tensors = read_tensors(_weights_of(folder))
         entries = read_json(folder / CONFIG)
         if own:
+            tensors |= read_tensors(folder / EXTRA) if (folder / EXTRA).is_file() else {}
             return method_config(own["method"])(**own["config"]), tensors, task
         return _read_foreign(folder, entries, tensors)
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
+
+
+def base_of(folder: Path) -> str | None:
+    """What the adapter in ``folder`` calls its base; of several methods in one, what the first does."""
+    parts = _parts(read_json(folder / OWN_CONFIG)) if (folder / OWN_CONFIG).is_file() else []
+    named = read_json(folder / parts[0] / CONFIG if parts else folder / CONFIG).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
+def _parts(own: Mapping[str, Any]) -> list[str]:
+    """The folders of an adapter's parts."""
+    parts = own.get("parts", [])
+    if not isinstance(parts, list) or ("parts" in own and not parts):
+        raise UserError(f"{OWN_CONFIG}: parts is {parts!r}; it must name the folders of the adapter's parts.")
+    for part in parts:
+        check_name(str(part))
+    return [str(part) for part in parts]
 
 
 def _weights_of(folder: Path) -> Path:

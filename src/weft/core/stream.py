@@ -93,6 +93,8 @@ def build_stream(
             own: Sequence[int] = range(start, start + length)
             if adapter is not None and virtual:
                 answer = part.answers[index] if part.answers else None
+                if answer is None and adapter.head is not None:
+                    answer = len(sequence)  # what is classified is said at the end
                 runs = adapter.places(len(sequence), answer, part.slots[index] if part.slots else ())
                 own, taken = _interleave(len(sequence), runs, start)
                 learned.extend(taken)
@@ -168,7 +170,7 @@ def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> 
     for group, rows in stream.virtual_rows.items():
         segment = stream.route.segments[group]
         assert segment.adapter is not None
-        learned = adapters[segment.adapter].virtual_tokens().to(hidden.dtype)
+        learned = adapters[segment.adapter].virtual_tokens(segment.seed).to(hidden.dtype)
         hidden = hidden.index_copy(0, rows, learned.repeat(segment.sequences, 1))
     return hidden
 

@@ -166,6 +166,11 @@ class OwnWeights(nn.Module):
             own = value.to(context.device, context.dtype, copy=True, memory_format=torch.contiguous_format)
             self.register_parameter(part, nn.Parameter(own))
 
+    @property
+    def replaces_output(self) -> bool:
+        """Whether what the module gave plays no part: another method's change must come after."""
+        return set(self._parameters) != {"bias"}
+
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         base: Any = self.base
         if set(self._parameters) == {"bias"}:

@@ -16,9 +16,9 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, OWN_CONFIG, read_json, weights_path
+from weft.core.files import CONFIG, OWN_CONFIG, base_of, weights_path
 from weft.core.heads import ClassificationTask
-from weft.data import Message, Renderer
+from weft.data import Message, Prompt, Renderer
 from weft.errors import UserError
 from weft.generate.engine import check_writes
 from weft.models import Base, load_base
@@ -69,13 +69,17 @@ class Opened:
         self.adapters[name]
         return name
 
-    def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: a conversation, or a text that is one question (``raw``: to be continued)."""
+    def prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> Prompt:
+        """Ids and slots of a prompt: a conversation, or a text that is one question (``raw``: to be continued)."""
         if not isinstance(prompt, str):
-            return self.renderer.prompt(prompt, task=self.adapters.architecture.task).ids
+            return self.renderer.prompt(prompt, task=self.adapters.architecture.task)
         if raw:
-            return list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"])
-        return self.prompt_ids([Message("user", prompt)])
+            return Prompt(list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"]))
+        return self.prompt([Message("user", prompt)])
+
+    def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+        """``prompt(...).ids``, for adapters that need no slots."""
+        return self.prompt(prompt, raw=raw).ids
 
     def room(
         self, length: int, adapter: str | None, wanted: int | None, *, what: str = "the prompt", clip: bool = False
@@ -140,11 +144,8 @@ def open_target(
 
 
 def _open_adapter(folder: Path, model: str | None, device: str, dtype: str) -> Opened:
-    parts = sorted(folder.glob(f"*/{CONFIG}"))
-    where = folder / CONFIG if (folder / CONFIG).is_file() or not parts else parts[0]
-    named = read_json(where).get("base_model_name_or_path")
-    source = model or named
-    if not source or not isinstance(source, str):
+    source = model or base_of(folder)
+    if source is None:
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
     # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
     tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None

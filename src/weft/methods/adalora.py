@@ -42,7 +42,9 @@ class AdaLoraConfig(LowRankConfig):
     method: ClassVar[str] = "adalora"
     peft_type: ClassVar[str] = "ADALORA"
     default_learning_rate: ClassVar[float] = 1e-3
-    small_learning_rate: ClassVar[float] = 1e-2
+    small_learning_rate: ClassVar[float | None] = 2e-2
+    # P, Λ and Q of two adapters have nothing to do with each other; peft has no rule either.
+    combination_types: ClassVar[tuple[str, ...]] = ()
     harmless_keys: ClassVar[frozenset[str]] = LowRankConfig.harmless_keys | {"r", "init_lora_weights", "alpha_pattern"}
 
     init_r: int = Field(default=12, gt=0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import Architecture, is_linear, linear_shape
+from weft.core.compose import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment
 from weft.errors import UserError, nearest
@@ -23,6 +24,7 @@ class BitFitConfig(MethodConfig):
     peft_type: ClassVar[str] = "BITFIT"
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = 1e-2
+    combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
 
     target_modules: list[str] | None = None
     add_missing: bool = False

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from weft.core.compose import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
 from weft.errors import UserError, nearest
 from weft.methods.full import WeightDeltas
@@ -29,6 +30,7 @@ class FreezeConfig(MethodConfig):
     peft_type: ClassVar[str] = "FREEZE"
     default_learning_rate: ClassVar[float] = 2e-5
     small_learning_rate: ClassVar[float | None] = 3e-4
+    combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
 
     num_layers_trainable: int | None = None

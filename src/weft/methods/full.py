@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from weft.core.adapter import SiteAdapter
+from weft.core.compose import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.weights import delta_layers
 from weft.errors import UserError
@@ -25,6 +26,7 @@ class FullConfig(MethodConfig):
     peft_type: ClassVar[str] = "FULL"
     default_learning_rate: ClassVar[float] = 2e-5
     small_learning_rate: ClassVar[float | None] = 3e-4
+    combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
 
     def build(self, name: str, context: BuildContext) -> WeightDeltas:

@@ -30,6 +30,7 @@ class LlamaProConfig(MethodConfig):
     peft_type: ClassVar[str] = "LLAMA_PRO"
     default_learning_rate: ClassVar[float] = 2e-4
     small_learning_rate: ClassVar[float | None] = 2e-3
+    whole_values: ClassVar[bool] = True
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
 
     num_new_blocks: int | None = Field(default=None, gt=0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
 from weft.core.architecture import Architecture, linear_shape
+from weft.core.compose import ON_PRODUCTS, Combination, Source
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
 from weft.methods.dora import LoraEmbedding, VariantLinear
+from weft.methods.lora_combine import combine_lora
 from weft.methods.lora_init import drawn_factors, loftq_initial_factors, pissa_factors
 from weft.methods.low_rank import LowRankConfig, check_rank, drop_copies_of_the_base, find_targets
 from weft.ops.lowrank import low_rank_add
@@ -40,6 +42,7 @@ class LoraConfig(LowRankConfig):
     default_learning_rate: ClassVar[float] = 2e-4
     own_fields: ClassVar[frozenset[str]] = frozenset({"loraplus_lr_ratio", "loraplus_lr_embedding"})
     takes_embeddings: ClassVar[bool] = True
+    combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS
 
     r: int = Field(default=8, gt=0)
     use_rslora: bool = False
@@ -73,6 +76,9 @@ class LoraConfig(LowRankConfig):
     def rank(self, path: str) -> int:
         """r at this module, after ``rank_pattern``."""
         return int(_of_pattern(self.rank_pattern, path, self.r))
+
+    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
+        return combine_lora(sources, how)
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         entries = super().to_peft(architecture)

@@ -20,7 +20,8 @@ class Facts:
     """Within one block: the last linear of the attention and of the MLP. ``install`` None: padded batches only.
 
     ``encoder``: every token sees the whole text, and a text is classified by its first token, through a head of the
-    kind ``head`` (``weft.core.heads``). ``padding_first``: positions begin after the pad token's id.
+    kind ``head`` (``weft.core.heads``). ``padding_first``: positions begin after the pad token's id. ``outside``: last
+    parts of the paths of linears that stand before or after the blocks.
     """
 
     attention_output: str
@@ -29,6 +30,7 @@ class Facts:
     encoder: bool = False
     head: str = "score"
     padding_first: bool = False
+    outside: tuple[str, ...] = ()
 
 
 _LLAMA = Facts("self_attn.o_proj", "mlp.down_proj", install_fused)
@@ -48,7 +50,7 @@ FACTS: dict[str, Facts] = {
     "phi": Facts("self_attn.dense", "mlp.fc2"),
     "gpt2": Facts("attn.c_proj", "mlp.c_proj"),
     "gpt_neox": Facts("attention.dense", "mlp.dense_4h_to_h"),
-    "opt": Facts("self_attn.out_proj", "fc2"),
+    "opt": Facts("self_attn.out_proj", "fc2", outside=("project_in", "project_out")),
     "bloom": Facts("self_attention.dense", "mlp.dense_4h_to_h", install_bloom),
     "falcon": Facts("self_attention.dense", "mlp.dense_4h_to_h", None),
 }
@@ -95,6 +97,9 @@ def describe(model: nn.Module) -> Architecture:
     )
     if not linears:
         raise UserError(f"no blocks with linear modules found in this {config.model_type} model.")
+    if facts and facts.outside:
+        around = [path for path, module in model.named_modules() if is_linear(module)]
+        linears += tuple(path for path in around if path.endswith(tuple(f".{name}" for name in facts.outside)))
     heads = int(text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     limit = getattr(text, "max_position_embeddings", None)
@@ -117,6 +122,7 @@ def describe(model: nn.Module) -> Architecture:
         activations=tuple(path for path, module in modules if is_activation(module)),
         max_length=int(limit) - first if limit else None,
         install_attention=facts.install if facts else None,
+        embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
         embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
         head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
         bidirectional=encoder,

@@ -34,7 +34,8 @@ def weft_attention(
     if kwargs.get("s_aux") is not None:
         raise UserError("attention sinks (s_aux) are not implemented in the packed stream; use padded=True.")
     router: Router = module.__dict__[ROUTER]
-    layer: int = module.__dict__[_LAYER]
+    # Asked each time: LLaMA-Pro's copies of a block have numbers of their own.
+    layer: int = module.__dict__.get(_LAYER, getattr(module, "layer_idx", None))
     bias: dict[str, Any] = {}
     if sliding_window is not None:
         bias["sliding_window"] = sliding_window
@@ -60,8 +61,9 @@ def install_interface(model: nn.Module, router: Router, *, causal: bool = True) 
     before = {key: config._attn_implementation for key, config in configs.items()}
     for number, module in enumerate(attentions):
         # DistilBERT's do not know which layer they are in; there is one in each.
-        layer = getattr(module, "layer_idx", None)
-        module.__dict__ |= {ROUTER: router, CAUSAL: causal, _LAYER: number if layer is None else layer}
+        module.__dict__ |= {ROUTER: router, CAUSAL: causal}
+        if getattr(module, "layer_idx", None) is None:
+            module.__dict__[_LAYER] = number
     for config in configs.values():
         config._attn_implementation = NAME
 

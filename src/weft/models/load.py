@@ -176,14 +176,20 @@ def _load_model(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
     try:
-        loaded: Any = _auto_class(AutoConfig.from_pretrained(source), name).from_pretrained(
+        auto = _auto_class(AutoConfig.from_pretrained(source), name)
+        # transformers' own report of what is missing would name the head that is put away; ours is below.
+        transformers_logging.set_verbosity_error()
+        loaded: Any = auto.from_pretrained(
             source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except UserError:
         raise
     except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     model, report = loaded
     own = set(_headless(model).state_dict(keep_vars=True))
     # transformers only warns of either, and fills in random numbers.

@@ -40,7 +40,12 @@ RENAMED: dict[str, str] = {
     "torch_dtype": "dtype",
     "val_size": "eval_size",
     "num_threads": "threads",
+    "freeze_trainable_layers": "num_layers_trainable",
+    "num_layer_trainable": "num_layers_trainable",
+    "num_expand": "num_new_blocks",
     "patience": "early_stopping_patience",
+    "neftune_alpha": "neftune_noise_alpha",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
 }
 
 # Other tools' words for a value of ours.
@@ -65,6 +70,17 @@ def _targets(value: Any) -> tuple[str, Any]:
     if isinstance(value, str) and value not in ("all", "all-linear"):
         return "target_modules", [name.strip() for name in value.split(",") if name.strip()]
     return "target_modules", value
+
+
+def _names(key: str) -> Callable[[Any], tuple[str, Any] | None]:
+    """LLaMA-Factory writes ``mlp,self_attn``, and ``all`` for no choice."""
+
+    def split(value: Any) -> tuple[str, Any] | None:
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",") if name.strip()]
+        return None if value in (None, [], ["all"]) else (key, value)
+
+    return split
 
 
 def _resume(value: Any) -> tuple[str, Any]:
@@ -125,6 +141,9 @@ SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
     "max_steps": lambda count: None if count in (None, -1, 0) else ("steps", count),
     "lora_target": _targets,
     "lora_target_modules": _targets,
+    "freeze_trainable_modules": _names("trainable_modules"),
+    "name_module_trainable": _names("trainable_modules"),
+    "freeze_extra_modules": _names("name_patterns"),
     "lora_target_linear": lambda on: ("target_modules", "all-linear") if on else None,
     # Batches here never hold padding, whatever this says.
     "packing": lambda on: None,
@@ -166,6 +185,10 @@ def translate(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _value(name: str, value: Any) -> Any:
     words = VALUES.get(name, {})
+    if name == "neftune_noise_alpha" and value is None:
+        return 0.0  # transformers' word for off
     if isinstance(value, list) and name == "method":
-        return [words.get(v, v) if isinstance(v, str) else v for v in value]
+        return [_value(name, v) for v in value]
+    if name == "method" and isinstance(value, str) and "+" in value:
+        return "+".join(str(_value(name, part.strip())) for part in value.split("+"))
     return words.get(value, value) if isinstance(value, str) else value

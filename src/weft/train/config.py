@@ -281,8 +281,10 @@ def _index(place: list[Any], part: str, key: str) -> int:
     if part.isdecimal() and int(part) < len(place):
         return int(part)
     for index, item in enumerate(place):
-        if isinstance(item, dict) and part in (item.get("name"), item.get("method")):
-            return index
+        if isinstance(item, dict):
+            method = str(item.get("method"))
+            if part in (item.get("name"), method, "-".join(_names(method))):
+                return index
     raise UserError(f"override {key!r}: '{part}' must be a number below {len(place)}, or a job's name.")
 
 
@@ -294,7 +296,7 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
     """
     top = translate(values, source)
     jobs = top.pop("jobs", None)
-    method_keys = {key for cls in weft.methods.METHODS.values() for key in cls.model_fields}
+    method_keys = {key for cls in weft.methods.METHODS.values() for key in cls.model_fields} | set(weft.methods.METHODS)
     unknown = [key for key in top if key not in _RUN_KEYS | _JOB_KEYS | method_keys]
     if unknown:
         raise UserError(_unknown(source, unknown, _RUN_KEYS | _JOB_KEYS | method_keys))
@@ -308,6 +310,9 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
         raise UserError(f"{source}: jobs must be a list of mappings, each with a method.")
     places = [f"{source}: jobs[{i}]" for i in range(len(jobs))]
     made = [_job(translate(job, place), defaults, place) for job, place in zip(jobs, places, strict=True)]
+    for name in defaults.keys() & weft.methods.METHODS.keys():
+        if not any(name in _names(job.method) for job in made):
+            raise UserError(f"{source}: {name}: no job uses this method, so nothing would take these settings.")
     return _run_config({**top, "jobs": tuple(made)}, source)
 
 
@@ -315,19 +320,23 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConf
     method = given.get("method", defaults.get("method"))
     if not isinstance(method, str):
         raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
-    parts = [part.strip() for part in method.split("+")]
+    parts = _names(method)
     classes = {part: method_config(part) for part in parts}
     if len(classes) < len(parts):
         raise UserError(f"{where}: method {method!r} names one method twice.")
     fields = {key for cls in classes.values() for key in cls.model_fields}
-    # Of several methods in one job, each may have settings under its own name.
-    known = _JOB_KEYS | fields | (set(parts) if len(parts) > 1 else set())
+    # Settings may also stand under the method's own name, where only it takes them.
+    known = _JOB_KEYS | fields | set(parts)
     unknown = [key for key in given if key not in known]
     if unknown:
         raise UserError(_unknown(where, unknown, known))
     # A default of another method's (r, say, for prompt tuning) is meant for the jobs that know it.
     fitting = {key: value for key, value in defaults.items() if key in known}
-    merged = {"name": method.replace(" ", "").replace("+", "-"), **fitting, **given}
+    merged = {"name": "-".join(parts), **fitting, **given}
+    for part in classes.keys() & merged.keys():
+        # What the job says, wherever it says it, wins over the defaults.
+        default = {k: v for k, v in _own_settings(part, fitting.get(part, {}), where).items() if k not in given}
+        merged[part] = default | _own_settings(part, given.get(part, {}), where)
     settings = {key: merged.pop(key) for key in list(merged) if key not in _JOB_KEYS}
     for part, cls in classes.items():
         _refuse_switches(_settings_of(part, cls, settings, where), cls, where)
@@ -343,18 +352,27 @@ def _settings_of(
     part: str, cls: type[MethodConfig], settings: Mapping[str, Any], where: str = "configuration"
 ) -> dict[str, Any]:
     """Of the settings of a job with several methods, those of one: what stands under its name wins."""
-    own = settings.get(part, {})
+    own = _own_settings(part, settings.get(part, {}), where)
+    return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
+
+
+def _own_settings(part: str, own: Any, where: str) -> dict[str, Any]:
+    """What stands under a method's name, in our words."""
     if not isinstance(own, Mapping):
         raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")
-    return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
+    return translate(own, f"{where}: {part}")
+
+
+def _names(method: str) -> list[str]:
+    return [name.strip() for name in method.split("+")]
 
 
 def method_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
     """The configuration of a method, or of several joined by ``+``."""
-    names = [name.strip() for name in method.split("+")]
-    if len(names) == 1:
-        return method_config(names[0])(**settings)
-    classes = [(name, method_config(name)) for name in names]
+    classes = [(name, method_config(name)) for name in _names(method)]
+    if len(classes) == 1:
+        name, cls = classes[0]
+        return cls(**{key: value for key, value in settings.items() if key != name} | settings.get(name, {}))
     return CombinedConfig(parts=tuple(cls(**_settings_of(name, cls, settings)) for name, cls in classes))
 
 

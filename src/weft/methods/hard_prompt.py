@@ -1,0 +1,79 @@
+"""A hard prompt: the embeddings of a written text stand where a soft prompt's would. Nothing is trained; it is what the
+other prompt methods have to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from weft.core.adapter import Adapter, Run
+from weft.core.architecture import Architecture
+from weft.core.config import BuildContext
+from weft.errors import UserError
+from weft.methods.encoder import KEY, text_ids
+from weft.methods.prompt_tuning import SoftPromptConfig, embedded, embedding_width, virtual_places
+
+
+class HardPromptConfig(SoftPromptConfig):
+    """``prompt_text`` (or its token ids, ``prompt_ids``) and where it stands. As virtual tokens it takes its place
+    without the chat template, and the text around it is tokenised as if it were not there."""
+
+    method: ClassVar[str] = "hard_prompt"
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    combination_types: ClassVar[tuple[str, ...]] = ()  # it is its text
+
+    prompt_text: str | None = None
+    prompt_ids: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> HardPromptConfig:
+        if (self.prompt_text is None) == (self.prompt_ids is None):
+            raise ValueError("hard_prompt needs prompt_text (or prompt_ids instead): the text to put there")
+        if not (self.prompt_text or self.prompt_ids):
+            raise ValueError("prompt_text (prompt_ids) is empty; write a text")
+        return self
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        ids = self.prompt_ids
+        if ids is None:
+            assert self.prompt_text is not None
+            ids = text_ids(self.prompt_text, "prompt_text", context)
+        # With its ids in it the adapter's folder needs no tokenizer.
+        return HardPrompt(HardPromptConfig(prompt_ids=ids, virtual_position=self.virtual_position), name, context)
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        # To peft it is prompt tuning with these rows.
+        assert self.prompt_ids is not None
+        entries = {"num_virtual_tokens": len(self.prompt_ids), "prompt_tuning_init": "RANDOM"}
+        return {**super().to_peft(architecture), **entries}
+
+
+class HardPrompt(Adapter):
+    """Rows of the base's table of embeddings; a buffer, for there is nothing to train."""
+
+    rows: Tensor
+
+    def __init__(self, config: HardPromptConfig, name: str, context: BuildContext) -> None:
+        super().__init__(config, name)
+        self.position = config.virtual_position
+        ids = config.prompt_ids or []
+        table = context.model.get_input_embeddings().weight  # type: ignore[operator]
+        stray = [i for i in ids if not 0 <= i < len(table)]
+        if stray:
+            raise UserError(f"prompt_ids: {stray[0]} is no token; this base has 0 to {len(table) - 1}.")
+        empty = torch.zeros(len(ids), embedding_width(context), dtype=table.dtype, device=context.device)
+        self.register_buffer("rows", empty if context.blank else embedded(torch.tensor(ids), context).clone())
+        self.num_virtual_tokens = len(ids)
+
+    def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
+        return virtual_places(self.position, self.num_virtual_tokens, answer, slots)
+
+    def virtual_tokens(self, seed: int | None = None) -> Tensor:
+        return self.rows
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {KEY: self.rows}

@@ -1,0 +1,153 @@
+"""IA3 (Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"):
+keys, values and the MLP's inner activations are multiplied, element by element, by learned vectors that begin as ones:
+``softmax(Q (l_k * K)^T / sqrt(d)) (l_v * V)`` and ``W_2 (l_ff * f(W_1 x))``.
+
+The base runs as it is, on scaled inputs or before its output is scaled, so that how its weights are stored is its own
+affair.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter, InputFunction, SiteAdapter, SiteFunction
+from weft.core.architecture import Architecture, linear_shape
+from weft.core.config import BuildContext, MethodConfig
+from weft.core.route import Segment
+from weft.errors import UserError
+
+_KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "k", "v", "key_proj", "value_proj", "k_lin", "v_lin")
+_FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "W_pack")
+
+
+class IA3Config(MethodConfig):
+    """PEFT's names. ``feedforward_modules``: those of ``target_modules`` whose input is scaled instead of the output.
+
+    Default: keys and values (where one linear gives queries too, all of its output) and the MLP's last linear.
+    """
+
+    method: ClassVar[str] = "ia3"
+    peft_type: ClassVar[str] = "IA3"
+    default_learning_rate: ClassVar[float] = 3e-3
+    small_learning_rate: ClassVar[float | None] = 3e-2
+    harmless_keys: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "exclude_modules"})
+
+    target_modules: str | list[str] | None = None
+    feedforward_modules: str | list[str] | None = None
+    init_ia3_weights: bool = True
+
+    @model_validator(mode="after")
+    def _subset(self) -> IA3Config:
+        targets, inner = self.target_modules, self.feedforward_modules
+        if isinstance(targets, list) and isinstance(inner, list) and not set(inner) <= set(targets):
+            stray = sorted(set(inner) - set(targets))
+            raise ValueError(f"feedforward_modules {stray} are not among target_modules {targets}")
+        return self
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        return IA3(self, name, context)
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        targets, inner = self.places(architecture)
+        entries = {"target_modules": targets, "feedforward_modules": inner, "modules_to_save": None}
+        gpt2 = architecture.model_type == "gpt2"
+        return {**entries, "init_ia3_weights": self.init_ia3_weights, "fan_in_fan_out": gpt2}
+
+    def places(self, architecture: Architecture) -> tuple[list[str], list[str]]:
+        """Paths of all targets, and of those whose input is scaled.
+
+        Raises:
+            UserError: nothing is matched, or a module of ``feedforward_modules`` is no target.
+        """
+        targets = architecture.match(self._targets(architecture))
+        if self.feedforward_modules is None:
+            return targets, [path for path in targets if path in set(architecture.mlp_output)]
+        inner = [path for path in targets if _scales_input(path, self.feedforward_modules)]
+        if self.feedforward_modules and not inner:
+            raise UserError(
+                f"ia3: feedforward_modules {self.feedforward_modules!r} is none of the targets, which are: "
+                f"{', '.join(sorted(_last_parts(targets)))}."
+            )
+        return targets, inner
+
+    def _targets(self, architecture: Architecture) -> str | list[str]:
+        if self.target_modules is not None:
+            return self.target_modules
+        last = _last_parts(architecture.linears)
+        found = [name for name in _KEYS_VALUES if name in last] or [name for name in _FUSED if name in last][:1]
+        if not found:
+            raise UserError(
+                f"ia3 cannot tell which modules of this {architecture.model_type} model give keys and values; name "
+                f"them, and the MLP's last linear, in target_modules. There are: {', '.join(sorted(last))}."
+            )
+        return [*found, *architecture.mlp_output]
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
+        targets = sorted(key.removeprefix(SiteAdapter.prefix).removesuffix(".ia3_l") for key in keys)
+        inner = entries.get("feedforward_modules")
+        if inner is not None:
+            inner = [path for path in targets if _scales_input(path, inner)]
+        return super().from_peft({**entries, "target_modules": targets, "feedforward_modules": inner}, keys)
+
+
+def _scales_input(path: str, wanted: str | Iterable[str]) -> bool:
+    """PEFT's rule: an expression over the whole path, or any ending, which need not begin at a dot."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, path) is not None
+    return any(path.endswith(name) for name in wanted)
+
+
+def _last_parts(paths: Iterable[str]) -> set[str]:
+    return {path.rsplit(".", 1)[-1] for path in paths}
+
+
+class IA3Scale(nn.Module):
+    """The vector of one linear module: [out, 1] for its output, [1, in] for its input."""
+
+    def __init__(self, base: nn.Module, inner: bool, config: IA3Config, context: BuildContext) -> None:
+        super().__init__()
+        inputs, outputs = linear_shape(base)
+        shape = (1, inputs) if inner else (outputs, 1)
+        start = context.zeros(*shape) + 1 if config.init_ia3_weights else context.normal(*shape, std=1.0)
+        self.ia3_l = nn.Parameter(start)
+
+    def scale(self, rows: Tensor) -> Tensor:
+        """``l * rows``; the product is rounded once, from the vector's precision."""
+        return (rows * self.ia3_l.flatten()).to(rows.dtype)
+
+    def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        return self.scale(y)
+
+
+class IA3(SiteAdapter):
+    """Vectors on keys, values and the MLP's inner activations."""
+
+    def __init__(self, config: IA3Config, name: str, context: BuildContext) -> None:
+        targets, inner = config.places(context.architecture)
+        self.inner = frozenset(inner)
+        modules = {path: context.model.get_submodule(path) for path in targets}
+        super().__init__(config, name, {p: IA3Scale(m, p in self.inner, config, context) for p, m in modules.items()})
+
+    def sites(self) -> Mapping[str, SiteFunction]:
+        return {path: function for path, function in super().sites().items() if path not in self.inner}
+
+    def input_sites(self) -> Mapping[str, InputFunction]:
+        layers = dict(zip(self.paths, self.layers, strict=True))
+        return {path: _input_of(layers[path]) for path in self.paths if path in self.inner}
+
+
+def _input_of(layer: nn.Module) -> InputFunction:
+    assert isinstance(layer, IA3Scale)
+    scale = layer.scale
+
+    def run(x: Tensor, segment: Segment) -> Tensor:
+        return scale(x)
+
+    return run

@@ -1,0 +1,84 @@
+"""Layer-norm tuning (Zhao et al. 2023, "Tuning LayerNorm in Attention"): only the norms' own weights are trained,
+``y = norm(x; g', b')``. As in PEFT's files the adapter holds them whole; they begin as the base's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.architecture import Architecture
+from weft.core.config import BuildContext, MethodConfig
+from weft.core.weights import OwnWeights, weight_parts
+from weft.errors import UserError, nearest
+
+_STORED = "ln_tuning_layers"
+
+
+class LNTuningConfig(MethodConfig):
+    """``target_modules``: last parts of the norms' paths, or an expression over whole paths; default: every norm."""
+
+    method: ClassVar[str] = "ln_tuning"
+    peft_type: ClassVar[str] = "LN_TUNING"
+    default_learning_rate: ClassVar[float] = 1e-3
+    small_learning_rate: ClassVar[float | None] = 1e-2
+    whole_values: ClassVar[bool] = True
+    harmless_keys: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
+
+    target_modules: str | list[str] | None = None
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        return LNTuning(self, name, context)
+
+    def norms(self, architecture: Architecture) -> list[str]:
+        """Paths of the norms that are tuned.
+
+        Raises:
+            UserError: an entry matches no norm.
+        """
+        norms, wanted = architecture.norms, self.target_modules
+        last = sorted({path.rsplit(".", 1)[-1] for path in norms})
+        if wanted is None:
+            found = list(norms)
+        elif isinstance(wanted, str):
+            try:
+                found = [path for path in norms if re.fullmatch(wanted, path)]
+            except re.error as error:
+                raise UserError(f"target_modules {wanted!r} is no regular expression: {error}.") from None
+        else:
+            stray = next((name for name in wanted if not any(_named(path, name) for path in norms)), None)
+            if stray is not None:
+                hint = nearest(stray, last)
+                raise UserError(f"ln_tuning: {stray!r} is no norm of this model.{hint} There are: {', '.join(last)}.")
+            found = [path for path in norms if any(_named(path, name) for name in wanted)]
+        if not found:
+            raise UserError(f"ln_tuning finds no norm for target_modules {wanted!r}; there are: {', '.join(last)}.")
+        return found
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        # PEFT knows the norms of few architectures, and applies an expression to every module.
+        return {"target_modules": self.norms(architecture), "modules_to_save": None}
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
+        tuned = sorted({key.removeprefix(SiteAdapter.prefix).split(f".{_STORED}.")[0] for key in keys})
+        return super().from_peft({**entries, "target_modules": tuned}, keys)
+
+
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+class LNTuning(SiteAdapter):
+    """Own weights for every targeted norm."""
+
+    def __init__(self, config: LNTuningConfig, name: str, context: BuildContext) -> None:
+        layers = {}
+        for path in config.norms(context.architecture):
+            module = context.model.get_submodule(path)
+            layers[path] = OwnWeights(module, weight_parts(module, path), context)
+        super().__init__(config, name, layers)
+
+    def stored_name(self, part: str) -> str:
+        return f"{_STORED}.{part}"

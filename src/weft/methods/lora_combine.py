@@ -1,0 +1,136 @@
+"""LoRA adapters become a new one, by the rules of peft's ``add_weighted_adapter``.
+
+The change of a module is s B A, with the scaling s = alpha / r (or alpha / sqrt(r)). Concatenation and SVD work on that
+product: they are exact, or the nearest of their rank. The other rules work on A and on B by themselves, each weighted
+by sqrt(|w s|) (the sign goes to A); of the sum of products they keep no more than its like terms. The new adapter has
+scaling 1 and, where modules differ in rank, rows of zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.core.compose import Combination, Source
+from weft.core.config import MethodConfig
+from weft.errors import UserError
+from weft.ops.merge import truncated_svd, truncated_svd_of_product
+
+_FACTOR = re.compile(
+    r"(?P<head>(?:base_model\.model\.)?(?P<path>.+)\.lora_(?:embedding_)?)(?P<side>[AB])(?P<tail>\.weight)?"
+)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """A [r, in] and B [out, r] of one module in one adapter; its change is ``scaling * b @ a``."""
+
+    adapter: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    weight: float
+
+
+def combine_lora(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
+    """Configuration and tensors of the new adapter; a module that only some adapters tune is theirs alone.
+
+    Raises:
+        UserError: an adapter holds more than A and B, or the rule needs equal ranks and they differ.
+    """
+    modules: dict[tuple[str, str], list[_Factors]] = {}
+    for source, weight in zip(sources, how.weights, strict=True):
+        for names, path, a, b in _factors(source):
+            scaling = source.config.scaling(path)  # type: ignore[attr-defined]
+            modules.setdefault(names, []).append(_Factors(source.name, a, b, scaling, weight))
+    # peft's rule: of a single adapter nothing is left but its weight.
+    kind = "linear" if len(sources) == 1 else how.combination_type
+    svd_rank = how.svd_rank or max(len(part.a) for parts in modules.values() for part in parts)
+    merged = {names: _module(names[0], parts, kind, how, svd_rank) for names, parts in modules.items()}
+    rank = max(a.shape[0] for a, _ in merged.values())
+    tensors = {}
+    for (a_name, b_name), (a, b) in merged.items():
+        tensors[a_name] = torch.nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
+        tensors[b_name] = torch.nn.functional.pad(b, (0, rank - b.shape[1]))
+    update = {
+        "r": rank,
+        "lora_alpha": float(rank),
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "target_modules": sorted({_parsed(a_name)["path"] for a_name, _ in merged}),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    config = sources[0].config
+    return config.model_copy(update={k: v for k, v in update.items() if k in type(config).model_fields}), tensors
+
+
+def _parsed(key: str) -> Any:
+    found = _FACTOR.fullmatch(key)
+    assert found is not None
+    return found
+
+
+def _factors(source: Source) -> list[tuple[tuple[str, str], str, Tensor, Tensor]]:
+    """(names of A and B in the file, path of the module, A, B)."""
+    found = []
+    for key, tensor in source.tensors.items():
+        parts = _FACTOR.fullmatch(key)
+        if parts is None:
+            raise UserError(
+                f"'{source.name}' holds '{key}' beside LoRA's A and B (DoRA, a trained bias, modules_to_save); there "
+                "is no rule to combine that. Stack the adapters, or train without it."
+            )
+        if parts["side"] == "B":
+            continue
+        b_key = f"{parts['head']}B{parts['tail'] or ''}"
+        found.append(((key, b_key), parts["path"], tensor.detach(), source.tensors[b_key].detach()))
+    return found
+
+
+def _module(key: str, parts: Sequence[_Factors], kind: str, how: Combination, svd_rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of one module in the new adapter, with scaling 1."""
+    _check_one_base(key, parts)
+    if kind in ("cat", "svd"):
+        a = torch.cat([part.weight * part.scaling * part.a for part in parts])
+        b = torch.cat([part.b for part in parts], dim=1)
+        if kind == "svd":
+            b, a = truncated_svd_of_product(b, a, svd_rank)
+        return a, b
+    generator = how.generator(_parsed(key)["path"])
+    if kind.endswith("_svd"):
+        changes = [part.scaling * part.b @ part.a for part in parts]
+        b, a = truncated_svd(how.merge(changes, [part.weight for part in parts], generator), svd_rank)
+        return a, b
+    first = parts[0]
+    other = next((part for part in parts if len(part.a) != len(first.a)), None)
+    if other is not None:
+        raise UserError(
+            f"combination_type {kind} adds A to A and B to B, so ranks must be equal: at '{key}' '{first.adapter}' has "
+            f"{len(first.a)} and '{other.adapter}' {len(other.a)}. Take svd or cat."
+        )
+    weights = [part.weight * part.scaling for part in parts]
+    sizes = [math.sqrt(abs(weight)) for weight in weights]
+    signed = [math.copysign(size, weight) for size, weight in zip(sizes, weights, strict=True)]
+    rule = "linear" if kind == "linear" else how.rule
+    a = how.merge([part.a for part in parts], signed, generator, rule)
+    return a, how.merge([part.b for part in parts], sizes, generator, rule)
+
+
+def _check_one_base(key: str, parts: Sequence[_Factors]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        mine, theirs = ((len(p.b), p.a.shape[1]) for p in (first, part))
+        if mine != theirs:
+            raise UserError(
+                f"'{key}' belongs to a module of {list(mine)} in '{first.adapter}' and of {list(theirs)} in "
+                f"'{part.adapter}': the adapters were made for different bases."
+            )

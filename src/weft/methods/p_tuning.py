@@ -1,0 +1,99 @@
+"""P-tuning (Liu et al. 2021, "GPT understands, too"): virtual tokens that an encoder makes,
+``h_i = MLP([LSTM→(h_0 … h_i) : LSTM←(h_i … h_n)])`` of learned inputs h [n, d], or an MLP of each h_i alone. The
+encoder only serves training: what it gave at the end is a soft prompt like any other."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter
+from weft.core.architecture import Architecture
+from weft.core.config import BuildContext
+from weft.core.route import stable_seed
+from weft.methods.encoder import RowEncoder, drawn, linear, normal_rows, sampled_ids
+from weft.methods.prompt_tuning import PromptTuning, SoftPromptConfig, embedded, embedding_width
+
+
+class PTuningConfig(SoftPromptConfig):
+    """PEFT's names. ``encoder_num_layers`` and ``encoder_dropout`` (between its layers) are the LSTM's. Training begins
+    at embeddings of sampled vocabulary: the encoder's last layer is chosen so that it gives these."""
+
+    method: ClassVar[str] = "p_tuning"
+    peft_type: ClassVar[str] = "P_TUNING"
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    num_virtual_tokens: int = Field(default=20, gt=0)
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    encoder_hidden_size: int | None = Field(default=None, gt=0)
+    encoder_num_layers: int = Field(default=2, gt=0)
+    encoder_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _what_is_the_lstms(self) -> PTuningConfig:
+        if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != 2:
+            raise ValueError("encoder_num_layers: the MLP is what it is; take encoder_reparameterization_type: LSTM")
+        if self.encoder_dropout and (self.encoder_reparameterization_type == "MLP" or self.encoder_num_layers < 2):
+            raise ValueError("encoder_dropout acts between the layers of an LSTM; there are none here")
+        return self
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        n, width = self.num_virtual_tokens, embedding_width(context)
+        rows = context.zeros(n, width) if context.blank else embedded(sampled_ids(n, context), context)
+        return PromptTuning(self, name, rows, PromptEncoder(self, width, context), context)
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        return {
+            **super().to_peft(architecture),
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "encoder_reparameterization_type": self.encoder_reparameterization_type,
+            "encoder_hidden_size": self.encoder_hidden_size or architecture.hidden_size,
+            "encoder_num_layers": self.encoder_num_layers,
+            "encoder_dropout": self.encoder_dropout,
+        }
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> PTuningConfig:
+        # PEFT's file holds what the encoder gave and has lost the encoder: what loads is a plain soft prompt.
+        found = super().from_peft({k: v for k, v in entries.items() if not k.startswith("encoder_")}, keys)
+        assert isinstance(found, PTuningConfig)
+        return found
+
+
+class PromptEncoder(RowEncoder):
+    """PEFT's encoder: two-way LSTM layers and an MLP of two linear layers, or an MLP of three, all with ReLU."""
+
+    def __init__(self, config: PTuningConfig, width: int, context: BuildContext) -> None:
+        super().__init__()
+        hidden = config.encoder_hidden_size or context.architecture.hidden_size
+        self.dropout = config.encoder_dropout
+        self.embedding = normal_rows(config.num_virtual_tokens, width, context)
+        self.lstm = nn.ModuleList()
+        if config.encoder_reparameterization_type == "LSTM":
+            for index in range(config.encoder_num_layers):
+                # One by one, so that the dropout between them can be drawn from our seed.
+                layer = nn.LSTM(
+                    2 * hidden if index else width, hidden, bidirectional=True, dtype=context.dtype, device="meta"
+                )
+                self.lstm.append(drawn(layer, hidden, context))
+            sizes = [2 * hidden, 2 * hidden]
+        else:
+            sizes = [width, hidden, hidden]
+        self.mlp = nn.ModuleList(linear(a, b, context) for a, b in itertools.pairwise(sizes))
+        self.last = linear(sizes[-1], width, context)
+
+    def features(self, seed: int | None) -> Tensor:
+        x: Tensor = self.embedding
+        for index, layer in enumerate(self.lstm):
+            if index and self.dropout and seed is not None:
+                generator = torch.Generator(device=x.device).manual_seed(stable_seed(seed, "p_tuning", index))
+                keep = 1.0 - self.dropout
+                x = x * torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
+            x, _ = layer(x)
+        for layer in self.mlp:
+            x = torch.relu(layer(x))
+        return x
