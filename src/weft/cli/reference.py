@@ -49,7 +49,8 @@ JOB_KEYS: dict[str, str] = {
     + "; or several in one adapter, joined by `+` (above)",
     "data": "training data of this job",
     "eval_data": "evaluation data of this job",
-    "task": "`causal_lm` writes text; `sequence_classification` names the class of a text, through a head of the job's "
+    "task": "`causal_lm` writes text, as the base does it (`seq2seq`: only on an encoder-decoder, T5 or "
+    "mT5); `sequence_classification` names the class of a text, through a head of the job's "
     "own (on a base that writes or on an encoder)",
     "labels": "classification: names of the classes in order; default: those in the training data",
     "text_columns": "classification: the columns with the text or the pair of texts, if their names are not usual ones "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from weft.core.compose import combine as compose
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.route import KeyValueCache, Route, Router, Segment
+from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
 from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.errors import UserError
@@ -142,7 +144,9 @@ class Adapters:
             self.router,
             self.original_weight,
         )
+        check_task(config, self.architecture)
         adapter = config.build(name, context)
+        check_sites(adapter, self.architecture)
         adapter.hidden_size = self.architecture.hidden_size
         if classification is not None:
             shape = self.architecture
@@ -306,6 +310,8 @@ class Adapters:
     @torch.no_grad()
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
+        if self.architecture.task == "seq2seq":
+            return prompt_keys_values(self.model, input_ids.to(self.device))
         if self.padded:
             from transformers import DynamicCache
 
@@ -339,10 +345,12 @@ class _Recorder:
 
 
 def head_scaling(model: nn.Module) -> tuple[float | None, float]:
-    """(soft cap, factor) that the architecture applies to its logits (Gemma-2; Cohere, Granite)."""
-    config = model.config
+    """(soft cap, factor) that the architecture applies to its logits (Gemma-2; Cohere, Granite, T5)."""
+    config: Any = model.config
     softcap = getattr(config, "final_logit_softcapping", None)
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "scale_decoder_outputs", config.model_type == "umt5"):  # T5, where it ties its embeddings
+        factor /= math.sqrt(config.d_model)
     return softcap, factor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -51,10 +52,17 @@ class Architecture:
     peft_task: str = "CAUSAL_LM"
     # Positions begin here (RoBERTa: 2).
     first_position: int = 0
+    # Of an encoder-decoder: the decoder's linears that are applied to what the encoder gives. Else empty.
+    memory_linears: tuple[str, ...] = ()
     # How many kinds of segment the embeddings tell apart (BERT: 2); 0: the model is not told.
     token_types: int = 0
     # Makes the model attend along the packed stream; None: the model only works on padded batches.
     install_attention: AttentionInstaller | None = None
+
+    @property
+    def task(self) -> Literal["causal_lm", "seq2seq"]:
+        """How the base writes, if it does: ``seq2seq`` for an encoder-decoder."""
+        return "seq2seq" if self.memory_linears else "causal_lm"
 
     def match(
         self, targets: str | Iterable[str], layers: Iterable[int] | None = None, more: Sequence[str] = ()
@@ -74,9 +82,9 @@ class Architecture:
             for name in wanted:
                 if not any(_matches(path, [name]) for path in (*self.linears, *more)):
                     raise UserError(self._no_match(name, more))
-        absent = [i for i in layers or () if not 0 <= i < self.num_layers]
+        last = max(int(block.rsplit(".", 1)[-1]) for block in self.blocks)
+        absent = [i for i in layers or () if not 0 <= i <= last]
         if absent:
-            last = self.num_layers - 1
             raise UserError(f"layers_to_transform: there is no layer {absent[0]}; this model has 0 to {last}.")
         try:
             could = self.linears if wanted == "all-linear" else (*self.linears, *more)
@@ -84,7 +92,8 @@ class Architecture:
         except re.error as error:
             raise UserError(f"target_modules {wanted!r} is no regular expression: {error}.") from None
         if layers is not None:
-            keep = tuple(f"{self.blocks[i]}." for i in layers)
+            # An encoder-decoder has a layer of each number in both stacks.
+            keep = tuple(f"{block}." for block in self.blocks if int(block.rsplit(".", 1)[-1]) in set(layers))
             found = [path for path in found if path.startswith(keep)]
         if not found:
             raise UserError(self._no_match(wanted, more))

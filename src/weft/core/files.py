@@ -226,6 +226,10 @@ def _read_foreign(
     if peft_type not in by_type:
         raise UserError(f"{folder / CONFIG}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")
     rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}
+    rows, virtual = tensors.get("prompt_embeddings"), entries.get("num_virtual_tokens")
+    if rows is not None and entries.get("num_transformer_submodules") == 2 and len(rows) == 2 * (virtual or 0):
+        # Of an encoder-decoder's two sets of virtual tokens peft only ever uses the encoder's.
+        tensors = {**tensors, "prompt_embeddings": rows[:virtual]}
     task, of_head = task_of_tensors(tensors) if entries.get("task_type") == "SEQ_CLS" else (None, [])
     if task is not None:
         rest["modules_to_save"] = [m for m in rest.get("modules_to_save") or () if m not in HEAD_MODULES] or None

@@ -72,6 +72,8 @@ class Route:
     cache: KeyValueCache | None = None
     padded: bool = False
     exact: bool = False
+    # Module path -> its own route: a decoder's cross-attention also takes the encoder's rows.
+    elsewhere: Mapping[str, Route] = field(default_factory=dict)
     _alone: dict[int, Route] = field(default_factory=dict, repr=False)
 
     def dim(self, x: Tensor) -> int:

@@ -68,6 +68,7 @@ class Site:
         route = self.router.current
         if route is None or (self.pools and (route.padded or route.layout is not None)):
             return self.base_class.forward(module, x, *args, **kwargs)
+        route = route.elsewhere.get(self.path, route)
         if self.inserted:
             return self._run_block(module, x, args, kwargs, route)
         if x is None or not torch.is_tensor(x) or "position_ids" in kwargs:

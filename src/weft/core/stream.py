@@ -231,7 +231,7 @@ def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tenso
         if bidirectional and "past_key_values" not in inspect.signature(body.forward).parameters:
             kind = type(body).__name__
             raise UserError(f"{kind} takes no prefix in padded batches; leave out padded.")
-        past = _padded_prefix(model, stream, longest, hidden)
+        past = padded_prefix(model, stream, longest, hidden)
         seen = torch.tensor(stream.prefix_length, device=hidden.device)[:, None]
         columns = torch.arange(longest, device=hidden.device)[None]
         mask = torch.cat([(columns >= longest - seen).to(mask.dtype), mask], dim=1)
@@ -250,7 +250,7 @@ def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tenso
     return out.last_hidden_state.reshape(count * width, -1)[rows]
 
 
-def _padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tensor) -> Any:
+def padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tensor) -> Any:
     """A transformers cache holding every row's prefix, right-aligned; what is not there is masked by the caller."""
     from transformers.cache_utils import Cache, DynamicLayer
 

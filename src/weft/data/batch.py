@@ -17,10 +17,20 @@ def supervise(stream: Stream, samples: Sequence[Sample], sequences: Sequence[int
     The token at place t of a sequence is predicted by the row before it; the first has no row before it of its own, so
     a renderer gives it weight 0.
     """
-    rows, targets, weights, owner = [], [], [], []
+    rows: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    owner: list[int] = []
     numbers = range(len(samples)) if sequences is None else sequences
     for index, (sample, number) in enumerate(zip(samples, numbers, strict=True)):
         places = stream.rows[number]
+        if sample.target_ids:
+            # A decoder's rows: one per target, which it predicts.
+            rows.extend(places)
+            targets.extend(sample.target_ids)
+            weights.extend([1.0] * len(sample.target_ids))
+            owner.extend([index] * len(sample.target_ids))
+            continue
         for place, weight in enumerate(sample.weights):
             if weight and place:
                 # The row before it may be a virtual token's: generation goes on from there too.

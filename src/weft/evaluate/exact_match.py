@@ -55,7 +55,7 @@ def answer_questions(
     batch_size: int = 256,
 ) -> dict[str | None, list[Answer]]:
     """Let every adapter in ``names`` (None: the base) answer every question, all in the same batches, greedily."""
-    prompts = [renderer.prompt(question.messages) for question in questions]
+    prompts = [renderer.prompt(question.messages, task=adapters.architecture.task) for question in questions]
     requests = [Request(prompt.ids, name, max_new_tokens, slots=prompt.slots) for name in names for prompt in prompts]
     completions = generate(adapters, requests, stop_ids={renderer.eos_token_id}, batch_size=batch_size)
     answers: dict[str | None, list[Answer]] = {}

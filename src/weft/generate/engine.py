@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
 from weft.core.route import Route, Segment
+from weft.core.seq2seq import Decoder
 from weft.core.stream import Part, Stream
 from weft.errors import UserError
 from weft.generate.cache import KeyValueCache
@@ -116,6 +117,8 @@ class _Batch:
         self.alive = list(range(len(requests)))
 
     def run(self) -> list[Completion]:
+        if self.adapters.architecture.task == "seq2seq":
+            return self._run_seq2seq()
         if self.adapters.padded:
             return self._run_without_cache()
         cache, logits = self._prefill()
@@ -183,6 +186,21 @@ class _Batch:
             self.alive = [row for row in self.alive if row not in ended]
             ended.clear()
         return self.completions
+
+    def _run_seq2seq(self) -> list[Completion]:
+        """The prompts go through the encoder, once; every row of the decoder begins with the same token."""
+        parts = [replace(self._part(name, rows), answers=()) for name, rows in self._parts(self.alive)]
+        decoder = Decoder(self.adapters, parts)
+        tokens, ended = decoder.first_tokens, set[int]()
+        while True:
+            hidden = decoder.step(tokens, self._counts())
+            tokens = self._take(self.adapters.logits(hidden, self._counts()), ended)
+            if len(ended) == len(self.alive):
+                return self.completions
+            if 2 * len(ended) >= len(self.alive):
+                keep = [i for i, row in enumerate(self.alive) if row not in ended]
+                decoder.keep(torch.tensor(keep, device=tokens.device))
+                tokens, self.alive, ended = tokens[keep], [self.alive[i] for i in keep], set()
 
     def _take(self, logits: Tensor, ended: set[int]) -> Tensor:
         """Choose each row's next token, one per row of the cache; rows that end now join ``ended``."""

@@ -72,10 +72,10 @@ class Opened:
     def prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> Prompt:
         """Ids and slots of a prompt: a conversation, or a text that is one question (``raw``: to be continued)."""
         if not isinstance(prompt, str):
-            return self.renderer.prompt(prompt)
+            return self.renderer.prompt(prompt, task=self.adapters.architecture.task)
         if raw:
             return Prompt(list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"]))
-        return self.renderer.prompt([Message("user", prompt)])
+        return self.prompt([Message("user", prompt)])
 
     def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """``prompt(...).ids``, for adapters that need no slots."""

@@ -266,8 +266,9 @@ class Bottleneck(SiteAdapter):
         places, shape = _places(config, context), context.architecture
         super().__init__(config, name, {place.path: BottleneckLayer(config, place, context) for place in places})
         self.settings, holders = config, _AROUND.get(shape.model_type, _PRE).holders
-        # The modules that hold them in AdapterHub.
-        self.holders = [f"{shape.blocks[place.layer]}.{holders[place.kind]}" for place in places]
+        # The modules that hold them in AdapterHub; every sub-layer of T5 is one.
+        at = [p.path.rsplit(".", 2)[0] if shape.task == "seq2seq" else shape.blocks[p.layer] for p in places]
+        self.holders = [f"{path}.{holders[place.kind]}" for path, place in zip(at, places, strict=True)]
 
     def sites(self) -> Mapping[str, SiteFunction]:
         functions: dict[str, SiteFunction] = {}
@@ -320,8 +321,9 @@ def _places(config: BottleneckConfig, context: BuildContext) -> list[Place]:
     shape = context.architecture
     named = [int(key) for key in config.factors if key != "default"]
     for key, numbers in (("leave_out", config.leave_out), ("reduction_factor", named)):
-        if wrong := [i for i in numbers if not 0 <= i < shape.num_layers]:
-            raise UserError(f"bottleneck: {key} {wrong}: this model's layers are 0 to {shape.num_layers - 1}.")
+        # AdapterHub numbers the layers of an encoder-decoder on through both.
+        if wrong := [i for i in numbers if not 0 <= i < len(shape.blocks)]:
+            raise UserError(f"bottleneck: {key} {wrong}: this model's layers are 0 to {len(shape.blocks) - 1}.")
     outputs = (shape.attention_output * config.mh_adapter, shape.mlp_output * config.output_adapter)
     found = [
         _place(config, context, layer, kind, path)
@@ -365,8 +367,8 @@ def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: in
 # AdapterHub's folders hold adapter_config.json and adapter.safetensors (or a pickle, which is never read).
 # The part of a tensor's name that holds the adapter's, in all versions.
 _HUB_TENSOR = re.compile(r"\.(?:(?:attention|layer)_text_(?:task|lang)_)?adapters\.[^.]+\.")
-# What stands before the block's number.
-_UP_TO_LAYER = re.compile(r"^(?:.*?\.)?(?=\d+\.)")
+# What stands before the block's number, or before the stack's name in T5.
+_UP_TO_LAYER = re.compile(r"^(?!(?:encoder|decoder)\.block\.).*?\.(?=(?:encoder|decoder)\.block\.|\d+\.)")
 # adapter-transformers, which wrote no version, called them so.
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
@@ -374,7 +376,8 @@ _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: str) -> dict[str, Any]:
     """The ``adapter_config.json`` of AdapterHub for the adapter ``name``."""
     return {
-        "config": config.model_dump(mode="json", exclude={"architecture"}),
+        "config": config.model_dump(mode="json", exclude={"architecture"})
+        | ({"cross_adapter": config.mh_adapter} if architecture.task == "seq2seq" else {}),
         "hidden_size": architecture.hidden_size,
         "model_type": architecture.model_type,
         "model_name": "",

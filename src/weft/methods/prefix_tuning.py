@@ -56,7 +56,8 @@ class DeepPromptConfig(MethodConfig):
         return {
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_layers": architecture.num_layers,
-            "num_transformer_submodules": 1,
+            # 2 makes PEFT give the keys to the decoder (see weft.core.seq2seq).
+            "num_transformer_submodules": 2 if architecture.task == "seq2seq" else 1,
             # PEFT's own reading under grouped-query attention: the width and heads of keys, not of queries.
             "num_attention_heads": architecture.num_kv_heads,
             "token_dim": architecture.num_kv_heads * architecture.head_dim,

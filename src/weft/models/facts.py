@@ -10,6 +10,7 @@ from torch import nn
 from weft.core.architecture import Architecture, AttentionInstaller, is_activation, is_linear, is_norm
 from weft.errors import UserError
 from weft.models.bloom import install_bloom
+from weft.models.encoder_decoder import describe_encoder_decoder
 from weft.models.fused import install_fused
 from weft.models.interface import install_bidirectional, install_interface
 
@@ -74,12 +75,14 @@ _MLP_NAMES = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "w2", "fc_out")
 
 
 def describe(model: nn.Module) -> Architecture:
-    """The ``Architecture`` of a transformers model: with a causal-language-model head, or an encoder.
+    """The ``Architecture`` of a transformers model: with a language-model head, or an encoder.
 
     Raises:
         UserError: the model has no list of blocks with linear modules in it.
     """
     config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return describe_encoder_decoder(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     facts = FACTS.get(config.model_type) or ENCODERS.get(config.model_type)
     encoder = facts is not None and facts.encoder

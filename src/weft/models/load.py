@@ -214,8 +214,10 @@ def _is_encoder(config: Any) -> bool:
 def _auto_class(config: Any, name: str) -> Any:
     """The transformers class that loads it. Encoders come with a classification head, so that their modules have the
     paths that PEFT's files name; the head itself is then put away (every job has its own)."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
     if _is_encoder(config):
         return AutoModelForSequenceClassification
     kinds = [auto for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)

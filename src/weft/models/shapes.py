@@ -64,6 +64,10 @@ def _shrink(config: Any, tokenizer: Any) -> Any:
     text.vocab_size = len(tokenizer)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, key, getattr(tokenizer, key))
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -37,7 +37,7 @@ class JobConfig(BaseModel):
     method_settings: dict[str, Any] = {}
     data: str | None = None
     eval_data: str | None = None
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    task: Literal["causal_lm", "seq2seq", "sequence_classification"] = "causal_lm"
     labels: list[str] | None = None
     text_columns: list[str] | None = None
     label_column: str | None = None

@@ -203,6 +203,8 @@ class Job:
         digest = hashlib.sha256()
         for sample in (*self.samples, *self.eval_samples):
             digest.update(repr((sample.input_ids, sample.weights)).encode())
+            if sample.target_ids:
+                digest.update(repr(sample.target_ids).encode())
             if sample.label is not None:
                 digest.update(repr((sample.label, sample.token_types)).encode())
         if isinstance(self.adapter.head, ClassificationHead):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weft.core.architecture import Architecture
 from weft.core.heads import ClassificationTask
 from weft.data import Renderer, Sample, load_labelled, load_samples, split_holdout
 from weft.errors import UserError
@@ -44,8 +45,10 @@ def data_files(config: RunConfig) -> dict[str, Path]:
 class Reader:
     """Reads the jobs' files; what several jobs read alike is read once."""
 
-    def __init__(self, config: RunConfig, renderer: Renderer, encoder: bool, places: Mapping[str, Path]) -> None:
-        self.config, self.renderer, self.encoder = config, renderer, encoder
+    def __init__(
+        self, config: RunConfig, renderer: Renderer, architecture: Architecture, places: Mapping[str, Path]
+    ) -> None:
+        self.config, self.renderer, self.architecture = config, renderer, architecture
         self.places = places
         self.files: dict[Any, Any] = {}
 
@@ -74,6 +77,7 @@ class Reader:
                 columns=self.config.columns,
                 limit=self.config.limit,
                 empty_answers=self.config.empty_answers,
+                task=self.architecture.task,
             )
         return self.files[path]
 
@@ -89,6 +93,6 @@ class Reader:
                 text_columns=job.text_columns,
                 label_column=job.label_column,
                 limit=self.config.limit,
-                encoder=self.encoder,
+                encoder=self.architecture.bidirectional,
             )
         return self.files[key]

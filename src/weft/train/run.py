@@ -12,6 +12,7 @@ import torch
 
 from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationHead
+from weft.core.seq2seq import check_job
 from weft.data import Renderer, Sample
 from weft.errors import UserError
 from weft.models import Base, load_base
@@ -65,7 +66,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         truncate=config.truncate,
     )
     _check_tasks(config, sketch)
-    read = Reader(config, renderer, sketch.architecture.bidirectional, places)
+    read = Reader(config, renderer, sketch.architecture, places)
     loaded = [read.job(job) for job in config.jobs]
     _check(config, sketch, loaded)
     if base is None:
@@ -94,6 +95,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
     for job in config.jobs:
+        check_job(job.name, job.task, sketch.architecture)
         if sketch.architecture.bidirectional and job.task == "causal_lm":
             raise UserError(
                 f"job '{job.name}': task is causal_lm, but {config.model} is an encoder "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weft.core.adapters import Adapters, head_scaling
 from weft.core.route import Route, Segment
+from weft.core.seq2seq import run_seq2seq
 from weft.core.stream import Part, Stream
 from weft.data import Sample
 from weft.data.batch import supervise
@@ -43,8 +44,7 @@ def model_head(adapters: Adapters) -> Head:
 
 def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
     """Each entry's summed loss divided by its divisor: one scalar tensor per entry of ``work``."""
-    stream = adapters.stream([_part(w) for w in work])
-    hidden = adapters.forward(stream)
+    stream, hidden = _forward(adapters, work)
     ends = list(itertools.accumulate(len(w.samples) for w in work))
     sequences = [range(end - len(w.samples), end) for w, end in zip(work, ends, strict=True)]
     losses: dict[int, Tensor] = {}
@@ -67,6 +67,14 @@ def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
         per_sequence = _token_losses(adapters, hidden, stream, samples, numbers)
         losses |= dict(zip(shared, per_sequence.split([len(work[i].samples) for i in shared]), strict=True))
     return [losses[i].sum() / w.divisor for i, w in enumerate(work)]
+
+
+def _forward(adapters: Adapters, work: Sequence[Work]) -> tuple[Stream, Tensor]:
+    parts = [_part(w) for w in work]
+    if adapters.architecture.task == "seq2seq":
+        return run_seq2seq(adapters, parts, [s.target_ids for w in work for s in w.samples])
+    stream = adapters.stream(parts)
+    return stream, adapters.forward(stream)
 
 
 def _part(w: Work) -> Part:
@@ -115,8 +123,14 @@ def _labels(samples: Sequence[Sample], device: torch.device) -> Tensor:
     return torch.tensor([s.label for s in samples], device=device)
 
 
+def _size(sample: Sample) -> int:
+    return len(sample.input_ids) + len(sample.target_ids)
+
+
 def loss_weight(sample: Sample) -> float:
     """What a sample counts in its job's mean: its learned tokens, or one if it is to be classified."""
+    if sample.target_ids:
+        return float(len(sample.target_ids))
     return sum(sample.weights) if sample.label is None else 1.0
 
 
@@ -155,7 +169,7 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
             total[job.name] = total.get(job.name, 0) + loss.detach()
     results = {}
     for job in jobs:
-        tokens = sum(len(s.input_ids) for micro in batches[job.name] for s in micro)
+        tokens = sum(_size(s) for micro in batches[job.name] for s in micro)
         rate = job.learning_rate()
         job.progress.tokens += tokens
         results[job.name] = StepResult(float(total[job.name]), job.update(), rate, tokens)
@@ -212,11 +226,11 @@ def passes(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[Sample]]
     batch: list[Sample] = []
     size = 0
     for sample in samples:
-        if batch and size + len(sample.input_ids) > max_tokens:
+        if batch and size + _size(sample) > max_tokens:
             yield batch
             batch, size = [], 0
         batch.append(sample)
-        size += len(sample.input_ids)
+        size += _size(sample)
     if batch:
         yield batch
 

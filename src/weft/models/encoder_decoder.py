@@ -1,0 +1,78 @@
+"""What encoder-decoder architectures look like: T5 and its kin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from weft.core.architecture import Architecture, is_activation, is_linear, is_norm
+from weft.core.seq2seq import start_token
+from weft.errors import UserError
+
+
+@dataclass(frozen=True)
+class StackFacts:
+    """Ends of paths within a block of either stack; ``memory``: the linears that read what the encoder gave."""
+
+    attention_output: tuple[str, ...]
+    mlp_output: str
+    memory: tuple[str, ...]
+
+
+_T5 = StackFacts(
+    ("SelfAttention.o", "EncDecAttention.o"), "DenseReluDense.wo", ("EncDecAttention.k", "EncDecAttention.v")
+)
+ENCODER_DECODERS: dict[str, StackFacts] = {"t5": _T5, "mt5": _T5, "umt5": _T5}
+
+
+def describe_encoder_decoder(model: Any) -> Architecture:
+    """The ``Architecture`` of an encoder-decoder: the encoder's blocks and then the decoder's.
+
+    ``num_layers`` is the decoder's: learned keys and values stand there.
+
+    Raises:
+        UserError: the model type is not one that Weft knows, or nothing says what the decoder begins with.
+    """
+    config = model.config
+    facts = ENCODER_DECODERS.get(config.model_type)
+    if facts is None:
+        raise UserError(
+            f"{config.model_type} is an encoder-decoder that Weft does not know; of these it trains "
+            f"{', '.join(sorted(ENCODER_DECODERS))}."
+        )
+    start_token(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    stacks = [_blocks(stack, paths[id(stack)]) for stack in (model.get_encoder(), model.get_decoder())]
+    blocks = (*stacks[0], *stacks[1])
+    linears = tuple(
+        f"{block}.{path}"
+        for block in blocks
+        for path, module in model.get_submodule(block).named_modules()
+        if is_linear(module)
+    )
+    return Architecture(
+        model_type=config.model_type,
+        hidden_size=config.d_model,
+        num_layers=len(stacks[1]),
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_heads,
+        head_dim=config.d_kv,
+        blocks=blocks,
+        linears=linears,
+        norms=tuple(path for path, module in model.named_modules() if is_norm(module)),
+        attention_output=tuple(path for path in linears if path.endswith(facts.attention_output)),
+        mlp_output=tuple(path for path in linears if path.endswith(facts.mlp_output)),
+        activations=tuple(path for path, module in model.named_modules() if is_activation(module)),
+        embeddings=paths[id(model.get_input_embeddings())],
+        head=paths[id(model.get_output_embeddings())],
+        memory_linears=tuple(path for path in linears if path.endswith(facts.memory)),
+        peft_task="SEQ_2_SEQ_LM",
+    )
+
+
+def _blocks(stack: nn.Module, path: str) -> tuple[str, ...]:
+    """Paths of a stack's blocks: its outermost ModuleList (a T5 block holds one of its own)."""
+    name, blocks = next((n, m) for n, m in stack.named_modules() if isinstance(m, nn.ModuleList))
+    return tuple(f"{path}.{name}.{i}" for i in range(len(blocks)))
