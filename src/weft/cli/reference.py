@@ -99,6 +99,8 @@ SWITCH_MEANINGS: dict[str, str] = {
     "load_in_8bit": "`quantization: int8` if on",
     "quantization_bit": "`quantization`: 4 → `nf4`, 8 → `int8`",
     "quant_bits": "`quantization`: 4 → `nf4`, 8 → `int8`",
+    "freeze_trainable_modules": "`trainable_modules`; names separated by commas",
+    "freeze_extra_modules": "`name_patterns`; names separated by commas",
     "use_modelscope": "`hub: modelscope` if on",
     "report_to": "nothing if off; not in this version if on",
 }

@@ -23,7 +23,7 @@ class BitFitConfig(MethodConfig):
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
     default_learning_rate: ClassVar[float] = 1e-3
-    small_learning_rate: ClassVar[float | None] = 1e-2
+    small_learning_rate: ClassVar[float | None] = 3e-2
     combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
 
     target_modules: list[str] | None = None

@@ -51,20 +51,22 @@ _HARMLESS = re.compile(
 
 class BottleneckConfig(MethodConfig):
     """AdapterHub's names and meanings. ``architecture`` sets what is not given: ``houlsby`` (the defaults),
-    ``pfeiffer``, ``parallel``, ``scaled_parallel``, or AdapterHub's names for them. Only the default of
+    ``pfeiffer``, ``parallel``, ``scaled_parallel``, or AdapterHub's names for them. ``reduction_factor``: 16 by default, but
+    no narrower than 64 (half the model's width, if that is less). Of the others only the default of
     ``init_weights`` differs: ``mam_adapter`` begins as the identity; ``bert`` and ``houlsby`` begin near it."""
 
     method: ClassVar[str] = "bottleneck"
     peft_type: ClassVar[str] = "BOTTLENECK"
     weights_file: ClassVar[str] = "adapter.safetensors"
     default_learning_rate: ClassVar[float] = 2e-4
+    small_learning_rate: ClassVar[float | None] = 4e-3
 
     architecture: Literal[
         "houlsby", "pfeiffer", "parallel", "scaled_parallel", "double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn"
     ] = "houlsby"
     mh_adapter: bool = True
     output_adapter: bool = True
-    reduction_factor: float | dict[str, float] = 16.0
+    reduction_factor: float | dict[str, float] | None = None
     non_linearity: str = "swish"
     original_ln_before: bool = False
     original_ln_after: bool = True
@@ -99,7 +101,7 @@ class BottleneckConfig(MethodConfig):
         before, residual = self.original_ln_before, self.residual_before_ln
         for wrong, message in (
             (names, f"reduction_factor: {names}: keys are layer numbers from 0, and 'default'."),
-            (min(self.factors.values(), default=0) <= 0, "reduction_factor: above 0, for the width is divided by it."),
+            (min(self.factors.values(), default=1) <= 0, "reduction_factor: above 0, for the width is divided by it."),
             (self.non_linearity not in NON_LINEARITIES, f"non_linearity: {self.non_linearity!r} is none of "
              f"{', '.join(NON_LINEARITIES)}.{nearest(self.non_linearity, NON_LINEARITIES)}"),
             (self.scaling == 0, "scaling: 0 never changes anything; another number, 'learned' or 'channel'."),
@@ -117,10 +119,13 @@ class BottleneckConfig(MethodConfig):
     @property
     def factors(self) -> dict[str, float]:
         """The reduction factor by layer, or of those that are not named, 'default'."""
-        return self.reduction_factor if isinstance(self.reduction_factor, dict) else {"default": self.reduction_factor}
+        given = self.reduction_factor
+        return given if isinstance(given, dict) else {} if given is None else {"default": given}
 
     def width(self, hidden_size: int, layer: int) -> int:
         """m in one layer."""
+        if self.reduction_factor is None:
+            return max(hidden_size // 16, min(64, hidden_size // 2))
         factor = self.factors.get(str(layer), self.factors.get("default"))
         if factor is None:
             raise UserError(f"bottleneck: reduction_factor says nothing of layer {layer}; add a 'default'.")
@@ -375,8 +380,11 @@ _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: str) -> dict[str, Any]:
     """The ``adapter_config.json`` of AdapterHub for the adapter ``name``."""
+    d = architecture.hidden_size
+    factor = {"reduction_factor": d / config.width(d, 0)} if config.reduction_factor is None else {}
     return {
         "config": config.model_dump(mode="json", exclude={"architecture"})
+        | factor
         | ({"cross_adapter": config.mh_adapter} if architecture.task == "seq2seq" else {}),
         "hidden_size": architecture.hidden_size,
         "model_type": architecture.model_type,

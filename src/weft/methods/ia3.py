@@ -34,7 +34,7 @@ class IA3Config(MethodConfig):
     method: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
     default_learning_rate: ClassVar[float] = 3e-3
-    small_learning_rate: ClassVar[float | None] = 3e-2
+    small_learning_rate: ClassVar[float | None] = 1e-1
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "exclude_modules"})
 
     target_modules: str | list[str] | None = None

@@ -24,7 +24,8 @@ from weft.errors import UserError
 
 
 class LlamaProConfig(MethodConfig):
-    """``num_new_blocks``: how many, evenly spread (default: one for every four blocks, as in the paper)."""
+    """``num_new_blocks``: how many, evenly spread (default: one for every four blocks, as in the paper,
+    but no fewer than four)."""
 
     method: ClassVar[str] = "llama_pro"
     peft_type: ClassVar[str] = "LLAMA_PRO"
@@ -44,7 +45,7 @@ class LlamaProConfig(MethodConfig):
         Raises:
             UserError: there are more new blocks than blocks.
         """
-        count = self.num_new_blocks or max(1, layers // 4)
+        count = self.num_new_blocks or max(layers // 4, min(layers, 4))
         if count > layers:
             raise UserError(f"llama_pro: num_new_blocks {count}: this model has {layers} blocks, so 1 to {layers}.")
         return [(i + 1) * layers // count - 1 for i in range(count)]

@@ -21,7 +21,7 @@ class LNTuningConfig(MethodConfig):
     method: ClassVar[str] = "ln_tuning"
     peft_type: ClassVar[str] = "LN_TUNING"
     default_learning_rate: ClassVar[float] = 1e-3
-    small_learning_rate: ClassVar[float | None] = 1e-2
+    small_learning_rate: ClassVar[float | None] = 3e-2
     whole_values: ClassVar[bool] = True
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 

@@ -40,6 +40,7 @@ class LoraConfig(LowRankConfig):
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
     default_learning_rate: ClassVar[float] = 2e-4
+    small_learning_rate: ClassVar[float | None] = 2e-3
     own_fields: ClassVar[frozenset[str]] = frozenset({"loraplus_lr_ratio", "loraplus_lr_embedding"})
     takes_embeddings: ClassVar[bool] = True
     combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS
