@@ -100,6 +100,7 @@ SWITCH_MEANINGS: dict[str, str] = {
     "quantization_bit": "`quantization`: 4 → `nf4`, 8 → `int8`",
     "quant_bits": "`quantization`: 4 → `nf4`, 8 → `int8`",
     "freeze_trainable_modules": "`trainable_modules`; names separated by commas",
+    "name_module_trainable": "`trainable_modules`; names separated by commas",
     "freeze_extra_modules": "`name_patterns`; names separated by commas",
     "use_modelscope": "`hub: modelscope` if on",
     "report_to": "nothing if off; not in this version if on",
