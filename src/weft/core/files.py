@@ -219,9 +219,9 @@ def _read_foreign(
     for cls in METHODS.values():
         if (config := cls.from_layout(entries)) is not None:
             return config, tensors, None
-    by_type: dict[str, type[MethodConfig]] = {}
-    for cls in METHODS.values():
-        by_type.setdefault(cls.peft_type, cls)  # P-tuning v2's files are prefix tuning's
+    # P-tuning v2's files are prefix tuning's, which reads them.
+    named_so = sorted(METHODS.values(), key=lambda cls: cls.method.upper() == cls.peft_type)
+    by_type = {cls.peft_type: cls for cls in named_so}
     peft_type = entries.get("peft_type")
     if peft_type not in by_type:
         raise UserError(f"{folder / CONFIG}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")

@@ -1,54 +1,26 @@
 """The methods, one file each. A new method is its file and one line here."""
 
 from weft.core.config import MethodConfig
-from weft.core.files import METHODS
-from weft.methods.adalora import AdaLoraConfig
-from weft.methods.bitfit import BitFitConfig
-from weft.methods.bottleneck import BottleneckConfig
-from weft.methods.freeze import FreezeConfig
-from weft.methods.full import FullConfig
-from weft.methods.hard_prompt import HardPromptConfig
-from weft.methods.ia3 import IA3Config
-from weft.methods.llama_pro import LlamaProConfig
-from weft.methods.ln_tuning import LNTuningConfig
-from weft.methods.lora import LoraConfig
-from weft.methods.p_tuning import PTuningConfig
-from weft.methods.p_tuning_v2 import PTuningV2Config
-from weft.methods.prefix_tuning import PrefixTuningConfig
-from weft.methods.prompt_tuning import PromptTuningConfig
+from weft.core.files import METHODS as METHODS
+from weft.methods.adalora import AdaLoraConfig as AdaLoraConfig
+from weft.methods.bitfit import BitFitConfig as BitFitConfig
+from weft.methods.bottleneck import BottleneckConfig as BottleneckConfig
+from weft.methods.freeze import FreezeConfig as FreezeConfig
+from weft.methods.full import FullConfig as FullConfig
+from weft.methods.hard_prompt import HardPromptConfig as HardPromptConfig
+from weft.methods.ia3 import IA3Config as IA3Config
+from weft.methods.llama_pro import LlamaProConfig as LlamaProConfig
+from weft.methods.ln_tuning import LNTuningConfig as LNTuningConfig
+from weft.methods.lora import LoraConfig as LoraConfig
+from weft.methods.p_tuning import PTuningConfig as PTuningConfig
+from weft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
+from weft.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+from weft.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 
-_ALL: tuple[type[MethodConfig], ...] = (
-    LoraConfig,
-    AdaLoraConfig,
-    BitFitConfig,
-    PromptTuningConfig,
-    PrefixTuningConfig,
-    BottleneckConfig,
-    FullConfig,
-    FreezeConfig,
-    LlamaProConfig,
-    IA3Config,
-    LNTuningConfig,
-    HardPromptConfig,
-    PTuningConfig,
-    PTuningV2Config,
+METHODS.update(
+    {
+        found.method: found
+        for found in list(globals().values())
+        if isinstance(found, type) and issubclass(found, MethodConfig) and found is not MethodConfig
+    }
 )
-METHODS.update({config.method: config for config in _ALL})
-
-__all__ = [
-    "METHODS",
-    "AdaLoraConfig",
-    "BitFitConfig",
-    "BottleneckConfig",
-    "FreezeConfig",
-    "FullConfig",
-    "HardPromptConfig",
-    "IA3Config",
-    "LNTuningConfig",
-    "LlamaProConfig",
-    "LoraConfig",
-    "PTuningConfig",
-    "PTuningV2Config",
-    "PrefixTuningConfig",
-    "PromptTuningConfig",
-]
