@@ -22,11 +22,11 @@ _INTRO = """\
 <!-- Written by `python tools/methods_page.py`; a test compares. Do not edit. -->
 
 Every method with its default settings and its default learning rate, on the two embedded bases (a million
-parameters, width 128): {steps} steps of {batch_size} instructions, all methods at once in one pass per base,
-one seed. Exact match is that of greedy answers to 200 held-out questions; *forgets* is how much the loss per token rises
-on held-out text of the kind the base was pre-trained on. *Memory* is what training adds to the base: the numbers, their gradients and two
-moments, and the activations of one step. *Speed* is tokens per CPU second beside LoRA's, each alone, by turns. Made by
-`benchmarks/methods.py` on {date}.
+parameters, width 128): {steps} steps of {batch_size} instructions, all methods at once in one pass per base, one
+seed. Exact match is that of greedy answers to 200 held-out questions; *forgets* is how much the loss per token rises
+on held-out text of the kind the base was pre-trained on. *Memory* is what training adds to the base: the numbers,
+their gradients and two moments, and the activations of one step. *Speed* is tokens per CPU second beside LoRA's, each
+alone, by turns. Made by `benchmarks/methods.py` on {date}.
 
 These are small models and one kind of task: the table says that the defaults work and what each method costs, not which
 is best for yours. `weft train` with your data and `method: [lora, bitfit, …]` answers that, in one pass.
