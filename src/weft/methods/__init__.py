@@ -16,6 +16,7 @@ from weft.methods.p_tuning import PTuningConfig as PTuningConfig
 from weft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
 from weft.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from weft.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from weft.methods.vera import VeraConfig as VeraConfig
 
 METHODS.update(
     {

@@ -1,0 +1,103 @@
+"""VeRA (Kopiczko et al. 2023): ``W x + Λ_b B Λ_d A x`` with one random pair A, B for all modules, frozen, of which each
+takes the part of its size; only the vectors λ_d [r] and λ_b [out] are trained. λ_b = 0: it begins as the identity."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.architecture import Architecture, linear_shape
+from weft.core.config import BuildContext, MethodConfig
+from weft.core.route import Segment, seeded_dropout
+from weft.core.shared import SharedSiteAdapter
+
+
+class VeraConfig(MethodConfig):
+    """PEFT's names. ``projection_prng_key`` is the seed of A and B; with ``save_projection: false`` the file leaves
+    them out and they are drawn again."""
+
+    method: ClassVar[str] = "vera"
+    peft_type: ClassVar[str] = "VERA"
+    default_learning_rate: ClassVar[float] = 4e-3
+    small_learning_rate: ClassVar[float | None] = 4e-2
+    # λ_d multiplies λ_b: a weighted sum of two adapters is no adapter.
+    combination_types: ClassVar[tuple[str, ...]] = ()
+    harmless_keys: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "layers_pattern", "exclude_modules"})
+
+    r: int = Field(default=256, gt=0)
+    target_modules: str | list[str] = "all-linear"
+    projection_prng_key: int = Field(default=0, ge=0, lt=2**63)
+    save_projection: bool = True
+    vera_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    d_initial: float = 0.1
+    init_weights: bool = True
+    layers_to_transform: list[int] | None = None
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        return Vera(self, name, context)
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        # Whole paths: A and B are as large as the largest target, so PEFT must find the very same ones.
+        targets = architecture.match(self.target_modules, self.layers_to_transform)
+        gpt2 = architecture.model_type == "gpt2"
+        fixed = {"layers_to_transform": None, "bias": "none", "fan_in_fan_out": gpt2, "modules_to_save": None}
+        return {**self.model_dump(mode="json"), "target_modules": targets, **fixed}
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
+        tuned = {key.removeprefix(SiteAdapter.prefix).rpartition(".vera_lambda_")[0] for key in keys} - {""}
+        stored = bool(entries.get("save_projection", True)) or "base_model.vera_A" in keys
+        known = {"target_modules": sorted(tuned), "layers_to_transform": None, "save_projection": stored}
+        return super().from_peft({**entries, **known}, keys)
+
+
+class VeraLinear(nn.Module):
+    """λ_d and λ_b of one linear module, and its parts of A [r, largest in] and B [largest out, r]."""
+
+    def __init__(self, config: VeraConfig, path: str, base: nn.Module, a: Tensor, b: Tensor, context: BuildContext):
+        super().__init__()
+        inputs, outputs = linear_shape(base)
+        self.path, self.dropout = path, config.vera_dropout
+        self.a, self.b = a[:, :inputs], b[:outputs]
+        if config.init_weights:
+            lambda_d, lambda_b = context.zeros(config.r) + config.d_initial, context.zeros(outputs)
+        else:
+            lambda_d, lambda_b = context.normal(config.r, std=1.0), context.zeros(outputs) + 1
+        self.vera_lambda_d, self.vera_lambda_b = nn.Parameter(lambda_d), nn.Parameter(lambda_b)
+
+    def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        x = seeded_dropout(x, self.dropout, segment, self.path)
+        z = (x.reshape(-1, x.shape[-1]).to(y.dtype) @ self.a.to(y.dtype).t()) * self.vera_lambda_d.to(y.dtype)
+        # λ_b goes into B, which has fewer rows than there are tokens, and addmm writes no [N, out] of its own.
+        b = self.vera_lambda_b[:, None] * self.b
+        return y.reshape(-1, y.shape[-1]).addmm(z, b.to(y.dtype).t()).view_as(y)
+
+
+class Vera(SharedSiteAdapter):
+    """Scaled random projections on every targeted linear module."""
+
+    def __init__(self, config: VeraConfig, name: str, context: BuildContext) -> None:
+        paths = context.architecture.match(config.target_modules, config.layers_to_transform)
+        modules = {path: context.model.get_submodule(path) for path in paths}
+        a, b = _projections(config, list(modules.values()), context)
+        layers = {path: VeraLinear(config, path, module, a, b, context) for path, module in modules.items()}
+        super().__init__(config, name, layers, {"vera_A": a, "vera_B": b}, stored=config.save_projection)
+
+
+def _projections(config: VeraConfig, modules: list[nn.Module], context: BuildContext) -> tuple[Tensor, Tensor]:
+    """A and B, Kaiming-uniform, as PEFT draws them from the key alone: files may hold nothing else of them."""
+    shapes = [linear_shape(module) for module in modules]
+    inputs, outputs = (max(sizes) for sizes in zip(*shapes, strict=True))
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    drawn = []
+    for shape in ((config.r, inputs), (outputs, config.r)):
+        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+        drawn.append(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+    a, b = (tensor.to(context.device, context.dtype) for tensor in drawn)
+    return a, b
