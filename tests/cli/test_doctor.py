@@ -35,5 +35,5 @@ def test_what_fails_is_told(weft: Callable[..., Any], monkeypatch: pytest.Monkey
     result = weft("doctor")
     assert result.code == 2
     assert "RuntimeError: no lora" in result.out
-    assert "failed: lora" in result.out
+    assert "failed: adalora, bitfit" in result.out
     assert "Traceback" not in result.err

@@ -96,7 +96,10 @@ FLOAT32_INSIDE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", FLOAT32_INSIDE)
-def test_elsewhere(kind: str) -> None:
+def test_elsewhere(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "do_layer_norm_before" in FLOAT32_INSIDE[kind]:
+        # Says so itself: no block can begin as the identity where the norm stands after the sum.
+        monkeypatch.setattr(kit, "ALL", [method for method in kit.ALL if method != "llama_pro"])
     # Not eager: in double precision its softmax makes NaN of padding whose whole window is masked.
     sdpa = {} if kind == "bloom" else {"attn_implementation": "sdpa"}
     model = kit.make_model(kind.split()[0], torch.float64, **sdpa, **FLOAT32_INSIDE[kind])

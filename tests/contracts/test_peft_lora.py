@@ -20,32 +20,47 @@ from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import describe
 
-EMBEDDING = {"llama": "embed_tokens", "qwen2": "embed_tokens", "gpt2": "wte", "bloom": "word_embeddings"}
-NORM = {"llama": "input_layernorm", "qwen2": "post_attention_layernorm", "gpt2": "ln_1", "bloom": "input_layernorm"}
-LAYERS = {"llama": "layers", "qwen2": "layers", "gpt2": "h", "bloom": "h"}
+# What is not called as in Llama.
+EMBEDDING = {"gpt2": "wte", "bloom": "word_embeddings", "gpt_neox": "embed_in"}
+NORM = {"qwen2": "post_attention_layernorm", "gpt2": "ln_1", "opt": "self_attn_layer_norm"}
+LAYERS = {"gpt2": "h", "bloom": "h"}
+PART = {"opt": "self_attn"}
+# The four that the rest of the suite knows well; what is the same on the others is run by make test-slow.
+FAST = KINDS[:4]
+
+
+def on_all_kinds(variants: list[str], always: list[str]) -> list[Any]:
+    """(kind, variant): all of them, the ones on the other four architectures slow but for ``always``."""
+    return [
+        pytest.param(kind, variant, marks=[] if kind in FAST or variant in always else pytest.mark.slow)
+        for kind in KINDS
+        for variant in variants
+    ]
 
 
 def variants(kind: str) -> dict[str, dict[str, Any]]:
     """PEFT configurations of LoRA; ours have the same fields."""
     a, b, *_ = names = TARGETS[kind]
-    table = EMBEDDING[kind]
+    table, head = EMBEDDING.get(kind, "embed_tokens"), "lm_head"
+    norm = NORM.get(kind, "input_layernorm")
+    layers, part = LAYERS.get(kind, "layers"), PART.get(kind, "mlp")
     return {
         "dora": {"use_dora": True},
         "dora, patterns": {"use_dora": True, "use_rslora": True, "rank_pattern": {a: 2}, "alpha_pattern": {b: 5}},
         "embedding": {"target_modules": [table, a]},
         "embedding alone, rslora": {"target_modules": [table], "use_rslora": True},
         "embedding, dora": {"target_modules": [table, b], "use_dora": True},
-        "head": {"target_modules": ["lm_head", a]},
-        "head, dora": {"target_modules": ["lm_head"], "use_dora": True},
+        "head": {"target_modules": [head, a]},
+        "head, dora": {"target_modules": [head], "use_dora": True},
         "bias all": {"bias": "all"},
         "bias lora_only": {"bias": "lora_only"},
         "bias lora_only, dora": {"bias": "lora_only", "use_dora": True},
-        "saved head": {"modules_to_save": ["lm_head"]},
-        "saved norm": {"modules_to_save": [NORM[kind]], "target_modules": names},
+        "saved head": {"modules_to_save": [head]},
+        "saved norm": {"modules_to_save": [norm], "target_modules": names},
         "saved embedding": {"modules_to_save": [table]},
         "saved target": {"modules_to_save": [a]},
-        "saved block part": {"modules_to_save": [f"{LAYERS[kind]}.1.mlp"], "target_modules": names},
-        "layers_pattern": {"layers_to_transform": [1], "layers_pattern": LAYERS[kind]},
+        "saved block part": {"modules_to_save": [f"{layers}.1.{part}"], "target_modules": names},
+        "layers_pattern": {"layers_to_transform": [1], "layers_pattern": layers},
     }
 
 
@@ -101,8 +116,7 @@ def check_theirs(kind: str, what: str, theirs: Any, folder: Path) -> None:
     assert all(torch.equal(stored[key], first[key]) for key in stored)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "variant"), on_all_kinds(VARIANTS, ["dora", "saved head", "embedding"]))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_peft_to_ours(kind: str, variant: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(**common(kind), **lora_config(kind, variant))
@@ -145,8 +159,7 @@ OUR_INITS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *OUR_INITS])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "variant"), on_all_kinds([*VARIANTS, *OUR_INITS], ["dora", "bias all", "pissa"]))
 def test_ours_to_peft(kind: str, variant: str, tmp_path: Path) -> None:
     settings = lora_config(kind, variant) if variant in VARIANTS else {"r": 4, **OUR_INITS[variant]}
     model = kit.make_model(kind)
@@ -207,12 +220,13 @@ def test_a_converted_pissa_of_high_rank_is_loaded(tmp_path: Path) -> None:
 
 def adalora_variants(kind: str) -> dict[str, dict[str, Any]]:
     a, *_ = names = TARGETS[kind]
+    head = "lm_head"
     return {
         "plain": {"target_modules": names},
         "all-linear": {"target_modules": "all-linear"},
-        "head": {"target_modules": ["lm_head", a]},
+        "head": {"target_modules": [head, a]},
         "bias": {"target_modules": names, "bias": "all"},
-        "saved head": {"target_modules": names, "modules_to_save": ["lm_head"]},
+        "saved head": {"target_modules": names, "modules_to_save": [head]},
         "layer": {"target_modules": names, "layers_to_transform": [1]},
     }
 
@@ -235,8 +249,7 @@ def fresh_adalora(kind: str, variant: str, *, drop: bool = False) -> Any:
     return theirs
 
 
-@pytest.mark.parametrize("variant", ADALORA)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "variant"), on_all_kinds(ADALORA, ["plain"]))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_adalora_peft_to_ours(kind: str, variant: str, tmp_path: Path) -> None:
     check_theirs(kind, f"adalora {variant}", fresh_adalora(kind, variant), tmp_path)
@@ -260,8 +273,7 @@ def test_adalora_with_dropped_ranks_from_peft(kind: str, tmp_path: Path) -> None
     check_ours(kind, "adalora with dropped ranks", adapters, tmp_path / "ours")
 
 
-@pytest.mark.parametrize("variant", ADALORA)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "variant"), on_all_kinds(ADALORA, ["plain"]))
 def test_adalora_ours_to_peft(kind: str, variant: str, tmp_path: Path) -> None:
     model = kit.make_model(kind)
     adapters = Adapters(model, describe(model))

@@ -75,7 +75,7 @@ def test_the_embeddings_are_the_sequences_written_out(cases: list[tuple[int, Run
             assert answer is not None
             return plans[answer][1]
 
-        def virtual_tokens(self) -> torch.Tensor:
+        def virtual_tokens(self, seed: int | None = None) -> torch.Tensor:
             return torch.arange(count)[:, None].expand(count, 32) + 1000.0
 
     adapters = Adapters(model, describe(model))

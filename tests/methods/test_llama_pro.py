@@ -34,7 +34,8 @@ CONFIG = LlamaProConfig(num_new_blocks=2)
     ("settings", "layers", "groups"),
     [
         ({}, 32, [3, 7, 11, 15, 19, 23, 27, 31]),
-        ({}, 3, [2]),
+        ({}, 3, [0, 1, 2]),
+        ({}, 8, [1, 3, 5, 7]),
         ({"num_new_blocks": 3}, 3, [0, 1, 2]),
         ({"num_new_blocks": 2}, 5, [1, 4]),
         ({"num_new_blocks": 4}, 6, [0, 2, 3, 5]),

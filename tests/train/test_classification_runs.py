@@ -51,7 +51,7 @@ def bases(bert: Path, tiny_llama_dir: Path) -> dict[str, Path]:
 
 JOBS: list[dict[str, Any]] = [
     {"method": "lora", "learning_rate": 2e-3},
-    {"method": "bitfit", "add_missing": True, "learning_rate": 1e-2},
+    {"method": "bitfit", "add_missing": True, "learning_rate": 3e-2},
     {"method": "prefix_tuning", "num_virtual_tokens": 8, "learning_rate": 0.1},
 ]
 

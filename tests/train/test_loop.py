@@ -109,7 +109,7 @@ def test_masters_stay_in_float32(dtype: torch.dtype) -> None:
         assert result.jobs[job.name]["ended"] == "finished"
         assert all(p.dtype == torch.float32 for p in job.parameters)
         kept = job.tensors()
-        assert all(t.dtype == torch.float32 for t in kept.values())
+        assert all(t.dtype == torch.float32 for t in kept.values() if t.is_floating_point())
         factor = job.adapter.learning_rate_factor
         named = job.adapter.named_parameters()
         moved = max(float((p - before[job.name][n]).abs().max()) / factor(n) for n, p in named)

@@ -25,6 +25,7 @@ from weft.core.architecture import Architecture
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError, nearest
+from weft.methods.adapterhub import adapterhub_settings
 
 # Those with weights of their own are left out.
 NON_LINEARITIES = ("leakyrelu", *sorted(set(ACT2CLS) - {"prelu", "xielu"}))
@@ -42,18 +43,13 @@ _NOT_HERE = {
     "cross_adapter": "there is cross-attention in encoder-decoder models only",
     "stochastic_depth": "dropping whole branches is for vision models; dropout is there",
 }
-# Entries of a foreign configuration that change nothing unless one of the above is on.
-_HARMLESS = re.compile(
-    "(shared_|factorized_|learn_)?phm(?!_layer$).*|(shared|factorized)_(W_phm|phm_W)|hypercomplex_nonlinearity|"
-    "init_weights_seed|stochastic_depth|inv_adapter_reduction_factor"
-)
 
 
 class BottleneckConfig(MethodConfig):
     """AdapterHub's names and meanings. ``architecture`` sets what is not given: ``houlsby`` (the defaults),
-    ``pfeiffer``, ``parallel``, ``scaled_parallel``, or AdapterHub's names for them. ``reduction_factor``: 16 by default, but
-    no narrower than 64 (half the model's width, if that is less). Of the others only the default of
-    ``init_weights`` differs: ``mam_adapter`` begins as the identity; ``bert`` and ``houlsby`` begin near it."""
+    ``pfeiffer``, ``parallel``, ``scaled_parallel``, or AdapterHub's names for them. Without a ``reduction_factor`` a
+    layer is a sixteenth as wide as the model, but no narrower than 64 (than half the model, if that is less). Also the
+    default of ``init_weights`` differs: ``mam_adapter`` begins as the identity; ``bert``, ``houlsby`` near it."""
 
     method: ClassVar[str] = "bottleneck"
     peft_type: ClassVar[str] = "BOTTLENECK"
@@ -374,8 +370,6 @@ def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: in
 _HUB_TENSOR = re.compile(r"\.(?:(?:attention|layer)_text_(?:task|lang)_)?adapters\.[^.]+\.")
 # What stands before the block's number, or before the stack's name in T5.
 _UP_TO_LAYER = re.compile(r"^(?!(?:encoder|decoder)\.block\.).*?\.(?=(?:encoder|decoder)\.block\.|\d+\.)")
-# adapter-transformers, which wrote no version, called them so.
-_OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 
 def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: str) -> dict[str, Any]:
@@ -400,21 +394,7 @@ def from_adapterhub(entries: Mapping[str, Any]) -> BottleneckConfig:
     Raises:
         UserError: it is no bottleneck adapter, or an entry changes what it computes in a way that Weft does not know.
     """
-    found = entries.get("config")
-    if not isinstance(found, Mapping):
-        raise UserError(f"adapter_config.json: 'config' is {found!r}, not the settings of an AdapterHub adapter.")
-    found = {key: value for key, value in found.items() if not _HARMLESS.fullmatch(key)}
-    if (kind := found.pop("architecture", None)) is not None:
-        raise UserError(f"adapter_config.json: 'architecture' is {kind!r}; Weft loads AdapterHub's bottlenecks (null).")
-    if "version" not in entries and found.get("non_linearity") in _OLD_ACTIVATIONS:
-        found["non_linearity"] = _OLD_ACTIVATIONS[found["non_linearity"]]
-    # What AdapterHub ignores there.
-    if found.get("is_parallel"):
-        found |= {"original_ln_before": False, "residual_before_ln": True, "adapter_residual_before_ln": False}
-    found["adapter_residual_before_ln"] = bool(found.get("adapter_residual_before_ln") and found.get("ln_after"))
-    for key in sorted(found.keys() - BottleneckConfig.model_fields.keys() - _NOT_HERE.keys()):
-        if found.pop(key):
-            raise UserError(f"adapter_config.json: {key!r} is on, and Weft does not know what it changes; not loaded.")
+    found = adapterhub_settings(entries, BottleneckConfig.model_fields.keys() | _NOT_HERE.keys())
     try:
         return BottleneckConfig(**{"init_weights": "bert", **found})
     except ValidationError as error:

@@ -57,7 +57,7 @@ class _FusedAttention:
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)  # type: ignore[misc]
         cos, sin = (table[0] for table in position_embeddings)
         q, k, v = (
-            y.view(len(cos), -1, module.head_dim)
+            y.reshape(len(cos), -1, module.head_dim)
             for y in project((module.q_proj, module.k_proj, module.v_proj), hidden_states, route)
         )
         q, k, v = (x.transpose(0, 1) for x in (rotary(q, cos, sin), rotary(k, cos, sin), v))
@@ -65,7 +65,7 @@ class _FusedAttention:
         window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
         bias = {} if window is None else {"sliding_window": window}
         out = attend(module.__dict__[_ROUTER], module.layer_idx, q, k, v, scale=module.scaling, **bias)
-        return project((module.o_proj,), out.view(1, len(cos), -1), route)[0], None
+        return project((module.o_proj,), out.reshape(1, len(cos), -1), route)[0], None
 
 
 class _FusedMlp:
