@@ -31,7 +31,7 @@ from weft.train import make_config
 from weft.train.run import prepare, train
 from weft.train.step import train_step
 
-STEPS, BATCH_SIZE = 600, 16
+STEPS, BATCH_SIZE = 800, 16
 # What a method cannot do without on these bases, and nothing else: everything besides is the method's default.
 NEEDED: dict[str, dict[str, Any]] = {
     "bitfit": {"add_missing": True},

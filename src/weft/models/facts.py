@@ -100,7 +100,7 @@ def describe(model: nn.Module) -> Architecture:
     if facts and facts.outside:
         around = [path for path, module in model.named_modules() if is_linear(module)]
         linears += tuple(path for path in around if path.endswith(tuple(f".{name}" for name in facts.outside)))
-    heads = int(text.num_attention_heads)
+    heads = int(getattr(text, "num_attention_heads", None) or 1)  # a state-space model has none
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     limit = getattr(text, "max_position_embeddings", None)
     first = int(text.pad_token_id) + 1 if facts is not None and facts.padding_first else 0
