@@ -5,7 +5,7 @@ encoder only serves training: what it gave at the end is a soft prompt like any 
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -21,12 +21,12 @@ from weft.methods.prompt_tuning import PromptTuning, SoftPromptConfig, embedded,
 
 class PTuningConfig(SoftPromptConfig):
     """PEFT's names. ``encoder_num_layers`` and ``encoder_dropout`` (between its layers) are the LSTM's. Training begins
-    at embeddings of sampled vocabulary: the encoder's last layer is chosen so that it gives these."""
+    at embeddings of sampled vocabulary. ``encoder_hidden_size``: by default the embeddings' width, twice for the MLP."""
 
     method: ClassVar[str] = "p_tuning"
     peft_type: ClassVar[str] = "P_TUNING"
     default_learning_rate: ClassVar[float] = 1e-3
-    small_learning_rate: ClassVar[float | None] = 1e-2
+    small_learning_rate: ClassVar[float | None] = 1e-3
 
     num_virtual_tokens: int = Field(default=50, gt=0)
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
@@ -52,10 +52,15 @@ class PTuningConfig(SoftPromptConfig):
             **super().to_peft(architecture),
             "num_virtual_tokens": self.num_virtual_tokens,
             "encoder_reparameterization_type": self.encoder_reparameterization_type,
-            "encoder_hidden_size": self.encoder_hidden_size or architecture.hidden_size,
+            "encoder_hidden_size": self.hidden(architecture),
             "encoder_num_layers": self.encoder_num_layers,
             "encoder_dropout": self.encoder_dropout,
         }
+
+    def hidden(self, architecture: Architecture) -> int:
+        """The encoder's width."""
+        double = 2 if self.encoder_reparameterization_type == "MLP" else 1
+        return self.encoder_hidden_size or double * (architecture.embedding_size or architecture.hidden_size)
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> PTuningConfig:
@@ -69,9 +74,8 @@ class PTuning(PromptTuning):
     """A soft prompt that an encoder makes."""
 
     def learning_rate_factor(self, parameter: str) -> float:
-        # An optimizer like Adam moves every number by the rate; the inputs are that much larger than the weights, and
-        # each moves one virtual token only.
-        return 30.0 if parameter == "encoder.embedding" else 1.0
+        # Adam moves every number by the rate; an input moves one virtual token, a weight of the encoder all of them.
+        return 66.0 if parameter == "encoder.embedding" else 1.0
 
 
 class PromptEncoder(RowEncoder):
@@ -79,7 +83,7 @@ class PromptEncoder(RowEncoder):
 
     def __init__(self, config: PTuningConfig, width: int, context: BuildContext) -> None:
         super().__init__()
-        hidden = config.encoder_hidden_size or context.architecture.hidden_size
+        hidden = config.hidden(context.architecture)
         self.dropout = config.encoder_dropout
         self.embedding = normal_rows(config.num_virtual_tokens, width, context)
         self.lstm = nn.ModuleList()
@@ -95,6 +99,23 @@ class PromptEncoder(RowEncoder):
             sizes = [width, hidden, hidden]
         self.mlp = nn.ModuleList(orthogonal(linear(a, b, context), context) for a, b in itertools.pairwise(sizes))
         self.last = linear(sizes[-1], width, context)
+
+    @torch.no_grad()
+    def begin_at(self, rows: Tensor) -> None:
+        """With layers twice as wide as the rows the MLP begins as the identity, ``x = relu(x) - relu(-x)``, and so
+        the training as that of a soft prompt; else as ``RowEncoder`` does."""
+        width = rows.shape[1]
+        if self.lstm or self.last.in_features < 2 * width:
+            super().begin_at(rows)
+            return
+        first, second = (cast(nn.Linear, layer) for layer in self.mlp)
+        both_signs = torch.cat([torch.eye(width), -torch.eye(width)]).to(self.last.weight)
+        first.weight[: 2 * width] = both_signs
+        second.weight.zero_().fill_diagonal_(1.0)
+        self.last.weight.zero_()[:, : 2 * width] = both_signs.t()
+        for layer in (first, second, self.last):
+            layer.bias.zero_()
+        self.embedding.copy_(rows)
 
     def features(self, seed: int | None) -> Tensor:
         x: Tensor = self.embedding
