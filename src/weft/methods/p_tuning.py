@@ -21,7 +21,7 @@ from weft.methods.prompt_tuning import PromptTuning, SoftPromptConfig, embedded,
 
 class PTuningConfig(SoftPromptConfig):
     """PEFT's names. ``encoder_num_layers`` and ``encoder_dropout`` (between its layers) are the LSTM's. Training begins
-    at embeddings of sampled vocabulary. ``encoder_hidden_size``: by default the embeddings' width, twice for the MLP."""
+    at embeddings of sampled vocabulary. ``encoder_hidden_size``: by default the rows' width, for the MLP twice that."""
 
     method: ClassVar[str] = "p_tuning"
     peft_type: ClassVar[str] = "P_TUNING"
