@@ -66,7 +66,7 @@ def write_reviews(path: Path, count: int, seed: int = 0) -> Path:
     rows = []
     for _ in range(count):
         label = int(rng.random() < 0.6)
-        words = [rng.choice(OTHER) for _ in range(rng.randint(3, 9))]
+        words = [rng.choice(OTHER) for _ in range(rng.randint(2, 6))]
         words.insert(rng.randrange(len(words)), rng.choice(GOOD if label else BAD))
         rows.append(f"{' '.join(words)}\t{label}\n")
     path.write_text("".join(rows), encoding="utf-8")
@@ -84,7 +84,12 @@ def make_word_tokenizer(texts: list[str] | None = None, size: int = 400) -> Any:
     tokenizer.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts or [" ".join((*GOOD, *BAD, *OTHER))] * 4, trainer)
+    if texts is None:
+        # The trainer numbers words in another order in every process, and with it every random embedding.
+        words = [*special, *sorted({letter for word in (*GOOD, *BAD, *OTHER) for letter in word}), *GOOD, *BAD, *OTHER]
+        tokenizer.model = models.WordPiece({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]")
+    else:
+        tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

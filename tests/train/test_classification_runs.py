@@ -34,7 +34,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("models") / "bert", hidden_size=64)
+    return save_bert(tmp_path_factory.mktemp("models") / "bert", hidden_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ JOBS: list[dict[str, Any]] = [
 
 def settings(base: Path, reviews: dict[str, str], folder: Path, **more: Any) -> dict[str, Any]:
     return {"model": str(base), **reviews, "task": "sequence_classification", "output_dir": str(folder), "jobs": JOBS,
-            "epochs": 7, "batch_size": 16, "eval_steps": 35, "threads": 1, "warmup_ratio": 0.1, **more}  # fmt: skip
+            "epochs": 14, "batch_size": 16, "eval_steps": 70, "threads": 1, "warmup_ratio": 0.1, **more}  # fmt: skip
 
 
 def evaluations(folder: Path, job: str) -> list[dict[str, Any]]:
@@ -87,9 +87,7 @@ def test_a_run_learns_and_its_folder_answers(
         print(f"[measured] {kind} {name}: accuracy {told[0]['eval_accuracy']} -> {told[-1]['eval_accuracy']}, "
               f"majority {told[-1]['eval_majority']}")  # fmt: skip
         assert {"eval_loss", "eval_accuracy", "eval_majority", "eval_f1", "eval_mcc"} <= told[0].keys()
-        # A frozen random base leaves the smaller methods little room: what 80 reviews tell of them is chance.
-        if name == "lora":
-            assert told[-1]["eval_accuracy"] > told[-1]["eval_majority"] + 0.1
+        assert told[-1]["eval_accuracy"] > told[-1]["eval_majority"] + 0.1
         assert told[-1]["eval_loss"] < told[0]["eval_loss"]
         found = predict(opened.adapters, name, samples)
         right = sum(label == sample.label for label, sample in zip(found.labels, samples, strict=True))
