@@ -178,8 +178,8 @@ def train_one_step(method: str) -> str:
     from weft.data import Sample
     from weft.methods import METHODS
     from weft.models import describe
-    from weft.train.config import JobConfig
     from weft.train.job import Job
+    from weft.train.settings import JobConfig
     from weft.train.step import evaluate_loss, train_step
 
     model = _tiny_model()

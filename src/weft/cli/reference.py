@@ -9,7 +9,7 @@ from typing import Any
 from weft.core.config import MethodConfig
 from weft.methods import METHODS
 from weft.train.aliases import RENAMED, SWITCHES, VALUES
-from weft.train.config import JobConfig, RunConfig
+from weft.train.settings import JobConfig, RunConfig
 
 # What the keys mean; a test sees to it that none is missing and none is left over.
 RUN_KEYS: dict[str, str] = {
@@ -163,7 +163,8 @@ def config_markdown() -> str:
 
 def _table(fields: Mapping[str, Any], meanings: Mapping[str, str], derived: Mapping[str, str]) -> str:
     lines = ["| key | type | default | |", "|---|---|---|---|"]
-    for key, field in fields.items():
+    for key in meanings:
+        field = fields[key]
         lines.append(f"| `{key}` | {_type(field)} | {derived.get(key) or _default(field)} | {meanings[key]} |")
     return "\n".join(lines) + "\n"
 

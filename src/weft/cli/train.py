@@ -20,9 +20,9 @@ from weft.cli.progress import Reporter, make_reporter
 from weft.errors import UserError
 
 if TYPE_CHECKING:
-    from weft.train.config import RunConfig
     from weft.train.loop import TrainResult
     from weft.train.run import Setup
+    from weft.train.settings import RunConfig
 
 
 class Signals:

@@ -6,144 +6,20 @@ Keys of a job may stand at the top, where they are defaults for every job. The m
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 
 import weft.methods
-from weft.core.combined import CombinedConfig
-from weft.core.config import MethodConfig
-from weft.core.files import check_name, method_config, read_json
+from weft.core.files import method_config, read_json
 from weft.errors import UserError, nearest
-from weft.models.hub import Hub
-from weft.models.load import Shape
-from weft.models.quantize import Quantization
 from weft.train.aliases import translate
+from weft.train.settings import JobConfig, RunConfig, method_names, method_of, own_settings, settings_of
 from weft.train.store import RUN_FILE
-
-
-class JobConfig(BaseModel):
-    """One adapter and how it is trained. ``steps`` are optimizer steps and win over ``epochs``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    name: str
-    method: str
-    method_settings: dict[str, Any] = {}
-    data: str | None = None
-    eval_data: str | None = None
-    task: Literal["causal_lm", "seq2seq", "sequence_classification"] = "causal_lm"
-    labels: list[str] | None = None
-    text_columns: list[str] | None = None
-    label_column: str | None = None
-    steps: int | None = Field(default=None, gt=0)
-    epochs: float = Field(default=3, gt=0)
-    batch_size: int = Field(default=8, gt=0)
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float | None = Field(default=None, gt=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    seed: int = 0
-    eval_steps: int | None = Field(default=None, gt=0)
-    early_stopping_patience: int | None = Field(default=None, gt=0)
-    early_stopping_min_delta: float = Field(default=0.0, ge=0)
-    neftune_noise_alpha: float = Field(default=0.0, ge=0)
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _names_of_labels(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            if any(isinstance(name, bool) for name in value):
-                raise ValueError("YAML reads no and yes as switches; put the labels in quotes")
-            return [str(name) if isinstance(name, (int, float)) else name for name in value]
-        return value
-
-    @model_validator(mode="after")
-    def _check(self) -> JobConfig:
-        check_name(self.name)
-        if self.name == "base":
-            raise ValueError("'base' is no name for a job: in chat and generate it is the base itself")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed} does not fit into 64 bits")
-        if not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise ValueError(f"adam_betas {self.adam_betas}: both must lie in [0, 1)")
-        if self.early_stopping_patience is not None and self.eval_steps is None:
-            raise ValueError("early_stopping_patience needs eval_steps: without evaluation nothing can stop early")
-        method = self.method_config()
-        for part in method.parts if isinstance(method, CombinedConfig) else (method,):
-            if self.task not in part.tasks:
-                fitting = ", ".join(sorted(part.tasks))
-                raise ValueError(f"task {self.task}: method {part.method} is not for that; it is for {fitting}")
-        return self
-
-    def method_config(self) -> MethodConfig:
-        """The method's own configuration."""
-        return method_of(self.method, self.method_settings)
-
-    def planned_steps(self, samples: int) -> tuple[int, int]:
-        """(optimizer steps per epoch, of the whole job) with that many samples."""
-        per_epoch = math.ceil(math.ceil(samples / self.batch_size) / self.gradient_accumulation_steps)
-        return per_epoch, self.steps or max(1, round(self.epochs * per_epoch))
-
-
-class RunConfig(BaseModel):
-    """A run: base, data, jobs, where it is written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    model: str
-    data: str
-    jobs: tuple[JobConfig, ...] = Field(min_length=1)
-    output_dir: str = "runs/weft"
-    overwrite_output_dir: bool = False
-    resume: bool = False
-    eval_data: str | None = None
-    eval_size: int = Field(default=0, ge=0)
-    data_format: str | None = None
-    columns: dict[str, str] | None = None
-    limit: int | None = Field(default=None, gt=0)
-    empty_answers: Literal["error", "skip"] = "error"
-    chat_template: str | None = None
-    train_on: Literal["answers", "last_answer", "all"] = "answers"
-    max_length: int | None = Field(default=None, gt=1)
-    truncate: bool = False
-    hub: Hub = "huggingface"
-    data_hub: Hub | None = None
-    shape: Shape = "full"
-    quantization: Quantization | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int | None = Field(default=None, gt=0)
-    exact: bool = False
-    gradient_checkpointing: bool = False
-    logging_steps: int = Field(default=10, gt=0)
-    save_steps: int | None = Field(default=None, gt=0)
-    save_total_limit: int = Field(default=2, gt=0)
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> RunConfig:
-        names = [job.name for job in self.jobs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two jobs are named {', '.join(twice)}; give each its own name")
-        classifies = any(job.task == "sequence_classification" for job in self.jobs)
-        for key in ("labels", "text_columns", "label_column"):
-            if not classifies and any(getattr(job, key) is not None for job in self.jobs):
-                raise ValueError(f"{key} is for classification; add task: sequence_classification")
-        return self
-
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)
@@ -283,7 +159,7 @@ def _index(place: list[Any], part: str, key: str) -> int:
     for index, item in enumerate(place):
         if isinstance(item, dict):
             method = str(item.get("method"))
-            if part in (item.get("name"), method, "-".join(_names(method))):
+            if part in (item.get("name"), method, "-".join(method_names(method))):
                 return index
     raise UserError(f"override {key!r}: '{part}' must be a number below {len(place)}, or a job's name.")
 
@@ -311,7 +187,7 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
     places = [f"{source}: jobs[{i}]" for i in range(len(jobs))]
     made = [_job(translate(job, place), defaults, place) for job, place in zip(jobs, places, strict=True)]
     for name in defaults.keys() & weft.methods.METHODS.keys():
-        if not any(name in _names(job.method) for job in made):
+        if not any(name in method_names(job.method) for job in made):
             raise UserError(f"{source}: {name}: no job uses this method, so nothing would take these settings.")
     return _run_config({**top, "jobs": tuple(made)}, source)
 
@@ -320,7 +196,7 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConf
     method = given.get("method", defaults.get("method"))
     if not isinstance(method, str):
         raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
-    parts = _names(method)
+    parts = method_names(method)
     classes = {part: method_config(part) for part in parts}
     if len(classes) < len(parts):
         raise UserError(f"{where}: method {method!r} names one method twice.")
@@ -335,45 +211,17 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConf
     merged = {"name": "-".join(parts), **fitting, **given}
     for part in classes.keys() & merged.keys():
         # What the job says, wherever it says it, wins over the defaults.
-        default = {k: v for k, v in _own_settings(part, fitting.get(part, {}), where).items() if k not in given}
-        merged[part] = default | _own_settings(part, given.get(part, {}), where)
+        default = {k: v for k, v in own_settings(part, fitting.get(part, {}), where).items() if k not in given}
+        merged[part] = default | own_settings(part, given.get(part, {}), where)
     settings = {key: merged.pop(key) for key in list(merged) if key not in _JOB_KEYS}
     for part, cls in classes.items():
-        _refuse_switches(_settings_of(part, cls, settings, where), cls, where)
+        _refuse_switches(settings_of(part, cls, settings, where), cls, where)
     _refuse_switches(merged, JobConfig, where)
     try:
         method_of(method, settings)
         return JobConfig(**merged, method_settings=settings)
     except ValidationError as error:
         raise UserError(_explain(error, where, known)) from None
-
-
-def _settings_of(
-    part: str, cls: type[MethodConfig], settings: Mapping[str, Any], where: str = "configuration"
-) -> dict[str, Any]:
-    """Of the settings of a job with several methods, those of one: what stands under its name wins."""
-    own = _own_settings(part, settings.get(part, {}), where)
-    return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
-
-
-def _own_settings(part: str, own: Any, where: str) -> dict[str, Any]:
-    """What stands under a method's name, in our words."""
-    if not isinstance(own, Mapping):
-        raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")
-    return translate(own, f"{where}: {part}")
-
-
-def _names(method: str) -> list[str]:
-    return [name.strip() for name in method.split("+")]
-
-
-def method_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
-    """The configuration of a method, or of several joined by ``+``."""
-    classes = [(name, method_config(name)) for name in _names(method)]
-    if len(classes) == 1:
-        name, cls = classes[0]
-        return cls(**{key: value for key, value in settings.items() if key != name} | settings.get(name, {}))
-    return CombinedConfig(parts=tuple(cls(**_settings_of(name, cls, settings)) for name, cls in classes))
 
 
 def _refuse_switches(settings: Mapping[str, Any], cls: type[BaseModel], where: str) -> None:

@@ -16,8 +16,8 @@ from weft.core.adapter import Adapter
 from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
 from weft.data import Sample
-from weft.train.config import JobConfig
 from weft.train.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
+from weft.train.settings import JobConfig
 
 
 @dataclass

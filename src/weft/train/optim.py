@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from weft.train.config import JobConfig
+    from weft.train.settings import JobConfig
 
 
 def make_optimizer(

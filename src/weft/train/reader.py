@@ -12,7 +12,7 @@ from weft.core.heads import ClassificationTask
 from weft.data import Renderer, Sample, load_labelled, load_samples, split_holdout
 from weft.errors import UserError
 from weft.models.hub import fetch_dataset, is_dataset_id
-from weft.train.config import JobConfig, RunConfig
+from weft.train.settings import JobConfig, RunConfig
 
 
 @dataclass(frozen=True)
