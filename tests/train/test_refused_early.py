@@ -26,6 +26,8 @@ from weft.train import make_config, run
         ({"method": "ln_tuning", "target_modules": ["nrom"]}, "nrom"),
         ({"method": "prefix_tuning+llama_pro"}, "llama_pro"),
         ({"method": "full", "task": "seq2seq"}, "seq2seq"),
+        ({"method": "lora", "init_lora_weights": "loftq"}, "loftq.*quantization is not set"),
+        ({"method": "lora+bitfit", "init_lora_weights": "loftq"}, "loftq.*quantization is not set"),
     ],
 )
 def test_before_the_weights(

@@ -95,6 +95,13 @@ class MethodConfig(BaseModel):
         share = min(max(math.log2(2048 / hidden_size) / 4, 0.0), 1.0)
         return float(f"{large ** (1 - share) * small**share:.2g}")
 
+    def check_quantization(self, quantization: str | None) -> None:
+        """Refuse, before weights are loaded, what does not go with a base quantised like that (None: not at all).
+
+        Raises:
+            UserError: it does not.
+        """
+
     def build(self, name: str, context: BuildContext) -> Adapter:
         """Make the adapter ``name``; draws its initial values from ``context.generator`` only.
 

@@ -66,6 +66,13 @@ class LoraConfig(LowRankConfig):
         """Whether A and B begin as the principal part of the weight."""
         return str(self.init_lora_weights).startswith("pissa")
 
+    def check_quantization(self, quantization: str | None) -> None:
+        if self.init_lora_weights == "loftq" and quantization not in ("nf4", "fp4"):
+            raise UserError(
+                f"init_lora_weights: loftq makes up for what 4-bit quantisation lost, and quantization is "
+                f"{quantization or 'not set'}. Set quantization: nf4, or use init_lora_weights: true or pissa."
+            )
+
     def build(self, name: str, context: BuildContext) -> Adapter:
         return Lora(self, name, context)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
 from weft.models.facts import ENCODERS, describe
 from weft.models.hub import Hub, fetch_model
+from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
 
@@ -34,12 +36,16 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model: the model, its tokenizer, where its parts are, and where it came from."""
+    """A loaded base model: the model, its tokenizer, where its parts are, and where it came from.
+
+    ``original_weight`` gives the weight [out, in] from before quantisation of the module at a path.
+    """
 
     model: nn.Module
     tokenizer: Any
     architecture: Architecture
     name: str
+    original_weight: Callable[[str], Tensor] | None = None
 
 
 def resolve_model(name: str) -> str:
@@ -151,6 +157,7 @@ def load_base(
         UserError: it is not there, cannot be read, or the device is missing.
     """
     source, where, kind = _source(name, shape, hub), resolve_device(device), resolve_dtype(dtype)
+    originals: Callable[[str], Tensor] | None = None
     if shape == "tiny":
         tokenizer = tokenizer or tiny_tokenizer(source)
         with tempfile.TemporaryDirectory() as folder:
@@ -158,10 +165,12 @@ def load_base(
             config = tiny_config(source, tokenizer)
             random_model(_auto_class(config, name), config, torch.float32).save_pretrained(folder)
             model = _load_model(name, folder, kind, where, quantization)
+            originals = HeldWeights(folder) if quantization else None
     else:
         model = _load_model(name, source, kind, where, quantization)
+        originals = OriginalWeights(source) if quantization else None
         tokenizer = tokenizer or load_tokenizer(source)
-    return Base(model, tokenizer, describe(model), name)
+    return Base(model, tokenizer, describe(model), name, originals)
 
 
 def _load_model(

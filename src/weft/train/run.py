@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from weft.core.adapters import Adapters
+from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
 from weft.data import Renderer, Sample
@@ -80,6 +81,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
             hub=config.hub,
         )
     adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
+    adapters.original_weight = base.original_weight
     try:
         jobs = []
         for job, found in zip(config.jobs, loaded, strict=True):
@@ -96,6 +98,9 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
     for job in config.jobs:
         check_job(job.name, job.task, sketch.architecture)
+        method = job.method_config()
+        for part in method.parts if isinstance(method, CombinedConfig) else (method,):
+            part.check_quantization(config.quantization)
         if sketch.architecture.bidirectional and job.task == "causal_lm":
             raise UserError(
                 f"job '{job.name}': task is causal_lm, but {config.model} is an encoder "

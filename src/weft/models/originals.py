@@ -1,0 +1,65 @@
+"""The weights that a quantised base was made from, read from its files one at a time (LoftQ asks for them)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from weft.errors import UserError
+
+_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class OriginalWeights:
+    """Looks a module's weight [out, in] up in a model folder by the module's path; nothing else stays in memory.
+
+    Checkpoints of the bare body (GPT-2's, BLOOM's) name their tensors without the model's first part, which is then
+    left out of the path.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.files: dict[str, Path] | None = None
+
+    def __call__(self, path: str) -> Tensor:
+        """Raises UserError if the folder has no safetensors or none under that name."""
+        files = self._where()
+        key = f"{path}.weight"
+        found = next((name for name in (key, key.partition(".")[2]) if name in files), None)
+        if found is None:
+            raise UserError(
+                f"{self.folder} holds no tensor '{key}', which the quantised weight of module '{path}' was made from."
+            )
+        with safe_open(files[found], framework="pt") as file:
+            value: Tensor = file.get_tensor(found)
+        return value
+
+    def _where(self) -> dict[str, Path]:
+        if self.files is None:
+            one, index = self.folder / _ONE, self.folder / _INDEX
+            if index.is_file():
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                self.files = {key: self.folder / name for key, name in shards.items()}
+            elif one.is_file():
+                with safe_open(one, framework="pt") as file:
+                    self.files = dict.fromkeys(file.keys(), one)
+            else:
+                raise UserError(f"{self.folder} holds no {_ONE}, which the weights from before quantisation are in.")
+        return self.files
+
+
+class HeldWeights:
+    """The same of a folder that will be gone: all of its tensors in memory."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.tensors: dict[str, Tensor] = load_file(Path(folder) / _ONE)
+
+    def __call__(self, path: str) -> Tensor:
+        """The weight of the module at ``path``."""
+        key = f"{path}.weight"
+        return self.tensors[key if key in self.tensors else key.partition(".")[2]].to(torch.float32)
