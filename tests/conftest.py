@@ -26,6 +26,15 @@ _CORPUS = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    """Tiny tensors: with more threads a busy machine spends the time waiting at barriers (measured: 87 s for 12 s), and
+    sums would come in another order. Per module, for a run under test may set its own number."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def make_tokenizer() -> Any:
     """A byte-level BPE tokenizer of about 300 ids (any text round-trips) with ChatML's template and end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

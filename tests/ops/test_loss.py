@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +13,6 @@ from torch import Tensor
 from weft.ops.loss import linear_cross_entropy, linear_cross_entropy_ref
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: with more threads a busy machine spends the time waiting at barriers (measured: 87 s for 12 s)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(s: int, vocab: int, dtype: torch.dtype, train: str = "", dim: int = 16) -> tuple[list[Tensor], Tensor]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
 from tests.models.encoder_kit import save_bert, write_reviews
 
 from weft.core.files import METHODS
@@ -22,14 +20,6 @@ from weft.generate.open import open_target
 from weft.methods import LoraConfig
 from weft.train import make_config
 from weft.train.run import train
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.train import recipe
 
 from weft.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 KILLED = -9
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

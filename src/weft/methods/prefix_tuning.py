@@ -67,7 +67,8 @@ class DeepPromptConfig(MethodConfig):
 
 
 class PrefixTuningConfig(DeepPromptConfig):
-    """As above, and the reparameterisation, whose network learns by a twentieth of the default learning rate."""
+    """As above, and the reparameterisation, whose network learns by an eightieth of the default learning rate
+    (measured on tiny-llama, width 128: 68 % exact at 0.004 to 0.006, 64 % at 0.002, 40 % at 0.02, nothing at 0.06)."""
 
     method: ClassVar[str] = "prefix_tuning"
 
@@ -115,7 +116,7 @@ class DeepPrompt(EncodedRows):
     def default_learning_rate(self, parameter: str) -> float:
         rate = super().default_learning_rate(parameter)
         # All keys and values move with each weight of the network.
-        return rate / 20 if self.encoder is not None and not parameter.startswith("head.") else rate
+        return rate / 80 if self.encoder is not None and not parameter.startswith("head.") else rate
 
     def prefix_states(self) -> PrefixStates:
         by_layer = self.values().view(self.shape).permute(1, 2, 0, 3)
