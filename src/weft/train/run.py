@@ -17,6 +17,7 @@ from weft.data import Renderer, Sample
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
+from weft.train.batches import Batches
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
@@ -25,7 +26,8 @@ from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
-    {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
+    {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads",
+     "verify_packing"}
 )
 
 
@@ -112,7 +114,7 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter = adapters.add(
                 job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
             )
-            adapter.begin_training(job.planned_steps(len(data.train))[1])
+            adapter.begin_training(Batches(job, data.train, virtual=adapter.num_virtual_tokens).total_steps)
             samples = (*data.train, *data.held)
             _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
@@ -179,6 +181,7 @@ def _train(
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
+        verify_packing=config.verify_packing,
         on_event=on_event,
         should_stop=should_stop,
     )
