@@ -59,6 +59,7 @@ def combine(
     from weft.core import files
     from weft.core.compose import Combination, Source
     from weft.core.compose import combine as compose
+    from weft.data import provenance
     from weft.models.load import resolve_model, sketch_base
 
     given = _weights(weights)
@@ -85,6 +86,10 @@ def combine(
 
     config, tensors = compose([load(one) for one in found], how)
     new = files.assemble(_name(output), config, tensors, base.model, base.architecture)
+    record, notes = provenance.common(_provenances(found))
+    new.provenance = None if record is None else record.model_dump(mode="json")
+    for note in notes:
+        common.say(f"the adapters were not trained alike: {note}")
     part = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(part, ignore_errors=True)
     files.save(new, base.architecture, part, base_name=base_name)
@@ -132,6 +137,14 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
     run = folder.absolute().parent.parent
     inside = folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file()
     return [Found(folder, run if inside else None)]
+
+
+def _provenances(found: Sequence[Found]) -> dict[str, Any]:
+    """How each adapter's data was read and rendered."""
+    from weft.core.files import OWN_CONFIG, provenance_of
+    from weft.data.provenance import Provenance
+
+    return {one.name: Provenance.read(provenance_of(one.folder), str(one.folder / OWN_CONFIG)) for one in found}
 
 
 def _base(found: Sequence[Found]) -> str:

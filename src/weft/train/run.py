@@ -14,6 +14,8 @@ from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
 from weft.data import Renderer, Sample
+from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
+from weft.data.settings import DataSettings
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
@@ -26,8 +28,16 @@ from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
-    {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads",
-     "verify_packing"}
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "threads",
+        "verify_packing",
+    }
 )
 
 
@@ -192,10 +202,32 @@ def _train(
     setup.base.tokenizer.save_pretrained(store.tokenizer)
     result = trainer.run()
     if result.completed:
+        tokenizer = TokenizerFacts.of(setup.base.tokenizer)
         for job in setup.jobs:
+            job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result
+
+
+def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance:
+    """How the job's data was read and rendered; travels in the adapter's folder."""
+    own, run = job.config, setup.config
+    settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
+    settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
+    if own.task == "sequence_classification":
+        settings |= {"text_columns": own.text_columns, "label_column": own.label_column}
+    return Provenance(
+        **template_of(setup.renderer),
+        tokenizer=tokenizer,
+        task=own.task,
+        settings=file_names(settings) | {"max_length": setup.renderer.max_length},
+        sha256=job.fingerprint,
+        records=len(job.samples),
+        eval_records=len(job.eval_samples),
+        batch_size=None if own.batch_tokens else own.batch_size,
+        batch_tokens=own.batch_tokens,
+    )
 
 
 def _check_folder(store: RunStore, config: RunConfig) -> None:
