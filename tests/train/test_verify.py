@@ -14,7 +14,7 @@ from tests.train import recipe
 from weft.core import attention, stream
 from weft.core.adapters import Adapters
 from weft.errors import UserError
-from weft.models import describe
+from weft.models import describe, load_base
 from weft.ops.attention import SequenceLayout, varlen_attention
 from weft.train import Job, JobConfig, Trainer
 from weft.train.step import train_step
@@ -55,6 +55,29 @@ def test_sound_models_pass_with_every_method(kind: str, dtype: torch.dtype) -> N
 def test_every_way_of_running(options: dict[str, bool]) -> None:
     adapters = open_model("llama", **options)
     assert verify_packing(adapters, jobs_of(adapters, ["lora", "prefix_tuning"], batch_size=4)).sequences == 2
+    adapters.close()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_bases(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with outliers, which in int8 do reach the neighbours, as rounding; a leak is caught there too."""
+    pytest.importorskip("bitsandbytes")
+    model = kit.make_model("llama", hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[::5, 3] = 60.0
+    model.save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), quantization=kind, dtype="float32", device="cpu", tokenizer=object())
+    adapters = Adapters(base.model, base.architecture)
+    jobs = jobs_of(adapters, ["lora", "prompt_tuning"], batch_size=4)
+    proof = verify_packing(adapters, jobs)
+    print(f"[measured] {kind}: alone {proof.alone:.3g}, neighbours {proof.neighbours:.3g}")
+
+    def leaking(q: Any, k: Any, v: Any, layout: SequenceLayout, **options: Any) -> Any:
+        return varlen_attention(q, k, v, one_sequence(layout), **options)
+
+    monkeypatch.setattr(attention, "varlen_attention", leaking)
+    with pytest.raises(UserError, match="sequences leak"):
+        verify_packing(adapters, jobs)
     adapters.close()
 
 
