@@ -59,7 +59,6 @@ def combine(
     from weft.core import files
     from weft.core.compose import Combination, Source
     from weft.core.compose import combine as compose
-    from weft.data import provenance
     from weft.models.load import resolve_model, sketch_base
 
     given = _weights(weights)
@@ -86,10 +85,7 @@ def combine(
 
     config, tensors = compose([load(one) for one in found], how)
     new = files.assemble(_name(output), config, tensors, base.model, base.architecture)
-    record, notes = provenance.common(_provenances(found))
-    new.provenance = None if record is None else record.model_dump(mode="json")
-    for note in notes:
-        common.say(f"the adapters were not trained alike: {note}")
+    new.provenance = _common_provenance(found)
     part = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(part, ignore_errors=True)
     files.save(new, base.architecture, part, base_name=base_name)
@@ -139,12 +135,18 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
     return [Found(folder, run if inside else None)]
 
 
-def _provenances(found: Sequence[Found]) -> dict[str, Any]:
-    """How each adapter's data was read and rendered."""
+def _common_provenance(found: Sequence[Found]) -> dict[str, Any] | None:
+    """How the adapters' data was read and rendered, as far as that was the same; tells where it was not."""
     from weft.core.files import OWN_CONFIG, provenance_of
-    from weft.data.provenance import Provenance
+    from weft.data import provenance
 
-    return {one.name: Provenance.read(provenance_of(one.folder), str(one.folder / OWN_CONFIG)) for one in found}
+    read = provenance.Provenance.read
+    record, notes = provenance.common(
+        {one.name: read(provenance_of(one.folder), str(one.folder / OWN_CONFIG)) for one in found}
+    )
+    for note in notes:
+        common.say(f"the adapters were not trained alike: {note}")
+    return None if record is None else record.model_dump(mode="json")
 
 
 def _base(found: Sequence[Found]) -> str:
