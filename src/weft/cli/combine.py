@@ -85,6 +85,7 @@ def combine(
 
     config, tensors = compose([load(one) for one in found], how)
     new = files.assemble(_name(output), config, tensors, base.model, base.architecture)
+    new.provenance = _common_provenance(found)
     part = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(part, ignore_errors=True)
     files.save(new, base.architecture, part, base_name=base_name)
@@ -132,6 +133,20 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
     run = folder.absolute().parent.parent
     inside = folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file()
     return [Found(folder, run if inside else None)]
+
+
+def _common_provenance(found: Sequence[Found]) -> dict[str, Any] | None:
+    """How the adapters' data was read and rendered, as far as that was the same; tells where it was not."""
+    from weft.core.files import OWN_CONFIG, provenance_of
+    from weft.data import provenance
+
+    read = provenance.Provenance.read
+    record, notes = provenance.common(
+        {one.name: read(provenance_of(one.folder), str(one.folder / OWN_CONFIG)) for one in found}
+    )
+    for note in notes:
+        common.say(f"the adapters were not trained alike: {note}")
+    return None if record is None else record.model_dump(mode="json")
 
 
 def _base(found: Sequence[Found]) -> str:

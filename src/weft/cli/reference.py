@@ -37,6 +37,8 @@ RUN_KEYS: dict[str, str] = {
     "device": "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:0`",
     "threads": "CPU threads of torch",
     "exact": "one matrix product per job: bit for bit what each job alone would give, and slower",
+    "verify_packing": "before the first step, prove on the first batch that a sequence's loss does not depend on its "
+    "neighbours ([data.md](data.md))",
     "gradient_checkpointing": "recompute the blocks in the backward pass: less memory, more time",
     "logging_steps": "a line of metrics every so many steps of a job",
     "save_steps": "a checkpoint every so many steps; there is always one at the end and when the run is stopped",
@@ -59,6 +61,8 @@ JOB_KEYS: dict[str, str] = {
     "steps": "optimizer steps; wins over `epochs`",
     "epochs": "passes over the data",
     "batch_size": "sequences per forward pass",
+    "batch_tokens": "instead of `batch_size`: fill every forward pass with whole sequences up to this many tokens; "
+    "`auto`: `batch_size` times `max_length` ([data.md](data.md))",
     "gradient_accumulation_steps": "forward passes per optimizer step",
     "optimizer": "torch's own",
     "learning_rate": "default: the usual one of the method (below); of several methods in one job each its own",
@@ -93,8 +97,10 @@ SWITCH_MEANINGS: dict[str, str] = {
     "lora_target_modules": "`target_modules`",
     "lora_target_linear": "`target_modules: all-linear` if on",
     **dict.fromkeys(
-        ("packing", "sample_packing", "padding_free", "neat_packing"), "nothing: no pad token is ever computed"
+        ("packing", "sample_packing", "neat_packing"),
+        "`batch_tokens: auto` if on: packs of `batch_size` times `max_length` tokens, as there",
     ),
+    "padding_free": "nothing: no pad token is ever computed",
     "load_in_4bit": "`quantization: nf4` if on",
     "load_in_8bit": "`quantization: int8` if on",
     "quantization_bit": "`quantization`: 4 → `nf4`, 8 → `int8`",

@@ -15,9 +15,12 @@ from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
 from weft.data import Renderer, Sample
+from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
+from weft.data.settings import DataSettings
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
+from weft.train.batches import Batches
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
@@ -26,7 +29,16 @@ from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
-    {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "threads",
+        "verify_packing",
+    }
 )
 
 
@@ -117,7 +129,7 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter = adapters.add(
                 job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
             )
-            adapter.begin_training(job.planned_steps(len(data.train))[1])
+            adapter.begin_training(Batches(job, data.train, virtual=adapter.num_virtual_tokens).total_steps)
             samples = (*data.train, *data.held)
             _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
@@ -184,6 +196,7 @@ def _train(
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
+        verify_packing=config.verify_packing,
         on_event=on_event,
         should_stop=should_stop,
     )
@@ -194,10 +207,32 @@ def _train(
     setup.base.tokenizer.save_pretrained(store.tokenizer)
     result = trainer.run()
     if result.completed:
+        tokenizer = TokenizerFacts.of(setup.base.tokenizer)
         for job in setup.jobs:
+            job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result
+
+
+def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance:
+    """How the job's data was read and rendered; travels in the adapter's folder."""
+    own, run = job.config, setup.config
+    settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
+    settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
+    if own.task == "sequence_classification":
+        settings |= {"text_columns": own.text_columns, "label_column": own.label_column}
+    return Provenance(
+        **template_of(setup.renderer),
+        tokenizer=tokenizer,
+        task=own.task,
+        settings=file_names(settings) | {"max_length": setup.renderer.max_length},
+        sha256=job.fingerprint,
+        records=len(job.samples),
+        eval_records=len(job.eval_samples),
+        batch_size=None if own.batch_tokens else own.batch_size,
+        batch_tokens=own.batch_tokens,
+    )
 
 
 def _check_folder(store: RunStore, config: RunConfig) -> None:

@@ -36,6 +36,7 @@ class JobConfig(BaseModel):
     steps: int | None = Field(default=None, gt=0)
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=8, gt=0)
+    batch_tokens: int | None = Field(default=None, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float | None = Field(default=None, gt=0)
@@ -85,7 +86,7 @@ class JobConfig(BaseModel):
         return method_of(self.method, self.method_settings)
 
     def planned_steps(self, samples: int) -> tuple[int, int]:
-        """(optimizer steps per epoch, of the whole job) with that many samples."""
+        """(optimizer steps per epoch, of the whole job) with that many samples in batches of ``batch_size``."""
         per_epoch = math.ceil(math.ceil(samples / self.batch_size) / self.gradient_accumulation_steps)
         return per_epoch, self.steps or max(1, round(self.epochs * per_epoch))
 
@@ -105,6 +106,7 @@ class RunConfig(DataSettings):
     device: str = "auto"
     threads: int | None = Field(default=None, gt=0)
     exact: bool = False
+    verify_packing: bool = True
     gradient_checkpointing: bool = False
     logging_steps: int = Field(default=10, gt=0)
     save_steps: int | None = Field(default=None, gt=0)
