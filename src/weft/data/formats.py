@@ -132,21 +132,24 @@ def to_example(
     """
     if columns:
         record = map_columns(record, columns, _NAMES)
+    if purpose not in ACCEPTS:
+        raise UserError(f"purpose is {purpose!r}; expected one of {', '.join(ACCEPTS)}.{nearest(purpose, ACCEPTS)}")
     record, fit, plan = _choose(record, format, columns)
     if fit.entry.purpose not in ACCEPTS[purpose]:
         refusals.wrong_purpose(record, fit.name, purpose)
+    names = [*((ours, name) for name, ours in plan.spelled), *(columns or {}).items()]
+    theirs = {ours: name for ours, name in names if ours != name}
     try:
         if format is None:
-            _check_unread(record, fit)
+            _check_unread(record, fit, theirs)
         elif fit.entry.tier in (TURNS, PAIRS):
             _check_marks(record)
         return _read(record, fit)
     except UserError as error:
-        names = {**dict(plan.spelled), **{theirs: ours for ours, theirs in (columns or {}).items() if ours != theirs}}
-        if not names:
+        listed = [f"{name!r} is read as '{ours}'" for ours, name in theirs.items() if f"'{ours}'" in str(error)]
+        if not listed:
             raise
-        listed = ", ".join(f"{theirs!r} is read as '{ours}'" for theirs, ours in names.items())
-        raise type(error)(f"{error} ({listed}.)") from None
+        raise type(error)(f"{error} ({', '.join(listed)}.)") from None
 
 
 def format_of(record: Record, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> str:
@@ -195,14 +198,14 @@ def _read(record: Record, fit: _Fit) -> Example:
     return fit.entry.judge(conversation, record, fit.shape[0])
 
 
-def _check_unread(record: Record, fit: _Fit) -> None:
+def _check_unread(record: Record, fit: _Fit, theirs: Mapping[str, str]) -> None:
     """Refuse a record that says something which the format that fits does not read."""
     for name in fit.unread:
         value = record.fields[name]
         if (isinstance(value, (int, float)) and value in (0, 1)) if name == "label" else value:
             shape = fit.shape if fit.base is None else fit.base.shape
-            advice = UNREAD[name].format(name=name, question=shape[0], answer=shape[-1], format=fit.name)
-            raise UserError(f"{record.source}: the field '{name}' is not read by the format '{fit.name}'. {advice}")
+            question, answer = (theirs.get(field, field) for field in (shape[0], shape[-1]))
+            refusals.unread(record, name, fit.name, question, answer)
 
 
 def _check_marks(record: Record) -> None:
@@ -231,7 +234,7 @@ def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) 
     chosen = FORMATS if format is None else {format: FORMATS[format]}
     fits, problem = _fits(frozenset(names), chosen, mapped)
     if not fits and not problem:
-        problem = refusals.no_format(present) if format is None else refusals.lacking(format, names)
+        problem = refusals.no_format(present) if format is None else refusals.lacking(format, names, mapped)
     return _Plan(tuple(fits), problem, tuple(spelled.items()))
 
 

@@ -153,9 +153,10 @@ def read_ranked(record: Record, shape: Sequence[str]) -> Ranked:
         if not answer.strip():
             raise EmptyAnswerError(f"{record.source}: answer {number} of '{shape[1]}' is empty. Remove it.")
     if len(set(answers)) < 2:
+        found = "they are all the same" if len(answers) > 1 else f"found {len(answers)}"
         raise UserError(
-            f"{record.source}: '{shape[1]}' must list two different answers or more, the best first; a single answer "
-            "is written as a string."
+            f"{record.source}: '{shape[1]}' must list two different answers or more, the best first; {found}. Remove "
+            "the record (a single answer to be learned is written as a string)."
         )
     return Ranked(tuple(prompt), tuple(map(_said, answers)), record.source, tools(record))
 

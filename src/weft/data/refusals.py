@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
 from weft.data.records import Record
-from weft.data.registry import FORMATS, TRAINING, Purpose, known_formats
+from weft.data.registry import FORMATS, TRAINING, UNREAD, Purpose
 from weft.errors import UserError, nearest
 
 _NOUNS = {
@@ -18,6 +18,7 @@ _NOUNS = {
     "steps": "an answer whose steps are marked as right or wrong",
     "classification": "a text with the label of its class",
 }
+_LONG = 40  # a name that is longer is a row of data
 # Names that hold a question, and an answer, in data of no known format: what is guessed to be meant.
 _ASKS = ("question", "query", "prompt", "instruction", "input", "ask", "problem", "source", "title", "q")
 _SAYS = ("answer", "response", "reply", "completion", "output", "solution", "target", "content", "summary", "text", "a")
@@ -74,8 +75,12 @@ def ambiguous(fits: Sequence[tuple[str, tuple[str, ...]]]) -> str:
     return f"the record fits more than one format: {listed}. Say which is meant: {advice}."
 
 
-def lacking(format: str, names: Iterable[str]) -> str:
-    """Why a record is not of the format that the user has named."""
+def lacking(format: str, names: Iterable[str], mapped: Collection[str]) -> str:
+    """Why a record is not of the format that the user has named. ``mapped`` are the fields named in `columns`."""
+    known = FORMATS[format].names()
+    foreign = next((name for name in mapped if name not in known), None)
+    if foreign is not None and not FORMATS[format].judge:
+        return f"columns: the format '{format}' has no field '{foreign}', it reads {', '.join(known)}."
     present = set(names)
     shape = max(FORMATS[format].shapes, key=lambda fields: len(present.intersection(fields)) / len(fields))
     missing = next((field for field in shape if field not in present), None)
@@ -107,28 +112,36 @@ def no_format(present: Sequence[str]) -> str:
 
 def _rest(present: Iterable[str]) -> str:
     names = list(present)
-    return (
-        f"Fields found: {', '.join(map(repr, names)) or 'none'}. Fields of other names can be mapped, e.g. "
-        f"`{_columns(names)}`. Known formats:\n{known_formats()}"
-    )
+    found = ", ".join(repr(name if len(name) <= _LONG else name[:_LONG] + "…") for name in names)
+    known = ", ".join(f"{name} ({entry.fields or ', '.join(entry.required)})" for name, entry in FORMATS.items())
+    if any(len(name) > _LONG or name.isdecimal() for name in names):
+        advice = "If these are no names, the file lacks a header row: add one."
+    else:
+        advice = f"Fields of other names can be mapped, e.g. `{_columns(names)}`."
+    return f"Fields found: {found or 'none'}. {advice} Known formats: {known}; docs/data.md tells more."
 
 
 def _columns(names: Sequence[str]) -> str:
     """A mapping ready to paste: question and answer by their likely names, else the first two fields, else text."""
     asks, says = _guess(names, _ASKS), _guess(names, _SAYS)
-    if asks is None and says is not None and len(names) == 1:
-        return f"columns: {{text: {_yaml(says)}}}"
+    if len(names) < 2:
+        return f"columns: {{text: {yaml_name(names[0] if names else 'body')}}}"
     rest = [name for name in names if name not in (asks, says)]
-    asks = asks or (rest.pop(0) if rest else None)
-    says = says or (rest.pop(0) if rest else None)
-    if asks is None or says is None:
-        return f"columns: {{text: {_yaml(asks or says or 'body')}}}"
-    return f"columns: {{prompt: {_yaml(asks)}, completion: {_yaml(says)}}}"
+    asks = asks or rest.pop(0)
+    says = says or rest.pop(0)
+    return f"columns: {{prompt: {yaml_name(asks)}, completion: {yaml_name(says)}}}"
 
 
 def _guess(names: Sequence[str], usual: Sequence[str]) -> str | None:
     return next((name for word in usual for name in names if word in name.lower().replace("-", "_").split("_")), None)
 
 
-def _yaml(name: str) -> str:
+def yaml_name(name: str) -> str:
+    """A field's name as it is written in YAML."""
     return name if name.replace("_", "").isalnum() and not name.isdecimal() else json.dumps(name, ensure_ascii=False)
+
+
+def unread(record: Record, name: str, format: str, question: str, answer: str) -> NoReturn:
+    """Refuse a record that says something in the field ``name`` which the format that fits does not read."""
+    advice = UNREAD[name].format(name=name, question=question, answer=yaml_name(answer), format=format)
+    raise UserError(f"{record.source}: the field '{name}' is not read by the format '{format}'. {advice}")

@@ -286,6 +286,7 @@ _TO_PROMPT = (
     'It seems to belong to the question. Write `columns: {{prompt: "{{{name}}}\\n{{{question}}}", completion: '
     "{answer}}}`" + _LEAVE_OUT
 )
+_AFTER = _TO_PROMPT.replace("{{{name}}}\\n{{{question}}}", "{{{question}}}\\n{{{name}}}")
 _CHOICES = (
     'The choices seem to belong to the question. Write `columns: {{prompt: "{{{question}}}\\nA. {{A}}\\nB. {{B}}", '
     "completion: {answer}}}` with all of them" + _LEAVE_OUT
@@ -301,7 +302,8 @@ _VERDICT = (
 UNREAD = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _MEDIA),
     "chat_template_kwargs": "Variables of the template are not read from records. Remove the field.",
-    **dict.fromkeys(("instruction", "context", "passage", "choices", "options"), _TO_PROMPT),
+    **dict.fromkeys(("instruction", "context", "passage"), _TO_PROMPT),
+    **dict.fromkeys(("choices", "options"), _AFTER),
     "B": _CHOICES,
     **dict.fromkeys(("rejected", "rejected_response", "rejected_messages"), _WORSE),
     "label": _VERDICT,
