@@ -159,9 +159,7 @@ def format_of(record: Record, *, format: str | None = None, columns: Mapping[str
     return _choose(record, format, columns)[1].name
 
 
-def _choose(
-    record: Record, format: str | None, columns: Mapping[str, str] | None
-) -> tuple[Record, _Fit, _Plan]:
+def _choose(record: Record, format: str | None, columns: Mapping[str, str] | None) -> tuple[Record, _Fit, _Plan]:
     """The record in our spelling, and what reads it."""
     fields = record.fields
     present = tuple(fields)
@@ -247,9 +245,7 @@ def _ours(name: str) -> str:
     return plain if plain in _NAMES else name
 
 
-def _fits(
-    names: frozenset[str], formats: Mapping[str, Format], mapped: frozenset[str]
-) -> tuple[list[_Fit], str]:
+def _fits(names: frozenset[str], formats: Mapping[str, Format], mapped: frozenset[str]) -> tuple[list[_Fit], str]:
     """The formats that fit, one of a tier; and why there are no more, if a tier has several."""
     fits: list[_Fit] = []
     for tier in sorted({entry.tier for entry in formats.values()}):
@@ -300,7 +296,9 @@ def _unread(entry: Format, names: frozenset[str], mapped: bool) -> tuple[str, ..
         to_prompt = "{question}" in UNREAD[name]
         if (to_prompt and entry.tier != PAIRS) or (name == "label" and entry.tier not in (TURNS, PAIRS)):
             continue
-        if name.startswith("rejected") and (mapped or entry.purpose != "sft"):
+        if name.startswith("rejected") and entry.purpose != "sft":
+            continue
+        if mapped and (name == "instruction" or name.startswith("rejected")):  # the user has chosen among the fields
             continue
         unread.append(name)
     return tuple(sorted(unread))

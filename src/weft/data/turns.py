@@ -1,5 +1,4 @@
-"""Lists of turns, in the keys of OpenAI, sharegpt, ms-swift and XTuner, to messages; what every conversation must have.
-"""
+"""Lists of turns (OpenAI's, sharegpt's, ms-swift's, XTuner's) to messages; what every conversation must have."""
 
 from __future__ import annotations
 
