@@ -152,6 +152,12 @@ def test_what_a_refusal_says_to_add_works() -> None:
     assert said(empty) == ["q", "a"]
 
 
+def test_two_spellings_are_told_apart_by_columns() -> None:
+    fields = {"question": "q", "问题": "问", "answer": "a"}
+    assert said(fields, {"question": "question"}) == ["q", "a"]
+    assert said(fields, {"question": "问题"}) == ["问", "a"]
+
+
 def test_a_column_of_another_format() -> None:
     with pytest.raises(UserError, match=r"d\.json:7: columns: the format 'alpaca' has no field 'messages'"):
         said({"instruction": "i", "output": "o", "m": "x"}, {"messages": "m"}, format="alpaca")

@@ -222,7 +222,7 @@ def _check_marks(record: Record) -> None:
 @lru_cache(maxsize=4096)  # data sets have few sets of fields, and many records of each
 def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) -> _Plan:
     """Which formats fit records that have these fields. ``mapped`` are those that the user has named himself."""
-    spelled = {name: ours for name in present if (ours := _ours(name)) != name and name not in mapped}
+    spelled = {name: ours for name in present if (ours := _ours(name)) != name and ours not in mapped}
     names = [spelled.get(name, name) for name in present]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
