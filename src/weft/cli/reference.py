@@ -22,7 +22,8 @@ RUN_KEYS: dict[str, str] = {
     "eval_data": "data to evaluate on; a job may have its own",
     "eval_size": "without `eval_data`: how many records to hold out of the training data, the same for every job",
     "data_format": "format of the records, if it should not be recognised ([data.md](data.md))",
-    "columns": "names of the fields, `{field of the format: field in the data}`",
+    "columns": "what the format's fields are made of, `{field of the format: field in the data}`; also paths and "
+    "templates ([data.md](data.md))",
     "limit": "read only this many records",
     "empty_answers": "what to do with a record whose answer is empty",
     "chat_template": "Jinja text instead of the tokenizer's own template",

@@ -1,6 +1,25 @@
 """Data: files to records, records to conversations, conversations to token ids with loss weights."""
 
-from weft.data.formats import FORMATS, Conversation, EmptyAnswerError, Message, PlainText, to_example
+from weft.data.formats import (
+    FORMATS,
+    Classified,
+    Conversation,
+    EmptyAnswerError,
+    Example,
+    LabelledAnswer,
+    Message,
+    PlainText,
+    Preference,
+    Ranked,
+    Segments,
+    StepLabels,
+    Tokenised,
+    describe,
+    format_of,
+    formats_table,
+    known_formats,
+    to_example,
+)
 from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.load import load_samples, split_holdout
 from weft.data.records import Record, read_records
@@ -11,14 +30,26 @@ __all__ = [
     "FORMATS",
     "PLAIN_TEMPLATE",
     "SOFT",
+    "Classified",
     "Conversation",
     "EmptyAnswerError",
+    "Example",
+    "LabelledAnswer",
     "Message",
     "PlainText",
+    "Preference",
     "Prompt",
+    "Ranked",
     "Record",
     "Renderer",
     "Sample",
+    "Segments",
+    "StepLabels",
+    "Tokenised",
+    "describe",
+    "format_of",
+    "formats_table",
+    "known_formats",
     "load_labelled",
     "load_samples",
     "read_records",

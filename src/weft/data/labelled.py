@@ -12,27 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from weft.data.formats import Message
+from weft.data.examples import Message
+from weft.data.labels import LABELS, TEXTS, label_name, text_of
 from weft.data.records import Record, first_rows, read_records
 from weft.data.render import Prompt, Renderer, Sample
 from weft.errors import UserError, nearest
 
-# Names that GLUE, SuperGLUE and their likes use; compared without regard to case.
-_TEXTS = (
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("question", "passage"),
-    ("premise", "hypothesis"),
-    ("text_a", "text_b"),
-    ("text1", "text2"),
-    ("#1 string", "#2 string"),
-    ("sentence",),
-    ("text",),
-    ("review",),
-    ("content",),
-)
-_LABELS = ("label", "labels", "gold_label", "quality", "is_duplicate", "class", "category", "sentiment", "target")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
@@ -79,7 +64,7 @@ def load_labelled(
         raise UserError(
             f"text_columns names {len(columns.texts)} columns; an encoder takes one text or a pair of them."
         )
-    found = [_label(record, columns.label) for record in records]
+    found = [label_name(record, columns.label) for record in records]
     names = known or _sorted(found, records, columns.label)
     number = {name: index for index, name in enumerate(names)}
     samples = []
@@ -89,7 +74,7 @@ def load_labelled(
                 f"{record.source}: the label '{name}' is none of the labels {', '.join(names)}.{nearest(name, names)} "
                 "Correct the record, or add it to `labels`."
             )
-        texts = [_text(record, column) for column in columns.texts]
+        texts = [text_of(record, column) for column in columns.texts]
         if not any(text.strip() for text in texts):
             raise UserError(f"{record.source}: {_quoted(columns.texts)} is empty. Remove the record.")
         unlabelled = unlabelled_sample(
@@ -172,14 +157,14 @@ def _columns(record: Record, text_columns: Sequence[str] | None, label_column: s
         texts = tuple(text_columns)
     else:
         free = {name for name in found if found[name] != label_column}
-        present = [group for group in _TEXTS if free >= set(group)]
+        present = [group for group in TEXTS if free >= set(group)]
         groups = [group for group in present if not any(set(group) < set(other) for other in present)]
         if len(groups) != 1:
             what = "more than one column could be the text" if groups else "no column has a usual name of a text"
             _unclear(record, f"{what}: name it in `text_columns`.")
         texts = tuple(found[name] for name in groups[0])
     if label_column is None:
-        labels = [found[name] for name in _LABELS if name in found and found[name] not in texts]
+        labels = [found[name] for name in LABELS if name in found and found[name] not in texts]
         if len(labels) != 1:
             what = "more than one column could be the label" if labels else "no column has a usual name of a label"
             _unclear(record, f"{what}: name it in `label_column`.")
@@ -192,7 +177,7 @@ def _columns(record: Record, text_columns: Sequence[str] | None, label_column: s
 def _unclear(record: Record, what: str) -> NoReturn:
     raise UserError(
         f"{record.source}: {what} Columns found: {_quoted(record.fields) or 'none'}. Usual names of texts: "
-        f"{', '.join(' + '.join(group) for group in _TEXTS)}; of labels: {', '.join(_LABELS)}. If these are not the "
+        f"{', '.join(' + '.join(group) for group in TEXTS)}; of labels: {', '.join(LABELS)}. If these are not the "
         "names of columns, the file lacks a header row: add one."
     )
 
@@ -202,29 +187,6 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- values
-
-
-def _text(record: Record, column: str) -> str:
-    value = record.fields.get(column)
-    if not isinstance(value, str):
-        raise UserError(f"{record.source}: '{column}' must be a string, found {value!r}.")
-    return value
-
-
-def _label(record: Record, column: str) -> str:
-    """The label's name: text as it stands but for white space around it, other JSON values as JSON writes them."""
-    value = record.fields.get(column)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    name = str(value).strip() if isinstance(value, (str, int, float)) else ""
-    if not name:
-        raise UserError(
-            f"{record.source}: '{column}' must be a label (a name or a number), found {value!r}. Give the record one "
-            "or remove it (the test files of GLUE have none)."
-        )
-    return name
 
 
 def _given(labels: Sequence[str] | None) -> tuple[str, ...] | None:

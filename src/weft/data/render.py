@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from weft.data.formats import Conversation, Message, PlainText
+from weft.data.examples import SFT, Conversation, Message, PlainText
 from weft.data.tokens import SOFT, Encoder
+from weft.data.verbatim import token_weights
 from weft.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class Renderer:
         ids, _ = self.encoder.encode(self.encoder.guard(text), first=True)
         return [*self.encoder.missing_head([]), *ids]
 
-    def sample(self, example: Conversation | PlainText) -> Sample:
+    def sample(self, example: SFT) -> Sample:
         """Ids and loss weights of one example.
 
         Raises UserError (naming the example's line) for a template that fails or does not extend its own prompt, for a
@@ -181,12 +182,14 @@ class Renderer:
         if isinstance(example, PlainText):
             draft = _Draft()
             draft.add([*self.text_ids(example.text), self.eos_token_id], 1.0)
+        elif not isinstance(example, Conversation):
+            draft = _Draft(*token_weights(example, self.encoder))
         else:
             draft = self._stream(example.messages, example.tools, generation=False, source=example.source)
         draft.weights[0] = 0.0
         return self._fit(draft, example.source)
 
-    def seq2seq(self, example: Conversation | PlainText) -> Sample:
+    def seq2seq(self, example: SFT) -> Sample:
         """The last answer as ``target_ids``, what comes before it as ``input_ids``; see docs/data.md.
 
         Raises UserError (naming the example's line) for plain text, for an example without a learned answer after
@@ -195,6 +198,8 @@ class Renderer:
         place = example.source
         if isinstance(example, PlainText):
             raise UserError(f"{place}: plain text has no answer to write; seq2seq needs a question and an answer.")
+        if not isinstance(example, Conversation):
+            raise UserError(f"{place}: {type(example).__name__} holds no question and answer, which seq2seq needs.")
         messages = example.messages
         learned = [i for i, turn in enumerate(messages) if i and turn.role == "assistant" and turn.train is not False]
         if not learned:
