@@ -8,7 +8,7 @@ from typing import Any
 
 from weft.data.files import is_saved_dataset, kind_of
 from weft.data.problems import Problem
-from weft.data.rows import RowError, Record, as_fields, check_nul
+from weft.data.rows import Record, RowError, as_fields, check_nul
 from weft.errors import UserError
 
 _BATCH = 256  # rows; what is decoded at a time

@@ -14,7 +14,7 @@ from typing import Any
 from weft.data.extent import Extent
 from weft.data.files import Bytes
 from weft.data.problems import Problem
-from weft.data.rows import BROKEN, RowError, Record, as_fields, check_text, decode, not_utf8
+from weft.data.rows import BROKEN, Record, RowError, as_fields, check_text, decode, not_utf8
 
 _WRAPPERS = ("train", "data")
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -10,7 +10,7 @@ from typing import Any
 
 from weft.data.files import Bytes
 from weft.data.problems import Problem
-from weft.data.rows import BROKEN, RowError, Record, as_fields, check_text, decode, not_utf8
+from weft.data.rows import BROKEN, Record, RowError, as_fields, check_text, decode, not_utf8
 from weft.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"

@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -75,6 +76,9 @@ class BadRecordError(UserError):
         super().__init__(str(problem))
         self.problem = problem
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problem,)
+
 
 def about_record(error: UserError, source: str, kind: str) -> Problem | None:
     """The problem that ``error`` tells of, if it is about the record at ``source``; None if about the settings."""
@@ -92,10 +96,12 @@ class Problems:
 
     ``error``: reading goes on until 20 are found, then a UserError lists them. ``skip``: they are left out; their
     number and the first are logged. ``report``: as ``skip``, and ``write`` puts all of them into a file.
-    Memory does not grow with their number.
+    Memory does not grow with their number. ``errors`` are classes for a kind that is the only problem.
     """
 
-    def __init__(self, on_bad_record: OnBadRecord = "error") -> None:
+    def __init__(
+        self, on_bad_record: OnBadRecord = "error", *, errors: Mapping[str, Callable[[str], UserError]] | None = None
+    ) -> None:
         if on_bad_record not in get_args(OnBadRecord):
             known = get_args(OnBadRecord)
             raise UserError(
@@ -103,6 +109,7 @@ class Problems:
                 f"{nearest(str(on_bad_record), known)}"
             )
         self.on_bad_record = on_bad_record
+        self._errors = dict(errors or {})
         self.first: list[Problem] = []
         self.kinds: Counter[str] = Counter()
         self._rows: IO[str] | None = None
@@ -127,7 +134,8 @@ class Problems:
     def error(self) -> UserError:
         """The listed problems as one error."""
         if self.count == 1:
-            return BadRecordError(self.first[0])
+            only = self.first[0]
+            return self._errors[only.kind](str(only)) if only.kind in self._errors else BadRecordError(only)
         lines = [f"  {problem}" for problem in self.first]
         more = self.count - len(self.first)
         if more:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter
 from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
-from weft.data import Sample
+from weft.data import Mixture, Sample
 from weft.train.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.train.settings import JobConfig
 
@@ -44,12 +44,18 @@ class Job:
     """
 
     def __init__(
-        self, config: JobConfig, adapter: Adapter, samples: Sequence[Sample], eval_samples: Sequence[Sample] = ()
+        self,
+        config: JobConfig,
+        adapter: Adapter,
+        samples: Sequence[Sample],
+        eval_samples: Sequence[Sample] = (),
+        mixture: Mixture | None = None,
     ) -> None:
+        self.mixture = mixture or Mixture((len(samples),))
         self.config, self.adapter = config, adapter
         self.samples, self.eval_samples = samples, eval_samples
         self.name = config.name
-        self.steps_per_epoch, self.total_steps = config.planned_steps(len(samples))
+        self.steps_per_epoch, self.total_steps = config.planned_steps(self.mixture.per_epoch)
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
         self.rate = config.learning_rate or adapter.default_learning_rate("")
@@ -85,8 +91,7 @@ class Job:
 
     def _order(self, epoch: int) -> list[int]:
         if self._order_of_epoch[0] != epoch:
-            generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "order", epoch))
-            self._order_of_epoch = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
+            self._order_of_epoch = (epoch, self.mixture.order(self.config.seed, epoch))
         return self._order_of_epoch[1]
 
     def dropout_seed(self, micro: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
-from weft.data import Renderer, Sample
+from weft.data import Problems, Renderer, Sample
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
@@ -26,6 +26,7 @@ from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
+    | {"data_workers", "bad_records_file"}
 )
 
 
@@ -41,6 +42,7 @@ class Setup:
     adapters: Adapters
     renderer: Renderer
     jobs: list[Job]
+    problems: Problems
 
 
 def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
@@ -86,11 +88,11 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
             adapter = adapters.add(
                 job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, classification=found.classes
             )
-            jobs.append(Job(job, adapter, found.train, found.held))
+            jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
     except BaseException:
         adapters.close()
         raise
-    return Setup(config, base, adapters, renderer, jobs)
+    return Setup(config, base, adapters, renderer, jobs, read.problems)
 
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
@@ -112,7 +114,7 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter = adapters.add(
                 job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
             )
-            adapter.begin_training(job.planned_steps(len(data.train))[1])
+            adapter.begin_training(job.planned_steps(data.mixture.per_epoch)[1])
             samples = (*data.train, *data.held)
             _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
@@ -186,6 +188,8 @@ def _train(
         trainer.resume()
     labels = {j.name: j.adapter.head.task.labels for j in setup.jobs if isinstance(j.adapter.head, ClassificationHead)}
     store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base), "labels": labels})
+    if config.on_bad_record == "report":
+        setup.problems.write(config.bad_records_file or store.folder / "bad_records.jsonl")
     setup.base.tokenizer.save_pretrained(store.tokenizer)
     result = trainer.run()
     if result.completed:
