@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from weft.data.extent import Extent
@@ -189,7 +190,7 @@ class JsonFile:
         while True:
             item, broken = self._item()
             yield item
-            mark = window.peek()
+            mark, resumed = window.peek(), False
             if not broken and mark not in (",", "]"):
                 what = "malformed JSON: expected ',' or ']' after a record (is the file cut off?)."
                 yield self._problem(RowError("malformed_json" if mark else "cut_off", what, window.at))
@@ -199,8 +200,8 @@ class JsonFile:
                     if window.peek():
                         yield self._unread()
                     return
-                mark = window.peek()
-            if mark in ("{", "["):
+                mark, resumed = window.peek(), True
+            if mark in ("{", "[") or (resumed and mark not in (",", "]")):
                 continue
             window.at += 1
             if mark == "]":
@@ -300,9 +301,19 @@ class JsonFile:
             fields = as_fields(value)
             check_text(fields, window.text, start, end)
         except RowError as fault:
-            return self._problem(fault, line), fault.broken
+            return self._problem(self._own(fault), line), fault.broken
         self._note_lines(start, end)
         return Record(fields, f"{self.path}:{line}"), False
+
+    def _own(self, fault: RowError) -> RowError:
+        """``fault``, but not blamed on the next record where this one was not closed before it."""
+        text, at = self.window.text, self.window.at
+        if not fault.broken or fault.at is None or self._indent is None:
+            return fault
+        if not _beginning(self._indent).search(text, at, fault.at + 1):
+            return fault
+        what = f"{fault.what} The record that begins here is not closed before the next one begins."
+        return RowError(fault.kind, what, broken=True)
 
     def _problem(self, fault: RowError, line: int | None = None) -> Problem:
         column = None
@@ -328,7 +339,7 @@ class JsonFile:
             return
         newline = text.rfind("\n", 0, at)
         before = text[newline + 1 : at]
-        first = text[at] == "{" and not before.strip() and self.window.place(at)[1] == len(before) + 1
+        first = not before.strip() and self.window.place(at)[1] == len(before) + 1
         if not self._begun:
             self._begun, self._indent = True, before if first else None
         elif not first or before != self._indent:
@@ -338,7 +349,7 @@ class JsonFile:
         """A whole record within which no line begins as records do is evidence that only records begin so."""
         if self._indent is not None:
             self._aligned = True
-            if self.window.text.find(f"\n{self._indent}{{", start, end) >= 0:
+            if _beginning(self._indent).search(self.window.text, start, end):
                 self._indent = None
 
     def _resume(self, *, in_array: bool) -> bool:
@@ -367,17 +378,15 @@ class JsonFile:
     def _next_line(self, in_array: bool) -> bool:
         window, indent = self.window, self._indent
         assert indent is not None
-        shorter = f"|\\n[ \\t]{{0,{max(len(indent) - 1, 0)}}}\\]" if in_array else ""
-        begins = re.compile(f"\\n{re.escape(indent)}\\{{{shorter}")
         while True:
-            found = begins.search(window.text, window.at)
+            found = _beginning(indent, in_array).search(window.text, window.at)
             if found:
                 window.at = found.end() - 1
                 if window.text[window.at] == "]":
                     return True
                 # Lines that begin without white space may be inner ones, unless whole records have shown otherwise.
                 return bool(indent) or self._aligned or self._on_one_line()
-            keep = len(indent) + 2
+            keep = len(indent) + 2  # a beginning may lie across the seam
             window.at = max(window.at, len(window.text) - keep)
             if not window.more():
                 window.at = len(window.text)
@@ -391,6 +400,13 @@ class JsonFile:
         except RowError:
             return False
         return "\n" not in window.text[start if window.at == start else window.at : end]
+
+
+@lru_cache(maxsize=8)
+def _beginning(indent: str, in_array: bool = False) -> re.Pattern[str]:
+    """A line of that indentation that begins a value; in an array, also a less indented one that ends it."""
+    ends = f"|\\n[ \\t]{{0,{max(len(indent) - 1, 0)}}}\\]" if in_array else ""
+    return re.compile(f"\\n{re.escape(indent)}[^ \\t\\r\\n}}\\],:]{ends}")
 
 
 def _skip(text: str, at: int) -> int:

@@ -16,6 +16,7 @@ from weft.errors import UserError
 _BOM = b"\xef\xbb\xbf"
 _PIECE = 1 << 20
 _MAX_CELL = 2**31 - 1  # the csv module's own limit, 128 KiB, is less than one long document
+_LINE_COST = 512  # bytes that a remembered line takes besides its characters
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LINE_END = re.compile("(?<=\r)(?!\n)")  # the csv module counts a lone carriage return as the end of a line
 
@@ -159,7 +160,7 @@ class _Feed:
     def __next__(self) -> str:
         line = self.again.pop() if self.again else self._next()
         self.row.append(line)
-        self.size += len(line.text)
+        self.size += len(line.text) + _LINE_COST
         if line.fault is not None and line.fault.kind == "too_long":
             raise line.fault
         if self.size > self.limit:
@@ -230,17 +231,18 @@ def _bad_row(lines: Lines, feed: _Feed, error: csv.Error | RowError) -> Problem:
             feed.back()
             return lines.problem(first.number, error)
         return lines.problem(last.number, error)
-    if broken := next((line for line in feed.row if line.fault), None):
+    left_open = len(feed.row) > 1 and ("end of data" in str(error) or _left_open(last.text))
+    broken = next((line for line in feed.row if line.fault), None)
+    if broken is not None and not left_open:
         return lines.problem(broken.number, broken.fault)  # type: ignore[arg-type]
     what = (
         f"malformed table row: {error}. Expected one row per record, cells that hold the separator, a line break or a "
         'quotation mark enclosed in "..." with inner marks doubled.'
     )
-    if len(feed.row) > 1:
-        if "end of data" in str(error) or _left_open(last.text):
-            feed.back()
-        else:
-            what += f" The lines up to {last.number} belong to it and are not read."
+    if left_open:
+        feed.back()
+    elif len(feed.row) > 1:
+        what += f" The lines up to {last.number} belong to it and are not read."
     return Problem("malformed_row", lines.path, what, first.number)
 
 
