@@ -192,7 +192,7 @@ def _pass(size: int, count: int, seed: int, number: int, turn: int) -> tuple[int
 
     Where an epoch ends one pass and begins the next, what it had of the one does not come first in the other.
     """
-    order = ()
+    order: tuple[int, ...] = ()
     for passed in range(turn + 1):
         fresh = _shuffled(size, seed, "source", number, passed)
         left = passed * size % count  # of the epoch in which this pass begins, how much the pass before gave
