@@ -158,7 +158,7 @@ class JsonFile:
         self.window, self.path = Window(file, limit), path
         # How records begin: white space before them on their line; None as soon as one begins elsewhere.
         self._indent: str | None = None
-        self._begun = self._aligned = False
+        self._begun = self._aligned = self._stopped = False
 
     def items(self) -> Iterator[Record | Problem]:
         """All records; a wrapper around them is recognised."""
@@ -169,13 +169,13 @@ class JsonFile:
         elif first == "{" and (array := self._wrapped()) is not None:
             window.at, whole = array
             yield from self._array()
-            if not whole:
+            if not whole and not self._stopped:
                 yield from self._after_wrapped()
             return
         else:
             yield from self._sequence()
             return
-        if window.peek():
+        if not self._stopped and window.peek():
             yield self._problem(RowError("unread", "malformed JSON: something follows the end of the array.",
                                       window.at))  # fmt: skip
 
@@ -308,7 +308,7 @@ class JsonFile:
     def _own(self, fault: RowError) -> RowError:
         """``fault``, but not blamed on the next record where this one was not closed before it."""
         text, at = self.window.text, self.window.at
-        if not fault.broken or fault.at is None or self._indent is None:
+        if not fault.broken or fault.at is None or self._indent is None or not self._trusted():
             return fault
         if not _beginning(self._indent).search(text, at, fault.at + 1):
             return fault
@@ -322,6 +322,7 @@ class JsonFile:
         return Problem(fault.kind, self.path, fault.what, line, column)
 
     def _unread(self, what: str = "the rest of the file") -> Problem:
+        self._stopped = True
         line, column = self.window.place(self.window.at)
         return Problem(
             "unread", self.path,
@@ -378,19 +379,27 @@ class JsonFile:
     def _next_line(self, in_array: bool) -> bool:
         window, indent = self.window, self._indent
         assert indent is not None
+        if not self._trusted():
+            return False
         while True:
             found = _beginning(indent, in_array).search(window.text, window.at)
             if found:
                 window.at = found.end() - 1
                 if window.text[window.at] == "]":
                     return True
-                # Lines that begin without white space may be inner ones, unless whole records have shown otherwise.
                 return bool(indent) or self._aligned or self._on_one_line()
             keep = len(indent) + 2  # a beginning may lie across the seam
             window.at = max(window.at, len(window.text) - keep)
             if not window.more():
                 window.at = len(window.text)
                 return False
+
+    def _trusted(self) -> bool:
+        """Whether lines indented as records are may be taken for their beginnings. Without any white space they may be
+        inner ones, unless whole records have shown otherwise, or the broken one does not begin as one of many lines.
+        """
+        text, at = self.window.text, self.window.at
+        return bool(self._indent) or self._aligned or text[at + 1 : at + 2] not in ("\n", "\r")
 
     def _on_one_line(self) -> bool:
         window = self.window
