@@ -134,6 +134,11 @@ class Reader:
         self, sources: Sequence[Source], job: JobConfig, labels: tuple[str, ...] | None
     ) -> tuple[list[_Loaded], tuple[str, ...]]:
         """Classification data; the classes are those of ``labels`` or of the first source."""
+        if self.config.on_bad_record != "error":
+            raise UserError(
+                f"on_bad_record: {self.config.on_bad_record} is not for sequence_classification, whose records are all "
+                "read or refused. Leave it out, and mend the records that are named."
+            )
         loaded, names = [], labels
         for source in sources:
             key = (source.path, names, tuple(job.text_columns or ()), job.label_column, source.limit)
