@@ -27,11 +27,12 @@ import torch
 from weft.core.stream import Part, build_stream
 from weft.data import EmptyAnswerError, Renderer, Sample, load_samples, read_records, to_example
 from weft.data.pack import fill, pack, pack_in_order
+from weft.data.sources import epoch_order
 from weft.errors import UserError
 from weft.models.load import load_tokenizer
 from weft.ops.attention import SequenceLayout
 from weft.train import JobConfig
-from weft.train.batches import Batches, shuffled
+from weft.train.batches import Batches
 
 SHARED = Path(os.environ.get("WEFT_SHARED_DATA") or Path(__file__).parents[2] / "shared/data")
 FILES = {"alpaca": "sft/alpaca_en.json", "lima": "sft/lima.json"}
@@ -95,7 +96,7 @@ def measure(name: str, path: Path, tokenizer: Any, capacity: int, limit: int | N
     renderer = Renderer(tokenizer, max_length=capacity, truncate=True)
     samples, seconds = phases(path, renderer, limit)
     lengths = [len(sample.input_ids) for sample in samples]
-    order = shuffled(0, len(samples), 0)
+    order = epoch_order((len(samples),), None, 0, 0)
     inside, packing = timed(lambda: pack_in_order([lengths[i] for i in order], capacity))
     packs = [[order[place] for place in one] for one in inside]
     assert sorted(i for one in packs for i in one) == list(range(len(samples)))

@@ -14,11 +14,11 @@ from weft.train import Job, JobConfig, Trainer
 # As unlike as jobs can be. A method that is not listed takes the last line.
 TRAINING: dict[str, dict] = {
     "lora": {"batch_size": 4, "learning_rate": 1e-3, "weight_decay": 0.01},
-    # Without rotary positions a bias of the keys changes nothing, so Adam scales up the rounding of a gradient that is 0:
-    # on tiny-bloom 100 steps at 1e-2 put up to 1.3e-10 there, and 4e-16 on all other biases.
+    # Without rotary positions a bias of the keys changes nothing: Adam scales up the rounding of a gradient of 0. On
+    # tiny-bloom 100 steps at 1e-2 put up to 1.3e-10 there, and 4e-16 on all other biases.
     "bitfit": {"batch_size": 3, "learning_rate": 3e-3, "lr_scheduler_type": "linear", "share": 0.5},
     "prompt_tuning": {"batch_size": 2, "gradient_accumulation_steps": 3, "optimizer": "sgd", "learning_rate": 0.05},
-    # Its network, five samples a step and no decay: at 2.5e-3 rounding itself grows tenfold every 20 steps on tiny-llama.
+    # Its network, five samples a step, no decay: at 2.5e-3 rounding itself grows tenfold every 20 steps on tiny-llama.
     "prefix_tuning": {"batch_size": 5, "lr_scheduler_type": "constant", "warmup_steps": 10, "share": 0.9,
                       "learning_rate": 1e-3,
                       "method_settings": {"num_virtual_tokens": 4, "prefix_projection": True}},

@@ -14,18 +14,24 @@ from weft.train.settings import JobConfig, RunConfig
 # What the keys mean; a test sees to it that none is missing and none is left over.
 RUN_KEYS: dict[str, str] = {
     "model": "the base: a Hugging Face folder, a hub id, or an embedded model (`tiny-llama`, `tiny-bloom`)",
-    "data": "training data; a job may have its own ([data.md](data.md))",
+    "data": "training data: a file, a folder, a pattern, a list of them, or `0.7*a.jsonl + 0.3*b.jsonl`; a job may "
+    "have its own ([data.md](data.md))",
     "jobs": "one mapping per job; or leave it out, and `method: [lora, prefix_tuning]` makes one job per method",
     "output_dir": "folder of the run",
     "overwrite_output_dir": "delete the run that is in `output_dir` (anything else there is never deleted)",
     "resume": "go on from the newest intact checkpoint in `output_dir`; begins anew if the run never began",
     "eval_data": "data to evaluate on; a job may have its own",
+    "eval_split": "without `eval_data`: the share of the records to hold out, chosen by the hash of their content",
     "eval_size": "without `eval_data`: how many records to hold out of the training data, the same for every job",
     "data_format": "format of the records, if it should not be recognised ([data.md](data.md))",
     "columns": "what the format's fields are made of, `{field of the format: field in the data}`; also paths and "
     "templates ([data.md](data.md))",
-    "limit": "read only this many records",
+    "limit": "read only this many records (of each source of `data`)",
     "empty_answers": "what to do with a record whose answer is empty",
+    "on_bad_record": "what to do with any other record that cannot be used: list up to 20 and end; leave out and log "
+    "how many; or write all of them to a file as well",
+    "bad_records_file": "the file for `on_bad_record: report`; default: `bad_records.jsonl` in the run's folder",
+    "data_workers": "processes that render the records; the samples and their order are the same for any number",
     "chat_template": "Jinja text instead of the tokenizer's own template",
     "train_on": "which tokens are learned ([data.md](data.md))",
     "max_length": "longest sequence in tokens; default: what the model can take",

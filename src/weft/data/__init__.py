@@ -22,37 +22,48 @@ from weft.data.formats import (
 )
 from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.load import load_samples, split_holdout
-from weft.data.records import Record, read_records
+from weft.data.problems import BadRecordError, Problem, Problems
+from weft.data.records import Record, iter_records, read_records
 from weft.data.render import PLAIN_TEMPLATE, Prompt, Renderer, Sample
+from weft.data.sources import Mixture, Source, epoch_order, parse_sources, split_by_hash
 from weft.data.tokens import SOFT
 
 __all__ = [
     "FORMATS",
     "PLAIN_TEMPLATE",
     "SOFT",
+    "BadRecordError",
     "Classified",
     "Conversation",
     "EmptyAnswerError",
     "Example",
     "LabelledAnswer",
     "Message",
+    "Mixture",
     "PlainText",
     "Preference",
+    "Problem",
+    "Problems",
     "Prompt",
     "Ranked",
     "Record",
     "Renderer",
     "Sample",
     "Segments",
+    "Source",
     "StepLabels",
     "Tokenised",
     "describe",
+    "epoch_order",
     "format_of",
     "formats_table",
+    "iter_records",
     "known_formats",
     "load_labelled",
     "load_samples",
+    "parse_sources",
     "read_records",
+    "split_by_hash",
     "split_holdout",
     "to_example",
     "unlabelled_sample",

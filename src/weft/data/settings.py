@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from weft.data.sources import parse_sources
 from weft.models.hub import Hub
+
+
+def _checked(data: Any) -> Any:
+    if data is not None:
+        parse_sources(data)
+    return data
+
+
+# One path, or several with their shares; see ``weft.data.sources``.
+DataPaths = Annotated[str | list[str | dict[str, Any]], BeforeValidator(_checked)]
 
 
 class DataSettings(BaseModel):
@@ -14,14 +25,18 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: str
+    data: DataPaths
     data_hub: Hub | None = None
-    eval_data: str | None = None
+    eval_data: DataPaths | None = None
     eval_size: int = Field(default=0, ge=0)
+    eval_split: float | None = Field(default=None, gt=0, lt=1)
     data_format: str | None = None
     columns: dict[str, str] | None = None
     limit: int | None = Field(default=None, gt=0)
     empty_answers: Literal["error", "skip"] = "error"
+    on_bad_record: Literal["error", "skip", "report"] = "error"
+    bad_records_file: str | None = None
+    data_workers: int = Field(default=0, ge=0)
     chat_template: str | None = None
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     max_length: int | None = Field(default=None, gt=1)

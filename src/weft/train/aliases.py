@@ -114,6 +114,8 @@ def _bits(value: Any) -> tuple[str, Any] | None:
     if value not in _BITS:
         raise UserError(f"quantization_bit: {value!r}: a base is kept in 4 (nf4) or 8 bits (int8).")
     return _BITS[value]
+
+
 # swift's words for which tokens are learned.
 _LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
 

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from weft.core.route import stable_seed
-from weft.data import Sample
+from weft.data import Mixture, Sample
 from weft.data.pack import pack_in_order
 from weft.errors import UserError
 from weft.train.settings import JobConfig
-
-# The order of an epoch: the indices of all samples that it shows.
-Order = Callable[[int], list[int]]
 
 
 def size(sample: Sample) -> int:
     """Tokens of a sample that the model reads."""
     return len(sample.input_ids) + len(sample.target_ids)
-
-
-def shuffled(seed: int, count: int, epoch: int) -> list[int]:
-    """The order of an epoch: every sample once."""
-    generator = torch.Generator().manual_seed(stable_seed(seed, "order", epoch))
-    return torch.randperm(count, generator=generator).tolist()
 
 
 class Batches:
@@ -38,17 +26,16 @@ class Batches:
 
     Args:
         virtual: learned tokens that the job's adapter puts into every sequence; they count towards ``batch_tokens``.
-        order: of each epoch; default: all samples, shuffled with the job's seed.
+        mixture: how much of each source an epoch has; default: every sample once.
 
     Raises:
         UserError: a sample is longer than ``batch_tokens``; it is named.
     """
 
     def __init__(
-        self, config: JobConfig, samples: Sequence[Sample], *, virtual: int = 0, order: Order | None = None
+        self, config: JobConfig, samples: Sequence[Sample], *, virtual: int = 0, mixture: Mixture | None = None
     ) -> None:
-        self.config, self.count = config, len(samples)
-        self.order = order or (lambda epoch: shuffled(config.seed, self.count, epoch))
+        self.config, self.mixture = config, mixture or Mixture((len(samples),))
         self.lengths: list[int] | None = None
         if config.batch_tokens is not None:
             self.lengths = [size(sample) + virtual for sample in samples]
@@ -76,21 +63,21 @@ class Batches:
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
         if self.lengths is None:
-            return self.config.planned_steps(self.count)[0]
+            return self.config.planned_steps(self.mixture.per_epoch)[0]
         if epoch not in self._steps:
             self._steps[epoch] = math.ceil(len(self._batches(epoch)) / self.config.gradient_accumulation_steps)
         return self._steps[epoch]
 
     def _planned(self) -> int:
         if self.lengths is None:
-            return self.config.planned_steps(self.count)[1]
+            return self.config.planned_steps(self.mixture.per_epoch)[1]
         whole = int(self.config.epochs)
         rest = self.config.epochs - whole
         return sum(map(self.steps_in, range(whole))) + (round(rest * self.steps_in(whole)) if rest else 0)
 
     def _batches(self, epoch: int) -> list[list[int]]:
         if self._latest[0] != epoch:
-            order = self.order(epoch)
+            order = self.mixture.order(self.config.seed, epoch)
             if self.lengths is None or self.config.batch_tokens is None:
                 found = [order[i : i + self.config.batch_size] for i in range(0, len(order), self.config.batch_size)]
             else:
@@ -101,7 +88,7 @@ class Batches:
 
     def _check_lengths(self, samples: Sequence[Sample], capacity: int, virtual: int) -> None:
         assert self.lengths is not None
-        longest = max(range(self.count), key=self.lengths.__getitem__, default=None)
+        longest = max(range(len(samples)), key=self.lengths.__getitem__, default=None)
         if longest is not None and self.lengths[longest] > capacity:
             learned = f" and the {virtual} learned ones of its adapter" * bool(virtual)
             raise UserError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter
 from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
-from weft.data import Sample
+from weft.data import Mixture, Sample
 from weft.train.batches import Batches
 from weft.train.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.train.settings import JobConfig
@@ -45,12 +45,17 @@ class Job:
     """
 
     def __init__(
-        self, config: JobConfig, adapter: Adapter, samples: Sequence[Sample], eval_samples: Sequence[Sample] = ()
+        self,
+        config: JobConfig,
+        adapter: Adapter,
+        samples: Sequence[Sample],
+        eval_samples: Sequence[Sample] = (),
+        mixture: Mixture | None = None,
     ) -> None:
         self.config, self.adapter = config, adapter
         self.samples, self.eval_samples = samples, eval_samples
         self.name = config.name
-        self.batches = Batches(config, samples, virtual=adapter.num_virtual_tokens)
+        self.batches = Batches(config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture)
         self.total_steps = self.batches.total_steps
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}

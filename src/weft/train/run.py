@@ -14,7 +14,7 @@ from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
-from weft.data import Renderer, Sample
+from weft.data import Problems, Renderer, Sample
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.settings import DataSettings
 from weft.errors import UserError
@@ -38,6 +38,8 @@ _FREE_KEYS = frozenset(
         "save_total_limit",
         "threads",
         "verify_packing",
+        "data_workers",
+        "bad_records_file",
     }
 )
 
@@ -54,6 +56,7 @@ class Setup:
     adapters: Adapters
     renderer: Renderer
     jobs: list[Job]
+    problems: Problems
 
 
 def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
@@ -100,11 +103,11 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
             adapter = adapters.add(
                 job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, classification=found.classes
             )
-            jobs.append(Job(job, adapter, found.train, found.held))
+            jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
     except BaseException:
         adapters.close()
         raise
-    return Setup(config, base, adapters, renderer, jobs)
+    return Setup(config, base, adapters, renderer, jobs, read.problems)
 
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
@@ -129,7 +132,9 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter = adapters.add(
                 job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
             )
-            adapter.begin_training(Batches(job, data.train, virtual=adapter.num_virtual_tokens).total_steps)
+            adapter.begin_training(Batches(
+                job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture
+            ).total_steps)
             samples = (*data.train, *data.held)
             _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
@@ -204,6 +209,8 @@ def _train(
         trainer.resume()
     labels = {j.name: j.adapter.head.task.labels for j in setup.jobs if isinstance(j.adapter.head, ClassificationHead)}
     store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base), "labels": labels})
+    if config.on_bad_record == "report":
+        setup.problems.write(config.bad_records_file or store.folder / "bad_records.jsonl")
     setup.base.tokenizer.save_pretrained(store.tokenizer)
     result = trainer.run()
     if result.completed:

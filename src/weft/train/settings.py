@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from weft.core.combined import CombinedConfig
 from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config
-from weft.data.settings import DataSettings
+from weft.data.settings import DataPaths, DataSettings
 from weft.errors import UserError
 from weft.models.hub import Hub
 from weft.models.load import Shape
@@ -27,8 +27,8 @@ class JobConfig(BaseModel):
     name: str
     method: str
     method_settings: dict[str, Any] = {}
-    data: str | None = None
-    eval_data: str | None = None
+    data: DataPaths | None = None
+    eval_data: DataPaths | None = None
     task: Literal["causal_lm", "seq2seq", "sequence_classification"] = "causal_lm"
     labels: list[str] | None = None
     text_columns: list[str] | None = None
@@ -118,6 +118,12 @@ class RunConfig(DataSettings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two jobs are named {', '.join(twice)}; give each its own name")
+        if self.eval_split is not None and (
+            self.eval_size or any(job.eval_data or self.eval_data for job in self.jobs)
+        ):
+            raise ValueError("eval_split, eval_size and eval_data exclude each other: what to evaluate on is said once")
+        if self.bad_records_file is not None and self.on_bad_record != "report":
+            raise ValueError("bad_records_file is for on_bad_record: report; nothing else writes it")
         classifies = any(job.task == "sequence_classification" for job in self.jobs)
         for key in ("labels", "text_columns", "label_column"):
             if not classifies and any(getattr(job, key) is not None for job in self.jobs):
