@@ -4,13 +4,16 @@ from weft.data.formats import FORMATS, Conversation, EmptyAnswerError, Message, 
 from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.load import load_samples, split_holdout
 from weft.data.records import Record, read_records
-from weft.data.render import PLAIN_TEMPLATE, Prompt, Renderer, Sample
+from weft.data.render import Renderer
+from weft.data.sample import Prompt, Sample, TooLongError
+from weft.data.templates import PLAIN_TEMPLATE, TEMPLATES
 from weft.data.tokens import SOFT
 
 __all__ = [
     "FORMATS",
     "PLAIN_TEMPLATE",
     "SOFT",
+    "TEMPLATES",
     "Conversation",
     "EmptyAnswerError",
     "Message",
@@ -19,6 +22,7 @@ __all__ = [
     "Record",
     "Renderer",
     "Sample",
+    "TooLongError",
     "load_labelled",
     "load_samples",
     "read_records",

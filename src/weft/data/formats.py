@@ -26,13 +26,14 @@ class Message:
     """One turn. ``role`` is one of ROLES; ``train`` overrides whether the turn is learned (None: as ``train_on`` says).
 
     ``tool_calls`` are ``{"type": "function", "function": {"name": str, "arguments": dict}}``, as chat templates
-    expect them.
+    expect them. ``loss_weight`` scales the loss of a learned turn (0: not learned).
     """
 
     role: str
     content: str
     train: bool | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
+    loss_weight: float = 1.0
 
 
 @dataclass(frozen=True)

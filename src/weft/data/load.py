@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeVar, get_args
 
 from weft.data.formats import EmptyAnswerError, to_example
 from weft.data.records import read_records
-from weft.data.render import Renderer, Sample, Task
+from weft.data.render import Example, Renderer, Task
+from weft.data.sample import Sample
 from weft.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -39,22 +40,41 @@ def load_samples(
         raise UserError(
             f"task is {task!r}; expected {' or '.join(get_args(Task))}.{nearest(str(task), get_args(Task))}"
         )
-    render = renderer.seq2seq if task == "seq2seq" else renderer.sample
-    samples, skipped = [], []
-    for record in read_records(path, limit=limit):
-        try:
-            example = to_example(record, format=format, columns=columns)
-        except EmptyAnswerError:
-            if empty_answers == "error":
-                raise
-            skipped.append(record.source)
-            continue
-        samples.append(render(example))
+    skipped: list[str] = []
+    dropped = read = 0
+
+    def examples() -> Iterator[Example]:
+        for record in read_records(path, limit=limit):
+            try:
+                example = to_example(record, format=format, columns=columns)
+            except EmptyAnswerError:
+                if empty_answers == "error":
+                    raise
+                skipped.append(record.source)
+                continue
+            yield example
+
+    samples: list[Sample] = []
+    for outcome in renderer.outcomes(examples(), task):
+        if isinstance(outcome, UserError):
+            raise outcome
+        read, dropped = read + 1, dropped + (not outcome)
+        samples += outcome
     if skipped:
         logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, len(skipped), skipped[0])
+    if dropped:
+        logger.warning(
+            "%s: left out %d of %d records: longer than max_length %s", path, dropped, read, renderer.max_length
+        )
+    cut = sum(sample.cut > 0 for sample in samples)
+    if cut:
+        logger.warning(
+            "%s: %d of %d records cut to max_length %s (%s)", path, cut, read, renderer.max_length, renderer.truncation
+        )
     if not samples:
-        raise UserError(f"{path}: every record has an empty answer, so there is nothing to learn.")
-    return samples
+        reason = f"longer than max_length {renderer.max_length}" if dropped else "without an answer"
+        raise UserError(f"{path}: every record is {reason}, so there is nothing to learn.")
+    return list(renderer.join(samples))
 
 
 def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T], list[T]]:
