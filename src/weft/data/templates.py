@@ -141,9 +141,9 @@ def find_template(
 
 def template_text(wanted: str) -> Template:
     """What ``wanted`` (a name, a ``.jinja`` file, or Jinja text) means, whatever the tokenizer."""
-    if "{{" in wanted or "{%" in wanted or "{#" in wanted:
+    if _is_jinja(wanted):
         return Template("", wanted)
-    if wanted.endswith(_SUFFIXES):
+    if is_file_name(wanted):
         try:
             return Template("", Path(wanted).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -156,6 +156,15 @@ def template_text(wanted: str) -> Template:
             f"{', '.join(TEMPLATES)}, a file ({', '.join(_SUFFIXES)}), or Jinja text."
         )
     return Template(name, TEMPLATES[name].text)
+
+
+def is_file_name(wanted: str) -> bool:
+    """Whether a ``chat_template`` means a file."""
+    return wanted.endswith(_SUFFIXES) and not _is_jinja(wanted)
+
+
+def _is_jinja(wanted: str) -> bool:
+    return any(mark in wanted for mark in ("{{", "{%", "{#"))
 
 
 def _key(name: str) -> str:

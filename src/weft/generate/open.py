@@ -184,9 +184,13 @@ def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, dev
     )
     if model is None and dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
-    opened = Opened(
-        base, Adapters(base.model, base.architecture), Renderer(base.tokenizer, chat_template=config.chat_template)
+    renderer = Renderer(
+        base.tokenizer,
+        chat_template=config.chat_template,
+        allow_unknown_markers=config.allow_unknown_markers,
+        template_kwargs=config.template_kwargs,
     )
+    opened = Opened(base, Adapters(base.model, base.architecture), renderer)
     try:
         _add_adapters(opened, store, config, keep)
     except BaseException:
