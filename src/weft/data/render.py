@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from weft.data.explain import Explanation, explain
+from weft.data.fingerprint import fingerprint
 from weft.data.formats import Conversation, Message, PlainText
 from weft.data.sample import Draft, Prompt, Sample, TooLongError
 from weft.data.seq2seq import seq2seq_sample, seq2seq_source
@@ -95,11 +97,13 @@ class Renderer:
             )
         return eos
 
+    def explain(self, example: Example) -> Explanation:
+        """The example's sample with the text, the weight and the kind of every token. Raises as ``sample`` does."""
+        return explain(self, example)
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides which tokens a record becomes and which are learned: readable fields, with SHA-256 sums of the
         template, the tokenizer and all of it (``sha256``). JSON can hold it. Equal sums mean equal samples."""
-        from weft.data.fingerprint import fingerprint
-
         return fingerprint(self)
 
     # -- prompts
@@ -199,8 +203,8 @@ class Renderer:
         """The example as text, with the stretches to be learned; what ``sample`` tokenises."""
         return self.turns.plain(example) if isinstance(example, PlainText) else self.turns.script(example)
 
-    def drafted(self, example: Example) -> tuple[Script, Draft]:
-        """The script of which the example's sample is made (shorter where turns were left out), and its draft."""
+    def drafted(self, example: Example) -> tuple[Example, Script, Draft]:
+        """What the example's sample is made of: the example (shorter where turns were left out), script and draft."""
         return self._cut(self.script(example), example)
 
     def _try(self, function: Any, *arguments: Any) -> Any:
@@ -213,14 +217,14 @@ class Renderer:
         return () if isinstance(error, TooLongError) and self.truncation == "drop" else error
 
     def _finish(self, script: Script, example: Example, known: Known | None = None) -> tuple[Sample, ...]:
-        script, draft = self._cut(script, example, known)
+        _, script, draft = self._cut(script, example, known)
         sample = draft.sample(example.source)
         if script.plain and self.limit.documents == "windows":
             return tuple(windows(sample, self.limit))
         return (sample,)
 
-    def _cut(self, script: Script, example: Example, known: Known | None = None) -> tuple[Script, Draft]:
-        """The draft under the policy for long records, and the script it is of."""
+    def _cut(self, script: Script, example: Example, known: Known | None = None) -> tuple[Example, Script, Draft]:
+        """The draft under the policy for long records, and the example and the script it is of."""
         source = example.source
         draft = self._assemble(script, known)
         length = len(draft.ids)
@@ -230,7 +234,7 @@ class Renderer:
                 "turn that follows another turn and is not marked as untrained."
             )
         if not self.limit.exceeded(length) or (script.plain and self.limit.documents != "separate"):
-            return script, draft
+            return example, script, draft
         while isinstance(example, Conversation) and self.truncation == "left" and self.limit.exceeded(len(draft.ids)):
             shorter = without_oldest_round(example)
             if shorter is None:
@@ -248,7 +252,7 @@ class Renderer:
                 f"{source}: cut to max_length {self.max_length}, this record keeps no token to learn: its prompt alone "
                 "is that long. Raise `max_length` or remove the record."
             )
-        return script, draft
+        return example, script, draft
 
     def _head(self, example: Example, script: Script, draft: Draft) -> int:
         """How many tokens open the record and stay: the BOS, and a system message that the template puts apart."""

@@ -76,6 +76,44 @@ class Encoder:
                 ids += self._piece(piece, literal, known, first=first and not ids)
         return ids, slots
 
+    def spell(self, text: str, *, first: bool) -> list[tuple[str, int]]:
+        """For each id of ``encode`` the characters that it adds to those before it, and where in ``text`` it begins.
+
+        Tokenizers that tell no offsets give each token as it decodes, and the beginning of its piece.
+        """
+        found: list[tuple[str, int]] = []
+        at = 0
+        for part in re.split(f"({re.escape(SOFT)}|{_GUARDED.pattern.replace('(', '(?:')})", text):
+            mark = _GUARDED.fullmatch(part)
+            if part and part != SOFT:
+                piece = self._literals[int(mark[1])] if mark else part
+                for start, shown in self._shown(piece, mark is not None, first=first and not found):
+                    found.append((shown, at if mark else at + start))
+            at += len(part)
+        return found
+
+    def _shown(self, piece: str, literal: bool, *, first: bool) -> list[tuple[int, str]]:
+        ids = self._piece(piece, literal, first=first)
+        if not self.tokenizer.is_fast:
+            return [(0, str(self.tokenizer.decode([token]))) for token in ids]
+        anchored = not first and self._tokens(_ANCHOR + piece, literal)[len(self._anchor) :] == ids and self._anchor
+        before = _ANCHOR if anchored else ""
+        options = {"split_special_tokens": True} if literal else {}
+        encoded = self.tokenizer(
+            before + piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options
+        )
+        shown, told = [], 0
+        offsets = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]
+        for number, (start, end) in enumerate(offsets):
+            start, end = max(start - len(before), 0), max(end - len(before), 0)
+            # The last token of a character tells it, and the last of all whatever is left.
+            last = number + 1 == len(offsets)
+            shared = not last and offsets[number + 1][0] - len(before) < end
+            stop = len(piece) if last else told if shared else end
+            shown.append((start, piece[told:stop]))
+            told = max(told, stop)
+        return shown
+
     def learn(self, texts: Iterable[tuple[str, bool]]) -> Known:
         """Tokenise ``(text, first)`` of many samples at once, for ``encode``; a tenth of the time of single calls."""
         wanted: dict[tuple[str, bool], None] = {}  # a dict and no set: its order is the same in every process

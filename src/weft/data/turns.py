@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from weft.data.formats import Conversation, Message, PlainText
@@ -13,6 +14,9 @@ from weft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Two of Unicode's noncharacters, for ``Turns.contents``.
+_BEGIN, _END = "\ufdd2", "\ufdd3"
 
 TrainOn = Literal["answers", "last_answer", "all"]
 
@@ -89,6 +93,31 @@ class Turns:
         text = self._render(turns, schemas, generation, source)
         base = 1.0 if self.train_on == "all" else 0.0
         return Script(text, tuple(self._spans(marked, turns, schemas, text, generation, source)), base, source)
+
+    def contents(self, script: Script, example: Conversation) -> list[tuple[int, int]] | None:
+        """Where in the script's text contents of messages stand; None where the template does not let that be told.
+
+        They are rendered once more between two marks each; without the marks that must be the script's text.
+        """
+        marked = []
+        for message in example.messages:
+            bare = message.content.strip()
+            before, _, after = message.content.partition(bare) if bare else ("", "", message.content)
+            marked.append(replace(message, content=f"{before}{_BEGIN}{bare}{_END}{after}"))
+        try:
+            text = self.text(replace(example, messages=tuple(marked)), generation=False)
+        except UserError:
+            return None
+        places: list[tuple[int, int]] = []
+        bare_text, began = "", 0
+        for part in re.split(f"({_BEGIN}|{_END})", text):
+            if part == _BEGIN:
+                began = len(bare_text)
+            elif part == _END:
+                places.append((began, len(bare_text)))
+            else:
+                bare_text += part
+        return places if bare_text == script.text else None
 
     def text(self, example: Conversation, *, generation: bool) -> str:
         """Only the rendering."""
