@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.data.golden import PATH, conversation, renderer, tokenizer, written
+from tests.data.golden import PATH, conversation, renderer, template_text, tokenizer, written
 
 from weft.data import TEMPLATES
 from weft.errors import UserError
@@ -68,6 +68,7 @@ def cases() -> Iterator[dict[str, Any]]:
         yield {"name": f"llama-2: {name}", "template": "llama-2", "tokenizer": "spaces", "messages": template}
         yield {"name": f"alpaca: {name}", "template": "alpaca", "tokenizer": "bytes", "messages": template}
     yield {"name": "chatml: padded with the end", **chatml, "tokenizer": "pad", "messages": TWO}
+    yield {"name": "chatml: soft-prompt slots", **chatml, "messages": [SYSTEM, *TWO], "soft": True}
     yield {"name": "chatml: all", **chatml, "messages": TWO, "train_on": "all"}
     yield {"name": "chatml: last answer", **chatml, "messages": TWO, "train_on": "last_answer"}
     scaled = [*ONE, user("And?"), answer("Red.", loss_weight=0.25), user("And?"), answer("No.", train=False)]
@@ -101,12 +102,12 @@ def vector(case: dict[str, Any], shared: Path) -> dict[str, Any]:
     text = tokens.apply_chat_template(
         [{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in case["messages"]],
         tools=case.get("tools"),
-        chat_template=TEMPLATES[case["template"]].text if case["template"] else None,
+        chat_template=template_text(case),
         tokenize=False,
         **case.get("template_kwargs", {}),
     )
     learned = [piece.text for piece in made.explain(example).pieces() if piece.weight]
-    return {**case, "text": text, "learned": learned, **written(sample.input_ids, sample.weights)}
+    return {**case, "text": text, "learned": learned, **written(sample)}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from tests.data.kit import byte_tokenizer, space_tokenizer
 from transformers import AutoTokenizer
 
 from weft.assets import model_path
-from weft.data import TEMPLATES, Conversation, Message, Renderer
+from weft.data import SOFT, TEMPLATES, Conversation, Message, Renderer, Sample
 
 PATH = Path(__file__).with_name("golden.json")
 # What closes an answer, where it is not the embedded tokenizer's own end.
@@ -45,11 +45,22 @@ def tokenizer(name: str, template: str, shared: Path | None) -> Any:
     return fast
 
 
+def template_text(vector: dict[str, Any]) -> str | None:
+    """The Jinja text of a vector's template, with soft-prompt slots where it says so; None: the tokenizer's own."""
+    text = TEMPLATES[vector["template"]].text if vector["template"] else None
+    if vector.get("soft") and text is not None:  # one at the head, one before every answer
+        text = f"{{{{- '{SOFT}' }}}}" + text.replace("'<|im_start|>assistant\\n'", f"'<|im_start|>assistant{SOFT}\\n'")
+        return text.replace(
+            "message.role + '\\n'", f"message.role + ('{SOFT}\\n' if message.role[0] == 'a' else '\\n')"
+        )
+    return text
+
+
 def renderer(vector: dict[str, Any], shared: Path | None) -> Renderer:
     """For one golden rendering."""
     return Renderer(
         tokenizer(vector["tokenizer"], vector["template"], shared),
-        chat_template=vector["template"] or None,
+        chat_template=template_text(vector) if vector.get("soft") else vector["template"] or None,
         train_on=vector.get("train_on", "answers"),
         template_kwargs=vector.get("template_kwargs"),
     )
@@ -61,10 +72,11 @@ def conversation(vector: dict[str, Any]) -> Conversation:
     return Conversation(tuple(messages), vector["name"], tuple(vector.get("tools", ())))
 
 
-def written(ids: list[int], weights: list[float]) -> dict[str, str]:
+def written(sample: Sample) -> dict[str, Any]:
     """A sample as a person can read and compare it: runs of one weight are ``count*weight``."""
-    runs = [f"{len(list(group))}*{weight:g}" for weight, group in groupby(weights)]
-    return {"ids": " ".join(map(str, ids)), "weights": " ".join(runs)}
+    runs = [f"{len(list(group))}*{weight:g}" for weight, group in groupby(sample.weights)]
+    slots = {"slots": list(sample.slots)} if sample.slots else {}
+    return {"ids": " ".join(map(str, sample.input_ids)), "weights": " ".join(runs), "answer": sample.answer, **slots}
 
 
 def load() -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ RUN_KEYS: dict[str, str] = {
     "columns": "names of the fields, `{field of the format: field in the data}`",
     "limit": "read only this many records",
     "empty_answers": "what to do with a record whose answer is empty",
-    "chat_template": "instead of the tokenizer's own template: a name ([data.md](data.md)), a `.jinja` file, or Jinja text",
+    "chat_template": "a name ([data.md](data.md)), a `.jinja` file or Jinja text, instead of the tokenizer's own",
     "allow_unknown_markers": "take a named template although the tokenizer has no tokens for its markers",
     "template_kwargs": "variables for the chat template, such as `{enable_thinking: false}`",
     "train_on": "which tokens are learned ([data.md](data.md))",
