@@ -127,9 +127,10 @@ def test_what_an_earlier_call_set_does_not_matter() -> None:
 @given(
     weights=st.lists(st.sampled_from([0.25, 1.0, 3.0]), min_size=1, max_size=4),
     train_on=st.sampled_from(["answers", "last_answer", "all"]),
+    end=st.sampled_from(["<|im_end|>", "</s>"]),  # the template's, and one that it lacks
 )
-def test_property_weights_scale_their_turn(weights: list[float], train_on: Any) -> None:
-    renderer = Renderer(byte_tokenizer("<|im_end|>", template=CHATML), train_on=train_on)
+def test_property_weights_scale_their_turn(weights: list[float], train_on: Any, end: str) -> None:
+    renderer = Renderer(byte_tokenizer(end, template=CHATML), train_on=train_on)
     turns = [
         message
         for number, weight in enumerate(weights)
@@ -139,7 +140,7 @@ def test_property_weights_scale_their_turn(weights: list[float], train_on: Any) 
     learned = [w for n, w in enumerate(weights) if train_on != "last_answer" or n + 1 == len(weights)]
     base, sample = renderer.sample(plain), renderer.sample(Conversation(tuple(turns), "d:1"))
     assert sample.input_ids == base.input_ids
-    per_turn = len("a0") + 1  # with its end
+    per_turn = len("a0") + 1 + (end == "</s>")  # with its end
     expected = sum(base.weights) + per_turn * sum(weight - 1 for weight in learned)
     assert sum(sample.weights) == pytest.approx(expected)
     assert {w for w in sample.weights if w} <= {*learned, 1.0}
@@ -259,9 +260,10 @@ def test_the_fingerprint_lasts(name: str, tmp_path: Path) -> None:
     from weft.assets import model_path
 
     tokenizer = AutoTokenizer.from_pretrained(model_path(name))
-    before = Renderer(tokenizer).fingerprint()
+    renderer = Renderer(tokenizer)
+    before = renderer.fingerprint()
     tokenizer("a", truncation=True, max_length=3, padding="max_length")  # leaves traces in the backend
-    assert Renderer(tokenizer).fingerprint() == before
+    assert renderer.fingerprint() == before
     tokenizer.save_pretrained(tmp_path)
     assert Renderer(AutoTokenizer.from_pretrained(tmp_path)).fingerprint() == before
 

@@ -63,7 +63,7 @@ class Limit:
         gap, stop = length - limit, length - tail
         if stop - gap < head:
             raise TooLongError(f"{source}: max_length {limit} leaves no room for {what}. Raise `max_length`.")
-        start = {"left": head, "middle": max(head, (stop - gap + 1) // 2), "right": stop - gap}[self.truncation]
+        start = {"left": head, "middle": max(head, (stop - gap) // 2), "right": stop - gap}[self.truncation]
         return start, start + gap
 
 
