@@ -124,7 +124,7 @@ def _read_samples() -> list[Sample]:
     if not path.is_file():
         raise SystemExit(f"skipped: the real Alpaca records are not at {path} (set WEFT_SHARED_DATA).")
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "llama2")
-    renderer = Renderer(tokenizer, max_length=MAX_LENGTH, truncate=True)
+    renderer = Renderer(tokenizer, max_length=MAX_LENGTH, truncation="right")
     samples = []
     for record in read_records(path, limit=_READ):
         try:

@@ -173,6 +173,7 @@ def _base(found: Sequence[Found]) -> str:
 
 def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     """An adapter that leaves its run takes the tokenizer and the chat template along."""
+    from weft.data.templates import template_text
     from weft.models.load import load_tokenizer
     from weft.train.config import read_run_config
     from weft.train.store import RunStore
@@ -181,7 +182,8 @@ def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     if run is None:
         return
     tokenizer = load_tokenizer(str(RunStore(run).tokenizer))
-    tokenizer.chat_template = read_run_config(run).chat_template or tokenizer.chat_template
+    wanted = read_run_config(run).chat_template
+    tokenizer.chat_template = template_text(wanted).text if wanted else tokenizer.chat_template
     tokenizer.save_pretrained(folder)
 
 

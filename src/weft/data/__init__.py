@@ -24,14 +24,17 @@ from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.load import load_samples, split_holdout
 from weft.data.problems import BadRecordError, Problem, Problems
 from weft.data.records import Record, iter_records, read_records
-from weft.data.render import PLAIN_TEMPLATE, Prompt, Renderer, Sample
+from weft.data.render import Renderer
+from weft.data.sample import Prompt, Sample, TooLongError
 from weft.data.sources import Mixture, Source, epoch_order, parse_sources, split_by_hash
+from weft.data.templates import PLAIN_TEMPLATE, TEMPLATES
 from weft.data.tokens import SOFT
 
 __all__ = [
     "FORMATS",
     "PLAIN_TEMPLATE",
     "SOFT",
+    "TEMPLATES",
     "BadRecordError",
     "Classified",
     "Conversation",
@@ -53,6 +56,7 @@ __all__ = [
     "Source",
     "StepLabels",
     "Tokenised",
+    "TooLongError",
     "describe",
     "epoch_order",
     "format_of",

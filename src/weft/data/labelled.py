@@ -6,6 +6,7 @@ refused, for a model trained on the wrong column looks like one that learns badl
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,13 +16,17 @@ from typing import Any, NoReturn
 from weft.data.examples import Message
 from weft.data.labels import LABELS, TEXTS, label_name, text_of
 from weft.data.records import Record, first_rows, read_records
-from weft.data.render import Prompt, Renderer, Sample
+from weft.data.render import Renderer
+from weft.data.sample import Draft, Prompt, Sample, TooLongError
 from weft.errors import UserError, nearest
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
 _PEEK = 50  # rows that a table without a header is recognised from
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def load_labelled(
     found = [label_name(record, columns.label) for record in records]
     names = known or _sorted(found, records, columns.label)
     number = {name: index for index, name in enumerate(names)}
-    samples = []
+    samples, dropped = [], []
     for record, name in list(zip(records, found, strict=True))[:limit]:
         if name not in number:
             raise UserError(
@@ -77,10 +82,20 @@ def load_labelled(
         texts = [text_of(record, column) for column in columns.texts]
         if not any(text.strip() for text in texts):
             raise UserError(f"{record.source}: {_quoted(columns.texts)} is empty. Remove the record.")
-        unlabelled = unlabelled_sample(
-            renderer, texts, record.source, encoder=own, as_chat=as_chat, pair_separator=pair_separator
-        )
+        try:
+            unlabelled = unlabelled_sample(
+                renderer, texts, record.source, encoder=own, as_chat=as_chat, pair_separator=pair_separator
+            )
+        except TooLongError:
+            if renderer.truncation != "drop":
+                raise
+            dropped.append(record.source)
+            continue
         samples.append(replace(unlabelled, label=number[name]))
+    if dropped:
+        logger.warning("%s: left out %d records longer than max_length (the first: %s)", path, len(dropped), dropped[0])
+    if not samples:
+        raise UserError(f"{path}: every record is longer than max_length {renderer.max_length}; nothing is left.")
     return samples, names
 
 
@@ -104,10 +119,10 @@ def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample
     prompt = Prompt(renderer.text_ids(text))
     if as_chat:
         prompt = renderer.prompt([Message("user", text)], source=source)
-    ids, slots = renderer.cut(prompt.ids, source), prompt.slots
-    if len(ids) < len(prompt.ids):  # what stood behind the cut is gone; else a slot may stand at the very end
-        slots = tuple(slot for slot in slots if slot < len(ids))
-    return Sample(ids, [0.0] * len(ids), source, slots)
+    draft = Draft(prompt.ids, [0.0] * len(prompt.ids), list(prompt.slots))
+    draft.remove(*renderer.limit.cut_ids(prompt.ids, source, "the record", head=len(renderer.encoder.bos)))
+    # Without a cut a slot may stand at the very end.
+    return Sample(draft.ids, draft.weights, source, tuple(draft.slots), cut=draft.cut)
 
 
 def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
@@ -115,14 +130,21 @@ def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
     tokenizer, limit = renderer.tokenizer, renderer.max_length
     options: dict[str, Any] = {"split_special_tokens": True, "verbose": False}  # a typed [SEP] is ordinary text
     encoded = tokenizer(*texts, **options)
-    if limit is not None and len(encoded["input_ids"]) > limit:
-        renderer.cut(encoded["input_ids"], source)  # raises, unless the renderer truncates
+    length = len(encoded["input_ids"])
+    if limit is not None and length > limit:
+        renderer.limit.cut_ids(encoded["input_ids"], source, "the record")  # raises, unless the policy is to cut
+        if renderer.truncation != "right":
+            raise UserError(
+                f"{source}: an encoder's texts are cut by `truncation: right` only (the longer of two first), not by "
+                f"`{renderer.truncation}`."
+            )
         room = limit - tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
         if room < len(texts):
             raise UserError(f"{source}: max_length {limit} leaves no room for the text. Raise `max_length`.")
         encoded = tokenizer(*texts, truncation="longest_first", max_length=limit, **options)
     ids, types = list(encoded["input_ids"]), encoded.get("token_type_ids", [])
-    return Sample(ids, [0.0] * len(ids), source, token_types=tuple(types) if any(types) else ())
+    cut = length - len(ids)
+    return Sample(ids, [0.0] * len(ids), source, token_types=tuple(types) if any(types) else (), cut=cut)
 
 
 # -------------------------------------------------------------------------------------------------------------- columns

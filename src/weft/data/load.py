@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
+from weft.data.examples import SFT
 from weft.data.formats import EmptyAnswerError, to_example
 from weft.data.problems import OnBadRecord, Problem, Problems, about_record
 from weft.data.records import iter_items
-from weft.data.render import Renderer, Sample, Task
+from weft.data.render import Outcome, Renderer, Task
 from weft.data.rows import Record
+from weft.data.sample import Sample
 from weft.data.sources import content_key
 from weft.data.workers import in_order
 from weft.errors import UserError, nearest
@@ -36,22 +39,43 @@ class Recipe:
     task: Task = "causal_lm"
     keyed: bool = False
 
-    def make(self, item: Record | Problem) -> tuple[Sample, str] | Problem:
-        """A sample and its key, or what is wrong with the record. Raises UserError for settings that are wrong."""
-        if isinstance(item, Problem):
-            return item
-        kind = "format"
+    def make(self, items: Sequence[Record | Problem]) -> list[Made | Problem]:
+        """Of each record what it became, or what is wrong with it. Raises UserError for settings that are wrong."""
+        found: list[Made | Problem | None] = []
+        examples: list[SFT] = []
+        for item in items:
+            example = item if isinstance(item, Problem) else self._example(item)
+            found.append(example if isinstance(example, Problem) else None)
+            if not isinstance(example, Problem):
+                examples.append(example)
+        rendered = zip(examples, self.renderer.outcomes(examples, self.task), strict=True)
+        return [self._made(*next(rendered)) if one is None else one for one in found]
+
+    def _example(self, record: Record) -> SFT | Problem:
         try:
-            example = to_example(item, format=self.format, columns=self.columns)
-            kind = "render"
-            sample = self.renderer.seq2seq(example) if self.task == "seq2seq" else self.renderer.sample(example)
+            return to_example(record, format=self.format, columns=self.columns)
         except UserError as error:
-            kind = "empty_answer" if isinstance(error, EmptyAnswerError) else kind
-            problem = about_record(error, item.source, kind)
-            if problem is None:
-                raise
-            return problem
-        return sample, content_key(example) if self.keyed else ""
+            return _problem(error, record.source, "empty_answer" if isinstance(error, EmptyAnswerError) else "format")
+
+    def _made(self, example: SFT, outcome: Outcome) -> Made | Problem:
+        if isinstance(outcome, UserError):
+            return _problem(outcome, example.source, "render")
+        return Made(outcome, content_key(example) if self.keyed else "")
+
+
+@dataclass(frozen=True)
+class Made:
+    """The samples of one record (a long text may become several, one that is dropped none), and its key."""
+
+    samples: tuple[Sample, ...]
+    key: str
+
+
+def _problem(error: UserError, source: str, kind: str) -> Problem:
+    problem = about_record(error, source, kind)
+    if problem is None:
+        raise error
+    return problem
 
 
 def load_samples(
@@ -81,14 +105,15 @@ def load_samples(
     recipe = Recipe(renderer, format, columns, task)
     found = [
         sample
-        for sample, _ in iter_samples(
+        for made in iter_samples(
             path, recipe, limit=limit, empty_answers=empty_answers, problems=problems, data_workers=data_workers
         )
+        for sample in made.samples
     ]
     problems.check(str(path))
     if bad_records_file is not None:
         problems.write(bad_records_file)
-    return found
+    return list(renderer.join(found))
 
 
 def iter_samples(
@@ -99,8 +124,10 @@ def iter_samples(
     limit: int | None = None,
     empty_answers: EmptyAnswers = "error",
     data_workers: int = 0,
-) -> Iterator[tuple[Sample, str]]:
-    """The samples of a path one by one, each with its key; problems go to ``problems``, which the caller checks.
+) -> Iterator[Made]:
+    """What becomes of each record of a path; problems go to ``problems``, which the caller checks.
+
+    Records left out and samples cut are counted in the log.
 
     Raises UserError where no sample is left, and whatever ``problems`` raises.
     """
@@ -111,21 +138,33 @@ def iter_samples(
             f"task is {recipe.task!r}; expected {' or '.join(get_args(Task))}."
             f"{nearest(str(recipe.task), get_args(Task))}"
         )
-    count, empty, first = 0, 0, ""
+    tally, first = Counter[str](), ""
     for made in in_order(iter_items(path, limit=limit), recipe, data_workers):
         if not isinstance(made, Problem):
-            count += 1
+            tally["read"] += 1
+            tally["dropped"] += not made.samples
+            tally["cut"] += any(sample.cut for sample in made.samples)
             yield made
         elif made.kind == "empty_answer" and empty_answers == "skip":
-            empty, first = empty + 1, first or made.place
+            tally["empty"], first = tally["empty"] + 1, first or made.place
         else:
             problems.add(made)
-    if empty:
-        logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, empty, first)
-    if not count:
+    _tell(path, tally, first, recipe.renderer)
+    if tally["read"] == tally["dropped"]:
         if problems.count:
             raise problems.error()
-        raise UserError(f"{path}: every record has an empty answer, so there is nothing to learn.")
+        reason = f"longer than max_length {recipe.renderer.max_length}" if tally["dropped"] else "without an answer"
+        raise UserError(f"{path}: every record is {reason}, so there is nothing to learn.")
+
+
+def _tell(path: str | os.PathLike[str], tally: Counter[str], first: str, renderer: Renderer) -> None:
+    if tally["empty"]:
+        logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, tally["empty"], first)
+    for what, done in (("dropped", "left out: longer than"), ("cut", f"cut ({renderer.truncation}) to")):
+        if tally[what]:
+            logger.warning(
+                "%s: %d of %d records %s max_length %s", path, tally[what], tally["read"], done, renderer.max_length
+            )
 
 
 def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T], list[T]]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from weft.data.render import PLAIN_TEMPLATE, Renderer
+from weft.data.render import Renderer
+from weft.data.templates import PLAIN_TEMPLATE
 from weft.errors import UserError
 
 if TYPE_CHECKING:

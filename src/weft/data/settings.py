@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from weft.data.sources import parse_sources
+from weft.data.templates import is_file_name, template_text
 from weft.models.hub import Hub
 
 
@@ -38,6 +40,26 @@ class DataSettings(BaseModel):
     bad_records_file: str | None = None
     data_workers: int = Field(default=0, ge=0)
     chat_template: str | None = None
+    allow_unknown_markers: bool = False
+    template_kwargs: dict[str, Any] = {}
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     max_length: int | None = Field(default=None, gt=1)
-    truncate: bool = False
+    truncation: Literal["refuse", "drop", "left", "right", "middle"] = "refuse"
+    documents: Literal["separate", "windows", "joined"] = "separate"
+    window_overlap: int = Field(default=1, ge=0)
+
+    @field_validator("chat_template")
+    @classmethod
+    def _text_of_a_file(cls, value: str | None) -> str | None:
+        """A file's text and not its name: the run is to render alike when the file has moved or changed."""
+        return value if value is None or not is_file_name(value) else template_text(value).text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_words(cls, values: Any) -> Any:
+        """Runs of before there was ``truncation`` are still to be read."""
+        if isinstance(values, Mapping) and isinstance(values.get("truncate"), bool):
+            values = dict(values)
+            if values.pop("truncate"):
+                values.setdefault("truncation", "right")
+        return values

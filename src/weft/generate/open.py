@@ -217,7 +217,12 @@ def _renderer_of_run(
     saved = [store.adapters / name for name in names if (store.adapters / name / OWN_CONFIG).is_file()]
     section = provenance_of(saved[0]) if saved else None
     if section is None:
-        return Renderer(base.tokenizer, chat_template=chat_template or config.chat_template), []
+        return Renderer(
+            base.tokenizer,
+            chat_template=chat_template or config.chat_template,
+            allow_unknown_markers=config.allow_unknown_markers,
+            template_kwargs=config.template_kwargs,
+        ), []
     return make_renderer(Provenance.read(section, str(saved[0] / OWN_CONFIG)), base.tokenizer, chat_template)
 
 

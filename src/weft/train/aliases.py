@@ -137,6 +137,7 @@ SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
     "use_peft": lambda on: ("method", "lora") if on else None,
     "train_on_inputs": lambda on: ("train_on", "all") if on else None,
     "train_on_prompt": lambda on: ("train_on", "all") if on else None,
+    "truncate": lambda on: ("truncation", "right") if on else None,
     "completion_only_loss": lambda on: None if on or on is None else ("train_on", "all"),
     "assistant_only_loss": lambda on: None if on else ("train_on", "all"),
     "mask_history": lambda on: ("train_on", "last_answer") if on else None,

@@ -90,6 +90,8 @@ class Reader:
             loaded, held_out = [self._texts(source) for source in sources], [self._texts(s) for s in evaluated]
         self.problems.check("the data")
         train, out = self._split(loaded) if held is None else (loaded, held_out)
+        if job.task != "sequence_classification":  # after the split: no window holds text of both sides
+            train, out = [self._windows(part) for part in train], [self._windows(part) for part in out]
         weights = tuple(source.weight for source in sources if source.weight is not None) or None
         mixture = Mixture(tuple(len(part.samples) for part in train), weights)
         return JobData(_joined(train), _joined(out), classes, mixture)
@@ -105,6 +107,10 @@ class Reader:
         return [_taken(*pair) for pair in zip(loaded, train, strict=True)], [
             _taken(*pair) for pair in zip(loaded, held, strict=True)
         ]
+
+    def _windows(self, loaded: _Loaded) -> _Loaded:
+        samples = list(self.renderer.join(loaded.samples))
+        return _Loaded(samples, [""] * len(samples))
 
     def _texts(self, source: Source) -> _Loaded:
         config = self.config
@@ -127,7 +133,8 @@ class Reader:
                     data_workers=config.data_workers,
                 )
             )
-            self.files[key] = _Loaded([sample for sample, _ in found], [key for _, key in found])
+            pairs = [(sample, made.key) for made in found for sample in made.samples]
+            self.files[key] = _Loaded([sample for sample, _ in pairs], [key for _, key in pairs])
         return self.files[key]
 
     def _labelled(

@@ -77,9 +77,13 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     renderer = Renderer(
         sketch.tokenizer,
         chat_template=config.chat_template,
+        allow_unknown_markers=config.allow_unknown_markers,
+        template_kwargs=config.template_kwargs,
         train_on=config.train_on,
         max_length=length,
-        truncate=config.truncate,
+        truncation=config.truncation,
+        documents=config.documents,
+        window_overlap=config.window_overlap,
     )
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
@@ -151,7 +155,7 @@ def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: B
         raise UserError(
             f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed "
             f"the model's {limit} positions. "
-            + (f"Set max_length: {limit - learned} (with truncate: true to cut) or " if learned < limit - 1 else "")
+            + (f"Set max_length: {limit - learned} (with truncation: right to cut) or " if learned < limit - 1 else "")
             + "fewer num_virtual_tokens."
         )
 
