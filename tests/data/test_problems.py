@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.data.doubler import Doubler
 from tests.data.kit import byte_tokenizer
 
 from weft.data import BadRecordError, EmptyAnswerError, Problem, Problems, Renderer, iter_records, load_samples
@@ -51,6 +52,14 @@ def test_error_stops_after_twenty(tmp_path: Path) -> None:
     assert [line.startswith(f"  {path}:") for line in lines[1:21]] == [True] * 20
     assert lines[21].strip() == "... and more"
     assert lines[20].startswith(f"  {path}:26:")
+
+
+def test_error_reads_no_further_than_it_lists() -> None:
+    problems = Problems()
+    for line in range(20):
+        problems.add(Problem("nul", "a", "b", line))
+    with pytest.raises(UserError, match=r"and more"):
+        problems.add(Problem("nul", "a", "b", 21))
 
 
 def test_one_problem_is_the_message_itself(tmp_path: Path) -> None:
@@ -160,19 +169,6 @@ def test_reading_goes_on_where_the_next_record_begins(tmp_path: Path) -> None:
         problems = Problems("skip")
         found = [record.fields["n"] for record in iter_records(path, problems=problems)]
         assert (found, [(p.kind, p.line) for p in problems.first]) == (read, told), text
-
-
-class Doubler:
-    """Work for the processes; dies on demand."""
-
-    def make(self, item: int) -> int:
-        if item == -1:
-            import os
-
-            os._exit(1)
-        if item == -2:
-            raise UserError("a setting is wrong")
-        return 2 * item
 
 
 def test_workers_keep_the_order() -> None:

@@ -126,6 +126,9 @@ def test_seeds_and_epochs_differ() -> None:
     assert mixture.per_epoch == 60
     orders = {tuple(mixture.order(seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
+    halves = [[i for i in epoch_order([30, 15], [1, 1], 0, epoch) if i < 30] for epoch in range(4)]
+    assert set(halves[0]) | set(halves[1]) == set(halves[2]) | set(halves[3]) == set(range(30))
+    assert set(halves[0]) != set(halves[2]), "every pass has an order of its own"
 
 
 def test_split_by_hash_stays_when_records_move_or_come() -> None:
