@@ -110,7 +110,7 @@ MEANING: dict[str, Bad] = {
     "answer of white space": ("empty_answer", _alpaca(output=" \n\t")),
     "messages a string": ("format", b'{"messages": "a"}'),
     "no messages": ("format", b'{"messages": []}'),
-    "message a string": ("format", b'{"messages": ["a", "b"]}'),
+    "message a number": ("format", b'{"messages": ["a", 7]}'),
     "unknown role": ("format", _chat({"role": "wizard", "content": "q"}, _A)),
     "role a number": ("format", _chat({"role": 1, "content": "q"}, _A)),
     "no role": ("format", _chat({"content": "q"}, _A)),
@@ -275,7 +275,8 @@ def wrong(planted: Planted, renderer: Renderer) -> list[str]:
     found += [f"{planted.path.name}:{line}: a malformed row was read" for line in extra]
     problems = Problems("report", errors={"empty_answer": EmptyAnswerError})
     recipe = Recipe(renderer)
-    sources = [sample.source for sample, _ in iter_samples(planted.path, recipe, problems=problems)]
+    made = iter_samples(planted.path, recipe, problems=problems)
+    sources = [sample.source for one in made for sample in one.samples]
     if sources != [f"{planted.path}:{line}" for line in planted.good]:
         found.append(f"{planted.path.name}: {len(sources)} samples, expected {len(planted.good)} in order")
     report = planted.path.with_suffix(".report")

@@ -160,11 +160,12 @@ def iter_samples(
 def _tell(path: str | os.PathLike[str], tally: Counter[str], first: str, renderer: Renderer) -> None:
     if tally["empty"]:
         logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, tally["empty"], first)
-    for what, done in (("dropped", "left out: longer than"), ("cut", f"cut ({renderer.truncation}) to")):
-        if tally[what]:
-            logger.warning(
-                "%s: %d of %d records %s max_length %s", path, tally[what], tally["read"], done, renderer.max_length
-            )
+    if tally["dropped"]:
+        told = (path, tally["dropped"], tally["read"], renderer.max_length)
+        logger.warning("%s: left out %d of %d records: longer than max_length %s", *told)
+    if tally["cut"]:
+        told = (path, tally["cut"], tally["read"], renderer.max_length)
+        logger.warning("%s: %d of %d records cut to max_length %s (%s)", *told, renderer.truncation)
 
 
 def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T], list[T]]:
