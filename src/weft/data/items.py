@@ -1,0 +1,114 @@
+"""Records as an audit and a preview need them: read and rendered as training would, but going on where it would stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from weft.data.audit_base import Item, Split
+from weft.data.formats import Conversation, EmptyAnswerError, PlainText, to_example
+from weft.data.records import read_records
+from weft.data.render import Renderer, Sample, Task
+from weft.errors import UserError
+
+
+def read_items(
+    path: str | os.PathLike[str],
+    renderer: Renderer,
+    *,
+    unlimited: Renderer | None = None,
+    split: Split = "train",
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    empty_answers: Literal["error", "skip"] = "error",
+    task: Task = "causal_lm",
+) -> tuple[list[Item], int]:
+    """Every record of a file as an Item, and how many were left out for an empty answer (``empty_answers="skip"``).
+
+    The other arguments are those of ``load_samples``. A record that training would refuse is an Item with a ``problem``.
+    ``unlimited`` is the same renderer without a ``max_length``: it tells how long a record is before it is cut.
+    Raises UserError for a file that cannot be read, and if ``format`` or ``columns`` name what is not there.
+    """
+    items, skipped = [], 0
+    for record in read_records(path, limit=limit):
+        try:
+            example = to_example(record, format=format, columns=columns)
+        except EmptyAnswerError as error:
+            if empty_answers == "skip":
+                skipped += 1
+            else:
+                items.append(Item(split, record.source, problem=("empty-answer", _without(record.source, error))))
+            continue
+        except UserError as error:
+            if not str(error).startswith(record.source):
+                raise  # about the settings, not about this record
+            items.append(Item(split, record.source, problem=("not-read", _without(record.source, error))))
+            continue
+        item = make_item(example, split)
+        _render(item, renderer, unlimited or renderer, task)
+        items.append(item)
+    return items, skipped
+
+
+def make_item(example: Conversation | PlainText, split: Split = "train") -> Item:
+    """An example with its texts; not rendered yet."""
+    item = Item(split, example.source, example)
+    if isinstance(example, PlainText):
+        item.text = example.text
+        return item
+    messages = example.messages
+    item.text = "\n".join(message.content for message in messages)
+    learned = [i for i, turn in enumerate(messages) if i and turn.role == "assistant" and turn.train is not False]
+    if learned:
+        item.answer = messages[learned[-1]].content
+        item.question = messages[learned[-1] - 1].content
+        item.prompt = "\n".join(message.content for message in messages[: learned[-1]])
+    return item
+
+
+def labelled_items(
+    samples: Iterable[Sample], labels: Sequence[str], renderer: Renderer, split: Split = "train"
+) -> list[Item]:
+    """The samples of ``load_labelled`` as Items; their text is what the tokens decode to."""
+    samples = list(samples)
+    texts = renderer.tokenizer.batch_decode([sample.input_ids for sample in samples], skip_special_tokens=True)
+    return [
+        Item(split, sample.source, samples=(sample,), length=len(sample.input_ids), label=labels[sample.label or 0], text=text)
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+
+
+def _render(item: Item, renderer: Renderer, unlimited: Renderer, task: Task) -> None:
+    """Fill in the samples and the length, or the problem."""
+    assert item.example is not None
+    try:
+        whole = unlimited.seq2seq(item.example) if task == "seq2seq" else unlimited.sample(item.example)
+    except UserError as error:
+        nothing = isinstance(item.example, Conversation) and not item.answer
+        item.problem = ("nothing-to-learn" if nothing else "not-rendered", _without(item.source, error))
+        return
+    item.length = len(whole.input_ids)
+    limit = renderer.max_length
+    if unlimited is renderer or limit is None or max(item.length, len(whole.target_ids)) <= limit:
+        item.samples = (whole,)
+        return
+    try:
+        item.samples = (renderer.seq2seq(item.example) if task == "seq2seq" else renderer.sample(item.example),)
+    except UserError as error:
+        cut = renderer.truncate
+        item.problem = ("nothing-to-learn" if cut else "too-long", _without(item.source, error))
+
+
+def _without(source: str, error: UserError) -> str:
+    """The message without the place, which the finding names itself, and without what else it could be."""
+    text = str(error).removeprefix(source).lstrip(": ").split(" Known formats:")[0]
+    return text if len(text) <= 400 else text[:397] + "…"
+
+
+def place_of(source: str) -> tuple[str, int | None]:
+    """``path:line`` as name of the file and line."""
+    path, _, line = source.rpartition(":")
+    return (Path(path).name, int(line)) if path and line.isdecimal() else (source, None)
