@@ -29,6 +29,8 @@ RUN_KEYS: dict[str, str] = {
     "train_on": "which tokens are learned ([data.md](data.md))",
     "max_length": "longest sequence in tokens; default: what the model can take",
     "truncate": "cut longer records instead of refusing them",
+    "audit": "what to do before the first step if the rendered data would train wrongly (nothing to learn, an end that "
+    "is not learned, two BOS …): refuse, say so, or do not look ([data.md](data.md))",
     "hub": "where an id of a model or a data set is looked up; `HF_ENDPOINT` names a mirror of Hugging Face",
     "data_hub": "for data sets, if it is another one than `hub`",
     "shape": "`tiny`: the same architecture with two layers of width 64 and random weights, to try a run in seconds",

@@ -16,7 +16,7 @@ from weft.data.audit_base import CHECKS, Check, Facts, Finding, Hit, Item, Recor
 from weft.data.render import Renderer, Sample
 from weft.errors import UserError, nearest
 
-assert audit_template and audit_text and audit_tokens and audit_whole  # importing them fills CHECKS
+_CHECKERS = (audit_tokens, audit_text, audit_whole, audit_template)  # importing them fills CHECKS
 logger = logging.getLogger(__name__)
 
 AuditMode = Literal["error", "warn", "off"]
@@ -72,7 +72,7 @@ def audit_before_training(
     """The checks of the rendered tokens, a few percent of what rendering costs. A sample given twice counts once.
 
     Warnings are logged, a line per check. With ``error`` findings of a check that refuses (nothing to learn, an end
-    that is not learned, two BOS …) end the run; with ``warn`` they are logged as well; with ``off`` nothing is looked at.
+    that is not learned, two BOS …) end the run; with ``warn`` they are logged as well; with ``off`` nothing is done.
 
     Raises:
         UserError: naming the first records, and what to do.
@@ -102,7 +102,8 @@ def audit_before_training(
 def _line(group: Group) -> str:
     first = group.findings[0]
     count = f" ({len(group.findings):,} records)" if len(group.findings) > 1 else ""
-    return f"{group.check.code}{count}: {first.source + ': ' if first.source else ''}{first.message}. {_capital(first.mend)}."
+    place = f"{first.source}: " if first.source else ""
+    return f"{group.check.code}{count}: {place}{first.message}. {_capital(first.mend)}."
 
 
 def _capital(text: str) -> str:

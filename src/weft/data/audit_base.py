@@ -41,6 +41,7 @@ class Item:
     prompt: str = ""
     question: str = ""
     answer: str = ""
+    shown: str = ""  # of a record that became nothing: its fields
 
     @property
     def messages(self) -> tuple[Message, ...]:

@@ -30,7 +30,8 @@ class Tokens:
         self.weights: Array = np.fromiter(chain.from_iterable(weights), np.float32, total)
         # Samples with a label learn from none of their tokens; an answer is what the others are to end.
         self.writes: Array = np.array([sample.label is None for sample in samples], bool)
-        self.answers: Array = np.array([bool(sample.target_ids) or sample.answer is not None for sample in samples], bool)
+        answers = [bool(sample.target_ids) or sample.answer is not None for sample in samples]
+        self.answers: Array = np.array(answers, bool)
 
     @property
     def learned(self) -> Array:

@@ -20,8 +20,8 @@ _PROMPTS, _ANSWERS = 64, 256
 @over(
     "eos-split",
     "error",
-    "the tokenizer does not know its end-of-sequence token where it follows a word, so a template that writes it teaches "
-    "the letters: mark the token as special in tokenizer.json (`special: true`, `single_word: false`)",
+    "the tokenizer does not know its end-of-sequence token after a word, so a template that writes it teaches its "
+    "letters: mark the token as special in tokenizer.json (`special: true`, `single_word: false`)",
     early="warn",
 )
 def eos_split(records: Records) -> Iterator[Hit]:
@@ -134,7 +134,11 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
         if sample.target_ids or sample.answer is None:
             continue
         turns = [
-            {"role": turn.role, "content": turn.content, **({"tool_calls": list(turn.tool_calls)} if turn.tool_calls else {})}
+            {
+                "role": turn.role,
+                "content": turn.content,
+                **({"tool_calls": [*turn.tool_calls]} if turn.tool_calls else {}),
+            }
             for turn in item.messages[:number]
         ]
         try:
@@ -150,7 +154,8 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
         except Exception as error:  # a template is a program, and this one is not the run's
             yield Hit(item, f"the tokenizer's own template refuses this conversation: {error}")
             continue
-        message = _difference(sample.input_ids[: sample.answer], list(served), facts, "the tokenizer's own template gives")
+        trained, whose = sample.input_ids[: sample.answer], "the tokenizer's own template gives"
+        message = _difference(trained, list(served), facts, whose)
         if message:
             yield Hit(item, *message)
 
@@ -159,9 +164,11 @@ def _difference(trained: list[int], served: list[int], facts: Facts, who: str) -
     """The first token in which two prompts differ, and both from there on."""
     if trained == served:
         return None
-    place = next((i for i, (a, b) in enumerate(zip(trained, served, strict=False)) if a != b), min(len(trained), len(served)))
+    shorter = min(len(trained), len(served))
+    place = next((i for i in range(shorter) if trained[i] != served[i]), shorter)
     one, other = (repr(facts.decode(ids[place : place + 12])) for ids in (trained, served))
-    return f"from token {place} on training sees {one}, and {who} {other}", short(facts.decode(trained[max(0, place - 12) :]))
+    shown = short(facts.decode(trained[max(0, place - 12) :]))
+    return f"from token {place} on training sees {one}, and {who} {other}", shown
 
 
 def _letters(text: str) -> str:

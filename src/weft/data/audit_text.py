@@ -13,21 +13,25 @@ from weft.data.secrets import KINDS, find_secrets
 
 _COPIED = 40  # characters of a question that an answer may begin with
 
-_PLACEHOLDERS = frozenset(
-    "todo tbd fixme n/a n.a. na null nan nil undefined none placeholder xxx ... … [object object] <answer> [answer] "
-    "<output> <response> <noinput> <nooutput> [insert your answer here] your answer here answer here 待补充 待定 暂无 "
-    "暂无答案 略 答案略 无答案".split()
-) | {"[object object]", "your answer here", "answer here", "[insert answer here]", "no answer", "no output"}
-_FILLER = re.compile(r"(?i)\blorem ipsum\b|\[(?:insert|your|add) [a-z ]{2,40}here\]|<insert [a-z ]{2,40}>|^TODO\b|待补充")
+_PLACEHOLDERS = frozenset({
+    "todo", "tbd", "fixme", "n/a", "n.a.", "na", "null", "nan", "nil", "undefined", "none", "placeholder", "xxx", "...",
+    "…", "[object object]", "<answer>", "[answer]", "<output>", "<response>", "<noinput>", "<nooutput>", "no answer",
+    "no output", "your answer here", "answer here", "[insert answer here]", "待补充", "待定", "暂无", "暂无答案", "略",
+    "答案略", "无答案",
+})  # fmt: skip
+_FILLER = re.compile(
+    r"(?i)\blorem ipsum\b|\[(?:insert|your|add) [a-z ]{2,40}here\]|<insert [a-z ]{2,40}>|^TODO\b|待补充"
+)
 _REFUSAL = re.compile(
-    r"(?i)^\W*(?:i'?m sorry,? but |sorry,? )?(?:as|i am|i'm) (?:just )?an? (?:ai|artificial intelligence|large|language)"
-    r"(?: ?assistant| language| model|,| trained| i )|^\W*(?:抱歉|对不起)?[，, ]*(?:我是|作为)(?:一个|一名|一款)?"
+    r"(?i)^\W*(?:i'?m sorry,? but |sorry,? )?(?:as an? (?:ai|artificial intelligence|large language|language)\b"
+    r"|i(?:'m| am) (?:just |only )?an? (?:ai|large)? ?language model)"
+    r"|^\W*(?:抱歉|对不起)?[，, ]*(?:我是|作为)(?:一个|一名|一款)?"
     r"(?:AI|人工智能|语言模型|大型语言模型|大语言模型)(?:语言模型|助手|模型)?[，,]? ?(?:我)?(?:无法|不能|没有)"
 )
 # {{name}}, ${name}, and {instruction}: the last only for the names that prompt templates use.
 _VARIABLE = re.compile(
-    r"\{\{ ?[A-Za-z_\u4e00-\u9fff][\w. \u4e00-\u9fff]{0,40}\}\}|\$\{[A-Za-z_]\w{0,40}\}|\{\{?(?:instruction|input|output|"
-    r"prompt|response|question|answer|context|system|query|history|completion|user_input|name|author)\}|"
+    r"\{\{ ?[A-Za-z_\u4e00-\u9fff][\w. \u4e00-\u9fff]{0,40}\}\}|\$\{[A-Za-z_]\w{0,40}\}|\{\{?(?:instruction|input|"
+    r"output|prompt|response|question|answer|context|system|query|history|completion|user_input|name|author)\}|"
     r"\{%-? ?(?:for|if|endif|endfor|set)\b"
 )
 # The marks that templates of chat models write; none is text that people write.
@@ -43,7 +47,7 @@ _GARBLED = re.compile("锟斤拷|烫烫烫|屯屯屯|鈥[檚淍]|銆[傚俔]|\uf
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f\ue000-\uf8ff]")
 
 
-@each("answer-without-words", "error", "an answer without a letter or a digit teaches to say nothing: remove the record")
+@each("answer-without-words", "error", "an answer without letters or digits says nothing: remove the record")
 def answer_without_words(item: Item, facts: Facts) -> tuple[str, str] | None:
     """An answer of punctuation or white space only."""
     if not item.answer or any(unicodedata.category(letter)[0] in "LNS" for letter in item.answer[:400]):
@@ -88,7 +92,7 @@ def _about_templates(text: str) -> bool:
     return looks_like_code(text) or bool(re.search(r"`|</|\(\)|;\s*$|\\[a-z]+\{|print\(|\bf\"", text, re.MULTILINE))
 
 
-@each("chat-markup", "error", "the record was rendered for another model: give its plain text, the template adds its own")
+@each("chat-markup", "error", "it was rendered for some model before: give the plain text, the template adds its own")
 def chat_markup(item: Item, facts: Facts) -> tuple[str, str] | None:
     """Text that is already rendered with some chat template's marks."""
     marks = {found[0].strip() for found in _MARKUP.finditer(item.text)}
@@ -99,7 +103,7 @@ def chat_markup(item: Item, facts: Facts) -> tuple[str, str] | None:
     return message, short(item.text, first.start() if first else None)
 
 
-@each("control-token", "warning", "it is learned as ordinary text and controls nothing: remove it unless it is the topic")
+@each("control-token", "warning", "it is ordinary text here and controls nothing: remove it unless it is the topic")
 def control_token(item: Item, facts: Facts) -> tuple[str, str] | None:
     """A control token of the tokenizer, typed in the text of a record."""
     pattern = facts.control_pattern
@@ -135,7 +139,8 @@ def control_characters(item: Item, facts: Facts) -> tuple[str, str] | None:
     found = _CONTROL.search(item.text)
     if found is None:
         return None
-    return f"the character U+{ord(found[0]):04X} stands in the text", short(item.text.replace(found[0], "·"), found.start())
+    shown = short(item.text.replace(found[0], "·"), found.start())
+    return f"the character U+{ord(found[0]):04X} stands in the text", shown
 
 
 @each("answer-is-question", "error", "the answer repeats the question: write an answer, or remove the record")
@@ -148,7 +153,7 @@ def answer_is_question(item: Item, facts: Facts) -> tuple[str, str] | None:
     return "the answer is the same text as the question", short(f"{item.question} → {item.answer}")
 
 
-@each("answer-repeats-question", "warning", "cut the repetition off: the model would begin its answers with the question")
+@each("answer-repeats-question", "warning", "cut the repetition off: answers would begin with the question")
 def answer_repeats_question(item: Item, facts: Facts) -> tuple[str, str] | None:
     """The answer begins with the whole question."""
     question = item.question.strip()

@@ -1,4 +1,4 @@
-"""Checks of what the records became: is the end learned, is anything learned, are the special tokens where they belong."""
+"""Checks of what the records became: is anything learned, is the end, are the special tokens where they belong."""
 
 from __future__ import annotations
 
@@ -198,13 +198,15 @@ def _problem_check(code: str, mend: str, about: str) -> None:
     def look(item: Item, facts: Facts) -> tuple[str, str] | None:
         if item.problem is None or item.problem[0] != code:
             return None
-        return item.problem[1], short(item.text)
+        return item.problem[1], item.shown or short(item.text)
 
     look.__doc__ = about
     each(code, "error", mend)(look)
 
 
-_problem_check("empty-answer", "give the record an answer, remove it, or set `empty_answers: skip`", "An answer is empty.")
+_problem_check(
+    "empty-answer", "give the record an answer, remove it, or set `empty_answers: skip`", "An answer is empty."
+)
 _problem_check(
     "too-long", "raise `max_length`, have long records cut, or remove them", "A record is longer than max_length."
 )
@@ -215,7 +217,7 @@ _problem_check("not-rendered", "mend the record or the chat template, as the mes
 def _problems(records: Records, code: str) -> Iterator[Hit]:
     for item in records.items:
         if item.problem is not None and item.problem[0] == code:
-            yield Hit(item, item.problem[1], short(item.text))
+            yield Hit(item, item.problem[1], item.shown or short(item.text))
 
 
 # ---------------------------------------------------------------------------------------------------- ends of answers
@@ -269,7 +271,8 @@ def _ends_to_look_at(records: Records) -> tuple[Array, Array]:
         # sample the last answer is looked at, and whatever follows it.
         final = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
         learned_eos = tokens.learned & (tokens.ids == (-1 if eos is None else eos))
-        starts = tokens.starts[:-1] + np.array([0 if sample.target_ids else sample.answer or 0 for sample in tokens.samples], np.int64)
+        begins = [0 if sample.target_ids else sample.answer or 0 for sample in tokens.samples]
+        starts = tokens.starts[:-1] + np.array(begins, np.int64)
         sums = np.concatenate([[0], np.cumsum(learned_eos)])
         wrong &= final & (sums[tokens.starts[1:]] - sums[starts] == 0)[owners]
     return ends[wrong], owners[wrong]

@@ -49,7 +49,8 @@ def leak(records: Records) -> Iterator[Hit]:
     prompts = {normalise(item.prompt): item for item in reversed(records.of("train")) if item.prompt.strip()}
     told = set()
     for item in evaluation:
-        for found, what in ((whole.get(keys[id(item)]), "the record"), (prompts.get(normalise(item.prompt)), "the prompt")):
+        copies = ((whole.get(keys[id(item)]), "the record"), (prompts.get(normalise(item.prompt)), "the prompt"))
+        for found, what in copies:
             if found is not None and found.text and id(item) not in told:
                 told.add(id(item))
                 yield Hit(item, f"{what} stands in the training data too, {found.source}", short(item.text))
@@ -77,7 +78,7 @@ def contradiction(records: Records) -> Iterator[Hit]:
         yield Hit(item, message, f"{short(said[0])} ↔ {short(said[1])}")
 
 
-@over("common-prompt", "warning", "thin these records out: a prompt that stands for so much of the data drowns the rest")
+@over("common-prompt", "warning", "thin these records out: one prompt drowns the rest")
 def common_prompt(records: Records) -> Iterator[Hit]:
     """One prompt stands in too large a share of the training data."""
     items = [item for item in records.of("train") if item.prompt.strip()]
@@ -126,7 +127,7 @@ def small_eval(records: Records) -> Iterator[Hit]:
     held, trained = len(records.of("eval")), len(records.of("train"))
     wanted = max(_FEW, min(_ENOUGH, math.ceil(trained / 100)))
     if 0 < held < wanted and trained >= _FEW:
-        yield Hit(None, f"{held} records to evaluate on, beside {trained:,} to train on; {wanted} or more say something")
+        yield Hit(None, f"{held} records to evaluate on, beside {trained:,} to train on; {wanted} or more would do")
 
 
 # ------------------------------------------------------------------------------------------------------------- shared

@@ -19,7 +19,8 @@ import numpy as np
 
 THRESHOLD = 0.8
 SHINGLE = 5
-# A pair of similarity s shares a band of 5 of 100 minima with probability 1 - (1 - s^5)^20: 0.9996 at 0.8, 6e-6 at 0.05.
+# A pair of similarity s shares a band of 5 of 100 minima with probability 1 - (1 - s^5)^20: 0.9996 at 0.8, 6e-6 at
+# 0.05.
 _BANDS, _ROWS = 20, 5
 _MINIMA = _BANDS * _ROWS
 # Of many texts in one bucket each is compared to as many of those after it: a template filled in 50,000 times would
@@ -77,9 +78,7 @@ def near(texts: Sequence[str], threshold: float = THRESHOLD) -> list[Pair]:
     pairs = pairs[estimates >= threshold - _MARGIN]
     measured = shingles.similarities(pairs)
     kept = measured >= threshold
-    found = [
-        Pair(int(a), int(b), round(float(s), 4)) for (a, b), s in zip(pairs[kept], measured[kept], strict=True)
-    ]
+    found = [Pair(int(a), int(b), round(float(s), 4)) for (a, b), s in zip(pairs[kept], measured[kept], strict=True)]
     return sorted(found, key=lambda pair: (-pair.similarity, pair.first, pair.second))
 
 

@@ -1,15 +1,15 @@
-"""Records as an audit and a preview need them: read and rendered as training would, but going on where it would stop."""
+"""Records as an audit and a preview need them: read and rendered as in training, but going on where that would stop."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
-from weft.data.audit_base import Item, Split
-from weft.data.formats import Conversation, EmptyAnswerError, PlainText, to_example
-from weft.data.records import read_records
+from weft.data.audit_base import Item, Split, short
+from weft.data.formats import Conversation, EmptyAnswerError, Message, PlainText, to_example
+from weft.data.records import Record, read_records
 from weft.data.render import Renderer, Sample, Task
 from weft.errors import UserError
 
@@ -28,7 +28,7 @@ def read_items(
 ) -> tuple[list[Item], int]:
     """Every record of a file as an Item, and how many were left out for an empty answer (``empty_answers="skip"``).
 
-    The other arguments are those of ``load_samples``. A record that training would refuse is an Item with a ``problem``.
+    The other arguments are those of ``load_samples``. A record that training refuses is an Item with a ``problem``.
     ``unlimited`` is the same renderer without a ``max_length``: it tells how long a record is before it is cut.
     Raises UserError for a file that cannot be read, and if ``format`` or ``columns`` name what is not there.
     """
@@ -40,17 +40,22 @@ def read_items(
             if empty_answers == "skip":
                 skipped += 1
             else:
-                items.append(Item(split, record.source, problem=("empty-answer", _without(record.source, error))))
+                items.append(_refused(record, split, "empty-answer", error))
             continue
         except UserError as error:
             if not str(error).startswith(record.source):
                 raise  # about the settings, not about this record
-            items.append(Item(split, record.source, problem=("not-read", _without(record.source, error))))
+            items.append(_refused(record, split, "not-read", error))
             continue
         item = make_item(example, split)
         _render(item, renderer, unlimited or renderer, task)
         items.append(item)
     return items, skipped
+
+
+def _refused(record: Record, split: Split, code: str, error: UserError) -> Item:
+    shown = short(json.dumps(record.fields, ensure_ascii=False, default=str))
+    return Item(split, record.source, problem=(code, _without(record.source, error)), shown=shown)
 
 
 def make_item(example: Conversation | PlainText, split: Split = "train") -> Item:
@@ -60,13 +65,18 @@ def make_item(example: Conversation | PlainText, split: Split = "train") -> Item
         item.text = example.text
         return item
     messages = example.messages
-    item.text = "\n".join(message.content for message in messages)
+    item.text = "\n".join(map(_said, messages))
     learned = [i for i, turn in enumerate(messages) if i and turn.role == "assistant" and turn.train is not False]
     if learned:
         item.answer = messages[learned[-1]].content
         item.question = messages[learned[-1] - 1].content
         item.prompt = "\n".join(message.content for message in messages[: learned[-1]])
     return item
+
+
+def _said(message: Message) -> str:
+    calls = json.dumps([call["function"] for call in message.tool_calls], ensure_ascii=False)
+    return message.content if not message.tool_calls else f"{message.content}\n{calls}".lstrip()
 
 
 def labelled_items(
@@ -76,7 +86,7 @@ def labelled_items(
     samples = list(samples)
     texts = renderer.tokenizer.batch_decode([sample.input_ids for sample in samples], skip_special_tokens=True)
     return [
-        Item(split, sample.source, samples=(sample,), length=len(sample.input_ids), label=labels[sample.label or 0], text=text)
+        Item(split, sample.source, None, (sample,), len(sample.input_ids), label=labels[sample.label or 0], text=text)
         for sample, text in zip(samples, texts, strict=True)
     ]
 
@@ -106,9 +116,3 @@ def _without(source: str, error: UserError) -> str:
     """The message without the place, which the finding names itself, and without what else it could be."""
     text = str(error).removeprefix(source).lstrip(": ").split(" Known formats:")[0]
     return text if len(text) <= 400 else text[:397] + "…"
-
-
-def place_of(source: str) -> tuple[str, int | None]:
-    """``path:line`` as name of the file and line."""
-    path, _, line = source.rpartition(":")
-    return (Path(path).name, int(line)) if path and line.isdecimal() else (source, None)

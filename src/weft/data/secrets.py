@@ -78,7 +78,7 @@ def _iban(text: str) -> bool:
 
 def _email(text: str) -> bool:
     local, _, domain = text.lower().partition("@")
-    made_up = re.search(r"(^|\.)(example|test|invalid|localhost|domain|email|company|yourdomain|xyz|abc)\.", f".{domain}")
+    made_up = re.search(r"\.(example|test|invalid|localhost|domain|email|company|yourdomain|xyz|abc)\.", f".{domain}.")
     return not made_up and local not in _MADE_UP_NAMES
 
 

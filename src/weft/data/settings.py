@@ -26,3 +26,4 @@ class DataSettings(BaseModel):
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     max_length: int | None = Field(default=None, gt=1)
     truncate: bool = False
+    audit: Literal["error", "warn", "off"] = "error"

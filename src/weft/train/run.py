@@ -14,6 +14,7 @@ from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
 from weft.data import Renderer, Sample
+from weft.data.audit import audit_before_training
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
@@ -26,6 +27,7 @@ from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
+    | {"audit"}
 )
 
 
@@ -54,20 +56,13 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     places = data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
     sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
-    limit = sketch.architecture.max_length
-    length = config.max_length or limit
-    if limit is not None and length is not None and length > limit:
-        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
-    renderer = Renderer(
-        sketch.tokenizer,
-        chat_template=config.chat_template,
-        train_on=config.train_on,
-        max_length=length,
-        truncate=config.truncate,
-    )
+    renderer = make_renderer(config, sketch.tokenizer, sketch.architecture.max_length)
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
     loaded = [read.job(job) for job in config.jobs]
+    audit_before_training(
+        renderer, (s for d in loaded for s in d.train), (s for d in loaded for s in d.held), config.audit
+    )
     _check(config, sketch, loaded)
     if base is None:
         base = load_base(
@@ -91,6 +86,24 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         adapters.close()
         raise
     return Setup(config, base, adapters, renderer, jobs)
+
+
+def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Renderer:
+    """What renders the run's data, for a base that has ``limit`` positions (None: any number).
+
+    Raises:
+        UserError: a setting asks for what the base or the tokenizer does not have.
+    """
+    length = config.max_length or limit
+    if limit is not None and length is not None and length > limit:
+        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
+    return Renderer(
+        tokenizer,
+        chat_template=config.chat_template,
+        train_on=config.train_on,
+        max_length=length,
+        truncate=config.truncate,
+    )
 
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
