@@ -16,6 +16,7 @@ from weft.errors import UserError
 if TYPE_CHECKING:
     from weft.data.audit_base import Finding, Item
     from weft.train.examined import Examined
+    from weft.train.settings import RunConfig
 
 
 def preview(
@@ -46,42 +47,19 @@ def preview(
 
     Leaves with code 1 if the audit finds errors.
     """
-    from weft.cli.train import _settings as settings_of
-    from weft.data.audit import audit
-    from weft.data.statistics import statistics
-    from weft.train.examined import examine
-
     begun = time.perf_counter()
-    flags: dict[str, Any] = {key: value for key, value in (("model", model), ("data", data)) if value is not None}
-    words = list(config or [])
-    if not words and not flags:
-        raise UserError("nothing to preview: give a CONFIG.yaml, or --model and --data.")
-    from_file = bool(words) and "=" not in words[0]
-    if not from_file and not any(word.startswith(("method=", "jobs=", "jobs.")) for word in words):
-        flags["method"] = "lora"  # no method changes what is read; one has to be named
-    settings = settings_of(words, flags)
-    if settings.shape == "full":
-        common.tell_hub(settings.model)
-    views = []
-    for data_set in examine(settings):
-        findings = audit(data_set.items, data_set.facts, ignore=ignore or ())
-        figures = {
-            split: statistics(of_split, batch_size=data_set.batch_size, findings=findings)
-            for split in ("train", "eval")
-            if (of_split := [item for item in data_set.items if item.split == split])
-        }
-        figures["train"]["left_out"] = data_set.left_out
-        views.append(View(data_set, findings, figures, chosen(data_set.items, samples, record or ())))
-    title = f"{settings.model}, {', '.join(dict.fromkeys(job.data or settings.data for job in settings.jobs))}"
-    seconds = time.perf_counter() - begun
+    settings = _settings(list(config or []), model, data)
+    views = _views(settings, samples, record or (), ignore or ())
     if html is not None:
         from weft.cli.preview_html import page
 
-        html.write_text(page(title, views), encoding="utf-8")
+        files = dict.fromkeys(job.data or settings.data for job in settings.jobs)
+        html.write_text(page(f"{settings.model}, {', '.join(files)}", views), encoding="utf-8")
     failed = any(finding.severity == "error" for view in views for finding in view.findings)
     if as_json:
-        common.print_json({"model": settings.model, "ok": not failed, "seconds": round(seconds, 2),
-                           "data": [view.json() for view in views]})  # fmt: skip
+        seconds = round(time.perf_counter() - begun, 2)
+        found = [view.json() for view in views]
+        common.print_json({"model": settings.model, "ok": not failed, "seconds": seconds, "data": found})
     else:
         from weft.cli.preview_text import show
 
@@ -90,6 +68,38 @@ def preview(
         if html is not None:
             print(f"page -> {shlex.quote(str(html))}")
     return common.AUDIT_FAILED if failed else common.DONE
+
+
+def _settings(words: list[str], model: str | None, data: str | None) -> RunConfig:
+    from weft.cli.train import _settings as settings_of
+
+    flags: dict[str, Any] = {key: value for key, value in (("model", model), ("data", data)) if value is not None}
+    if not words and not flags:
+        raise UserError("nothing to preview: give a CONFIG.yaml, or --model and --data.")
+    from_file = bool(words) and "=" not in words[0]
+    if not from_file and not any(word.startswith(("method=", "jobs=", "jobs.")) for word in words):
+        flags["method"] = "lora"  # no method changes what is read; one has to be named
+    return settings_of(words, flags)
+
+
+def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Sequence[str]) -> list[View]:
+    from weft.data.audit import audit
+    from weft.data.statistics import statistics
+    from weft.train.examined import examine
+
+    if settings.shape == "full":
+        common.tell_hub(settings.model)
+    views = []
+    for data_set in examine(settings):
+        findings = audit(data_set.items, data_set.facts, ignore=ignore)
+        figures = {}
+        for split in ("train", "eval"):
+            items = [item for item in data_set.items if item.split == split]
+            if items:
+                figures[split] = statistics(items, batch_size=data_set.batch_size, findings=findings)
+        figures["train"]["left_out"] = data_set.left_out
+        views.append(View(data_set, findings, figures, chosen(data_set.items, samples, records)))
+    return views
 
 
 class View:

@@ -63,13 +63,13 @@ def _view(view: View) -> Iterator[str]:
     names = escape(", ".join(view.data_set.names))
     yield from _findings(view)
     for split, figures in view.figures.items():
-        yield f"<h2>{names}: {split} data</h2>\n<table>"
+        yield f"<h2>{split} data of {names}</h2>\n<table>"
         for name, text in rows_of(figures, view.data_set.renderer.max_length):
             yield f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>"
         yield f"</table>\n{_histogram(figures['histogram'])}\n"
     if view.shown:
         yield (
-            f'<h2>{names}: samples</h2><p><span class="t l">learned tokens</span> <span class="t">other tokens</span> '
+            f'<h2>Samples</h2><p><span class="t l">learned tokens</span> <span class="t">other tokens</span> '
             '<span class="t s">special tokens</span> <span class="faint">⏎ line end, ⇥ tab; a weight besides 0 and 1 '
             "stands behind its token; in the table positions count from the sequence's own beginning</span></p>\n"
         )

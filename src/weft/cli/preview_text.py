@@ -33,9 +33,8 @@ def show(view: View, out: Console, *, tokens: bool = False) -> None:
         begin = _sample(item, view, out, begin, tokens)
     if len(view.shown) > 1 and begin:
         out.print(f"{len(view.shown)} sequences in one stream of {begin} tokens: none sees another, none is padded\n")
-    name = ", ".join(view.data_set.names)
     for split, figures in view.figures.items():
-        out.print(Text(f"{name}: {split} data", "bold"))
+        out.print(Text(f"{split} data of {', '.join(view.data_set.names)}", "bold"))
         _figures(figures, out, renderer.max_length)
     _findings(view, out)
 
