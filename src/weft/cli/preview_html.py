@@ -69,7 +69,7 @@ def _view(view: View) -> Iterator[str]:
         yield f"</table>\n{_histogram(figures['histogram'])}\n"
     if view.shown:
         yield (
-            f'<h2>Samples</h2><p><span class="t l">learned tokens</span> <span class="t">other tokens</span> '
+            '<h2>Samples</h2><p><span class="t l">learned tokens</span> <span class="t">other tokens</span> '
             '<span class="t s">special tokens</span> <span class="faint">⏎ line end, ⇥ tab; a weight besides 0 and 1 '
             "stands behind its token; in the table positions count from the sequence's own beginning</span></p>\n"
         )
