@@ -99,7 +99,7 @@ def answer_not_learned(records: Records) -> Iterator[Hit]:
             pairs = zip(sample.input_ids[first:], sample.weights[first:], strict=True)
             learned = [number for number, weight in pairs if weight]
         unknown = facts.special("unk")
-        if "<think" in item.answer or (unknown is not None and unknown in learned):
+        if not learned or "<think" in item.answer or (unknown is not None and unknown in learned):
             continue  # templates take thoughts out
         text = facts.decode(learned)
         if _letters(item.answer) not in _letters(text):

@@ -39,7 +39,7 @@ def nothing_to_learn(records: Records) -> Iterator[Hit]:
 def eos_never_learned(records: Records) -> Iterator[Hit]:
     """The end-of-sequence token is learned in no record."""
     tokens, eos = records.tokens, records.facts.special("eos")
-    if not bool((tokens.learned & tokens.writes.repeat(tokens.lengths)).any()) or _end_is_learned(records):
+    if _end_is_learned(records) or not any(_ends_of(records).values()):
         return
     name = "the tokenizer has none" if eos is None else f"{records.facts.tokenizer.eos_token!r}, id {eos}"
     first = _first_end(records)
@@ -235,10 +235,15 @@ def _first_end(records: Records) -> str:
 
 def _ends_without_eos(records: Records, kind: str) -> Iterator[tuple[Item, int]]:
     """Learned stretches that do not end as they should: ``cut`` by max_length, EOS ``masked``, or ``missing``."""
+    for sample, place in _ends_of(records)[kind]:
+        yield records.owners[sample], place
+
+
+def _ends_of(records: Records) -> dict[str, list[tuple[int, int]]]:
     if "ends" not in records.kept:
         records.kept["ends"] = _sorted_ends(records)
-    for sample, place in records.kept["ends"][kind]:
-        yield records.owners[sample], place
+    found: dict[str, list[tuple[int, int]]] = records.kept["ends"]
+    return found
 
 
 def _sorted_ends(records: Records) -> dict[str, list[tuple[int, int]]]:
