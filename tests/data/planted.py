@@ -249,7 +249,7 @@ BUGS = [
     Bug("secret", rows_with(output="Ask maria.lopez82@gmail.com, she cooks.")),
     Bug("duplicate", plus({**clean_rows()[0], "output": clean_rows()[0]["output"].upper()})),
     Bug("near-duplicate", plus({**clean_rows()[0], "output": clean_rows()[0]["output"].replace("bowls", "pots")})),
-    Bug("leak", lambda: DataSet(held=clean_rows(60)[40:] + [clean_rows()[4]]), ("eval:21",), "the record"),
+    Bug("leak", lambda: DataSet(held=[*clean_rows(60)[40:], clean_rows()[4]]), ("eval:21",), "the record"),
     Bug("leak", lambda: DataSet(held=[*clean_rows(60)[40:], {**clean_rows()[4], "output": "Nobody knows, 1 says."}]),
         ("eval:21",), "the prompt"),
     Bug("leak", lambda: DataSet(held=[*clean_rows(60)[40:],
@@ -288,9 +288,9 @@ def many_turns() -> DataSet:
 
 def programs() -> DataSet:
     """Code, whose braces are no left-over variables."""
+    code = "```python\ndef add_%d(count):\n    return f\"{count + %d}\"\n```\n`{{ %s }}`"
     rows = [{"instruction": f"Write a Jinja line and a function that adds {n} to {PLACES[n]}'s count.",
-             "output": f"```python\ndef add_{n}(count):\n    return f\"{{count + {n}}}\"\n```\n`{{{{ {PLACES[n].lower()} }}}}`"}
-            for n in range(12)]  # fmt: skip
+             "output": code % (n, n, PLACES[n].lower())} for n in range(12)]  # fmt: skip
     return DataSet(rows=rows)
 
 

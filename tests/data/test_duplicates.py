@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from weft.data import duplicates
 from weft.data.duplicates import SHINGLE, jaccard, near, normalise, same
 
-ENGLISH = (
-    "the a of river mountain answer because people often write about light water under seven old houses where nobody "
-    "lives and every morning begins with bread cold tea or a long walk to school while birds sing loudly in tall trees"
-).split()
-CHINESE = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民得经"
+ENGLISH = """the a of river mountain answer because people often write about light water under seven old houses where
+nobody lives and every morning begins with bread cold tea or a long walk to school while birds sing in tall trees"""
+WORDS = ENGLISH.split()
+CHINESE = (
+    "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所"
+    "民得经"
+)
 
 
 def shingles_ref(text: str) -> set[str]:
@@ -44,7 +46,7 @@ def test_jaccard_is_the_definition(one: str, other: str) -> None:
 def text_of(generator: random.Random, chinese: bool, length: int) -> str:
     if chinese:
         return "".join(generator.choice(CHINESE) for _ in range(length))
-    return " ".join(generator.choice(ENGLISH) for _ in range(length // 4))
+    return " ".join(generator.choice(WORDS) for _ in range(length // 4))
 
 
 def changed(generator: random.Random, text: str, chinese: bool, edits: int) -> str:
@@ -52,7 +54,7 @@ def changed(generator: random.Random, text: str, chinese: bool, edits: int) -> s
     parts = list(text) if chinese else text.split()
     for _ in range(edits):
         place = generator.randrange(len(parts))
-        other = generator.choice(CHINESE if chinese else ENGLISH)
+        other = generator.choice(CHINESE if chinese else WORDS)
         parts[place : place + generator.randrange(2)] = [other] * generator.randrange(2)
         parts = parts or [other]
     return "".join(parts) if chinese else " ".join(parts)

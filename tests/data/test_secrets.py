@@ -30,12 +30,34 @@ FOUND = [
     ("phone", "+44 20 7946 0958"),
 ]
 NOT = [
-    "user@example.com", "name@company.com", "foo@bar", "a@b.c", "sk-your-api-key-here-please-do", "sk-learn", "sk-" + "x" * 30,
-    "password = os.environ['PASSWORD']", "password: your_password1", "4539 1488 0343 6468", "1234567890123456",
-    "110105194912310021", "DE00 3704 0044 0532 0130 00", "555-555-5555", "(555) 867-5309", "800-123-4567", "123-456-7890",
-    "3.14159265358979323846", "ISBN 978-3-16-148410-0", "2023-01-15 12:30:00", "1,234,567,890", "the result is 13800000000000",
-    "4 8 15 16 23 42 4 8 15 16 23 42", "git@github.com:org/repo.git", "一共1380元，买了12345个", "0123456789", "1700000000",
-]  # fmt: skip
+    "user@example.com",
+    "name@company.com",
+    "foo@bar",
+    "a@b.c",
+    "sk-your-api-key-here-please-do",
+    "sk-learn",
+    "xoxb-your-token-here",
+    "password = os.environ['PASSWORD']",
+    "password: your_password1",
+    "4539 1488 0343 6468",
+    "1234567890123456",
+    "110105194912310021",
+    "DE00 3704 0044 0532 0130 00",
+    "555-555-5555",
+    "(555) 867-5309",
+    "800-123-4567",
+    "123-456-7890",
+    "3.14159265358979323846",
+    "ISBN 978-3-16-148410-0",
+    "2023-01-15 12:30:00",
+    "1,234,567,890",
+    "the result is 13800000000000",
+    "4 8 15 16 23 42 4 8 15 16 23 42",
+    "git@github.com:org/repo.git",
+    "一共1380元，买了12345个",
+    "0123456789",
+    "1700000000",
+]
 
 
 @pytest.mark.parametrize(("kind", "text"), FOUND)

@@ -45,7 +45,7 @@ def _sample(item: Item, view: View, out: Console, begin: int, tokens: bool) -> i
     label = f"  label {item.label}" if item.label is not None else ""
     if item.problem is not None and not item.samples:
         out.print(Text(f"── {item.source}", "bold"))
-        out.print(Text(f"becomes no sample: {item.problem[1]}", "red"))
+        out.print(Text(f"becomes no sample: {visible(item.problem[1])}", "red"), soft_wrap=not out.is_terminal)
         out.print(Text(visible(item.text or item.shown)))
     for sample in item.samples:
         end = begin + len(sample.input_ids)
@@ -53,7 +53,7 @@ def _sample(item: Item, view: View, out: Console, begin: int, tokens: bool) -> i
         total = len(sample.input_ids) + len(sample.target_ids)
         cut = f"  cut from {item.length} tokens" if item.length > len(sample.input_ids) else ""
         head = f"── {item.source}{label}  {total} tokens, {learned} learned{cut}  rows {begin}–{end - 1} of the stream"
-        out.print(Text(head, "bold"))
+        out.print(Text(head, "bold"), soft_wrap=not out.is_terminal)
         found = pieces(view.data_set.facts.tokenizer, sample)
         _lines(found, out)
         if tokens:
@@ -196,19 +196,25 @@ def _findings(view: View, out: Console) -> None:
     for group in grouped(view.findings):
         colour = "bold red" if group.check.severity == "error" else "bold yellow"
         head = Text.assemble((f"{group.check.severity}: {group.check.code}", colour), f"  {group.check.about}")
-        out.print(head + Text(f" {len(group.findings):,}×" if len(group.findings) > 1 else "", colour))
+        count = Text(f"  {len(group.findings):,}×" if len(group.findings) > 1 else "", colour)
+        out.print(head + count, soft_wrap=not out.is_terminal)
         for finding in group.findings[:_LISTED]:
-            out.print(Text(f"  {finding.source + ': ' if finding.source else ''}{finding.message}"))
+            line = Text(f"  {finding.source + ': ' if finding.source else ''}{_printable(finding.message)}")
+            out.print(line, soft_wrap=not out.is_terminal)  # a line of a file can be searched
             if finding.shown:
                 shown = Text(f"    {_printable(finding.shown)}", "dim")
                 shown.truncate(out.width, overflow="ellipsis")
                 out.print(shown, no_wrap=True)
         if len(group.findings) > _LISTED:
             out.print(Text(f"  … and {len(group.findings) - _LISTED:,} more (--json lists all)", "dim"))
-        out.print(Text(f"  mend: {group.findings[0].mend}.", "italic"))
-    what = f"{errors:,} errors, {len(view.findings) - errors:,} warnings"
+        out.print(Text(f"  mend: {group.findings[0].mend}.", "italic"), soft_wrap=not out.is_terminal)
+    what = f"{_count(errors, 'error')}, {_count(len(view.findings) - errors, 'warning')}"
     colour = "bold red" if errors else "bold yellow" if view.findings else "bold green"
     out.print(Text(f"audit: {what if view.findings else 'nothing found'}", colour))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _printable(text: str) -> str:

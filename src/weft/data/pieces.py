@@ -9,7 +9,7 @@ from typing import Any
 
 from weft.data.render import Sample
 
-_LONGEST = 8  # tokens that one character may be spread over
+_BYTES = 4  # of UTF-8, and so tokens, that one character may be spread over
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,17 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, bool]]:
     before = ""
     for place in range(len(ids)):
         text = decode(ids[start : place + 1])
-        if text.endswith("\ufffd") and place - begin + 1 < _LONGEST and place + 1 < len(ids):
-            result.append(("", True))
-            continue
+        if text.endswith("\ufffd"):
+            # Bytes that are no character yet, or text that holds this very character: what comes next tells.
+            ahead = range(place + 2, min(place + 1 + _BYTES, len(ids) + 1))
+            if any(not decode(ids[start:end]).startswith(text) for end in ahead):
+                result.append(("", True))
+                continue
         added = text[len(before) :] if text.startswith(before) else decode(ids[begin : place + 1])
         result.append((added, place > begin))
-        start, begin = begin, place + 1
-        before = decode(ids[start:begin])
+        if added:
+            start, begin = begin, place + 1
+            before = decode(ids[start:begin])
     return result
 
 
