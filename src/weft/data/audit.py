@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from weft.data import audit_template, audit_text, audit_tokens, audit_whole
-from weft.data.audit_base import CHECKS, Check, Facts, Finding, Hit, Item, Records, Split
+from weft.data.audit_base import CHECKS, Check, Facts, Finding, Hit, Item, Records
 from weft.data.render import Renderer, Sample
 from weft.errors import UserError, nearest
 
@@ -47,7 +47,10 @@ def audit(
     for code in (*ignore, *(only or ())):
         if code not in CHECKS:
             raise UserError(f"there is no check {code!r}.{nearest(code, CHECKS)} Checks: {', '.join(CHECKS)}.")
-    records = Records(items, facts)
+    return _findings(Records(items, facts), ignore, only)
+
+
+def _findings(records: Records, ignore: Collection[str], only: Collection[str] | None) -> list[Finding]:
     wanted = [check for check in CHECKS.values() if check.code not in ignore and (only is None or check.code in only)]
     found = [_finding(check, hit) for check in wanted for hit in check.run(records)]
     return sorted(found, key=lambda finding: finding.severity != "error")
@@ -79,11 +82,11 @@ def audit_before_training(
     """
     if mode == "off":
         return []
-    splits: dict[int, tuple[Sample, Split]] = {id(sample): (sample, "eval") for sample in held}
-    splits |= {id(sample): (sample, "train") for sample in train}
-    items = [Item(split, sample.source, samples=(sample,)) for sample, split in splits.values()]
+    trained = {id(sample): sample for sample in train}
+    evaluated = {id(sample): sample for sample in held if id(sample) not in trained}
+    samples = (list(trained.values()), list(evaluated.values()))
     early = {check.code for check in CHECKS.values() if check.early}
-    findings = audit(items, Facts(renderer, max_length=renderer.max_length), only=early)
+    findings = _findings(Records((), Facts(renderer, max_length=renderer.max_length), samples), (), early)
     refused = []
     for group in grouped(findings):
         if group.check.early == "refuse" and mode == "error":

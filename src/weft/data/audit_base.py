@@ -105,20 +105,33 @@ class Hit:
 
 
 class Records:
-    """All records of an audit, and what several checks make of them."""
+    """All records of an audit, and what several checks make of them.
 
-    def __init__(self, items: Sequence[Item], facts: Facts) -> None:
-        self.items, self.facts = items, facts
+    ``samples`` stand for themselves where the records they came from are not at hand: (to train on, to evaluate on).
+    """
+
+    def __init__(
+        self, items: Sequence[Item], facts: Facts, samples: tuple[Sequence[Sample], Sequence[Sample]] = ((), ())
+    ) -> None:
+        self.items, self.facts, self.samples = items, facts, samples
         self.kept: dict[str, Any] = {}  # for checks that share work
 
     @functools.cached_property
     def tokens(self) -> Tokens:
         """The tokens of all samples end to end."""
-        return Tokens([sample for item in self.items for sample in item.samples])
+        return Tokens([*self.samples[0], *self.samples[1], *(s for item in self.items for s in item.samples)])
+
+    def owner(self, number: int) -> Item:
+        """The record that a sample of ``tokens`` came from."""
+        train, held = self.samples
+        if number >= len(train) + len(held):
+            return self._owners[number - len(train) - len(held)]
+        # Made only for what is found: 50,000 of them would cost more than the checks.
+        sample = self.tokens.samples[number]
+        return Item("train" if number < len(train) else "eval", sample.source, samples=(sample,))
 
     @functools.cached_property
-    def owners(self) -> list[Item]:
-        """For each sample of ``tokens`` the record that it came from."""
+    def _owners(self) -> list[Item]:
         return [item for item in self.items for _ in item.samples]
 
     def of(self, split: Split) -> list[Item]:

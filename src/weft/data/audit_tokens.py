@@ -25,7 +25,7 @@ def nothing_to_learn(records: Records) -> Iterator[Hit]:
     for sample in np.flatnonzero((tokens.count(tokens.learned) == 0) & tokens.writes).tolist():
         begin, end = tokens.starts[sample : sample + 2].tolist()
         text = records.facts.decode(tokens.ids[begin:end].tolist())
-        yield Hit(records.owners[sample], "no token of this record is learned", short(text))
+        yield Hit(records.owner(sample), "no token of this record is learned", short(text))
     yield from _problems(records, "nothing-to-learn")
 
 
@@ -113,7 +113,7 @@ def double_bos(records: Records) -> Iterator[Hit]:
         return
     first = tokens.starts[:-1][tokens.lengths > 1]
     for place in first[(tokens.ids[first] == bos) & (tokens.ids[first + 1] == bos)].tolist():
-        item = records.owners[int(tokens.owner(np.array([place]))[0])]
+        item = records.owner(int(tokens.owner(np.array([place]))[0]))
         yield Hit(item, "two beginning-of-sequence tokens in a row", short(facts.decode(tokens.around(place, 0, 12))))
 
 
@@ -133,7 +133,7 @@ def double_eos(records: Records) -> Iterator[Hit]:
         owner = tokens.owner(np.array([place, place + 1]))
         if owner[0] == owner[1]:
             shown = short(facts.decode(tokens.around(place)))
-            yield Hit(records.owners[int(owner[0])], "two learned end-of-sequence tokens in a row", shown)
+            yield Hit(records.owner(int(owner[0])), "two learned end-of-sequence tokens in a row", shown)
 
 
 @over(
@@ -149,7 +149,7 @@ def pad_learned(records: Records) -> Iterator[Hit]:
         return
     for sample in np.flatnonzero(tokens.count(tokens.learned & (tokens.ids == pad))).tolist():
         begin, end = tokens.starts[sample : sample + 2].tolist()
-        yield Hit(records.owners[sample], "pad tokens are learned", short(facts.decode(tokens.ids[begin:end].tolist())))
+        yield Hit(records.owner(sample), "pad tokens are learned", short(facts.decode(tokens.ids[begin:end].tolist())))
 
 
 @over(
@@ -169,7 +169,7 @@ def prompt_learned(records: Records) -> Iterator[Hit]:
         second = sample.answer is not None and sample.answer > 1 and learned[begin + 1]
         if second and bool(learned[begin + 1 : begin + (sample.answer or 0)].all()):
             shown = short(facts.decode(tokens.ids[begin : begin + (sample.answer or 0)].tolist()))
-            yield Hit(records.owners[number], "the prompt is learned, from its second token on", shown)
+            yield Hit(records.owner(number), "the prompt is learned, from its second token on", shown)
 
 
 @over(
@@ -189,7 +189,7 @@ def unknown_tokens(records: Records) -> Iterator[Hit]:
     for sample in np.flatnonzero(flooded).tolist():
         begin, end = tokens.starts[sample : sample + 2].tolist()
         message = f"{counts[sample]} of {end - begin} tokens are unknown to the tokenizer"
-        yield Hit(records.owners[sample], message, short(facts.decode(tokens.ids[begin:end].tolist())))
+        yield Hit(records.owner(sample), message, short(facts.decode(tokens.ids[begin:end].tolist())))
 
 
 def _problem_check(code: str, mend: str, about: str) -> None:
@@ -236,7 +236,7 @@ def _first_end(records: Records) -> str:
 def _ends_without_eos(records: Records, kind: str) -> Iterator[tuple[Item, int]]:
     """Learned stretches that do not end as they should: ``cut`` by max_length, EOS ``masked``, or ``missing``."""
     for sample, place in _ends_of(records)[kind]:
-        yield records.owners[sample], place
+        yield records.owner(sample), place
 
 
 def _ends_of(records: Records) -> dict[str, list[tuple[int, int]]]:
