@@ -40,6 +40,8 @@ RUN_KEYS: dict[str, str] = {
     "truncation": "what becomes of longer records: refused, left out, or cut at an end ([data.md](data.md))",
     "documents": "plain text: a sample each, longer ones in windows, or all joined and cut into windows",
     "window_overlap": "tokens that a window repeats from the one before, as context that is not learned again",
+    "audit": "what to do before the first step if the rendered data would train wrongly (nothing to learn, an end that "
+    "is not learned, two BOS …): refuse, say so, or do not look ([data.md](data.md))",
     "hub": "where an id of a model or a data set is looked up; `HF_ENDPOINT` names a mirror of Hugging Face",
     "data_hub": "for data sets, if it is another one than `hub`",
     "shape": "`tiny`: the same architecture with two layers of width 64 and random weights, to try a run in seconds",

@@ -47,6 +47,7 @@ class DataSettings(BaseModel):
     truncation: Literal["refuse", "drop", "left", "right", "middle"] = "refuse"
     documents: Literal["separate", "windows", "joined"] = "separate"
     window_overlap: int = Field(default=1, ge=0)
+    audit: Literal["error", "warn", "off"] = "error"
 
     @field_validator("chat_template")
     @classmethod

@@ -15,6 +15,7 @@ from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
 from weft.data import Problems, Renderer, Sample
+from weft.data.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.settings import DataSettings
 from weft.errors import UserError
@@ -40,6 +41,7 @@ _FREE_KEYS = frozenset(
         "verify_packing",
         "data_workers",
         "bad_records_file",
+        "audit",
     }
 )
 
@@ -70,24 +72,13 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     places = data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
     sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
-    limit = sketch.architecture.max_length
-    length = config.max_length or limit
-    if limit is not None and length is not None and length > limit:
-        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
-    renderer = Renderer(
-        sketch.tokenizer,
-        chat_template=config.chat_template,
-        allow_unknown_markers=config.allow_unknown_markers,
-        template_kwargs=config.template_kwargs,
-        train_on=config.train_on,
-        max_length=length,
-        truncation=config.truncation,
-        documents=config.documents,
-        window_overlap=config.window_overlap,
-    )
+    renderer = make_renderer(config, sketch.tokenizer, sketch.architecture.max_length)
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
     loaded = [read.job(job) for job in config.jobs]
+    audit_before_training(
+        renderer, (s for d in loaded for s in d.train), (s for d in loaded for s in d.held), config.audit
+    )
     _check(config, sketch, loaded)
     if base is None:
         base = load_base(
@@ -112,6 +103,28 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         adapters.close()
         raise
     return Setup(config, base, adapters, renderer, jobs, read.problems)
+
+
+def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Renderer:
+    """What renders the run's data, for a base that has ``limit`` positions (None: any number).
+
+    Raises:
+        UserError: a setting asks for what the base or the tokenizer does not have.
+    """
+    length = config.max_length or limit
+    if limit is not None and length is not None and length > limit:
+        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
+    return Renderer(
+        tokenizer,
+        chat_template=config.chat_template,
+        allow_unknown_markers=config.allow_unknown_markers,
+        template_kwargs=config.template_kwargs,
+        train_on=config.train_on,
+        max_length=length,
+        truncation=config.truncation,
+        documents=config.documents,
+        window_overlap=config.window_overlap,
+    )
 
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
