@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from weft.data.sources import parse_sources
 from weft.models.hub import Hub
 
 
-def _checked(data: Any) -> Any:
+def checked_paths(data: Any) -> Any:
+    """``data`` as it stands, if ``parse_sources`` can read it. Raises UserError."""
     if data is not None:
         parse_sources(data)
     return data
 
 
 # One path, or several with their shares; see ``weft.data.sources``.
-DataPaths = Annotated[str | list[str | dict[str, Any]], BeforeValidator(_checked)]
+DataPaths = str | list[str | dict[str, Any]]
 
 
 class DataSettings(BaseModel):
@@ -41,3 +42,5 @@ class DataSettings(BaseModel):
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     max_length: int | None = Field(default=None, gt=1)
     truncate: bool = False
+
+    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
