@@ -66,7 +66,7 @@ def test_what_is_told(trained: Path, tiny_data: Path, tiny_llama_dir: Path) -> N
     config = json.loads((trained / "run.json").read_text())["config"]
     assert told["chat_template"] == config["chat_template"] or make_tokenizer().chat_template
     assert (told["records"], told["eval_records"], told["batch_tokens"], told["batch_size"]) == (20, 4, 100, None)
-    assert told["settings"] | {"train_on": "answers", "max_length": 64, "truncate": True} == told["settings"]
+    assert told["settings"] | {"train_on": "answers", "max_length": 64, "truncation": "right"} == told["settings"]
     assert told["settings"]["data"] == tiny_data.name, "no path of this machine"
     checkpoint = next((trained / "checkpoints").rglob("*.json"))
     assert told["sha256"] in checkpoint.read_text(), "what a resume compares"

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from weft.data.sources import parse_sources
 from weft.data.templates import is_file_name, template_text
 from weft.models.hub import Hub
 
 
-def _checked(data: Any) -> Any:
+def checked_paths(data: Any) -> Any:
+    """``data`` as it stands, if ``parse_sources`` can read it. Raises UserError."""
     if data is not None:
         parse_sources(data)
     return data
 
 
 # One path, or several with their shares; see ``weft.data.sources``.
-DataPaths = Annotated[str | list[str | dict[str, Any]], BeforeValidator(_checked)]
+DataPaths = str | list[str | dict[str, Any]]
 
 
 class DataSettings(BaseModel):
@@ -48,6 +49,8 @@ class DataSettings(BaseModel):
     documents: Literal["separate", "windows", "joined"] = "separate"
     window_overlap: int = Field(default=1, ge=0)
     audit: Literal["error", "warn", "off"] = "error"
+
+    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     @field_validator("chat_template")
     @classmethod

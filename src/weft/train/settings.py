@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from weft.core.combined import CombinedConfig
 from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config
-from weft.data.settings import DataPaths, DataSettings
+from weft.data.settings import DataPaths, DataSettings, checked_paths
 from weft.errors import UserError
 from weft.models.hub import Hub
 from weft.models.load import Shape
@@ -53,6 +53,8 @@ class JobConfig(BaseModel):
     early_stopping_patience: int | None = Field(default=None, gt=0)
     early_stopping_min_delta: float = Field(default=0.0, ge=0)
     neftune_noise_alpha: float = Field(default=0.0, ge=0)
+
+    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     @field_validator("labels", mode="before")
     @classmethod
