@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from weft.data import Renderer
-from weft.data.audit import audit, audit_before_training
-from weft.data.audit_base import CHECKS, Facts, Item, Records
-from weft.data.duplicates import SHINGLE, near, normalise
-from weft.data.items import read_items
-from weft.data.statistics import statistics
+from weft.data.auditing.audit import audit, audit_before_training
+from weft.data.auditing.base import CHECKS, Facts, Item, Records
+from weft.data.auditing.duplicates import SHINGLE, near, normalise
+from weft.data.auditing.items import read_items
+from weft.data.auditing.statistics import statistics
 from weft.models.load import load_tokenizer
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.data import Problems, Record, Renderer, iter_records
-from weft.data.formats import EmptyAnswerError
+from weft.data.formats.detect import EmptyAnswerError
 from weft.data.load import Recipe, iter_samples
 
 MAX_LENGTH = 600

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.data import Renderer, Sample, to_example
-from weft.data.formats import EmptyAnswerError
-from weft.data.records import read_records
+from weft.data.formats.detect import EmptyAnswerError
+from weft.data.reading.records import read_records
 
 MAX_LENGTH = 512
 RANK, ALPHA = 16, 32

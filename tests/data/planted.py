@@ -13,8 +13,8 @@ from tests.data import kit
 from tokenizers import AddedToken
 
 from weft.data import Renderer, Sample
-from weft.data.audit_base import Facts, Item, Split
-from weft.data.items import read_items
+from weft.data.auditing.base import Facts, Item, Split
+from weft.data.auditing.items import read_items
 
 Row = dict[str, Any]
 PLACES = ["Oslo", "Lima", "Cairo", "Quito", "Hanoi", "Dakar", "Turin", "Perth", "Kyoto", "Accra", "Sofia", "Minsk"]

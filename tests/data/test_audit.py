@@ -8,9 +8,9 @@ import pytest
 from tests.data.planted import BUGS, CLEAN, Bug, DataSet, clean_rows
 
 from weft.data import Renderer
-from weft.data.audit import audit, findings_json, grouped
-from weft.data.audit_base import CHECKS, Facts
-from weft.data.items import read_items
+from weft.data.auditing.audit import audit, findings_json, grouped
+from weft.data.auditing.base import CHECKS, Facts
+from weft.data.auditing.items import read_items
 from weft.errors import UserError
 from weft.models.load import load_tokenizer
 

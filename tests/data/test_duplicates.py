@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.data import duplicates
-from weft.data.duplicates import SHINGLE, jaccard, near, normalise, same
+from weft.data.auditing import duplicates
+from weft.data.auditing.duplicates import SHINGLE, jaccard, near, normalise, same
 
 ENGLISH = """the a of river mountain answer because people often write about light water under seven old houses where
 nobody lives and every morning begins with bread cold tea or a long walk to school while birds sing in tall trees"""

@@ -11,7 +11,7 @@ from tests.conftest import make_tokenizer
 from tests.data import kit
 
 from weft.data import Renderer
-from weft.data.pieces import decoded, pieces, visible
+from weft.data.auditing.pieces import decoded, pieces, visible
 
 BYTES, SPACES = make_tokenizer(), kit.space_tokenizer()
 

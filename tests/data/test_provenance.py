@@ -16,8 +16,8 @@ from weft.data.provenance import (
     file_names,
     make_renderer,
     template_of,
-    tokenizer_hash,
 )
+from weft.data.rendering.fingerprint import tokenizer_hash
 from weft.errors import UserError
 
 OTHER = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weft.data import Record, read_records
-from weft.data.records import first_rows
+from weft.data.reading.records import first_rows
 from weft.errors import UserError
 
 

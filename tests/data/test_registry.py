@@ -22,8 +22,8 @@ from weft.data import (
     read_records,
     to_example,
 )
-from weft.data.formats import _plan
-from weft.data.registry import ACCEPTS, ALIASES, SPELLINGS, TRAINING
+from weft.data.formats.detect import _plan
+from weft.data.formats.registry import ACCEPTS, ALIASES, SPELLINGS, TRAINING
 from weft.errors import UserError
 
 from .kit import byte_tokenizer

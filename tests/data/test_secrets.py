@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weft.data.secrets import KINDS, find_secrets, luhn
+from weft.data.auditing.secrets import KINDS, find_secrets, luhn
 
 # Put together here, so that no scanner of repositories takes this file for a leak.
 FOUND = [

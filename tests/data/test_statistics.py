@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tests.data.planted import DataSet, chinese_rows, clean_rows
 
-from weft.data.audit import audit
-from weft.data.scripts import languages
-from weft.data.statistics import statistics
+from weft.data.auditing.audit import audit
+from weft.data.auditing.scripts import languages
+from weft.data.auditing.statistics import statistics
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from tests.data import golden
 from tests.data.kit import CHATML, byte_tokenizer, learned, talk
 
 from weft.data import PLAIN_TEMPLATE, SOFT, TEMPLATES, Conversation, Message, Renderer
+from weft.data.rendering.templates import ALIASES, template_text
 from weft.data.settings import DataSettings
-from weft.data.templates import ALIASES, template_text
 from weft.errors import UserError
 
 SHIPPED = ("tiny", "pad", "bytes", "spaces")

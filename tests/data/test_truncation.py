@@ -22,7 +22,7 @@ from weft.data import (
     load_labelled,
     load_samples,
 )
-from weft.data.sample import Draft
+from weft.data.rendering.sample import Draft
 from weft.errors import UserError
 
 TOKENIZERS: dict[str, Any] = {

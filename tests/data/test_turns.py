@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.data import FORMATS, Conversation, Message, Record, describe, format_of, to_example
-from weft.data.registry import SPELLINGS, UNREAD
+from weft.data.formats.registry import SPELLINGS, UNREAD
 from weft.errors import UserError
 
 

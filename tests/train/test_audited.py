@@ -14,7 +14,7 @@ from tests.data.kit import talk
 from tests.data.planted import dropped_end, padded, weight_of, without_end
 
 from weft.data import Renderer, Sample
-from weft.data.audit import audit_before_training
+from weft.data.auditing.audit import audit_before_training
 from weft.errors import UserError
 from weft.train import make_config
 from weft.train.run import prepare

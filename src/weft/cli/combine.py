@@ -173,7 +173,7 @@ def _base(found: Sequence[Found]) -> str:
 
 def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     """An adapter that leaves its run takes the tokenizer and the chat template along."""
-    from weft.data.templates import template_text
+    from weft.data.rendering.templates import template_text
     from weft.models.load import load_tokenizer
     from weft.train.config import read_run_config
     from weft.train.store import RunStore

@@ -14,7 +14,7 @@ from weft.cli import common
 from weft.errors import UserError
 
 if TYPE_CHECKING:
-    from weft.data.audit_base import Finding, Item
+    from weft.data.auditing.base import Finding, Item
     from weft.train.examined import Examined
     from weft.train.settings import RunConfig
 
@@ -85,8 +85,8 @@ def _settings(words: list[str], model: str | None, data: str | None) -> RunConfi
 
 
 def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Sequence[str]) -> list[View]:
-    from weft.data.audit import audit
-    from weft.data.statistics import statistics
+    from weft.data.auditing.audit import audit
+    from weft.data.auditing.statistics import statistics
     from weft.train.examined import examine
 
     if settings.shape == "full":
@@ -114,7 +114,7 @@ class View:
 
     def json(self) -> dict[str, Any]:
         """All of it as JSON holds it."""
-        from weft.data.audit import findings_json
+        from weft.data.auditing.audit import findings_json
 
         return {
             "jobs": list(self.data_set.names),
@@ -124,7 +124,7 @@ class View:
         }
 
     def _sample(self, item: Item) -> dict[str, Any]:
-        from weft.data.pieces import pieces
+        from weft.data.auditing.pieces import pieces
 
         tokenizer = self.data_set.facts.tokenizer
         found = [pieces(tokenizer, sample) for sample in item.samples]

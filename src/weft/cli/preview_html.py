@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.cli.preview import View
-    from weft.data.audit_base import Item
-    from weft.data.pieces import Piece
+    from weft.data.auditing.base import Item
+    from weft.data.auditing.pieces import Piece
 
 _LISTED = 50  # findings of a check
 _STYLE = """
@@ -85,7 +85,7 @@ def _view(view: View) -> Iterator[str]:
 
 
 def _findings(view: View) -> Iterator[str]:
-    from weft.data.audit import grouped
+    from weft.data.auditing.audit import grouped
 
     errors = sum(finding.severity == "error" for finding in view.findings)
     if not view.findings:
@@ -120,7 +120,7 @@ def _histogram(bars: Sequence[dict[str, Any]]) -> str:
 
 
 def _item(item: Item, view: View, begin: int) -> tuple[str, int]:
-    from weft.data.pieces import pieces
+    from weft.data.auditing.pieces import pieces
 
     label = f", label {escape(item.label)}" if item.label is not None else ""
     parts = [f"<h3>{escape(item.source)}{label}</h3>"]
@@ -162,6 +162,6 @@ def _table(found: Sequence[Piece]) -> str:
 
 
 def _seen(text: str) -> str:
-    from weft.data.pieces import visible
+    from weft.data.auditing.pieces import visible
 
     return visible(text)

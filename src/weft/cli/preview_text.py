@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from weft.cli.preview import View
-    from weft.data.audit_base import Item
-    from weft.data.pieces import Piece
+    from weft.data.auditing.base import Item
+    from weft.data.auditing.pieces import Piece
 
 _LISTED = 3  # findings of a check that are shown
 _WIDEST = 120  # tokens in longer lines are hard to follow
@@ -40,7 +40,7 @@ def show(view: View, out: Console, *, tokens: bool = False) -> None:
 
 
 def _sample(item: Item, view: View, out: Console, begin: int, tokens: bool) -> int:
-    from weft.data.pieces import pieces, visible
+    from weft.data.auditing.pieces import pieces, visible
 
     label = f"  label {item.label}" if item.label is not None else ""
     if item.problem is not None and not item.samples:
@@ -78,7 +78,7 @@ def laid_out(found: Sequence[Piece], width: int) -> Iterator[tuple[int, float, T
 
     A line ends with the token that holds a line end. A token that is wider than a line is broken.
     """
-    from weft.data.pieces import visible
+    from weft.data.auditing.pieces import visible
 
     line, start, weight = Text(), 0, 0.0
     for number, piece in enumerate(found):
@@ -119,7 +119,7 @@ def style_of(piece: Piece, number: int) -> str:
 
 
 def _table(found: Sequence[Piece], out: Console) -> None:
-    from weft.data.pieces import visible
+    from weft.data.auditing.pieces import visible
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("position", "id", "weight"):
@@ -190,7 +190,7 @@ def _percent(share: float) -> str:
 
 
 def _findings(view: View, out: Console) -> None:
-    from weft.data.audit import grouped
+    from weft.data.auditing.audit import grouped
 
     errors = sum(finding.severity == "error" for finding in view.findings)
     for group in grouped(view.findings):
@@ -218,6 +218,6 @@ def _count(number: int, what: str) -> str:
 
 
 def _printable(text: str) -> str:
-    from weft.data.pieces import visible
+    from weft.data.auditing.pieces import visible
 
     return visible(text)

@@ -1,6 +1,6 @@
 """Data: files to records, records to conversations, conversations to token ids with loss weights."""
 
-from weft.data.formats import (
+from weft.data.formats.detect import (
     FORMATS,
     Classified,
     Conversation,
@@ -23,12 +23,12 @@ from weft.data.formats import (
 from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.load import load_samples, split_holdout
 from weft.data.problems import BadRecordError, Problem, Problems
-from weft.data.records import Record, iter_records, read_records
-from weft.data.render import Renderer
-from weft.data.sample import Prompt, Sample, TooLongError
+from weft.data.reading.records import Record, iter_records, read_records
+from weft.data.rendering.render import Renderer
+from weft.data.rendering.sample import Prompt, Sample, TooLongError
+from weft.data.rendering.templates import PLAIN_TEMPLATE, TEMPLATES
+from weft.data.rendering.tokens import SOFT
 from weft.data.sources import Mixture, Source, epoch_order, parse_sources, split_by_hash
-from weft.data.templates import PLAIN_TEMPLATE, TEMPLATES
-from weft.data.tokens import SOFT
 
 __all__ = [
     "FORMATS",

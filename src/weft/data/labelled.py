@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from weft.data.examples import Message
-from weft.data.labels import LABELS, TEXTS, label_name, text_of
-from weft.data.records import Record, first_rows, read_records
-from weft.data.render import Renderer
-from weft.data.sample import Draft, Prompt, Sample, TooLongError
+from weft.data.formats.examples import Message
+from weft.data.formats.labels import LABELS, TEXTS, label_name, text_of
+from weft.data.reading.records import Record, first_rows, read_records
+from weft.data.rendering.render import Renderer
+from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
 from weft.errors import UserError, nearest
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")

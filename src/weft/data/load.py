@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
-from weft.data.examples import SFT
-from weft.data.formats import EmptyAnswerError, to_example
+from weft.data.formats.detect import EmptyAnswerError, to_example
+from weft.data.formats.examples import SFT
 from weft.data.problems import OnBadRecord, Problem, Problems, about_record
-from weft.data.records import iter_items
-from weft.data.render import Outcome, Renderer, Task
-from weft.data.rows import Record
-from weft.data.sample import Sample
+from weft.data.reading.records import iter_items
+from weft.data.reading.rows import Record
+from weft.data.rendering.render import Outcome, Renderer, Task
+from weft.data.rendering.sample import Sample
 from weft.data.sources import content_key
 from weft.data.workers import in_order
 from weft.errors import UserError, nearest

@@ -6,16 +6,15 @@ folder, beside a hash of the tokenizer and what the loss was taken of; ``rendere
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from weft.data.render import Renderer
-from weft.data.templates import PLAIN_TEMPLATE
+from weft.data.rendering.fingerprint import tokenizer_hash
+from weft.data.rendering.render import Renderer
+from weft.data.rendering.templates import PLAIN_TEMPLATE
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -184,25 +183,6 @@ def common(records: Mapping[str, Provenance | None]) -> tuple[Provenance | None,
     kept["parents"] = tuple(_parent(name, record) for name, record in known.items())
     shown = [_shown(key, known) for key in differing if key not in ("sha256", "records", "eval_records")]
     return Provenance(**kept), shown
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of everything that turns text into ids: vocabulary, merges, rules, special tokens; not of the chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        # Left over from the latest call.
-        state.pop("padding", None)
-        state.pop("truncation", None)
-    else:
-        state = {"vocabulary": tokenizer.get_vocab()}
-    # What a slow tokenizer does besides its vocabulary shows in what it makes of a text.
-    state["probe"] = list(tokenizer(_PROBE, verbose=False)["input_ids"])
-    state["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-_PROBE = "  What's 12,345 + 67?\n\n\tNaïve café: 你好，世界 — 🧵 <s> </s> <|im_end|>"
 
 
 def file_names(value: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from weft.data.rendering.templates import is_file_name, template_text
 from weft.data.sources import parse_sources
-from weft.data.templates import is_file_name, template_text
 from weft.models.hub import Hub
 
 

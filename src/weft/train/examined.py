@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from weft.core.heads import ClassificationTask
 from weft.data import Renderer, Source, load_labelled, parse_sources, split_by_hash, split_holdout
-from weft.data.audit_base import Facts, Item, Split
-from weft.data.items import labelled_items, read_items
+from weft.data.auditing.base import Facts, Item, Split
+from weft.data.auditing.items import labelled_items, read_items
 from weft.data.sources import content_key
 from weft.models.load import load_tokenizer, sketch_base
 from weft.train.reader import data_files

@@ -12,9 +12,9 @@ from typing import Any
 from weft.core.architecture import Architecture
 from weft.core.heads import ClassificationTask
 from weft.data import Mixture, Problems, Renderer, Sample, Source, load_labelled, parse_sources
-from weft.data.files import find_files, unique
-from weft.data.formats import EmptyAnswerError
+from weft.data.formats.detect import EmptyAnswerError
 from weft.data.load import Recipe, iter_samples, split_holdout
+from weft.data.reading.files import find_files, unique
 from weft.data.sources import split_by_hash
 from weft.errors import UserError
 from weft.models.hub import fetch_dataset, is_dataset_id

@@ -15,7 +15,7 @@ from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
 from weft.data import Problems, Renderer, Sample
-from weft.data.audit import audit_before_training
+from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.settings import DataSettings
 from weft.errors import UserError
