@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= tiny-llama
 
-.PHONY: demo test test-slow check bases bench clean
+.PHONY: demo test test-slow check bases bench malformed clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  the long ones as well"
 	@echo "make check      ruff, mypy, import layers"
 	@echo "make bases      pre-train the embedded bases again"
+	@echo "make malformed  10,000 malformed rows among 100,000 good ones, and lines of 1 GiB"
 	@echo "make bench      time Weft beside peft + transformers.Trainer"
 
 $(VENV)/.installed: pyproject.toml
@@ -44,6 +45,9 @@ bases: $(VENV)/.installed
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train_speed.py
+
+malformed: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/malformed.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis runs

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.data import Renderer, Sample, to_example
-from weft.data.formats import EmptyAnswerError
-from weft.data.records import read_records
+from weft.data.formats.detect import EmptyAnswerError
+from weft.data.reading.records import read_records
 
 MAX_LENGTH = 512
 RANK, ALPHA = 16, 32
@@ -124,7 +124,7 @@ def _read_samples() -> list[Sample]:
     if not path.is_file():
         raise SystemExit(f"skipped: the real Alpaca records are not at {path} (set WEFT_SHARED_DATA).")
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "llama2")
-    renderer = Renderer(tokenizer, max_length=MAX_LENGTH, truncate=True)
+    renderer = Renderer(tokenizer, max_length=MAX_LENGTH, truncation="right")
     samples = []
     for record in read_records(path, limit=_READ):
         try:

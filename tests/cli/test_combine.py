@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,49 @@ def test_sources_that_do_not_fit(weft: Callable[..., Any], pair_dir: Path, tiny_
     assert "has shape" in refused(pair_dir / "adapters/a", other, "--model", "tiny-llama")
     words = ["combine", pair_dir / "adapters/a", other, "-o", "new", "--type", "cat", "--model", tiny_llama_dir]
     assert weft(*words).code == 0
+
+
+def test_what_the_parents_have_in_common_travels(
+    weft: Callable[..., Any], pair_dir: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    from weft.core.files import provenance_of
+
+    parents = [provenance_of(pair_dir / "adapters" / name) for name in "ab"]
+    assert parents[0] == parents[1]
+    result = weft("combine", pair_dir / "adapters/a", pair_dir / "adapters/b", "--output", "both", "--type", "svd")
+    assert result.code == 0, result.err
+    assert "trained alike" not in result.err
+    told = provenance_of(Path("both"))
+    assert told is not None
+    assert parents[0] is not None
+    assert told | {"parents": []} == parents[0]
+    assert [(parent["adapter"], parent["sha256"]) for parent in told["parents"]] == [
+        ("a", parents[0]["sha256"]), ("b", parents[0]["sha256"])
+    ]  # fmt: skip
+
+    # An adapter of another template: that is said, and no template is claimed.
+    other = tmp_path / "other"
+    shutil.copytree(pair_dir / "adapters/b", other)
+    file = other / "weft.json"
+    own = json.loads(file.read_text())
+    own["data"]["chat_template"] = "{{ messages[0].content }}"
+    own["data"]["settings"]["train_on"] = "all"
+    file.write_text(json.dumps(own))
+    result = weft("combine", pair_dir / "adapters/a", other, "--output", "mixed", "--type", "svd")
+    assert result.code == 0, result.err
+    assert "not trained alike: chat_template is not the same for all" in result.err
+    assert "not trained alike: train_on: 'answers' (a), 'all' (other)" in result.err
+    told = provenance_of(Path("mixed"))
+    assert told is not None
+    assert (told["chat_template"], told["template_from"]) == (None, None)
+    assert "train_on" not in told["settings"]
+    assert told["tokenizer"] == parents[0]["tokenizer"]
+    result = weft("generate", "mixed", "--prompt", "one", "--max-new-tokens", 2)
+    assert result.code == 0, result.err
+    assert "trained with different chat templates" in result.err
+    # And one that does not say.
+    del own["data"]
+    file.write_text(json.dumps(own))
+    result = weft("combine", pair_dir / "adapters/a", other, "--output", "unsaid", "--type", "svd")
+    assert f"not trained alike: {other}: the folder does not say" in result.err
+    assert provenance_of(Path("unsaid")) is None

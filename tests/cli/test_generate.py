@@ -114,3 +114,17 @@ def test_top_p_0_is_the_likeliest_token(weft: Callable[..., Any], run_dir: Path)
 def test_unusable_options(weft: Callable[..., Any], run_dir: Path, extra: list[Any]) -> None:
     result = weft("generate", run_dir, "--prompt", "one", "--max-new-tokens", 2, *extra)
     assert result.code == 2, result.err
+
+
+def test_another_chat_template(weft: Callable[..., Any], run_dir: Path) -> None:
+    words = ["generate", run_dir, "--prompt", "one", "--max-new-tokens", 1, "--json"]
+    plain = json.loads(weft(*words).out)["results"][0]["prompt_tokens"]
+    Path("bare.jinja").write_text("{{ messages[0].content }}")
+    for given in ("bare.jinja", "{{ messages[0].content }}"):
+        result = weft(*words, "--chat-template", given)
+        assert result.code == 0, result.err
+        assert json.loads(result.out)["results"][0]["prompt_tokens"] < plain
+        assert "the chat template given is not the one of training" in result.err
+    result = weft(*words, "--chat-template", "nowhere.jinja")
+    assert result.code != 0
+    assert "--chat-template nowhere.jinja: neither a template" in result.err

@@ -30,9 +30,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 def test_p_tuning_of_peft_loads_as_a_plain_soft_prompt(kind: str, encoder: str, tmp_path: Path) -> None:
     # peft takes the width of the blocks for that of the embeddings, unless it is told.
     width = 24 if kind == "opt" else 32
-    config = peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=width, **ENCODERS[encoder]
-    )
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=width, **ENCODERS[encoder])
     theirs = fresh_peft(kind, config)
     theirs.save_pretrained(tmp_path)
     texts = kit.texts(4, seed=2)

@@ -125,7 +125,7 @@ def test_columns_and_explicit_format() -> None:
         ({"mesages": []}, {}, ["Did you mean 'mesages'?"]),
         ({"text": 3}, {}, ["'text' must be a string", "int 3"]),
         ({"text": " "}, {}, ["'text' is empty"]),
-        ({"instruction": "i", "output": ["o"]}, {}, ["'output' must be a string"]),
+        ({"instruction": "i", "output": 3}, {}, ["'output' must be a string", "int 3"]),
         ({"instruction": "i", "output": "o", "history": ["q", "a"]}, {}, ["entry 1 of 'history'", "pair"]),
         ({"instruction": " ", "output": "o"}, {}, ["'instruction' is empty"]),
         ({"prompt": "p", "completion": [message(A, "c")]}, {}, ["both be strings"]),
@@ -140,7 +140,7 @@ def test_columns_and_explicit_format() -> None:
         ({"messages": [message(U, [{"type": "image"}])]}, {}, ["'content' must be a string"]),  # type: ignore[arg-type]
         ({"messages": [message(U, "q"), message(A, "a", loss="yes")]}, {}, ["turn 2", "'loss' must be true or false"]),
         ({"messages": [message(A, "a", loss=True, train=False)]}, {}, ["contradict"]),
-        ({"messages": [message(A, "a", loss_scale=0.5)]}, {}, ["loss_scale"]),
+        ({"messages": [message(A, "a", loss_scale=-0.5)]}, {}, ["'loss_scale' must be a number, 0 or more"]),
         ({"messages": [message(S, "s"), message(A, "a")], "system": "z"}, {}, ["system", "differ"]),
         ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, {}, ["function call", "JSON"]),
         ({"conversations": [{"from": "gpt", "value": "g"}], "tools": "{"}, {}, ["'tools'", "not JSON"]),

@@ -139,7 +139,7 @@ def test_property_training_and_generation_see_the_same_slots(
     )
     if name != "spaces":
         text = TOKENIZERS[name].decode(prompt.ids).removeprefix("<s>")
-        assert text == renderer._render(  # the marker itself leaves nothing behind
+        assert text == renderer.turns._render(  # the marker itself leaves nothing behind
             [{"role": m.role, "content": m.content.replace(SOFT, "\ufdd5")} for m in conversation.messages[:-1]],
             [], True, "d",
         ).replace(SOFT, "").replace("\ufdd5", SOFT)  # fmt: skip

@@ -58,9 +58,18 @@ def test_one_file_is_taken_and_of_several_the_named_one(monkeypatch: pytest.Monk
         hub.fetch_dataset("owner/name")
     with pytest.raises(UserError, match=r"no such file there; there are: a\.json"):
         hub.fetch_dataset("owner/name:c.json")
-    with_files(monkeypatch, ["train.parquet"])
-    with pytest.raises(UserError, match="no file that Weft reads"):
+    with_files(monkeypatch, ["builder.py"])
+    with pytest.raises(UserError, match=r"no file that Weft reads.*save_to_disk\('name'\)"):
         hub.fetch_dataset("owner/name")
+
+
+def test_parts_of_one_data_set_are_named_by_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_files(monkeypatch, ["data/train-0.parquet", "data/test-0.parquet", "data/train-1.parquet", "train-9.parquet"])
+    assert hub.is_dataset_id("owner/name:data/train-*.parquet")
+    found = hub.fetch_dataset("owner/name:data/train-*.parquet")
+    assert found == Path("/cache/owner/name/data/train-*.parquet")
+    with pytest.raises(UserError, match="no such file there"):
+        hub.fetch_dataset("owner/name:data/dev-*.parquet")
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

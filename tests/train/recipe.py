@@ -24,7 +24,7 @@ SETTINGS: list[dict[str, Any]] = [
      "eval_steps": 2, "early_stopping_patience": 2, "learning_rate": 0.05},
     {"name": "prefix", "method": "prefix_tuning", "steps": 11, "batch_size": 1, "gradient_accumulation_steps": 2,
      "method_settings": {"num_virtual_tokens": 2, "prefix_projection": True}, "eval_steps": 5},
-    {"name": "bottleneck", "method": "bottleneck", "method_settings": {"dropout": 0.3}, "steps": 9, "batch_size": 3,
+    {"name": "bottleneck", "method": "bottleneck", "method_settings": {"dropout": 0.3}, "steps": 9, "batch_tokens": 30,
      "optimizer": "sgd", "lr_scheduler_type": "linear"},
 ]  # fmt: skip
 # Fields of metrics.jsonl that no two runs share.

@@ -91,7 +91,7 @@ def test_every_epoch_sees_every_sample_once(count: int, size: int, accumulation:
         assert 0 < len(micros) <= accumulation
         assert all(0 < len(micro) <= size for micro in micros)
         seen.append([s.source for micro in micros for s in micro])
-    per = job.steps_per_epoch
+    per = job.batches.steps_in(0)
     assert job.total_steps == max(1, round(epochs * per))
     orders = []
     for begin in range(0, job.total_steps - per + 1, per):

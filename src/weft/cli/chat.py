@@ -33,6 +33,7 @@ def chat(
     ] = None,
     model: options.Model = None,
     system: options.System = None,
+    chat_template: options.ChatTemplate = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -52,7 +53,8 @@ def chat(
     from weft.generate.sampling import Sampling
 
     common.tell_hub(model or target)
-    opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
+    template = options.template_text(chat_template)
+    opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype, chat_template=template)
     sampling = Sampling(temperature, top_k, top_p, seed)
     names = [*(adapter or opened.names), None]
     talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens, as_json)

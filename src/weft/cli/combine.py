@@ -85,6 +85,7 @@ def combine(
 
     config, tensors = compose([load(one) for one in found], how)
     new = files.assemble(_name(output), config, tensors, base.model, base.architecture)
+    new.provenance = _common_provenance(found)
     part = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(part, ignore_errors=True)
     files.save(new, base.architecture, part, base_name=base_name)
@@ -134,6 +135,20 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
     return [Found(folder, run if inside else None)]
 
 
+def _common_provenance(found: Sequence[Found]) -> dict[str, Any] | None:
+    """How the adapters' data was read and rendered, as far as that was the same; tells where it was not."""
+    from weft.core.files import OWN_CONFIG, provenance_of
+    from weft.data import provenance
+
+    read = provenance.Provenance.read
+    record, notes = provenance.common(
+        {one.name: read(provenance_of(one.folder), str(one.folder / OWN_CONFIG)) for one in found}
+    )
+    for note in notes:
+        common.say(f"the adapters were not trained alike: {note}")
+    return None if record is None else record.model_dump(mode="json")
+
+
 def _base(found: Sequence[Found]) -> str:
     """The one base that all adapters, or their runs, name."""
     from weft.core.files import base_of
@@ -158,6 +173,7 @@ def _base(found: Sequence[Found]) -> str:
 
 def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     """An adapter that leaves its run takes the tokenizer and the chat template along."""
+    from weft.data.rendering.templates import template_text
     from weft.models.load import load_tokenizer
     from weft.train.config import read_run_config
     from weft.train.store import RunStore
@@ -166,7 +182,8 @@ def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     if run is None:
         return
     tokenizer = load_tokenizer(str(RunStore(run).tokenizer))
-    tokenizer.chat_template = read_run_config(run).chat_template or tokenizer.chat_template
+    wanted = read_run_config(run).chat_template
+    tokenizer.chat_template = template_text(wanted).text if wanted else tokenizer.chat_template
     tokenizer.save_pretrained(folder)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DONE = 0
-DEFECT = 1
+DEFECT = AUDIT_FAILED = 1
 USAGE = 2
 JOB_FAILED = 3
 INTERRUPTED = 130
@@ -24,7 +24,7 @@ PIPE_CLOSED = 141
 
 EXIT_CODES: dict[int, str] = {
     DONE: "done",
-    DEFECT: "a defect of Weft (--debug shows the traceback)",
+    DEFECT: "a defect of Weft (--debug shows the traceback); of `weft preview`: the audit found errors",
     USAGE: "the input cannot be used (the message says what and where)",
     JOB_FAILED: "training ended, but a job failed (loss or gradient not finite)",
     INTERRUPTED: "interrupted by Ctrl-C (a training run is saved and can be resumed)",

@@ -55,6 +55,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
     model: options.Model = None,
     system: options.System = None,
+    chat_template: options.ChatTemplate = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -75,7 +76,8 @@ def generate(
     _check(prompt, input_file, adapter, all_adapters, output, overwrite)
     prompts = _read(input_file) if input_file else [Prompt(text, "--prompt") for text in prompt or ()]
     common.tell_hub(model or target)
-    opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype)
+    template = options.template_text(chat_template)
+    opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype, chat_template=template)
     for note in opened.notes:
         common.say(note)
     who = _who(opened, adapter, all_adapters)

@@ -18,6 +18,7 @@ from weft.cli.chat import chat
 from weft.cli.combine import combine
 from weft.cli.doctor import doctor
 from weft.cli.generate import generate
+from weft.cli.preview import preview
 from weft.cli.train import train
 from weft.errors import UserError, nearest
 
@@ -34,7 +35,14 @@ app = typer.Typer(
     suggest_commands=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-VERBS: dict[str, Any] = {"train": train, "chat": chat, "generate": generate, "combine": combine, "doctor": doctor}
+VERBS: dict[str, Any] = {
+    "train": train,
+    "preview": preview,
+    "chat": chat,
+    "generate": generate,
+    "combine": combine,
+    "doctor": doctor,
+}
 # Verbs that are registered if their module is there; its top level must stay free of torch.
 _OPTIONAL_VERBS = ("demo",)
 

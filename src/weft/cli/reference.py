@@ -14,21 +14,34 @@ from weft.train.settings import JobConfig, RunConfig
 # What the keys mean; a test sees to it that none is missing and none is left over.
 RUN_KEYS: dict[str, str] = {
     "model": "the base: a Hugging Face folder, a hub id, or an embedded model (`tiny-llama`, `tiny-bloom`)",
-    "data": "training data; a job may have its own ([data.md](data.md))",
+    "data": "training data: a file, a folder, a pattern, a list of them, or `0.7*a.jsonl + 0.3*b.jsonl`; a job may "
+    "have its own ([data.md](data.md))",
     "jobs": "one mapping per job; or leave it out, and `method: [lora, prefix_tuning]` makes one job per method",
     "output_dir": "folder of the run",
     "overwrite_output_dir": "delete the run that is in `output_dir` (anything else there is never deleted)",
     "resume": "go on from the newest intact checkpoint in `output_dir`; begins anew if the run never began",
     "eval_data": "data to evaluate on; a job may have its own",
+    "eval_split": "without `eval_data`: the share of the records to hold out, chosen by the hash of their content",
     "eval_size": "without `eval_data`: how many records to hold out of the training data, the same for every job",
     "data_format": "format of the records, if it should not be recognised ([data.md](data.md))",
-    "columns": "names of the fields, `{field of the format: field in the data}`",
-    "limit": "read only this many records",
+    "columns": "what the format's fields are made of, `{field of the format: field in the data}`; also paths and "
+    "templates ([data.md](data.md))",
+    "limit": "read only this many records (of each source of `data`)",
     "empty_answers": "what to do with a record whose answer is empty",
-    "chat_template": "Jinja text instead of the tokenizer's own template",
+    "on_bad_record": "what to do with any other record that cannot be used: list up to 20 and end; leave out and log "
+    "how many; or write all of them to a file as well",
+    "bad_records_file": "the file for `on_bad_record: report`; default: `bad_records.jsonl` in the run's folder",
+    "data_workers": "processes that render the records; the samples and their order are the same for any number",
+    "chat_template": "a name ([data.md](data.md)), a `.jinja` file or Jinja text, instead of the tokenizer's own",
+    "allow_unknown_markers": "take a named template although the tokenizer has no tokens for its markers",
+    "template_kwargs": "variables for the chat template, such as `{enable_thinking: false}`",
     "train_on": "which tokens are learned ([data.md](data.md))",
     "max_length": "longest sequence in tokens; default: what the model can take",
-    "truncate": "cut longer records instead of refusing them",
+    "truncation": "what becomes of longer records: refused, left out, or cut at an end ([data.md](data.md))",
+    "documents": "plain text: a sample each, longer ones in windows, or all joined and cut into windows",
+    "window_overlap": "tokens that a window repeats from the one before, as context that is not learned again",
+    "audit": "what to do before the first step if the rendered data would train wrongly (nothing to learn, an end that "
+    "is not learned, two BOS …): refuse, say so, or do not look ([data.md](data.md))",
     "hub": "where an id of a model or a data set is looked up; `HF_ENDPOINT` names a mirror of Hugging Face",
     "data_hub": "for data sets, if it is another one than `hub`",
     "shape": "`tiny`: the same architecture with two layers of width 64 and random weights, to try a run in seconds",
@@ -37,6 +50,8 @@ RUN_KEYS: dict[str, str] = {
     "device": "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:0`",
     "threads": "CPU threads of torch",
     "exact": "one matrix product per job: bit for bit what each job alone would give, and slower",
+    "verify_packing": "before the first step, prove on the first batch that a sequence's loss does not depend on its "
+    "neighbours ([data.md](data.md))",
     "gradient_checkpointing": "recompute the blocks in the backward pass: less memory, more time",
     "logging_steps": "a line of metrics every so many steps of a job",
     "save_steps": "a checkpoint every so many steps; there is always one at the end and when the run is stopped",
@@ -59,6 +74,8 @@ JOB_KEYS: dict[str, str] = {
     "steps": "optimizer steps; wins over `epochs`",
     "epochs": "passes over the data",
     "batch_size": "sequences per forward pass",
+    "batch_tokens": "instead of `batch_size`: fill every forward pass with whole sequences up to this many tokens; "
+    "`auto`: `batch_size` times `max_length` ([data.md](data.md))",
     "gradient_accumulation_steps": "forward passes per optimizer step",
     "optimizer": "torch's own",
     "learning_rate": "default: the usual one of the method (below); of several methods in one job each its own",
@@ -83,6 +100,7 @@ SWITCH_MEANINGS: dict[str, str] = {
     "use_peft": "`method: lora` if on",
     "train_on_inputs": "`train_on: all` if on",
     "train_on_prompt": "`train_on: all` if on",
+    "truncate": "`truncation: right` if on",
     "completion_only_loss": "`train_on: all` if off",
     "assistant_only_loss": "`train_on: all` if off",
     "mask_history": "`train_on: last_answer` if on",
@@ -93,8 +111,10 @@ SWITCH_MEANINGS: dict[str, str] = {
     "lora_target_modules": "`target_modules`",
     "lora_target_linear": "`target_modules: all-linear` if on",
     **dict.fromkeys(
-        ("packing", "sample_packing", "padding_free", "neat_packing"), "nothing: no pad token is ever computed"
+        ("packing", "sample_packing", "neat_packing"),
+        "`batch_tokens: auto` if on: packs of `batch_size` times `max_length` tokens, as there",
     ),
+    "padding_free": "nothing: no pad token is ever computed",
     "load_in_4bit": "`quantization: nf4` if on",
     "load_in_8bit": "`quantization: int8` if on",
     "quantization_bit": "`quantization`: 4 → `nf4`, 8 → `int8`",

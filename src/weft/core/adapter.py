@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class Adapter(nn.Module):
         # A classification job's own head (``weft.core.heads``); None: the base's. Not on the class, where it would hide
         # the module that is put here later.
         self.head: nn.Module | None = None
+        # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
+        self.provenance: Mapping[str, Any] | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
     num_virtual_tokens: int = 0

@@ -252,7 +252,10 @@ class Adapters:
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
         """Add an adapter from a folder in PEFT's layout, ours or peft's."""
         config, tensors, task = files.read(Path(folder))
-        return self._add_with(name, config, tensors, tokenizer=tokenizer, classification=task)
+        provenance = files.provenance_of(Path(folder))
+        adapter = self._add_with(name, config, tensors, tokenizer=tokenizer, classification=task)
+        adapter.provenance = provenance
+        return adapter
 
     def _add_with(self, name: str, config: MethodConfig, tensors: Mapping[str, Tensor], **more: Any) -> Adapter:
         """``add``, then the values of ``tensors``."""

@@ -1,7 +1,7 @@
 """Adapter folders in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What PEFT's configuration has no word for lies beside it in ``weft.json`` (the method's own configuration, whole), so
-that our folders load in peft and nothing is lost when we read them back.
+What PEFT's configuration has no word for lies beside it in ``weft.json`` (the method's own configuration, whole, and
+how the data was rendered), so that our folders load in peft and nothing is lost when we read them back.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
     if isinstance(adapter, Combined):
         names = [f"{i}-{part.config.method}" for i, part in enumerate(adapter.parts, 1)]
         for name, part in zip(names, adapter.parts, strict=True):
+            part.provenance = adapter.provenance or part.provenance
             save(part, architecture, folder / name, base_name=base_name)
         if adapter.head is not None:
             _save_tensors(_stored_head(adapter), folder / WEIGHTS)
@@ -82,6 +83,8 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
             (folder / EXTRA).unlink(missing_ok=True)  # of an adapter that was here before
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
+    if adapter.provenance is not None:
+        own["data"] = adapter.provenance
     _write_json(folder / OWN_CONFIG, own)
 
 
@@ -191,6 +194,19 @@ def base_of(folder: Path) -> str | None:
     parts = _parts(read_json(folder / OWN_CONFIG)) if (folder / OWN_CONFIG).is_file() else []
     named = read_json(folder / parts[0] / CONFIG if parts else folder / CONFIG).get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
+
+
+def provenance_of(folder: Path) -> dict[str, Any] | None:
+    """How the adapter's data was read and rendered (``weft.data.provenance``); None if the folder does not say.
+
+    Raises:
+        UserError: the file that should say so is damaged.
+    """
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    section = own.get("data")
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"{folder / OWN_CONFIG}: data must be a JSON object, not {type(section).__name__}.")
+    return section
 
 
 def _parts(own: Mapping[str, Any]) -> list[str]:

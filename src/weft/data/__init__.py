@@ -1,27 +1,73 @@
 """Data: files to records, records to conversations, conversations to token ids with loss weights."""
 
-from weft.data.formats import FORMATS, Conversation, EmptyAnswerError, Message, PlainText, to_example
+from weft.data.formats.detect import (
+    FORMATS,
+    Classified,
+    Conversation,
+    EmptyAnswerError,
+    Example,
+    LabelledAnswer,
+    Message,
+    PlainText,
+    Preference,
+    Ranked,
+    Segments,
+    StepLabels,
+    Tokenised,
+    describe,
+    format_of,
+    formats_table,
+    known_formats,
+    to_example,
+)
 from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.load import load_samples, split_holdout
-from weft.data.records import Record, read_records
-from weft.data.render import PLAIN_TEMPLATE, Prompt, Renderer, Sample
-from weft.data.tokens import SOFT
+from weft.data.problems import BadRecordError, Problem, Problems
+from weft.data.reading.records import Record, iter_records, read_records
+from weft.data.rendering.render import Renderer
+from weft.data.rendering.sample import Prompt, Sample, TooLongError
+from weft.data.rendering.templates import PLAIN_TEMPLATE, TEMPLATES
+from weft.data.rendering.tokens import SOFT
+from weft.data.sources import Mixture, Source, epoch_order, parse_sources, split_by_hash
 
 __all__ = [
     "FORMATS",
     "PLAIN_TEMPLATE",
     "SOFT",
+    "TEMPLATES",
+    "BadRecordError",
+    "Classified",
     "Conversation",
     "EmptyAnswerError",
+    "Example",
+    "LabelledAnswer",
     "Message",
+    "Mixture",
     "PlainText",
+    "Preference",
+    "Problem",
+    "Problems",
     "Prompt",
+    "Ranked",
     "Record",
     "Renderer",
     "Sample",
+    "Segments",
+    "Source",
+    "StepLabels",
+    "Tokenised",
+    "TooLongError",
+    "describe",
+    "epoch_order",
+    "format_of",
+    "formats_table",
+    "iter_records",
+    "known_formats",
     "load_labelled",
     "load_samples",
+    "parse_sources",
     "read_records",
+    "split_by_hash",
     "split_holdout",
     "to_example",
     "unlabelled_sample",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from weft.core.stream import Stream
-from weft.data.render import Sample
+from weft.data.rendering.render import Sample
 from weft.objectives.likelihood import Supervised
 
 

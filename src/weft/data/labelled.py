@@ -6,37 +6,27 @@ refused, for a model trained on the wrong column looks like one that learns badl
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from weft.data.formats import Message
-from weft.data.records import Record, first_rows, read_records
-from weft.data.render import Prompt, Renderer, Sample
+from weft.data.formats.examples import Message
+from weft.data.formats.labels import LABELS, TEXTS, label_name, text_of
+from weft.data.reading.records import Record, first_rows, read_records
+from weft.data.rendering.render import Renderer
+from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
 from weft.errors import UserError, nearest
 
-# Names that GLUE, SuperGLUE and their likes use; compared without regard to case.
-_TEXTS = (
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("question", "passage"),
-    ("premise", "hypothesis"),
-    ("text_a", "text_b"),
-    ("text1", "text2"),
-    ("#1 string", "#2 string"),
-    ("sentence",),
-    ("text",),
-    ("review",),
-    ("content",),
-)
-_LABELS = ("label", "labels", "gold_label", "quality", "is_duplicate", "class", "category", "sentiment", "target")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
 _PEEK = 50  # rows that a table without a header is recognised from
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +69,33 @@ def load_labelled(
         raise UserError(
             f"text_columns names {len(columns.texts)} columns; an encoder takes one text or a pair of them."
         )
-    found = [_label(record, columns.label) for record in records]
+    found = [label_name(record, columns.label) for record in records]
     names = known or _sorted(found, records, columns.label)
     number = {name: index for index, name in enumerate(names)}
-    samples = []
+    samples, dropped = [], []
     for record, name in list(zip(records, found, strict=True))[:limit]:
         if name not in number:
             raise UserError(
                 f"{record.source}: the label '{name}' is none of the labels {', '.join(names)}.{nearest(name, names)} "
                 "Correct the record, or add it to `labels`."
             )
-        texts = [_text(record, column) for column in columns.texts]
+        texts = [text_of(record, column) for column in columns.texts]
         if not any(text.strip() for text in texts):
             raise UserError(f"{record.source}: {_quoted(columns.texts)} is empty. Remove the record.")
-        unlabelled = unlabelled_sample(
-            renderer, texts, record.source, encoder=own, as_chat=as_chat, pair_separator=pair_separator
-        )
+        try:
+            unlabelled = unlabelled_sample(
+                renderer, texts, record.source, encoder=own, as_chat=as_chat, pair_separator=pair_separator
+            )
+        except TooLongError:
+            if renderer.truncation != "drop":
+                raise
+            dropped.append(record.source)
+            continue
         samples.append(replace(unlabelled, label=number[name]))
+    if dropped:
+        logger.warning("%s: left out %d records longer than max_length (the first: %s)", path, len(dropped), dropped[0])
+    if not samples:
+        raise UserError(f"{path}: every record is longer than max_length {renderer.max_length}; nothing is left.")
     return samples, names
 
 
@@ -119,10 +119,10 @@ def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample
     prompt = Prompt(renderer.text_ids(text))
     if as_chat:
         prompt = renderer.prompt([Message("user", text)], source=source)
-    ids, slots = renderer.cut(prompt.ids, source), prompt.slots
-    if len(ids) < len(prompt.ids):  # what stood behind the cut is gone; else a slot may stand at the very end
-        slots = tuple(slot for slot in slots if slot < len(ids))
-    return Sample(ids, [0.0] * len(ids), source, slots)
+    draft = Draft(prompt.ids, [0.0] * len(prompt.ids), list(prompt.slots))
+    draft.remove(*renderer.limit.cut_ids(prompt.ids, source, "the record", head=len(renderer.encoder.bos)))
+    # Without a cut a slot may stand at the very end.
+    return Sample(draft.ids, draft.weights, source, tuple(draft.slots), cut=draft.cut)
 
 
 def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
@@ -130,14 +130,21 @@ def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
     tokenizer, limit = renderer.tokenizer, renderer.max_length
     options: dict[str, Any] = {"split_special_tokens": True, "verbose": False}  # a typed [SEP] is ordinary text
     encoded = tokenizer(*texts, **options)
-    if limit is not None and len(encoded["input_ids"]) > limit:
-        renderer.cut(encoded["input_ids"], source)  # raises, unless the renderer truncates
+    length = len(encoded["input_ids"])
+    if limit is not None and length > limit:
+        renderer.limit.cut_ids(encoded["input_ids"], source, "the record")  # raises, unless the policy is to cut
+        if renderer.truncation != "right":
+            raise UserError(
+                f"{source}: an encoder's texts are cut by `truncation: right` only (the longer of two first), not by "
+                f"`{renderer.truncation}`."
+            )
         room = limit - tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
         if room < len(texts):
             raise UserError(f"{source}: max_length {limit} leaves no room for the text. Raise `max_length`.")
         encoded = tokenizer(*texts, truncation="longest_first", max_length=limit, **options)
     ids, types = list(encoded["input_ids"]), encoded.get("token_type_ids", [])
-    return Sample(ids, [0.0] * len(ids), source, token_types=tuple(types) if any(types) else ())
+    cut = length - len(ids)
+    return Sample(ids, [0.0] * len(ids), source, token_types=tuple(types) if any(types) else (), cut=cut)
 
 
 # -------------------------------------------------------------------------------------------------------------- columns
@@ -172,14 +179,14 @@ def _columns(record: Record, text_columns: Sequence[str] | None, label_column: s
         texts = tuple(text_columns)
     else:
         free = {name for name in found if found[name] != label_column}
-        present = [group for group in _TEXTS if free >= set(group)]
+        present = [group for group in TEXTS if free >= set(group)]
         groups = [group for group in present if not any(set(group) < set(other) for other in present)]
         if len(groups) != 1:
             what = "more than one column could be the text" if groups else "no column has a usual name of a text"
             _unclear(record, f"{what}: name it in `text_columns`.")
         texts = tuple(found[name] for name in groups[0])
     if label_column is None:
-        labels = [found[name] for name in _LABELS if name in found and found[name] not in texts]
+        labels = [found[name] for name in LABELS if name in found and found[name] not in texts]
         if len(labels) != 1:
             what = "more than one column could be the label" if labels else "no column has a usual name of a label"
             _unclear(record, f"{what}: name it in `label_column`.")
@@ -192,7 +199,7 @@ def _columns(record: Record, text_columns: Sequence[str] | None, label_column: s
 def _unclear(record: Record, what: str) -> NoReturn:
     raise UserError(
         f"{record.source}: {what} Columns found: {_quoted(record.fields) or 'none'}. Usual names of texts: "
-        f"{', '.join(' + '.join(group) for group in _TEXTS)}; of labels: {', '.join(_LABELS)}. If these are not the "
+        f"{', '.join(' + '.join(group) for group in TEXTS)}; of labels: {', '.join(LABELS)}. If these are not the "
         "names of columns, the file lacks a header row: add one."
     )
 
@@ -202,29 +209,6 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- values
-
-
-def _text(record: Record, column: str) -> str:
-    value = record.fields.get(column)
-    if not isinstance(value, str):
-        raise UserError(f"{record.source}: '{column}' must be a string, found {value!r}.")
-    return value
-
-
-def _label(record: Record, column: str) -> str:
-    """The label's name: text as it stands but for white space around it, other JSON values as JSON writes them."""
-    value = record.fields.get(column)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    name = str(value).strip() if isinstance(value, (str, int, float)) else ""
-    if not name:
-        raise UserError(
-            f"{record.source}: '{column}' must be a label (a name or a number), found {value!r}. Give the record one "
-            "or remove it (the test files of GLUE have none)."
-        )
-    return name
 
 
 def _given(labels: Sequence[str] | None) -> tuple[str, ...] | None:

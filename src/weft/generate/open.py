@@ -16,9 +16,10 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, OWN_CONFIG, base_of, weights_path
+from weft.core.files import CONFIG, OWN_CONFIG, base_of, provenance_of, weights_path
 from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
+from weft.data.provenance import Provenance, make_renderer
 from weft.errors import UserError
 from weft.generate.engine import check_writes
 from weft.models import Base, load_base
@@ -114,6 +115,7 @@ def open_target(
     adapters: Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    chat_template: str | None = None,
 ) -> Opened:
     """Open a run's folder, an adapter's folder, or a model (folder, hub id, embedded name).
 
@@ -122,28 +124,31 @@ def open_target(
         model: the base to use instead of the one that the target names.
         adapters: load only these of a run; default all. ``base`` is always there.
         device, dtype: as in a run's configuration.
+        chat_template: to render prompts with, instead of the one of training.
 
     Raises:
         UserError: nothing usable is there, a file is damaged, or the base is not the one that was trained on.
     """
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
-        return _open_run(folder, model, adapters, device, dtype)
+        return _open_run(folder, model, adapters, device, dtype, chat_template)
     if any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
         run = folder.absolute().parent.parent
         if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
-            return _open_run(run, None, [folder.absolute().name], device, dtype)
-        return _open_adapter(folder, model, device, dtype)
+            return _open_run(run, None, [folder.absolute().name], device, dtype, chat_template)
+        return _open_adapter(folder, model, device, dtype, chat_template)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no run ({RUN_FILE}), no adapter ({CONFIG}) and no model (config.json). Give one of these, "
             "a hub id, or the name of an embedded model."
         )
     base = load_base(model or str(target), device=device, dtype=dtype)
-    return Opened(base, Adapters(base.model, base.architecture), Renderer(base.tokenizer))
+    renderer = Renderer(base.tokenizer, chat_template=chat_template)
+    return Opened(base, Adapters(base.model, base.architecture), renderer)
 
 
-def _open_adapter(folder: Path, model: str | None, device: str, dtype: str) -> Opened:
+def _open_adapter(folder: Path, model: str | None, device: str, dtype: str, chat_template: str | None) -> Opened:
+    record = Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
     source = model or base_of(folder)
     if source is None:
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
@@ -154,14 +159,24 @@ def _open_adapter(folder: Path, model: str | None, device: str, dtype: str) -> O
     except UserError as error:
         hint = "" if model else f" ({CONFIG} names this base; --model takes another place)"
         raise UserError(f"{error}{hint}") from None
-    opened = Opened(base, Adapters(base.model, base.architecture), Renderer(base.tokenizer))
+    renderer, notes = make_renderer(record, base.tokenizer, chat_template)
+    if record is None and tokenizer is None and chat_template is None and (folder / OWN_CONFIG).is_file():
+        notes.append(f"{folder} does not say which chat template it was trained with; the tokenizer's own is used.")
+    opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
     name = re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
     opened.adapters.load(name, folder, tokenizer=base.tokenizer)
     opened.names = (name,)
     return opened
 
 
-def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, device: str, dtype: str) -> Opened:
+def _open_run(
+    folder: Path,
+    model: str | None,
+    wanted: Sequence[str] | None,
+    device: str,
+    dtype: str,
+    chat_template: str | None,
+) -> Opened:
     config = read_run_config(folder)
     store = RunStore(folder)
     names = [job.name for job in config.jobs]
@@ -184,9 +199,8 @@ def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, dev
     )
     if model is None and dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
-    opened = Opened(
-        base, Adapters(base.model, base.architecture), Renderer(base.tokenizer, chat_template=config.chat_template)
-    )
+    renderer, notes = _renderer_of_run(store, config, base, keep, chat_template)
+    opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
     try:
         _add_adapters(opened, store, config, keep)
     except BaseException:
@@ -194,6 +208,22 @@ def _open_run(folder: Path, model: str | None, wanted: Sequence[str] | None, dev
         raise
     opened.names = tuple(keep)
     return opened
+
+
+def _renderer_of_run(
+    store: RunStore, config: RunConfig, base: Base, names: Sequence[str], chat_template: str | None
+) -> tuple[Renderer, list[str]]:
+    """As the finished adapters say; before that, as the configuration does."""
+    saved = [store.adapters / name for name in names if (store.adapters / name / OWN_CONFIG).is_file()]
+    section = provenance_of(saved[0]) if saved else None
+    if section is None:
+        return Renderer(
+            base.tokenizer,
+            chat_template=chat_template or config.chat_template,
+            allow_unknown_markers=config.allow_unknown_markers,
+            template_kwargs=config.template_kwargs,
+        ), []
+    return make_renderer(Provenance.read(section, str(saved[0] / OWN_CONFIG)), base.tokenizer, chat_template)
 
 
 def _base_of(config: RunConfig, recorded: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,9 @@ from weft.errors import UserError
 
 Hub = Literal["huggingface", "modelscope"]
 # What the data readers read.
-_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+_TEXTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+_PACKED = tuple(text + packed for text in _TEXTS for packed in (".gz", ".bz2", ".xz", ".zst"))
+_SUFFIXES = (*_TEXTS, *_PACKED, ".parquet", ".arrow")
 
 
 def fetch_model(name: str, hub: Hub = "huggingface") -> str:
@@ -33,7 +36,7 @@ def fetch_model(name: str, hub: Hub = "huggingface") -> str:
 
 def is_dataset_id(data: str) -> bool:
     """Whether ``data`` reads as ``owner/name`` (or ``owner/name:file``) of a hub rather than as a file."""
-    if Path(data).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", data):
+    if Path(data).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[][\w./*?-]+)?", data):
         return False
     owner, _, name = data.partition("/")
     return owner not in (".", "..") and not Path(owner).is_dir() and (":" in name or not name.endswith(_SUFFIXES))
@@ -42,7 +45,8 @@ def is_dataset_id(data: str) -> bool:
 def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path:
     """Download the data file of a hub's data set (it is cached) and say where it lies.
 
-    ``owner/name`` must hold one data file; of several, one is chosen by ``owner/name:file``.
+    ``owner/name`` must hold one data file; of several, one is chosen by ``owner/name:file``, or all that match a
+    pattern by ``owner/name:data/train-*.parquet``: the answer is then that pattern where they lie.
 
     Raises:
         UserError: it is not there, holds no readable file or several, or the hub cannot be reached.
@@ -52,11 +56,25 @@ def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path:
         files = _list_files(name, hub)
         readable = [file for file in files if file.endswith(_SUFFIXES) and Path(file).name != "README.txt"]
         if wanted and wanted not in files:
-            raise UserError(f"data {data!r}: no such file there; there are: {', '.join(readable) or 'none to read'}.")
+            matching = sorted(file for file in readable if _matches(file, wanted))
+            if not matching:
+                listed = ", ".join(readable) or "none to read"
+                raise UserError(f"data {data!r}: no such file there; there are: {listed}.")
+            places = [_download(name, file, hub) for file in matching]
+            return Path(places[0].removesuffix(matching[0])) / wanted
         if not wanted and len(readable) != 1:
-            what = "several data files" if readable else f"no file that Weft reads ({', '.join(_SUFFIXES)})"
+            what = (
+                "several data files" if readable else f"no file that Weft reads ({', '.join(_TEXTS)}, .parquet, .arrow)"
+            )
             listed = ", ".join(readable or files)
-            raise UserError(f"data {data!r} holds {what}: {listed}. Name one: {name}:<file>.")
+            cure = f"Name one: {name}:<file>, or several by a pattern: {name}:<folder>/train-*.parquet."
+            if not readable:
+                cure = (
+                    f'Save it with the `datasets` package (pip install "weft[datasets]"): '
+                    f"datasets.load_dataset({name!r}, split='train').save_to_disk('{Path(name).name}'), and name that "
+                    "folder as data."
+                )
+            raise UserError(f"data {data!r} holds {what}: {listed}. {cure}")
         return Path(_download(name, wanted or readable[0], hub))
     except UserError:
         raise
@@ -64,6 +82,11 @@ def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path:
         raise UserError(
             f"data {data!r} is no file here, and as a data set of {hub} it cannot be fetched: {_first_line(error)}"
         ) from error
+
+
+def _matches(file: str, pattern: str) -> bool:
+    """As ``glob`` does it: ``*`` stays within a folder."""
+    return file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern)
 
 
 def _list_files(name: str, hub: Hub) -> list[str]:

@@ -48,6 +48,10 @@ RENAMED: dict[str, str] = {
     "noisy_embedding_alpha": "neftune_noise_alpha",
 }
 
+# The value of batch_tokens that stands for batch_size * max_length; keys that ask for it.
+AUTO = "auto"
+_SAME = ("packing", "sample_packing", "neat_packing")
+
 # Other tools' words for a value of ours.
 VALUES: dict[str, dict[Any, Any]] = {
     "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
@@ -110,6 +114,8 @@ def _bits(value: Any) -> tuple[str, Any] | None:
     if value not in _BITS:
         raise UserError(f"quantization_bit: {value!r}: a base is kept in 4 (nf4) or 8 bits (int8).")
     return _BITS[value]
+
+
 # swift's words for which tokens are learned.
 _LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
 
@@ -120,6 +126,10 @@ def _loss_scale(value: Any) -> tuple[str, Any] | None:
     return _LOSS_SCALES[value]
 
 
+def _packing(on: Any) -> tuple[str, Any] | None:
+    return ("batch_tokens", AUTO) if on else None
+
+
 # A switch elsewhere that is a choice here: key -> its value -> (our key, our value), None where it changes nothing.
 SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
     "bf16": lambda on: ("dtype", "bfloat16") if on else None,
@@ -127,6 +137,7 @@ SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
     "use_peft": lambda on: ("method", "lora") if on else None,
     "train_on_inputs": lambda on: ("train_on", "all") if on else None,
     "train_on_prompt": lambda on: ("train_on", "all") if on else None,
+    "truncate": lambda on: ("truncation", "right") if on else None,
     "completion_only_loss": lambda on: None if on or on is None else ("train_on", "all"),
     "assistant_only_loss": lambda on: None if on else ("train_on", "all"),
     "mask_history": lambda on: ("train_on", "last_answer") if on else None,
@@ -146,10 +157,11 @@ SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
     "freeze_extra_modules": _names("name_patterns"),
     "lora_target_linear": lambda on: ("target_modules", "all-linear") if on else None,
     # Batches here never hold padding, whatever this says.
-    "packing": lambda on: None,
-    "sample_packing": lambda on: None,
     "padding_free": lambda on: None,
-    "neat_packing": lambda on: None,
+    # Elsewhere these make packs of max_length tokens, and a batch is batch_size of them.
+    "packing": _packing,
+    "sample_packing": _packing,
+    "neat_packing": _packing,
     **{key: _only_off(key) for key in _NOT_HERE},
 }
 
@@ -176,6 +188,8 @@ def translate(given: Mapping[str, Any], where: str) -> dict[str, Any]:
             betas[key == "adam_beta2"] = value
             out["adam_betas"] = betas
             continue
+        if came_from.get(name) in _SAME and key in _SAME:
+            continue  # LLaMA-Factory's neat_packing stands beside packing
         if name in came_from:
             raise UserError(f"{where}: '{came_from[name]}' and '{key}' mean the same thing; keep one.")
         came_from[name] = key

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 import weft.methods
 from weft.core.files import method_config, read_json
 from weft.errors import UserError, nearest
-from weft.train.aliases import translate
+from weft.train.aliases import AUTO, translate
 from weft.train.settings import JobConfig, RunConfig, method_names, method_of, own_settings, settings_of
 from weft.train.store import RUN_FILE
 
@@ -185,14 +185,17 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
     if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
         raise UserError(f"{source}: jobs must be a list of mappings, each with a method.")
     places = [f"{source}: jobs[{i}]" for i in range(len(jobs))]
-    made = [_job(translate(job, place), defaults, place) for job, place in zip(jobs, places, strict=True)]
+    made = [
+        _job(translate(job, place), defaults, place, top.get("max_length"))
+        for job, place in zip(jobs, places, strict=True)
+    ]
     for name in defaults.keys() & weft.methods.METHODS.keys():
         if not any(name in method_names(job.method) for job in made):
             raise UserError(f"{source}: {name}: no job uses this method, so nothing would take these settings.")
     return _run_config({**top, "jobs": tuple(made)}, source)
 
 
-def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConfig:
+def _job(given: dict[str, Any], defaults: dict[str, Any], where: str, max_length: Any) -> JobConfig:
     method = given.get("method", defaults.get("method"))
     if not isinstance(method, str):
         raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
@@ -217,11 +220,24 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str) -> JobConf
     for part, cls in classes.items():
         _refuse_switches(settings_of(part, cls, settings, where), cls, where)
     _refuse_switches(merged, JobConfig, where)
+    if merged.get("batch_tokens") == AUTO:
+        merged["batch_tokens"] = _auto_tokens(merged.get("batch_size"), max_length, where)
     try:
         method_of(method, settings)
         return JobConfig(**merged, method_settings=settings)
     except ValidationError as error:
         raise UserError(_explain(error, where, known)) from None
+
+
+def _auto_tokens(batch_size: Any, max_length: Any, where: str) -> Any:
+    if not isinstance(max_length, int):
+        raise UserError(
+            f"{where}: packing (batch_tokens: auto) fills batches up to batch_size times max_length tokens, and "
+            "max_length is not given. Add max_length, or say batch_tokens: 4096 (say) instead."
+        )
+    # What is no number is refused by the field itself.
+    size = JobConfig.model_fields["batch_size"].default if batch_size is None else batch_size
+    return size * max_length if isinstance(size, int) else None
 
 
 def _refuse_switches(settings: Mapping[str, Any], cls: type[BaseModel], where: str) -> None:

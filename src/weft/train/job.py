@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter
 from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
-from weft.data import Sample
+from weft.data import Mixture, Sample
+from weft.train.batches import Batches
 from weft.train.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.train.settings import JobConfig
 
@@ -44,12 +45,18 @@ class Job:
     """
 
     def __init__(
-        self, config: JobConfig, adapter: Adapter, samples: Sequence[Sample], eval_samples: Sequence[Sample] = ()
+        self,
+        config: JobConfig,
+        adapter: Adapter,
+        samples: Sequence[Sample],
+        eval_samples: Sequence[Sample] = (),
+        mixture: Mixture | None = None,
     ) -> None:
         self.config, self.adapter = config, adapter
         self.samples, self.eval_samples = samples, eval_samples
         self.name = config.name
-        self.steps_per_epoch, self.total_steps = config.planned_steps(len(samples))
+        self.batches = Batches(config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture)
+        self.total_steps = self.batches.total_steps
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
         self.rate = config.learning_rate or adapter.default_learning_rate("")
@@ -63,7 +70,6 @@ class Job:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
         adapter.begin_training(self.total_steps)
         self.best: list[Tensor] | None = None
-        self._order_of_epoch: tuple[int, list[int]] = (-1, [])
 
     @property
     def active(self) -> bool:
@@ -73,21 +79,12 @@ class Job:
     @property
     def epoch(self) -> float:
         """How often the data has been seen."""
-        return self.progress.step / self.steps_per_epoch
+        epoch, within = self.batches.locate(self.progress.step)
+        return epoch + within / self.batches.steps_in(epoch)
 
     def micro_batches(self) -> list[list[Sample]]:
         """The samples of the coming optimizer step, one list per forward pass."""
-        epoch, within = divmod(self.progress.step, self.steps_per_epoch)
-        order = self._order(epoch)
-        size, count = self.config.batch_size, self.config.gradient_accumulation_steps
-        starts = range(within * size * count, min((within + 1) * size * count, len(order)), size)
-        return [[self.samples[i] for i in order[start : start + size]] for start in starts]
-
-    def _order(self, epoch: int) -> list[int]:
-        if self._order_of_epoch[0] != epoch:
-            generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "order", epoch))
-            self._order_of_epoch = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
-        return self._order_of_epoch[1]
+        return [[self.samples[i] for i in micro] for micro in self.batches[self.progress.step]]
 
     def dropout_seed(self, micro: int) -> int:
         """For the ``micro``-th forward pass of the coming step."""

@@ -17,6 +17,7 @@ from weft.train.job import Job
 from weft.train.memory import freed_memory_kept, peak_memory
 from weft.train.step import StepResult, evaluate, train_step
 from weft.train.store import RunStore
+from weft.train.verify import verify_packing
 
 Event = Mapping[str, Any]
 # float16 cannot hold the gradients of a small loss; the first overflow halves this.
@@ -41,6 +42,7 @@ class Trainer:
         jobs: in the order in which their rows stand in the stream.
         store: where checkpoints and metrics go; None keeps everything in memory.
         on_event: called with every logged event (``step``, ``eval``, ``end``, ``warning``).
+        verify_packing: before the first step, prove that the sequences of the first batch do not feel each other.
         should_stop: asked after every step and before every evaluation; True saves and leaves.
     """
 
@@ -53,12 +55,14 @@ class Trainer:
         logging_steps: int = 10,
         save_steps: int | None = None,
         save_total_limit: int = 2,
+        verify_packing: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.adapters, self.jobs, self.store = adapters, list(jobs), store
         self.logging_steps, self.save_steps, self.save_total_limit = logging_steps, save_steps, save_total_limit
         self.on_event, self.should_stop = on_event, should_stop
+        self.verify_packing = verify_packing
         self.step = 0
         if adapters.dtype == torch.float16:
             for job in self.jobs:
@@ -94,6 +98,8 @@ class Trainer:
 
     def _run(self) -> TrainResult:
         started, saved_at = time.monotonic(), self.step
+        if self.verify_packing:
+            verify_packing(self.adapters, self.jobs)
         while True:
             stopped = not self._evaluate_due()
             active = [job for job in self.jobs if job.active]

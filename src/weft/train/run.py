@@ -14,10 +14,14 @@ from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
-from weft.data import Renderer, Sample
+from weft.data import Problems, Renderer, Sample
+from weft.data.auditing.audit import audit_before_training
+from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
+from weft.data.settings import DataSettings
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
+from weft.train.batches import Batches
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
@@ -26,7 +30,19 @@ from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
-    {"output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads"}
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "threads",
+        "verify_packing",
+        "data_workers",
+        "bad_records_file",
+        "audit",
+    }
 )
 
 
@@ -42,6 +58,7 @@ class Setup:
     adapters: Adapters
     renderer: Renderer
     jobs: list[Job]
+    problems: Problems
 
 
 def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
@@ -55,20 +72,13 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     places = data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
     sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
-    limit = sketch.architecture.max_length
-    length = config.max_length or limit
-    if limit is not None and length is not None and length > limit:
-        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
-    renderer = Renderer(
-        sketch.tokenizer,
-        chat_template=config.chat_template,
-        train_on=config.train_on,
-        max_length=length,
-        truncate=config.truncate,
-    )
+    renderer = make_renderer(config, sketch.tokenizer, sketch.architecture.max_length)
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
     loaded = [read.job(job) for job in config.jobs]
+    audit_before_training(
+        renderer, (s for d in loaded for s in d.train), (s for d in loaded for s in d.held), config.audit
+    )
     _check(config, sketch, loaded)
     if base is None:
         base = load_base(
@@ -88,11 +98,33 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
             adapter = adapters.add(
                 job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, classification=found.classes
             )
-            jobs.append(Job(job, adapter, found.train, found.held))
+            jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
     except BaseException:
         adapters.close()
         raise
-    return Setup(config, base, adapters, renderer, jobs)
+    return Setup(config, base, adapters, renderer, jobs, read.problems)
+
+
+def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Renderer:
+    """What renders the run's data, for a base that has ``limit`` positions (None: any number).
+
+    Raises:
+        UserError: a setting asks for what the base or the tokenizer does not have.
+    """
+    length = config.max_length or limit
+    if limit is not None and length is not None and length > limit:
+        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
+    return Renderer(
+        tokenizer,
+        chat_template=config.chat_template,
+        allow_unknown_markers=config.allow_unknown_markers,
+        template_kwargs=config.template_kwargs,
+        train_on=config.train_on,
+        max_length=length,
+        truncation=config.truncation,
+        documents=config.documents,
+        window_overlap=config.window_overlap,
+    )
 
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
@@ -117,7 +149,9 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter = adapters.add(
                 job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
             )
-            adapter.begin_training(job.planned_steps(len(data.train))[1])
+            adapter.begin_training(Batches(
+                job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture
+            ).total_steps)
             samples = (*data.train, *data.held)
             _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
@@ -134,7 +168,7 @@ def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: B
         raise UserError(
             f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed "
             f"the model's {limit} positions. "
-            + (f"Set max_length: {limit - learned} (with truncate: true to cut) or " if learned < limit - 1 else "")
+            + (f"Set max_length: {limit - learned} (with truncation: right to cut) or " if learned < limit - 1 else "")
             + "fewer num_virtual_tokens."
         )
 
@@ -184,6 +218,7 @@ def _train(
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
+        verify_packing=config.verify_packing,
         on_event=on_event,
         should_stop=should_stop,
     )
@@ -191,13 +226,37 @@ def _train(
         trainer.resume()
     labels = {j.name: j.adapter.head.task.labels for j in setup.jobs if isinstance(j.adapter.head, ClassificationHead)}
     store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base), "labels": labels})
+    if config.on_bad_record == "report":
+        setup.problems.write(config.bad_records_file or store.folder / "bad_records.jsonl")
     setup.base.tokenizer.save_pretrained(store.tokenizer)
     result = trainer.run()
     if result.completed:
+        tokenizer = TokenizerFacts.of(setup.base.tokenizer)
         for job in setup.jobs:
+            job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result
+
+
+def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance:
+    """How the job's data was read and rendered; travels in the adapter's folder."""
+    own, run = job.config, setup.config
+    settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
+    settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
+    if own.task == "sequence_classification":
+        settings |= {"text_columns": own.text_columns, "label_column": own.label_column}
+    return Provenance(
+        **template_of(setup.renderer),
+        tokenizer=tokenizer,
+        task=own.task,
+        settings=file_names(settings) | {"max_length": setup.renderer.max_length},
+        sha256=job.fingerprint,
+        records=len(job.samples),
+        eval_records=len(job.eval_samples),
+        batch_size=None if own.batch_tokens else own.batch_size,
+        batch_tokens=own.batch_tokens,
+    )
 
 
 def _check_folder(store: RunStore, config: RunConfig) -> None:

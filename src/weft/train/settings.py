@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from weft.core.combined import CombinedConfig
 from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config
-from weft.data.settings import DataSettings
+from weft.data.settings import DataPaths, DataSettings, checked_paths
 from weft.errors import UserError
 from weft.models.hub import Hub
 from weft.models.load import Shape
@@ -27,8 +27,8 @@ class JobConfig(BaseModel):
     name: str
     method: str
     method_settings: dict[str, Any] = {}
-    data: str | None = None
-    eval_data: str | None = None
+    data: DataPaths | None = None
+    eval_data: DataPaths | None = None
     task: Literal["causal_lm", "seq2seq", "sequence_classification"] = "causal_lm"
     labels: list[str] | None = None
     text_columns: list[str] | None = None
@@ -36,6 +36,7 @@ class JobConfig(BaseModel):
     steps: int | None = Field(default=None, gt=0)
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=8, gt=0)
+    batch_tokens: int | None = Field(default=None, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float | None = Field(default=None, gt=0)
@@ -52,6 +53,8 @@ class JobConfig(BaseModel):
     early_stopping_patience: int | None = Field(default=None, gt=0)
     early_stopping_min_delta: float = Field(default=0.0, ge=0)
     neftune_noise_alpha: float = Field(default=0.0, ge=0)
+
+    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -85,7 +88,7 @@ class JobConfig(BaseModel):
         return method_of(self.method, self.method_settings)
 
     def planned_steps(self, samples: int) -> tuple[int, int]:
-        """(optimizer steps per epoch, of the whole job) with that many samples."""
+        """(optimizer steps per epoch, of the whole job) with that many samples in batches of ``batch_size``."""
         per_epoch = math.ceil(math.ceil(samples / self.batch_size) / self.gradient_accumulation_steps)
         return per_epoch, self.steps or max(1, round(self.epochs * per_epoch))
 
@@ -105,6 +108,7 @@ class RunConfig(DataSettings):
     device: str = "auto"
     threads: int | None = Field(default=None, gt=0)
     exact: bool = False
+    verify_packing: bool = True
     gradient_checkpointing: bool = False
     logging_steps: int = Field(default=10, gt=0)
     save_steps: int | None = Field(default=None, gt=0)
@@ -116,6 +120,12 @@ class RunConfig(DataSettings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two jobs are named {', '.join(twice)}; give each its own name")
+        if self.eval_split is not None and (
+            self.eval_size or any(job.eval_data or self.eval_data for job in self.jobs)
+        ):
+            raise ValueError("eval_split, eval_size and eval_data exclude each other: what to evaluate on is said once")
+        if self.bad_records_file is not None and self.on_bad_record != "report":
+            raise ValueError("bad_records_file is for on_bad_record: report; nothing else writes it")
         classifies = any(job.task == "sequence_classification" for job in self.jobs)
         for key in ("labels", "text_columns", "label_column"):
             if not classifies and any(getattr(job, key) is not None for job in self.jobs):

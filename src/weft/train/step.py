@@ -21,6 +21,7 @@ from weft.core.stream import Part, Stream
 from weft.data import Sample
 from weft.data.batch import supervise
 from weft.objectives import Head, class_metrics, classification, likelihood, likelihood_of_logits
+from weft.train.batches import size
 from weft.train.job import Job
 
 
@@ -44,6 +45,12 @@ def model_head(adapters: Adapters) -> Head:
 
 def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
     """Each entry's summed loss divided by its divisor: one scalar tensor per entry of ``work``."""
+    losses = sequence_losses(adapters, work)
+    return [loss.sum() / w.divisor for loss, w in zip(losses, work, strict=True)]
+
+
+def sequence_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
+    """The summed loss of every sequence [sequences], per entry of ``work``."""
     stream, hidden = _forward(adapters, work)
     ends = list(itertools.accumulate(len(w.samples) for w in work))
     sequences = [range(end - len(w.samples), end) for w, end in zip(work, ends, strict=True)]
@@ -66,7 +73,7 @@ def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
         numbers = [number for i in shared for number in sequences[i]]
         per_sequence = _token_losses(adapters, hidden, stream, samples, numbers)
         losses |= dict(zip(shared, per_sequence.split([len(work[i].samples) for i in shared]), strict=True))
-    return [losses[i].sum() / w.divisor for i, w in enumerate(work)]
+    return [losses[i] for i in range(len(work))]
 
 
 def _forward(adapters: Adapters, work: Sequence[Work]) -> tuple[Stream, Tensor]:
@@ -123,10 +130,6 @@ def _labels(samples: Sequence[Sample], device: torch.device) -> Tensor:
     return torch.tensor([s.label for s in samples], device=device)
 
 
-def _size(sample: Sample) -> int:
-    return len(sample.input_ids) + len(sample.target_ids)
-
-
 def loss_weight(sample: Sample) -> float:
     """What a sample counts in its job's mean: its learned tokens, or one if it is to be classified."""
     if sample.target_ids:
@@ -169,7 +172,7 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
             total[job.name] = total.get(job.name, 0) + loss.detach()
     results = {}
     for job in jobs:
-        tokens = sum(_size(s) for micro in batches[job.name] for s in micro)
+        tokens = sum(size(s) for micro in batches[job.name] for s in micro)
         rate = job.learning_rate()
         job.progress.tokens += tokens
         results[job.name] = StepResult(float(total[job.name]), job.update(), rate, tokens)
@@ -224,13 +227,13 @@ def evaluate_loss(adapters: Adapters, adapter: str | None, samples: Sequence[Sam
 def passes(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[Sample]]:
     """``samples`` in order, cut where a pass would hold more than ``max_tokens`` tokens."""
     batch: list[Sample] = []
-    size = 0
+    held = 0
     for sample in samples:
-        if batch and size + _size(sample) > max_tokens:
+        if batch and held + size(sample) > max_tokens:
             yield batch
-            batch, size = [], 0
+            batch, held = [], 0
         batch.append(sample)
-        size += _size(sample)
+        held += size(sample)
     if batch:
         yield batch
 

@@ -1,10 +1,10 @@
 """The folder of a run. A checkpoint appears whole or not at all, and says of itself what it holds.
 
-    run.json                     the configuration, and fingerprints of base and data
-    metrics.jsonl                one line per logged event
-    tokenizer/                   so that the folder answers by itself
-    checkpoints/step-00000100/   state.json, <job>.safetensors, manifest.json (SHA-256 of each file)
-    adapters/<job>/              the finished adapters, in PEFT's layout
+run.json                     the configuration, and fingerprints of base and data
+metrics.jsonl                one line per logged event
+tokenizer/                   so that the folder answers by itself
+checkpoints/step-00000100/   state.json, <job>.safetensors, manifest.json (SHA-256 of each file)
+adapters/<job>/              the finished adapters, in PEFT's layout
 """
 
 from __future__ import annotations

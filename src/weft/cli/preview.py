@@ -1,0 +1,171 @@
+"""``weft preview``: what training would see, without training: samples, figures, and the audit."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli import common
+from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.data.auditing.base import Finding, Item
+    from weft.train.examined import Examined
+    from weft.train.settings import RunConfig
+
+
+def preview(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [KEY=VALUE]...",
+            help="The configuration that `weft train` would be given, and settings that win over it.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base: a folder, a hub id or an embedded model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv or .txt.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 3,
+    record: Annotated[
+        list[str] | None, typer.Option(help="Show this record: its number, or file:line. May be repeated.")
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also list each sample token by token.")] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="Leave out a check, by its code. May be repeated.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write everything to one HTML page as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object on stdout.")] = False,
+) -> int:
+    """Show what training would see: tokens with their loss weights, figures, and an audit. Loads no weights.
+
+    weft preview run.yaml --html preview.html
+
+    weft preview --model DIR --data FILE --record train.jsonl:17
+
+    Leaves with code 1 if the audit finds errors.
+    """
+    begun = time.perf_counter()
+    settings = _settings(list(config or []), model, data)
+    views = _views(settings, samples, record or (), ignore or ())
+    if html is not None:
+        from weft.cli.preview_html import page
+        from weft.data import parse_sources
+
+        named = (source.path for job in settings.jobs for source in parse_sources(job.data or settings.data))
+        files = list(dict.fromkeys(named))
+        html.write_text(page(f"{settings.model}, {', '.join(files)}", views), encoding="utf-8")
+    failed = any(finding.severity == "error" for view in views for finding in view.findings)
+    if as_json:
+        seconds = round(time.perf_counter() - begun, 2)
+        found = [view.json() for view in views]
+        common.print_json({"model": settings.model, "ok": not failed, "seconds": seconds, "data": found})
+    else:
+        from weft.cli.preview_text import show
+
+        for view in views:
+            show(view, common.console(), tokens=tokens)
+        if html is not None:
+            print(f"page -> {shlex.quote(str(html))}")
+    return common.AUDIT_FAILED if failed else common.DONE
+
+
+def _settings(words: list[str], model: str | None, data: str | None) -> RunConfig:
+    from weft.cli.train import _settings as settings_of
+
+    flags: dict[str, Any] = {key: value for key, value in (("model", model), ("data", data)) if value is not None}
+    if not words and not flags:
+        raise UserError("nothing to preview: give a CONFIG.yaml, or --model and --data.")
+    from_file = bool(words) and "=" not in words[0]
+    if not from_file and not any(word.startswith(("method=", "jobs=", "jobs.")) for word in words):
+        flags["method"] = "lora"  # no method changes what is read; one has to be named
+    return settings_of(words, flags)
+
+
+def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Sequence[str]) -> list[View]:
+    from weft.data.auditing.audit import audit
+    from weft.data.auditing.statistics import statistics
+    from weft.train.examined import examine
+
+    if settings.shape == "full":
+        common.tell_hub(settings.model)
+    views = []
+    for data_set in examine(settings):
+        findings = audit(data_set.items, data_set.facts, ignore=ignore)
+        figures = {}
+        for split in ("train", "eval"):
+            items = [item for item in data_set.items if item.split == split]
+            if items:
+                figures[split] = statistics(items, batch_size=data_set.batch_size, findings=findings)
+        figures["train"]["left_out"] = data_set.left_out
+        views.append(View(data_set, findings, figures, chosen(data_set.items, samples, records)))
+    return views
+
+
+class View:
+    """What there is to show of one data set."""
+
+    def __init__(
+        self, data_set: Examined, findings: Sequence[Finding], figures: dict[str, Any], shown: Sequence[Item]
+    ) -> None:
+        self.data_set, self.findings, self.figures, self.shown = data_set, list(findings), figures, list(shown)
+
+    def json(self) -> dict[str, Any]:
+        """All of it as JSON holds it."""
+        from weft.data.auditing.audit import findings_json
+
+        return {
+            "jobs": list(self.data_set.names),
+            "statistics": self.figures,
+            "findings": findings_json(self.findings),
+            "samples": [self._sample(item) for item in self.shown],
+        }
+
+    def _sample(self, item: Item) -> dict[str, Any]:
+        from weft.data.auditing.pieces import pieces
+
+        tokenizer = self.data_set.facts.tokenizer
+        found = [pieces(tokenizer, sample) for sample in item.samples]
+        keys = ("position", "id", "token", "text", "weight")
+        return {
+            "source": item.source,
+            "split": item.split,
+            "label": item.label,
+            "length": item.length,
+            "problem": item.problem[1] if item.problem else None,
+            "sequences": [[{key: getattr(piece, key) for key in keys} for piece in one] for one in found],
+        }
+
+
+def chosen(items: Sequence[Item], count: int, wanted: Sequence[str]) -> list[Item]:
+    """The records to show: those that are named, else ``count`` evenly over the training data."""
+    if wanted:
+        return [_named(items, name) for name in wanted]
+    usable = [item for item in items if item.samples and item.split == "train"] or list(items)
+    count = min(count, len(usable))
+    return [usable[place * len(usable) // count] for place in range(count)]
+
+
+def _named(items: Sequence[Item], name: str) -> Item:
+    """A record by its number (from 1, in the order of reading), or by ``file:line``."""
+    if name.isdecimal():
+        if not 1 <= int(name) <= len(items):
+            raise UserError(f"--record {name}: there are the records 1 to {len(items)}.")
+        return items[int(name) - 1]
+    path, _, line = name.rpartition(":")
+    for item in items:
+        if item.source == name or (path and item.source.endswith(f"/{path}:{line}")):
+            return item
+    lines = [int(item.source.rpartition(":")[2]) for item in items if _same_file(item, path)]
+    if not lines or not line.isdecimal():
+        raise UserError(f"--record {name}: no such record. Give its number, or file:line, such as {items[0].source}.")
+    before = max((number for number in lines if number <= int(line)), default=lines[0])
+    return next(item for item in items if _same_file(item, path) and item.source.endswith(f":{before}"))
+
+
+def _same_file(item: Item, path: str) -> bool:
+    """Whether the record is of this file; a line inside a record means the record that it belongs to."""
+    file, _, line = item.source.rpartition(":")
+    return line.isdecimal() and bool(path) and (file == path or file.endswith(f"/{path}"))

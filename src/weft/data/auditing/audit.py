@@ -1,0 +1,122 @@
+"""The audit: every check over all records, before a week of training is spent on them.
+
+``audit`` makes all checks and gives what they find; ``audit_before_training`` makes the few that cost next to nothing.
+A check is one function in ``audit_tokens``, ``audit_text``, ``audit_template`` or ``audit_whole``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from weft.data.auditing import template as audit_template
+from weft.data.auditing import text as audit_text
+from weft.data.auditing import tokens as audit_tokens
+from weft.data.auditing import whole as audit_whole
+from weft.data.auditing.base import CHECKS, Check, Facts, Finding, Hit, Item, Records
+from weft.data.rendering.render import Renderer, Sample
+from weft.errors import UserError, nearest
+
+_CHECKERS = (audit_tokens, audit_text, audit_whole, audit_template)  # importing them fills CHECKS
+logger = logging.getLogger(__name__)
+
+AuditMode = Literal["error", "warn", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The findings of one check."""
+
+    check: Check
+    findings: tuple[Finding, ...]
+
+
+def audit(
+    items: Sequence[Item], facts: Facts, *, ignore: Collection[str] = (), only: Collection[str] | None = None
+) -> list[Finding]:
+    """What is wrong with the records, errors first, by check in the order of CHECKS.
+
+    Args:
+        items: the records (``weft.data.auditing.items.read_items``), training and evaluation together.
+        facts: the renderer, and what else checks need to know.
+        ignore: codes of checks to leave out.
+        only: codes of the only checks to make.
+
+    Raises:
+        UserError: ``ignore`` or ``only`` name a check that is not there.
+    """
+    for code in (*ignore, *(only or ())):
+        if code not in CHECKS:
+            raise UserError(f"there is no check {code!r}.{nearest(code, CHECKS)} Checks: {', '.join(CHECKS)}.")
+    return _findings(Records(items, facts), ignore, only)
+
+
+def _findings(records: Records, ignore: Collection[str], only: Collection[str] | None) -> list[Finding]:
+    wanted = [check for check in CHECKS.values() if check.code not in ignore and (only is None or check.code in only)]
+    found = [_finding(check, hit) for check in wanted for hit in check.run(records)]
+    return sorted(found, key=lambda finding: finding.severity != "error")
+
+
+def _finding(check: Check, hit: Hit) -> Finding:
+    source, split = (hit.item.source, hit.item.split) if hit.item is not None else ("", None)
+    return Finding(check.code, check.severity, source, split, hit.message, hit.shown, check.mend)
+
+
+def grouped(findings: Iterable[Finding]) -> list[Group]:
+    """Findings by check, in their order."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault(finding.code, []).append(finding)
+    return [Group(CHECKS[code], tuple(found)) for code, found in groups.items()]
+
+
+def audit_before_training(
+    renderer: Renderer, train: Iterable[Sample], held: Iterable[Sample], mode: AuditMode = "error"
+) -> list[Finding]:
+    """The checks of the rendered tokens, a few percent of what rendering costs. A sample given twice counts once.
+
+    Warnings are logged, a line per check. With ``error`` findings of a check that refuses (nothing to learn, an end
+    that is not learned, two BOS …) end the run; with ``warn`` they are logged as well; with ``off`` nothing is done.
+
+    Raises:
+        UserError: naming the first records, and what to do.
+    """
+    if mode == "off":
+        return []
+    trained = {id(sample): sample for sample in train}
+    evaluated = {id(sample): sample for sample in held if id(sample) not in trained}
+    samples = (list(trained.values()), list(evaluated.values()))
+    early = {check.code for check in CHECKS.values() if check.early}
+    findings = _findings(Records((), Facts(renderer, max_length=renderer.max_length), samples), (), early)
+    refused = []
+    for group in grouped(findings):
+        if group.check.early == "refuse" and mode == "error":
+            refused.append(_line(group))
+        else:
+            logger.warning("%s", _line(group))
+    if refused:
+        raise UserError(
+            "the data would train wrongly:\n  "
+            + "\n  ".join(refused)
+            + "\n`weft preview` shows the records; `audit: warn` trains all the same."
+        )
+    return findings
+
+
+def _line(group: Group) -> str:
+    first = group.findings[0]
+    count = f" ({len(group.findings):,} records)" if len(group.findings) > 1 else ""
+    place = f"{first.source}: " if first.source else ""
+    return f"{group.check.code}{count}: {place}{first.message}. {_capital(first.mend)}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def findings_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    """All findings as JSON holds them."""
+    keys = ("code", "severity", "source", "split", "message", "shown", "mend")
+    return [{key: getattr(finding, key) for key in keys} for finding in findings]

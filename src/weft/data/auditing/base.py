@@ -1,0 +1,201 @@
+"""What the checks of an audit have in common: the records they look at, what they find, and the list of them all.
+
+A check is a function with a decorator and nothing else: ``@each`` for one that looks at record after record, ``@over``
+for one that needs all of them at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from weft.data.auditing.stream import Tokens
+from weft.data.formats.examples import SFT, Conversation, Message
+from weft.data.rendering.render import Renderer, Sample
+
+Severity = Literal["error", "warning"]
+Split = Literal["train", "eval"]
+_SHOWN = 160
+
+
+@dataclass(slots=True)
+class Item:
+    """A record as the audit sees it: what was read, what it became, or why it became nothing.
+
+    ``problem`` is ``(code of the check, message)`` of a record that training would refuse or leave out. ``length`` is
+    in tokens before anything was cut. ``text`` is all that the record says; ``question`` the message before the last
+    learned answer, ``prompt`` everything before it, ``answer`` the last learned answer itself.
+    """
+
+    split: Split
+    source: str
+    example: SFT | None = None
+    samples: tuple[Sample, ...] = ()
+    length: int = 0
+    label: str | None = None
+    problem: tuple[str, str] | None = None
+    text: str = ""
+    prompt: str = ""
+    question: str = ""
+    answer: str = ""
+    shown: str = ""  # of a record that became nothing: its fields
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The turns of a conversation; of anything else none."""
+        return self.example.messages if isinstance(self.example, Conversation) else ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What checks need to know besides the records."""
+
+    renderer: Renderer
+    task: str = "causal_lm"
+    own_template: str | None = None  # the tokenizer's, where the configuration names another
+    max_length: int | None = None
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The renderer's."""
+        return self.renderer.tokenizer
+
+    def special(self, name: Literal["eos", "bos", "pad", "unk"]) -> int | None:
+        """The number of a special token, if the tokenizer has it."""
+        number = getattr(self.tokenizer, f"{name}_token_id", None)
+        return number if isinstance(number, int) else None
+
+    @functools.cached_property
+    def control_pattern(self) -> re.Pattern[str] | None:
+        """The tokenizer's control tokens as they would be typed."""
+        texts = {str(text) for text in self.tokenizer.all_special_tokens}
+        texts |= {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        # Byte and reserved tokens of one or two characters would be found everywhere.
+        listed = sorted((text for text in texts if len(text) > 2), key=lambda text: (-len(text), text))
+        return re.compile("|".join(map(re.escape, listed))) if listed else None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Tokens as text, special ones included."""
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong: with the record at ``source``, or (source "") with all of the data."""
+
+    code: str
+    severity: Severity
+    source: str
+    split: Split | None
+    message: str
+    shown: str
+    mend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What a check hands back: the record (None: it is about all of them), what is wrong, and the text to show."""
+
+    item: Item | None
+    message: str
+    shown: str = ""
+
+
+class Records:
+    """All records of an audit, and what several checks make of them.
+
+    ``samples`` stand for themselves where the records they came from are not at hand: (to train on, to evaluate on).
+    """
+
+    def __init__(
+        self, items: Sequence[Item], facts: Facts, samples: tuple[Sequence[Sample], Sequence[Sample]] = ((), ())
+    ) -> None:
+        self.items, self.facts, self.samples = items, facts, samples
+        self.kept: dict[str, Any] = {}  # for checks that share work
+
+    @functools.cached_property
+    def tokens(self) -> Tokens:
+        """The tokens of all samples end to end."""
+        return Tokens([*self.samples[0], *self.samples[1], *(s for item in self.items for s in item.samples)])
+
+    def owner(self, number: int) -> Item:
+        """The record that a sample of ``tokens`` came from."""
+        train, held = self.samples
+        if number >= len(train) + len(held):
+            return self._owners[number - len(train) - len(held)]
+        # Made only for what is found: 50,000 of them would cost more than the checks.
+        sample = self.tokens.samples[number]
+        return Item("train" if number < len(train) else "eval", sample.source, samples=(sample,))
+
+    @functools.cached_property
+    def _owners(self) -> list[Item]:
+        return [item for item in self.items for _ in item.samples]
+
+    def of(self, split: Split) -> list[Item]:
+        """The records of one split."""
+        return [item for item in self.items if item.split == split]
+
+    def spread(self, count: int) -> list[Item]:
+        """Up to ``count`` conversations that were rendered, evenly over the data, for checks that cost too much."""
+        fitting = [item for item in self.items if item.messages and item.samples]
+        step = max(1, len(fitting) // count)
+        return fitting[::step][:count]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check. ``early``: whether ``weft train`` makes it before its first step, and refuses to go on or warns."""
+
+    code: str
+    severity: Severity
+    mend: str
+    run: Callable[[Records], Iterator[Hit]]
+    about: str
+    early: Literal["refuse", "warn"] | None = field(default=None)
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def over(
+    code: str, severity: Severity, mend: str, *, early: Literal["refuse", "warn"] | None = None
+) -> Callable[[Callable[[Records], Iterator[Hit]]], Callable[[Records], Iterator[Hit]]]:
+    """Register a check of all records at once. The first line of its docstring says what it finds."""
+
+    def register(run: Callable[[Records], Iterator[Hit]]) -> Callable[[Records], Iterator[Hit]]:
+        assert code not in CHECKS, code
+        CHECKS[code] = Check(code, severity, mend, run, (run.__doc__ or "").strip().split("\n")[0], early)
+        return run
+
+    return register
+
+
+def each(
+    code: str, severity: Severity, mend: str
+) -> Callable[[Callable[[Item, Facts], tuple[str, str] | None]], Callable[[Item, Facts], tuple[str, str] | None]]:
+    """Register a check of one record after the other: it gives ``(what is wrong, text to show)``, or None."""
+
+    def register(
+        look: Callable[[Item, Facts], tuple[str, str] | None],
+    ) -> Callable[[Item, Facts], tuple[str, str] | None]:
+        def run(records: Records) -> Iterator[Hit]:
+            for item in records.items:
+                found = look(item, records.facts)
+                if found is not None:
+                    yield Hit(item, *found)
+
+        run.__doc__ = look.__doc__
+        over(code, severity, mend)(run)
+        return look
+
+    return register
+
+
+def short(text: str, around: int | None = None) -> str:
+    """Text to show in one line: its beginning, or what stands around a place."""
+    start = 0 if around is None else max(0, around - _SHOWN // 3)
+    part = text[start : start + _SHOWN].replace("\n", "⏎")
+    return f"{'…' * (start > 0)}{part}{'…' * (start + _SHOWN < len(text))}"

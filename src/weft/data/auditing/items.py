@@ -1,0 +1,139 @@
+"""Records as an audit and a preview need them: read and rendered as in training, but going on where that would stop."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from weft.data.auditing.base import Item, Split, short
+from weft.data.formats.detect import EmptyAnswerError, to_example
+from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, Tokenised
+from weft.data.problems import Problem
+from weft.data.reading.records import Record, iter_items
+from weft.data.rendering.render import Renderer, Sample, Task
+from weft.errors import UserError
+
+
+def read_items(
+    path: str | os.PathLike[str],
+    renderer: Renderer,
+    *,
+    unlimited: Renderer | None = None,
+    split: Split = "train",
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    empty_answers: Literal["error", "skip"] = "error",
+    task: Task = "causal_lm",
+) -> tuple[list[Item], int]:
+    """Every record of a file as an Item, and how many were left out for an empty answer (``empty_answers="skip"``).
+
+    The other arguments are those of ``load_samples``. A record that training refuses is an Item with a ``problem``.
+    ``unlimited`` is the same renderer without a ``max_length``: it tells how long a record is before it is cut.
+    Raises UserError for a file that cannot be read, and if ``format`` or ``columns`` name what is not there.
+    """
+    items, skipped = [], 0
+    for record in iter_items(path, limit=limit):
+        if isinstance(record, Problem):
+            items.append(Item(split, record.place, problem=("not-read", record.what)))
+            continue
+        try:
+            example = to_example(record, format=format, columns=columns)
+        except EmptyAnswerError as error:
+            if empty_answers == "skip":
+                skipped += 1
+            else:
+                items.append(_refused(record, split, "empty-answer", error))
+            continue
+        except UserError as error:
+            if not str(error).startswith(record.source):
+                raise  # about the settings, not about this record
+            items.append(_refused(record, split, "not-read", error))
+            continue
+        items.append(make_item(example, split))
+    dropped = _render(items, renderer, unlimited or renderer, task)
+    return [item for item in items if item not in dropped] if dropped else items, skipped + len(dropped)
+
+
+def _refused(record: Record, split: Split, code: str, error: UserError) -> Item:
+    shown = short(json.dumps(record.fields, ensure_ascii=False, default=str))
+    return Item(split, record.source, problem=(code, _without(record.source, error)), shown=shown)
+
+
+def make_item(example: SFT, split: Split = "train") -> Item:
+    """An example with its texts; not rendered yet."""
+    item = Item(split, example.source, example)
+    if isinstance(example, PlainText):
+        item.text = example.text
+    elif isinstance(example, Segments):
+        item.text = "".join(text for text, _ in example.segments)
+        item.answer = "".join(text for text, learned in example.segments if learned)
+    if not isinstance(example, Conversation):
+        return item
+    messages = example.messages
+    item.text = "\n".join(map(_said, messages))
+    learned = [i for i, turn in enumerate(messages) if i and turn.role == "assistant" and turn.train is not False]
+    if learned:
+        item.answer = messages[learned[-1]].content
+        item.question = messages[learned[-1] - 1].content
+        item.prompt = "\n".join(message.content for message in messages[: learned[-1]])
+    return item
+
+
+def _said(message: Message) -> str:
+    calls = json.dumps([call["function"] for call in message.tool_calls], ensure_ascii=False)
+    return message.content if not message.tool_calls else f"{message.content}\n{calls}".lstrip()
+
+
+def labelled_items(
+    samples: Iterable[Sample], labels: Sequence[str], renderer: Renderer, split: Split = "train"
+) -> list[Item]:
+    """The samples of ``load_labelled`` as Items; their text is what the tokens decode to."""
+    samples = list(samples)
+    texts = renderer.tokenizer.batch_decode([sample.input_ids for sample in samples], skip_special_tokens=True)
+    return [
+        Item(split, sample.source, None, (sample,), len(sample.input_ids), label=labels[sample.label or 0], text=text)
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+
+
+def _render(items: Sequence[Item], renderer: Renderer, unlimited: Renderer, task: Task) -> list[Item]:
+    """Fill in samples and lengths, or problems; returns the records that ``truncation: drop`` leaves out."""
+    read = [item for item in items if item.example is not None]
+    long, limit = [], renderer.max_length
+    for item, whole in zip(read, unlimited.outcomes((_example(item) for item in read), task), strict=True):
+        if isinstance(whole, UserError):
+            nothing = isinstance(item.example, Conversation) and not item.answer
+            item.problem = ("nothing-to-learn" if nothing else "not-rendered", _without(item.source, whole))
+            continue
+        item.length = sum(len(sample.input_ids) for sample in whole)
+        item.samples = whole
+        if isinstance(item.example, Tokenised):
+            item.text = str(renderer.tokenizer.decode(list(item.example.input_ids)))
+        longest = max(max(len(sample.input_ids), len(sample.target_ids)) for sample in whole)
+        if unlimited is not renderer and limit is not None and longest > limit:
+            long.append(item)
+    dropped = []
+    for item, cut in zip(long, renderer.outcomes((_example(item) for item in long), task), strict=True):
+        if isinstance(cut, UserError):
+            item.samples = ()
+            code = "too-long" if renderer.truncation == "refuse" else "nothing-to-learn"
+            item.problem = (code, _without(item.source, cut))
+        elif cut:
+            item.samples = cut
+        else:
+            dropped.append(item)
+    return dropped
+
+
+def _example(item: Item) -> SFT:
+    assert item.example is not None
+    return item.example
+
+
+def _without(source: str, error: UserError) -> str:
+    """The message without the place, which the finding names itself, and without what else it could be."""
+    text = str(error).removeprefix(source).lstrip(": ").split(" Known formats:")[0]
+    return text if len(text) <= 400 else text[:397] + "…"

@@ -1,0 +1,110 @@
+"""Figures of a data set: how long its records are, what is learned of them, what packing saves, which languages."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from weft.data.auditing.base import Finding, Item
+from weft.data.auditing.scripts import languages
+from weft.data.auditing.stream import Tokens
+
+_BARS = 12
+
+
+def statistics(items: Sequence[Item], *, batch_size: int, findings: Iterable[Finding] = ()) -> dict[str, Any]:
+    """Figures of the records of one split, as JSON holds them.
+
+    ``padding`` is what batches of ``batch_size`` in random order would hold if they were padded to their longest
+    sequence (packs hold none). ``duplicates`` are counted from ``findings``.
+    """
+    usable = [item for item in items if item.samples]
+    samples = [sample for item in usable for sample in item.samples]
+    tokens = Tokens(samples)
+    inputs = np.array([len(sample.input_ids) for sample in samples], np.int64)
+    learned, total = int(tokens.learned.sum()), int(inputs.sum()) + _targets(tokens)
+    mine = {item.source for item in items}
+    copies = Counter(finding.code for finding in findings if finding.source in mine)
+    result: dict[str, Any] = {
+        "records": len(items),
+        "usable": len(usable),
+        "unusable": len(items) - len(usable),
+        "samples": len(samples),
+        "lengths": _lengths(np.array([item.length for item in usable], np.int64)),
+        "histogram": _histogram(np.array([item.length for item in usable], np.int64)),
+        "tokens": total,
+        "learned_tokens": learned,
+        "learned_share": round(learned / total, 4) if total else 0.0,
+        "weights": _weights(tokens),
+        "padding": _padding(inputs, batch_size),
+        "truncated": sum(item.length > sum(len(sample.input_ids) for sample in item.samples) for item in usable),
+        "duplicates": copies["duplicate"],
+        "near_duplicates": copies["near-duplicate"],
+        "languages": dict(Counter(languages([item.text for item in items if item.text])).most_common()),
+        "sources": _sources(items),
+    }
+    labels = Counter(item.label for item in items if item.label is not None)
+    if labels:
+        result["labels"] = dict(labels.most_common())
+    return result
+
+
+def _targets(tokens: Tokens) -> int:
+    return sum(len(sample.target_ids) for sample in tokens.samples)
+
+
+def _lengths(lengths: np.ndarray[Any, Any]) -> dict[str, int]:
+    """In tokens, before anything was cut."""
+    if not len(lengths):
+        return {}
+    marks = {"median": 50, "p95": 95, "p99": 99}
+    # The smallest length that so many records do not exceed: a length that occurs.
+    found = {name: int(np.percentile(lengths, share, method="inverted_cdf")) for name, share in marks.items()}
+    return {"min": int(lengths.min()), **found, "max": int(lengths.max())}
+
+
+def _histogram(lengths: np.ndarray[Any, Any]) -> list[dict[str, int]]:
+    """Counts of lengths, in steps of equal width up to the 99th percentile; the last step holds all that are longer."""
+    if not len(lengths):
+        return []
+    width = max(1, math.ceil(float(np.percentile(lengths, 99)) / _BARS))
+    step = max(1, 10 ** (len(str(width)) - 1) // 2)
+    width = math.ceil(width / step) * step
+    places = np.minimum(lengths // width, _BARS)
+    counts = np.bincount(places, minlength=1)
+    bars = [{"from": i * width, "to": (i + 1) * width - 1, "count": int(count)} for i, count in enumerate(counts)]
+    bars[-1]["to"] = max(bars[-1]["to"], int(lengths.max()))
+    return bars
+
+
+def _weights(tokens: Tokens) -> dict[str, int]:
+    """How many tokens have each loss weight."""
+    values, counts = np.unique(tokens.weights, return_counts=True)
+    return {f"{value:g}": int(count) for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
+
+
+def _padding(lengths: np.ndarray[Any, Any], batch_size: int) -> dict[str, Any]:
+    order = np.random.default_rng(0).permutation(len(lengths))
+    padded = sum(
+        int(batch.max()) * len(batch)
+        for batch in (lengths[order[first : first + batch_size]] for first in range(0, len(lengths), batch_size))
+    )
+    saved = padded - int(lengths.sum())
+    return {"batch_size": batch_size, "tokens": saved, "share": round(saved / padded, 4) if padded else 0.0}
+
+
+def _sources(items: Iterable[Item]) -> dict[str, dict[str, int]]:
+    """Per file: records, tokens (after cutting), learned tokens."""
+    found: dict[str, dict[str, int]] = defaultdict(lambda: {"records": 0, "tokens": 0, "learned_tokens": 0})
+    for item in items:
+        file = item.source.rpartition(":")[0] or item.source
+        entry = found[file]
+        entry["records"] += 1
+        for sample in item.samples:
+            entry["tokens"] += len(sample.input_ids) + len(sample.target_ids)
+            entry["learned_tokens"] += len(sample.target_ids) or sum(map(bool, sample.weights))
+    return dict(found)

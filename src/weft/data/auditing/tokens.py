@@ -1,0 +1,283 @@
+"""Checks of what the records became: is anything learned, is the end, are the special tokens where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from weft.data.auditing.base import Facts, Hit, Item, Records, each, over, short
+from weft.data.auditing.stream import Array
+
+_UNKNOWN_SHARE, _UNKNOWN_COUNT = 0.05, 3
+
+
+@over(
+    "nothing-to-learn",
+    "error",
+    "give the record an answer after a question, or remove it; a `train`/`loss`/`weight` of false on every answer and "
+    "a max_length that the prompt fills are the usual causes",
+    early="refuse",
+)
+def nothing_to_learn(records: Records) -> Iterator[Hit]:
+    """A record of which no token is learned."""
+    tokens = records.tokens
+    for sample in np.flatnonzero((tokens.count(tokens.learned) == 0) & tokens.writes).tolist():
+        begin, end = tokens.starts[sample : sample + 2].tolist()
+        text = records.facts.decode(tokens.ids[begin:end].tolist())
+        yield Hit(records.owner(sample), "no token of this record is learned", short(text))
+    yield from _problems(records, "nothing-to-learn")
+
+
+@over(
+    "eos-never-learned",
+    "error",
+    "the model would never stop: set `eos_token` in tokenizer_config.json to the token that ends an answer in the chat "
+    "template, and raise max_length if every answer is cut",
+    early="refuse",
+)
+def eos_never_learned(records: Records) -> Iterator[Hit]:
+    """The end-of-sequence token is learned in no record."""
+    tokens, eos = records.tokens, records.facts.special("eos")
+    if _end_is_learned(records) or not any(_ends_of(records).values()):
+        return
+    name = "the tokenizer has none" if eos is None else f"{records.facts.tokenizer.eos_token!r}, id {eos}"
+    first = _first_end(records)
+    yield Hit(None, f"the end-of-sequence token ({name}) is learned in none of {len(tokens.samples)} samples", first)
+
+
+@over(
+    "pad-masks-eos",
+    "error",
+    "labels were masked wherever the pad token stands, and pad is the end-of-sequence token: mask by position, or set "
+    "`pad_token` in tokenizer_config.json to a token of its own",
+    early="refuse",
+)
+def pad_masks_eos(records: Records) -> Iterator[Hit]:
+    """The end-of-sequence token is there, but it is also the pad token and has no weight."""
+    facts = records.facts
+    if facts.special("eos") is None or facts.special("pad") != facts.special("eos"):
+        return
+    for item, place in _ends_without_eos(records, "masked"):
+        shown = short(facts.decode(records.tokens.around(place)))
+        yield Hit(item, "the answer's end-of-sequence token has weight 0, and is the pad token as well", shown)
+
+
+@over(
+    "eos-not-learned",
+    "error",
+    "the end-of-sequence token must follow each learned answer with a weight above 0: look at the record with "
+    "`weft preview --record`, and check the weights and the chat template",
+    early="refuse",
+)
+def eos_not_learned(records: Records) -> Iterator[Hit]:
+    """A learned answer does not end with a learned end-of-sequence token."""
+    facts, shared = records.facts, records.facts.special("pad") == records.facts.special("eos")
+    if not _end_is_learned(records):
+        return  # eos-never-learned says so once
+    kinds = ["missing"] if shared else ["missing", "masked"]
+    for kind in kinds:
+        what = "follows with weight 0" if kind == "masked" else "is missing"
+        for item, place in _ends_without_eos(records, kind):
+            shown = short(facts.decode(records.tokens.around(place)))
+            yield Hit(item, f"after this learned text the end-of-sequence token {what}", shown)
+
+
+@over(
+    "answer-cut",
+    "error",
+    "raise `max_length`, remove or split long records, or choose a way of cutting that keeps the answer's end; where "
+    "answers are cut, the model learns to stop in mid-sentence or never",
+    early="warn",
+)
+def answer_cut(records: Records) -> Iterator[Hit]:
+    """max_length cut an answer off, and with it the end-of-sequence token."""
+    facts = records.facts
+    for item, place in _ends_without_eos(records, "cut"):
+        lost = f" ({item.length:,} tokens in all)" if item.length > (facts.max_length or 0) else ""
+        shown = short("…" + facts.decode(records.tokens.around(place)))
+        yield Hit(item, f"the answer is cut off at max_length {facts.max_length}{lost}: its end is not learned", shown)
+
+
+@over(
+    "double-bos",
+    "error",
+    "the chat template writes the beginning-of-sequence token and the tokenizer adds another: remove `bos_token` from "
+    "the template, or the tokenizer's own; and take it out of the data if it stands there",
+    early="refuse",
+)
+def double_bos(records: Records) -> Iterator[Hit]:
+    """A sequence begins with two beginning-of-sequence tokens."""
+    tokens, facts, bos = records.tokens, records.facts, records.facts.special("bos")
+    if bos is None or not len(tokens.ids):
+        return
+    first = tokens.starts[:-1][tokens.lengths > 1]
+    for place in first[(tokens.ids[first] == bos) & (tokens.ids[first + 1] == bos)].tolist():
+        item = records.owner(int(tokens.owner(np.array([place]))[0]))
+        yield Hit(item, "two beginning-of-sequence tokens in a row", short(facts.decode(tokens.around(place, 0, 12))))
+
+
+@over(
+    "double-eos",
+    "error",
+    "the template closes the answer and something adds the end-of-sequence token once more: remove one of them",
+    early="warn",
+)
+def double_eos(records: Records) -> Iterator[Hit]:
+    """An answer learns to end twice."""
+    tokens, facts, eos = records.tokens, records.facts, records.facts.special("eos")
+    if eos is None or eos == facts.special("bos"):
+        return
+    ends = tokens.learned & (tokens.ids == eos)
+    for place in np.flatnonzero(ends[1:] & ends[:-1]).tolist():
+        owner = tokens.owner(np.array([place, place + 1]))
+        if owner[0] == owner[1]:
+            shown = short(facts.decode(tokens.around(place)))
+            yield Hit(records.owner(int(owner[0])), "two learned end-of-sequence tokens in a row", shown)
+
+
+@over(
+    "pad-learned",
+    "error",
+    "pad tokens carry no meaning and must have weight 0: data should not be padded before it is packed",
+    early="refuse",
+)
+def pad_learned(records: Records) -> Iterator[Hit]:
+    """Pad tokens are learned."""
+    tokens, facts, pad = records.tokens, records.facts, records.facts.special("pad")
+    if pad is None or pad in (facts.special("eos"), facts.special("bos"), facts.special("unk")):
+        return
+    for sample in np.flatnonzero(tokens.count(tokens.learned & (tokens.ids == pad))).tolist():
+        begin, end = tokens.starts[sample : sample + 2].tolist()
+        yield Hit(records.owner(sample), "pad tokens are learned", short(facts.decode(tokens.ids[begin:end].tolist())))
+
+
+@over(
+    "prompt-learned",
+    "error",
+    "with `train_on: answers` only answers have weight: check the weights, or say `train_on: all` if it is meant",
+    early="refuse",
+)
+def prompt_learned(records: Records) -> Iterator[Hit]:
+    """The question is learned as well, though only answers are to be."""
+    tokens, facts = records.tokens, records.facts
+    if facts.renderer.train_on == "all" or facts.task == "seq2seq":
+        return
+    learned = tokens.learned
+    for number, sample in enumerate(tokens.samples):
+        begin = int(tokens.starts[number])
+        second = sample.answer is not None and sample.answer > 1 and learned[begin + 1]
+        if second and bool(learned[begin + 1 : begin + (sample.answer or 0)].all()):
+            shown = short(facts.decode(tokens.ids[begin : begin + (sample.answer or 0)].tolist()))
+            yield Hit(records.owner(number), "the prompt is learned, from its second token on", shown)
+
+
+@over(
+    "unknown-tokens",
+    "error",
+    "the tokenizer has no tokens for this text, so the model would neither see nor write it: take a base whose "
+    "tokenizer knows the language, or clean the text",
+    early="warn",
+)
+def unknown_tokens(records: Records) -> Iterator[Hit]:
+    """A flood of unknown tokens."""
+    tokens, facts, unk = records.tokens, records.facts, records.facts.special("unk")
+    if unk is None or unk in (facts.special("eos"), facts.special("bos")):
+        return
+    counts = tokens.count(tokens.ids == unk)
+    flooded = (counts >= _UNKNOWN_COUNT) & (counts > _UNKNOWN_SHARE * tokens.lengths)
+    for sample in np.flatnonzero(flooded).tolist():
+        begin, end = tokens.starts[sample : sample + 2].tolist()
+        message = f"{counts[sample]} of {end - begin} tokens are unknown to the tokenizer"
+        yield Hit(records.owner(sample), message, short(facts.decode(tokens.ids[begin:end].tolist())))
+
+
+def _problem_check(code: str, mend: str, about: str) -> None:
+    """A check that tells of records which training would refuse."""
+
+    def look(item: Item, facts: Facts) -> tuple[str, str] | None:
+        if item.problem is None or item.problem[0] != code:
+            return None
+        return item.problem[1], item.shown or short(item.text)
+
+    look.__doc__ = about
+    each(code, "error", mend)(look)
+
+
+_problem_check(
+    "empty-answer", "give the record an answer, remove it, or set `empty_answers: skip`", "An answer is empty."
+)
+_problem_check(
+    "too-long", "raise `max_length`, have long records cut, or remove them", "A record is longer than max_length."
+)
+_problem_check("not-read", "mend the record as the message says, or remove it", "A record fits no format.")
+_problem_check("not-rendered", "mend the record or the chat template, as the message says", "A record is not rendered.")
+
+
+def _problems(records: Records, code: str) -> Iterator[Hit]:
+    for item in records.items:
+        if item.problem is not None and item.problem[0] == code:
+            yield Hit(item, item.problem[1], item.shown or short(item.text))
+
+
+# ---------------------------------------------------------------------------------------------------- ends of answers
+
+
+def _end_is_learned(records: Records) -> bool:
+    tokens, eos = records.tokens, records.facts.special("eos")
+    return eos is not None and bool((tokens.learned & (tokens.ids == eos)).any())
+
+
+def _first_end(records: Records) -> str:
+    ends, _ = records.tokens.stretches()
+    return short(records.facts.decode(records.tokens.around(int(ends[0])))) if len(ends) else ""
+
+
+def _ends_without_eos(records: Records, kind: str) -> Iterator[tuple[Item, int]]:
+    """Learned stretches that do not end as they should: ``cut`` by max_length, EOS ``masked``, or ``missing``."""
+    for sample, place in _ends_of(records)[kind]:
+        yield records.owner(sample), place
+
+
+def _ends_of(records: Records) -> dict[str, list[tuple[int, int]]]:
+    if "ends" not in records.kept:
+        records.kept["ends"] = _sorted_ends(records)
+    found: dict[str, list[tuple[int, int]]] = records.kept["ends"]
+    return found
+
+
+def _sorted_ends(records: Records) -> dict[str, list[tuple[int, int]]]:
+    tokens, facts, eos = records.tokens, records.facts, records.facts.special("eos")
+    found: dict[str, list[tuple[int, int]]] = {"cut": [], "masked": [], "missing": []}
+    ends, owners = _ends_to_look_at(records)
+    last = ends + 1 == tokens.starts[owners + 1]
+    full = tokens.lengths[owners] == facts.max_length if facts.max_length else np.zeros(len(ends), bool)
+    following = tokens.ids[np.minimum(ends + 1, max(len(tokens.ids) - 1, 0))]
+    for end, sample, at_end, at_limit, next_id in zip(
+        ends.tolist(), owners.tolist(), last.tolist(), full.tolist(), following.tolist(), strict=True
+    ):
+        if tokens.answers[sample]:
+            kind = "cut" if at_end and at_limit else "masked" if not at_end and next_id == eos else "missing"
+        elif at_limit:
+            continue  # text that goes on in another window, or was cut: there is no answer to end
+        else:
+            kind = "masked" if not at_end and next_id == eos else "missing"
+        found[kind].append((sample, end))
+    return found
+
+
+def _ends_to_look_at(records: Records) -> tuple[Array, Array]:
+    """The last tokens of learned stretches that are no EOS, and their samples."""
+    tokens, eos = records.tokens, records.facts.special("eos")
+    ends, owners = tokens.stretches()
+    wrong = tokens.ids[ends] != (-1 if eos is None else eos)
+    if records.facts.renderer.train_on == "all":
+        # What the template writes after an answer is learned too, so the end may stand inside a stretch: of each
+        # sample the last answer is looked at, and whatever follows it.
+        final = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
+        learned_eos = tokens.learned & (tokens.ids == (-1 if eos is None else eos))
+        begins = [0 if sample.target_ids else sample.answer or 0 for sample in tokens.samples]
+        starts = tokens.starts[:-1] + np.array(begins, np.int64)
+        sums = np.concatenate([[0], np.cumsum(learned_eos)])
+        wrong &= final & (sums[tokens.starts[1:]] - sums[starts] == 0)[owners]
+    return ends[wrong], owners[wrong]

@@ -1,0 +1,166 @@
+"""Checks of all records together: copies, contradictions, leaks between training and evaluation, lopsided data."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from weft.data.auditing.base import Hit, Item, Records, over, short
+from weft.data.auditing.duplicates import Pair, near, normalise
+
+_COMMON_SHARE, _COMMON_COUNT = 0.05, 10
+_ONE_ANSWER = 0.6
+_RARE_CLASS, _MAJORITY = 0.01, 0.95
+_FEW, _ENOUGH = 10, 100
+
+
+@over("duplicate", "error", "keep one of them: copies are learned more than once and count as much in the evaluation")
+def duplicate(records: Records) -> Iterator[Hit]:
+    """The same record again, but for case and white space."""
+    first: dict[tuple[str, str, str | None], Item] = {}
+    for item, key in zip(records.items, _texts(records), strict=True):
+        if not key:
+            continue
+        original = first.setdefault((item.split, key, item.label), item)
+        if original is not item:
+            yield Hit(item, f"the same record as {original.source}", short(item.text))
+
+
+@over("near-duplicate", "error", "keep one of them; if the difference is what matters, nothing needs mending")
+def near_duplicate(records: Records) -> Iterator[Hit]:
+    """A record that nearly is another one (Jaccard similarity of 0.8 or more)."""
+    told: set[int] = set()
+    for pair, one, other in _near(records):
+        if one.split == other.split and pair.second not in told:
+            told.add(pair.second)
+            what = f"nearly the same as {one.source} (similarity {pair.similarity:.2f})"
+            yield Hit(other, what, f"{short(other.text)} ↔ {short(one.text)}")
+
+
+@over("leak", "error", "remove it from the training data: an evaluation on what was learned says nothing")
+def leak(records: Records) -> Iterator[Hit]:
+    """A record of the evaluation stands in the training data, whole, by its prompt, or nearly."""
+    evaluation = records.of("eval")
+    if not evaluation:
+        return
+    keys = dict(zip(map(id, records.items), _texts(records), strict=True))
+    whole = {keys[id(item)]: item for item in reversed(records.of("train"))}
+    prompts = {normalise(item.prompt): item for item in reversed(records.of("train")) if item.prompt.strip()}
+    told = set()
+    for item in evaluation:
+        copies = ((whole.get(keys[id(item)]), "the record"), (prompts.get(normalise(item.prompt)), "the prompt"))
+        for found, what in copies:
+            if found is not None and found.text and id(item) not in told:
+                told.add(id(item))
+                yield Hit(item, f"{what} stands in the training data too, {found.source}", short(item.text))
+    for pair, one, other in _near(records):
+        train, held = (one, other) if one.split == "train" else (other, one)
+        if one.split != other.split and id(held) not in told:
+            told.add(id(held))
+            what = f"nearly stands in the training data, {train.source} (similarity {pair.similarity:.2f})"
+            yield Hit(held, what, f"{short(held.text)} ↔ {short(train.text)}")
+
+
+@over("contradiction", "warning", "decide for one answer, unless several are right")
+def contradiction(records: Records) -> Iterator[Hit]:
+    """The same prompt with different answers, or the same text with different labels."""
+    first: dict[tuple[str, str], Item] = {}
+    for item, key in zip(records.items, _texts(records), strict=True):
+        prompt = key if item.label is not None else normalise(item.prompt)
+        if not prompt:
+            continue
+        other = first.setdefault((item.split, prompt), item)
+        said = (item.label, other.label) if item.label is not None else (item.answer, other.answer)
+        if other is item or said[0] is None or said[1] is None or normalise(said[0]) == normalise(said[1]):
+            continue
+        message = f"the same {'text' if item.label is not None else 'prompt'} as {other.source} is answered differently"
+        yield Hit(item, message, f"{short(said[0])} ↔ {short(said[1])}")
+
+
+@over("common-prompt", "warning", "thin these records out: one prompt drowns the rest")
+def common_prompt(records: Records) -> Iterator[Hit]:
+    """One prompt stands in too large a share of the training data."""
+    items = [item for item in records.of("train") if item.prompt.strip()]
+    for key, count in Counter(normalise(item.prompt) for item in items).most_common(5):
+        if count > _COMMON_COUNT and count > _COMMON_SHARE * len(items):
+            share = f"{count:,} of {len(items):,} records ({100 * count / len(items):.0f} %) have this prompt"
+            yield Hit(None, share, short(key))
+
+
+@over("common-answer", "warning", "the model can learn to say this always: add records with other answers")
+def common_answer(records: Records) -> Iterator[Hit]:
+    """One answer stands in most of the training data."""
+    items = [item for item in records.of("train") if item.answer.strip()]
+    for key, count in Counter(normalise(item.answer) for item in items).most_common(1):
+        if count > _COMMON_COUNT and count > _ONE_ANSWER * len(items):
+            share = f"{count:,} of {len(items):,} records ({100 * count / len(items):.0f} %) have this answer"
+            yield Hit(None, share, short(key))
+
+
+@over("one-class", "error", "add records of the other classes, or check the column that holds the label")
+def one_class(records: Records) -> Iterator[Hit]:
+    """Classification with one class only."""
+    for split, counts in _classes(records).items():
+        if len(counts) == 1:
+            yield Hit(None, f"all {counts.total():,} {split} records have the label {next(iter(counts))!r}")
+
+
+@over("class-imbalance", "warning", "add records of the rare classes, and judge by more than accuracy")
+def class_imbalance(records: Records) -> Iterator[Hit]:
+    """A class that is very rare, or nearly everything."""
+    counts = _classes(records).get("train", Counter())
+    total, ranked = counts.total(), counts.most_common()
+    if len(counts) < 2 or total < _ENOUGH:
+        return
+    if ranked[0][1] > _MAJORITY * total:
+        yield Hit(None, f"{100 * ranked[0][1] / total:.1f} % of the training records have the label {ranked[0][0]!r}")
+    rare = [f"{label!r} ({count})" for label, count in ranked if count < _RARE_CLASS * total]
+    if rare:
+        more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
+        yield Hit(None, f"rare labels, of {total:,} training records: {', '.join(rare[:5])}{more}")
+
+
+@over("small-eval", "warning", "hold out more records: on so few a difference of losses is mostly chance")
+def small_eval(records: Records) -> Iterator[Hit]:
+    """Too few records to evaluate on."""
+    held, trained = len(records.of("eval")), len(records.of("train"))
+    wanted = max(_FEW, min(_ENOUGH, math.ceil(trained / 100)))
+    if 0 < held < wanted and trained >= _FEW:
+        yield Hit(None, f"{held} records to evaluate on, beside {trained:,} to train on; {wanted} or more would do")
+
+
+# ------------------------------------------------------------------------------------------------------------- shared
+
+
+def _texts(records: Records) -> list[str]:
+    """The normalised text of each record."""
+    if "texts" not in records.kept:
+        records.kept["texts"] = [normalise(item.text) for item in records.items]
+    return list(records.kept["texts"])
+
+
+def _near(records: Records) -> list[tuple[Pair, Item, Item]]:
+    """Pairs of records that nearly are each other; equal ones are not among them."""
+    if "near" not in records.kept:
+        # Of copies in one split one is enough, and a pair that is equal across the splits is known to ``leak``.
+        texts, first = _texts(records), dict[tuple[str, str], int]()
+        for place, (text, item) in enumerate(zip(texts, records.items, strict=True)):
+            if text:
+                first.setdefault((text, item.split), place)
+        kept = list(first.values())
+        records.kept["near"] = [
+            (pair, records.items[kept[pair.first]], records.items[kept[pair.second]])
+            for pair in near([texts[place] for place in kept])
+            if texts[kept[pair.first]] != texts[kept[pair.second]]
+        ]
+    return list(records.kept["near"])
+
+
+def _classes(records: Records) -> dict[str, Counter[str]]:
+    """How often each label stands in each split."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in records.items:
+        if item.label is not None:
+            counts[item.split][item.label] += 1
+    return counts

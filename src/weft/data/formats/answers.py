@@ -1,0 +1,105 @@
+"""Records of one question and one answer, and of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from weft.data.formats.examples import Classified, Conversation, Message, PlainText
+from weft.data.formats.fields import as_list, short, string
+from weft.data.formats.labels import label_name, text_of
+from weft.data.formats.turns import conversation, turns
+from weft.data.reading.records import Record
+from weft.errors import UserError
+
+
+def read_pair(record: Record, shape: Sequence[str]) -> Conversation:
+    """A question in ``shape[0]``, its answer in ``shape[1]``, earlier exchanges in ``history``."""
+    question = asked(record, shape[:1])
+    return conversation(record, [*question, Message("assistant", string(record, shape[1]))])
+
+
+def read_alpaca(record: Record, shape: Sequence[str]) -> Conversation:
+    """``instruction``, what it is about in ``input``, and the answer in ``shape[1]``."""
+    question = asked(record, (shape[0], "input"))
+    return conversation(record, [*question, Message("assistant", string(record, shape[1]))])
+
+
+def read_instruct(record: Record, shape: Sequence[str]) -> Conversation:
+    """``instruction``, what it is about in ``context`` (Dolly) or ``input``, and the answer in ``response``."""
+    given = [name for name in ("context", "input") if string(record, name, optional=True).strip()]
+    if len(given) > 1:
+        raise UserError(
+            f"{record.source}: both 'context' and 'input' hold text. Say what the question is, e.g. "
+            '`columns: {prompt: "{instruction}\\n{context}\\n{input}", completion: response}`.'
+        )
+    question = asked(record, ("instruction", *given))
+    return conversation(record, [*question, Message("assistant", string(record, "response"))])
+
+
+def asked(record: Record, names: Sequence[str]) -> list[Message]:
+    """The turns of ``history``, then the question: the text of the named fields, a line each; all but the first may
+    be absent."""
+    messages = history(record) if record.fields.get("history") else []
+    text = string(record, names[0])
+    more = [string(record, name, optional=True) for name in names[1:]]
+    question = "\n".join(part for part in (text, *more) if part.strip()) if any(more) else text
+    if not question.strip():
+        raise UserError(_empty(record, f"'{names[0]}'"))
+    messages.append(Message("user", question))
+    return messages
+
+
+def _empty(record: Record, what: str) -> str:
+    return f"{record.source}: {what} is empty. (To learn text without a prompt, use the format 'text'.)"
+
+
+def history(record: Record) -> list[Message]:
+    """``history``: pairs of a question and its answer, the oldest first."""
+    messages: list[Message] = []
+    for number, turn in enumerate(as_list(record.fields["history"], "history", record.source), start=1):
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise UserError(
+                f"{record.source}: entry {number} of 'history' must be a pair of strings [question, answer], "
+                f"found {short(turn)}."
+            )
+        if not turn[0].strip():
+            raise UserError(_empty(record, f"the question of entry {number} of 'history'"))
+        messages += [Message("user", turn[0]), Message("assistant", turn[1])]
+    return messages
+
+
+def read_prompt_completion(record: Record, shape: Sequence[str]) -> Conversation:
+    """Strings, or lists of messages; the loss is on the completion alone, whatever the prompt holds."""
+    prompt, completion = record.fields["prompt"], record.fields["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return read_pair(record, shape)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = [
+            replace(message, train=False) if message.role == "assistant" and message.train is None else message
+            for message in turns(record, "prompt")
+        ]
+        answer = turns(record, "completion")
+        if not any(message.role == "assistant" for message in answer):
+            raise UserError(f"{record.source}: 'completion' holds no assistant turn, so there is nothing to learn.")
+        return conversation(record, before + answer)
+    raise UserError(
+        f"{record.source}: 'prompt' and 'completion' must both be strings or both be lists of messages; found "
+        f"{short(prompt)} and {short(completion)}."
+    )
+
+
+def read_text(record: Record, shape: Sequence[str]) -> PlainText:
+    """Text to be learned as it stands."""
+    text = string(record, shape[0])
+    if not text.strip():
+        raise UserError(f"{record.source}: '{shape[0]}' is empty. Remove the record.")
+    return PlainText(text, record.source)
+
+
+def read_classified(record: Record, shape: Sequence[str]) -> Classified:
+    """One text or two, and the class in the last field of ``shape``."""
+    texts = tuple(text_of(record, column) for column in shape[:-1])
+    if not any(text.strip() for text in texts):
+        raise UserError(f"{record.source}: {' + '.join(map(repr, shape[:-1]))} is empty. Remove the record.")
+    return Classified(texts, label_name(record, shape[-1]), record.source)

@@ -1,0 +1,304 @@
+"""Find the format of a record, and read it into an example.
+
+The format is told from the names of the fields (``registry.py`` has them all), or named by the user; ``columns``
+renames fields first. Whatever could be read in two ways, would lose what the record says, or is not for the caller's
+purpose is an error that says where and what to add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, overload
+
+from weft.data.formats import refusals
+from weft.data.formats.columns import map_columns
+from weft.data.formats.examples import (
+    SFT,
+    Classified,
+    Conversation,
+    Example,
+    LabelledAnswer,
+    Message,
+    PlainText,
+    Preference,
+    Ranked,
+    Segments,
+    StepLabels,
+    Tokenised,
+    describe,
+)
+from weft.data.formats.judged import verdict
+from weft.data.formats.registry import (
+    ACCEPTS,
+    ALIASES,
+    FORMATS,
+    PAIRS,
+    SPELLINGS,
+    TURNS,
+    UNREAD,
+    Format,
+    Purpose,
+    formats_table,
+    known_formats,
+)
+from weft.data.formats.turns import ROLES, EmptyAnswerError
+from weft.data.reading.records import Record
+from weft.errors import UserError, nearest
+
+__all__ = [
+    "FORMATS",
+    "ROLES",
+    "Classified",
+    "Conversation",
+    "EmptyAnswerError",
+    "Example",
+    "LabelledAnswer",
+    "Message",
+    "PlainText",
+    "Preference",
+    "Purpose",
+    "Ranked",
+    "Segments",
+    "StepLabels",
+    "Tokenised",
+    "describe",
+    "format_of",
+    "formats_table",
+    "known_formats",
+    "to_example",
+]
+
+_JUDGE = next(name for name, entry in FORMATS.items() if entry.judge)
+_NAMES = frozenset(name for entry in FORMATS.values() for name in entry.names())
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """A format that fits a set of fields: by which shape, and which fields of ``UNREAD`` it leaves unread.
+
+    ``base``: for a mark on a conversation, how the conversation is read.
+    """
+
+    name: str
+    entry: Format
+    shape: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+    base: _Fit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How records with one set of fields are read: the first of ``fits`` whose values agree; else ``problem``.
+
+    ``spelled`` maps other spellings of fields, as they stand in the data, to ours.
+    """
+
+    fits: tuple[_Fit, ...]
+    problem: str = ""
+    spelled: tuple[tuple[str, str], ...] = ()
+
+
+@overload
+def to_example(
+    record: Record,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    purpose: Literal["sft"] = "sft",
+) -> SFT: ...
+
+
+@overload
+def to_example(
+    record: Record, *, format: str | None = None, columns: Mapping[str, str] | None = None, purpose: Purpose
+) -> Example: ...
+
+
+def to_example(
+    record: Record,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    purpose: Purpose = "sft",
+) -> Example:
+    """Read one record.
+
+    ``columns`` maps a format's field to the data's own, e.g. ``{"completion": "reply"}``; see docs/data.md for paths,
+    templates and constants. ``purpose`` says what the caller can use: data made for another is refused.
+    Raises UserError naming the record's line for a record of no known format or of more than one, a field missing or
+    of the wrong type, an unknown role, an empty answer (EmptyAnswerError), a conversation without an assistant turn.
+    """
+    if columns:
+        record = map_columns(record, columns, _NAMES)
+    if purpose not in ACCEPTS:
+        raise UserError(f"purpose is {purpose!r}; expected one of {', '.join(ACCEPTS)}.{nearest(purpose, ACCEPTS)}")
+    record, fit, plan = _choose(record, format, columns)
+    if fit.entry.purpose not in ACCEPTS[purpose]:
+        refusals.wrong_purpose(record, fit.name, purpose)
+    names = [*((ours, name) for name, ours in plan.spelled), *(columns or {}).items()]
+    theirs = {ours: name for ours, name in names if ours != name}
+    try:
+        if format is None:
+            _check_unread(record, fit, theirs)
+        elif fit.entry.tier in (TURNS, PAIRS):
+            _check_marks(record)
+        return _read(record, fit)
+    except UserError as error:
+        listed = [f"{name!r} is read as '{ours}'" for ours, name in theirs.items() if f"'{ours}'" in str(error)]
+        if not listed:
+            raise
+        raise type(error)(f"{error} ({', '.join(listed)}.)") from None
+
+
+def format_of(record: Record, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> str:
+    """The name of the record's format, one of FORMATS. Raises UserError as ``to_example`` does where none is clear."""
+    if columns:
+        record = map_columns(record, columns, _NAMES)
+    return _choose(record, format, columns)[1].name
+
+
+def _choose(record: Record, format: str | None, columns: Mapping[str, str] | None) -> tuple[Record, _Fit, _Plan]:
+    """The record in our spelling, and what reads it."""
+    fields = record.fields
+    present = tuple(fields)
+    if None in fields.values():
+        present = tuple(name for name in present if fields[name] is not None)
+    plan = _plan(present, _named(format), frozenset(columns or ()))
+    if plan.spelled:
+        ours = dict(plan.spelled)
+        fields = {ours.get(name, name): value for name, value in fields.items() if value is not None}
+        record = Record(fields, record.source)
+    for fit in plan.fits:
+        if fit.entry.when is None or format is not None or fit.entry.when(fields, fit.shape):
+            return record, fit, plan
+    raise UserError(f"{record.source}: {plan.problem or refusals.no_format(present)}")
+
+
+def _named(format: str | None) -> str | None:
+    if format is None:
+        return None
+    name = ALIASES.get(format, format)
+    if name not in FORMATS:
+        hint = nearest(format, [*FORMATS, *ALIASES])
+        raise UserError(f"format '{format}' is unknown.{hint} Known formats: {', '.join(FORMATS)}.")
+    return name
+
+
+def _read(record: Record, fit: _Fit) -> Example:
+    if fit.entry.read is not None:
+        return fit.entry.read(record, fit.shape)
+    assert fit.base is not None
+    assert fit.entry.judge is not None
+    conversation = _read(record, fit.base)
+    assert isinstance(conversation, Conversation)
+    return fit.entry.judge(conversation, record, fit.shape[0])
+
+
+def _check_unread(record: Record, fit: _Fit, theirs: Mapping[str, str]) -> None:
+    """Refuse a record that says something which the format that fits does not read."""
+    for name in fit.unread:
+        value = record.fields[name]
+        if (isinstance(value, (int, float)) and value in (0, 1)) if name == "label" else value:
+            shape = fit.shape if fit.base is None else fit.base.shape
+            question, answer = (theirs.get(field, field) for field in (shape[0], shape[-1]))
+            refusals.unread(record, name, fit.name, question, answer)
+
+
+def _check_marks(record: Record) -> None:
+    """Whoever names a format may learn the answers that are marked as good, but never bad ones."""
+    for (name,) in FORMATS[_JUDGE].shapes:
+        if verdict(record.fields.get(name)) is False:
+            raise UserError(
+                f"{record.source}: '{name}' marks this answer as bad, so it would be taught. Remove such records, or "
+                "train on the labels (KTO)."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ detection
+
+
+@lru_cache(maxsize=4096)  # data sets have few sets of fields, and many records of each
+def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) -> _Plan:
+    """Which formats fit records that have these fields. ``mapped`` are those that the user has named himself."""
+    spelled = {name: ours for name in present if (ours := _ours(name)) != name and ours not in mapped}
+    names = [spelled.get(name, name) for name in present]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        theirs = [repr(name) for name, ours in zip(present, names, strict=True) if ours == twice]
+        return _Plan((), f"the fields {' and '.join(theirs)} could each be '{twice}'. Say which: `columns: "
+                         f"{{{twice}: {theirs[0]}}}`.")  # fmt: skip
+    chosen = FORMATS if format is None else {format: FORMATS[format]}
+    fits, problem = _fits(frozenset(names), chosen, mapped)
+    if not fits and not problem:
+        problem = refusals.no_format(present) if format is None else refusals.lacking(format, names, mapped)
+    return _Plan(tuple(fits), problem, tuple(spelled.items()))
+
+
+def _ours(name: str) -> str:
+    """A field's name in our spelling: ``Question `` and ``问题`` are ``question``."""
+    if name in _NAMES:
+        return name
+    plain = name.strip().lower()
+    plain = SPELLINGS.get(plain, plain)
+    return plain if plain in _NAMES else name
+
+
+def _fits(names: frozenset[str], formats: Mapping[str, Format], mapped: frozenset[str]) -> tuple[list[_Fit], str]:
+    """The formats that fit, one of a tier; and why there are no more, if a tier has several."""
+    fits: list[_Fit] = []
+    for tier in sorted({entry.tier for entry in formats.values()}):
+        entries = {name: entry for name, entry in formats.items() if entry.tier == tier}
+        found = [fit for name, entry in entries.items() for fit in _shapes(name, entry, names, mapped)]
+        found = [fit for place, fit in enumerate(found) if not _covered(place, found)]
+        if len(found) > 1:
+            return fits, refusals.ambiguous([(fit.name, fit.shape) for fit in found])
+        fits += found
+    return fits, ""
+
+
+def _shapes(name: str, entry: Format, names: frozenset[str], mapped: frozenset[str]) -> list[_Fit]:
+    fits = []
+    for shape in entry.shapes:
+        if not names.issuperset(shape):
+            continue
+        if entry.judge is None:
+            if mapped.issubset(entry.names()):
+                fits.append(_Fit(name, entry, shape, _unread(entry, names, bool(mapped))))
+            continue
+        conversations = {key: other for key, other in FORMATS.items() if other.tier in (TURNS, PAIRS)}
+        bases, _ = _fits(names.difference(shape), conversations, mapped.difference(shape))
+        fits += [_Fit(name, entry, shape, base.unread, base) for base in bases[:1]]
+    return fits
+
+
+def _covered(place: int, fits: list[_Fit]) -> bool:
+    """Whether another format reads all that this one does (of two that read the same, the first is meant)."""
+    mine = fits[place]
+    return any(
+        _covers(other, mine) and (number < place or not _covers(mine, other))
+        for number, other in enumerate(fits)
+        if number != place
+    )
+
+
+def _covers(fit: _Fit, other: _Fit) -> bool:
+    return {*fit.shape, *fit.entry.optional, *fit.entry.copies}.issuperset(other.shape)
+
+
+def _unread(entry: Format, names: frozenset[str], mapped: bool) -> tuple[str, ...]:
+    """Fields that the format does not read although they would change what the record means."""
+    if entry.purpose == "classification":
+        return ()
+    unread = []
+    for name in names.intersection(UNREAD).difference(entry.names()):
+        to_prompt = "{question}" in UNREAD[name]
+        if (to_prompt and entry.tier != PAIRS) or (name == "label" and entry.tier not in (TURNS, PAIRS)):
+            continue
+        if name.startswith("rejected") and entry.purpose != "sft":
+            continue
+        if mapped and (name == "instruction" or name.startswith("rejected")):  # the user has chosen among the fields
+            continue
+        unread.append(name)
+    return tuple(sorted(unread))

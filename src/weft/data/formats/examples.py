@@ -1,0 +1,210 @@
+"""What a record becomes: the kinds of example, and how each is shown to people.
+
+Only the first four teach a model to write (``SFT``). The others hold good and bad answers side by side, or classes, and
+are for objectives that can tell them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from weft.data.formats.fields import short
+
+IGNORED = -100  # the label of a token that is not learned, everywhere in the field
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. ``role`` is one of ROLES; ``train`` overrides whether the turn is learned (None: as ``train_on`` says).
+
+    ``tool_calls`` are ``{"type": "function", "function": {"name": str, "arguments": dict}}``, as chat templates
+    expect them. ``loss_weight`` scales the loss of a learned turn.
+    """
+
+    role: str
+    content: str
+    train: bool | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    loss_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order, and the tools (JSON schemas) that the template is to list."""
+
+    messages: tuple[Message, ...]
+    source: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """Text to be learned as it stands."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids made elsewhere, without padding; ``labels[i]`` is ``input_ids[i]`` where learned, else -100."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Pieces of one text, each with whether it is learned; control tokens written in it are meant as such."""
+
+    segments: tuple[tuple[str, bool], ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A better and a worse continuation of one prompt."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    source: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """One continuation of a prompt that was judged good (``label`` True) or bad: what KTO learns from."""
+
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    label: bool
+    source: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Several answers to one prompt, the best first."""
+
+    prompt: tuple[Message, ...]
+    answers: tuple[Message, ...]
+    source: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def pairs(self) -> tuple[Preference, ...]:
+        """Every two unequal answers as a preference, the better one chosen."""
+        return tuple(
+            Preference(self.prompt, (better,), (worse,), self.source, self.tools)
+            for index, better in enumerate(self.answers)
+            for worse in self.answers[index + 1 :]
+            if better != worse
+        )
+
+
+@dataclass(frozen=True)
+class StepLabels:
+    """The steps of one answer, each judged right or wrong: what process reward models learn from."""
+
+    prompt: tuple[Message, ...]
+    completions: tuple[str, ...]
+    labels: tuple[bool, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Classified:
+    """One text or more, and the name of their class."""
+
+    texts: tuple[str, ...]
+    label: str
+    source: str
+
+
+SFT = Conversation | PlainText | Tokenised | Segments
+Example = SFT | Preference | LabelledAnswer | Ranked | StepLabels | Classified
+
+# Characters that would move a terminal's cursor or colour it; data may hold them, a preview must not obey them.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def describe(example: Example, *, limit: int | None = None) -> str:
+    """Any example as text for people: a line or more per turn, roles first, contents cut to ``limit`` characters."""
+    return "\n".join(_lines(example, limit))
+
+
+def _lines(example: Example, limit: int | None) -> Iterable[str]:
+    yield f"{type(example).__name__} from {example.source}"
+    match example:
+        case Conversation():
+            yield from _turns(example.messages, limit)
+        case PlainText():
+            yield _entry("text", example.text, limit)
+        case Tokenised():
+            learned = sum(label != IGNORED for label in example.labels)
+            yield f"{len(example.input_ids)} tokens, {learned} of them learned"
+            yield _entry("input_ids", " ".join(map(str, example.input_ids)), limit)
+        case Segments():
+            for text, learn in example.segments:
+                yield _entry("learned" if learn else "not learned", text, limit)
+        case Preference():
+            yield from _turns(example.prompt, limit)
+            yield from _turns(example.chosen, limit, "chosen ")
+            yield from _turns(example.rejected, limit, "rejected ")
+        case LabelledAnswer():
+            yield from _turns(example.prompt, limit)
+            yield from _turns(example.completion, limit, "good " if example.label else "bad ")
+        case Ranked():
+            yield from _turns(example.prompt, limit)
+            for number, answer in enumerate(example.answers, start=1):
+                yield from _turns((answer,), limit, f"answer {number}, ")
+        case StepLabels():
+            yield from _turns(example.prompt, limit)
+            for step, label in zip(example.completions, example.labels, strict=True):
+                yield _entry("right step" if label else "wrong step", step, limit)
+        case Classified():
+            for text in example.texts:
+                yield _entry("text", text, limit)
+            yield _entry("class", example.label, limit)
+    tools = getattr(example, "tools", ())
+    if tools:
+        yield _entry("tools", ", ".join(_tool_name(tool) for tool in tools), limit)
+
+
+def _turns(messages: Iterable[Message], limit: int | None, what: str = "") -> Iterable[str]:
+    for message in messages:
+        notes = []
+        if message.train is not None:
+            notes.append("learned" if message.train else "not learned")
+        if message.loss_weight != 1.0:
+            notes.append(f"weight {message.loss_weight:g}")
+        head = what + message.role + (f" ({', '.join(notes)})" if notes else "")
+        if message.content or not message.tool_calls:
+            yield _entry(head, message.content, limit)
+        for call in message.tool_calls:
+            yield _entry(f"{head} calls", _call(call["function"]), limit)
+
+
+def _call(function: dict[str, Any]) -> str:
+    try:
+        return f"{function['name']} {json.dumps(function['arguments'], ensure_ascii=False)}"
+    except RecursionError:
+        return f"{function['name']} {short(function['arguments'])}"
+
+
+def _tool_name(tool: dict[str, Any]) -> str:
+    """A schema's name, bare or in OpenAI's ``{"type": "function", "function": {...}}``."""
+    inner = tool.get("function")
+    return str((inner if isinstance(inner, dict) else tool).get("name", "?"))
+
+
+def _entry(head: str, text: str, limit: int | None) -> str:
+    if limit is not None and len(text) > limit:
+        text = f"{text[:limit]}… ({len(text):,} characters)"
+    text = _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return f"{head}: " + text.replace("\n", "\n  ")

@@ -1,0 +1,56 @@
+"""What every reader of records does with single fields: check their type, and complain in the same words."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from typing import Any, NoReturn
+
+from weft.data.reading.records import Record
+from weft.errors import UserError
+
+_REPR = reprlib.Repr()  # bounded in depth as well: the repr of deeply nested data would exhaust the stack
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+
+def short(value: Any) -> str:
+    """The type of a value and its beginning."""
+    return f"{type(value).__name__} {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value."""
+    return _REPR.repr(value)[:80]
+
+
+def string(record: Record, name: str, *, optional: bool = False) -> str:
+    """The text of a field; of an optional one that is absent or null, the empty string."""
+    value = record.fields.get(name)
+    if isinstance(value, str):
+        return value
+    if value is None and optional:
+        return ""
+    raise UserError(f"{record.source}: '{name}' must be a string, found {short(value)}.")
+
+
+def as_list(value: Any, name: str, source: str) -> list[Any]:
+    """A list; also one that stands as JSON text in a cell of a table."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = parse_json(value, f"{source}: '{name}'")
+    if not isinstance(value, list):
+        raise UserError(f"{source}: '{name}' must be a list, found {short(value)}.")
+    return value
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON inside a string. Raises UserError, which begins with ``where``, for all that is not JSON."""
+    try:
+        return json.loads(text, parse_constant=_reject)
+    except ValueError as error:
+        raise UserError(f"{where} is a string that is not JSON: {error}.") from None
+    except RecursionError:
+        raise UserError(f"{where} is JSON that is nested too deeply.") from None
+
+
+def _reject(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which JSON does not have")

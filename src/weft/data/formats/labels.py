@@ -1,0 +1,53 @@
+"""Which columns of classification data hold texts and which the class, by the names that data sets give them."""
+
+from __future__ import annotations
+
+from weft.data.formats.fields import shown
+from weft.data.reading.records import Record
+from weft.errors import UserError
+
+# Names that GLUE, SuperGLUE, CLUE and their likes use; compared without regard to case.
+TEXTS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("premise", "hypothesis"),
+    ("text_a", "text_b"),
+    ("text1", "text2"),
+    ("#1 string", "#2 string"),
+    ("sentence",),
+    ("text",),
+    ("review",),
+    ("content",),
+    ("文本",),
+    ("评论",),
+)
+LABELS = (
+    "label", "labels", "gold_label", "quality", "is_duplicate", "class", "category", "sentiment", "target", "标签",
+    "类别",
+)  # fmt: skip
+
+
+def text_of(record: Record, column: str) -> str:
+    """The text in a column."""
+    value = record.fields.get(column)
+    if not isinstance(value, str):
+        raise UserError(f"{record.source}: '{column}' must be a string, found {shown(value)}.")
+    return value
+
+
+def label_name(record: Record, column: str) -> str:
+    """The label's name: text as it stands but for white space around it, other JSON values as JSON writes them."""
+    value = record.fields.get(column)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    name = str(value).strip() if isinstance(value, (str, int, float)) else ""
+    if not name:
+        raise UserError(
+            f"{record.source}: '{column}' must be a label (a name or a number), found {shown(value)}. Give the record "
+            "one or remove it (the test files of GLUE have none)."
+        )
+    return name

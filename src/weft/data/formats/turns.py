@@ -1,0 +1,233 @@
+"""Lists of turns (OpenAI's, sharegpt's, ms-swift's, XTuner's) to messages; what every conversation must have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from weft.data.formats.examples import Conversation, Message
+from weft.data.formats.fields import as_list, parse_json, short, shown, string
+from weft.data.reading.records import Record
+from weft.errors import UserError, nearest
+
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_OF = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+_SWITCHES = ("train", "loss", "training")
+_WEIGHTS = ("weight", "loss_scale")
+_MARKS = frozenset((*_SWITCHES, *_WEIGHTS))
+# Turns that say more than is read here: dropping it silently would train something else than the data says.
+_UNREAD = {
+    "train_detail": "Write the parts as a record of `segments`",
+    "training_detail": "Write the parts as a record of `segments`",
+    "reasoning_content": "Put the thoughts into 'content', in the marks that the model's template uses",
+}
+
+
+class EmptyAnswerError(UserError):
+    """A record whose answer is empty; its own class, so that a caller may decide to skip such records."""
+
+
+# -------------------------------------------------------------------------------------------------------- conversations
+
+
+def read_turns(record: Record, shape: Sequence[str]) -> Conversation:
+    """A record whose turns are listed in the field ``shape[0]``."""
+    return conversation(record, turns(record, shape[0]))
+
+
+def conversation(record: Record, messages: Sequence[Message]) -> Conversation:
+    """Put the record's system text first and check what every conversation must have."""
+    messages = with_system(record, messages)
+    if not any(message.role == "assistant" for message in messages):
+        raise UserError(
+            f"{record.source}: no assistant turn, so there is nothing to learn. Expected one answer or more."
+        )
+    for number, message in enumerate(messages, start=1):
+        if message.role == "assistant" and message.train is not False and is_silent(message):
+            raise EmptyAnswerError(
+                f"{record.source}: the answer (turn {number} of {len(messages)}) is empty. Remove the record, give it "
+                "an answer, or have such records left out (`empty_answers: skip`)."
+            )
+    return Conversation(tuple(messages), record.source, tools(record))
+
+
+def is_silent(message: Message) -> bool:
+    """Whether a turn says nothing and calls nothing."""
+    return not message.tool_calls and not message.content.strip()
+
+
+def with_system(record: Record, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages, the text of ``system`` (or ``system_prompt``) first if the record has one."""
+    given = [name for name in ("system", "system_prompt") if record.fields.get(name) is not None]
+    texts = [text for text in (string(record, name) for name in given) if text.strip()]
+    if not texts:
+        return messages
+    held = next((message.content for message in messages if message.role == "system"), None)
+    if len(set(texts)) > 1 or (held is not None and held != texts[0]):
+        raise UserError(f"{record.source}: the field '{given[0]}' and another system message differ: keep one.")
+    return messages if held is not None else [Message("system", texts[0]), *messages]
+
+
+def tools(record: Record) -> tuple[dict[str, Any], ...]:
+    """``tools``: a list of schemas, or the same as a JSON string (as sharegpt data has it)."""
+    value = record.fields.get("tools")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ()
+    if isinstance(value, str):
+        value = parse_json(value, f"{record.source}: 'tools'")
+    schemas = as_list([] if value is None else value, "tools", record.source)
+    if not all(isinstance(schema, dict) for schema in schemas):
+        raise UserError(f"{record.source}: every entry of 'tools' must be an object (a JSON schema of one function).")
+    return tuple(schemas)
+
+
+# ---------------------------------------------------------------------------------------------------------------- turns
+
+
+def turns(record: Record, name: str) -> list[Message]:
+    """The turns in a field. Raises UserError naming line and turn."""
+    items = as_list(record.fields[name], name, record.source)
+    if items and all(isinstance(item, str) for item in items):  # LIMA's own release: question, answer, question …
+        return [Message(("user", "assistant")[number % 2], text) for number, text in enumerate(items)]
+    messages: list[Message] = []
+    for number, item in enumerate(items, start=1):
+        where = f"{record.source}: turn {number} of '{name}'"
+        if isinstance(item, dict) and "role" not in item and "from" not in item:
+            exchange = _exchange(item, where)
+            if exchange:
+                messages += exchange
+                continue
+        messages.append(message(item, where))
+    return messages
+
+
+def _exchange(item: dict[str, Any], where: str) -> list[Message]:
+    """A question with its answer in one entry: ms-swift's and Firefly's keys, or XTuner's. Empty if it is neither."""
+    asked, said = ("human", "assistant") if "human" in item else ("input", "output")
+    if asked not in item or said not in item:
+        return []
+    texts = [item.get(name) for name in ("system", asked, said)]
+    for name, text in zip(("system", asked, said), texts, strict=True):
+        if not isinstance(text, str) and not (name == "system" and text is None):
+            raise UserError(f"{where}: '{name}' must be a string, found {short(text)}.")
+    roles = ("system", "user", "assistant")
+    pairs = zip(roles, texts, strict=True)
+    return [Message(role, text) for role, text in pairs if text or (role != "system" and text is not None)]
+
+
+def message(item: Any, where: str) -> Message:
+    """One turn in OpenAI's (role, content) or sharegpt's (from, value) keys; ``where`` names the line and the turn."""
+    if not isinstance(item, dict):
+        expected = "an object with 'role' and 'content' (or 'from' and 'value')"
+        raise UserError(f"{where} must be {expected}, found {short(item)}.")
+    who, what = ("from", "value") if "from" in item else ("role", "content")
+    if who not in item:
+        found = ", ".join(map(repr, item)) or "none"
+        raise UserError(f"{where} has no 'role' (or 'from'). Fields found: {found}.{nearest('role', item)}")
+    named = item[who]
+    role = _ROLE_OF.get(named) or _ROLE_OF.get(named.lower()) if isinstance(named, str) else None
+    if role is None:
+        hint = nearest(named, _ROLE_OF) if isinstance(named, str) else ""
+        raise UserError(f"{where} has the unknown role {shown(named)}.{hint} Known: {', '.join(_ROLE_OF)}.")
+    content, calls = item.get(what), item.get("tool_calls")
+    if named in ("function_call", "tool_call"):
+        content, calls = "", _parse_calls(content, where)
+    if content is None and calls:
+        content = ""
+    if what not in item and not calls:
+        raise UserError(f"{where} has no '{what}'. Fields found: {', '.join(map(repr, item))}.{nearest(what, item)}")
+    if isinstance(content, list):
+        content = _parts(content, where)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: '{what}' must be a string, found {short(content)}.")
+    if len(item) > 2:
+        unread = next((key for key in _UNREAD if item.get(key)), None)
+        if unread:
+            raise UserError(f"{where}: '{unread}' is not read. {_UNREAD[unread]}, or remove the field.")
+        if not _MARKS.isdisjoint(item):
+            train, weight = _marks(item, where)
+            return Message(role, content, train, _tool_calls(calls, where) if calls else (), weight)
+    return Message(role, content, None, _tool_calls(calls, where) if calls else ())
+
+
+def _parts(content: list[Any], where: str) -> Any:
+    """OpenAI's content in parts, if all are text; else as it stands, for the caller to refuse."""
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    if content and all(isinstance(text, str) for text in texts):
+        return "".join(map(str, texts))
+    return content
+
+
+def _marks(item: dict[str, Any], where: str) -> tuple[bool | None, float]:
+    """Whether the turn asks to be learned (None: it does not say), and the weight of its loss."""
+    given = {key: item[key] for key in (*_SWITCHES, *_WEIGHTS) if item.get(key) is not None}
+    weights = set()
+    for key, value in given.items():
+        if key in _SWITCHES and not (isinstance(value, (bool, int)) and value in (0, 1)):
+            raise UserError(f"{where}: '{key}' must be true or false, found {short(value)}.")
+        if key in _WEIGHTS:
+            weights.add(_weight(value, f"{where}: '{key}'"))
+    switches = {bool(value) for value in given.values()}
+    if len(switches) > 1 or len(weights) > 1:
+        raise UserError(f"{where}: {' and '.join(map(repr, given))} contradict each other.")
+    weight = weights.pop() if weights else 1.0
+    return (switches.pop() if switches else None), weight or 1.0
+
+
+def _weight(value: Any, where: str) -> float:
+    try:
+        weight = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        weight = math.inf
+    if not math.isfinite(weight) or weight < 0:
+        raise UserError(f"{where} must be a number, 0 or more, found {short(value)}.")
+    return weight
+
+
+# ----------------------------------------------------------------------------------------------------------- tool calls
+
+
+def _parse_calls(content: Any, where: str) -> Any:
+    """sharegpt's function_call: the call (or a list of them) as JSON text."""
+    try:
+        calls = parse_json(content, where) if isinstance(content, str) else content
+    except UserError:
+        calls = None
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not calls:
+        expected = 'JSON such as {"name": "f", "arguments": {}}'
+        raise UserError(f"{where}: a function call must be {expected}, found {short(content)}.")
+    return calls
+
+
+def _tool_calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
+    result = []
+    for call in as_list(calls, "tool_calls", where):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{where}: a tool call needs 'name' and 'arguments', found {short(call)}.")
+        name, arguments = function["name"], function.get("arguments", {})
+        if isinstance(arguments, str):  # OpenAI sends JSON text; templates would quote such a string once more
+            try:
+                arguments = parse_json(arguments, where)
+            except UserError as error:
+                raise UserError(f"{where}: the arguments of the call of '{name}' are not JSON: {error}") from None
+        result.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+    return tuple(result)

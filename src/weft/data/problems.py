@@ -1,0 +1,183 @@
+"""What is wrong with records: where, of which kind, and what becomes of it.
+
+Readers hand on a ``Problem`` in the place of the record that they could not read, so that good and bad ones stay in
+the order of the file. ``Problems`` decides: the first few end the run (``error``), or all are left out (``skip``) and
+written down (``report``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, get_args
+
+from weft.errors import UserError, nearest
+
+OnBadRecord = Literal["error", "skip", "report"]
+SHOWN = 20
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: its ``kind`` (a word of KINDS), and ``what`` it is at ``path:line:column``."""
+
+    kind: str
+    path: str
+    what: str
+    line: int | None = None
+    column: int | None = None
+
+    @property
+    def place(self) -> str:
+        """``path:line:column``, as far as it is known."""
+        return ":".join(str(part) for part in (self.path, self.line, self.column) if part is not None)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in a report."""
+        return {"file": self.path, "line": self.line, "column": self.column, "kind": self.kind, "message": self.what}
+
+
+KINDS: dict[str, str] = {
+    "malformed_json": "JSON that is no JSON",
+    "not_utf8": "bytes that are no UTF-8",
+    "nul": "a NUL character, raw or as \\u0000",
+    "half_character": "half of a UTF-16 pair alone (\\ud83d)",
+    "duplicate_key": "an object that names a field twice",
+    "not_a_number": "NaN or an infinity",
+    "number_too_large": "a number beyond what a double holds (1e400, 400 digits)",
+    "too_deep": "JSON nested too deeply",
+    "too_long": "a line or record longer than the limit",
+    "not_an_object": "a record that is no object with fields",
+    "malformed_row": "a table's row whose quotation marks do not match",
+    "row_width": "a table's row with more or fewer cells than the header",
+    "cut_off": "a file that ends in the middle",
+    "unread": "the rest of a file that could not be read after a problem before it",
+    "empty_file": "a file without records",
+    "format": "fields that fit no format, are of a wrong type, or cannot be learned from",
+    "empty_answer": "an empty answer",
+    "render": "a record that the template or the length refuses",
+}
+
+
+class BadRecordError(UserError):
+    """A record that cannot be used; ``problem`` says where and why."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problem,)
+
+
+def about_record(error: UserError, source: str, kind: str) -> Problem | None:
+    """The problem that ``error`` tells of, if it is about the record at ``source``; None if about the settings."""
+    if isinstance(error, BadRecordError):
+        return error.problem
+    text, path, line = str(error), *source.rpartition(":")[::2]
+    if not text.startswith(source) or text[len(source) : len(source) + 1] not in (":", " ", ","):
+        return None
+    what = text[len(source) :].removeprefix(":").strip()
+    return Problem(kind, path, what, int(line)) if line.isdecimal() else Problem(kind, source, what)
+
+
+class Problems:
+    """Takes in the problems of a run's data and does with them what ``on_bad_record`` says.
+
+    ``error``: reading goes on until 20 are found, then a UserError lists them. ``skip``: they are left out; their
+    number and the first are logged. ``report``: as ``skip``, and ``write`` puts all of them into a file.
+    Memory does not grow with their number. ``errors`` are classes for a kind that is the only problem.
+    """
+
+    def __init__(
+        self, on_bad_record: OnBadRecord = "error", *, errors: Mapping[str, Callable[[str], UserError]] | None = None
+    ) -> None:
+        if on_bad_record not in get_args(OnBadRecord):
+            known = get_args(OnBadRecord)
+            raise UserError(
+                f"on_bad_record is {on_bad_record!r}; expected one of {', '.join(known)}."
+                f"{nearest(str(on_bad_record), known)}"
+            )
+        self.on_bad_record = on_bad_record
+        self._errors = dict(errors or {})
+        self.first: list[Problem] = []
+        self.kinds: Counter[str] = Counter()
+        self._rows: IO[str] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many there are so far."""
+        return self.kinds.total()
+
+    def add(self, problem: Problem) -> None:
+        """Take one in. Raises UserError, listing those before, when it is one too many to go on listing."""
+        self.kinds[problem.kind] += 1
+        if len(self.first) < SHOWN:
+            self.first.append(problem)
+        elif self.on_bad_record == "error":
+            raise self.error()
+        if self.on_bad_record == "report":
+            if self._rows is None:
+                self._rows = tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+            self._rows.write(json.dumps(problem.row()) + "\n")
+
+    def error(self) -> UserError:
+        """The listed problems as one error."""
+        if self.count == 1:
+            only = self.first[0]
+            return self._errors[only.kind](str(only)) if only.kind in self._errors else BadRecordError(only)
+        lines = [f"  {problem}" for problem in self.first]
+        more = self.count - len(self.first)
+        if more:
+            lines.append("  ... and more")
+        number = f"more than {SHOWN}" if more and self.on_bad_record == "error" else str(self.count)
+        lines.append(
+            "Mend these records, or have them left out: on_bad_record: skip (logs how many), or report (lists them all "
+            "in a file)."
+        )
+        return UserError(f"{number} records cannot be used:\n" + "\n".join(lines))
+
+    def check(self, what: str) -> None:
+        """At the end of reading ``what``: raise what was found (``error``), or log it.
+
+        Raises:
+            UserError: lists each problem at its place.
+        """
+        if not self.count:
+            return
+        if self.on_bad_record == "error":
+            raise self.error()
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.kinds.most_common())
+        logger.warning("%s: left out %d bad records (%s); the first: %s", what, self.count, kinds, self.first[0])
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write all problems as JSON lines; the file appears whole or not at all. No problems: an empty file.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", encoding="utf-8") as file:
+                if self._rows is not None:
+                    self._rows.seek(0)
+                    for line in self._rows:
+                        file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"bad_records_file {path} cannot be written: {error.strerror or error}.") from error

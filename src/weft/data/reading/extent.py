@@ -1,0 +1,84 @@
+"""Where a JSON value ends, told from its brackets and quotation marks alone, piece by piece."""
+
+from __future__ import annotations
+
+import re
+
+_MARK = re.compile(r'["{}\[\]]')
+_CLOSES = {"{": "}", "[": "]"}
+
+
+class Extent:
+    """Follows one value through pieces of text that begin where it does.
+
+    ``careful`` is for values that are known to be malformed: brackets must match by kind, a string must not hold a line
+    break, and must begin and end where strings can; else the end is not to be trusted.
+    """
+
+    def __init__(self, *, careful: bool = False) -> None:
+        self._careful = careful
+        self._depth = 0
+        self._open: list[str] = []
+        self._in_string = self._escaped = False
+
+    def feed(self, text: str) -> int | None:
+        """The place behind the value, counted in this piece; None if it goes on; -1 if it cannot be told."""
+        at = 0
+        while at < len(text):
+            if self._in_string:
+                at, begun = self._string(text, at), at
+                if at < 0:
+                    return None if not (self._careful and "\n" in text[begun:]) else -1
+                if self._careful and ("\n" in text[begun:at] or not _after(text, at)):
+                    return -1
+                self._in_string = False
+                if not self._depth:
+                    return at
+                continue
+            mark = _MARK.search(text, at)
+            if mark is None:
+                return None
+            at = mark.end()
+            if mark[0] == '"':
+                if self._careful and not _before(text, mark.start()):
+                    return -1
+                self._in_string, self._escaped = True, False
+            elif mark[0] in _CLOSES:
+                self._depth += 1
+                if self._careful:
+                    self._open.append(_CLOSES[mark[0]])
+            else:
+                if self._careful and (not self._open or self._open.pop() != mark[0]):
+                    return -1
+                self._depth -= 1
+                if self._depth <= 0:
+                    return at
+        return None
+
+    def _string(self, text: str, at: int) -> int:
+        """The place behind the string that ``at`` lies in, -1 if it goes on."""
+        while True:
+            quote = text.find('"', at)
+            end = quote if quote >= 0 else len(text)
+            run = end
+            while run > at and text[run - 1] == "\\":
+                run -= 1
+            slashes = end - run + (self._escaped and run == at)
+            if quote < 0:
+                self._escaped = slashes % 2 == 1
+                return -1
+            self._escaped = False
+            if slashes % 2 == 0:
+                return quote + 1
+            at = quote + 1
+
+
+def _before(text: str, at: int) -> bool:
+    """Whether a string can begin at ``at``."""
+    before = text[:at].rstrip() if at < 64 else text[at - 64 : at].rstrip()
+    return before[-1:] in ("{", "[", ",", ":")
+
+
+def _after(text: str, at: int) -> bool:
+    """Whether a string can end before ``at``."""
+    return text[at : at + 64].lstrip()[:1] in ("", ",", ":", "]", "}")

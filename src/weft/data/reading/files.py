@@ -1,0 +1,238 @@
+"""Which files a path means, and their bytes: folders, globs, compression, names that do not fit the content."""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from weft.errors import UserError
+
+TABLES = (".csv", ".tsv")
+COLUMNAR = (".parquet", ".arrow", ".feather")
+PLAIN = (".json", ".jsonl", *TABLES, ".txt")
+SUFFIXES = (*PLAIN, *COLUMNAR)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+CHUNK = 1 << 20
+_MEMORY = 128 << 20  # `xz -9` wants 65 MiB; a header may ask for 4 GiB
+_MAGIC = {
+    b"\x1f\x8b": ("compressed with gzip", ".gz"),
+    b"BZh": ("compressed with bzip2", ".bz2"),
+    b"\xfd7zXZ": ("compressed with xz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstandard", ".zst"),
+    b"PAR1": ("a Parquet file", ".parquet"),
+    b"ARROW1": ("an Arrow file", ".arrow"),
+    b"PK\x03\x04": ("a zip archive (or an Excel sheet)", None),
+    b"\xff\xfe": ("text in UTF-16", None),
+    b"\xfe\xff": ("text in UTF-16", None),
+}
+# What stands beside data in a folder and is none.
+_BESIDE = ("readme", "license", "licence", "dataset_info", "dataset_infos", "state", "dataset_dict")
+
+
+class Bytes(Protocol):
+    """What the readers ask of an open file."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def readline(self, size: int, /) -> bytes: ...
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """(suffix of the data, suffix of the compression or an empty string), in lower case."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        return Path(path.stem).suffix.lower(), suffix
+    return suffix, ""
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether ``path`` is a folder that Hugging Face's ``save_to_disk`` wrote."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def find_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The data files of a file, a folder (with the folders in it) or a glob, sorted by path.
+
+    A folder that ``datasets`` has saved stands for itself. Raises UserError where there is no file, where a file is of
+    no known kind, and for a folder or glob with files of several kinds.
+    """
+    place = Path(path)
+    if is_saved_dataset(place):
+        return [place]
+    if place.is_dir():
+        inside = sorted(file for file in place.rglob("*") if file.is_file() and not _hidden(file, place))
+        data = [file for file in inside if kind_of(file)[0] in SUFFIXES]
+        found = [file for file in data if file.name.split(".")[0].lower() not in _BESIDE]
+        if not found:
+            names = ", ".join(file.name for file in inside[:5])
+            raise UserError(
+                f"{path} is a directory without data files (it holds {names or 'no files'}). Files that are read end "
+                f"in {', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)} after it."
+            )
+        return _one_kind(found, f"the folder {path}", str(place / "*"))
+    if not place.exists() and glob.has_magic(str(path)):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not found:
+            raise UserError(
+                f"{path}: no file matches this pattern (it is relative to the current directory). `*` stands for any "
+                "name, `**` for any folders."
+            )
+        return _one_kind([_readable_kind(file) for file in found], f"the pattern {path}", str(path))
+    if not place.exists():
+        raise UserError(
+            f"{path} does not exist: check the path of the data file (it is relative to the current directory)."
+        )
+    return [_readable_kind(place)]
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+
+def _readable_kind(file: Path) -> Path:
+    data, compression = kind_of(file)
+    if data in PLAIN or (data in COLUMNAR and not compression):
+        return file
+    if data in COLUMNAR:
+        raise UserError(f"{file}: Parquet and Arrow files are compressed inside; unpack the outer '{compression}'.")
+    what = f"'{file.suffix}'" if not compression else f"'{data}{compression}'"
+    raise UserError(
+        f"{file}: files ending in {what} are not read. Known: {', '.join(SUFFIXES)}; compressed also with "
+        f"{', '.join(COMPRESSED)} after it. Convert the file, for instance to JSON Lines (.jsonl: one object per line)."
+    )
+
+
+def _one_kind(files: list[Path], what: str, pattern: str) -> list[Path]:
+    """``files`` if they are all of one kind (.json and .jsonl are one)."""
+    kinds: dict[str, int] = {}
+    for file in files:
+        suffix = kind_of(file)[0].replace(".jsonl", ".json")
+        kinds[suffix] = kinds.get(suffix, 0) + 1
+    if len(kinds) > 1:
+        listed = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(kinds.items()))
+        star = pattern.rsplit("*", 1)[0] + "*"
+        raise UserError(
+            f"{what} holds files of several kinds: {listed}. Name one kind with a pattern such as "
+            f"{star}{min(kinds)}, or list the files one by one."
+        )
+    same = [file for file in files if kind_of(file)[0] in SUFFIXES]
+    return unique(same)
+
+
+def unique(files: Sequence[Path]) -> list[Path]:
+    """``files``, none of which may be another under a second name. Raises UserError where one is."""
+    seen: dict[Any, Path] = {}
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            continue
+        key = (status.st_dev, status.st_ino)
+        if key in seen:
+            other = "" if seen[key] == file else f" (as {seen[key]} and {file})"
+            raise UserError(
+                f"{file} stands twice in the data{other}: its records would be seen twice as often. Name it once; to "
+                "have it seen more often, give weights."
+            )
+        seen[key] = file
+    return list(files)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked as its name says. Raises UserError where the content is of another kind."""
+    compression = kind_of(path)[1]
+    with path.open("rb") as raw:
+        _check_magic(path, raw.read(8), compression)
+        raw.seek(0)
+        stream = _unpacked(path, raw, compression) if compression else raw
+        with io.BufferedReader(stream, CHUNK) if compression else stream as file:
+            yield file
+
+
+def _check_magic(path: Path, head: bytes, compression: str) -> None:
+    wanted = compression or (kind_of(path)[0] if kind_of(path)[0] in COLUMNAR else "")
+    found = next((entry for magic, entry in _MAGIC.items() if head.startswith(magic)), None)
+    if wanted:
+        unmarked = found is None and wanted in (".arrow", ".feather")  # a stream of Arrow has no mark
+        if head and not unmarked and (found is None or found[1] != wanted):
+            what = f"it is {found[0]}" if found else "the content is something else"
+            raise UserError(
+                f"{path}: the name ends in '{wanted}', but {what}. Give the file the suffix of its content: "
+                f"{', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)} after it."
+            )
+    elif found is not None:
+        what, suffix = found
+        data = kind_of(path)[0]
+        cure = {
+            None: "Save it as UTF-8 text." if "UTF-16" in what else "Unpack it (or save the sheet as .csv).",
+            ".parquet": "Rename it to end in .parquet.",
+            ".arrow": "Rename it to end in .arrow.",
+        }.get(suffix, f"Rename it to end in {data}{suffix}.")
+        raise UserError(f"{path}: the name ends in '{data}', but this is {what}. {cure}")
+
+
+def _unpacked(path: Path, raw: IO[bytes], compression: str) -> Any:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if compression == ".bz2":
+        return bz2.BZ2File(raw)
+    if compression == ".xz":
+        return _Unpacker(raw, lambda: lzma.LZMADecompressor(memlimit=_MEMORY), CHUNK, bounded=True)
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f'{path}: .zst files need a package: pip install "weft[zstandard]" (or unpack it).') from None
+    # It cannot be told how much to give at once: 1 KiB unpacks to 32 MiB at most.
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_MEMORY)
+    return _Unpacker(raw, unpacker.decompressobj, 1 << 10, bounded=False)
+
+
+class _Unpacker(io.RawIOBase):
+    """Frame after frame of a compressed stream, in pieces that stay small however much they unpack to.
+
+    Unlike ``lzma.LZMAFile`` it limits the memory that a header may ask for, unlike zstandard's own reader it notices
+    that a file is cut off.
+    """
+
+    def __init__(self, raw: IO[bytes], make: Callable[[], Any], piece: int, *, bounded: bool) -> None:
+        self._raw, self._make, self._piece, self._bounded = raw, make, piece, bounded
+        self._unpack, self._fresh = make(), True
+        self._data = self._out = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._out:
+            if self._unpack.eof:
+                self._data, self._unpack, self._fresh = self._unpack.unused_data.lstrip(b"\0"), self._make(), True
+            if not self._data and getattr(self._unpack, "needs_input", True):
+                self._data = self._raw.read(self._piece)
+                if self._fresh:
+                    self._data = self._data.lstrip(b"\0")  # padding between the frames of xz
+                if not self._data and self._fresh:
+                    return 0
+                if not self._data:
+                    raise EOFError("the compressed data ends in the middle")
+            data, self._data, self._fresh = self._data, b"", False
+            self._out = self._unpack.decompress(data, len(buffer)) if self._bounded else self._unpack.decompress(data)
+        size = min(len(buffer), len(self._out))
+        buffer[:size], self._out = self._out[:size], self._out[size:]
+        return size
+
+
+def damaged(error: BaseException) -> bool:
+    """Whether this is what an unpacker raises for a file that is damaged or ends too early."""
+    # bz2 and gzip raise OSError without a number; zstandard has a class of its own.
+    plain = isinstance(error, OSError) and error.errno is None
+    return plain or isinstance(error, (EOFError, lzma.LZMAError, zlib.error)) or type(error).__name__ == "ZstdError"

@@ -1,0 +1,165 @@
+"""Read data files into records, each of which knows the line that it came from.
+
+Every reader counts lines itself, so that a complaint about record 31,000 of a JSON array points at a line that the
+user can open; none holds more of a file than one record and a piece of constant size. Nothing here knows what the
+fields mean: that is ``weft.data.formats.detect``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from weft.data.problems import BadRecordError, Problem, Problems
+from weft.data.reading.files import COLUMNAR, TABLES, Bytes, damaged, find_files, is_saved_dataset, kind_of, opened
+from weft.data.reading.jsonfile import JsonFile
+from weft.data.reading.lines import Lines, read_jsonl, read_table, read_txt, table_rows
+from weft.data.reading.rows import Record
+from weft.errors import UserError
+
+__all__ = ["RECORD_LIMIT", "Record", "first_rows", "iter_items", "iter_records", "read_records"]
+
+RECORD_LIMIT = 64 << 20  # bytes of a line, characters of a record in a .json file
+
+
+def iter_records(
+    path: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    header: Sequence[str] | None = None,
+    problems: Problems | None = None,
+    record_limit: int = RECORD_LIMIT,
+) -> Iterator[Record]:
+    """Read records one by one, in the order of the files; memory does not grow with a file.
+
+    ``path`` is a file (.json, .jsonl, .csv, .tsv, .txt, also compressed; .parquet, .arrow), a folder or a glob of them,
+    or a folder that ``datasets`` saved. A .json file may hold an array of objects, an object with such an array under
+    ``train`` or ``data``, one object, or objects one after another. A row that is a list of messages is taken as
+    ``{"messages": row}``. ``header`` names the columns of a table whose file does not. ``limit`` counts records.
+    What is wrong goes to ``problems``, and reading goes on behind it; without it the first is raised.
+    Raises UserError for a file that cannot be read or holds no record.
+    """
+    for item in iter_items(path, limit=limit, header=header, record_limit=record_limit):
+        if isinstance(item, Record):
+            yield item
+        elif problems is None:
+            raise BadRecordError(item)
+        else:
+            problems.add(item)
+
+
+def read_records(
+    path: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    header: Sequence[str] | None = None,
+    problems: Problems | None = None,
+) -> list[Record]:
+    """``iter_records`` as a list."""
+    return list(iter_records(path, limit=limit, header=header, problems=problems))
+
+
+def iter_items(
+    path: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    header: Sequence[str] | None = None,
+    record_limit: int = RECORD_LIMIT,
+) -> Iterator[Record | Problem]:
+    """The records of ``iter_records``, and a Problem in the place of each that cannot be read."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: give the number of records to read, 1 or more (or leave it out for all).")
+    left = limit
+    files = find_files(path)
+    for file in files:
+        count = found = 0
+        for item in _items(file, header, record_limit):
+            found += 1
+            yield item
+            count += isinstance(item, Record)
+            if count == left:
+                return
+        left = None if left is None else left - count
+        if not found:
+            empty = "the file is empty" if file.is_file() and not file.stat().st_size else "the file holds no records"
+            yield Problem("empty_file", str(file), f"{empty}; expected at least one record.")
+
+
+def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
+    """The first rows of a .csv or .tsv file as they stand, the header among them; of other files none."""
+    file = find_files(path)[0]
+    if kind_of(file)[0] not in TABLES:
+        return []
+    rows: list[list[str]] = []
+    try:
+        with opened(file) as raw:
+            for row in islice(table_rows(Lines(raw, str(file), RECORD_LIMIT), tabs=_tabs(file)), count):
+                if isinstance(row, Problem):
+                    raise BadRecordError(row)
+                rows.append(row[1])
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    return rows
+
+
+def _items(file: Path, header: Sequence[str] | None, record_limit: int) -> Iterator[Record | Problem]:
+    if is_saved_dataset(file) or kind_of(file)[0] in COLUMNAR:
+        from weft.data.reading.columnar import read_columnar
+
+        if file.is_file():
+            with opened(file):  # the content is what the name says
+                pass
+        yield from read_columnar(file)
+        return
+    reader = None
+    try:
+        with opened(file) as raw:
+            reader = _Progress(raw)
+            yield from _parsed(file, reader, header, record_limit)
+    except Exception as error:
+        if reader is not None and damaged(error):
+            line = reader.lines + 1
+            what = "the file is damaged or cut off here, and what follows cannot be unpacked"
+            yield Problem("cut_off", str(file), f"{what} ({error}). Fetch or pack it again.", line)
+        elif isinstance(error, OSError):
+            raise _unreadable(file, error) from error
+        else:
+            raise
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file} cannot be read: {error.strerror or error}.")
+
+
+class _Progress:
+    """A file of bytes that counts the lines that were read of it."""
+
+    def __init__(self, raw: Bytes) -> None:
+        self.raw, self.lines = raw, 0
+
+    def readline(self, size: int, /) -> bytes:
+        line = self.raw.readline(size)
+        self.lines += line.endswith(b"\n")
+        return line
+
+    def read(self, size: int, /) -> bytes:
+        data = self.raw.read(size)
+        self.lines += data.count(b"\n")
+        return data
+
+
+def _parsed(file: Path, raw: _Progress, header: Sequence[str] | None, limit: int) -> Iterator[Record | Problem]:
+    suffix, lines = kind_of(file)[0], Lines(raw, str(file), limit)
+    if suffix == ".json":
+        return JsonFile(raw, str(file), limit).items()
+    if suffix == ".jsonl":
+        return read_jsonl(lines)
+    if suffix in TABLES:
+        return read_table(lines, header, tabs=_tabs(file))
+    return read_txt(lines)
+
+
+def _tabs(file: Path) -> bool:
+    return kind_of(file)[0] == ".tsv"

@@ -1,0 +1,1 @@
+"""Examples to token ids with a loss weight per token."""

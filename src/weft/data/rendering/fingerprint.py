@@ -1,0 +1,53 @@
+"""What decides the tokens that a record becomes, as a few readable fields and SHA-256 sums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from weft.data.rendering.render import Renderer
+
+
+def fingerprint(renderer: Renderer) -> dict[str, Any]:
+    """See ``Renderer.fingerprint``."""
+    limit = renderer.limit
+    fields: dict[str, Any] = {
+        "template": {"name": renderer.template.name or "custom", "sha256": _sum(renderer.template.text)},
+        "template_kwargs": renderer.template_kwargs,
+        "train_on": renderer.train_on,
+        "max_length": limit.max_length,
+        "truncation": limit.truncation,
+        "documents": limit.documents,
+        "window_overlap": limit.overlap,
+        "tokenizer": {"vocab_size": len(renderer.tokenizer), "sha256": tokenizer_hash(renderer.tokenizer)},
+    }
+    # Plain data only, so that what is read back from a file compares equal.
+    fields = json.loads(json.dumps(fields, ensure_ascii=False, default=str))
+    return {**fields, "sha256": _sum(json.dumps(fields, ensure_ascii=False, sort_keys=True))}
+
+
+_PROBE = "  What's 12,345 + 67?\n\n\tNaïve café: 你好，世界 — 🧵 <s> </s> <|im_end|>"
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that turns text into ids: vocabulary, merges, rules, special tokens; not the template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        for passing in ("truncation", "padding"):  # set anew by every call
+            state.pop(passing, None)
+    else:
+        state = {"vocabulary": tokenizer.get_vocab()}
+    # What a slow tokenizer does besides its vocabulary shows in what it makes of a text.
+    state["probe"] = list(tokenizer(_PROBE, verbose=False)["input_ids"])
+    # Who pads, and with what, changes no token of ours.
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    return _sum(json.dumps([state, special], ensure_ascii=False, sort_keys=True))
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,67 @@
+"""Sequence to sequence: what the encoder reads, and the answer that the decoder is to write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weft.data.formats.examples import SFT, Conversation, PlainText
+from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
+from weft.data.rendering.transcript import learnable
+from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.data.rendering.render import Renderer
+
+
+def seq2seq_sample(renderer: Renderer, example: SFT) -> Sample:
+    """See ``Renderer.seq2seq``."""
+    place = example.source
+    if isinstance(example, PlainText):
+        raise UserError(f"{place}: plain text has no answer to write; seq2seq needs a question and an answer.")
+    if not isinstance(example, Conversation):
+        raise UserError(f"{place}: {type(example).__name__} holds no question and answer, which seq2seq needs.")
+    messages = example.messages
+    learned = [i for i, turn in enumerate(messages) if i and learnable(turn)]
+    if not learned:
+        raise UserError(f"{place}: no assistant turn after another turn is learned, which seq2seq needs.")
+    answer = messages[learned[-1]]
+    if answer.tool_calls:
+        raise UserError(f"{place}: the last answer is a tool call, which seq2seq cannot write. Remove the record.")
+    if answer.loss_weight != 1.0:
+        raise UserError(f"{place}: seq2seq learns answers at weight 1; this one has {answer.loss_weight:g}.")
+    prompt = seq2seq_source(renderer, Conversation(messages[: learned[-1]], place, example.tools))
+    # Special tokens typed in the answer are split like other text; the tokenizer still adds its own around it.
+    encoded = renderer.tokenizer(text_target=answer.content, split_special_tokens=True, verbose=False)
+    target = list(encoded["input_ids"])
+    target += [] if renderer.eos_token_id in target else [renderer.eos_token_id]
+    limit, head, tail = renderer.limit, len(renderer.encoder.head), len(renderer.encoder.tail)
+    draft = Draft(list(prompt.ids), [0.0] * len(prompt.ids), list(prompt.slots))
+    draft.remove(*limit.cut_ids(prompt.ids, place, "the input", head=head, tail=tail))
+    if draft.cut and limit.truncation == "right":
+        draft.slots = [slot for slot in draft.slots if slot < len(draft.ids) - tail]
+    if limit.exceeded(len(target)) and limit.truncation in ("left", "middle"):
+        raise TooLongError(
+            f"{place}: the answer is {len(target)} tokens long, max_length is {limit.max_length}, and `truncation: "
+            f"{limit.truncation}` keeps answers whole. Raise `max_length`, or take `right` or `drop`."
+        )
+    start, stop = limit.cut_ids(target, place, "the answer")
+    target = target[:start] + target[stop:]
+    slots, cut = tuple(draft.slots), draft.cut + stop - start
+    return Sample(draft.ids, draft.weights, place, slots=slots, target_ids=tuple(target), cut=cut)
+
+
+def seq2seq_source(renderer: Renderer, example: Conversation) -> Prompt:
+    """The encoder's input, in the special tokens that its tokenizer puts around a text."""
+    messages, source, encoder = example.messages, example.source, renderer.encoder
+    if not messages:
+        raise UserError(f"{source}: there are no messages.")
+    if renderer.template.origin == "fallback":  # trained on bare text, not on headings
+        if example.tools or any(message.tool_calls for message in messages):
+            raise UserError(f"{source}: tools need a `chat_template` that renders them; the tokenizer has none.")
+        ordered = sorted(messages, key=lambda message: message.role != "system")
+        text = encoder.guard("\n".join(message.content for message in ordered))
+    else:
+        text = renderer.turns.text(example, generation=True)
+    ids, slots = encoder.encode(text, first=True)
+    head = encoder.missing_head(ids, bos_only=False)
+    return Prompt(head + ids + encoder.missing_tail(ids), tuple(slot + len(head) for slot in slots))

@@ -1,0 +1,180 @@
+"""Chat templates by name, for tokenizers that have none; and finding the one that a configuration means.
+
+The files under ``chat_templates`` are written for Weft from what is known of the formats. Like any template they run
+only in the sandbox of transformers' ``apply_chat_template``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from weft.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from weft.data.rendering.tokens import Encoder
+
+_FOLDER = Path(__file__).parent / "chat_templates"
+_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTemplate:
+    """A template of ours. ``markers`` are the tokens that it needs the tokenizer to have.
+
+    ``system``: it takes a system message (those that refuse one say so); ``tools``: it renders tools and calls.
+    """
+
+    name: str
+    markers: tuple[str, ...] = ()
+    system: bool = True
+    tools: bool = False
+
+    @property
+    def text(self) -> str:
+        """The Jinja text."""
+        return _read(self.name)
+
+
+_IM = ("<|im_start|>", "<|im_end|>")
+_LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_GEMMA = ("<start_of_turn>", "<end_of_turn>")
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+
+TEMPLATES: dict[str, NamedTemplate] = {
+    template.name: template
+    for template in (
+        NamedTemplate("alpaca", tools=True),
+        NamedTemplate("chatglm2"),
+        NamedTemplate("chatglm3", ("[gMASK]", "sop", *_ROLES)),
+        NamedTemplate("chatml", _IM),
+        NamedTemplate(
+            "deepseek", ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
+        ),
+        NamedTemplate("gemma", _GEMMA, system=False),
+        NamedTemplate("gemma-3", _GEMMA),
+        NamedTemplate("glm-4", ("[gMASK]", "<sop>", *_ROLES)),
+        NamedTemplate("llama-2"),
+        NamedTemplate("llama-3", _LLAMA3),
+        NamedTemplate("llama-3.1", _LLAMA3, tools=True),
+        NamedTemplate("minimind", _IM, tools=True),
+        NamedTemplate("mistral", ("[INST]", "[/INST]"), tools=True),
+        NamedTemplate("mistral-v1"),
+        NamedTemplate("phi-3", (*_ROLES, "<|end|>")),
+        NamedTemplate("phi-4", (*_IM, "<|im_sep|>")),
+        NamedTemplate("qwen2", _IM),
+        NamedTemplate("qwen2.5", _IM, tools=True),
+        NamedTemplate("qwen3", _IM, tools=True),
+        NamedTemplate("vicuna"),
+        NamedTemplate("zephyr"),
+    )
+}
+# Other words for them, other tools' among them; written without regard to case, `_` and `-`.
+ALIASES = {
+    "plain": "alpaca",
+    "chatglm": "chatglm3",
+    "glm4": "glm-4",
+    "im": "chatml",
+    "yi": "chatml",
+    "llama2": "llama-2",
+    "llama3": "llama-3",
+    "llama3.1": "llama-3.1",
+    "llama3.2": "llama-3.1",
+    "llama3.3": "llama-3.1",
+    "mistral-v3": "mistral",
+    "gemma2": "gemma",
+    "gemma3": "gemma-3",
+    "qwen": "qwen2",
+    "deepseek-v3": "deepseek",
+    "deepseek3": "deepseek",
+    "phi": "phi-3",
+    "phi3": "phi-3",
+    "phi4": "phi-4",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The chat template that is in use: its name ("" for a text or a file of the user's), and its text.
+
+    ``origin``: whether somebody "asked" for it, it is the tokenizer's "own", or the "fallback" for one that has none.
+    """
+
+    name: str
+    text: str
+    origin: Literal["asked", "own", "fallback"] = "asked"
+
+
+def find_template(
+    wanted: str | None, tokenizer: PreTrainedTokenizerBase, encoder: Encoder, allow_unknown_markers: bool = False
+) -> Template:
+    """The template that ``wanted`` means (a name, a ``.jinja`` file, or Jinja text); None: the tokenizer's own.
+
+    Raises UserError for an unknown name, a file that cannot be read, and a named template whose markers are no tokens
+    of the tokenizer (unless ``allow_unknown_markers``: they are then tokenised like other text).
+    """
+    if wanted is None:
+        own = tokenizer.chat_template
+        if not own:
+            return Template("alpaca", PLAIN_TEMPLATE, "fallback")
+        # A tokenizer may have several, by name; transformers chooses among them, and so does not get told.
+        text = own if isinstance(own, str) else json.dumps(own, ensure_ascii=False, sort_keys=True)
+        return Template("", text, "own")
+    template = template_text(wanted)
+    named = TEMPLATES.get(template.name)
+    if named is not None and not allow_unknown_markers:
+        missing = [marker for marker in named.markers if not encoder.spells(marker)]
+        if missing:
+            raise UserError(
+                f"chat_template: '{wanted}' marks turns with {', '.join(missing)}, which the tokenizer has no token "
+                f"for: each would be split into ordinary pieces. Take a template without such tokens "
+                f"({', '.join(name for name, one in TEMPLATES.items() if not one.markers)}), another tokenizer, or set "
+                "`allow_unknown_markers: true` to train on the pieces."
+            )
+    return template
+
+
+def template_text(wanted: str) -> Template:
+    """What ``wanted`` (a name, a ``.jinja`` file, or Jinja text) means, whatever the tokenizer."""
+    if _is_jinja(wanted):
+        return Template("", wanted)
+    if is_file_name(wanted):
+        try:
+            return Template("", Path(wanted).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"chat_template: {wanted} cannot be read: {error}. Give a UTF-8 file.") from None
+    name = _key(wanted)
+    name = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}.get(name, "")
+    if not name:
+        raise UserError(
+            f"chat_template: there is no template '{wanted}'.{nearest(wanted, [*TEMPLATES, *ALIASES])} Give one of "
+            f"{', '.join(TEMPLATES)}, a file ({', '.join(_SUFFIXES)}), or Jinja text."
+        )
+    return Template(name, TEMPLATES[name].text)
+
+
+def is_file_name(wanted: str) -> bool:
+    """Whether a ``chat_template`` means a file."""
+    return wanted.endswith(_SUFFIXES) and not _is_jinja(wanted)
+
+
+def _is_jinja(wanted: str) -> bool:
+    return any(mark in wanted for mark in ("{{", "{%", "{#"))
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", "").replace("-", "")
+
+
+@cache
+def _read(name: str) -> str:
+    return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+
+
+# For tokenizers without a template of their own: Alpaca's headings, extended to several turns, tools and results.
+PLAIN_TEMPLATE = _read("alpaca")

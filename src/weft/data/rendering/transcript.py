@@ -1,0 +1,216 @@
+"""A conversation as text: what the chat template makes of it, and which stretches of that are learned."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from weft.data.formats.detect import Conversation, Message, PlainText
+from weft.data.rendering.tokens import Encoder
+from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Two of Unicode's noncharacters, for ``Turns.contents``.
+_BEGIN, _END = "\ufdd2", "\ufdd3"
+
+TrainOn = Literal["answers", "last_answer", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Characters [start, end) of a rendering: what a turn (named as in "turn 2 of 4") adds to its own prompt.
+
+    ``weight`` is None where the turn is not learned.
+    """
+
+    start: int
+    end: int
+    weight: float | None
+    turn: str
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """An example as text that is not tokenised yet. Outside its ``spans`` every token has the weight ``base``.
+
+    ``plain`` text is learned whole and ends with the end-of-sequence token. ``fixed``: the ids and weights of an
+    example that says them itself and has no text.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    base: float
+    source: str
+    plain: bool = False
+    fixed: tuple[list[int], list[float]] | None = None
+
+    def pieces(self) -> list[tuple[str, bool]]:
+        """What is tokenised apart, with whether it begins the sequence."""
+        if self.fixed is not None:
+            return []
+        if self.plain:
+            return [(self.text, True)]
+        at, found = 0, []
+        for span in self.spans:
+            found += [(self.text[at : span.start], at == 0), (self.text[span.start : span.end], span.start == 0)]
+            at = span.end
+        return [*found, (self.text[at:], at == 0)]
+
+
+def learnable(message: Message) -> bool:
+    """Whether it is an assistant turn that is not switched off."""
+    return message.role == "assistant" and message.train is not False and message.loss_weight > 0
+
+
+class Turns:
+    """Renders messages by one chat template, which runs in transformers' sandbox. Holds no state that changes."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
+        template: str | None,
+        template_kwargs: Mapping[str, Any],
+        train_on: TrainOn,
+    ) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.template, self.template_kwargs = template, dict(template_kwargs)
+        self.train_on = train_on
+
+    def plain(self, example: PlainText) -> Script:
+        """Text as it stands."""
+        return Script(self.encoder.guard(example.text), (), 1.0, example.source, plain=True)
+
+    def script(self, example: Conversation, *, generation: bool = False) -> Script:
+        """The one path of training and generation: equal messages give equal text up to a learned answer."""
+        messages, source = example.messages, example.source
+        if not messages:
+            raise UserError(f"{source}: there are no messages.")
+        marked = self._marked(messages, generation, source)
+        turns = [self._turn(message) for message in messages]
+        schemas = [self.encoder.guard(tool) for tool in example.tools]
+        text = self._render(turns, schemas, generation, source)
+        base = 1.0 if self.train_on == "all" else 0.0
+        return Script(text, tuple(self._spans(marked, turns, schemas, text, generation, source)), base, source)
+
+    def contents(self, script: Script, example: Conversation) -> list[tuple[int, int]] | None:
+        """Where in the script's text contents of messages stand; None where the template does not let that be told.
+
+        They are rendered once more between two marks each; without the marks that must be the script's text.
+        """
+        marked = []
+        for message in example.messages:
+            bare = message.content.strip()
+            before, _, after = message.content.partition(bare) if bare else ("", "", message.content)
+            marked.append(replace(message, content=f"{before}{_BEGIN}{bare}{_END}{after}"))
+        try:
+            text = self.text(replace(example, messages=tuple(marked)), generation=False)
+        except UserError:
+            return None
+        places: list[tuple[int, int]] = []
+        bare_text, began = "", 0
+        for part in re.split(f"({_BEGIN}|{_END})", text):
+            if part == _BEGIN:
+                began = len(bare_text)
+            elif part == _END:
+                places.append((began, len(bare_text)))
+            else:
+                bare_text += part
+        return places if bare_text == script.text else None
+
+    def text(self, example: Conversation, *, generation: bool) -> str:
+        """Only the rendering."""
+        turns = [self._turn(message) for message in example.messages]
+        return self._render(turns, [self.encoder.guard(tool) for tool in example.tools], generation, example.source)
+
+    def _spans(
+        self,
+        marked: list[tuple[int, float | None]],
+        turns: list[dict[str, Any]],
+        schemas: list[Any],
+        text: str,
+        generation: bool,
+        source: str,
+    ) -> list[Span]:
+        """Where the turns whose weight differs from their surroundings lie in ``text``, in order."""
+        spans = []
+        for index, weight in marked:
+            turn = f"turn {index + 1} of {len(turns)}"
+            prompt = self._render(turns[:index], schemas, True, source) if index else ""
+            whole = index + 1 == len(turns) and not generation
+            closed = text if whole else self._render(turns[: index + 1], schemas, False, source)
+            if not (text.startswith(closed) and closed.startswith(prompt)):
+                raise UserError(
+                    f"{source}: the chat template is not prefix-preserving at {turn}: the conversation up to there, "
+                    "rendered to generate that turn, is not how the whole conversation begins. Training would differ "
+                    "from generation. Use `train_on: last_answer`, `template_kwargs` that switch the template's "
+                    "thinking mode, or another `chat_template`."
+                )
+            answer = text[len(prompt) : len(closed)]
+            for call in turns[index].get("tool_calls", ()):
+                if call["function"]["name"] not in answer:
+                    raise UserError(
+                        f"{source}: the chat template does not render the tool call of {turn}. Use a `chat_template` "
+                        "that supports tools."
+                    )
+            spans.append(Span(len(prompt), len(closed), weight, turn))
+        return spans
+
+    def _marked(self, messages: Sequence[Message], generation: bool, source: str) -> list[tuple[int, float | None]]:
+        """Turns to be told apart from the text around them: (index, its weight if it is learned)."""
+        default = self.train_on == "all"
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        last = None if generation or not answers else answers[-1]
+        marked: list[tuple[int, float | None]] = []
+        for index, message in enumerate(messages):
+            scale = message.loss_weight
+            if not 0 <= scale < math.inf:
+                raise UserError(
+                    f"{source}: turn {index + 1} has the loss weight {scale}; expected 0 or a number above."
+                )
+            if message.role != "assistant":
+                asked = "" if message.train in (None, default) else f"`train: {str(message.train).lower()}`"
+                if scale != 1.0:
+                    asked = f"the loss weight {scale:g}"
+                if asked:
+                    raise UserError(
+                        f"{source}: turn {index + 1} ({message.role}) asks for {asked}; with `train_on: "
+                        f"{self.train_on}` only assistant turns can be switched one by one."
+                    )
+                continue
+            trained = message.train
+            if trained and index == 0:
+                raise UserError(f"{source}: turn 1 is an assistant turn to be trained, but nothing comes before it.")
+            if trained is None:  # a greeting has no prompt, so it cannot be an answer
+                trained = index > 0 and (self.train_on != "last_answer" or index == last)
+                if index == 0:
+                    continue
+            trained = trained and scale > 0
+            if trained or default:
+                marked.append((index, scale if trained else None))
+        return marked
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        turn: dict[str, Any] = {"role": message.role, "content": self.encoder.guard(message.content)}
+        if message.tool_calls:
+            turn["tool_calls"] = [self.encoder.guard(call) for call in message.tool_calls]
+        return turn
+
+    def _render(self, turns: list[dict[str, Any]], schemas: list[Any], generation: bool, source: str) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns,
+                tools=schemas or None,
+                chat_template=self.template,
+                add_generation_prompt=generation,
+                tokenize=False,
+                **self.template_kwargs,
+            )
+        except Exception as error:  # the template is a program of the user's: whatever it raises is about their data
+            raise UserError(f"{source}: the chat template refuses this conversation: {error}.") from error
+        return str(text)

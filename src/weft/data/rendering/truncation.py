@@ -1,0 +1,172 @@
+"""What becomes of records longer than ``max_length``: the policies, windows over long texts, documents joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from weft.data.formats.detect import Conversation
+from weft.data.rendering.sample import Draft, Sample, TooLongError
+from weft.data.rendering.transcript import learnable
+from weft.errors import UserError, nearest
+
+Truncation = Literal["refuse", "drop", "left", "right", "middle"]
+Documents = Literal["separate", "windows", "joined"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a sample may be, and what to do about a longer one. ``overlap`` is that of windows, in tokens."""
+
+    max_length: int | None = None
+    truncation: Truncation = "refuse"
+    documents: Documents = "separate"
+    overlap: int = 1
+
+    def __post_init__(self) -> None:
+        _check("truncation", self.truncation, get_args(Truncation))
+        _check("documents", self.documents, get_args(Documents))
+        limit = self.max_length
+        if limit is not None and limit < 2:
+            raise UserError(f"max_length is {limit}; expected 2 tokens or more (the first is never learned).")
+        if self.documents != "separate" and limit is None:
+            raise UserError(f"documents: {self.documents} cuts text into windows of `max_length` tokens; set that.")
+        if self.overlap < 0 or (limit is not None and self.overlap > limit - 1):
+            raise UserError(
+                f"window_overlap is {self.overlap}; expected 0 or more, and less than max_length ({limit}), or a "
+                "window would hold nothing new."
+            )
+
+    def exceeded(self, length: int) -> bool:
+        """Whether so many tokens are too many."""
+        return self.max_length is not None and length > self.max_length
+
+    def refuse(self, length: int, source: str, what: str = "the record") -> TooLongError:
+        """The error to raise for a record of so many tokens."""
+        return TooLongError(
+            f"{source}: {what} is {length} tokens long, max_length is {self.max_length}. Raise `max_length`, set "
+            "`truncation` (`right` cuts the end off, as `truncate: true` does; `left` the oldest turns and the "
+            "beginning of the prompt; `drop` leaves such records out), or remove this one."
+        )
+
+    def cut_ids(self, ids: list[int], source: str, what: str, *, head: int = 0, tail: int = 0) -> tuple[int, int]:
+        """The tokens [start, stop) to take out of ``ids`` so that they fit; the first ``head``, last ``tail`` stay.
+
+        Raises TooLongError where the policy is to refuse or to drop, and where there is nothing left to take.
+        """
+        length, limit = len(ids), self.max_length
+        if limit is None or length <= limit:
+            return length, length
+        if self.truncation in ("refuse", "drop"):
+            raise self.refuse(length, source, what)
+        gap, stop = length - limit, length - tail
+        if stop - gap < head:
+            raise TooLongError(f"{source}: max_length {limit} leaves no room for {what}. Raise `max_length`.")
+        start = {"left": head, "middle": max(head, (stop - gap) // 2), "right": stop - gap}[self.truncation]
+        return start, start + gap
+
+
+def fit(draft: Draft, limit: Limit, source: str, *, head: int) -> None:
+    """Cut a draft to ``max_length`` as the policy says. The first ``head`` tokens stay, except under ``right``.
+
+    ``left`` and ``middle`` take tokens of what comes before the last learned answer, which stays whole, with its end
+    and all that follows; text without answers loses its beginning or its middle.
+    Raises TooLongError where that cannot be done, or the policy is to refuse or to drop.
+    """
+    size = limit.max_length
+    if size is None or len(draft.ids) <= size:
+        return
+    if limit.truncation == "right" or not draft.answers:
+        draft.remove(*limit.cut_ids(draft.ids, source, "the record", head=0 if limit.truncation == "right" else head))
+        return
+    answer = draft.answers[-1][0]
+    kept = len(draft.ids) - answer
+    room = size - kept  # for what comes before the answer
+    if limit.truncation in ("left", "middle") and room <= head:
+        raise TooLongError(
+            f"{source}: the last answer, which `truncation: {limit.truncation}` keeps whole, takes {kept} tokens and "
+            f"what opens the record {head}: nothing of its prompt would be left within max_length {size}. Raise "
+            "`max_length`, take `truncation: right` (cuts the answer) or `drop`, or remove the record."
+        )
+    draft.remove(*limit.cut_ids(draft.ids, source, "the record", head=head, tail=kept))
+
+
+def without_oldest_round(example: Conversation) -> Conversation | None:
+    """The conversation without its first user turn and what answers that; None if only one round leads to an answer.
+
+    A system message that opens it stays.
+    """
+    messages = example.messages
+    first = 1 if messages and messages[0].role == "system" else 0
+    learned = [i for i, turn in enumerate(messages) if learnable(turn)]
+    last = learned[-1] if learned else 0
+    following = (i for i in range(first + 1, last) if messages[i].role == "user")
+    start = next(following, None)
+    return None if start is None else replace(example, messages=messages[:first] + messages[start:])
+
+
+def windows(sample: Sample, limit: Limit) -> Iterator[Sample]:
+    """A long text as several samples of at most ``max_length`` tokens.
+
+    Each begins with the last ``overlap`` tokens of the one before, as context that is not learned twice.
+    """
+    size = limit.max_length
+    if size is None or len(sample.input_ids) <= size:
+        yield sample
+        return
+    for start, stop, new in _windows(len(sample.input_ids), size, limit.overlap):
+        weights = [0.0] * (new - start) + sample.weights[new:stop]
+        weights[0] = 0.0
+        if any(weights):
+            yield replace(sample, input_ids=sample.input_ids[start:stop], weights=weights)
+
+
+def joined(samples: Iterable[Sample], limit: Limit, *, bos: Sequence[int]) -> Iterator[Sample]:
+    """Plain texts end to end, cut into windows of exactly ``max_length`` tokens (the last may be shorter).
+
+    Every text ends with its end-of-sequence token already; the first token of the next is learned too, unless it is a
+    BOS. Conversations (samples with an answer) pass through as they are.
+    """
+    size, overlap = limit.max_length or 0, limit.overlap
+    ids: list[int] = []
+    weights: list[float] = []
+    begins: list[tuple[int, str]] = []  # where in ``ids`` which document begins
+    for sample in samples:
+        if sample.answer is not None or sample.slots:
+            yield sample
+            continue
+        opens = bool(bos) and sample.input_ids[: len(bos)] == list(bos)
+        begins.append((len(ids), sample.source))
+        weights += sample.weights if opens or not ids else [1.0, *sample.weights[1:]]
+        ids += sample.input_ids
+        at = 0
+        while len(ids) - at > size:  # and not yet when it is full: it may be the last
+            yield _window(ids[at : at + size], weights[at : at + size], at, begins)
+            at += size - overlap
+            weights[at : at + overlap] = [0.0] * overlap
+        if at:
+            source = [name for place, name in begins if place <= at][-1]
+            begins = [(0, source), *((place - at, name) for place, name in begins if place > at)]
+            del ids[:at], weights[:at]
+    if any(weights[1:]):
+        yield _window(ids, weights, 0, begins)
+
+
+def _window(ids: list[int], weights: list[float], at: int, begins: Sequence[tuple[int, str]]) -> Sample:
+    source = [name for place, name in begins if place <= at][-1]
+    return Sample(ids, [0.0, *weights[1:]], source)
+
+
+def _windows(length: int, size: int, overlap: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, the first token that no window before holds)."""
+    start = new = 0
+    while new < length:
+        stop = min(start + size, length)
+        yield start, stop, new
+        start, new = stop - overlap, stop
+
+
+def _check(key: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{key} is {value!r}; expected one of {', '.join(known)}.{nearest(str(value), known)}")

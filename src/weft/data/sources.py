@@ -1,0 +1,244 @@
+"""Several sources of data: what a configuration means by them, how they mix, and what is held out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from weft.errors import UserError, nearest
+
+T = TypeVar("T")
+_TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\*\s*(\S.*?)\s*", re.DOTALL)
+_PLUS = re.compile(r"\s\+\s")
+_FIELDS = ("path", "weight", "format", "columns", "limit")
+_EXAMPLE = "`data: 0.7*mine.jsonl + 0.3*general.jsonl`"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, folder, glob or data set; ``weight`` is its share of the samples of an epoch."""
+
+    path: str
+    weight: float | None = None
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    limit: int | None = None
+
+
+def parse_sources(data: Any) -> tuple[Source, ...]:
+    """What ``data`` of a configuration means: a path, a list of paths and mappings, or ``0.7*a.jsonl + 0.3*b.jsonl``.
+
+    Raises UserError for anything else, and for weights that are not positive, not given to all, or do not sum to 1
+    (whole numbers need not: 7 and 3 are 0.7 and 0.3).
+    """
+    if isinstance(data, str):
+        sources = _terms(data)
+    elif isinstance(data, (list, tuple)) and data:
+        sources = tuple(_source(item, number) for number, item in enumerate(data, start=1))
+    else:
+        raise UserError(f"data is {data!r}; expected a path, a list of paths (or mappings with `path`), or {_EXAMPLE}.")
+    _weights(sources)
+    return sources
+
+
+def _terms(text: str) -> tuple[Source, ...]:
+    if not text.strip():
+        raise UserError("data is empty; expected the path of a data file.")
+    parts = _PLUS.split(text)
+    if len(parts) == 1 or Path(text).exists():
+        return (Source(text),)
+    found = [_TERM.fullmatch(part) for part in parts]
+    return tuple(
+        Source(term[2], float(term[1])) if term else Source(part.strip())
+        for term, part in zip(found, parts, strict=True)
+    )
+
+
+def _source(item: Any, number: int) -> Source:
+    where = f"data: entry {number}"
+    if isinstance(item, str):
+        if len(_PLUS.split(item)) > 1 and not Path(item).exists():
+            raise UserError(f"{where} is a sum ({item!r}); in a list write a mapping for each: {{path, weight}}.")
+        return Source(item)
+    if not isinstance(item, Mapping):
+        raise UserError(f"{where} is {item!r}; expected a path or a mapping with {', '.join(_FIELDS)}.")
+    for key in item:
+        if key not in _FIELDS:
+            raise UserError(f"{where}: unknown key {key!r}.{nearest(str(key), _FIELDS)} Known: {', '.join(_FIELDS)}.")
+    path, weight, limit, columns = (item.get(key) for key in ("path", "weight", "limit", "columns"))
+    if not isinstance(path, str) or not path.strip():
+        raise UserError(f"{where}: path is {path!r}; expected the path of a file, a folder or a pattern.")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
+        raise UserError(f"{where}: weight is {weight!r}; expected a number above 0, such as 0.3.")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise UserError(f"{where}: limit is {limit!r}; expected a number of records, 1 or more.")
+    named = isinstance(columns, Mapping) and all(isinstance(name, str) for pair in columns.items() for name in pair)
+    if columns is not None and not named:
+        raise UserError(f"{where}: columns is {columns!r}; expected {{field of the format: field in the data}}.")
+    return Source(path, weight, item.get("format"), columns, limit)
+
+
+def _weights(sources: Sequence[Source]) -> None:
+    weights = [source.weight for source in sources if source.weight is not None]
+    for source in sources:
+        if source.weight is not None and not (math.isfinite(source.weight) and source.weight > 0):
+            raise UserError(
+                f"data: the weight of {source.path} is {source.weight:g}; expected a number above 0. Leave the source "
+                "out if none of it is to be seen."
+            )
+        if source.weight is None and weights:
+            raise UserError(f"data: {source.path} has no weight, others have one. Give each a weight, or none.")
+    if not weights or all(weight == int(weight) for weight in weights):
+        return
+    if abs(sum(weights) - 1) > 1e-6:
+        raise UserError(
+            f"data: the weights {', '.join(f'{weight:g}' for weight in weights)} sum to {sum(weights):g}, expected 1. "
+            "They are the shares of the samples of an epoch; whole numbers are taken as proportions (7 and 3)."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How many samples each source has, and its share (None: every sample of every source, once per epoch)."""
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def per_epoch(self) -> int:
+        """How many samples an epoch has."""
+        return sum(epoch_counts(self.sizes, self.weights))
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """``epoch_order`` of these sources."""
+        return epoch_order(self.sizes, self.weights, seed, epoch)
+
+
+def epoch_counts(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
+    """How many samples of each source an epoch has: by weight, as many as no source has to give a sample twice for.
+
+    Raises UserError where a source would give none at all.
+    """
+    if weights is None or len(sizes) == 1:
+        return tuple(sizes)
+    given = [Fraction(repr(float(weight))) for weight in weights]
+    shares = [weight / sum(given) for weight in given]
+    total = min(size / share for size, share in zip(sizes, shares, strict=True)).__floor__()
+    counts = [(total * share).__floor__() for share in shares]
+    rest = sorted(range(len(shares)), key=lambda i: (counts[i] - total * shares[i], i))
+    for index in rest[: total - sum(counts)]:
+        counts[index] += 1
+    for number, count in enumerate(counts, start=1):
+        if not count:
+            raise UserError(
+                f"data: with sources of {', '.join(map(str, sizes))} samples and weights "
+                f"{', '.join(f'{weight:g}' for weight in weights)} an epoch has {total} samples, none of them from "
+                f"source {number}. Raise its weight, or give the smallest source more samples or less weight."
+            )
+    return tuple(counts)
+
+
+def epoch_order(sizes: Sequence[int], weights: Sequence[float] | None, seed: int, epoch: int) -> list[int]:
+    """The samples of an epoch in their order, as places in the concatenation of all sources.
+
+    A source that gives a part per epoch goes on in the next where it stopped: none of its samples is seen again before
+    all have been seen, and none twice within an epoch. The same for the same arguments, whatever was asked before.
+    """
+    counts = epoch_counts(sizes, weights)
+    shuffled = _shuffled(sum(counts), seed, "order", epoch)
+    if counts == tuple(sizes):
+        return shuffled
+    chosen: list[int] = []
+    first = 0
+    for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        chosen += [first + place for place in _part(size, count, seed, number, epoch)]
+        first += size
+    return [chosen[place] for place in shuffled]
+
+
+def _part(size: int, count: int, seed: int, number: int, epoch: int) -> tuple[int, ...]:
+    """What source ``number`` gives to an epoch: the next ``count`` of its passes, one after another."""
+    begin = epoch * count
+    turn, at = divmod(begin, size)
+    now = _pass(size, count, seed, number, turn)
+    part = now[at : at + count]
+    return part if len(part) == count else part + _pass(size, count, seed, number, turn + 1)[: count - len(part)]
+
+
+def _shuffled(size: int, *seed: Any) -> list[int]:
+    import torch  # here, for reading data needs none of it, and importing it takes seconds
+
+    from weft.core.route import stable_seed
+
+    order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(stable_seed(*seed))).tolist()
+    return order
+
+
+@lru_cache(maxsize=16)
+def _pass(size: int, count: int, seed: int, number: int, turn: int) -> tuple[int, ...]:
+    """A random order of all samples of a source, the ``turn``-th.
+
+    Where an epoch ends one pass and begins the next, what it had of the one does not come first in the other.
+    """
+    order: tuple[int, ...] = ()
+    for passed in range(turn + 1):
+        fresh = _shuffled(size, seed, "source", number, passed)
+        left = passed * size % count  # of the epoch in which this pass begins, how much the pass before gave
+        if left:
+            seen = set(order[size - left :])
+            head = [place for place in fresh if place not in seen][: count - left]
+            first = set(head)
+            fresh = head + [place for place in fresh if place not in first]
+        order = tuple(fresh)
+    return order
+
+
+# --------------------------------------------------------------------------------------------------------------- split
+
+
+def content_key(example: Any) -> str:
+    """A hash of what an example says, wherever it stands and whatever format it came in."""
+    return hashlib.sha256(json.dumps(_plain(example), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON of a dataclass, without its source and whatever is empty (so that a new field changes no hash)."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: _plain(item) for name, item in pairs if name != "source" and item not in (None, (), "")}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def split_by_hash(samples: Sequence[T], keys: Sequence[str], share: float) -> tuple[list[T], list[T]]:
+    """Hold out about ``share`` of the samples, chosen by the hash of their content: ``(train, eval)``.
+
+    The same record is always on the same side, in whatever order and company it comes. Raises UserError when nothing
+    would be left on one side.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"eval_split is {share:g}; expected a share between 0 and 1, such as 0.05.")
+    bound = int(share * 2**64)
+    held = [int(key[:16], 16) < bound for key in keys]
+    train = [sample for sample, out in zip(samples, held, strict=True) if not out]
+    evaluated = [sample for sample, out in zip(samples, held, strict=True) if out]
+    if not train or not evaluated:
+        side = "train" if evaluated else "evaluate"
+        raise UserError(
+            f"eval_split {share:g} of {len(samples)} samples leaves none to {side} on: each is held out by the hash of "
+            "its content. Take another share, or eval_size for an exact number."
+        )
+    return train, evaluated

@@ -1,0 +1,79 @@
+"""Records to samples in several processes, in the order of the records.
+
+The file is read in the one process; chunks of records go out, samples come back. A tokenizer is sent to each worker
+once. The processes are started afresh (``spawn``): a copy of a process with threads may stand still for ever.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Protocol, TypeVar
+
+from weft.errors import UserError
+
+_CHUNK = 512  # records
+Item = TypeVar("Item", contravariant=True)
+Made = TypeVar("Made")
+I = TypeVar("I")  # noqa: E741
+M = TypeVar("M")
+
+
+class Maker(Protocol[Item, Made]):
+    """What is done to items, some hundred at once; it is sent to the workers once."""
+
+    def make(self, items: Sequence[Item], /) -> list[Made]: ...
+
+
+def in_order(items: Iterable[I], maker: Maker[I, M], workers: int) -> Iterator[M]:
+    """What ``maker.make`` gives for every item, in order; in this process if ``workers`` is 0.
+
+    No more items are taken ahead than keep the workers busy. Raises UserError where a worker dies, and whatever
+    ``make`` raises.
+    """
+    if workers < 0:
+        raise UserError(f"data_workers is {workers}; expected 0 (none) or the number of processes.")
+    source = iter(items)
+    chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
+    if not workers:
+        for chunk in chunks:
+            yield from maker.make(chunk)
+        return
+    first = list(itertools.islice(chunks, 1))
+    if not first or len(first[0]) < _CHUNK:  # not worth the seconds that a process takes to start
+        for chunk in first:
+            yield from maker.make(chunk)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(maker,))
+    waiting: deque[Future[list[M]]] = deque()
+    try:
+        for chunk in itertools.chain(first, chunks):
+            waiting.append(pool.submit(_make, chunk))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a data worker ended before its work was done (out of memory, or a script without "
+            '`if __name__ == "__main__":`). Set data_workers: 0 to read in one process.'
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_maker: Maker
+
+
+def _begin(maker: Maker) -> None:
+    global _maker
+    _maker = maker
+
+
+def _make(chunk: list) -> list:
+    return list(_maker.make(chunk))

@@ -1,0 +1,246 @@
+"""``weft preview``: what it shows, its exit codes, its JSON and its page."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from weft.cli.preview import View, _settings, _views
+from weft.cli.preview_text import show
+
+ROWS = [
+    {"instruction": "What colour is the sky over Oslo?", "output": "Blue, most days of the year."},
+    {"instruction": "请介绍一下河边的老图书馆。", "output": "老图书馆在山脚下，\n周一不开门😀。"},
+    {"instruction": "Count from one to three, slowly.", "output": "One,\ttwo, three."},
+    {"instruction": "Name a fruit that is yellow.", "output": "A ripe banana is."},
+]
+
+
+@pytest.fixture
+def bare_model(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A model's folder without its weights."""
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_llama_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert not list(folder.glob("*.safetensors"))
+    return folder
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "some.jsonl", ROWS)
+
+
+def test_without_weights(weft: Callable[..., Any], bare_model: Path, data: Path) -> None:
+    result = weft("preview", "--model", bare_model, "--data", data)
+    assert result.code == 0, result.err + result.out
+    assert "audit: nothing found" in result.out
+    assert "Blue, most days of the year.<|im_end|>" in result.out
+    lines = [line.split(None, 2) for line in result.out.splitlines()]
+    answer = next(line for line in lines if len(line) == 3 and line[2].startswith("Blue,"))
+    assert answer[1] == "1"  # the weight
+    assert next(line for line in lines if len(line) == 3 and "sky over Oslo" in line[2])[1] == "·"
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_tokenizer_alone_is_enough(weft: Callable[..., Any], bare_model: Path, data: Path) -> None:
+    (bare_model / "config.json").unlink()
+    assert weft("preview", "--model", bare_model, "--data", data).code == 0
+
+
+def test_torch_loads_nothing(bare_model: Path, data: Path) -> None:
+    """No tensor of the base is ever made."""
+    code = (
+        "import sys, weft.models.load as load, safetensors, weft.cli.main as main\n"
+        "def no(*a, **k): raise AssertionError('weights')\n"
+        "load.load_base = load._load_model = safetensors.safe_open = no\n"
+        f"sys.exit(main.main(['preview', '--model', {str(bare_model)!r}, '--data', {str(data)!r}]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_a_configuration_with_an_evaluation(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say number {n} in words, please.", "output": f"Number {n * 7919}."} for n in range(24)]
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {bare_model}\ndata: {write(tmp_path / 'd.jsonl', rows)}\nmethod: lora\neval_size: 12\n")
+    result = weft("preview", config, "batch_size=3", "--json", "--ignore", "near-duplicate", "--ignore", "leak")
+    value = json.loads(result.out)
+    assert result.code == 0, value["data"][0]["findings"]
+    figures = value["data"][0]["statistics"]
+    assert (figures["train"]["records"], figures["eval"]["records"]) == (12, 12)
+    assert figures["train"]["padding"]["batch_size"] == 3
+
+
+def test_errors_are_code_1_and_usage_is_code_2(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    rows = [*ROWS, {"instruction": "Name a fruit that is yellow.", "output": "TODO"}, ROWS[0]]
+    bad = write(tmp_path / "bad.jsonl", rows)
+    result = weft("preview", "--model", bare_model, "--data", bad)
+    assert result.code == 1
+    assert "error: placeholder-answer" in result.out
+    assert f"{bad}:5: the answer is a placeholder" in result.out
+    assert f"{bad}:6: the same record as {bad}:1" in result.out
+    assert "mend: " in result.out
+    assert "audit: 2 errors, 1 warning" in result.out
+    warned = weft("preview", "--model", bare_model, "--data", bad, "--ignore", "duplicate",
+                  "--ignore", "placeholder-answer")  # fmt: skip
+    assert warned.code == 0
+    assert "warning: contradiction" in warned.out
+    for words in (["--ignore", "nonsense"], ["--record", "99"], ["--record", "other.jsonl:1"], ["trainon=all"]):
+        wrong = weft("preview", "--model", bare_model, "--data", bad, *words)
+        assert wrong.code == 2, wrong.out
+        assert wrong.err.startswith("error: ")
+    assert weft("preview").code == 2
+    assert weft("preview", "--model", bare_model).code == 2
+    assert weft("preview", "--model", bare_model, "--data", "nowhere.jsonl").code == 2
+
+
+def test_a_record_that_training_refuses_is_shown(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad.jsonl", [ROWS[0], {"instruction": "Say it.", "output": ""}, {"question": "x"}])
+    result = weft("preview", "--model", bare_model, "--data", bad, "--record", "bad.jsonl:2", "--record", "3")
+    assert result.code == 1
+    assert "becomes no sample: the answer (turn 2 of 2) is empty" in result.out
+    assert '{"question": "x"}' in result.out
+    assert "error: empty-answer" in result.out
+    assert "error: not-read" in result.out
+
+
+def test_json_has_everything(weft: Callable[..., Any], bare_model: Path, data: Path) -> None:
+    result = weft("preview", "--model", bare_model, "--data", data, "--record", f"{data}:2", "--json")
+    value = json.loads(result.out)
+    assert value["ok"] is True
+    (entry,) = value["data"]
+    (sample,) = entry["samples"]
+    assert sample["source"] == f"{data}:2"
+    (tokens,) = sample["sequences"]
+    assert [token["position"] for token in tokens] == list(range(len(tokens)))
+    text = "".join(token["text"] for token in tokens)
+    assert text == (
+        "<|im_start|>user\n请介绍一下河边的老图书馆。<|im_end|>\n<|im_start|>assistant\n"
+        "老图书馆在山脚下，\n周一不开门😀。<|im_end|>\n"
+    )
+    learned = "".join(token["text"] for token in tokens if token["weight"])
+    assert learned == "老图书馆在山脚下，\n周一不开门😀。<|im_end|>"
+    figures = entry["statistics"]["train"]
+    assert figures["records"] == 4
+    assert figures["languages"] == {"Latin": 3, "Chinese": 1}
+    assert figures["learned_tokens"] == figures["weights"]["1"]
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of the page: its text, and the elements that must not be there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+
+
+def test_the_page_escapes_and_fetches_nothing(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script> \"onmouseover='x' <img src=http://evil.example/a.png> </td></table></style>"
+    rows = [{"instruction": attack, "output": f"No {attack} & more"}, {"instruction": attack}, *ROWS]
+    rows.append({"instruction": "Who are you, please?", "output": "I am {{name}}."})
+    bad = write(tmp_path / "<b>'\"&.jsonl", rows)
+    result = weft("preview", "--model", bare_model, "--data", bad, "--html", "out.html", "--record=1", "--record=2")
+    assert result.code == 1
+    assert "page -> out.html" in result.out
+    source = Path("out.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(source)
+    page.close()
+    assert page.open == []
+    known = "html head meta title style body h1 h2 h3 p span div table tr th td details summary code br sup"
+    assert set(page.tags) <= set(known.split())
+    assert {name for name, _ in page.attributes} <= {"class", "style", "title", "lang", "charset", "name", "content",
+                                                     "http-equiv"}  # fmt: skip
+    assert not re.search(r"(src|href)=|url\(|@import", re.sub(r"src=http", "", source))
+    text = "".join(page.text)
+    assert "".join(attack.split()) in "".join(text.split())
+    assert "error: template-variable" in text
+    assert "Becomes no sample" in text
+    assert "prefers-color-scheme: dark" in source
+    assert "default-src 'none'" in source
+
+
+def view_of(model: Path, data: Path, *words: str) -> View:
+    (view,) = _views(_settings(list(words), str(model), str(data)), 4, (), ())
+    return view
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_lines_fit_however_wide_the_characters(bare_model: Path, tmp_path: Path, width: int) -> None:
+    long = "宽字符" * 70 + " and some words in between " + "😀" * 40
+    rows = [*ROWS, {"instruction": "数一数", "output": long + "x" * 200}]
+    view = view_of(bare_model, write(tmp_path / "wide.jsonl", rows), "max_length=256", "truncate=true")
+    screen = io.StringIO()
+    show(view, Console(file=screen, width=width, markup=False, highlight=False, force_terminal=True))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert max(cell_len(line) for line in plain.splitlines()) <= width
+    for mark in ("⏎", "⇥", "answer-cut"):
+        assert mark in plain
+    assert "\x1b[1;32m" in screen.getvalue()  # learned tokens: bold green
+
+
+def test_what_is_typed_cannot_command_the_terminal(bare_model: Path, tmp_path: Path) -> None:
+    row = {"instruction": "Say \x1b[31mred\x07 and \u202eturn.", "output": "[bold]No[/bold] \x1b]0;title\x07."}
+    screen = io.StringIO()
+    view = view_of(bare_model, write(tmp_path / "esc.jsonl", [row]))
+    show(view, Console(file=screen, width=100, color_system=None, markup=False, highlight=False), tokens=True)
+    assert "\x1b" not in screen.getvalue()
+    assert "\x07" not in screen.getvalue()
+    assert "\u202e" not in screen.getvalue()
+    assert "⟨001B⟩" in screen.getvalue()
+    assert "[bold]No[/bold]" in screen.getvalue()
+
+
+def test_token_table(weft: Callable[..., Any], bare_model: Path, data: Path) -> None:
+    result = weft("preview", "--model", bare_model, "--data", data, "--record", "2", "--tokens")
+    assert re.search(r"position +id +weight +token +text", result.out)
+    assert "(part of a character)" in result.out
+
+
+def test_classification(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    words = ["kind", "plain", "loud", "warm", "odd", "slow", "bright", "old"]
+    texts = [f"The {words[n % 8]} house {n} by {words[n * 3 % 7]} lake {n * 37}" for n in range(16)]
+    rows = [f"{text},{'good' if n % 2 else 'bad'}\n" for n, text in enumerate(texts)]
+    table.write_text("text,label\n" + "".join(rows))
+    result = weft("preview", "--model", bare_model, "--data", table, "task=sequence_classification")
+    assert result.code == 0, result.out
+    assert "labels            bad: 8, good: 8" in result.out
+    assert "label bad" in result.out
+
+
+def test_jobs_with_the_same_data_come_together(weft: Callable[..., Any], bare_model: Path, data: Path) -> None:
+    result = weft("preview", "--model", bare_model, "--data", data, "method=[lora,prefix_tuning]", "--json")
+    assert [entry["jobs"] for entry in json.loads(result.out)["data"]] == [["lora", "prefix_tuning"]]

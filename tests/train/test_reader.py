@@ -1,0 +1,129 @@
+"""What a configuration says about data, down to the samples of a job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.contracts import kit
+from tests.data.kit import byte_tokenizer
+
+from weft.data import Renderer
+from weft.errors import UserError
+from weft.models import describe
+from weft.train import RunConfig, load_config, make_config
+from weft.train.reader import JobData, Reader, data_files
+
+ARCHITECTURE = describe(kit.make_model("qwen2"))
+
+
+def rows(folder: Path, name: str, count: int, bad: int = 0) -> str:
+    lines = [json.dumps({"instruction": f"{name} {i}", "output": "a"}) for i in range(count)] + ["{"] * bad
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return str(folder / name)
+
+
+def config(data: Any, **more: Any) -> RunConfig:
+    return make_config({"model": "none", "method": "lora", "data": data, **more})
+
+
+def read(made: RunConfig) -> JobData:
+    return Reader(made, Renderer(byte_tokenizer()), ARCHITECTURE, data_files(made)).job(made.jobs[0])
+
+
+def test_sources_and_their_shares(tmp_path: Path) -> None:
+    a, b = rows(tmp_path, "a.jsonl", 70), rows(tmp_path, "b.jsonl", 100)
+    for data in (f"0.7*{a} + 0.3*{b}", [{"path": a, "weight": 7}, {"path": b, "weight": 3}]):
+        found = read(config(data))
+        assert (found.mixture.sizes, found.mixture.per_epoch, len(found.train)) == ((70, 100), 100, 170)
+    found = read(config([a, {"path": b, "limit": 5}]))
+    assert (found.mixture.sizes, found.mixture.per_epoch) == ((70, 5), 75)
+    found = read(config(str(tmp_path)))
+    assert found.mixture.sizes == (170,)
+    found = read(config([a, b], eval_size=20))
+    assert (sum(found.mixture.sizes), len(found.held)) == (150, 20)
+    found = read(config([a, b], eval_split=0.2))
+    assert sum(found.mixture.sizes) == len(found.train) == 170 - len(found.held)
+    assert 15 < len(found.held) < 55
+
+
+def test_the_split_is_the_same_for_other_files(tmp_path: Path) -> None:
+    a, b = rows(tmp_path, "a.jsonl", 80), rows(tmp_path, "b.jsonl", 80)
+    held = {tuple(sample.input_ids) for sample in read(config([a, b], eval_split=0.2)).held}
+    again = {tuple(sample.input_ids) for sample in read(config(b, eval_split=0.2)).held}
+    assert again
+    assert again < held
+    train = {tuple(sample.input_ids) for sample in read(config([a, b], eval_split=0.2)).train}
+    assert not train & held
+
+
+def test_a_configuration_file_with_sources(tmp_path: Path) -> None:
+    a, b = rows(tmp_path, "a.jsonl", 3), rows(tmp_path, "b.jsonl", 3)
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: none\nmethod: lora\ndata:\n  - {{path: {a}, weight: 0.5}}\n  - {{path: {b}, weight: 0.5}}\n"
+    )
+    made = load_config(path)
+    assert read(made).mixture.weights == (0.5, 0.5)
+    assert RunConfig.model_validate(json.loads(made.model_dump_json())) == made
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"data": "0.5*a + 0.2*b"}, "sum to 0.7"),
+        ({"data": 7}, "data: data is 7; expected a path"),
+        ({"eval_split": 0.1, "eval_size": 3}, "exclude each other"),
+        ({"eval_split": 0.1, "eval_data": "x"}, "exclude each other"),
+        ({"eval_split": 1.5}, "eval_split"),
+        ({"bad_records_file": "x"}, "bad_records_file is for on_bad_record: report"),
+        ({"on_bad_record": "ignore"}, "on_bad_record"),
+        ({"data_workers": -1}, "data_workers"),
+    ],
+)
+def test_configurations_that_cannot_be(more: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        config(**{"data": "x", **more})
+
+
+def test_data_that_cannot_be(tmp_path: Path) -> None:
+    a = rows(tmp_path, "a.jsonl", 5)
+    for data, text in [
+        ([a, a], "stands twice"),
+        ([str(tmp_path), a], "stands twice"),
+        (str(tmp_path / "none.jsonl"), "no data file at"),
+        (str(tmp_path / "*.csv"), "no file matches"),
+        (f"1*{a} + 999*{rows(tmp_path, 'b.jsonl', 5)}", "none of them from source 1"),
+    ]:
+        made = config(data)
+        with pytest.raises(UserError, match=text):
+            _ = read(made).mixture.per_epoch
+    with pytest.raises(UserError, match="eval_data has weights"):
+        read(config(a, eval_data=f"1*{a} + 2*{rows(tmp_path, 'b.jsonl', 5)}"))
+
+
+def test_jobs_that_read_alike_read_once_and_problems_are_kept(tmp_path: Path) -> None:
+    a = rows(tmp_path, "a.jsonl", 5, bad=30)
+    made = config(a, method=["lora", "prefix_tuning"], on_bad_record="report")
+    reader = Reader(made, Renderer(byte_tokenizer()), ARCHITECTURE, data_files(made))
+    assert reader.job(made.jobs[0]).train == reader.job(made.jobs[1]).train
+    assert reader.problems.count == 30
+    reader.problems.write(tmp_path / "report.jsonl")
+    assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 30
+    with pytest.raises(UserError, match="more than 20 records"):
+        read(config(a))
+
+
+def test_the_report_lies_in_the_folder_of_the_run(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    from weft.train.run import train
+
+    a = rows(tmp_path, "a.jsonl", 5, bad=2)
+    made = config(
+        a, model=str(tiny_llama_dir), on_bad_record="report", output_dir=str(tmp_path / "run"), steps=1, resume=True
+    )
+    for _ in range(2):
+        train(made)
+        lines = (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()
+        assert [json.loads(line)["line"] for line in lines] == [6, 7]
