@@ -21,6 +21,7 @@ from weft.errors import UserError
 from weft.methods import AdaLoraConfig
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
+from weft.train.batches import Batches
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -76,6 +77,7 @@ def test_the_loss_holds_the_penalty_once_however_the_batch_is_cut() -> None:
                        settings={"orth_reg_weight": weight})  # fmt: skip
         kit.randomize(job.adapter)
         job.samples = job.samples[:8]
+        job.batches = Batches(job.config, job.samples)
         from weft.train.step import train_step
 
         penalty = 0.0 if job.adapter.penalty() is None else float(job.adapter.penalty())
