@@ -12,7 +12,8 @@ from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, Tokenised
 from weft.data.problems import Problem
 from weft.data.reading.records import Record, iter_items
-from weft.data.rendering.render import Renderer, Sample, Task
+from weft.data.rendering.render import Renderer, Task
+from weft.data.rendering.sample import Sample, TooLongError
 from weft.errors import UserError
 
 
@@ -119,7 +120,7 @@ def _render(items: Sequence[Item], renderer: Renderer, unlimited: Renderer, task
     for item, cut in zip(long, renderer.outcomes((_example(item) for item in long), task), strict=True):
         if isinstance(cut, UserError):
             item.samples = ()
-            code = "too-long" if renderer.truncation == "refuse" else "nothing-to-learn"
+            code = "too-long" if isinstance(cut, TooLongError) else "nothing-to-learn"
             item.problem = (code, _without(item.source, cut))
         elif cut:
             item.samples = cut
