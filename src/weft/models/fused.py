@@ -34,16 +34,34 @@ def _usable(module: nn.Module, x: Tensor) -> Route | None:
     return route
 
 
-class _FusedNorm:
+class _DoubleNorm:
+    """transformers computes even a float64 model's norms in float32: where neighbours change an input's last bit, that
+    rounding makes it the eighth digit. Under a route they are computed in float64."""
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         module: Any = self
         if hidden_states.dtype == torch.float64 and module.__dict__[_ROUTER].current is not None:
-            # transformers computes even a float64 model's norms in float32: where neighbours change an input's last
-            # bit, that rounding makes it the eighth digit.
-            return rms_norm_ref(hidden_states, module.weight, module.variance_epsilon)
+            return rms_norm_ref(hidden_states, *self.terms())
+        return super().forward(hidden_states)  # type: ignore[misc]
+
+    def terms(self) -> tuple[Tensor, float]:
+        """The weight that the normalised rows are multiplied by, and epsilon."""
+        module: Any = self
+        return module.weight, module.variance_epsilon
+
+
+class _DoubleGemmaNorm(_DoubleNorm):
+    def terms(self) -> tuple[Tensor, float]:
+        module: Any = self
+        return 1.0 + module.weight, module.eps
+
+
+class _FusedNorm(_DoubleNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        module: Any = self
         ours = hidden_states.dtype == module.weight.dtype and not module.weight.requires_grad
         if not ours or _usable(module, hidden_states) is None:
-            return super().forward(hidden_states)  # type: ignore[misc]
+            return super().forward(hidden_states)
         return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
@@ -150,6 +168,8 @@ _FUSED: dict[str, type] = {
     **{f"{family}RMSNorm": _FusedNorm for family in _FAMILIES},
     **{f"{family}Attention": _FusedAttention for family in _FAMILIES},
     **{f"{family}MLP": _FusedMlp for family in _FAMILIES},
+    **{f"{family}RMSNorm": _DoubleGemmaNorm for family in ("Gemma", "Gemma2")},
+    **{f"{family}RMSNorm": _DoubleNorm for family in ("Qwen3", "Phi3")},
 }
 
 
