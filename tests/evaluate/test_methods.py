@@ -45,8 +45,7 @@ def test_the_committed_table_holds_what_is_promised(model: str) -> None:
 
 def test_the_page_is_that_of_the_code_and_of_the_table() -> None:
     page = load("tools/methods_page.py")
-    table, speed = (json.loads((RESULTS / f"methods{which}.json").read_text()) for which in ("", "_speed"))
-    assert (ROOT / "docs" / "methods.md").read_text() == page.page(table, speed)
+    assert (ROOT / "docs" / "methods.md").read_text() == page.page(*page.results())
 
 
 @pytest.mark.slow
