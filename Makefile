@@ -9,7 +9,7 @@ MODEL ?= tiny-llama
 
 help:
 	@echo "make demo       five methods at once on an embedded base (MODEL=tiny-llama or tiny-bloom)"
-	@echo "make test       the tests (two minutes on two cores)"
+	@echo "make test       the tests (six to ten minutes on two cores)"
 	@echo "make test-slow  the long ones as well"
 	@echo "make check      ruff, mypy, import layers"
 	@echo "make bases      pre-train the embedded bases again"
