@@ -106,13 +106,15 @@ def _first_step(packing: dict[str, Any]) -> Iterator[str]:
 
 
 def _findings(view: View) -> Iterator[str]:
+    from weft.cli.preview_text import count_of
     from weft.data.auditing.audit import grouped
 
     errors = sum(finding.severity == "error" for finding in view.findings)
     if not view.findings:
         yield '<h2 class="ok">Audit: nothing found</h2>\n'
         return
-    yield f"<h2>Audit: {errors:,} errors, {len(view.findings) - errors:,} warnings</h2>\n"
+    warnings = count_of(len(view.findings) - errors, "warning")
+    yield f"<h2>Audit: {count_of(errors, 'error')}, {warnings}</h2>\n"
     for group in grouped(view.findings):
         kind, count = group.check.severity, len(group.findings)
         yield (

@@ -97,7 +97,7 @@ def _first_step(packing: dict[str, Any], out: Console) -> None:
 def step_in_words(packing: dict[str, Any]) -> str:
     """What the first step is made of."""
     packs = packing["first_step"]
-    what = f"{_count(sum(map(len, packs)), 'sequence')} in {_count(len(packs), 'pack')}"
+    what = f"{count_of(sum(map(len, packs)), 'sequence')} in {count_of(len(packs), 'pack')}"
     return (
         f"first step of {', '.join(packing['jobs'])}: {what} of at most {packing['capacity']:,} tokens; none is cut, "
         "none padded, none sees another"
@@ -225,7 +225,7 @@ def rows_of(
 
 
 def _packs(packing: dict[str, Any]) -> str:
-    packs, steps = _count(packing["packs"], "pack"), _count(packing["steps"], "step")
+    packs, steps = count_of(packing["packs"], "pack"), count_of(packing["steps"], "step")
     return f"{packs} of at most {packing['capacity']:,} tokens in {steps} an epoch, {_percent(packing['fill'])} full"
 
 
@@ -261,12 +261,13 @@ def _findings(view: View, out: Console) -> None:
         if len(group.findings) > _LISTED:
             out.print(Text(f"  … and {len(group.findings) - _LISTED:,} more (--json lists all)", "dim"))
         out.print(Text(f"  mend: {group.findings[0].mend}.", "italic"), soft_wrap=not out.is_terminal)
-    what = f"{_count(errors, 'error')}, {_count(len(view.findings) - errors, 'warning')}"
+    what = f"{count_of(errors, 'error')}, {count_of(len(view.findings) - errors, 'warning')}"
     colour = "bold red" if errors else "bold yellow" if view.findings else "bold green"
     out.print(Text(f"audit: {what if view.findings else 'nothing found'}", colour))
 
 
-def _count(number: int, what: str) -> str:
+def count_of(number: int, what: str) -> str:
+    """``2 errors``, ``1 error``."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
