@@ -65,6 +65,7 @@ KINDS: dict[str, str] = {
     "empty_file": "a file without records",
     "format": "fields that fit no format, are of a wrong type, or cannot be learned from",
     "empty_answer": "an empty answer",
+    "label": "classification: a label that is missing, not one of `labels`, or a score",
     "render": "a record that the template or the length refuses",
 }
 

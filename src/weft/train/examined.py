@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weft.core.heads import ClassificationTask
-from weft.data import Renderer, Source, load_labelled, parse_sources, split_by_hash, split_holdout
+from weft.data import Renderer, Source, parse_sources, split_by_hash, split_holdout
 from weft.data.auditing.base import Facts, Item, Split
-from weft.data.auditing.items import labelled_items, read_items
+from weft.data.auditing.items import read_items, read_labelled_items
 from weft.data.sources import content_key
 from weft.models.load import load_tokenizer, sketch_base
 from weft.train.reader import data_files
@@ -131,13 +131,14 @@ class _Reader:
             )
             return items, skipped, None
         labels = classes.labels if classes is not None else tuple(job.labels) if job.labels else None
-        samples, names = load_labelled(
+        items, dropped, names = read_labelled_items(
             path,
             self.renderer,
+            split=split,
             labels=labels,
             text_columns=job.text_columns,
             label_column=job.label_column,
             limit=source.limit or config.limit,
             encoder=self.outline.bidirectional,
         )
-        return labelled_items(samples, names, self.renderer, split), 0, ClassificationTask(names)
+        return items, dropped, ClassificationTask(names) if len(names) > 1 else None

@@ -141,11 +141,6 @@ class Reader:
         self, sources: Sequence[Source], job: JobConfig, labels: tuple[str, ...] | None
     ) -> tuple[list[_Loaded], tuple[str, ...]]:
         """Classification data; the classes are those of ``labels`` or of the first source."""
-        if self.config.on_bad_record != "error":
-            raise UserError(
-                f"on_bad_record: {self.config.on_bad_record} is not for sequence_classification, whose records are all "
-                "read or refused. Leave it out, and mend the records that are named."
-            )
         loaded, names = [], labels
         for source in sources:
             key = (source.path, names, tuple(job.text_columns or ()), job.label_column, source.limit)
@@ -158,6 +153,7 @@ class Reader:
                     label_column=job.label_column,
                     limit=source.limit or self.config.limit,
                     encoder=self.architecture.bidirectional,
+                    problems=self.problems,
                 )
             samples, names = self.files[key]
             loaded.append(_Loaded(samples, [_token_key(sample) for sample in samples]))

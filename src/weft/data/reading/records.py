@@ -88,7 +88,10 @@ def iter_items(
 
 
 def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
-    """The first rows of a .csv or .tsv file as they stand, the header among them; of other files none."""
+    """The first good rows of a .csv or .tsv file as they stand, the header first; of other files none.
+
+    Raises BadRecordError where the header itself cannot be read.
+    """
     file = find_files(path)[0]
     if kind_of(file)[0] not in TABLES:
         return []
@@ -96,9 +99,10 @@ def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
     try:
         with opened(file) as raw:
             for row in islice(table_rows(Lines(raw, str(file), RECORD_LIMIT), tabs=_tabs(file)), count):
-                if isinstance(row, Problem):
+                if not isinstance(row, Problem):
+                    rows.append(row[1])
+                elif not rows:
                     raise BadRecordError(row)
-                rows.append(row[1])
     except OSError as error:
         raise _unreadable(file, error) from error
     return rows
