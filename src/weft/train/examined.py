@@ -10,6 +10,7 @@ from weft.core.heads import ClassificationTask
 from weft.data import Renderer, Source, parse_sources, split_by_hash, split_holdout
 from weft.data.auditing.base import Facts, Item, Split
 from weft.data.auditing.items import read_items, read_labelled_items
+from weft.data.reading.files import Place
 from weft.data.sources import content_key
 from weft.models.load import load_tokenizer, sketch_base
 from weft.train.reader import data_files
@@ -75,7 +76,7 @@ def _outline(config: RunConfig) -> _Outline:
 
 class _Reader:
     def __init__(
-        self, config: RunConfig, outline: _Outline, places: dict[str, Path], renderer: Renderer, unlimited: Renderer
+        self, config: RunConfig, outline: _Outline, places: dict[str, Place], renderer: Renderer, unlimited: Renderer
     ) -> None:
         self.config, self.outline, self.places = config, outline, places
         self.renderer, self.unlimited = renderer, unlimited
