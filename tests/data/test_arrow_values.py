@@ -61,6 +61,10 @@ def test_turns_as_lists_side_by_side(kind: str | None, pa: Any, tmp_path: Path) 
     path = write(pa, tmp_path / "a.arrow", table, {"messages": noted} if kind else None)
     assert [row["messages"] for row in fields(path)] == [TURNS, None, uneven]
     assert fields(path)[0]["n"] == {"a": [1], "b": [2]}
+    one = {"role": "user", "content": "four"}
+    assert fields(write(pa, tmp_path / "c.arrow", pa.table({"turn": [one], "turns": [[one]]}))) == [
+        {"turn": one, "turns": [one]}
+    ], "one turn is no list, though its texts are equally long"
     side = pa.table({"conversations": [{"from": ["human", "gpt"], "value": ["q", "a"], "extra": [None, "x"]}]})
     rows = fields(write(pa, tmp_path / "b.arrow", side))
     assert rows == [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "extra": "x"}]}]

@@ -138,6 +138,7 @@ def test_what_all_have_in_common_is_said_once(tmp_path: Path) -> None:
 def test_what_two_files_have_in_common() -> None:
     problems = Problems()
     for path, line, column in (("a", 3, None), ("b", 5, 7), ("a", 9, None), ("c", None, None)):
+        assert "one reason" not in str(problems.error() if problems.count else ""), "three are listed"
         problems.add(Problem("nul", path, "a NUL.", line, column))
     said = str(problems.error()).splitlines()
     assert said[0] == "4 records cannot be used, all for one reason: a NUL."

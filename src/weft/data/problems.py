@@ -21,6 +21,7 @@ from weft.errors import UserError, nearest
 
 OnBadRecord = Literal["error", "skip", "report"]
 SHOWN = 20
+_FEW = 3  # so many are listed one by one, even if all say the same
 logger = logging.getLogger(__name__)
 
 
@@ -139,7 +140,7 @@ class Problems:
             return self._errors[only.kind](str(only)) if only.kind in self._errors else BadRecordError(only)
         more = self.count > len(self.first)
         number = f"more than {SHOWN}" if more and self.on_bad_record == "error" else str(self.count)
-        same = len({(problem.kind, problem.what) for problem in self.first}) == 1
+        same = len(self.first) > _FEW and len({(problem.kind, problem.what) for problem in self.first}) == 1
         if same:
             lines = _places(self.first)
             reason = self.first[0].what
