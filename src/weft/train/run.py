@@ -149,9 +149,9 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter = adapters.add(
                 job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
             )
-            adapter.begin_training(Batches(
-                job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture
-            ).total_steps)
+            adapter.begin_training(
+                Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
+            )
             samples = (*data.train, *data.held)
             _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
     finally:
