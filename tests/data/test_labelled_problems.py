@@ -267,3 +267,19 @@ def test_through_the_command_line(
     findings = json.loads(capsys.readouterr().out)["data"][0]["findings"]
     unread = [one["source"] for one in findings if one["code"] == "not-read"]
     assert [place.split("jsonl:")[1].split(":")[0] for place in unread] == ["2", "4"]
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix_tuning"])
+def test_a_preview_of_one_class_or_of_none(
+    method: str, tmp_path: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from weft.cli.main import main
+
+    words = ["preview", "--model", str(tiny_llama_dir), "task=sequence_classification", f"method={method}", "--json"]
+    bad = LINES["empty label"][0]
+    for rows, codes in (([good(GOOD[0]), bad], {"not-read", "one-class"}), ([bad, bad], {"not-read"})):
+        path = tmp_path / "d.jsonl"
+        path.write_bytes(b"\n".join(rows) + b"\n")
+        assert main([*words, "--data", str(path)]) == 1
+        findings = json.loads(capsys.readouterr().out)["data"][0]["findings"]
+        assert codes <= {one["code"] for one in findings}
