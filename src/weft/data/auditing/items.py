@@ -121,7 +121,8 @@ def read_labelled_items(
         if one.sample is not None:
             items.append(Item(split, one.source, None, (one.sample,), len(one.sample.input_ids), label=one.name))
     good = [item for item in items if item.samples]
-    texts = renderer.tokenizer.batch_decode([item.samples[0].input_ids for item in good], skip_special_tokens=True)
+    ids = [item.samples[0].input_ids for item in good]
+    texts = renderer.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of nothing it gives one
     classes = given_labels(labels) or in_order(names)
     number = {name: index for index, name in enumerate(classes)}
     for item, text in zip(good, texts, strict=True):
