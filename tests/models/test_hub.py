@@ -44,6 +44,14 @@ class Repository:
         return self.files
 
 
+@pytest.fixture(autouse=True)
+def _online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says; nothing is reached all the same."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
 def with_files(monkeypatch: pytest.MonkeyPatch, files: list[str]) -> None:
     import huggingface_hub
 
@@ -69,6 +77,21 @@ def test_parts_of_one_data_set_are_named_by_a_pattern(monkeypatch: pytest.Monkey
     assert found == Path("/cache/owner/name/data/train-*.parquet")
     with pytest.raises(UserError, match="no such file there"):
         hub.fetch_dataset("owner/name:data/dev-*.parquet")
+
+
+def test_offline_what_was_fetched_before_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``HF_HUB_OFFLINE``, with the hub's own package and a cache as it lays it out."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "datasets--owner--name"
+    for path, text in {"refs/main": "0" * 40, f"snapshots/{'0' * 40}/a.json": "[]"}.items():
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+    assert hub.fetch_dataset("owner/name") == folder / "snapshots" / ("0" * 40) / "a.json"
+    with pytest.raises(UserError, match="data 'owner/other' is no file here, and as a data set of huggingface"):
+        hub.fetch_dataset("owner/other")
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,6 @@ configs:
   - {split: train, path: en/train.jsonl}
   - {split: validation, path: en/dev.jsonl}
 - config_name: zh
-  default: true
   data_files:
   - {split: dev, path: zh/dev.jsonl}
   - {split: test, path: zh/test.jsonl}
@@ -115,6 +114,15 @@ def test_splits_and_configurations(datasets: Any, serve: Serve) -> None:
     assert fetched("owner/name:zh/test") == ("owner/name/zh/test", [said("五")])
 
 
+def test_the_configuration_that_the_data_set_marks(datasets: Any, serve: Serve) -> None:
+    serve({**TWO, "README.md": CONFIGS.replace("- config_name: en\n", "- config_name: en\n  default: true\n")})
+    assert fetched("owner/name") == ("owner/name/en/train", [said("one"), said("two")])
+    assert fetched("owner/name:validation") == ("owner/name/en/validation", [said("three")])
+    assert fetched("owner/name:zh/test") == ("owner/name/zh/test", [said("五")])
+    with pytest.raises(UserError, match="has no configuration 'fr': en, zh"):
+        hub.fetch_dataset("owner/name:fr/train")
+
+
 def test_one_configuration(datasets: Any, serve: Serve) -> None:
     serve(PLAIN)
     assert fetched("owner/name") == ("owner/name/train", [said("one"), said("two")])
@@ -188,6 +196,7 @@ def test_the_exact_call(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
         return {"train": SimpleNamespace(cache_files=[{"filename": "/c/a-0.arrow"}, {"filename": "/c/a-1.arrow"}])}
 
     package.get_dataset_config_names = lambda name: ["en"] if name == "owner/one" else ["en", "zh"]  # type: ignore[attr-defined]
+    package.get_dataset_default_config_name = lambda name: None  # type: ignore[attr-defined]
     package.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", package)
     found = load_split("owner/name:zh", "owner/name", ["a.tar"])

@@ -83,8 +83,11 @@ def _matches(file: str, pattern: str) -> bool:
 
 def _list_files(name: str, hub: Hub) -> list[str]:
     if hub == "huggingface":
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants, snapshot_download
 
+        if constants.HF_HUB_OFFLINE:  # what has been fetched before is still to be used
+            folder = Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         return list(HfApi().list_repo_files(name, repo_type="dataset"))
     folder = _modelscope_dataset(name)
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -48,7 +48,8 @@ def load_split(data: str, where: str, files: Sequence[str]) -> HubSplit:
     datasets = _datasets(data, files)
     try:
         configs = list(datasets.get_dataset_config_names(where))
-        config, split = _meant(data, configs)
+        default = datasets.get_dataset_default_config_name(where) if len(configs) > 1 else None
+        config, split = _meant(data, configs, default)
         loaded = datasets.load_dataset(where, config, keep_in_memory=False)
     except UserError:
         raise
@@ -64,12 +65,17 @@ def load_split(data: str, where: str, files: Sequence[str]) -> HubSplit:
     return HubSplit("/".join(part for part in (name, config, chosen) if part), shards)
 
 
-def _meant(data: str, configs: Sequence[str]) -> tuple[str | None, str | None]:
-    """The configuration (None: there is one only) and the split (None: not said) that the word in ``data`` means."""
+def _meant(data: str, configs: Sequence[str], default: str | None) -> tuple[str | None, str | None]:
+    """The configuration (None: there is one only) and the split (None: not said) that the word in ``data`` means.
+
+    ``default``: the configuration that the data set itself says is meant where none is named.
+    """
     name, _, word = data.partition(":")
     config, _, split = word.partition("/")
     if config in configs:
         return (config if len(configs) > 1 else None), split or None
+    if default is not None and not split:
+        return default, word or None
     if len(configs) > 1:
         what = f"has no configuration {config!r}" if config else "has several configurations"
         raise UserError(
