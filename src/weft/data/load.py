@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,10 +174,19 @@ def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T]
 
     Both parts keep the order of ``samples``. Raises UserError when nothing would be left to train on.
     """
-    if not 0 <= n_eval < max(len(samples), 1):
-        raise UserError(f"cannot hold out {n_eval} of {len(samples)} samples: expected 0 or more, and fewer than all.")
-    order = list(range(len(samples)))
-    random.Random(seed).shuffle(order)
-    held = set(order[:n_eval])
-    train = [sample for index, sample in enumerate(samples) if index not in held]
-    return train, [samples[index] for index in sorted(held)]
+    held = held_by_chance(len(samples), n_eval, seed)
+    train = [sample for sample, out in zip(samples, held, strict=True) if not out]
+    return train, [sample for sample, out in zip(samples, held, strict=True) if out]
+
+
+def held_by_chance(count: int, n_eval: int, seed: int) -> bytearray:
+    """Which of ``count`` samples ``split_holdout`` holds out: 1 for each that it does. Raises UserError as that."""
+    if not 0 <= n_eval < max(count, 1):
+        raise UserError(f"cannot hold out {n_eval} of {count} samples: expected 0 or more, and fewer than all.")
+    held = bytearray(count)
+    if n_eval:
+        order = array("q", range(count))  # a list would take five times the memory
+        random.Random(seed).shuffle(order)
+        for index in order[:n_eval]:
+            held[index] = 1
+    return held

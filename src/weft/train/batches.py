@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from weft.data import Mixture, Sample
 from weft.data.pack import pack_in_order
+from weft.data.store import sizes
 from weft.errors import UserError
 from weft.train.settings import JobConfig
 
@@ -38,7 +39,7 @@ class Batches:
         self.config, self.mixture = config, mixture or Mixture((len(samples),))
         self.lengths: list[int] | None = None
         if config.batch_tokens is not None:
-            self.lengths = [size(sample) + virtual for sample in samples]
+            self.lengths = (sizes(samples) + virtual).tolist()
             self._check_lengths(samples, config.batch_tokens, virtual)
         self._steps: dict[int, int] = {}
         self._latest: tuple[int, list[list[int]]] = (-1, [])

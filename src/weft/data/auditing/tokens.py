@@ -35,15 +35,16 @@ def nothing_to_learn(records: Records) -> Iterator[Hit]:
     "the model would never stop: set `eos_token` in tokenizer_config.json to the token that ends an answer in the chat "
     "template, and raise max_length if every answer is cut",
     early="refuse",
+    once=True,
 )
 def eos_never_learned(records: Records) -> Iterator[Hit]:
     """The end-of-sequence token is learned in no record."""
-    tokens, eos = records.tokens, records.facts.special("eos")
-    if _end_is_learned(records) or not any(_ends_of(records).values()):
+    eos, ends = records.facts.special("eos"), records.ends
+    if ends.learned or not any(_ends_of(records).values()):
         return
     name = "the tokenizer has none" if eos is None else f"{records.facts.tokenizer.eos_token!r}, id {eos}"
-    first = _first_end(records)
-    yield Hit(None, f"the end-of-sequence token ({name}) is learned in none of {len(tokens.samples)} samples", first)
+    message = f"the end-of-sequence token ({name}) is learned in none of {ends.samples} samples"
+    yield Hit(None, message, ends.first or "")
 
 
 @over(
@@ -73,14 +74,14 @@ def pad_masks_eos(records: Records) -> Iterator[Hit]:
 def eos_not_learned(records: Records) -> Iterator[Hit]:
     """A learned answer does not end with a learned end-of-sequence token."""
     facts, shared = records.facts, records.facts.special("pad") == records.facts.special("eos")
-    if not _end_is_learned(records):
+    if not records.ends.learned:
         return  # eos-never-learned says so once
-    kinds = ["missing"] if shared else ["missing", "masked"]
-    for kind in kinds:
-        what = "follows with weight 0" if kind == "masked" else "is missing"
-        for item, place in _ends_without_eos(records, kind):
-            shown = short(facts.decode(records.tokens.around(place)))
-            yield Hit(item, f"after this learned text the end-of-sequence token {what}", shown)
+    found = [(place, sample, "is missing") for sample, place in _ends_of(records)["missing"]]
+    if not shared:
+        found += [(place, sample, "follows with weight 0") for sample, place in _ends_of(records)["masked"]]
+    for place, sample, what in sorted(found):
+        shown = short(facts.decode(records.tokens.around(place)))
+        yield Hit(records.owner(sample), f"after this learned text the end-of-sequence token {what}", shown)
 
 
 @over(
@@ -221,16 +222,6 @@ def _problems(records: Records, code: str) -> Iterator[Hit]:
 
 
 # ---------------------------------------------------------------------------------------------------- ends of answers
-
-
-def _end_is_learned(records: Records) -> bool:
-    tokens, eos = records.tokens, records.facts.special("eos")
-    return eos is not None and bool((tokens.learned & (tokens.ids == eos)).any())
-
-
-def _first_end(records: Records) -> str:
-    ends, _ = records.tokens.stretches()
-    return short(records.facts.decode(records.tokens.around(int(ends[0])))) if len(ends) else ""
 
 
 def _ends_without_eos(records: Records, kind: str) -> Iterator[tuple[Item, int]]:
