@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT
@@ -140,7 +140,7 @@ def iter_samples(
             f"{nearest(str(recipe.task), get_args(Task))}"
         )
     tally, first = Counter[str](), ""
-    for made in in_order(iter_items(path, limit=limit), recipe, data_workers):
+    for made in in_order(iter_items(path, limit=limit), recipe, data_workers, _characters):
         if not isinstance(made, Problem):
             tally["read"] += 1
             tally["dropped"] += not made.samples
@@ -156,6 +156,19 @@ def iter_samples(
             raise problems.error()
         reason = f"longer than max_length {recipe.renderer.max_length}" if tally["dropped"] else "without an answer"
         raise UserError(f"{path}: every record is {reason}, so there is nothing to learn.")
+
+
+def _characters(value: Any) -> int:
+    """How much text there is in a record, or a field of it, roughly."""
+    if isinstance(value, Record):
+        return sum(map(_characters, value.fields.values()))
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return 4 * len(value) if value and isinstance(value[0], int) else sum(map(_characters, value))
+    return 0
 
 
 def _tell(path: str | os.PathLike[str], tally: Counter[str], first: str, renderer: Renderer) -> None:
