@@ -46,6 +46,10 @@ class Samples(Sequence[Sample]):
     def sample(self, index: int) -> Sample:
         """The sample at ``index``, 0 … len - 1."""
 
+    def part(self, part: slice) -> Sequence[Sample]:
+        """Some of them."""
+        return [self.sample(index) for index in range(*part.indices(len(self)))]
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
 
@@ -54,7 +58,7 @@ class Samples(Sequence[Sample]):
 
     def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
         if isinstance(index, slice):
-            return [self.sample(i) for i in range(*index.indices(len(self)))]
+            return self.part(index)
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -144,9 +148,9 @@ class SampleStore(Samples):
         """Of every sample the number of ``input_ids`` and of ``target_ids``."""
         return np.array(self._inputs, np.int64), np.array(self._targets, np.int64)
 
-    def since(self, start: int) -> View:
-        """The samples from ``start`` on."""
-        return View(self, range(start, len(self)))
+    def part(self, part: slice) -> View:
+        """Some of them."""
+        return View(self, range(len(self))[part])
 
     @staticmethod
     def _rest(sample: Sample, data: memoryview, at: int, flags: int, targets: int) -> Sample:
@@ -201,14 +205,9 @@ class View(Samples):
         """The sample at ``index``, 0 … len - 1."""
         return self.store.sample(int(self.places[index]))
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> View: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        return View(self.store, self.places[index]) if isinstance(index, slice) else super().__getitem__(index)
+    def part(self, part: slice) -> View:
+        """Some of them."""
+        return View(self.store, self.places[part])
 
     def lengths(self) -> tuple[Array, Array]:
         """Of every sample the number of ``input_ids`` and of ``target_ids``."""
@@ -253,7 +252,7 @@ def picked(samples: Sequence[Sample], wanted: Array) -> Sequence[Sample]:
     if wanted.all():
         return samples
     if isinstance(samples, SampleStore):
-        samples = samples.since(0)
+        samples = samples.part(slice(None))
     if isinstance(samples, View):
         return View(samples.store, _numbers(samples.places)[wanted])
     if isinstance(samples, Chain):
@@ -291,7 +290,7 @@ def _parts(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
         for part in samples.parts:
             yield from _parts(part)
     else:
-        yield samples.since(0) if isinstance(samples, SampleStore) else samples
+        yield samples.part(slice(None)) if isinstance(samples, SampleStore) else samples
 
 
 def _fresh(part: Sequence[Sample], seen: dict[int, Array], known: set[int]) -> Sequence[Sample]:

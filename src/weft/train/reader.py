@@ -147,7 +147,7 @@ class Reader:
         start = len(store)
         for sample in self.renderer.join(samples):
             store.append(sample)
-        return store.since(start)
+        return store.part(slice(start, None))
 
     def _texts(self, source: Source) -> _Loaded:
         config = self.config
@@ -174,7 +174,7 @@ class Reader:
                     store.append(sample)
                     if recipe.keyed:
                         keys.append(made.key)
-            self.files[key] = _Loaded(store.since(start), keys)
+            self.files[key] = _Loaded(store.part(slice(start, None)), keys)
         return self.files[key]
 
     def _labelled(
