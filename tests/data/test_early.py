@@ -24,7 +24,8 @@ from weft.data import Renderer, Sample
 from weft.data.auditing import audit as auditing
 from weft.data.auditing.audit import audit_before_training, early_findings
 from weft.data.auditing.base import CHECKS, Facts, Finding, Records
-from weft.data.store import SampleStore, chained
+from weft.data.store import SampleStore
+from weft.data.views import chained
 from weft.errors import UserError
 
 EARLY = {check.code for check in CHECKS.values() if check.early}

@@ -9,6 +9,7 @@ import resource
 import struct
 import tempfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.data import Sample
-from weft.data.store import Chain, Samples, SampleStore, View, chained, distinct, lengths, picked, sizes
+from weft.data.store import SampleStore
+from weft.data.views import Chain, Samples, View, chained, columns, distinct, lengths, picked, sizes
 from weft.errors import UserError
 
 IDS = st.integers(-(2**31), 2**31 - 1)
@@ -98,6 +100,9 @@ def test_numbers_beyond_32_bits_are_refused_and_leave_no_trace() -> None:
 def test_parts_are_what_lists_would_be(data: st.DataObject) -> None:
     """Views, chains and choices, of each other and in any order, beside the same of lists."""
     kept = [sample(number, number + 1) for number in range(12)]
+    kept[3] = replace(kept[3], weights=[0.0, 0.5, -1.0, 2.0], answer=None)
+    kept[5] = replace(kept[5], target_ids=(7, 8, 9), answer=None)
+    kept[6] = replace(kept[6], label=0, token_types=(1,) * 7)
     store = filled(kept)
     found: Any = store
     expected = list(kept)
@@ -117,7 +122,9 @@ def test_parts_are_what_lists_would_be(data: st.DataObject) -> None:
     assert len(found) == len(expected)
     assert list(found) == expected
     assert [found[i] for i in range(-len(expected), len(expected))] == expected * 2
-    assert sizes(found).tolist() == [len(one.input_ids) for one in expected]
+    assert sizes(found).tolist() == [len(one.input_ids) + len(one.target_ids) for one in expected]
+    for one, other in zip(columns(found), columns(expected), strict=True):
+        assert one.tolist() == other.tolist()
     assert (found == expected) is True
     assert found != [*expected, sample(0)]
     for beyond in (len(expected), -len(expected) - 1):

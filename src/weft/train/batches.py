@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from weft.data import Mixture, Sample
 from weft.data.pack import pack_in_order
-from weft.data.store import sizes
+from weft.data.views import sizes
 from weft.errors import UserError
 from weft.train.settings import JobConfig
 

@@ -19,7 +19,8 @@ from weft.data.formats.detect import EmptyAnswerError
 from weft.data.load import Recipe, held_by_chance, iter_samples
 from weft.data.reading.files import find_files, unique
 from weft.data.sources import held_by_hash
-from weft.data.store import MEMORY, SampleStore, chained, picked
+from weft.data.store import MEMORY, SampleStore
+from weft.data.views import chained, picked
 from weft.errors import UserError
 from weft.models.hub import fetch_dataset, is_dataset_id
 from weft.train.settings import JobConfig, RunConfig

@@ -18,7 +18,7 @@ from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.settings import DataSettings
-from weft.data.store import Chain, Samples
+from weft.data.views import Chain, Samples
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base

@@ -12,13 +12,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from weft.data.auditing import template as audit_template
 from weft.data.auditing import text as audit_text
 from weft.data.auditing import tokens as audit_tokens
 from weft.data.auditing import whole as audit_whole
 from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records
 from weft.data.rendering.render import Renderer, Sample
-from weft.data.store import distinct
+from weft.data.views import Chain, distinct, sizes
 from weft.errors import UserError, nearest
 
 _CHECKERS = (audit_tokens, audit_text, audit_whole, audit_template)  # importing them fills CHECKS
@@ -143,21 +145,19 @@ def _ends(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: i
     return Ends(len(train) + len(held), False, first)
 
 
-def _parts(train: Sequence[Sample], held: Sequence[Sample], size: int) -> Iterator[tuple[list[Sample], list[Sample]]]:
+def _parts(
+    train: Sequence[Sample], held: Sequence[Sample], size: int
+) -> Iterator[tuple[Sequence[Sample], Sequence[Sample]]]:
     """Some samples to train on and to evaluate on after the other, ``size`` tokens or one sample more; one at least."""
-    part: tuple[list[Sample], list[Sample]] = ([], [])
-    tokens = given = 0
-    for side, samples in zip(part, (train, held), strict=True):
-        for sample in samples:
-            side.append(sample)
-            tokens += len(sample.input_ids) + len(sample.target_ids)
-            if tokens >= size:
-                yield part
-                given, tokens = given + 1, 0
-                part[0].clear()
-                part[1].clear()
-    if part[0] or part[1] or not given:
-        yield part
+    ends, count = np.cumsum(sizes(Chain((train, held)))), len(train)
+    start = 0
+    while start < len(ends) or not start:
+        before = ends[start - 1] if start else 0
+        stop = min(int(np.searchsorted(ends, before + size)) + 1, len(ends))
+        yield train[start:stop], held[max(start - count, 0) : max(stop - count, 0)]
+        if not len(ends):
+            return
+        start = stop
 
 
 def _line(group: Group) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from weft.data.auditing.stream import Tokens
 from weft.data.formats.examples import SFT, Conversation, Message
 from weft.data.rendering.render import Renderer, Sample
+from weft.data.views import Chain
 
 Severity = Literal["error", "warning"]
 Split = Literal["train", "eval"]
@@ -136,7 +137,7 @@ class Records:
     @functools.cached_property
     def tokens(self) -> Tokens:
         """The tokens of all samples end to end."""
-        return Tokens([*self.samples[0], *self.samples[1], *(s for item in self.items for s in item.samples)])
+        return Tokens(Chain((*self.samples, [sample for item in self.items for sample in item.samples])))
 
     @functools.cached_property
     def ends(self) -> Ends:

@@ -164,12 +164,13 @@ def prompt_learned(records: Records) -> Iterator[Hit]:
     tokens, facts = records.tokens, records.facts
     if facts.renderer.train_on == "all" or facts.task == "seq2seq":
         return
-    learned = tokens.learned
-    for number, sample in enumerate(tokens.samples):
+    # Samples with a second token before their answer, which is learned: few, if any.
+    second = np.flatnonzero((tokens.begins > 1) & (tokens.lengths > 1))
+    for number in second[tokens.learned[tokens.starts[second] + 1]].tolist():
         begin = int(tokens.starts[number])
-        second = sample.answer is not None and sample.answer > 1 and learned[begin + 1]
-        if second and bool(learned[begin + 1 : begin + (sample.answer or 0)].all()):
-            shown = short(facts.decode(tokens.ids[begin : begin + (sample.answer or 0)].tolist()))
+        end = begin + int(tokens.begins[number])
+        if tokens.learned[begin + 1 : end].all():
+            shown = short(facts.decode(tokens.ids[begin:end].tolist()))
             yield Hit(records.owner(number), "the prompt is learned, from its second token on", shown)
 
 
@@ -267,8 +268,7 @@ def _ends_to_look_at(records: Records) -> tuple[Array, Array]:
         # sample the last answer is looked at, and whatever follows it.
         final = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
         learned_eos = tokens.learned & (tokens.ids == (-1 if eos is None else eos))
-        begins = [0 if sample.target_ids else sample.answer or 0 for sample in tokens.samples]
-        starts = tokens.starts[:-1] + np.array(begins, np.int64)
+        starts = tokens.starts[:-1] + tokens.begins
         sums = np.concatenate([[0], np.cumsum(learned_eos)])
         wrong &= final & (sums[tokens.starts[1:]] - sums[starts] == 0)[owners]
     return ends[wrong], owners[wrong]
