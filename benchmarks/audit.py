@@ -132,7 +132,7 @@ def measure(records: int | None, tokenizer: Any, files: list[Path]) -> dict[str,
     timed(times, "read and render", read)
     facts = Facts(renderer, max_length=2048)
     findings = timed(times, "audit", lambda: audit(items, facts))
-    timed(times, "figures", lambda: statistics(items, batch_size=8, findings=findings))
+    timed(times, "figures", lambda: statistics(items, findings=findings))
     total = time.perf_counter() - begun
     samples = [sample for item in items for sample in item.samples]
     timed(times, "before training", lambda: audit_before_training(renderer, samples, [], "warn"))

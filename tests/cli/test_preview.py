@@ -84,7 +84,8 @@ def test_a_configuration_with_an_evaluation(weft: Callable[..., Any], bare_model
     assert result.code == 0, value["data"][0]["findings"]
     figures = value["data"][0]["statistics"]
     assert (figures["train"]["records"], figures["eval"]["records"]) == (12, 12)
-    assert figures["train"]["padding"]["batch_size"] == 3
+    (packing,) = value["data"][0]["packing"]
+    assert (packing["jobs"], packing["batch_size"], packing["steps"], packing["packs"]) == (["lora"], 3, 4, 4)
 
 
 def test_errors_are_code_1_and_usage_is_code_2(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:

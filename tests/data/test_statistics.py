@@ -28,7 +28,7 @@ def test_languages(text: str, language: str) -> None:
 def test_figures(tmp_path: Path) -> None:
     rows = [*clean_rows(20), *chinese_rows(10), clean_rows(1)[0]]
     items, facts = DataSet(rows=rows, options={"max_length": 120, "truncate": True}).items(tmp_path)
-    figures = statistics(items, batch_size=4, findings=audit(items, facts))
+    figures = statistics(items, findings=audit(items, facts))
     usable = [item for item in items if item.samples]
     lengths = sorted(item.length for item in usable)
     learned = sum(sum(map(bool, item.samples[0].weights)) for item in usable)
@@ -50,16 +50,7 @@ def test_figures(tmp_path: Path) -> None:
     assert source == {"records": 31, "tokens": total, "learned_tokens": learned}
 
 
-def test_padding_is_what_batches_would_hold(tmp_path: Path) -> None:
-    items, _ = DataSet(rows=clean_rows(13)).items(tmp_path)
-    lengths = [item.length for item in items]
-    whole = statistics(items, batch_size=13)["padding"]
-    assert whole["tokens"] == 13 * max(lengths) - sum(lengths)
-    assert whole["share"] == pytest.approx(whole["tokens"] / (13 * max(lengths)), abs=1e-4)
-    assert statistics(items, batch_size=1)["padding"]["tokens"] == 0
-
-
 def test_nothing_usable(tmp_path: Path) -> None:
     items, _ = DataSet(rows=[{"instruction": "x", "output": ""}]).items(tmp_path)
-    figures = statistics(items, batch_size=8)
+    figures = statistics(items)
     assert (figures["records"], figures["usable"], figures["tokens"], figures["histogram"]) == (1, 0, 0, [])

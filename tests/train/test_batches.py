@@ -91,10 +91,63 @@ def test_a_record_that_does_not_fit_is_named() -> None:
     ):
         Batches(config_of(batch_tokens=29), samples)
     with pytest.raises(
-        UserError, match=r"30 tokens and the 5 learned ones .* max_length \(and truncate\) of 25 or less"
+        UserError, match=r"30 tokens and the 5 learned ones .* max_length \(and truncation\) of 25 or less"
     ):
         Batches(config_of(batch_tokens=30), samples, virtual=5)
     assert Batches(config_of(batch_tokens=35), samples, virtual=5).total_steps
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.one_of(st.none(), st.integers(14, 60)),
+    st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_step_is_packed_into_few_passes(
+    count: int, size_: int, accumulation: int, tokens: int | None, seed: int
+) -> None:
+    """The same records in the same steps as without packs, each once, in no pass more tokens than were asked for."""
+    config = config_of(
+        batch_size=size_, gradient_accumulation_steps=accumulation, pack_tokens=tokens, epochs=2, seed=seed
+    )
+    samples = kit.samples(count, seed=seed)
+    batches = Batches(config, samples)
+    order = batches.mixture.order(seed, 0)
+    unpacked = [order[i : i + size_] for i in range(0, count, size_)]
+    fullest = max(sum(size(samples[i]) for i in batch) for batch in unpacked)
+    assert batches.capacity == (tokens or max(fullest, *map(size, samples)))
+    for step in range(batches.steps_in(0)):
+        before = unpacked[step * accumulation : (step + 1) * accumulation]
+        packs = batches[step]
+        assert sorted(i for pack in packs for i in pack) == sorted(i for batch in before for i in batch)
+        assert all(0 < sum(size(samples[i]) for i in pack) <= batches.capacity for pack in packs)
+        came = [i for batch in before for i in batch]
+        assert all(pack == sorted(pack, key=came.index) for pack in packs), "in the order drawn"
+        if all(sum(size(samples[i]) for i in batch) <= batches.capacity for batch in before):
+            assert len(packs) < len(before) or packs == before
+        if sum(size(samples[i]) for batch in before for i in batch) <= batches.capacity:
+            assert packs == [came]
+    for step in range(batches.total_steps):  # later epochs keep to what the first one took
+        assert all(sum(size(samples[i]) for i in pack) <= batches.capacity for pack in batches[step])
+
+
+def test_accumulation_is_packed_by_default() -> None:
+    """Six records of unequal length that take three passes of two take two: one long with a short, one of the rest."""
+    lengths = [30, 4, 8, 9, 10, 7]
+    samples = [Sample([5] * n, [0.0] + [1.0] * (n - 1), f"sample {n}") for n in lengths]
+    batches = Batches(config_of(batch_size=2, gradient_accumulation_steps=3), samples)
+    assert len(batches[0]) == 2 < 3
+    assert len(Batches(config_of(batch_size=6), samples)[0]) == 1
+    assert len(Batches(config_of(batch_size=6, pack_tokens=30), samples)[0]) == 3
+
+
+def test_packs_are_limited_once() -> None:
+    with pytest.raises(ValueError, match="batch_tokens and pack_tokens exclude each other"):
+        config_of(batch_tokens=100, pack_tokens=100)
+    with pytest.raises(UserError, match=r"train.jsonl:7: job 'one': 30 tokens do not fit into pack_tokens: 29"):
+        Batches(config_of(pack_tokens=29), [Sample([5] * 30, [0.0] + [1.0] * 29, "train.jsonl:7")])
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_own_tokens() -> None:

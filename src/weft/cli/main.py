@@ -137,7 +137,7 @@ def _users_fault(error: BaseException) -> str | None:
         return f"{error.filename or 'a file'}: {error.strerror}."
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            "out of GPU memory. Take a smaller batch_size (with more gradient_accumulation_steps), a smaller "
+            "out of GPU memory. Take a smaller pack_tokens (the same steps, in more passes), a smaller "
             f"max_length, fewer jobs at once, or gradient_checkpointing: true. ({str(error).splitlines()[0]})"
         )
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import shlex
 import time
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ from weft.errors import UserError
 
 if TYPE_CHECKING:
     from weft.data.auditing.base import Finding, Item
+    from weft.data.rendering.sample import Sample
     from weft.train.examined import Examined
+    from weft.train.packing import Place
     from weft.train.settings import RunConfig
 
 
@@ -98,9 +102,10 @@ def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Se
         for split in ("train", "eval"):
             items = [item for item in data_set.items if item.split == split]
             if items:
-                figures[split] = statistics(items, batch_size=data_set.batch_size, findings=findings)
+                figures[split] = statistics(items, findings=findings)
         figures["train"]["left_out"] = data_set.left_out
-        views.append(View(data_set, findings, figures, chosen(data_set.items, samples, records)))
+        items = data_set.items if records or not data_set.windows else data_set.windows
+        views.append(View(data_set, findings, figures, chosen(items, samples, records)))
     return views
 
 
@@ -111,6 +116,18 @@ class View:
         self, data_set: Examined, findings: Sequence[Finding], figures: dict[str, Any], shown: Sequence[Item]
     ) -> None:
         self.data_set, self.findings, self.figures, self.shown = data_set, list(findings), figures, list(shown)
+        self.packings = [packing.figures() for packing in data_set.packings]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[int, int]:
+        """By identity, the number of every sample that is trained on."""
+        return {id(sample): number for number, sample in enumerate(self.data_set.packings[0].samples)}
+
+    def place(self, sample: Sample) -> Place | None:
+        """Where the first jobs' first epoch has a sample; None: nowhere (it is held out, or a mixture's later one)."""
+        packings = self.data_set.packings
+        number = self._numbers.get(id(sample)) if packings else None
+        return None if number is None else packings[0].places.get(number)
 
     def json(self) -> dict[str, Any]:
         """All of it as JSON holds it."""
@@ -119,6 +136,7 @@ class View:
         return {
             "jobs": list(self.data_set.names),
             "statistics": self.figures,
+            "packing": self.packings,
             "findings": findings_json(self.findings),
             "samples": [self._sample(item) for item in self.shown],
         }
@@ -135,6 +153,7 @@ class View:
             "label": item.label,
             "length": item.length,
             "problem": item.problem[1] if item.problem else None,
+            "places": [dataclasses.asdict(place) if place else None for place in map(self.place, item.samples)],
             "sequences": [[{key: getattr(piece, key) for key in keys} for piece in one] for one in found],
         }
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from weft.data.auditing.pieces import Piece
 
 _LISTED = 50  # findings of a check
+_PACKS = 16  # of the first step
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --faint: #666d75; --line: #d8dce0; --panel: #f5f6f8;
   --learned: #0b6b2e; --learned-1: #d5f2dd; --learned-2: #bce8c9; --other-1: transparent; --other-2: #eceef1;
@@ -39,6 +40,8 @@ th { font-weight: 600; color: var(--faint); } .n { text-align: right; white-spac
 .list { font-family: ui-monospace, monospace; white-space: pre-wrap; } .list td { border-top: 1px solid var(--line); }
 .list tr.on td { background: var(--learned-1); }
 .bars td { padding: 0 8px 0 0; } .bar { display: inline-block; height: .8em; background: var(--bar); }
+.pack { display: flex; height: 1.2rem; border: 1px solid var(--line); border-radius: 3px; overflow: hidden; }
+.pack span { background: var(--bar); } .pack span:nth-of-type(even) { background: var(--learned-2); }
 .wide { overflow-x: auto; } summary { cursor: pointer; color: var(--faint); margin: .4rem 0; }
 .finding { margin: .25rem 0 .25rem 1rem; } code { overflow-wrap: anywhere; }
 """
@@ -64,7 +67,8 @@ def _view(view: View) -> Iterator[str]:
     yield from _findings(view)
     for split, figures in view.figures.items():
         yield f"<h2>{split} data of {names}</h2>\n<table>"
-        for name, text in rows_of(figures, view.data_set.renderer.max_length):
+        packings = view.packings if split == "train" else []
+        for name, text in rows_of(figures, packings, view.data_set.renderer.max_length):
             yield f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>"
         yield f"</table>\n{_histogram(figures['histogram'])}\n"
     if view.shown:
@@ -73,25 +77,44 @@ def _view(view: View) -> Iterator[str]:
             '<span class="t s">special tokens</span> <span class="faint">⏎ line end, ⇥ tab; a weight besides 0 and 1 '
             "stands behind its token; in the table positions count from the sequence's own beginning</span></p>\n"
         )
-    begin = 0
     for item in view.shown:
-        text, begin = _item(item, view, begin)
-        yield text
-    if len(view.shown) > 1:
+        yield _item(item, view)
+    for packing in view.packings:
+        yield from _first_step(packing)
+
+
+def _first_step(packing: dict[str, Any]) -> Iterator[str]:
+    """The packs of the first step, to scale."""
+    from weft.cli.preview_text import step_in_words
+
+    yield f"<h2>Packs</h2><p>{escape(step_in_words(packing))}.</p>\n"
+    packs = packing["first_step"]
+    for number, pack in enumerate(packs[:_PACKS], start=1):
+        parts, rows = [], []
+        for one in pack:
+            share = 100 * (one["end"] - one["begin"]) / packing["capacity"]
+            span, source = f"{one['begin']:,}–{one['end'] - 1:,}", escape(one["source"])
+            parts.append(f'<span style="width:{share:.3f}%" title="rows {span}: {source}"></span>')
+            rows.append(f'<tr><td class="n">{span}</td><td>{source}</td></tr>')
         yield (
-            f'<p class="faint">{len(view.shown)} sequences in one stream of {begin} tokens: none sees another, none is '
-            "padded.</p>\n"
+            f'<p class="faint">pack {number}: {pack[-1]["end"]:,} tokens, {len(pack):,} sequences</p>'
+            f'<div class="pack">{"".join(parts)}</div>\n<details><summary>sequences</summary>'
+            f"<table><tr><th>rows</th><th>record</th></tr>{''.join(rows)}</table></details>\n"
         )
+    if len(packs) > _PACKS:
+        yield f'<p class="faint">… and {len(packs) - _PACKS:,} more packs; --json lists all</p>\n'
 
 
 def _findings(view: View) -> Iterator[str]:
+    from weft.cli.preview_text import count_of
     from weft.data.auditing.audit import grouped
 
     errors = sum(finding.severity == "error" for finding in view.findings)
     if not view.findings:
         yield '<h2 class="ok">Audit: nothing found</h2>\n'
         return
-    yield f"<h2>Audit: {errors:,} errors, {len(view.findings) - errors:,} warnings</h2>\n"
+    warnings = count_of(len(view.findings) - errors, "warning")
+    yield f"<h2>Audit: {count_of(errors, 'error')}, {warnings}</h2>\n"
     for group in grouped(view.findings):
         kind, count = group.check.severity, len(group.findings)
         yield (
@@ -119,7 +142,8 @@ def _histogram(bars: Sequence[dict[str, Any]]) -> str:
     return f'<table class="bars">{"".join(rows)}</table>' if highest else ""
 
 
-def _item(item: Item, view: View, begin: int) -> tuple[str, int]:
+def _item(item: Item, view: View) -> str:
+    from weft.cli.preview_text import place_of
     from weft.data.auditing.pieces import pieces
 
     label = f", label {escape(item.label)}" if item.label is not None else ""
@@ -129,16 +153,15 @@ def _item(item: Item, view: View, begin: int) -> tuple[str, int]:
         parts.append(f'<p class="error">Becomes no sample: {escape(_seen(item.problem[1]))}</p>')
         parts.append(f'<div class="tokens">{text}</div>\n')
     for sample in item.samples:
-        found, end = pieces(view.data_set.facts.tokenizer, sample), begin + len(sample.input_ids)
+        found, place = pieces(view.data_set.facts.tokenizer, sample), place_of(item, view, sample)
         learned = sum(bool(piece.weight) for piece in found)
         cut = f", cut from {item.length:,}" if item.length > len(sample.input_ids) else ""
         parts.append(
-            f'<p class="faint">{len(found):,} tokens, {learned:,} learned{cut}; rows {begin:,} to {end - 1:,} of the '
-            f'stream</p><div class="tokens">{"".join(map(_token, found))}</div>\n'
+            f'<p class="faint">{len(found):,} tokens, {learned:,} learned{cut}{"; " * bool(place)}{place}</p>'
+            f'<div class="tokens">{"".join(map(_token, found))}</div>\n'
             f"<details><summary>token by token</summary>{_table(found)}</details>\n"
         )
-        begin = end
-    return "".join(parts), begin
+    return "".join(parts)
 
 
 def _token(piece: Piece) -> str:

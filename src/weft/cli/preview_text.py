@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from weft.cli.preview import View
     from weft.data.auditing.base import Item
     from weft.data.auditing.pieces import Piece
+    from weft.data.rendering.sample import Sample
 
 _LISTED = 3  # findings of a check that are shown
 _WIDEST = 120  # tokens in longer lines are hard to follow
 _LINES = 60  # of one sample
+_PACKS, _SEQUENCES = 4, 8  # of the first step
 # Neighbouring tokens differ in colour, so that one sees where each begins.
 _LEARNED, _UNLEARNED, _SPECIAL = ("bold green", "bold cyan"), ("dim", "bright_black"), ("magenta", "bold magenta")
 
@@ -28,18 +30,17 @@ def show(view: View, out: Console, *, tokens: bool = False) -> None:
     renderer = view.data_set.renderer
     if view.shown:
         out.print(Text("learned tokens", "bold green"), Text("other tokens", "dim"), Text("special tokens", "magenta"))
-    begin = 0
     for item in view.shown:
-        begin = _sample(item, view, out, begin, tokens)
-    if len(view.shown) > 1 and begin:
-        out.print(f"{len(view.shown)} sequences in one stream of {begin} tokens: none sees another, none is padded\n")
+        _sample(item, view, out, tokens)
+    for packing in view.packings[:1]:  # the others' are in the page and in --json
+        _first_step(packing, out)
     for split, figures in view.figures.items():
         out.print(Text(f"{split} data of {', '.join(view.data_set.names)}", "bold"))
-        _figures(figures, out, renderer.max_length)
+        _figures(figures, view.packings if split == "train" else [], out, renderer.max_length)
     _findings(view, out)
 
 
-def _sample(item: Item, view: View, out: Console, begin: int, tokens: bool) -> int:
+def _sample(item: Item, view: View, out: Console, tokens: bool) -> None:
     from weft.data.auditing.pieces import pieces, visible
 
     label = f"  label {item.label}" if item.label is not None else ""
@@ -48,19 +49,59 @@ def _sample(item: Item, view: View, out: Console, begin: int, tokens: bool) -> i
         out.print(Text(f"becomes no sample: {visible(item.problem[1])}", "red"), soft_wrap=not out.is_terminal)
         out.print(Text(visible(item.text or item.shown)))
     for sample in item.samples:
-        end = begin + len(sample.input_ids)
         learned = len(sample.target_ids) or sum(map(bool, sample.weights))
         total = len(sample.input_ids) + len(sample.target_ids)
         cut = f"  cut from {item.length} tokens" if item.length > len(sample.input_ids) else ""
-        head = f"── {item.source}{label}  {total} tokens, {learned} learned{cut}  rows {begin}–{end - 1} of the stream"
+        place = place_of(item, view, sample)
+        head = f"── {item.source}{label}  {total} tokens, {learned} learned{cut}{'  ' * bool(place)}{place}"
         out.print(Text(head, "bold"), soft_wrap=not out.is_terminal)
         found = pieces(view.data_set.facts.tokenizer, sample)
         _lines(found, out)
         if tokens:
             _table(found, out)
-        begin = end
     out.print()
-    return begin
+
+
+def place_of(item: Item, view: View, sample: Sample) -> str:
+    """Where training comes to a sample, in words."""
+    place = view.place(sample)
+    if place is not None:
+        return f"step {place.step:,}, pack {place.pack}, rows {place.begin:,}–{place.end - 1:,}"
+    if item.split == "eval":
+        return "to evaluate on"
+    return "" if view.data_set.windows else "not in the first epoch"
+
+
+def _first_step(packing: dict[str, Any], out: Console) -> None:
+    """The packs of the first step: whole sequences end to end, drawn to scale, and what stands where."""
+    packs, width = packing["first_step"], min(out.width, _WIDEST) - 30
+    out.print(Text(step_in_words(packing), "bold"))
+    for number, pack in enumerate(packs[:_PACKS], start=1):
+        bar, drawn = Text(), 0
+        for place, one in enumerate(pack):
+            until = round(width * one["end"] / packing["capacity"])
+            bar.append("█▒"[place % 2] * (until - drawn), ("cyan", "blue")[place % 2])
+            drawn = until
+        bar.append("·" * (width - drawn), "dim")
+        out.print(Text(f"  pack {number:<3} ", "dim") + bar + Text(f" {pack[-1]['end']:,} tokens"), no_wrap=True)
+        for one in pack[:_SEQUENCES]:
+            rows = f"{one['begin']:,}–{one['end'] - 1:,}"
+            out.print(Text(f"  {rows:>14}  {one['source']}", "dim"), soft_wrap=not out.is_terminal)
+        if len(pack) > _SEQUENCES:
+            out.print(Text(f"{'…':>16}  and {len(pack) - _SEQUENCES:,} more (--json lists all)", "dim"))
+    if len(packs) > _PACKS:
+        out.print(Text(f"  … and {len(packs) - _PACKS:,} more packs (--json lists all)", "dim"))
+    out.print()
+
+
+def step_in_words(packing: dict[str, Any]) -> str:
+    """What the first step is made of."""
+    packs = packing["first_step"]
+    what = f"{count_of(sum(map(len, packs)), 'sequence')} in {count_of(len(packs), 'pack')}"
+    return (
+        f"first step of {', '.join(packing['jobs'])}: {what} of at most {packing['capacity']:,} tokens; none is cut, "
+        "none padded, none sees another"
+    )
 
 
 def _lines(found: Sequence[Piece], out: Console) -> None:
@@ -136,11 +177,11 @@ def _table(found: Sequence[Piece], out: Console) -> None:
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def _figures(figures: dict[str, Any], out: Console, limit: int | None) -> None:
+def _figures(figures: dict[str, Any], packings: Sequence[dict[str, Any]], out: Console, limit: int | None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
-    for name, text in rows_of(figures, limit):
+    for name, text in rows_of(figures, packings, limit):
         table.add_row(Text(name), Text(text))
     out.print(table)
     highest = max((bar["count"] for bar in figures["histogram"]), default=0)
@@ -150,7 +191,9 @@ def _figures(figures: dict[str, Any], out: Console, limit: int | None) -> None:
     out.print()
 
 
-def rows_of(figures: dict[str, Any], limit: int | None) -> Iterator[tuple[str, str]]:
+def rows_of(
+    figures: dict[str, Any], packings: Sequence[dict[str, Any]], limit: int | None
+) -> Iterator[tuple[str, str]]:
     """The figures as (name, text), for the terminal and for the page."""
     unusable = f", {figures['unusable']:,} of them unusable" if figures["unusable"] else ""
     left_out = f", {figures['left_out']:,} left out for an empty answer" if figures.get("left_out") else ""
@@ -165,11 +208,10 @@ def rows_of(figures: dict[str, Any], limit: int | None) -> Iterator[tuple[str, s
     weights = {weight: count for weight, count in figures["weights"].items() if weight not in ("0", "1")}
     if weights:
         yield "other weights", ", ".join(f"{weight}: {count:,} tokens" for weight, count in weights.items())
-    padding = figures["padding"]
-    saved = (
-        f"{padding['tokens']:,} pad tokens ({_percent(padding['share'])}) that batches of {padding['batch_size']} hold"
-    )
-    yield "saved by packing", saved
+    for packing in packings:
+        whose = f" of {', '.join(packing['jobs'])}" if len(packings) > 1 else ""
+        yield f"packs{whose}", _packs(packing)
+        yield f"padding saved{whose}", _saved(packing)
     yield "cut", f"{figures['truncated']:,}"
     yield "duplicates", f"{figures['duplicates']:,} exact, {figures['near_duplicates']:,} near"
     counted = sum(figures["languages"].values())
@@ -180,6 +222,17 @@ def rows_of(figures: dict[str, Any], limit: int | None) -> Iterator[tuple[str, s
         yield "labels", ", ".join(f"{label}: {count:,}" for label, count in ranked[:10]) + more
     for file, found in figures["sources"].items():
         yield "source", f"{file}: {found['records']:,} records, {found['tokens']:,} tokens"
+
+
+def _packs(packing: dict[str, Any]) -> str:
+    packs, steps = count_of(packing["packs"], "pack"), count_of(packing["steps"], "step")
+    return f"{packs} of at most {packing['capacity']:,} tokens in {steps} an epoch, {_percent(packing['fill'])} full"
+
+
+def _saved(packing: dict[str, Any]) -> str:
+    held = f"batches of {packing['batch_size']}" if packing["batch_size"] else "packs padded to their longest"
+    padding = packing["padding"]
+    return f"{padding['tokens']:,} pad tokens ({_percent(padding['share'])}) that {held} would hold"
 
 
 def _percent(share: float) -> str:
@@ -208,12 +261,13 @@ def _findings(view: View, out: Console) -> None:
         if len(group.findings) > _LISTED:
             out.print(Text(f"  … and {len(group.findings) - _LISTED:,} more (--json lists all)", "dim"))
         out.print(Text(f"  mend: {group.findings[0].mend}.", "italic"), soft_wrap=not out.is_terminal)
-    what = f"{_count(errors, 'error')}, {_count(len(view.findings) - errors, 'warning')}"
+    what = f"{count_of(errors, 'error')}, {count_of(len(view.findings) - errors, 'warning')}"
     colour = "bold red" if errors else "bold yellow" if view.findings else "bold green"
     out.print(Text(f"audit: {what if view.findings else 'nothing found'}", colour))
 
 
-def _count(number: int, what: str) -> str:
+def count_of(number: int, what: str) -> str:
+    """``2 errors``, ``1 error``."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 

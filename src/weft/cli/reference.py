@@ -73,10 +73,13 @@ JOB_KEYS: dict[str, str] = {
     "label_column": "classification: the column with the label, likewise",
     "steps": "optimizer steps; wins over `epochs`",
     "epochs": "passes over the data",
-    "batch_size": "sequences per forward pass",
-    "batch_tokens": "instead of `batch_size`: fill every forward pass with whole sequences up to this many tokens; "
+    "batch_size": "records per optimizer step, times `gradient_accumulation_steps`",
+    "pack_tokens": "the most tokens that go through the model at once: a step's records are packed into as few passes "
+    "as best fit finds; default: the tokens of the fullest batch of the first epoch ([data.md](data.md))",
+    "batch_tokens": "instead of `batch_size`: a step is packs of whole records up to this many tokens; "
     "`auto`: `batch_size` times `max_length` ([data.md](data.md))",
-    "gradient_accumulation_steps": "forward passes per optimizer step",
+    "gradient_accumulation_steps": "makes a step of that many batches; what goes through the model at once stays as "
+    "large as one of them",
     "optimizer": "torch's own",
     "learning_rate": "default: the usual one of the method (below); of several methods in one job each its own",
     "adam_betas": "AdamW's decay rates; `adam_beta1` and `adam_beta2` set one",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationTask
-from weft.data import Renderer, Source, load_labelled, parse_sources, split_by_hash, split_holdout
+from weft.data import Mixture, Renderer, Sample, Source, load_labelled, parse_sources, split_by_hash, split_holdout
 from weft.data.auditing.base import Facts, Item, Split
 from weft.data.auditing.items import labelled_items, read_items
 from weft.data.sources import content_key
+from weft.models import Base
 from weft.models.load import load_tokenizer, sketch_base
+from weft.train.batches import Batches
+from weft.train.packing import Packing
 from weft.train.reader import data_files
 from weft.train.run import make_renderer
 from weft.train.settings import JobConfig, RunConfig
@@ -19,12 +23,16 @@ from weft.train.settings import JobConfig, RunConfig
 
 @dataclass(frozen=True)
 class Examined:
-    """The data that some of the jobs (``names``) share. ``left_out``: records with an empty answer that are skipped."""
+    """The data that some of the jobs (``names``) share, and how they pack it. ``left_out``: records that are skipped.
+
+    ``windows``: with ``documents: joined`` what the model is given instead of the records.
+    """
 
     names: tuple[str, ...]
     items: list[Item]
     facts: Facts
-    batch_size: int
+    packings: list[Packing] = field(default_factory=list)
+    windows: list[Item] = field(default_factory=list)
     left_out: int = 0
 
     @property
@@ -35,12 +43,26 @@ class Examined:
 
 @dataclass(frozen=True)
 class _Outline:
-    """What of a base decides how text is rendered for it."""
+    """What of a base decides how text is rendered for it, and ``sketch``: it without weights, if it is there."""
 
     tokenizer: Any
     max_length: int | None
     task: Literal["causal_lm", "seq2seq"]
     bidirectional: bool
+    sketch: Base | None = None
+
+    def virtual_tokens(self, job: JobConfig, classes: ClassificationTask | None) -> int:
+        """How many learned tokens the job's adapter puts into every sequence (0 if there is but a tokenizer)."""
+        if self.sketch is None:
+            return 0
+        adapters = Adapters(self.sketch.model, self.sketch.architecture)
+        try:
+            method = job.method_config()
+            return adapters.add(
+                job.name, method, tokenizer=self.tokenizer, classification=classes, blank=True
+            ).num_virtual_tokens
+        finally:
+            adapters.close()
 
 
 def examine(config: RunConfig) -> list[Examined]:
@@ -51,7 +73,8 @@ def examine(config: RunConfig) -> list[Examined]:
     """
     places, outline = data_files(config), _outline(config)
     renderer = make_renderer(config, outline.tokenizer, outline.max_length)
-    unlimited = make_renderer(config.model_copy(update={"max_length": None}), outline.tokenizer, None)
+    whole = config.model_copy(update={"max_length": None, "documents": "separate"})
+    unlimited = make_renderer(whole, outline.tokenizer, None)
     groups: dict[Any, list[JobConfig]] = {}
     for job in config.jobs:
         columns = (job.labels, job.text_columns, job.label_column) if job.task == "sequence_classification" else None
@@ -68,9 +91,8 @@ def _outline(config: RunConfig) -> _Outline:
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
         return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", False)
     base = sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
-    return _Outline(
-        base.tokenizer, base.architecture.max_length, base.architecture.task, base.architecture.bidirectional
-    )
+    known = base.architecture
+    return _Outline(base.tokenizer, known.max_length, known.task, known.bidirectional, base)
 
 
 class _Reader:
@@ -83,34 +105,77 @@ class _Reader:
     def group(self, jobs: list[JobConfig]) -> Examined:
         config, job = self.config, jobs[0]
         held = job.eval_data or config.eval_data
-        items, left_out, classes = self._read(job.data or config.data, job, "train", None)
+        sources, left_out, classes = self._read(job.data or config.data, job, "train", None)
+        items = [item for source in sources for item in source]
+        held_out: set[int] = set()
         if held is not None:
             more, skipped, _ = self._read(held, job, "eval", classes)
-            items, left_out = items + more, left_out + skipped
+            items, left_out = items + [item for source in more for item in source], left_out + skipped
         else:
-            train, rest = self._split(items)
-            for item in rest:
-                item.split = "eval"
-            items = train + rest
+            held_out = self._hold_out([item for item in items if item.samples])
+            items = [i for i in items if i.split == "train"] + [i for i in items if i.split == "eval"]
         own = self.outline.tokenizer.chat_template if config.chat_template else None
         task = "seq2seq" if self.outline.task == "seq2seq" else "causal_lm"
         facts = Facts(self.renderer, task, own or None, self.renderer.max_length)
-        return Examined(tuple(job.name for job in jobs), items, facts, job.batch_size, left_out)
+        trained = [[s for item in source for s in item.samples if id(s) not in held_out] for source in sources]
+        windows: list[Item] = []
+        if job.task != "sequence_classification" and config.documents == "joined":
+            trained = [list(self.renderer.join(samples)) for samples in trained]
+            windows = [Item("train", s.source, samples=(s,), length=len(s.input_ids)) for t in trained for s in t]
+        packings = self._packings(jobs, trained, classes)
+        return Examined(tuple(job.name for job in jobs), items, facts, packings, windows, left_out)
 
-    def _split(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+    def _hold_out(self, items: list[Item]) -> set[int]:
+        """Mark the records that training would not train on, and give the ids of their samples.
+
+        Of a text in several windows some may be held out; the record then still counts as one to train on.
+        """
         config = self.config
         if config.eval_split is not None:
-            return split_by_hash(items, [content_key(item.example or item.text) for item in items], config.eval_split)
-        return split_holdout(items, config.eval_size if config.eval_size < len(items) else 0, seed=0)
+            keys = [content_key(item.example or item.text) for item in items]
+            held = [sample for item in split_by_hash(items, keys, config.eval_split)[1] for sample in item.samples]
+        else:
+            samples = [sample for item in items for sample in item.samples]
+            held = split_holdout(samples, config.eval_size if config.eval_size < len(samples) else 0, seed=0)[1]
+        out = set(map(id, held))
+        for item in items:
+            item.split = "eval" if all(id(sample) in out for sample in item.samples) else "train"
+        return out
+
+    def _packings(
+        self, jobs: list[JobConfig], sources: list[list[Sample]], classes: ClassificationTask | None
+    ) -> list[Packing]:
+        """How the jobs pack the samples of these sources; those that do it alike come together."""
+        samples = [sample for source in sources for sample in source]
+        if not samples:
+            return []
+        weights = tuple(
+            source.weight for source in parse_sources(jobs[0].data or self.config.data) if source.weight is not None
+        )
+        mixture = Mixture(tuple(map(len, sources)), weights or None)
+        alike: dict[Any, list[JobConfig]] = {}
+        for job in jobs:
+            keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
+            alike.setdefault((*keys, self.outline.virtual_tokens(job, classes)), []).append(job)
+        return [
+            Packing(
+                tuple(job.name for job in same),
+                samples,
+                Batches(same[0], samples, virtual=key[-1], mixture=mixture),
+            )
+            for key, same in alike.items()
+        ]
 
     def _read(
         self, data: Any, job: JobConfig, split: Split, classes: ClassificationTask | None
-    ) -> tuple[list[Item], int, ClassificationTask | None]:
-        items: list[Item] = []
+    ) -> tuple[list[list[Item]], int, ClassificationTask | None]:
+        """The records of each source, how many were left out, the classes."""
+        items: list[list[Item]] = []
         left_out = 0
         for source in parse_sources(data):
             found, skipped, classes = self._source(source, job, split, classes)
-            items, left_out = items + found, left_out + skipped
+            items.append(found)
+            left_out += skipped
         return items, left_out, classes
 
     def _source(

@@ -148,9 +148,9 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter = adapters.add(
                 job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
             )
-            adapter.begin_training(Batches(
-                job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture
-            ).total_steps)
+            adapter.begin_training(
+                Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
+            )
             learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
             _check_lengths(job.name, learned, Chain((data.train, data.held)), sketch)
     finally:

@@ -37,6 +37,7 @@ class JobConfig(BaseModel):
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=8, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
+    pack_tokens: int | None = Field(default=None, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float | None = Field(default=None, gt=0)
@@ -76,6 +77,9 @@ class JobConfig(BaseModel):
             raise ValueError(f"adam_betas {self.adam_betas}: both must lie in [0, 1)")
         if self.early_stopping_patience is not None and self.eval_steps is None:
             raise ValueError("early_stopping_patience needs eval_steps: without evaluation nothing can stop early")
+        if self.batch_tokens is not None and self.pack_tokens is not None:
+            raise ValueError("batch_tokens and pack_tokens exclude each other: what goes through the model at once "
+                             "is already limited by batch_tokens")  # fmt: skip
         method = self.method_config()
         for part in method.parts if isinstance(method, CombinedConfig) else (method,):
             if self.task not in part.tasks:

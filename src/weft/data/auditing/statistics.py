@@ -1,4 +1,4 @@
-"""Figures of a data set: how long its records are, what is learned of them, what packing saves, which languages."""
+"""Figures of a data set: how long its records are, what is learned of them, which languages."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from weft.data.auditing.stream import Tokens
 _BARS = 12
 
 
-def statistics(items: Sequence[Item], *, batch_size: int, findings: Iterable[Finding] = ()) -> dict[str, Any]:
+def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> dict[str, Any]:
     """Figures of the records of one split, as JSON holds them.
 
-    ``padding`` is what batches of ``batch_size`` in random order would hold if they were padded to their longest
-    sequence (packs hold none). ``duplicates`` are counted from ``findings``.
+    ``duplicates`` are counted from ``findings``.
     """
     usable = [item for item in items if item.samples]
     samples = [sample for item in usable for sample in item.samples]
     tokens = Tokens(samples)
-    inputs = np.array([len(sample.input_ids) for sample in samples], np.int64)
-    learned, total = int(tokens.learned.sum()), int(inputs.sum()) + _targets(tokens)
+    learned = int(tokens.learned.sum())
+    total = sum(len(sample.input_ids) + len(sample.target_ids) for sample in samples)
     mine = {item.source for item in items}
     copies = Counter(finding.code for finding in findings if finding.source in mine)
     result: dict[str, Any] = {
@@ -40,7 +39,6 @@ def statistics(items: Sequence[Item], *, batch_size: int, findings: Iterable[Fin
         "learned_tokens": learned,
         "learned_share": round(learned / total, 4) if total else 0.0,
         "weights": _weights(tokens),
-        "padding": _padding(inputs, batch_size),
         "truncated": sum(item.length > sum(len(sample.input_ids) for sample in item.samples) for item in usable),
         "duplicates": copies["duplicate"],
         "near_duplicates": copies["near-duplicate"],
@@ -51,10 +49,6 @@ def statistics(items: Sequence[Item], *, batch_size: int, findings: Iterable[Fin
     if labels:
         result["labels"] = dict(labels.most_common())
     return result
-
-
-def _targets(tokens: Tokens) -> int:
-    return sum(len(sample.target_ids) for sample in tokens.samples)
 
 
 def _lengths(lengths: np.ndarray[Any, Any]) -> dict[str, int]:
@@ -85,16 +79,6 @@ def _weights(tokens: Tokens) -> dict[str, int]:
     """How many tokens have each loss weight."""
     values, counts = np.unique(tokens.weights, return_counts=True)
     return {f"{value:g}": int(count) for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
-
-
-def _padding(lengths: np.ndarray[Any, Any], batch_size: int) -> dict[str, Any]:
-    order = np.random.default_rng(0).permutation(len(lengths))
-    padded = sum(
-        int(batch.max()) * len(batch)
-        for batch in (lengths[order[first : first + batch_size]] for first in range(0, len(lengths), batch_size))
-    )
-    saved = padded - int(lengths.sum())
-    return {"batch_size": batch_size, "tokens": saved, "share": round(saved / padded, 4) if padded else 0.0}
 
 
 def _sources(items: Iterable[Item]) -> dict[str, dict[str, int]]:
