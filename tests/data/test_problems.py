@@ -116,7 +116,36 @@ def test_nothing_left_is_an_error_that_lists(tmp_path: Path) -> None:
     path.write_text('{"foo": 1}\n' * 30)
     with pytest.raises(UserError, match="30 records cannot be used") as error:
         load_samples(path, RENDERER, on_bad_record="skip")
-    assert str(error.value).count("a.jsonl:") == 20
+    assert f"a.jsonl: lines {', '.join(map(str, range(1, 21)))} ... and more" in str(error.value)
+
+
+def test_what_all_have_in_common_is_said_once(tmp_path: Path) -> None:
+    """A whole file that is made for another purpose, with other records before it or not."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 500)
+    with pytest.raises(UserError) as error:
+        load_samples(pairs, RENDERER)
+    said = str(error.value).splitlines()
+    assert len(said) == 3
+    assert said[0].startswith("more than 20 records cannot be used, the first all for one reason: this is a preference")
+    assert said[1] == f"  {pairs}: lines {', '.join(map(str, range(1, 21)))} ... and more"
+    assert "on_bad_record: skip" in said[2]
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n{}\n{"foo": 1}\n')
+    with pytest.raises(UserError) as error:
+        load_samples(tmp_path, RENDERER)
+    assert len(str(error.value).splitlines()) == 23, "of several kinds each is listed"
+
+
+def test_what_two_files_have_in_common() -> None:
+    problems = Problems()
+    for path, line, column in (("a", 3, None), ("b", 5, 7), ("a", 9, None), ("c", None, None)):
+        assert "one reason" not in str(problems.error() if problems.count else ""), "three are listed"
+        problems.add(Problem("nul", path, "a NUL.", line, column))
+    said = str(problems.error()).splitlines()
+    assert said[0] == "4 records cannot be used, all for one reason: a NUL."
+    assert said[1:4] == ["  a: lines 3, 9", "  b: line 5:7", "  c"]
+    problems.add(Problem("render", "a", "a NUL.", 10))
+    assert "one reason" not in str(problems.error()), "of another kind"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from weft.models import hub
         ("shibing624/alpaca-zh", True),
         ("owner/name:data/train.json", True),
         ("owner/name.v2", True),
+        ("owner/name:validation", True),
+        ("owner/name:20231101.en/train", True),
         ("data/train.json", False),
         ("train.json", False),
         ("../x/train", False),
@@ -54,13 +56,10 @@ def test_one_file_is_taken_and_of_several_the_named_one(monkeypatch: pytest.Monk
     assert hub.fetch_dataset("owner/name") == Path("/cache/owner/name/alpaca.json")
     with_files(monkeypatch, ["a.json", "b.jsonl"])
     assert hub.fetch_dataset("owner/name:b.jsonl") == Path("/cache/owner/name/b.jsonl")
-    with pytest.raises(UserError, match=r"several data files: a\.json, b\.jsonl\. Name one: owner/name:<file>"):
-        hub.fetch_dataset("owner/name")
     with pytest.raises(UserError, match=r"no such file there; there are: a\.json"):
         hub.fetch_dataset("owner/name:c.json")
-    with_files(monkeypatch, ["builder.py"])
-    with pytest.raises(UserError, match=r"no file that Weft reads.*save_to_disk\('name'\)"):
-        hub.fetch_dataset("owner/name")
+    with_files(monkeypatch, ["README.md", "dataset_infos.json", "train.csv"])
+    assert hub.fetch_dataset("owner/name") == Path("/cache/owner/name/train.csv")
 
 
 def test_parts_of_one_data_set_are_named_by_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:

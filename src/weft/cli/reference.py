@@ -14,8 +14,8 @@ from weft.train.settings import JobConfig, RunConfig
 # What the keys mean; a test sees to it that none is missing and none is left over.
 RUN_KEYS: dict[str, str] = {
     "model": "the base: a Hugging Face folder, a hub id, or an embedded model (`tiny-llama`, `tiny-bloom`)",
-    "data": "training data: a file, a folder, a pattern, a list of them, or `0.7*a.jsonl + 0.3*b.jsonl`; a job may "
-    "have its own ([data.md](data.md))",
+    "data": "training data: a file, a folder, a pattern, a hub's data set (`owner/name`, `owner/name:split`), a list "
+    "of them, or `0.7*a.jsonl + 0.3*b.jsonl`; a job may have its own ([data.md](data.md))",
     "jobs": "one mapping per job; or leave it out, and `method: [lora, prefix_tuning]` makes one job per method",
     "output_dir": "folder of the run",
     "overwrite_output_dir": "delete the run that is in `output_dir` (anything else there is never deleted)",

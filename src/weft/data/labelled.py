@@ -1,7 +1,8 @@
 """Classification data: a file of texts with a label each, to samples with the number of their class.
 
 Which columns hold the texts and which the label is told from their names, or by the user; a file that is not clear is
-refused, for a model trained on the wrong column looks like one that learns badly.
+refused, for a model trained on the wrong column looks like one that learns badly. Records that cannot be used are
+Problems, as everywhere.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
 from typing import Any, NoReturn
 
 from weft.data.formats.examples import Message
 from weft.data.formats.labels import LABELS, TEXTS, label_name, text_of
-from weft.data.reading.records import Record, first_rows, read_records
+from weft.data.problems import Problem, Problems, about_record
+from weft.data.reading.records import Record, first_rows, iter_items
 from weft.data.rendering.render import Renderer
 from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
 from weft.errors import UserError, nearest
@@ -23,9 +27,7 @@ from weft.errors import UserError, nearest
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
-_PEEK = 50  # rows that a table without a header is recognised from
-
-
+_PEEK = 50  # rows that a table without a header, and the columns, are recognised from
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +35,23 @@ logger = logging.getLogger(__name__)
 class _Columns:
     texts: tuple[str, ...]
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """What became of one record: the ``name`` of its class and a ``sample`` without its number, or a ``problem``.
+
+    ``dropped``: left out for its length. A record behind the limit has a name only. ``fields`` are those of a record
+    that was read and refused.
+    """
+
+    source: str
+    name: str = ""
+    sample: Sample | None = None
+    dropped: bool = False
+    problem: Problem | None = None
+    too_long: bool = False
+    fields: Mapping[str, Any] | None = None
 
 
 def load_labelled(
@@ -46,57 +65,150 @@ def load_labelled(
     encoder: bool | None = None,
     as_chat: bool = False,
     pair_separator: str = "\n",
+    problems: Problems | None = None,
 ) -> tuple[list[Sample], tuple[str, ...]]:
     """Read the first ``limit`` labelled records of a file: ``(samples, label names)``; ``Sample.label`` is an index.
 
-    ``labels`` names the classes in order; without it they are the file's own (all of it, whatever ``limit``), numbers
-    by size and names by code point. ``encoder`` True encodes as the tokenizer itself does for one or two texts (BERT:
-    ``[CLS] a [SEP] b [SEP]``); False joins the texts by ``pair_separator`` after a BOS, if there is one; None does the
-    first where the tokenizer puts tokens after a text. ``as_chat`` makes the joined texts a user's message of the chat
-    template. Raises UserError, naming file and line, for columns that are not clear, a label that is not in
-    ``labels``, and a record longer than the renderer's ``max_length`` (unless it truncates).
+    ``labels`` names the classes in order; without it they are those of the file's good records (all of it, whatever
+    ``limit``), numbers by size and names by code point. ``encoder`` True encodes as the tokenizer itself does for one
+    or two texts (BERT: ``[CLS] a [SEP] b [SEP]``); False joins the texts by ``pair_separator`` after a BOS, if there is
+    one; None does the first where the tokenizer puts tokens after a text. ``as_chat`` makes the joined texts a user's
+    message of the chat template. Records that cannot be used go to ``problems``, which the caller checks; without it up
+    to 20 are listed in one error: what the file's reader refuses, a text or a label that is missing, a label that is
+    not in ``labels``, a record longer than the renderer's ``max_length`` (unless it truncates).
+    Raises UserError for columns that are not clear, a single class, and where no sample is left.
+    """
+    mine = problems if problems is not None else Problems()
+    known = given_labels(labels)
+    kept: list[tuple[Sample, str]] = []
+    names: dict[str, str] = {}
+    dropped: list[str] = []
+    refused = 0
+    for one in iter_labelled(
+        path,
+        renderer,
+        labels=labels,
+        text_columns=text_columns,
+        label_column=label_column,
+        limit=limit,
+        encoder=encoder,
+        as_chat=as_chat,
+        pair_separator=pair_separator,
+    ):
+        if one.problem is not None:
+            refused += 1
+            mine.add(one.problem)
+            continue
+        names.setdefault(one.name, one.source)
+        if one.sample is not None:
+            kept.append((one.sample, one.name))
+        elif one.dropped:
+            dropped.append(one.source)
+    if problems is None:
+        mine.check(str(path))
+    if dropped:
+        logger.warning("%s: left out %d records longer than max_length (the first: %s)", path, len(dropped), dropped[0])
+    if refused and (not kept or (mine.on_bad_record == "error" and known is None)):
+        raise mine.error()
+    classes = known or _several(names, refused)
+    if not kept:
+        raise UserError(f"{path}: every record is longer than max_length {renderer.max_length}; nothing is left.")
+    number = {name: index for index, name in enumerate(classes)}
+    return [replace(sample, label=number[name]) for sample, name in kept], classes
+
+
+def iter_labelled(
+    path: str | os.PathLike[str],
+    renderer: Renderer,
+    *,
+    labels: Sequence[str] | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    limit: int | None = None,
+    encoder: bool | None = None,
+    as_chat: bool = False,
+    pair_separator: str = "\n",
+) -> Iterator[Labelled]:
+    """What becomes of each record of a file, in order; the arguments are those of ``load_labelled``.
+
+    Raises UserError for what is wrong with the settings: columns that are not there or not clear, options that exclude
+    each other.
     """
     own = bool(renderer.encoder.tail) and not as_chat if encoder is None else encoder
     if own and as_chat:
         raise UserError(
             "as_chat and encoder exclude each other: an encoder's tokenizer has no chat template. Drop one."
         )
-    known = _given(labels)
+    known = given_labels(labels)
     header = _missing_header(path, text_columns, label_column)
-    records = read_records(path, limit=None if known is None else limit, header=header)
-    columns = _columns(records[0], text_columns, label_column)
+    # Without `labels` the classes are those of the whole file.
+    items = iter_items(path, limit=None if known is None else limit, header=header)
+    head: list[Record | Problem] = []
+    for item in items:
+        if isinstance(item, Record):
+            head = [item, *islice(items, _PEEK - 1)]
+            break
+        yield Labelled(item.place, problem=item)
+    if not head:
+        return
+    columns = _columns([item for item in head if isinstance(item, Record)], text_columns, label_column)
     if own and len(columns.texts) > 2:
         raise UserError(
             f"text_columns names {len(columns.texts)} columns; an encoder takes one text or a pair of them."
         )
-    found = [label_name(record, columns.label) for record in records]
-    names = known or _sorted(found, records, columns.label)
-    number = {name: index for index, name in enumerate(names)}
-    samples, dropped = [], []
-    for record, name in list(zip(records, found, strict=True))[:limit]:
-        if name not in number:
-            raise UserError(
-                f"{record.source}: the label '{name}' is none of the labels {', '.join(names)}.{nearest(name, names)} "
-                "Correct the record, or add it to `labels`."
-            )
+    encode = partial(unlabelled_sample, renderer, encoder=own, as_chat=as_chat, pair_separator=pair_separator)
+    number = 0
+    for item in chain(head, items):
+        if isinstance(item, Problem):
+            yield Labelled(item.place, problem=item)
+        else:
+            number += 1
+            wanted = limit is None or number <= limit
+            yield _labelled(item, columns, known, encode if wanted else None, renderer.truncation)
+
+
+def _labelled(
+    record: Record,
+    columns: _Columns,
+    known: Sequence[str] | None,
+    encode: Callable[[list[str], str], Sample] | None,
+    truncation: str,
+) -> Labelled:
+    """One record; without ``encode`` its class only."""
+    source = record.source
+    kind = "label"
+    try:
+        name = label_name(record, columns.label)
+        _check_name(name, record, columns.label, known)
+        if encode is None:
+            return Labelled(source, name)
+        kind = "format"
         texts = [text_of(record, column) for column in columns.texts]
         if not any(text.strip() for text in texts):
-            raise UserError(f"{record.source}: {_quoted(columns.texts)} is empty. Remove the record.")
-        try:
-            unlabelled = unlabelled_sample(
-                renderer, texts, record.source, encoder=own, as_chat=as_chat, pair_separator=pair_separator
-            )
-        except TooLongError:
-            if renderer.truncation != "drop":
-                raise
-            dropped.append(record.source)
-            continue
-        samples.append(replace(unlabelled, label=number[name]))
-    if dropped:
-        logger.warning("%s: left out %d records longer than max_length (the first: %s)", path, len(dropped), dropped[0])
-    if not samples:
-        raise UserError(f"{path}: every record is longer than max_length {renderer.max_length}; nothing is left.")
-    return samples, names
+            raise UserError(f"{source}: {_quoted(columns.texts)} is empty. Remove the record.")
+        kind = "render"
+        return Labelled(source, name, encode(texts, source))
+    except UserError as error:
+        too_long = isinstance(error, TooLongError)
+        if too_long and truncation == "drop":
+            return Labelled(source, name, dropped=True)
+        problem = about_record(error, source, kind)
+        if problem is None:
+            raise
+        return Labelled(source, problem=problem, too_long=too_long, fields=record.fields)
+
+
+def _check_name(name: str, record: Record, column: str, known: Sequence[str] | None) -> None:
+    if known is None and _FRACTION.fullmatch(name):
+        raise UserError(
+            f"{record.source}: '{column}' is {name}, a score and not a class. Scores are not learned; if they are "
+            "classes all the same, list them in `labels`."
+        )
+    if known is not None and name not in known:
+        raise UserError(
+            f"{record.source}: the label '{name}' is none of the labels {', '.join(known)}.{nearest(name, known)} "
+            "Correct the record, or add it to `labels`."
+        )
 
 
 def unlabelled_sample(
@@ -135,8 +247,8 @@ def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
         renderer.limit.cut_ids(encoded["input_ids"], source, "the record")  # raises, unless the policy is to cut
         if renderer.truncation != "right":
             raise UserError(
-                f"{source}: an encoder's texts are cut by `truncation: right` only (the longer of two first), not by "
-                f"`{renderer.truncation}`."
+                f"an encoder's texts are cut by `truncation: right` only (the longer of two first), not by "
+                f"`{renderer.truncation}`; {source} is too long."
             )
         room = limit - tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
         if room < len(texts):
@@ -156,8 +268,9 @@ def _missing_header(
     """The columns of a table without a header row, if it is one that can be told: CoLA's, or a text and a number."""
     rows = first_rows(path, _PEEK)
     named = {*(text_columns or ()), label_column}
-    if not rows or named & set(rows[0]) or len({len(row) for row in rows}) > 1:
+    if not rows or named & set(rows[0]):
         return None
+    rows = [row for row in rows if len(row) == len(rows[0])]  # the others are bad records
     # CoLA's own release: source, label, the author's mark, sentence.
     if len(rows[0]) == 4 and all(row[1] in ("0", "1") and set(row[2]) <= {"*", "?"} for row in rows):
         return ("source", "label", "mark", "sentence")
@@ -168,7 +281,9 @@ def _missing_header(
     return None
 
 
-def _columns(record: Record, text_columns: Sequence[str] | None, label_column: str | None) -> _Columns:
+def _columns(head: Sequence[Record], text_columns: Sequence[str] | None, label_column: str | None) -> _Columns:
+    """By the names of all fields of the first records: one of them alone may lack its text or its label."""
+    record = Record({name: None for one in head for name in one.fields}, head[0].source)
     found = {name.strip().lower(): name for name in record.fields}
     for name in [*(text_columns or ()), *([label_column] if label_column else [])]:
         if name not in record.fields:
@@ -211,7 +326,8 @@ def _quoted(names: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------------------------------------- values
 
 
-def _given(labels: Sequence[str] | None) -> tuple[str, ...] | None:
+def given_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The classes as the user names them. Raises UserError for fewer than two, and for one that stands twice."""
     if labels is None:
         return None
     names = () if isinstance(labels, str) else tuple(str(name).strip() for name in labels)
@@ -220,19 +336,21 @@ def _given(labels: Sequence[str] | None) -> tuple[str, ...] | None:
     return names
 
 
-def _sorted(found: Sequence[str], records: Sequence[Record], column: str) -> tuple[str, ...]:
-    """The labels of a file in their order: by number if all are numbers, else by name."""
-    for record, name in zip(records, found, strict=True):
-        if _FRACTION.fullmatch(name):
-            raise UserError(
-                f"{record.source}: '{column}' is {name}, a score and not a class. Scores are not learned; if they are "
-                "classes all the same, list them in `labels`."
-            )
-    names = set(found)
+def _several(names: Mapping[str, str], refused: int) -> tuple[str, ...]:
+    """The classes of a file, given with the place of the first record of each, in their order."""
     if len(names) == 1:
+        ((name, source),) = names.items()
+        left_out = f" ({refused} bad records were left out.)" if refused else ""
         raise UserError(
-            f"{records[0].source}: every record has the label '{found[0]}', so there is nothing to tell apart. "
+            f"{source}: every record has the label '{name}', so there is nothing to tell apart. "
             "Is it the right column (`label_column`)? List the classes in `labels` if the others occur elsewhere."
+            f"{left_out}"
         )
+    return in_order(names)
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes by number if all are numbers, else by code point."""
+    names = tuple(names)
     numeric = all(_NUMBER.fullmatch(name) for name in names)
     return tuple(sorted(names, key=lambda name: (float(name) if numeric else 0.0, name)))

@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -21,6 +21,7 @@ from weft.errors import UserError, nearest
 
 OnBadRecord = Literal["error", "skip", "report"]
 SHOWN = 20
+_FEW = 3  # so many are listed one by one, even if all say the same
 logger = logging.getLogger(__name__)
 
 
@@ -65,6 +66,7 @@ KINDS: dict[str, str] = {
     "empty_file": "a file without records",
     "format": "fields that fit no format, are of a wrong type, or cannot be learned from",
     "empty_answer": "an empty answer",
+    "label": "classification: a label that is missing, not one of `labels`, or a score",
     "render": "a record that the template or the length refuses",
 }
 
@@ -136,16 +138,24 @@ class Problems:
         if self.count == 1:
             only = self.first[0]
             return self._errors[only.kind](str(only)) if only.kind in self._errors else BadRecordError(only)
-        lines = [f"  {problem}" for problem in self.first]
-        more = self.count - len(self.first)
-        if more:
-            lines.append("  ... and more")
+        more = self.count > len(self.first)
         number = f"more than {SHOWN}" if more and self.on_bad_record == "error" else str(self.count)
+        same = len(self.first) > _FEW and len({(problem.kind, problem.what) for problem in self.first}) == 1
+        if same:
+            lines = _places(self.first)
+            reason = self.first[0].what
+            title = f"{number} records cannot be used, {'the first all' if more else 'all'} for one reason: {reason}"
+        else:
+            lines, title = [f"  {problem}" for problem in self.first], f"{number} records cannot be used:"
+        if more and same:
+            lines[-1] += " ... and more"
+        elif more:
+            lines.append("  ... and more")
         lines.append(
             "Mend these records, or have them left out: on_bad_record: skip (logs how many), or report (lists them all "
             "in a file)."
         )
-        return UserError(f"{number} records cannot be used:\n" + "\n".join(lines))
+        return UserError("\n".join([title, *lines]))
 
     def check(self, what: str) -> None:
         """At the end of reading ``what``: raise what was found (``error``), or log it.
@@ -181,3 +191,15 @@ class Problems:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise UserError(f"bad_records_file {path} cannot be written: {error.strerror or error}.") from error
+
+
+def _places(problems: Sequence[Problem]) -> list[str]:
+    """Where problems stand, a line per file: ``a.jsonl: lines 3, 5:12``."""
+    files: dict[str, list[str]] = {}
+    for problem in problems:
+        place = ":".join(str(part) for part in (problem.line, problem.column) if part is not None)
+        files.setdefault(problem.path, []).extend([place] if place else [])
+    return [
+        f"  {path}" + (f": line{'s' if len(places) > 1 else ''} {', '.join(places)}" if places else "")
+        for path, places in files.items()
+    ]

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from weft.errors import UserError
+from weft.models.hub_datasets import SUFFIXES, HubSplit, first_line, listed, load_split, readable
 
 Hub = Literal["huggingface", "modelscope"]
-# What the data readers read.
-_TEXTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
-_PACKED = tuple(text + packed for text in _TEXTS for packed in (".gz", ".bz2", ".xz", ".zst"))
-_SUFFIXES = (*_TEXTS, *_PACKED, ".parquet", ".arrow")
 
 
 def fetch_model(name: str, hub: Hub = "huggingface") -> str:
@@ -31,56 +28,51 @@ def fetch_model(name: str, hub: Hub = "huggingface") -> str:
     try:
         return str(snapshot_download(name, ignore_file_pattern=[r"\.bin$", r"\.pth?$"]))
     except Exception as error:  # whatever its client raises
-        raise UserError(f"ModelScope has no model {name!r}, or cannot be reached: {_first_line(error)}") from error
+        raise UserError(f"ModelScope has no model {name!r}, or cannot be reached: {first_line(error)}") from error
 
 
 def is_dataset_id(data: str) -> bool:
-    """Whether ``data`` reads as ``owner/name`` (or ``owner/name:file``) of a hub rather than as a file."""
-    if Path(data).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[][\w./*?-]+)?", data):
+    """Whether ``data`` reads as ``owner/name`` (or ``owner/name:what of it``) of a hub rather than as a file."""
+    if Path(data).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[][\w./*?+=,@-]+)?", data):
         return False
     owner, _, name = data.partition("/")
-    return owner not in (".", "..") and not Path(owner).is_dir() and (":" in name or not name.endswith(_SUFFIXES))
+    return owner not in (".", "..") and not Path(owner).is_dir() and (":" in name or not name.endswith(SUFFIXES))
 
 
-def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path:
-    """Download the data file of a hub's data set (it is cached) and say where it lies.
+def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path | HubSplit:
+    """Download a hub's data set, or what of it is asked for (it is cached), and say where it lies.
 
-    ``owner/name`` must hold one data file; of several, one is chosen by ``owner/name:file``, or all that match a
-    pattern by ``owner/name:data/train-*.parquet``: the answer is then that pattern where they lie.
+    ``owner/name`` that holds one data file is that file; ``owner/name:file`` is one of several, and
+    ``owner/name:data/train-*.parquet`` all that match a pattern: the answer is then that pattern where they lie.
+    All else is read by the package ``datasets`` (``load_split``): the split ``train`` of ``owner/name``,
+    ``owner/name:split``, ``owner/name:configuration`` or ``owner/name:configuration/split``.
 
     Raises:
-        UserError: it is not there, holds no readable file or several, or the hub cannot be reached.
+        UserError: it is not there, it is not clear what is meant, or the hub cannot be reached.
     """
     name, _, wanted = data.partition(":")
     try:
         files = _list_files(name, hub)
-        readable = [file for file in files if file.endswith(_SUFFIXES) and Path(file).name != "README.txt"]
-        if wanted and wanted not in files:
-            matching = sorted(file for file in readable if _matches(file, wanted))
-            if not matching:
-                listed = ", ".join(readable) or "none to read"
-                raise UserError(f"data {data!r}: no such file there; there are: {listed}.")
+        found = readable(files)
+        if wanted in files or (not wanted and len(found) == 1):
+            return Path(_download(name, wanted or found[0], hub))
+        matching = sorted(file for file in found if _matches(file, wanted))
+        if matching:
             places = [_download(name, file, hub) for file in matching]
             return Path(places[0].removesuffix(matching[0])) / wanted
-        if not wanted and len(readable) != 1:
-            what = (
-                "several data files" if readable else f"no file that Weft reads ({', '.join(_TEXTS)}, .parquet, .arrow)"
-            )
-            listed = ", ".join(readable or files)
-            cure = f"Name one: {name}:<file>, or several by a pattern: {name}:<folder>/train-*.parquet."
-            if not readable:
-                cure = (
-                    f'Save it with the `datasets` package (pip install "weft[datasets]"): '
-                    f"datasets.load_dataset({name!r}, split='train').save_to_disk('{Path(name).name}'), and name that "
-                    "folder as data."
-                )
-            raise UserError(f"data {data!r} holds {what}: {listed}. {cure}")
-        return Path(_download(name, wanted or readable[0], hub))
+        if wanted.endswith(SUFFIXES) or any(mark in wanted for mark in "*?["):
+            raise UserError(f"data {data!r}: no such file there; there are: {listed(found) or 'none to read'}.")
+        if hub == "huggingface":
+            return load_split(data, name, files)
+        folder = _modelscope_dataset(name)
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():  # saved by `datasets`
+            return folder / wanted
+        return load_split(data, str(folder), files)
     except UserError:
         raise
     except Exception as error:  # whatever the hub's client raises
         raise UserError(
-            f"data {data!r} is no file here, and as a data set of {hub} it cannot be fetched: {_first_line(error)}"
+            f"data {data!r} is no file here, and as a data set of {hub} it cannot be fetched: {first_line(error)}"
         ) from error
 
 
@@ -112,8 +104,3 @@ def _modelscope_dataset(name: str) -> Path:
     except ImportError:
         raise UserError('hub: modelscope needs its package: pip install "weft[modelscope]".') from None
     return Path(dataset_snapshot_download(name))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

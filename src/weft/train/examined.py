@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationTask
-from weft.data import Mixture, Renderer, Sample, Source, load_labelled, parse_sources, split_by_hash, split_holdout
+from weft.data import Mixture, Renderer, Sample, Source, parse_sources, split_by_hash, split_holdout
 from weft.data.auditing.base import Facts, Item, Split
-from weft.data.auditing.items import labelled_items, read_items
+from weft.data.auditing.items import read_items, read_labelled_items
+from weft.data.reading.files import Place
 from weft.data.sources import content_key
 from weft.models import Base
 from weft.models.load import load_tokenizer, sketch_base
@@ -97,7 +98,7 @@ def _outline(config: RunConfig) -> _Outline:
 
 class _Reader:
     def __init__(
-        self, config: RunConfig, outline: _Outline, places: dict[str, Path], renderer: Renderer, unlimited: Renderer
+        self, config: RunConfig, outline: _Outline, places: dict[str, Place], renderer: Renderer, unlimited: Renderer
     ) -> None:
         self.config, self.outline, self.places = config, outline, places
         self.renderer, self.unlimited = renderer, unlimited
@@ -196,13 +197,14 @@ class _Reader:
             )
             return items, skipped, None
         labels = classes.labels if classes is not None else tuple(job.labels) if job.labels else None
-        samples, names = load_labelled(
+        items, dropped, names = read_labelled_items(
             path,
             self.renderer,
+            split=split,
             labels=labels,
             text_columns=job.text_columns,
             label_column=job.label_column,
             limit=source.limit or config.limit,
             encoder=self.outline.bidirectional,
         )
-        return labelled_items(samples, names, self.renderer, split), 0, ClassificationTask(names)
+        return items, dropped, ClassificationTask(names) if len(names) > 1 else None

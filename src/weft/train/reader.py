@@ -17,7 +17,7 @@ from weft.core.heads import ClassificationTask
 from weft.data import Mixture, Problems, Renderer, Sample, Source, load_labelled, parse_sources
 from weft.data.formats.detect import EmptyAnswerError
 from weft.data.load import Recipe, held_by_chance, iter_samples
-from weft.data.reading.files import find_files, unique
+from weft.data.reading.files import Place, Shards, find_files, unique
 from weft.data.sources import held_by_hash
 from weft.data.store import MEMORY, SampleStore
 from weft.data.views import chained, picked
@@ -47,12 +47,12 @@ class _Loaded:
 _Sides = tuple[list[Sequence[Sample]], list[Sequence[Sample]]]  # to train on, to evaluate on, by source
 
 
-def data_files(config: RunConfig) -> dict[str, Path]:
+def data_files(config: RunConfig) -> dict[str, Place]:
     """Where the data that the jobs name lies; what is on a hub is fetched.
 
     Raises UserError for what is not there, and for a file that one job would read twice.
     """
-    places: dict[str, Path] = {}
+    places: dict[str, Place] = {}
     for job in config.jobs:
         for data in (job.data or config.data, job.eval_data or config.eval_data):
             sources = parse_sources(data) if data is not None else ()
@@ -63,9 +63,10 @@ def data_files(config: RunConfig) -> dict[str, Path]:
     return places
 
 
-def _place(path: str, config: RunConfig) -> Path:
+def _place(path: str, config: RunConfig) -> Place:
     if is_dataset_id(path):
-        return fetch_dataset(path, config.data_hub or config.hub)
+        found = fetch_dataset(path, config.data_hub or config.hub)
+        return found if isinstance(found, Path) else Shards(found.name, found.files)
     if not Path(path).exists() and not any(mark in path for mark in "*?["):
         raise UserError(f"no data file at {path}.")
     return Path(path)
@@ -92,7 +93,7 @@ class Reader:
     """
 
     def __init__(
-        self, config: RunConfig, renderer: Renderer, architecture: Architecture, places: Mapping[str, Path]
+        self, config: RunConfig, renderer: Renderer, architecture: Architecture, places: Mapping[str, Place]
     ) -> None:
         self.config, self.renderer, self.architecture = config, renderer, architecture
         self.places = places
@@ -182,11 +183,6 @@ class Reader:
         self, sources: Sequence[Source], job: JobConfig, labels: tuple[str, ...] | None
     ) -> tuple[list[_Loaded], tuple[str, ...]]:
         """Classification data; the classes are those of ``labels`` or of the first source."""
-        if self.config.on_bad_record != "error":
-            raise UserError(
-                f"on_bad_record: {self.config.on_bad_record} is not for sequence_classification, whose records are all "
-                "read or refused. Leave it out, and mend the records that are named."
-            )
         loaded, names = [], labels
         for source in sources:
             key = (source.path, names, tuple(job.text_columns or ()), job.label_column, source.limit)
@@ -199,6 +195,7 @@ class Reader:
                     label_column=job.label_column,
                     limit=source.limit or self.config.limit,
                     encoder=self.architecture.bidirectional,
+                    problems=self.problems,
                 )
             samples, names = self.files[key]
             loaded.append(_Loaded(samples, [_token_key(sample) for sample in samples]))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 from weft.data.auditing.base import Item, Split, short
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, Tokenised
+from weft.data.labelled import given_labels, in_order, iter_labelled
 from weft.data.problems import Problem
 from weft.data.reading.records import Record, iter_items
 from weft.data.rendering.render import Renderer, Task
-from weft.data.rendering.sample import Sample, TooLongError
+from weft.data.rendering.sample import TooLongError
 from weft.errors import UserError
 
 
@@ -59,8 +61,11 @@ def read_items(
 
 
 def _refused(record: Record, split: Split, code: str, error: UserError) -> Item:
-    shown = short(json.dumps(record.fields, ensure_ascii=False, default=str))
-    return Item(split, record.source, problem=(code, _without(record.source, error)), shown=shown)
+    return Item(split, record.source, problem=(code, _without(record.source, error)), shown=_fields(record.fields))
+
+
+def _fields(fields: Mapping[str, Any]) -> str:
+    return short(json.dumps(fields, ensure_ascii=False, default=str))
 
 
 def make_item(example: SFT, split: Split = "train") -> Item:
@@ -88,16 +93,41 @@ def _said(message: Message) -> str:
     return message.content if not message.tool_calls else f"{message.content}\n{calls}".lstrip()
 
 
-def labelled_items(
-    samples: Iterable[Sample], labels: Sequence[str], renderer: Renderer, split: Split = "train"
-) -> list[Item]:
-    """The samples of ``load_labelled`` as Items; their text is what the tokens decode to."""
-    samples = list(samples)
-    texts = renderer.tokenizer.batch_decode([sample.input_ids for sample in samples], skip_special_tokens=True)
-    return [
-        Item(split, sample.source, None, (sample,), len(sample.input_ids), label=labels[sample.label or 0], text=text)
-        for sample, text in zip(samples, texts, strict=True)
-    ]
+def read_labelled_items(
+    path: str | os.PathLike[str],
+    renderer: Renderer,
+    *,
+    split: Split = "train",
+    labels: Sequence[str] | None = None,
+    **options: Any,
+) -> tuple[list[Item], int, tuple[str, ...]]:
+    """Every record of classification data as an Item, how many were left out for their length, and the classes.
+
+    ``options`` are those of ``iter_labelled``; an Item's text is what its tokens decode to. A record that training
+    refuses is an Item with a ``problem``. Raises UserError as ``iter_labelled`` does.
+    """
+    items: list[Item] = []
+    names: set[str] = set()
+    dropped = 0
+    for one in iter_labelled(path, renderer, labels=labels, **options):
+        if one.problem is not None:
+            code = "too-long" if one.too_long else "not-rendered" if one.problem.kind == "render" else "not-read"
+            item = Item(split, one.problem.place, problem=(code, one.problem.what))
+            item.shown = _fields(one.fields) if one.fields is not None else ""
+            items.append(item)
+            continue
+        names.add(one.name)
+        dropped += one.dropped
+        if one.sample is not None:
+            items.append(Item(split, one.source, None, (one.sample,), len(one.sample.input_ids), label=one.name))
+    good = [item for item in items if item.samples]
+    ids = [item.samples[0].input_ids for item in good]
+    texts = renderer.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of nothing it gives one
+    classes = given_labels(labels) or in_order(names)
+    number = {name: index for index, name in enumerate(classes)}
+    for item, text in zip(good, texts, strict=True):
+        item.text, item.samples = text, (replace(item.samples[0], label=number[item.label or ""]),)
+    return items, dropped, classes
 
 
 def _render(items: Sequence[Item], renderer: Renderer, unlimited: Renderer, task: Task) -> list[Item]:

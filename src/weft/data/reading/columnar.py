@@ -1,36 +1,56 @@
-"""Records of Parquet and Arrow files, and of folders that Hugging Face's ``datasets`` saved. ``path:7`` is row 7."""
+"""Records of Parquet and Arrow files, and of what Hugging Face's ``datasets`` saved or cached. ``path:7`` is row 7."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from weft.data.problems import Problem
-from weft.data.reading.files import is_saved_dataset, kind_of
+from weft.data.reading.arrow_values import Columns
+from weft.data.reading.files import Place, Shards, is_saved_dataset, kind_of
 from weft.data.reading.rows import Record, RowError, as_fields, check_nul
 from weft.errors import UserError
 
 _BATCH = 256  # rows; what is decoded at a time
 
 
-def read_columnar(path: Path) -> Iterator[Record | Problem]:
+def read_columnar(place: Place) -> Iterator[Record | Problem]:
     """The rows in order, batch by batch. Raises UserError without the package, and for a file that is none."""
-    batches = _saved(path) if is_saved_dataset(path) else _arrow(path)
+    if isinstance(place, Shards):
+        batches: Iterator[Any] = chain.from_iterable(map(_arrow, place.files))
+    else:
+        batches = _saved(place) if is_saved_dataset(place) else _arrow(place)
     number = 0
-    for rows in batches:
-        for row in rows:
+    columns: Columns | None = None
+    for batch in batches:
+        columns = columns or Columns(batch.schema)
+        for row in _rows(columns.plain(batch)):
             number += 1
             try:
-                fields = as_fields(row)
+                if isinstance(row, RowError):
+                    raise row
+                fields = as_fields(columns.row(row))
                 check_nul(fields)
             except RowError as fault:
-                yield Problem(fault.kind, str(path), fault.what, number)
+                yield Problem(fault.kind, str(place), fault.what, number)
             else:
-                yield Record(fields, f"{path}:{number}")
+                yield Record(fields, f"{place}:{number}")
 
 
-def _arrow(path: Path) -> Iterator[list[Any]]:
+def _rows(batch: Any) -> Iterable[Any]:
+    """The rows of a batch; one with a string that is no UTF-8 (Arrow does not look) is a RowError."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            what = f"byte 0x{error.object[error.start]:02x} of a string is not UTF-8. Repair or remove the record."
+            return [RowError("not_utf8", what)]
+    return chain.from_iterable(_rows(batch.slice(place, 1)) for place in range(batch.num_rows))
+
+
+def _arrow(path: Path) -> Iterator[Any]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as parquet
@@ -43,7 +63,7 @@ def _arrow(path: Path) -> Iterator[list[Any]]:
         if kind_of(path)[0] == ".parquet":
             with parquet.ParquetFile(path, memory_map=True) as file:
                 for batch in file.iter_batches(batch_size=_BATCH):
-                    yield batch.to_pylist()
+                    yield batch
             return
         with pa.memory_map(str(path)) as source:
             try:
@@ -54,7 +74,7 @@ def _arrow(path: Path) -> Iterator[list[Any]]:
                 batches = iter(pa.ipc.open_stream(source))  # what `datasets` writes
             for batch in batches:
                 for start in range(0, batch.num_rows, _BATCH):
-                    yield batch.slice(start, _BATCH).to_pylist()
+                    yield batch.slice(start, _BATCH)
     except (pa.ArrowException, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -62,7 +82,7 @@ def _arrow(path: Path) -> Iterator[list[Any]]:
         ) from error
 
 
-def _saved(path: Path) -> Iterator[list[Any]]:
+def _saved(path: Path) -> Iterator[Any]:
     datasets = _datasets(str(path))
     try:
         data = datasets.load_from_disk(str(path))
@@ -70,14 +90,9 @@ def _saved(path: Path) -> Iterator[list[Any]]:
         raise UserError(f"{path} cannot be read as a folder saved by `datasets`: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         raise UserError(f"{path} holds the splits {', '.join(data)}: name one, for instance {path / next(iter(data))}.")
-    yield from (list(batch) for batch in _batched(data))
-
-
-def _batched(data: Any) -> Iterator[list[Any]]:
+    tables = data.with_format("arrow")  # in the order of its indices, nothing decoded
     for start in range(0, len(data), _BATCH):
-        columns = data[start : start + _BATCH]
-        names = list(columns)
-        yield [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        yield tables[start : start + _BATCH]
 
 
 def _datasets(what: str) -> Any:

@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -38,6 +39,23 @@ _MAGIC = {
 _BESIDE = ("readme", "license", "licence", "dataset_info", "dataset_infos", "state", "dataset_dict")
 
 
+@dataclass(frozen=True)
+class Shards(os.PathLike[str]):
+    """The Arrow files of one split of a data set, in order; its records stand at ``name:row``, not in some cache."""
+
+    name: str
+    files: tuple[Path, ...]
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Place = Path | Shards
+
+
 class Bytes(Protocol):
     """What the readers ask of an open file."""
 
@@ -62,9 +80,11 @@ def is_saved_dataset(path: Path) -> bool:
 def find_files(path: str | os.PathLike[str]) -> list[Path]:
     """The data files of a file, a folder (with the folders in it) or a glob, sorted by path.
 
-    A folder that ``datasets`` has saved stands for itself. Raises UserError where there is no file, where a file is of
-    no known kind, and for a folder or glob with files of several kinds.
+    A folder that ``datasets`` has saved stands for itself, Shards for their files. Raises UserError where there is no
+    file, where a file is of no known kind, and for a folder or glob with files of several kinds.
     """
+    if isinstance(path, Shards):
+        return list(path.files)
     place = Path(path)
     if is_saved_dataset(place):
         return [place]

@@ -13,7 +13,18 @@ from itertools import islice
 from pathlib import Path
 
 from weft.data.problems import BadRecordError, Problem, Problems
-from weft.data.reading.files import COLUMNAR, TABLES, Bytes, damaged, find_files, is_saved_dataset, kind_of, opened
+from weft.data.reading.files import (
+    COLUMNAR,
+    TABLES,
+    Bytes,
+    Place,
+    Shards,
+    damaged,
+    find_files,
+    is_saved_dataset,
+    kind_of,
+    opened,
+)
 from weft.data.reading.jsonfile import JsonFile
 from weft.data.reading.lines import Lines, read_jsonl, read_table, read_txt, table_rows
 from weft.data.reading.rows import Record
@@ -72,7 +83,7 @@ def iter_items(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give the number of records to read, 1 or more (or leave it out for all).")
     left = limit
-    files = find_files(path)
+    files: Sequence[Place] = [path] if isinstance(path, Shards) else find_files(path)
     for file in files:
         count = found = 0
         for item in _items(file, header, record_limit):
@@ -83,12 +94,20 @@ def iter_items(
                 return
         left = None if left is None else left - count
         if not found:
-            empty = "the file is empty" if file.is_file() and not file.stat().st_size else "the file holds no records"
-            yield Problem("empty_file", str(file), f"{empty}; expected at least one record.")
+            yield Problem("empty_file", str(file), f"{_empty(file)}; expected at least one record.")
+
+
+def _empty(file: Place) -> str:
+    if isinstance(file, Shards):
+        return "the data set holds no records"
+    return "the file is empty" if file.is_file() and not file.stat().st_size else "the file holds no records"
 
 
 def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
-    """The first rows of a .csv or .tsv file as they stand, the header among them; of other files none."""
+    """The first good rows of a .csv or .tsv file as they stand, the header first; of other files none.
+
+    Raises BadRecordError where the header itself cannot be read.
+    """
     file = find_files(path)[0]
     if kind_of(file)[0] not in TABLES:
         return []
@@ -96,19 +115,20 @@ def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
     try:
         with opened(file) as raw:
             for row in islice(table_rows(Lines(raw, str(file), RECORD_LIMIT), tabs=_tabs(file)), count):
-                if isinstance(row, Problem):
+                if not isinstance(row, Problem):
+                    rows.append(row[1])
+                elif not rows:
                     raise BadRecordError(row)
-                rows.append(row[1])
     except OSError as error:
         raise _unreadable(file, error) from error
     return rows
 
 
-def _items(file: Path, header: Sequence[str] | None, record_limit: int) -> Iterator[Record | Problem]:
-    if is_saved_dataset(file) or kind_of(file)[0] in COLUMNAR:
+def _items(file: Place, header: Sequence[str] | None, record_limit: int) -> Iterator[Record | Problem]:
+    if isinstance(file, Shards) or is_saved_dataset(file) or kind_of(file)[0] in COLUMNAR:
         from weft.data.reading.columnar import read_columnar
 
-        if file.is_file():
+        if isinstance(file, Path) and file.is_file():
             with opened(file):  # the content is what the name says
                 pass
         yield from read_columnar(file)
