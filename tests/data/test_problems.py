@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,21 @@ def test_workers_keep_the_order() -> None:
         list(in_order(iter([*numbers, -1]), Doubler(), 2))
     with pytest.raises(UserError, match="a setting is wrong"):
         list(in_order(iter([*numbers, -2]), Doubler(), 2))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 1500, [200_000] * 9, [1 << 30, 1, 1 << 30, *[1] * 600]])
+def test_chunks_are_bounded_by_number_and_size(sizes: list[int]) -> None:
+    """A chunk of long texts in the making would take gigabytes."""
+    given: list[list[int]] = []
+
+    class Kept:
+        def make(self, items: Sequence[int]) -> list[int]:
+            given.append(list(items))
+            return given[-1]
+
+    assert list(in_order(iter(sizes), Kept(), 0, lambda size: size)) == sizes
+    assert all(len(chunk) <= 512 and sum(chunk[:-1]) < 1 << 18 for chunk in given)
+    assert len(given) <= 5
 
 
 @pytest.mark.parametrize("mode", ["skip", "report"])

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
+import tracemalloc
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests.contracts import kit
 from tests.data.kit import byte_tokenizer
 
-from weft.data import Renderer
+from weft.data import Problems, Renderer, Sample, split_by_hash, split_holdout
+from weft.data.auditing.audit import audit_before_training
+from weft.data.load import Recipe, iter_samples
 from weft.errors import UserError
 from weft.models import describe
-from weft.train import RunConfig, load_config, make_config
+from weft.train import Job, JobConfig, RunConfig, load_config, make_config
+from weft.train.batches import Batches
 from weft.train.reader import JobData, Reader, data_files
 
 ARCHITECTURE = describe(kit.make_model("qwen2"))
@@ -30,7 +38,11 @@ def config(data: Any, **more: Any) -> RunConfig:
 
 
 def read(made: RunConfig) -> JobData:
-    return Reader(made, Renderer(byte_tokenizer()), ARCHITECTURE, data_files(made)).job(made.jobs[0])
+    return read_with(made, Renderer(byte_tokenizer()))
+
+
+def read_with(made: RunConfig, renderer: Renderer) -> JobData:
+    return Reader(made, renderer, ARCHITECTURE, data_files(made)).job(made.jobs[0])
 
 
 def test_sources_and_their_shares(tmp_path: Path) -> None:
@@ -57,6 +69,89 @@ def test_the_split_is_the_same_for_other_files(tmp_path: Path) -> None:
     assert again < held
     train = {tuple(sample.input_ids) for sample in read(config([a, b], eval_split=0.2)).train}
     assert not train & held
+
+
+def listed(made: RunConfig, renderer: Renderer, paths: list[str]) -> tuple[list[Sample], list[Sample]]:
+    """What a job trains on and holds out, made of lists."""
+    keyed = Recipe(renderer, keyed=True)
+    found = [list(iter_samples(path, keyed, problems=Problems())) for path in paths]
+    pairs = [(number, sample, one.key) for number, part in enumerate(found) for one in part for sample in one.samples]
+    if made.eval_split is not None:
+        sides = split_by_hash(pairs, [key for _, _, key in pairs], made.eval_split)
+    else:
+        sides = split_holdout(pairs, made.eval_size, seed=0)
+    numbers = range(len(paths))
+    train, held = (
+        [one for number in numbers for one in renderer.join(sample for n, sample, _ in side if n == number)]
+        for side in sides
+    )
+    return train, held
+
+
+@pytest.mark.parametrize("split", [{}, {"eval_size": 17}, {"eval_split": 0.2}], ids=str)
+@pytest.mark.parametrize("documents", ["separate", "joined", "windows"])
+@pytest.mark.parametrize("memory", [0, 64 << 20])
+def test_samples_from_the_store_are_those_of_lists(
+    split: dict[str, Any], documents: Any, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.train.reader.MEMORY", memory)
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
+    Path(paths[0]).write_text("".join(f"{n} {'ab' * (n % 31)}\n" for n in range(80)))
+    Path(paths[1]).write_text("".join(json.dumps({"prompt": f"{n}", "completion": "c"}) + "\n" for n in range(40)))
+    renderer = Renderer(byte_tokenizer(), max_length=50, truncation="right", documents=documents)
+    made = config(paths, max_length=50, truncation="right", documents=documents, **split)
+    reader = Reader(made, renderer, ARCHITECTURE, data_files(made))
+    found = reader.job(made.jobs[0])
+    train, held = listed(made, renderer, paths)
+    assert (list(found.train), list(found.held)) == (train, held)
+    assert sum(found.mixture.sizes) == len(train)
+    assert bool(held) is bool(split)
+
+    digest = hashlib.sha256()
+    for sample in (*train, *held):
+        digest.update(repr((sample.input_ids, sample.weights)).encode())
+    kept = SimpleNamespace(adapter=SimpleNamespace(head=None), samples=found.train, eval_samples=found.held)
+    assert Job.__dict__["fingerprint"].func(kept) == digest.hexdigest()
+
+
+@pytest.mark.parametrize("documents", ["separate", "joined"])
+def test_memory_does_not_grow_with_the_data(
+    documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file to the first batch; as lists the larger one's tokens would be 27 MB more."""
+    monkeypatch.setattr("weft.train.reader.MEMORY", 0)
+    renderer = Renderer(byte_tokenizer(), max_length=3000, documents=documents)
+    peaks = []
+    for count in (150, 450):
+        path = tmp_path / f"{count}.txt"
+        path.write_text("".join(f"{number} {'xyz' * 700}\n" for number in range(count)))
+        made = config(str(path), max_length=3000, documents=documents, eval_split=0.1)
+        tracemalloc.start()
+        try:
+            found = read_with(made, renderer)
+            audit_before_training(renderer, found.train, found.held, "warn")
+            Job.__dict__["fingerprint"].func(
+                SimpleNamespace(adapter=SimpleNamespace(head=None), samples=found.train, eval_samples=found.held)
+            )
+            batches = Batches(JobConfig(name="one", method="lora", batch_tokens=3000), found.train)
+            assert batches[0][0]
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 2 << 20, peaks
+
+
+def test_documents_are_let_go_when_they_are_joined(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words\n" * 50)
+    made = config(str(tmp_path / "a.txt"), max_length=50, documents="joined")
+    reader = Reader(made, Renderer(byte_tokenizer(), max_length=50, documents="joined"), ARCHITECTURE, data_files(made))
+    documents = weakref.ref(reader.stores[0])
+    found = reader.job(made.jobs[0])
+    assert documents() is not None
+    del reader
+    gc.collect()
+    assert documents() is None
+    assert found.train[0].input_ids
 
 
 def test_a_configuration_file_with_sources(tmp_path: Path) -> None:
@@ -108,7 +203,9 @@ def test_jobs_that_read_alike_read_once_and_problems_are_kept(tmp_path: Path) ->
     a = rows(tmp_path, "a.jsonl", 5, bad=30)
     made = config(a, method=["lora", "prefix_tuning"], on_bad_record="report")
     reader = Reader(made, Renderer(byte_tokenizer()), ARCHITECTURE, data_files(made))
-    assert reader.job(made.jobs[0]).train == reader.job(made.jobs[1]).train
+    one, other = reader.job(made.jobs[0]), reader.job(made.jobs[1])
+    assert one.train is other.train  # not only equal: nothing is kept twice
+    assert len(one.train) == 5
     assert reader.problems.count == 30
     reader.problems.write(tmp_path / "report.jsonl")
     assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 30

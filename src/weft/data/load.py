@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT
@@ -139,7 +140,7 @@ def iter_samples(
             f"{nearest(str(recipe.task), get_args(Task))}"
         )
     tally, first = Counter[str](), ""
-    for made in in_order(iter_items(path, limit=limit), recipe, data_workers):
+    for made in in_order(iter_items(path, limit=limit), recipe, data_workers, _characters):
         if not isinstance(made, Problem):
             tally["read"] += 1
             tally["dropped"] += not made.samples
@@ -155,6 +156,19 @@ def iter_samples(
             raise problems.error()
         reason = f"longer than max_length {recipe.renderer.max_length}" if tally["dropped"] else "without an answer"
         raise UserError(f"{path}: every record is {reason}, so there is nothing to learn.")
+
+
+def _characters(value: Any) -> int:
+    """How much text there is in a record, or a field of it, roughly."""
+    if isinstance(value, Record):
+        return sum(map(_characters, value.fields.values()))
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return 4 * len(value) if value and isinstance(value[0], int) else sum(map(_characters, value))
+    return 0
 
 
 def _tell(path: str | os.PathLike[str], tally: Counter[str], first: str, renderer: Renderer) -> None:
@@ -173,10 +187,19 @@ def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T]
 
     Both parts keep the order of ``samples``. Raises UserError when nothing would be left to train on.
     """
-    if not 0 <= n_eval < max(len(samples), 1):
-        raise UserError(f"cannot hold out {n_eval} of {len(samples)} samples: expected 0 or more, and fewer than all.")
-    order = list(range(len(samples)))
-    random.Random(seed).shuffle(order)
-    held = set(order[:n_eval])
-    train = [sample for index, sample in enumerate(samples) if index not in held]
-    return train, [samples[index] for index in sorted(held)]
+    held = held_by_chance(len(samples), n_eval, seed)
+    train = [sample for sample, out in zip(samples, held, strict=True) if not out]
+    return train, [sample for sample, out in zip(samples, held, strict=True) if out]
+
+
+def held_by_chance(count: int, n_eval: int, seed: int) -> bytearray:
+    """Which of ``count`` samples ``split_holdout`` holds out: 1 for each that it does. Raises UserError as that."""
+    if not 0 <= n_eval < max(count, 1):
+        raise UserError(f"cannot hold out {n_eval} of {count} samples: expected 0 or more, and fewer than all.")
+    held = bytearray(count)
+    if n_eval:
+        order = array("q", range(count))  # a list would take five times the memory
+        random.Random(seed).shuffle(order)
+        for index in order[:n_eval]:
+            held[index] = 1
+    return held

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -229,16 +229,21 @@ def split_by_hash(samples: Sequence[T], keys: Sequence[str], share: float) -> tu
     The same record is always on the same side, in whatever order and company it comes. Raises UserError when nothing
     would be left on one side.
     """
+    held = held_by_hash(keys, share)
+    train = [sample for sample, out in zip(samples, held, strict=True) if not out]
+    return train, [sample for sample, out in zip(samples, held, strict=True) if out]
+
+
+def held_by_hash(keys: Iterable[str], share: float) -> bytearray:
+    """Which samples ``split_by_hash`` holds out: 1 for each that it does. Raises UserError as that."""
     if not 0 < share < 1:
         raise UserError(f"eval_split is {share:g}; expected a share between 0 and 1, such as 0.05.")
     bound = int(share * 2**64)
-    held = [int(key[:16], 16) < bound for key in keys]
-    train = [sample for sample, out in zip(samples, held, strict=True) if not out]
-    evaluated = [sample for sample, out in zip(samples, held, strict=True) if out]
-    if not train or not evaluated:
-        side = "train" if evaluated else "evaluate"
+    held = bytearray(int(key[:16], 16) < bound for key in keys)
+    if not 0 < held.count(1) < len(held):
+        side = "evaluate" if not held.count(1) else "train"
         raise UserError(
-            f"eval_split {share:g} of {len(samples)} samples leaves none to {side} on: each is held out by the hash of "
+            f"eval_split {share:g} of {len(held)} samples leaves none to {side} on: each is held out by the hash of "
             "its content. Take another share, or eval_size for an exact number."
         )
-    return train, evaluated
+    return held

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol, TypeVar
@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from weft.errors import UserError
 
 _CHUNK = 512  # records
+_SIZE = 1 << 18  # or fewer, if they are large: a token of a chunk in the making takes some 200 bytes
 Item = TypeVar("Item", contravariant=True)
 Made = TypeVar("Made")
 I = TypeVar("I")  # noqa: E741
@@ -29,22 +30,24 @@ class Maker(Protocol[Item, Made]):
     def make(self, items: Sequence[Item], /) -> list[Made]: ...
 
 
-def in_order(items: Iterable[I], maker: Maker[I, M], workers: int) -> Iterator[M]:
+def in_order(
+    items: Iterable[I], maker: Maker[I, M], workers: int, size: Callable[[I], int] = lambda item: 0
+) -> Iterator[M]:
     """What ``maker.make`` gives for every item, in order; in this process if ``workers`` is 0.
 
-    No more items are taken ahead than keep the workers busy. Raises UserError where a worker dies, and whatever
-    ``make`` raises.
+    ``size`` tells how much there is of an item (in characters, say): large ones are given in smaller chunks. No more
+    items are taken ahead than keep the workers busy. Raises UserError where a worker dies, and whatever ``make``
+    raises.
     """
     if workers < 0:
         raise UserError(f"data_workers is {workers}; expected 0 (none) or the number of processes.")
-    source = iter(items)
-    chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
+    chunks = _chunks(items, size)
     if not workers:
         for chunk in chunks:
             yield from maker.make(chunk)
         return
-    first = list(itertools.islice(chunks, 1))
-    if not first or len(first[0]) < _CHUNK:  # not worth the seconds that a process takes to start
+    first = list(itertools.islice(chunks, 2))
+    if len(first) < 2:  # not worth the seconds that a process takes to start
         for chunk in first:
             yield from maker.make(chunk)
         return
@@ -65,6 +68,19 @@ def in_order(items: Iterable[I], maker: Maker[I, M], workers: int) -> Iterator[M
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _chunks(items: Iterable[I], size: Callable[[I], int]) -> Iterator[list[I]]:
+    chunk: list[I] = []
+    held = 0
+    for item in items:
+        chunk.append(item)
+        held += size(item)
+        if len(chunk) == _CHUNK or held >= _SIZE:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
 
 
 _maker: Maker

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from weft.data import Mixture, Sample
 from weft.data.pack import pack, pack_in_order
+from weft.data.views import sizes
 from weft.errors import UserError
 from weft.train.settings import JobConfig
 
@@ -43,7 +44,7 @@ class Batches:
         self, config: JobConfig, samples: Sequence[Sample], *, virtual: int = 0, mixture: Mixture | None = None
     ) -> None:
         self.config, self.mixture = config, mixture or Mixture((len(samples),))
-        self.lengths = [size(sample) + virtual for sample in samples]
+        self.lengths: list[int] = (sizes(samples) + virtual).tolist()
         for key in ("batch_tokens", "pack_tokens"):
             if (limit := getattr(config, key)) is not None:
                 self._check_lengths(samples, key, limit, virtual)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -198,7 +199,7 @@ class Job:
     def fingerprint(self) -> str:
         """A hash of the tokenized training and evaluation data, in order."""
         digest = hashlib.sha256()
-        for sample in (*self.samples, *self.eval_samples):
+        for sample in itertools.chain(self.samples, self.eval_samples):
             digest.update(repr((sample.input_ids, sample.weights)).encode())
             if sample.target_ids:
                 digest.update(repr(sample.target_ids).encode())

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from weft.core.architecture import Architecture
 from weft.core.heads import ClassificationTask
 from weft.data import Mixture, Problems, Renderer, Sample, Source, load_labelled, parse_sources
 from weft.data.formats.detect import EmptyAnswerError
-from weft.data.load import Recipe, iter_samples, split_holdout
+from weft.data.load import Recipe, held_by_chance, iter_samples
 from weft.data.reading.files import Place, Shards, find_files, unique
-from weft.data.sources import split_by_hash
+from weft.data.sources import held_by_hash
+from weft.data.store import MEMORY, SampleStore
+from weft.data.views import chained, picked
 from weft.errors import UserError
 from weft.models.hub import fetch_dataset, is_dataset_id
 from weft.train.settings import JobConfig, RunConfig
@@ -25,8 +30,8 @@ from weft.train.settings import JobConfig, RunConfig
 class JobData:
     """What a job trains on and what it is evaluated on; the classes, if it classifies; how its sources mix."""
 
-    train: list[Sample]
-    held: list[Sample]
+    train: Sequence[Sample]
+    held: Sequence[Sample]
     classes: ClassificationTask | None = None
     mixture: Mixture = field(default_factory=lambda: Mixture(()))
 
@@ -35,8 +40,11 @@ class JobData:
 class _Loaded:
     """The samples of one source, each with a hash of what it says."""
 
-    samples: list[Sample]
-    keys: list[str]
+    samples: Sequence[Sample]
+    keys: Iterable[str]
+
+
+_Sides = tuple[list[Sequence[Sample]], list[Sequence[Sample]]]  # to train on, to evaluate on, by source
 
 
 def data_files(config: RunConfig) -> dict[str, Place]:
@@ -64,8 +72,25 @@ def _place(path: str, config: RunConfig) -> Place:
     return Path(path)
 
 
+class _Keys:
+    """Hashes of samples, of which only what a split looks at is kept: 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.numbers = array("Q")
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{number:016x}" for number in self.numbers)
+
+    def append(self, key: str) -> None:
+        self.numbers.append(int(key[:16], 16))
+
+
 class Reader:
-    """Reads the jobs' files; what several jobs read alike is read once. ``problems`` are those of all of them."""
+    """Reads the jobs' files; what several jobs read alike is read once. ``problems`` are those of all of them.
+
+    Samples go to a ``SampleStore`` as they are made, the windows of documents that are joined to another, which lives
+    longer: the documents themselves are not needed any more when the Reader is gone.
+    """
 
     def __init__(
         self, config: RunConfig, renderer: Renderer, architecture: Architecture, places: Mapping[str, Place]
@@ -73,6 +98,8 @@ class Reader:
         self.config, self.renderer, self.architecture = config, renderer, architecture
         self.places = places
         self.files: dict[Any, Any] = {}
+        self.stores = SampleStore(MEMORY // 2), SampleStore(MEMORY // 2)
+        self.sides: dict[Any, tuple[_Sides, Any]] = {}
         self.problems = Problems(config.on_bad_record, errors={"empty_answer": EmptyAnswerError})
 
     def job(self, job: JobConfig) -> JobData:
@@ -90,28 +117,39 @@ class Reader:
         else:
             loaded, held_out = [self._texts(source) for source in sources], [self._texts(s) for s in evaluated]
         self.problems.check("the data")
-        train, out = self._split(loaded) if held is None else (loaded, held_out)
-        if job.task != "sequence_classification":  # after the split: no window holds text of both sides
-            train, out = [self._windows(part) for part in train], [self._windows(part) for part in out]
+        train, out = self._sides(loaded, None if held is None else held_out, texts=classes is None)
         weights = tuple(source.weight for source in sources if source.weight is not None) or None
-        mixture = Mixture(tuple(len(part.samples) for part in train), weights)
-        return JobData(_joined(train), _joined(out), classes, mixture)
+        return JobData(chained(train), chained(out), classes, Mixture(tuple(map(len, train)), weights))
 
-    def _split(self, loaded: Sequence[_Loaded]) -> tuple[list[_Loaded], list[_Loaded]]:
+    def _sides(self, loaded: Sequence[_Loaded], held_out: Sequence[_Loaded] | None, *, texts: bool) -> _Sides:
+        """What to train on and what to evaluate on, by source. Made once for jobs with the same data."""
+        key = tuple(tuple(id(part) for part in parts) for parts in (loaded, held_out or ())), held_out is None
+        if key not in self.sides:
+            train, out = self._split(loaded) if held_out is None else (_samples(loaded), _samples(held_out))
+            if texts:  # after the split: no window holds text of both sides
+                train, out = [self._windows(part) for part in train], [self._windows(part) for part in out]
+            self.sides[key] = (train, out), (loaded, held_out)  # what is held keeps its id
+        return self.sides[key][0]
+
+    def _split(self, loaded: Sequence[_Loaded]) -> _Sides:
         """What to train on and what to hold out, by source. Every job holds out the same, so that losses compare."""
-        places = [(number, i) for number, part in enumerate(loaded) for i in range(len(part.samples))]
+        sizes = [len(part.samples) for part in loaded]
         if self.config.eval_split is None:
-            sides = split_holdout(places, self.config.eval_size, seed=0)
+            held = held_by_chance(sum(sizes), self.config.eval_size, seed=0)
         else:
-            sides = split_by_hash(places, [key for part in loaded for key in part.keys], self.config.eval_split)
-        train, held = ([[i for n, i in side if n == number] for number in range(len(loaded))] for side in sides)
-        return [_taken(*pair) for pair in zip(loaded, train, strict=True)], [
-            _taken(*pair) for pair in zip(loaded, held, strict=True)
-        ]
+            held = held_by_hash((key for part in loaded for key in part.keys), self.config.eval_split)
+        marks = np.split(np.frombuffer(held, bool), np.cumsum(sizes)[:-1])
+        pairs = list(zip(_samples(loaded), marks, strict=True))
+        return [picked(samples, ~out) for samples, out in pairs], [picked(samples, out) for samples, out in pairs]
 
-    def _windows(self, loaded: _Loaded) -> _Loaded:
-        samples = list(self.renderer.join(loaded.samples))
-        return _Loaded(samples, [""] * len(samples))
+    def _windows(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        if self.renderer.limit.documents != "joined":
+            return samples
+        store = self.stores[1]
+        start = len(store)
+        for sample in self.renderer.join(samples):
+            store.append(sample)
+        return store.part(slice(start, None))
 
     def _texts(self, source: Source) -> _Loaded:
         config = self.config
@@ -124,18 +162,21 @@ class Reader:
         )
         key = (source.path, recipe.format, json.dumps(recipe.columns), source.limit)
         if key not in self.files:
-            found = list(
-                iter_samples(
-                    self.places[source.path],
-                    recipe,
-                    problems=self.problems,
-                    limit=source.limit or config.limit,
-                    empty_answers=config.empty_answers,
-                    data_workers=config.data_workers,
-                )
-            )
-            pairs = [(sample, made.key) for made in found for sample in made.samples]
-            self.files[key] = _Loaded([sample for sample, _ in pairs], [key for _, key in pairs])
+            store, keys = self.stores[0], _Keys()
+            start = len(store)
+            for made in iter_samples(
+                self.places[source.path],
+                recipe,
+                problems=self.problems,
+                limit=source.limit or config.limit,
+                empty_answers=config.empty_answers,
+                data_workers=config.data_workers,
+            ):
+                for sample in made.samples:
+                    store.append(sample)
+                    if recipe.keyed:
+                        keys.append(made.key)
+            self.files[key] = _Loaded(store.part(slice(start, None)), keys)
         return self.files[key]
 
     def _labelled(
@@ -166,9 +207,5 @@ def _token_key(sample: Sample) -> str:
     return hashlib.sha256(repr(sample.input_ids).encode()).hexdigest()
 
 
-def _taken(loaded: _Loaded, places: Sequence[int]) -> _Loaded:
-    return _Loaded([loaded.samples[i] for i in places], [loaded.keys[i] for i in places])
-
-
-def _joined(loaded: Sequence[_Loaded]) -> list[Sample]:
-    return [sample for part in loaded for sample in part.samples]
+def _samples(loaded: Sequence[_Loaded]) -> list[Sequence[Sample]]:
+    return [part.samples for part in loaded]

@@ -14,10 +14,11 @@ from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
-from weft.data import Problems, Renderer, Sample
+from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.settings import DataSettings
+from weft.data.views import Chain, Samples
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.load import resolve_model, sketch_base
@@ -76,9 +77,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
     loaded = [read.job(job) for job in config.jobs]
-    audit_before_training(
-        renderer, (s for d in loaded for s in d.train), (s for d in loaded for s in d.held), config.audit
-    )
+    audit_before_training(renderer, Chain(d.train for d in loaded), Chain(d.held for d in loaded), config.audit)
     _check(config, sketch, loaded)
     if base is None:
         base = load_base(
@@ -152,18 +151,18 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter.begin_training(
                 Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
             )
-            samples = (*data.train, *data.held)
-            _check_lengths(job.name, adapter.num_virtual_tokens + adapter.num_prefix_tokens, samples, sketch)
+            learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+            _check_lengths(job.name, learned, Chain((data.train, data.held)), sketch)
     finally:
         adapters.close()
 
 
-def _check_lengths(name: str, learned: int, samples: tuple[Sample, ...], base: Base) -> None:
+def _check_lengths(name: str, learned: int, samples: Samples, base: Base) -> None:
     """Virtual and prefix tokens take positions too."""
     limit = base.architecture.max_length
     if limit is None or not learned:
         return
-    longest = max(samples, key=lambda s: len(s.input_ids))
+    longest = samples[int(samples.lengths()[0].argmax())]
     if len(longest.input_ids) + learned > limit:
         raise UserError(
             f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed "

@@ -7,30 +7,37 @@ A check is one function in ``audit_tokens``, ``audit_text``, ``audit_template`` 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from weft.data.auditing import template as audit_template
 from weft.data.auditing import text as audit_text
 from weft.data.auditing import tokens as audit_tokens
 from weft.data.auditing import whole as audit_whole
-from weft.data.auditing.base import CHECKS, Check, Facts, Finding, Hit, Item, Records
+from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records
 from weft.data.rendering.render import Renderer, Sample
+from weft.data.views import Chain, distinct, sizes
 from weft.errors import UserError, nearest
 
 _CHECKERS = (audit_tokens, audit_text, audit_whole, audit_template)  # importing them fills CHECKS
 logger = logging.getLogger(__name__)
 
+_PART = 1 << 18  # tokens that the early checks look at at once
+_KEPT = 1000  # findings of each early check that are kept; the others are counted
 AuditMode = Literal["error", "warn", "off"]
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The findings of one check."""
+    """The findings of one check; ``count`` of them, of which only the first may be kept."""
 
     check: Check
     findings: tuple[Finding, ...]
+    count: int
 
 
 def audit(
@@ -69,29 +76,31 @@ def grouped(findings: Iterable[Finding]) -> list[Group]:
     groups: dict[str, list[Finding]] = {}
     for finding in findings:
         groups.setdefault(finding.code, []).append(finding)
-    return [Group(CHECKS[code], tuple(found)) for code, found in groups.items()]
+    return [Group(CHECKS[code], tuple(found), len(found)) for code, found in groups.items()]
 
 
 def audit_before_training(
-    renderer: Renderer, train: Iterable[Sample], held: Iterable[Sample], mode: AuditMode = "error"
+    renderer: Renderer,
+    train: Sequence[Sample],
+    held: Sequence[Sample],
+    mode: AuditMode = "error",
+    *,
+    part: int = _PART,
 ) -> list[Finding]:
     """The checks of the rendered tokens, a few percent of what rendering costs. A sample given twice counts once.
 
-    Warnings are logged, a line per check. With ``error`` findings of a check that refuses (nothing to learn, an end
-    that is not learned, two BOS …) end the run; with ``warn`` they are logged as well; with ``off`` nothing is done.
+    Looks at ``part`` tokens after the other, and gives the first 1,000 findings of each check. Warnings are logged, a
+    line per check. With ``error`` findings of a check that refuses (nothing to learn, an end that is not learned, two
+    BOS …) end the run; with ``warn`` they are logged as well; with ``off`` nothing is done.
 
     Raises:
         UserError: naming the first records, and what to do.
     """
     if mode == "off":
         return []
-    trained = {id(sample): sample for sample in train}
-    evaluated = {id(sample): sample for sample in held if id(sample) not in trained}
-    samples = (list(trained.values()), list(evaluated.values()))
-    early = {check.code for check in CHECKS.values() if check.early}
-    findings = _findings(Records((), Facts(renderer, max_length=renderer.max_length), samples), (), early)
+    groups = early_findings(Facts(renderer, max_length=renderer.max_length), train, held, part)
     refused = []
-    for group in grouped(findings):
+    for group in groups:
         if group.check.early == "refuse" and mode == "error":
             refused.append(_line(group))
         else:
@@ -102,12 +111,58 @@ def audit_before_training(
             + "\n  ".join(refused)
             + "\n`weft preview` shows the records; `audit: warn` trains all the same."
         )
-    return findings
+    return [finding for group in groups for finding in group.findings]
+
+
+def early_findings(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: int = _PART) -> list[Group]:
+    """What the early checks find, errors first, ``part`` tokens at once: the same for any number of them."""
+    train, held = distinct(train, held)
+    ends = _ends(facts, train, held, part)
+    checks = [check for check in CHECKS.values() if check.early]
+    found: dict[str, list[Finding]] = {check.code: [] for check in checks}
+    counts = Counter[str]()
+    for samples in _parts(train, held, part):
+        records = Records((), facts, samples, ends)
+        for check in checks:
+            if check.once and counts[check.code]:
+                continue
+            for hit in check.run(records):
+                counts[check.code] += 1
+                if counts[check.code] <= _KEPT:
+                    found[check.code].append(_finding(check, hit))
+    groups = [Group(c, tuple(found[c.code]), counts[c.code]) for c in checks if counts[c.code]]
+    return sorted(groups, key=lambda group: group.check.severity != "error")
+
+
+def _ends(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: int) -> Ends:
+    """Those of all the data; of good data the first part tells."""
+    first = None
+    for samples in _parts(train, held, part):
+        ends = Records((), facts, samples).ends
+        first = ends.first if first is None else first
+        if ends.learned:
+            return Ends(len(train) + len(held), True, None)
+    return Ends(len(train) + len(held), False, first)
+
+
+def _parts(
+    train: Sequence[Sample], held: Sequence[Sample], size: int
+) -> Iterator[tuple[Sequence[Sample], Sequence[Sample]]]:
+    """Some samples to train on and to evaluate on after the other, ``size`` tokens or one sample more; one at least."""
+    ends, count = np.cumsum(sizes(Chain((train, held)))), len(train)
+    start = 0
+    while start < len(ends) or not start:
+        before = ends[start - 1] if start else 0
+        stop = min(int(np.searchsorted(ends, before + size)) + 1, len(ends))
+        yield train[start:stop], held[max(start - count, 0) : max(stop - count, 0)]
+        if not len(ends):
+            return
+        start = stop
 
 
 def _line(group: Group) -> str:
     first = group.findings[0]
-    count = f" ({len(group.findings):,} records)" if len(group.findings) > 1 else ""
+    count = f" ({group.count:,} records)" if group.count > 1 else ""
     place = f"{first.source}: " if first.source else ""
     return f"{group.check.code}{count}: {place}{first.message}. {_capital(first.mend)}."
 

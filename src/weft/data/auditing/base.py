@@ -15,6 +15,7 @@ from typing import Any, Literal
 from weft.data.auditing.stream import Tokens
 from weft.data.formats.examples import SFT, Conversation, Message
 from weft.data.rendering.render import Renderer, Sample
+from weft.data.views import Chain
 
 Severity = Literal["error", "warning"]
 Split = Literal["train", "eval"]
@@ -104,22 +105,48 @@ class Hit:
     shown: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Of all the data: how many samples there are, whether one learns the end-of-sequence token, and if none does, the
+    end of the first learned stretch (None: nothing is learned)."""
+
+    samples: int
+    learned: bool
+    first: str | None
+
+
 class Records:
     """All records of an audit, and what several checks make of them.
 
     ``samples`` stand for themselves where the records they came from are not at hand: (to train on, to evaluate on).
+    ``ends`` are those of more records than these, where these are a part of the data.
     """
 
     def __init__(
-        self, items: Sequence[Item], facts: Facts, samples: tuple[Sequence[Sample], Sequence[Sample]] = ((), ())
+        self,
+        items: Sequence[Item],
+        facts: Facts,
+        samples: tuple[Sequence[Sample], Sequence[Sample]] = ((), ()),
+        ends: Ends | None = None,
     ) -> None:
         self.items, self.facts, self.samples = items, facts, samples
         self.kept: dict[str, Any] = {}  # for checks that share work
+        if ends is not None:
+            self.ends = ends
 
     @functools.cached_property
     def tokens(self) -> Tokens:
         """The tokens of all samples end to end."""
-        return Tokens([*self.samples[0], *self.samples[1], *(s for item in self.items for s in item.samples)])
+        return Tokens(Chain((*self.samples, [sample for item in self.items for sample in item.samples])))
+
+    @functools.cached_property
+    def ends(self) -> Ends:
+        """Whether and where answers end."""
+        eos, tokens = self.facts.special("eos"), self.tokens
+        learned = eos is not None and bool((tokens.learned & (tokens.ids == eos)).any())
+        if learned or not len(places := tokens.stretches()[0]):
+            return Ends(len(tokens.samples), learned, None)
+        return Ends(len(tokens.samples), False, short(self.facts.decode(tokens.around(int(places[0])))))
 
     def owner(self, number: int) -> Item:
         """The record that a sample of ``tokens`` came from."""
@@ -147,7 +174,11 @@ class Records:
 
 @dataclass(frozen=True)
 class Check:
-    """One check. ``early``: whether ``weft train`` makes it before its first step, and refuses to go on or warns."""
+    """One check. ``early``: whether ``weft train`` makes it before its first step, and refuses to go on or warns.
+
+    An early check is made of one part of the data after the other. What it finds is about single records, or
+    (``once``) about all of the data, and then what it finds first is all.
+    """
 
     code: str
     severity: Severity
@@ -155,19 +186,25 @@ class Check:
     run: Callable[[Records], Iterator[Hit]]
     about: str
     early: Literal["refuse", "warn"] | None = field(default=None)
+    once: bool = False
 
 
 CHECKS: dict[str, Check] = {}
 
 
 def over(
-    code: str, severity: Severity, mend: str, *, early: Literal["refuse", "warn"] | None = None
+    code: str,
+    severity: Severity,
+    mend: str,
+    *,
+    early: Literal["refuse", "warn"] | None = None,
+    once: bool = False,
 ) -> Callable[[Callable[[Records], Iterator[Hit]]], Callable[[Records], Iterator[Hit]]]:
     """Register a check of all records at once. The first line of its docstring says what it finds."""
 
     def register(run: Callable[[Records], Iterator[Hit]]) -> Callable[[Records], Iterator[Hit]]:
         assert code not in CHECKS, code
-        CHECKS[code] = Check(code, severity, mend, run, (run.__doc__ or "").strip().split("\n")[0], early)
+        CHECKS[code] = Check(code, severity, mend, run, (run.__doc__ or "").strip().split("\n")[0], early, once)
         return run
 
     return register

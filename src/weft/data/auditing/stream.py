@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from weft.data.rendering.render import Sample
+from weft.data.views import columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -21,17 +21,14 @@ class Tokens:
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
-        rows = [sample.target_ids or sample.input_ids for sample in samples]
-        self.lengths: Array = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        found = columns(samples)
+        self.lengths, self.ids, self.weights = found.lengths, found.ids, found.weights
         self.starts: Array = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        total = int(self.starts[-1])
-        self.ids: Array = np.fromiter(chain.from_iterable(rows), np.int64, total)
-        weights = ([1.0] * len(sample.target_ids) if sample.target_ids else sample.weights for sample in samples)
-        self.weights: Array = np.fromiter(chain.from_iterable(weights), np.float32, total)
         # Samples with a label learn from none of their tokens; an answer is what the others are to end.
-        self.writes: Array = np.array([sample.label is None for sample in samples], bool)
-        answers = [bool(sample.target_ids) or sample.answer is not None for sample in samples]
-        self.answers: Array = np.array(answers, bool)
+        self.writes: Array = ~found.labels
+        self.answers: Array = found.targets | (found.answers >= 0)
+        # Where the last answer begins within its sample; 0 where there is none.
+        self.begins: Array = np.where(found.targets, 0, np.maximum(found.answers, 0))
 
     @property
     def learned(self) -> Array:

@@ -23,6 +23,7 @@ _PROMPTS, _ANSWERS = 64, 256
     "the tokenizer does not know its end-of-sequence token after a word, so a template that writes it teaches its "
     "letters: mark the token as special in tokenizer.json (`special: true`, `single_word: false`)",
     early="warn",
+    once=True,
 )
 def eos_split(records: Records) -> Iterator[Hit]:
     """The tokenizer splits an end-of-sequence token that is glued to a word."""

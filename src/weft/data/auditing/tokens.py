@@ -35,15 +35,16 @@ def nothing_to_learn(records: Records) -> Iterator[Hit]:
     "the model would never stop: set `eos_token` in tokenizer_config.json to the token that ends an answer in the chat "
     "template, and raise max_length if every answer is cut",
     early="refuse",
+    once=True,
 )
 def eos_never_learned(records: Records) -> Iterator[Hit]:
     """The end-of-sequence token is learned in no record."""
-    tokens, eos = records.tokens, records.facts.special("eos")
-    if _end_is_learned(records) or not any(_ends_of(records).values()):
+    eos, ends = records.facts.special("eos"), records.ends
+    if ends.learned or not any(_ends_of(records).values()):
         return
     name = "the tokenizer has none" if eos is None else f"{records.facts.tokenizer.eos_token!r}, id {eos}"
-    first = _first_end(records)
-    yield Hit(None, f"the end-of-sequence token ({name}) is learned in none of {len(tokens.samples)} samples", first)
+    message = f"the end-of-sequence token ({name}) is learned in none of {ends.samples} samples"
+    yield Hit(None, message, ends.first or "")
 
 
 @over(
@@ -73,14 +74,14 @@ def pad_masks_eos(records: Records) -> Iterator[Hit]:
 def eos_not_learned(records: Records) -> Iterator[Hit]:
     """A learned answer does not end with a learned end-of-sequence token."""
     facts, shared = records.facts, records.facts.special("pad") == records.facts.special("eos")
-    if not _end_is_learned(records):
+    if not records.ends.learned:
         return  # eos-never-learned says so once
-    kinds = ["missing"] if shared else ["missing", "masked"]
-    for kind in kinds:
-        what = "follows with weight 0" if kind == "masked" else "is missing"
-        for item, place in _ends_without_eos(records, kind):
-            shown = short(facts.decode(records.tokens.around(place)))
-            yield Hit(item, f"after this learned text the end-of-sequence token {what}", shown)
+    found = [(place, sample, "is missing") for sample, place in _ends_of(records)["missing"]]
+    if not shared:
+        found += [(place, sample, "follows with weight 0") for sample, place in _ends_of(records)["masked"]]
+    for place, sample, what in sorted(found):
+        shown = short(facts.decode(records.tokens.around(place)))
+        yield Hit(records.owner(sample), f"after this learned text the end-of-sequence token {what}", shown)
 
 
 @over(
@@ -163,12 +164,13 @@ def prompt_learned(records: Records) -> Iterator[Hit]:
     tokens, facts = records.tokens, records.facts
     if facts.renderer.train_on == "all" or facts.task == "seq2seq":
         return
-    learned = tokens.learned
-    for number, sample in enumerate(tokens.samples):
+    # Samples with a second token before their answer, which is learned: few, if any.
+    second = np.flatnonzero((tokens.begins > 1) & (tokens.lengths > 1))
+    for number in second[tokens.learned[tokens.starts[second] + 1]].tolist():
         begin = int(tokens.starts[number])
-        second = sample.answer is not None and sample.answer > 1 and learned[begin + 1]
-        if second and bool(learned[begin + 1 : begin + (sample.answer or 0)].all()):
-            shown = short(facts.decode(tokens.ids[begin : begin + (sample.answer or 0)].tolist()))
+        end = begin + int(tokens.begins[number])
+        if tokens.learned[begin + 1 : end].all():
+            shown = short(facts.decode(tokens.ids[begin:end].tolist()))
             yield Hit(records.owner(number), "the prompt is learned, from its second token on", shown)
 
 
@@ -223,16 +225,6 @@ def _problems(records: Records, code: str) -> Iterator[Hit]:
 # ---------------------------------------------------------------------------------------------------- ends of answers
 
 
-def _end_is_learned(records: Records) -> bool:
-    tokens, eos = records.tokens, records.facts.special("eos")
-    return eos is not None and bool((tokens.learned & (tokens.ids == eos)).any())
-
-
-def _first_end(records: Records) -> str:
-    ends, _ = records.tokens.stretches()
-    return short(records.facts.decode(records.tokens.around(int(ends[0])))) if len(ends) else ""
-
-
 def _ends_without_eos(records: Records, kind: str) -> Iterator[tuple[Item, int]]:
     """Learned stretches that do not end as they should: ``cut`` by max_length, EOS ``masked``, or ``missing``."""
     for sample, place in _ends_of(records)[kind]:
@@ -276,8 +268,7 @@ def _ends_to_look_at(records: Records) -> tuple[Array, Array]:
         # sample the last answer is looked at, and whatever follows it.
         final = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
         learned_eos = tokens.learned & (tokens.ids == (-1 if eos is None else eos))
-        begins = [0 if sample.target_ids else sample.answer or 0 for sample in tokens.samples]
-        starts = tokens.starts[:-1] + np.array(begins, np.int64)
+        starts = tokens.starts[:-1] + tokens.begins
         sums = np.concatenate([[0], np.cumsum(learned_eos)])
         wrong &= final & (sums[tokens.starts[1:]] - sums[starts] == 0)[owners]
     return ends[wrong], owners[wrong]
