@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from weft.core.config import BuildContext
 from weft.core.route import Segment
 from weft.core.site import _SITE, plain_class
 from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.core.merging import MergedModule
 
 
 def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:
@@ -105,6 +108,13 @@ class WeightDelta(nn.Module):
             y = y + x @ weight
         return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
 
+    def merge_into(self, merged: MergedModule) -> None:
+        """W + ΔW, b + Δb."""
+        if self.weight_delta is not None:
+            merged.weight = merged.weight + merged.laid_out(merged.cast(self.weight_delta))
+        if self.bias_delta is not None:
+            merged.add_bias(self.bias_delta)
+
     def _norm(self, x: Tensor) -> Tensor:
         """f(x; W + ΔW, b + Δb) - f(x; W, b), in the delta's precision."""
         assert self.weight_delta is not None
@@ -179,6 +189,16 @@ class OwnWeights(nn.Module):
         own = {part: value.to(base.get_parameter(part).dtype) for part, value in self.named_parameters()}
         return _Shell(base)(x, own).to(y.dtype)
 
+    def merge_into(self, merged: MergedModule) -> None:
+        """W', b'."""
+        own = {part: merged.cast(value) for part, value in self.named_parameters()}
+        if set(own) == {"bias"}:
+            assert merged.base_bias is not None
+            merged.add_bias(own["bias"] - merged.base_bias)
+            return
+        merged.weight = merged.laid_out(own["weight"]) if "weight" in own else merged.base_weight
+        merged.bias = own.get("bias", merged.base_bias)
+
 
 def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[str, OwnWeights]:
     """``modules_to_save``: whole weights for the named modules, or for all that is inside them; a path for each.
@@ -226,6 +246,15 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight.data.to(dtype) * (scale.to(dtype) / 127)[:, None]
     dense: Tensor = weight.detach().to(dtype)
     return dense if isinstance(module, nn.Linear) else dense.t()
+
+
+def how_kept(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    """What a merge has to know of the base of a training: ``dtype`` and ``quantization`` (nf4, fp4, int8, or None)."""
+    kinds = {
+        getattr(p, "quant_type", None) if hasattr(p, "quant_state") else "int8" if hasattr(p, "SCB") else None
+        for p in model.parameters()
+    } - {None}
+    return {"dtype": str(dtype).removeprefix("torch."), "quantization": min(kinds, default=None)}
 
 
 def _dequantized(weight: Any) -> Tensor:
