@@ -266,7 +266,7 @@ class Adapters:
         """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model."""
         adapter = self[name]
         if adapter.trained_on is None:
-            adapter.trained_on = how_kept(self.model, self.dtype)
+            adapter.trained_on = how_kept(self)
         files.save(adapter, self.architecture, Path(folder), base_name=base_name)
 
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:

@@ -22,6 +22,7 @@ from weft.core.site import _SITE, plain_class
 from weft.errors import UserError
 
 if TYPE_CHECKING:
+    from weft.core.adapters import Adapters
     from weft.core.merging import MergedModule
 
 
@@ -248,13 +249,12 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return dense if isinstance(module, nn.Linear) else dense.t()
 
 
-def how_kept(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+def how_kept(adapters: Adapters) -> dict[str, Any]:
     """What a merge has to know of the base of a training: ``dtype`` and ``quantization`` (nf4, fp4, int8, or None)."""
-    kinds = {
-        getattr(p, "quant_type", None) if hasattr(p, "quant_state") else "int8" if hasattr(p, "SCB") else None
-        for p in model.parameters()
-    } - {None}
-    return {"dtype": str(dtype).removeprefix("torch."), "quantization": min(kinds, default=None)}
+    parameters: list[Any] = list(adapters.model.parameters())
+    kinds = {str(p.quant_type) for p in parameters if hasattr(p, "quant_state")}
+    kinds |= {"int8" for p in parameters if hasattr(p, "SCB")}
+    return {"dtype": str(adapters.dtype).removeprefix("torch."), "quantization": min(kinds, default=None)}
 
 
 def _dequantized(weight: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""A plain transformers model of merged weights: the base's class and configuration, with what the merge changes in it."""
+"""A plain transformers model of merged weights: the base's class and configuration, but for what the merge changes."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ def _with_biases(config: Any, cls: Any, added: Collection[str]) -> Any:
 def _no_place(config: Any, keys: Sequence[str]) -> str:
     last = sorted({".".join(key.split(".")[-2:]) for key in keys})
     return (
-        f"cannot be merged: {config.model_type} models have no place for {', '.join(last)} ({keys[0]}, for one), and no "
-        "switch in their configuration makes one. Serve the adapter beside its base instead; or train without add_missing, "
-        "or with target_modules that can have a bias."
+        f"cannot be merged: {config.model_type} models have no place for {', '.join(last)} ({keys[0]}, for one), and "
+        "no switch in their configuration makes one. Serve the adapter beside its base instead; or train without "
+        "add_missing, or with target_modules that can have a bias."
     )
 
 
