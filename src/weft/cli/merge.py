@@ -51,7 +51,8 @@ def merge(
         return common.DONE
     print(f"{adapter} ({result.entries['method']}) in its base's weights -> {output} ({result.entries['dtype']}, "
           f"{common.human_size(result.bytes)})")  # fmt: skip
-    print(f"routed against merged, {result.proof}")
+    for line in result.proof.lines():
+        print(line)
     if "labels" not in result.entries:
         print(f"talk to it:  weft chat {output}")
     return common.DONE

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from weft.core.architecture import is_linear, is_norm
 from weft.core.config import BuildContext
 from weft.core.route import Segment
-from weft.core.site import _SITE, plain_class
+from weft.core.site import _SITE, plain_class, replace_class
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -247,6 +247,15 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight.data.to(dtype) * (scale.to(dtype) / 127)[:, None]
     dense: Tensor = weight.detach().to(dtype)
     return dense if isinstance(module, nn.Linear) else dense.t()
+
+
+@torch.no_grad()
+def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every quantised linear of a model that is not needed any more a plain one, of its dequantised weight."""
+    for module in model.modules():
+        if is_linear(module) and (hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB")):
+            module._parameters["weight"] = nn.Parameter(dense_weight(module, dtype), requires_grad=False)
+            replace_class(module, nn.Linear)
 
 
 def how_kept(adapters: Adapters) -> dict[str, Any]:

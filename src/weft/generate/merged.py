@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import weft
 from weft.core import files
+from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationHead
 from weft.core.merging import check_mergeable
-from weft.core.weights import how_kept
+from weft.core.weights import dequantize_linears, how_kept
 from weft.data.provenance import file_names, template_of
 from weft.errors import UserError
 from weft.generate.open import Opened, open_target
-from weft.generate.proof import Proof, compare, routed_logits
+from weft.generate.proof import Expected, Proof, compare, fixed_prompts, routed_logits
 from weft.models.load import resolve_dtype
 from weft.models.merged import merged_model
 from weft.models.quantize import Quantization
@@ -74,11 +75,12 @@ def merge_folder(
         written = _write(opened, folder, part, given if isinstance(given, torch.dtype) else None)
         where = opened.adapters.device
         del opened  # two models at once are enough
-        proof = compare(part, written.routed, where, exact=written.exact)
+        proof = compare(part, written.expected, where)
         if not proof.holds:
             raise UserError(
-                f"the merged model does not answer as the adapter does: {proof}; asked for: {proof.bar}. Nothing is "
-                "kept. --dtype float32 rounds less; or serve the adapter beside its base."
+                f"the merged model does not answer as the adapter does, and nothing is kept: "
+                f"{'; '.join(proof.lines())}; asked for: {proof.bar}. --dtype float32 rounds less; or serve the "
+                "adapter beside its base."
             )
         entries = written.entries | {"proof": proof.as_json()}
         data = {} if written.data is None else {"data": written.data}
@@ -160,29 +162,43 @@ def _open(folder: Path, model: str | None, device: str, quantization: Quantizati
 
 @dataclass(frozen=True)
 class _Written:
-    """``exact``: no number on either side is below 32 bits, and none quantised."""
-
     entries: dict[str, Any]
     data: Mapping[str, Any] | None
-    routed: list[tuple[list[int], Tensor]]
-    exact: bool
+    expected: list[Expected]
 
 
 def _write(opened: Opened, folder: Path, part: Path, dtype: torch.dtype | None) -> _Written:
-    """Write the model and its tokenizer, and close what was opened."""
+    """Write the model and its tokenizer, and close what was opened. The base is this function's own."""
     adapters, name = opened.adapters, opened.names[0]
     adapter, quantized = adapters[name], bool(getattr(adapters.model, "is_quantized", False))
+    check_mergeable(adapter)
     # What is wider holds the weights of training as they are, and both sides are compared in one precision.
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
         adapters.model.to(dtype)
-    check_mergeable(adapter)
-    routed = routed_logits(adapters, name, opened.renderer)
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
-    exact = not quantized and min(adapters.dtype.itemsize, new.dtype.itemsize) >= 4
+    written: torch.dtype = new.dtype
     entries = _entries(opened, folder, new)
     _save(opened, new, part)
+    del new
+    expected = _expected(adapters, name, fixed_prompts(adapters, name, opened.renderer), written)
     opened.close()
-    return _Written(entries, adapter.provenance, routed, exact)
+    return _Written(entries, adapter.provenance, expected)
+
+
+def _expected(adapters: Adapters, name: str, prompts: list[list[int]], written: torch.dtype) -> list[Expected]:
+    """What the merged model must give. Changes the base's dtype."""
+    routed = routed_logits(adapters, name, prompts)
+    precise = routed
+    rounded: list[Tensor] | list[None] = [None] * len(prompts)
+    if getattr(adapters.model, "is_quantized", False) or adapters.dtype.itemsize < 4:
+        dequantize_linears(adapters.model, torch.float32)
+        nn.Module.to(adapters.model, torch.float32)  # transformers' own forbids it where a quantised model was loaded
+        precise = routed_logits(adapters, name, prompts)
+    if written.itemsize < 4:
+        nn.Module.to(adapters.model, written)
+        rounded = routed_logits(adapters, name, prompts)
+    rows = zip(prompts, routed, precise, rounded, strict=True)
+    return [Expected(*row) for row in rows]
 
 
 def _entries(opened: Opened, folder: Path, new: Any) -> dict[str, Any]:
