@@ -40,7 +40,8 @@ class MergedModule:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self.module, self.linear = module, is_linear(module)
-        self.base_weight = dense_weight(module, dtype) if self.linear else module.get_parameter("weight").to(dtype)
+        weight = dense_weight(module, dtype) if self.linear else module.get_parameter("weight").to(dtype)
+        self.base_weight = weight.detach()
         bias = module._parameters.get("bias")
         self.base_bias = None if bias is None else bias.detach().to(dtype)
         self.weight, self.bias = self.base_weight, self.base_bias
@@ -65,10 +66,10 @@ class MergedModule:
         return tensor.t() if self.linear and not isinstance(self.module, nn.Linear) else tensor
 
     def tensors(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> dict[str, Tensor]:
-        """The module's tensors as it keeps them, rounded."""
+        """The module's tensors as it keeps them, rounded; in the CPU's memory, for the base fills the GPU's."""
         weight = self.weight if self._input_scale is None else self.weight * self._input_scale
-        found = {"weight": self.laid_out(weight).to(weight_dtype).contiguous()}
-        return found if self.bias is None else {**found, "bias": self.bias.to(bias_dtype).contiguous()}
+        found = {"weight": self.laid_out(weight).to(weight_dtype).cpu().contiguous()}
+        return found if self.bias is None else {**found, "bias": self.bias.to(bias_dtype).cpu().contiguous()}
 
 
 @runtime_checkable
@@ -92,7 +93,8 @@ class Merged:
     """The weights of a model that computes without an adapter what the base computes with it.
 
     Attributes:
-        tensors: a state dict. What the adapter leaves alone is the base's own tensor, no copy: do not write to it.
+        tensors: a state dict. What the adapter leaves alone is the base's own tensor, no copy: do not write to it. What
+            it changes is on the CPU.
         blocks: for each of the new model's blocks the number of the base's block that it is, or was copied from.
         added: names of tensors that the base has no place for (biases), beside those of new blocks.
         untied: tensors that are one in the base are no longer equal (a head and its table of embeddings).

@@ -140,13 +140,16 @@ def _open(folder: Path, model: str | None, device: str, quantization: Quantizati
         raise UserError(
             f"--quantization {quantization}: the adapter was trained on a base that was {was}; leave it out."
         )
-    opened = open_target(
-        folder,
-        model=model,
-        device=device,
-        dtype="auto" if of_run and model is None else str(kept.get("dtype", "auto")),
-        quantization=quantization or kept.get("quantization"),
-    )
+    try:
+        opened = open_target(
+            folder,
+            model=model,
+            device=device,
+            dtype="auto" if of_run and model is None else str(kept.get("dtype", "auto")),
+            quantization=quantization or kept.get("quantization"),
+        )
+    except UserError as error:
+        raise UserError(f"{folder}, on {model or 'its base'}: {error}") from None
     found = base_fingerprint(opened.base)
     if any(found[key] != kept.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors")):
         if model is None:
