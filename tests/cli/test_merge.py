@@ -288,7 +288,8 @@ def test_a_classifier_becomes_transformers_own(weft: Callable[..., Any], tiny_ll
     rows = [{"text": f"{w} {i}", "label": c} for i in range(8) for w, c in (("sky", "up"), ("stone", "down"))]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {"model": str(tiny_llama_dir), "data": "data.jsonl", "output_dir": "run", "steps": 6,
-              "learning_rate": 0.01, "task": "sequence_classification", "jobs": [{"name": "it", "method": "lora"}]}  # fmt: skip
+              "learning_rate": 0.01, "task": "sequence_classification",
+              "jobs": [{"name": "it", "method": "lora"}]}  # fmt: skip
     Path("run.json").write_text(json.dumps(config))
     assert weft("train", "run.json", "--quiet").code == 0
     result = weft("merge", "--adapter", "run", "-o", "merged", "--json")

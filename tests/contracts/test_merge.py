@@ -15,18 +15,23 @@ from tests.contracts.test_peft import THEIRS, fresh_peft, peft_config
 from tests.contracts.test_peft_lora import VARIANTS, common, lora_config
 from tests.contracts.test_routing import picture
 from tests.contracts.test_seq2seq import make_model as make_seq2seq
+from tests.models.encoder_kit import KINDS as ENCODERS
+from tests.models.encoder_kit import make_encoder
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.adapters import Adapters
 from weft.core.config import BuildContext, MethodConfig
+from weft.core.heads import ClassificationTask
 from weft.core.seq2seq import run_seq2seq, start_token
 from weft.core.stream import Part
+from weft.data import Sample
 from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models import describe, load_base
 from weft.models.merged import merged_model
+from weft.train.step import logits_of
 
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "gemma", "gpt_neox", "opt", "mistral", "falcon"]
 FAST = ("llama", "gpt2", "bloom", "qwen2")
@@ -264,6 +269,39 @@ def test_encoder_decoders(kind: str, method: str, tmp_path: Path) -> None:
             begun = torch.tensor([[start_token(base), *target[:-1]]])
             plain = merged(input_ids=torch.tensor([ids]), decoder_input_ids=begun).logits[0]
         kit.measured(f"{kind} {method}", relative([routed], [plain]), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit"])
+@pytest.mark.parametrize("kind", [*ENCODERS, "llama", "gpt2"])
+def test_classifiers(kind: str, method: str, tmp_path: Path) -> None:
+    """Encoders with their poolers and dense heads, decoders with their last token: transformers' own classes."""
+    (make_encoder(kind) if kind in ENCODERS else kit.make_model(kind)).save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"), device="cpu", tokenizer=object())
+    adapters = Adapters(base.model, base.architecture)
+    task = ClassificationTask(("a", "b", "c"))
+    adapter = kit.randomize(adapters.add("it", METHODS[method](**BITFIT.get(kind, {}) if method == "bitfit" else {}),
+                                         classification=task))  # fmt: skip
+    merged = merged_model(base.model, base.architecture, adapters.merge("it"), adapter.head)
+    if kind not in ENCODERS:
+        merged.config.pad_token_id = 0
+    merged.save_pretrained(tmp_path / "merged")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert list(plain.config.id2label.values()) == ["a", "b", "c"]
+    for ids in kit.texts(3, 4, 12):
+        with torch.no_grad():
+            routed = logits_of(adapters, "it", [Sample(ids, [0.0] * len(ids), "s")])
+            found = plain(input_ids=torch.tensor([ids])).logits
+        kit.measured(f"{kind} {method}", relative([routed], [found]), 1e-5)
+    adapters.close()
+
+
+def test_an_encoder_without_a_head_is_refused(tmp_path: Path) -> None:
+    make_encoder("bert").save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"), device="cpu", tokenizer=object())
+    adapters = Adapters(base.model, base.architecture)
+    adapters.add("it", METHODS["lora"]())
+    with pytest.raises(UserError, match="without a classification head"):
+        merged_model(base.model, base.architecture, adapters.merge("it"))
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])
