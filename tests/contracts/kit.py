@@ -61,6 +61,8 @@ DROPOUT: dict[str, dict[str, Any]] = {
 DROPOUT["p_tuning"] |= {"encoder_reparameterization_type": "LSTM"}
 # Methods that do not promise to begin as the identity: they put something new before the text.
 NOT_IDENTITY = {"prompt_tuning", "prefix_tuning", "hard_prompt", "p_tuning", "p_tuning_v2"}
+# Methods whose effect no weights of the base can have; all others merge (``test_merge``).
+NOT_MERGEABLE = {"prompt_tuning", "prefix_tuning", "hard_prompt", "p_tuning", "p_tuning_v2", "bottleneck"}
 # Methods that train nothing; those that do.
 UNTRAINED = {"hard_prompt"}
 TRAINED = [method for method in ALL if method not in UNTRAINED]

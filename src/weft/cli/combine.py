@@ -86,6 +86,8 @@ def combine(
     config, tensors = compose([load(one) for one in found], how)
     new = files.assemble(_name(output), config, tensors, base.model, base.architecture)
     new.provenance = _common_provenance(found)
+    kept = [files.trained_on(one.folder) for one in found]
+    new.trained_on = kept[0] if all(one == kept[0] for one in kept) else {}
     part = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(part, ignore_errors=True)
     files.save(new, base.architecture, part, base_name=base_name)

@@ -87,7 +87,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore")
-    for name in ("transformers", "huggingface_hub", "torch"):
+    for name in ("transformers", "huggingface_hub", "torch", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -18,6 +18,7 @@ from weft.cli.chat import chat
 from weft.cli.combine import combine
 from weft.cli.doctor import doctor
 from weft.cli.generate import generate
+from weft.cli.merge import merge
 from weft.cli.preview import preview
 from weft.cli.train import train
 from weft.errors import UserError, nearest
@@ -41,6 +42,7 @@ VERBS: dict[str, Any] = {
     "chat": chat,
     "generate": generate,
     "combine": combine,
+    "merge": merge,
     "doctor": doctor,
 }
 # Verbs that are registered if their module is there; its top level must stay free of torch.

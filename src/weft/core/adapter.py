@@ -36,6 +36,8 @@ class Adapter(nn.Module):
         self.head: nn.Module | None = None
         # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
         self.provenance: Mapping[str, Any] | None = None
+        # How the base was kept that it was trained on (``weft.core.weights.how_kept``); None: as the one it is on now.
+        self.trained_on: Mapping[str, Any] | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
     num_virtual_tokens: int = 0
@@ -53,6 +55,13 @@ class Adapter(nn.Module):
 
     def inserted_blocks(self) -> Mapping[str, Sequence[nn.Module]]:
         """Block path -> blocks that run after it, called as it is called."""
+        return {}
+
+    def merges(self) -> Mapping[str, Sequence[nn.Module]]:
+        """Module path -> the layers that a merge writes into the module's weights, in the order in which they act.
+
+        Each must be ``weft.core.merging.Mergeable``, and all sites among them, or the adapter cannot be merged.
+        """
         return {}
 
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
@@ -192,6 +201,12 @@ class SiteAdapter(Adapter):
             # A layer may take the base's bias apart, so it comes before the own bias is put in.
             functions[path] = in_order([functions[path], weights]) if path in functions else weights
         return functions
+
+    def merges(self) -> Mapping[str, Sequence[nn.Module]]:
+        layers: dict[str, list[nn.Module]] = {path: [m] for path, m in zip(self.paths, self.layers, strict=True)}
+        for path, weights in zip(self.own_paths, self.own, strict=True):
+            layers.setdefault(path, []).append(weights)
+        return layers
 
     def tensors(self) -> Mapping[str, Tensor]:
         layers = {

@@ -20,10 +20,12 @@ from weft.core.compose import Combination, Source
 from weft.core.compose import combine as compose
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import ClassificationHead, ClassificationTask
+from weft.core.merging import Merged, check_mergeable, merge_weights
 from weft.core.route import KeyValueCache, Route, Router, Segment
 from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
 from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
+from weft.core.weights import how_kept
 from weft.errors import UserError
 from weft.ops.merge import MajoritySign
 
@@ -245,9 +247,27 @@ class Adapters:
         while self._undo:
             self._undo.pop()()
 
+    def merge(self, name: str, dtype: torch.dtype | None = None) -> Merged:
+        """The weights of a model that computes by itself what the base computes with adapter ``name``.
+
+        The base, which is only read, and the adapter stay what they are. A classification head is not among the
+        weights. ``dtype``: of all of them; default: each in the base's own.
+
+        Raises:
+            UserError: what the adapter, or a part of it, computes cannot be weights of the base.
+        """
+        adapter = self[name]
+        check_mergeable(adapter)
+        changes: Any = adapter.merges()
+        inserted: Any = adapter.inserted_blocks()
+        return merge_weights(self.model, self.architecture, changes, inserted, dtype)
+
     def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:
         """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model."""
-        files.save(self[name], self.architecture, Path(folder), base_name=base_name)
+        adapter = self[name]
+        if adapter.trained_on is None:
+            adapter.trained_on = how_kept(self)
+        files.save(adapter, self.architecture, Path(folder), base_name=base_name)
 
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
         """Add an adapter from a folder in PEFT's layout, ours or peft's."""
@@ -255,6 +275,7 @@ class Adapters:
         provenance = files.provenance_of(Path(folder))
         adapter = self._add_with(name, config, tensors, tokenizer=tokenizer, classification=task)
         adapter.provenance = provenance
+        adapter.trained_on = files.trained_on(Path(folder)) or {}
         return adapter
 
     def _add_with(self, name: str, config: MethodConfig, tensors: Mapping[str, Tensor], **more: Any) -> Adapter:

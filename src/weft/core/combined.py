@@ -93,6 +93,18 @@ class Combined(Adapter):
                 functions.setdefault(path, []).append(function)
         return {path: _inputs_in_order(found) for path, found in functions.items()}
 
+    def merges(self) -> Mapping[str, Sequence[nn.Module]]:
+        groups: dict[str, list[Sequence[nn.Module]]] = {}
+        for part in self.parts:
+            for path, layers in part.merges().items():
+                groups.setdefault(path, []).append(layers)
+        # As in ``_in_order``: what puts its own weights in the base's place comes first.
+        return {
+            path: [layer for first in (True, False) for layers in found for layer in layers
+                   if first == (len(layers) == 1 and getattr(layer, "replaces_output", False))]
+            for path, found in groups.items()
+        }  # fmt: skip
+
     def inserted_blocks(self) -> Mapping[str, Sequence[nn.Module]]:
         blocks: dict[str, list[nn.Module]] = {}
         for part in self.parts:

@@ -77,6 +77,8 @@ class MethodConfig(BaseModel):
     # the place of the base's and not changes, so they can be averaged but not added.
     combination_types: ClassVar[tuple[str, ...]] = ("linear",)
     whole_values: ClassVar[bool] = False
+    # What to do where an adapter cannot become weights of the base (``weft.core.merging``).
+    instead_of_merging: ClassVar[str] = "Serve the adapter beside its base instead (weft chat, weft generate)."
     # What the method can be used for.
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
 

@@ -68,6 +68,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         names = [f"{i}-{part.config.method}" for i, part in enumerate(adapter.parts, 1)]
         for name, part in zip(names, adapter.parts, strict=True):
             part.provenance = adapter.provenance or part.provenance
+            part.trained_on = adapter.trained_on or part.trained_on
             save(part, architecture, folder / name, base_name=base_name)
         if adapter.head is not None:
             _save_tensors(_stored_head(adapter), folder / WEIGHTS)
@@ -75,7 +76,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
     else:
         own["config"] = adapter.stored_config().model_dump(mode="json")
         entries = adapter.config.own_layout(adapter.name, architecture)
-        _write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
+        write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
         _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
         if extra := adapter.extra_tensors():
             _save_tensors(extra, folder / EXTRA)
@@ -85,7 +86,9 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     if adapter.provenance is not None:
         own["data"] = adapter.provenance
-    _write_json(folder / OWN_CONFIG, own)
+    if adapter.trained_on:
+        own["base"] = adapter.trained_on
+    write_json(folder / OWN_CONFIG, own)
 
 
 @torch.no_grad()
@@ -202,10 +205,24 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file that should say so is damaged.
     """
+    return _section(folder, "data")
+
+
+def trained_on(folder: Path) -> dict[str, Any] | None:
+    """How the base was kept that the adapter was trained on (``dtype``, ``quantization``); None if nothing says so."""
+    return _section(folder, "base")
+
+
+def merged_from(folder: Path) -> dict[str, Any] | None:
+    """Of a model's folder that ``weft merge`` wrote: what it was made of; None of any other."""
+    return _section(folder, "merged") if (folder / "config.json").is_file() else None
+
+
+def _section(folder: Path, key: str) -> dict[str, Any] | None:
     own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
-    section = own.get("data")
+    section = own.get(key)
     if section is not None and not isinstance(section, dict):
-        raise UserError(f"{folder / OWN_CONFIG}: data must be a JSON object, not {type(section).__name__}.")
+        raise UserError(f"{folder / OWN_CONFIG}: {key} must be a JSON object, not {type(section).__name__}.")
     return section
 
 
@@ -274,5 +291,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file as all of an adapter's folder are: sorted keys, two spaces."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

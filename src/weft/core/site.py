@@ -220,6 +220,16 @@ def detach(module: nn.Module) -> None:
         del module.__dict__[_SITE]
 
 
+def replace_class(module: nn.Module, base_class: type[nn.Module]) -> None:
+    """Give the module another class of its own; a site stays a site."""
+    site = site_of(module)
+    if site is None:
+        module.__class__ = base_class
+        return
+    site.base_class, site.apart = base_class, False
+    module.__class__ = _routed_class(cast(Any, base_class))
+
+
 def sites_in(model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
     """Every module that is a site."""
     for module in model.modules():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ from torch.nn import functional as F
 from weft.core.architecture import is_linear, is_norm
 from weft.core.config import BuildContext
 from weft.core.route import Segment
-from weft.core.site import _SITE, plain_class
+from weft.core.site import _SITE, plain_class, replace_class
 from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.core.adapters import Adapters
+    from weft.core.merging import MergedModule
 
 
 def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:
@@ -105,6 +109,13 @@ class WeightDelta(nn.Module):
             y = y + x @ weight
         return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
 
+    def merge_into(self, merged: MergedModule) -> None:
+        """W + ΔW, b + Δb."""
+        if self.weight_delta is not None:
+            merged.weight = merged.weight + merged.laid_out(merged.cast(self.weight_delta))
+        if self.bias_delta is not None:
+            merged.add_bias(self.bias_delta)
+
     def _norm(self, x: Tensor) -> Tensor:
         """f(x; W + ΔW, b + Δb) - f(x; W, b), in the delta's precision."""
         assert self.weight_delta is not None
@@ -179,6 +190,16 @@ class OwnWeights(nn.Module):
         own = {part: value.to(base.get_parameter(part).dtype) for part, value in self.named_parameters()}
         return _Shell(base)(x, own).to(y.dtype)
 
+    def merge_into(self, merged: MergedModule) -> None:
+        """W', b'."""
+        own = {part: merged.cast(value) for part, value in self.named_parameters()}
+        if set(own) == {"bias"}:
+            assert merged.base_bias is not None
+            merged.add_bias(own["bias"] - merged.base_bias)
+            return
+        merged.weight = merged.laid_out(own["weight"]) if "weight" in own else merged.base_weight
+        merged.bias = own.get("bias", merged.base_bias)
+
 
 def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[str, OwnWeights]:
     """``modules_to_save``: whole weights for the named modules, or for all that is inside them; a path for each.
@@ -226,6 +247,23 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight.data.to(dtype) * (scale.to(dtype) / 127)[:, None]
     dense: Tensor = weight.detach().to(dtype)
     return dense if isinstance(module, nn.Linear) else dense.t()
+
+
+@torch.no_grad()
+def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every quantised linear of a model that is not needed any more a plain one, of its dequantised weight."""
+    for module in model.modules():
+        if is_linear(module) and (hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB")):
+            module._parameters["weight"] = nn.Parameter(dense_weight(module, dtype), requires_grad=False)
+            replace_class(module, nn.Linear)
+
+
+def how_kept(adapters: Adapters) -> dict[str, Any]:
+    """What a merge has to know of the base of a training: ``dtype`` and ``quantization`` (nf4, fp4, int8, or None)."""
+    parameters: list[Any] = list(adapters.model.parameters())
+    kinds = {str(p.quant_type) for p in parameters if hasattr(p, "quant_state")}
+    kinds |= {"int8" for p in parameters if hasattr(p, "SCB")}
+    return {"dtype": str(adapters.dtype).removeprefix("torch."), "quantization": min(kinds, default=None)}
 
 
 def _dequantized(weight: Any) -> Tensor:

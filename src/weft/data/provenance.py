@@ -155,7 +155,9 @@ def make_renderer(
     # "plain" is to be no template at all, which is something else to an encoder-decoder.
     wanted = None if record.template_from == "plain" else trained
     if (tokenizer.chat_template or None) != wanted:
-        notes.append("warning: the tokenizer's chat template is not the one of training; training's is used.")
+        # `weft merge` gives a tokenizer without a template the plain one, for other tools to read.
+        if record.template_from != "plain" or tokenizer.chat_template != trained:
+            notes.append("warning: the tokenizer's chat template is not the one of training; training's is used.")
         tokenizer.chat_template = wanted
     return Renderer(tokenizer, template_kwargs=kwargs), notes
 

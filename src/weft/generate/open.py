@@ -16,7 +16,7 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, OWN_CONFIG, base_of, provenance_of, weights_path
+from weft.core.files import CONFIG, OWN_CONFIG, base_of, merged_from, provenance_of, weights_path
 from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
@@ -24,6 +24,7 @@ from weft.errors import UserError
 from weft.generate.engine import check_writes
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
+from weft.models.quantize import Quantization
 from weft.train.config import RunConfig, read_run_config
 from weft.train.run import base_fingerprint
 from weft.train.store import RUN_FILE, RunStore
@@ -115,6 +116,7 @@ def open_target(
     adapters: Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: Quantization | None = None,
     chat_template: str | None = None,
 ) -> Opened:
     """Open a run's folder, an adapter's folder, or a model (folder, hub id, embedded name).
@@ -124,6 +126,7 @@ def open_target(
         model: the base to use instead of the one that the target names.
         adapters: load only these of a run; default all. ``base`` is always there.
         device, dtype: as in a run's configuration.
+        quantization: how the base of an adapter's folder is kept (a run says it itself).
         chat_template: to render prompts with, instead of the one of training.
 
     Raises:
@@ -132,22 +135,43 @@ def open_target(
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, model, adapters, device, dtype, chat_template)
-    if any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
+    merged = merged_from(folder) is not None
+    if not merged and any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
         run = folder.absolute().parent.parent
         if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
             return _open_run(run, None, [folder.absolute().name], device, dtype, chat_template)
-        return _open_adapter(folder, model, device, dtype, chat_template)
+        return _open_adapter(folder, model, device, dtype, quantization, chat_template)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no run ({RUN_FILE}), no adapter ({CONFIG}) and no model (config.json). Give one of these, "
             "a hub id, or the name of an embedded model."
         )
-    base = load_base(model or str(target), device=device, dtype=dtype)
-    renderer = Renderer(base.tokenizer, chat_template=chat_template)
-    return Opened(base, Adapters(base.model, base.architecture), renderer)
+    return _open_model(model or str(target), device, dtype, chat_template)
 
 
-def _open_adapter(folder: Path, model: str | None, device: str, dtype: str, chat_template: str | None) -> Opened:
+def _open_model(name: str, device: str, dtype: str, chat_template: str | None) -> Opened:
+    """A model alone; one that ``weft merge`` wrote says how to ask it."""
+    folder = Path(name).expanduser()
+    merged = merged_from(folder)
+    if merged is not None and "labels" in merged:
+        raise UserError(
+            f"{folder} is a merged classifier; transformers runs it: pipeline('text-classification', '{folder}'). With "
+            "Weft, ask the adapter that it was made of."
+        )
+    record = None if merged is None else Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
+    base = load_base(name, device=device, dtype=dtype)
+    renderer, notes = make_renderer(record, base.tokenizer, chat_template)
+    return Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
+
+
+def _open_adapter(
+    folder: Path,
+    model: str | None,
+    device: str,
+    dtype: str,
+    quantization: Quantization | None,
+    chat_template: str | None,
+) -> Opened:
     record = Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
     source = model or base_of(folder)
     if source is None:
@@ -155,7 +179,7 @@ def _open_adapter(folder: Path, model: str | None, device: str, dtype: str, chat
     # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
     tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
     try:
-        base = load_base(source, device=device, dtype=dtype, tokenizer=tokenizer)
+        base = load_base(source, device=device, dtype=dtype, tokenizer=tokenizer, quantization=quantization)
     except UserError as error:
         hint = "" if model else f" ({CONFIG} names this base; --model takes another place)"
         raise UserError(f"{error}{hint}") from None

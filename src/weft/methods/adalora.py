@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.config import BuildContext, MethodConfig
+from weft.core.merging import MergedModule
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
 from weft.methods.low_rank import LowRankConfig, check_rank, drop_copies_of_the_base, find_targets
-from weft.ops.lowrank import low_rank_add
+from weft.ops.lowrank import low_rank_add, low_rank_merged
 
 
 class AdaLoraConfig(LowRankConfig):
@@ -116,6 +117,11 @@ class SvdLinear(nn.Module):
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         x = seeded_dropout(x, self.dropout, segment, self.path)
         return low_rank_add(y, x, self.lora_A * self.lora_E, self.lora_B, self.scaling)
+
+    def merge_into(self, merged: MergedModule) -> None:
+        """W + s P Λ Q."""
+        q = merged.cast(self.lora_A) * merged.cast(self.lora_E)
+        merged.weight = low_rank_merged(merged.weight, q, merged.cast(self.lora_B), self.scaling)
 
     def orthogonality(self) -> Tensor:
         """||Pᵀ P - I||² + ||Q Qᵀ - I||²."""

@@ -11,6 +11,7 @@ from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import Architecture, is_linear, linear_shape
 from weft.core.compose import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
+from weft.core.merging import MergedModule
 from weft.core.route import Segment
 from weft.errors import UserError, nearest
 
@@ -42,6 +43,10 @@ class BiasDelta(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         return y + self.bias_delta.to(y.dtype)
+
+    def merge_into(self, merged: MergedModule) -> None:
+        """b + Δb."""
+        merged.add_bias(self.bias_delta)
 
 
 class BitFit(SiteAdapter):

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.core.config import BuildContext
+from weft.core.merging import MergedModule
 from weft.core.route import Segment, seeded_dropout
 from weft.core.weights import dense_weight
-from weft.ops.lowrank import low_rank, row_norms
+from weft.ops.lowrank import low_rank, low_rank_merged, row_norms
 
 
 class VariantLinear(nn.Module):
@@ -78,6 +79,19 @@ class VariantLinear(nn.Module):
             plain = dropped.to(y.dtype) @ dense_weight(base, y.dtype).t()
         return y + (length - 1) * plain + length * update
 
+    def merge_into(self, merged: MergedModule) -> None:
+        """W + s B A; DoRA's lengths are those of the base's weight and leave its bias alone."""
+        a, b = (merged.cast(factor) for factor in self.factors())
+        merged.weight = low_rank_merged(merged.weight, a, b, self.scaling)
+        if self.lora_magnitude_vector is None:
+            return
+        length = merged.cast(self.lora_magnitude_vector) / row_norms(merged.base_weight, a, b, self.scaling)
+        merged.weight = length[:, None] * merged.weight
+        if merged.bias is not None:
+            own = merged.bias if merged.base_bias is None else merged.bias - merged.base_bias
+            merged.bias = None
+            merged.add_bias(length * own if merged.base_bias is None else length * own + merged.base_bias)
+
 
 class LoraEmbedding(nn.Module):
     """LoRA on the table of token embeddings E [vocabulary, d]: ``E[x] + s (Aᵀ[x]) Bᵀ``.
@@ -115,3 +129,11 @@ class LoraEmbedding(nn.Module):
             return y + update
         length = (self.lora_magnitude_vector / self.norms()).to(y.dtype)
         return y + (length - 1) * y + length * update
+
+    def merge_into(self, merged: MergedModule) -> None:
+        """E + s (B A)ᵀ, DoRA's lengths by column."""
+        a, b = merged.cast(self.lora_embedding_A), merged.cast(self.lora_embedding_B)
+        merged.weight = low_rank_merged(merged.weight, b.t(), a.t(), self.scaling)
+        if self.lora_magnitude_vector is not None:
+            norms = row_norms(merged.base_weight.t(), a, b, self.scaling)
+            merged.weight = merged.weight * (merged.cast(self.lora_magnitude_vector) / norms)

@@ -51,10 +51,3 @@ class WeightDeltas(SiteAdapter):
         # A tied tensor stands in the file once, under its first module.
         seen: set[int] = set()
         return {k: t for k, t in super().tensors().items() if not (id(t) in seen or seen.add(id(t)))}  # type: ignore[func-returns-value]
-
-    def delta_weight(self, path: str) -> Mapping[str, Tensor]:
-        """What a merge adds to the tensors of module ``path``, in the adapter's dtype; empty if it stays."""
-        if path not in self.paths:
-            return {}
-        layer = self.layers[self.paths.index(path)]
-        return {part.removesuffix("_delta"): delta.detach() for part, delta in layer.named_parameters()}

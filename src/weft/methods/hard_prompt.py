@@ -25,6 +25,7 @@ class HardPromptConfig(SoftPromptConfig):
     method: ClassVar[str] = "hard_prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     combination_types: ClassVar[tuple[str, ...]] = ()  # it is its text
+    instead_of_merging: ClassVar[str] = "Put its text into a system message (weft chat --system) or the chat template."
 
     prompt_text: str | None = None
     prompt_ids: list[int] | None = None

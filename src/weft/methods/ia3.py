@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, InputFunction, SiteAdapter, SiteFunction
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.config import BuildContext, MethodConfig
+from weft.core.merging import MergedModule
 from weft.core.route import Segment
 from weft.errors import UserError
 
@@ -113,6 +114,7 @@ class IA3Scale(nn.Module):
 
     def __init__(self, base: nn.Module, inner: bool, config: IA3Config, context: BuildContext) -> None:
         super().__init__()
+        self.inner = inner
         inputs, outputs = linear_shape(base)
         shape = (1, inputs) if inner else (outputs, 1)
         start = context.zeros(*shape) + 1 if config.init_ia3_weights else context.normal(*shape, std=1.0)
@@ -124,6 +126,15 @@ class IA3Scale(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         return self.scale(y)
+
+    def merge_into(self, merged: MergedModule) -> None:
+        """W diag(l), or diag(l) W and l b."""
+        scale = merged.cast(self.ia3_l).flatten()
+        if self.inner:
+            merged.scale_input(scale)
+            return
+        merged.weight = scale[:, None] * merged.weight
+        merged.bias = None if merged.bias is None else scale * merged.bias
 
 
 class IA3(SiteAdapter):

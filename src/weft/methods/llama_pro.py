@@ -69,6 +69,10 @@ class InsertedBlock(nn.Module):
             return self.block(hidden, *args, **kwargs)
         return torch.func.functional_call(self.block, rounded, (hidden, *args), kwargs)
 
+    def merged_tensors(self) -> Mapping[str, Tensor]:
+        """As in the forward pass: rounded to the base's dtypes."""
+        return {name: t.detach().to(self.dtypes.get(name, t.dtype)) for name, t in self.block.state_dict().items()}
+
 
 class LlamaPro(Adapter):
     """The new blocks, stored whole as ``base_model.model.<path of the block before>.inserted.0.<parameter>``."""

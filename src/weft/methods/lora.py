@@ -17,13 +17,14 @@ from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.compose import ON_PRODUCTS, Combination, Source
 from weft.core.config import BuildContext, MethodConfig
+from weft.core.merging import MergedModule
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
 from weft.methods.dora import LoraEmbedding, VariantLinear
 from weft.methods.lora_combine import combine_lora
 from weft.methods.lora_init import drawn_factors, loftq_initial_factors, pissa_factors
 from weft.methods.low_rank import LowRankConfig, check_rank, drop_copies_of_the_base, find_targets
-from weft.ops.lowrank import low_rank_add
+from weft.ops.lowrank import low_rank_add, low_rank_merged
 
 # PEFT's other ones (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
 _INITS_THAT_KEEP_THE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
@@ -135,6 +136,10 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         x = seeded_dropout(x, self.dropout, segment, self.path)
         return low_rank_add(y, x, self.lora_A, self.lora_B, self.scaling)
+
+    def merge_into(self, merged: MergedModule) -> None:
+        """W + s B A."""
+        merged.weight = low_rank_merged(merged.weight, merged.cast(self.lora_A), merged.cast(self.lora_B), self.scaling)
 
 
 def _make_layer(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> nn.Module:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.config import BuildContext, MethodConfig
+from weft.core.merging import MergedModule
 from weft.core.route import Segment, seeded_dropout
 from weft.core.shared import SharedSiteAdapter
+from weft.ops.lowrank import low_rank_merged
 
 
 class VeraConfig(MethodConfig):
@@ -77,6 +79,11 @@ class VeraLinear(nn.Module):
         # λ_b goes into B, which has fewer rows than there are tokens, and addmm writes no [N, out] of its own.
         b = self.vera_lambda_b[:, None] * self.b
         return y.reshape(-1, y.shape[-1]).addmm(z, b.to(y.dtype).t()).view_as(y)
+
+    def merge_into(self, merged: MergedModule) -> None:
+        """W + Λ_b B Λ_d A."""
+        a, b = merged.cast(self.vera_lambda_d)[:, None] * merged.cast(self.a), merged.cast(self.b)
+        merged.weight = low_rank_merged(merged.weight, a, merged.cast(self.vera_lambda_b)[:, None] * b, 1.0)
 
 
 class Vera(SharedSiteAdapter):

@@ -34,6 +34,11 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t()
 
 
+def low_rank_merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``W + scaling * B A``; weight [out, in], a [r, in], b [out, r], one dtype."""
+    return torch.addmm(weight, b, a, alpha=scaling)
+
+
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``||W + scaling B A||`` of every row, [out], without the sum ever being written out.
 

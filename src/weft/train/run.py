@@ -14,6 +14,7 @@ from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
+from weft.core.weights import how_kept
 from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
@@ -224,7 +225,8 @@ def _train(
     if config.resume:
         trainer.resume()
     labels = {j.name: j.adapter.head.task.labels for j in setup.jobs if isinstance(j.adapter.head, ClassificationHead)}
-    store.write_run({"config": config.model_dump(mode="json"), "base": base_fingerprint(setup.base), "labels": labels})
+    base = base_fingerprint(setup.base)
+    store.write_run({"config": config.model_dump(mode="json"), "base": base, "labels": labels})
     if config.on_bad_record == "report":
         setup.problems.write(config.bad_records_file or store.folder / "bad_records.jsonl")
     setup.base.tokenizer.save_pretrained(store.tokenizer)
@@ -233,6 +235,7 @@ def _train(
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
         for job in setup.jobs:
             job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
+            job.adapter.trained_on = how_kept(setup.adapters) | {k: v for k, v in base.items() if k != "model"}
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result

@@ -1,0 +1,58 @@
+"""``weft merge``: an adapter becomes part of its base's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft.cli import common, options
+from weft.errors import UserError
+
+
+def merge(
+    adapter: Annotated[Path, typer.Option(metavar="ADAPTER|RUN", help="Folder of an adapter, or of a run with one.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the new model.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base, if the adapter does not name it or it lies elsewhere now.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto (those of the base), float32, bfloat16, float16")
+    ] = "auto",
+    quantization: Annotated[
+        str | None, typer.Option(help="nf4, fp4 or int8, if the base of the training was and the folder does not say.")
+    ] = None,
+    device: options.Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+) -> int:
+    """Write the base with an adapter in its weights, as a plain Hugging Face folder; prove that it answers alike.
+
+    weft merge --adapter runs/first/adapters/lora --output merged
+    """
+    from weft.generate.merged import merge_folder
+
+    if quantization not in (None, "nf4", "fp4", "int8"):
+        raise UserError(f"--quantization {quantization} is none of nf4, fp4, int8.")
+    common.tell_hub(model or "")
+    result = merge_folder(
+        adapter,
+        output,
+        model=model,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,  # type: ignore[arg-type]
+    )
+    for note in result.notes:
+        common.say(note)
+    if as_json:
+        common.print_json({"output": str(output), "bytes": result.bytes, **result.entries,
+                           "proof": result.proof.as_json(), "notes": list(result.notes)})  # fmt: skip
+        return common.DONE
+    print(f"{adapter} ({result.entries['method']}) in its base's weights -> {output} ({result.entries['dtype']}, "
+          f"{common.human_size(result.bytes)})")  # fmt: skip
+    for line in result.proof.lines():
+        print(line)
+    if "labels" not in result.entries:
+        print(f"talk to it:  weft chat {output}")
+    return common.DONE

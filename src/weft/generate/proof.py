@@ -1,0 +1,223 @@
+"""Proving a merge: a folder's plain transformers model against the base with its adapter, on fixed prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.core.adapters import Adapters
+from weft.core.heads import ClassificationHead
+from weft.core.seq2seq import run_seq2seq, start_token
+from weft.core.stream import Part
+from weft.data import Message, Renderer, Sample, unlabelled_sample
+from weft.train.step import logits_of
+
+# A model that is written in 32 bits must give the numbers of base and adapter in 32 bits (of a quantised base: of its
+# dequantised weights). Written in 16 bits, all numbers are off by what rounding moves them, and two right answers
+# differ wherever two tokens are nearer than that: the merged model must then choose the same token wherever rounding
+# does not decide, and be about as near to the numbers in 32 bits as base and adapter themselves are in 16.
+LARGEST_DIFFERENCE = 1e-5
+LEAST_AGREEMENT = 0.999
+MOST_ROUNDING = 1.5
+
+_TEXT = """
+A loom keeps its warp fixed and weaves many wefts through it. Write down what you see from the window,
+in three short sentences, and then explain why the sky is blue at noon and red in the evening. How many
+apples are left if nine of twenty-three are eaten? Translate into French: the old bridge over the river
+was closed yesterday because of the storm. def add(a, b): return a + b # what does this function give
+for 2 and 40? 今天天气怎么样？请用一句话回答。 List four animals that live in the sea, one per line, and the colour of
+each. "It is late," she said; "we should have left at 7:30, not at a quarter past nine!" Summarise: in
+1851 a printer in the north of the country began to sell small books of songs, which soon were known in
+every village; his daughter drew the pictures, and after eleven years they moved to a larger house by
+the market. {"name": "Ada", "age": 36, "languages": ["en", "fr"]} Is this valid JSON? Which of the two
+numbers is larger, 0.125 or 1/9, and by how much? Give a recipe for bread with flour, water, salt and
+yeast. Erkläre einem Kind, was ein Schatten ist. The train leaves at 18:05 and takes two hours and fifty
+minutes; when does it arrive?
+"""
+_LENGTHS = (2, 3, 5, 8, 13, 21, 34, 55, 89, 144)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far a merged model is from the base with its adapter.
+
+    Attributes:
+        prompts, positions: what was compared: logits at that many positions of that many prompts.
+        routed_difference: from the base as it was in training, with the adapter: the largest difference of two logits
+            over the largest logit of its prompt.
+        agreement: share of the positions with the same likeliest token as there.
+        precise_difference: the same from base and adapter in 32 bits.
+        exact: the merged model has 32 bits or more. If not:
+        decided: positions whose likeliest token leads by more than rounding can move.
+        decided_agreement: share of these with the same likeliest token as base and adapter in 32 bits.
+        rounding: distance (root mean square) of the merged model's logits from those in 32 bits, over the distance that
+            base and adapter have in the dtype that was written.
+    """
+
+    prompts: int
+    positions: int
+    routed_difference: float
+    agreement: float
+    precise_difference: float
+    exact: bool
+    decided: int | None = None
+    decided_agreement: float | None = None
+    rounding: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the merge is as close as it must be; never if a number is not finite."""
+        if self.exact:
+            return self.precise_difference <= LARGEST_DIFFERENCE
+        assert self.decided_agreement is not None
+        assert self.rounding is not None
+        return self.decided_agreement >= LEAST_AGREEMENT and self.rounding <= MOST_ROUNDING
+
+    @property
+    def bar(self) -> str:
+        """What is asked for, in words."""
+        if self.exact:
+            return f"a relative difference of at most {LARGEST_DIFFERENCE:.0e}"
+        return (
+            f"{100 * LEAST_AGREEMENT:g} % of the positions where rounding does not decide, and an error of at most "
+            f"{MOST_ROUNDING:g} times the dtype's own"
+        )
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found = [
+            f"against the adapter on its base, {self.prompts} prompts, {self.positions} positions: largest relative "
+            f"difference of logits {self.routed_difference:.2g}, same likeliest token at {100 * self.agreement:.4g} %"
+        ]
+        if self.exact and self.precise_difference != self.routed_difference:
+            found.append(f"against both in 32 bits: largest relative difference {self.precise_difference:.2g}")
+        if not self.exact:
+            assert self.decided_agreement is not None
+            found.append(
+                f"against both in 32 bits: same likeliest token at {100 * self.decided_agreement:.4g} % of the "
+                f"{self.decided} positions where rounding does not decide; error {self.rounding:.2f} times the "
+                "dtype's own"
+            )
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """For weft.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What base and adapter give for one prompt, logits [positions, tokens or classes]: as the base was in training, in
+    32 bits, and, if the merged model has fewer, in its dtype."""
+
+    ids: list[int]
+    routed: Tensor
+    precise: Tensor
+    rounded: Tensor | None = None
+
+
+def fixed_texts() -> list[str]:
+    """Questions of 2 to 144 words, two of each length."""
+    words = _TEXT.split()
+    starts = [(29 * i) % len(words) for i in range(2 * len(_LENGTHS))]
+    return [" ".join((words * 3)[start : start + n]) for start, n in zip(starts, _LENGTHS * 2, strict=True)]
+
+
+def fixed_prompts(adapters: Adapters, name: str, renderer: Renderer) -> list[list[int]]:
+    """The fixed texts as adapter ``name`` is asked, cut where the model's positions end."""
+    shape, found = adapters.architecture, []
+    for text in fixed_texts():
+        if isinstance(adapters[name].head, ClassificationHead):
+            ids = unlabelled_sample(renderer, [text], "a fixed text", encoder=shape.bidirectional).input_ids
+        else:
+            ids = renderer.prompt([Message("user", text)], task=shape.task).ids
+        found.append(list(ids)[: shape.max_length])
+    return found
+
+
+@torch.no_grad()
+def routed_logits(adapters: Adapters, name: str, prompts: Sequence[list[int]]) -> list[Tensor]:
+    """The logits [positions, tokens or classes] of token ids that the base with adapter ``name`` gives."""
+    shape, found = adapters.architecture, []
+    for ids in prompts:
+        if isinstance(adapters[name].head, ClassificationHead):
+            logits = logits_of(adapters, name, [Sample(ids, [0.0] * len(ids), "a fixed text")])
+        elif shape.task == "seq2seq":
+            _, hidden = run_seq2seq(adapters, [Part(name, [ids])], [ids])
+            logits = adapters.logits(hidden, [(name, len(hidden))])
+        else:
+            hidden = adapters.forward(adapters.stream([Part(name, [ids])]))
+            logits = adapters.logits(hidden, [(name, len(hidden))])
+        found.append(logits.cpu())
+    return found
+
+
+@torch.no_grad()
+def compare(folder: Path, expected: Sequence[Expected], device: torch.device) -> Proof:
+    """Load what lies in ``folder`` with transformers alone and run it on the same ids."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype="auto").to(device).eval()
+    totals = _Totals()
+    for one in expected:
+        inputs = torch.tensor([one.ids], device=device)
+        more = {}
+        if config.is_encoder_decoder:
+            start = torch.full((1, 1), start_token(model), device=device)
+            more = {"decoder_input_ids": torch.cat([start, inputs[:, :-1]], dim=1)}
+        logits = model(input_ids=inputs, **more).logits.cpu().double()
+        totals.add(one, logits[0] if logits.dim() == 3 else logits)
+    return totals.proof()
+
+
+@dataclass
+class _Totals:
+    prompts: int = 0
+    positions: int = 0
+    same: int = 0
+    decided: int = 0
+    decided_same: int = 0
+    from_routed: float = 0.0
+    from_precise: float = 0.0
+    error: float = 0.0
+    own_error: float = 0.0
+    exact: bool = True
+
+    def add(self, one: Expected, merged: Tensor) -> None:
+        """One prompt's logits [positions, tokens]."""
+        routed, precise = one.routed.double(), one.precise.double()
+        self.prompts, self.positions = self.prompts + 1, self.positions + len(routed)
+        self.same += int((routed.argmax(-1) == merged.argmax(-1)).sum())
+        self.from_routed = _larger(self.from_routed, routed, merged)
+        self.from_precise = _larger(self.from_precise, precise, merged)
+        if one.rounded is None:
+            return
+        self.exact, rounded = False, one.rounded.double()
+        best, second = precise.topk(2, -1).values.unbind(-1)
+        decided = best - second > 2 * (rounded - precise).abs().max()
+        self.decided += int(decided.sum())
+        self.decided_same += int((decided & (precise.argmax(-1) == merged.argmax(-1))).sum())
+        self.error += float((merged - precise).square().sum())
+        self.own_error += float((rounded - precise).square().sum())
+
+    def proof(self) -> Proof:
+        """All prompts together."""
+        found = (self.prompts, self.positions, self.from_routed, self.same / self.positions, self.from_precise)
+        if self.exact:
+            return Proof(*found, exact=True)
+        share = self.decided_same / self.decided if self.decided else 0.0
+        rounding = math.sqrt(self.error / self.own_error) if self.own_error else math.inf
+        return Proof(*found, exact=False, decided=self.decided, decided_agreement=share, rounding=rounding)
+
+
+def _larger(before: float, wanted: Tensor, found: Tensor) -> float:
+    """The larger of a relative difference and this one; what is not a number stays."""
+    relative = float((wanted - found).abs().max() / wanted.abs().max())
+    return relative if math.isnan(relative) else max(relative, before)
