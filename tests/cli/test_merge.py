@@ -40,6 +40,9 @@ def trained(request: Any, tiny_llama_dir: Path, tiny_data: Path, tmp_path_factor
     folder = tmp_path_factory.mktemp("runs")
     base = folder / "base"
     shutil.copytree(tiny_llama_dir, base)
+    file = base / "generation_config.json"
+    generation = json.loads(file.read_text())
+    file.write_text(json.dumps(generation | {"eos_token_id": [generation["eos_token_id"], 5]}))
     if request.param == "plain":
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.chat_template = None
@@ -91,10 +94,8 @@ def test_answers_and_renders_as_the_adapter(weft: Callable[..., Any], trained: P
     assert provenance_of(Path("merged")) == provenance_of(adapter)
     model = AutoModelForCausalLM.from_pretrained("merged")
     assert model.config.num_hidden_layers == 2 + (name == "pro")
-    assert (
-        model.generation_config.eos_token_id
-        == AutoModelForCausalLM.from_pretrained(trained.parent / "base").generation_config.eos_token_id
-    )
+    generation = json.loads((trained.parent / "base/generation_config.json").read_text())
+    assert model.generation_config.eos_token_id == generation["eos_token_id"]
 
 
 def test_a_template_on_the_command_line_and_another_tokenizer(weft: Callable[..., Any], trained: Path) -> None:

@@ -213,12 +213,20 @@ def _share_with_copies_of_the_table(model: nn.Module, at: dict[int, Sequence[Mer
 
 
 def _tie(tensors: dict[str, Tensor], keys: Sequence[str]) -> bool:
-    """Whether the values of what is one tensor in the base are still equal; then they are made one again."""
-    first = tensors[keys[0]]
-    equal = all(tensors[key] is first or torch.equal(tensors[key], first) for key in keys[1:])
-    if equal:
-        tensors.update(dict.fromkeys(keys, first))
-    return equal
+    """Whether the values of what is one tensor in the base are still equal; those that are become one again."""
+    different: list[Tensor] = []
+    for key in keys:
+        same = next((one for one in different if _equal(tensors[key], one)), None)
+        if same is None:
+            different.append(tensors[key])
+        else:
+            tensors[key] = same
+    return len(different) == 1
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    # What is changed is on the CPU, what is not where the base is.
+    return a is b or torch.equal(a.cpu(), b.cpu())
 
 
 def _moved(path: str, by: int) -> str:
