@@ -241,7 +241,7 @@ def test_in_sixteen_bits(weft: Callable[..., Any], trained: Path, monkeypatch: p
         assert not proof["exact"]
         assert proof["decided_agreement"] >= 0.999
         assert 0.01 < proof["rounding"] <= 1.5
-        assert proof["decided"] > proof["positions"] / 4
+        assert proof["decided"] > 500
         assert {t.dtype for t in load_file(f"{dtype}/model.safetensors").values()} == {getattr(torch, dtype)}
     plain = merging.merged_model
 

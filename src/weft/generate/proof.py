@@ -21,7 +21,7 @@ from weft.train.step import logits_of
 # A model that is written in 32 bits must give the numbers of base and adapter in 32 bits (of a quantised base: of its
 # dequantised weights). Written in 16 bits its weights are rounded, and running it rounds every number on the way, which
 # alone lets two right answers differ wherever two tokens are about as likely. So what was written is judged in 32 bits:
-# it must choose the same token wherever the dtype's own rounding does not decide, and be about as near to the numbers of
+# it must choose the same token where the dtype's own rounding does not decide, and be about as near to the numbers of
 # base and adapter in 32 bits as these are themselves in 16. How it runs in 16 bits is told beside.
 LARGEST_DIFFERENCE = 1e-5
 LEAST_AGREEMENT = 0.999
