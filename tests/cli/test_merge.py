@@ -233,14 +233,15 @@ def test_a_merge_that_does_not_answer_alike_is_not_kept(
 def test_in_sixteen_bits(weft: Callable[..., Any], trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As good as rounding allows, and a merge that has lost its adapter is not."""
     adapter = trained / "adapters/lora"
-    for dtype in ("bfloat16", "float16"):
-        result = weft("merge", "--adapter", adapter, "-o", dtype, "--dtype", dtype, "--json")
+    for dtype, name in (("bfloat16", "pro"), ("bfloat16", "lora"), ("float16", "several")):
+        shutil.rmtree(dtype, ignore_errors=True)
+        result = weft("merge", "--adapter", trained / "adapters" / name, "-o", dtype, "--dtype", dtype, "--json")
         assert result.code == 0, result.err
         proof = json.loads(result.out)["proof"]
         assert not proof["exact"]
         assert proof["decided_agreement"] >= 0.999
-        assert 0.3 < proof["rounding"] <= 1.5
-        assert proof["decided"] > proof["positions"] / 4
+        assert 0.01 < proof["rounding"] <= 1.5
+        assert proof["decided"] > 500
         assert {t.dtype for t in load_file(f"{dtype}/model.safetensors").values()} == {getattr(torch, dtype)}
     plain = merging.merged_model
 
@@ -251,6 +252,21 @@ def test_in_sixteen_bits(weft: Callable[..., Any], trained: Path, monkeypatch: p
     monkeypatch.setattr(merging, "merged_model", forgetful)
     result = weft("merge", "--adapter", adapter, "-o", "lost", "--dtype", "bfloat16")
     assert (result.code, "does not answer as the adapter does" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("base", ["tiny-llama", "tiny-bloom"])
+def test_trained_in_sixteen_bits(weft: Callable[..., Any], tiny_data: Path, base: str) -> None:
+    """Written as it was trained by default; in 32 bits the same without another rounding. (BLOOM as transformers
+    runs it is off by four times as much in bfloat16 as here, whatever its weights.)"""
+    words = ["train", "--model", base, "--data", tiny_data, "--method", "lora", "--method", "llama_pro", "steps=3"]
+    assert weft(*words, "dtype=bfloat16", "learning_rate=0.01", "--output-dir", "run", "--quiet").code == 0
+    for name in ("lora", "llama_pro"):
+        for dtype, exact in (("auto", False), ("float32", True)):
+            words = ["merge", "--adapter", f"run/adapters/{name}", "-o", f"{name}-{dtype}", "--dtype", dtype, "--json"]
+            result = weft(*words)
+            assert result.code == 0, result.err
+            told = json.loads(result.out)
+            assert (told["dtype"], told["proof"]["exact"]) == ("float32" if exact else "bfloat16", exact)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

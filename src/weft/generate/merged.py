@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import weft
 from weft.core import files
-from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationHead
 from weft.core.merging import check_mergeable
 from weft.core.weights import dequantize_linears, how_kept
@@ -177,31 +176,40 @@ def _write(opened: Opened, folder: Path, part: Path, dtype: torch.dtype | None) 
     check_mergeable(adapter)
     # What is wider holds the weights of training as they are, and both sides are compared in one precision.
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
-        adapters.model.to(dtype)
+        _recast(opened, folder, dtype)
+        adapter = adapters[name]
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
     entries = _entries(opened, folder, new)
     _save(opened, new, part)
     del new
-    expected = _expected(adapters, name, fixed_prompts(adapters, name, opened.renderer), written)
+    expected = _expected(opened, folder, written)
     opened.close()
     return _Written(entries, adapter.provenance, expected)
 
 
-def _expected(adapters: Adapters, name: str, prompts: list[list[int]], written: torch.dtype) -> list[Expected]:
+def _expected(opened: Opened, folder: Path, written: torch.dtype) -> list[Expected]:
     """What the merged model must give. Changes the base's dtype."""
-    routed = routed_logits(adapters, name, prompts)
-    precise = routed
+    adapters, name = opened.adapters, opened.names[0]
+    prompts = fixed_prompts(adapters, name, opened.renderer)
+    precise = routed = routed_logits(adapters, name, prompts)
     rounded: list[Tensor] | list[None] = [None] * len(prompts)
     if getattr(adapters.model, "is_quantized", False) or adapters.dtype.itemsize < 4:
         dequantize_linears(adapters.model, torch.float32)
-        nn.Module.to(adapters.model, torch.float32)  # transformers' own forbids it where a quantised model was loaded
+        _recast(opened, folder, torch.float32)
         precise = routed_logits(adapters, name, prompts)
     if written.itemsize < 4:
-        nn.Module.to(adapters.model, written)
+        _recast(opened, folder, written)
         rounded = routed_logits(adapters, name, prompts)
-    rows = zip(prompts, routed, precise, rounded, strict=True)
-    return [Expected(*row) for row in rows]
+    return [Expected(*row) for row in zip(prompts, routed, precise, rounded, strict=True)]
+
+
+def _recast(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
+    """The base in another dtype, and the adapter on it anew, for adapters know what their base has."""
+    name = opened.names[0]
+    nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
+    opened.adapters.remove(name)
+    opened.adapters.load(name, folder, tokenizer=opened.base.tokenizer)
 
 
 def _entries(opened: Opened, folder: Path, new: Any) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from weft.data import Message, Renderer, Sample, unlabelled_sample
 from weft.train.step import logits_of
 
 # A model that is written in 32 bits must give the numbers of base and adapter in 32 bits (of a quantised base: of its
-# dequantised weights). Written in 16 bits, all numbers are off by what rounding moves them, and two right answers
-# differ wherever two tokens are nearer than that: the merged model must then choose the same token wherever rounding
-# does not decide, and be about as near to the numbers in 32 bits as base and adapter themselves are in 16.
+# dequantised weights). Written in 16 bits its weights are rounded, and running it rounds every number on the way, which
+# alone lets two right answers differ wherever two tokens are about as likely. So what was written is judged in 32 bits:
+# it must choose the same token where the dtype's own rounding does not decide, and be about as near to the numbers of
+# base and adapter in 32 bits as these are themselves in 16. How it runs in 16 bits is told beside.
 LARGEST_DIFFERENCE = 1e-5
 LEAST_AGREEMENT = 0.999
 MOST_ROUNDING = 1.5
@@ -52,12 +53,12 @@ class Proof:
         routed_difference: from the base as it was in training, with the adapter: the largest difference of two logits
             over the largest logit of its prompt.
         agreement: share of the positions with the same likeliest token as there.
-        precise_difference: the same from base and adapter in 32 bits.
-        exact: the merged model has 32 bits or more. If not:
-        decided: positions whose likeliest token leads by more than rounding can move.
-        decided_agreement: share of these with the same likeliest token as base and adapter in 32 bits.
-        rounding: distance (root mean square) of the merged model's logits from those in 32 bits, over the distance that
-            base and adapter have in the dtype that was written.
+        precise_difference: of the merged model in 32 bits from base and adapter in 32 bits.
+        exact: the merged model was written in 32 bits or more. If not:
+        decided: positions whose likeliest token leads by more than the dtype's rounding can move.
+        decided_agreement: share of these where the merged model, in 32 bits, chooses the same.
+        rounding: its distance (root mean square) from base and adapter in 32 bits, over the distance that base and
+            adapter have from there in the dtype that was written.
     """
 
     prompts: int
@@ -86,7 +87,7 @@ class Proof:
             return f"a relative difference of at most {LARGEST_DIFFERENCE:.0e}"
         return (
             f"{100 * LEAST_AGREEMENT:g} % of the positions where rounding does not decide, and an error of at most "
-            f"{MOST_ROUNDING:g} times the dtype's own"
+            f"{MOST_ROUNDING:g} times that of running in this dtype"
         )
 
     def lines(self) -> list[str]:
@@ -100,9 +101,9 @@ class Proof:
         if not self.exact:
             assert self.decided_agreement is not None
             found.append(
-                f"against both in 32 bits: same likeliest token at {100 * self.decided_agreement:.4g} % of the "
-                f"{self.decided} positions where rounding does not decide; error {self.rounding:.2f} times the "
-                "dtype's own"
+                f"what was written, in 32 bits, against both in 32 bits: same likeliest token at "
+                f"{100 * self.decided_agreement:.4g} % of the {self.decided} positions where rounding does not decide; "
+                f"error {self.rounding:.2f} times that of running in this dtype"
             )
         return found
 
@@ -163,18 +164,26 @@ def compare(folder: Path, expected: Sequence[Expected], device: torch.device) ->
     """Load what lies in ``folder`` with transformers alone and run it on the same ids."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype="auto").to(device).eval()
+    kind = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    model = getattr(transformers, kind).from_pretrained(folder, dtype="auto").to(device).eval()
     totals = _Totals()
     for one in expected:
-        inputs = torch.tensor([one.ids], device=device)
-        more = {}
-        if config.is_encoder_decoder:
-            start = torch.full((1, 1), start_token(model), device=device)
-            more = {"decoder_input_ids": torch.cat([start, inputs[:, :-1]], dim=1)}
-        logits = model(input_ids=inputs, **more).logits.cpu().double()
-        totals.add(one, logits[0] if logits.dim() == 3 else logits)
+        totals.add(one, _plain_logits(model, one.ids, device))
+    if not totals.exact:
+        model.to(torch.float32)
+        for one in expected:
+            totals.add_in_32_bits(one, _plain_logits(model, one.ids, device))
     return totals.proof()
+
+
+def _plain_logits(model: Any, ids: list[int], device: torch.device) -> Tensor:
+    inputs = torch.tensor([ids], device=device)
+    more = {}
+    if model.config.is_encoder_decoder:
+        start = torch.full((1, 1), start_token(model), device=device)
+        more = {"decoder_input_ids": torch.cat([start, inputs[:, :-1]], dim=1)}
+    logits: Tensor = model(input_ids=inputs, **more).logits.cpu().double()
+    return logits[0] if logits.dim() == 3 else logits
 
 
 @dataclass
@@ -191,19 +200,24 @@ class _Totals:
     exact: bool = True
 
     def add(self, one: Expected, merged: Tensor) -> None:
-        """One prompt's logits [positions, tokens]."""
-        routed, precise = one.routed.double(), one.precise.double()
+        """One prompt's logits [positions, tokens] as the merged model gives them."""
+        routed = one.routed.double()
         self.prompts, self.positions = self.prompts + 1, self.positions + len(routed)
         self.same += int((routed.argmax(-1) == merged.argmax(-1)).sum())
         self.from_routed = _larger(self.from_routed, routed, merged)
-        self.from_precise = _larger(self.from_precise, precise, merged)
-        if one.rounded is None:
-            return
-        self.exact, rounded = False, one.rounded.double()
+        self.exact = one.rounded is None
+        if self.exact:
+            self.from_precise = _larger(self.from_precise, one.precise.double(), merged)
+
+    def add_in_32_bits(self, one: Expected, merged: Tensor) -> None:
+        """The same as its weights give them in 32 bits."""
+        assert one.rounded is not None
+        precise, rounded = one.precise.double(), one.rounded.double()
         best, second = precise.topk(2, -1).values.unbind(-1)
         decided = best - second > 2 * (rounded - precise).abs().max()
         self.decided += int(decided.sum())
         self.decided_same += int((decided & (precise.argmax(-1) == merged.argmax(-1))).sum())
+        self.from_precise = _larger(self.from_precise, precise, merged)
         self.error += float((merged - precise).square().sum())
         self.own_error += float((rounded - precise).square().sum())
 
