@@ -245,3 +245,97 @@ def test_classification(weft: Callable[..., Any], bare_model: Path, tmp_path: Pa
 def test_jobs_with_the_same_data_come_together(weft: Callable[..., Any], bare_model: Path, data: Path) -> None:
     result = weft("preview", "--model", bare_model, "--data", data, "method=[lora,prefix_tuning]", "--json")
     assert [entry["jobs"] for entry in json.loads(result.out)["data"]] == [["lora", "prefix_tuning"]]
+
+
+TEXTS = [{"text": f"Text {n}. " + " ".join(f"Word {n * 31 + i * 7} stands here." for i in range(12))} for n in range(6)]
+
+
+def told(result: Any) -> dict[str, Any]:
+    (entry,) = json.loads(result.out)["data"]
+    return entry
+
+
+def test_a_text_on_both_sides_is_told(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    texts = write(tmp_path / "t.jsonl", TEXTS)
+    words = ["documents=windows", "max_length=40", "eval_size=5"]
+    result = weft("preview", "--model", bare_model, "--data", texts, *words, "--ignore", "near-duplicate", "--json")
+    entry = told(result)
+    torn = [finding for finding in entry["findings"] if finding["code"] == "torn-text"]
+    assert torn
+    assert {finding["severity"] for finding in torn} == {"warning"}
+    assert entry["statistics"]["eval"]["samples"] == 5
+    whole = weft("preview", "--model", bare_model, "--data", texts, *words[:2], "eval_split=0.3", "--json",
+                 "--ignore", "near-duplicate", "--ignore", "leak")  # fmt: skip
+    assert not [finding for finding in told(whole)["findings"] if finding["code"] == "torn-text"]
+    shown = weft("preview", "--model", bare_model, "--data", texts, *words, "--samples", "9")
+    assert "cut from" not in shown.out, "windows cut nothing"
+
+
+def test_what_is_left_out_is_named_by_its_reason(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    long = {"instruction": "Go on.", "output": "And on, then stop. " * 90}
+    rows = [*ROWS, {"instruction": "Say it.", "output": ""}, long]
+    data = write(tmp_path / "d.jsonl", rows)
+    words = ("empty_answers=skip", "truncation=drop", "max_length=120")
+    result = weft("preview", "--model", bare_model, "--data", data, *words)
+    assert "1 left out for an empty answer, 1 left out for their length" in result.out
+    for some in (words[:1], (*words[:2], "max_length=3")):
+        nothing = weft("preview", "--model", bare_model, "--data", write(tmp_path / "e.jsonl", [rows[4]]), *some)
+        assert nothing.code == 2, nothing.out + nothing.err
+        assert "no record is left to train on: 1 left out for an empty answer" in nothing.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval_size=4"], "cannot hold out 4 of 4"),
+        (["eval_data=0.5*some.jsonl + 0.5*other.jsonl"], "eval_data has weights"),
+        (["batch_tokens=8"], "do not fit into batch_tokens: 8"),
+        (["--html", "nowhere/page.html"], "its folder is not there"),
+        (["--html", "."], "that is a folder"),
+    ],
+)
+def test_what_training_refuses(
+    weft: Callable[..., Any], bare_model: Path, data: Path, tmp_path: Path, words: list[str], said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "other.jsonl", ROWS)
+    result = weft("preview", "--model", bare_model, "--data", data, *words)
+    assert result.code == 2, result.out
+    assert said in result.err
+
+
+def test_records_that_training_leaves_out_are_warnings(
+    weft: Callable[..., Any], bare_model: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "b.jsonl", [*ROWS, {"question": "x"}, {"instruction": "Say it.", "output": ""}])
+    assert weft("preview", "--model", bare_model, "--data", data).code == 1
+    for mode in ("skip", "report"):
+        result = weft("preview", "--model", bare_model, "--data", data, f"on_bad_record={mode}")
+        assert result.code == 0, result.out
+        assert "left out (on_bad_record): " in result.out
+        assert "audit: 0 errors, 2 warnings" in result.out
+
+
+def test_a_mixture_with_a_source_of_bad_records(
+    weft: Callable[..., Any], bare_model: Path, data: Path, tmp_path: Path
+) -> None:
+    bad = write(tmp_path / "bad.jsonl", [{"question": "x"}, {"question": "y"}])
+    result = weft("preview", "--model", bare_model, f"data=0.5*{data} + 0.5*{bad}", "--json")
+    assert result.code == 1, result.err
+    entry = told(result)
+    assert [finding["source"] for finding in entry["findings"]] == [f"{bad}:1", f"{bad}:2"]
+    assert entry["packing"] == []
+
+
+def test_a_fault_of_the_tokenizer_is_no_finding(weft: Callable[..., Any], bare_model: Path, data: Path) -> None:
+    """It would be found at every record, with advice to mend the record."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = bare_model / name
+        if path.is_file():
+            kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"}
+            path.write_text(json.dumps(kept))
+    result = weft("preview", "--model", bare_model, "--data", data)
+    assert result.code == 2, result.out
+    assert "eos_token" in result.err
+    assert "some.jsonl:1" not in result.err

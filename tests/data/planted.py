@@ -254,6 +254,8 @@ BUGS = [
         ("eval:21",), "the prompt"),
     Bug("leak", lambda: DataSet(held=[*clean_rows(60)[40:],
         {key: text.replace("known", "famed") for key, text in clean_rows()[4].items()}]), ("eval:21",), "nearly"),
+    Bug("torn-text", lambda: DataSet(change=lambda items, tokenizer: items.append(
+        Item("eval", items[2].source, samples=items[2].samples, torn=True)))),
     Bug("contradiction", plus({"instruction": ASK, "output": "They bake nothing at all there; it is closed."})),
     Bug("contradiction", lambda: DataSet(rows=[*clean_rows(20), clean_rows()[0]], labels=[*LABELS * 10, "bad"]),
         ("train:21",), "labels"),

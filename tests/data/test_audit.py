@@ -25,6 +25,7 @@ BESIDES = {
     "near-duplicate": {"contradiction"},
     "common-prompt": {"contradiction"},
     "common-answer": {"near-duplicate"},
+    "torn-text": {"small-eval"},
 }
 
 

@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -123,3 +124,8 @@ def test_a_random_order_stays_random() -> None:
     found = {"in order": spread(packs), "chance": spread(chance), "decreasing": spread(pack(lengths, 2048))}
     print(f"[measured] {found}")
     assert found["in order"] < 1.3 * found["chance"] < 0.3 * found["decreasing"]
+
+
+@pytest.mark.parametrize("packer", [pack, pack_in_order])
+def test_room_without_end_takes_no_memory(packer: Callable[[Sequence[int], int], list[list[int]]]) -> None:
+    assert [sorted(one) for one in packer([3, 1, 4], 10**12)] == [[0, 1, 2]]

@@ -382,3 +382,9 @@ def test_classes_by_their_names(datasets: Any, serve: Serve) -> None:
     assert names == ("neg", "pos")
     assert [names[sample.label or 0] for sample in samples] == ["pos", "neg"] * 2
     assert load_labelled(shards, Renderer(byte_tokenizer()), labels=["pos", "neg"])[0][0].label == 0
+
+
+def test_a_saved_data_set_without_rows(datasets: Any, tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"instruction": [], "output": []}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="holds no records"):
+        read_records(tmp_path / "empty")

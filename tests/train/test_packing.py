@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "virtual": {"method": ["lora", "prompt_tuning", "prefix_tuning"], "batch_tokens": 300},
     "eval_size": {"eval_size": 7},
     "eval_split": {"eval_split": 0.2},
+    "classes, eval_split": {"data": "c.csv", "task": "sequence_classification", "eval_split": 0.3},
     "mixture": {"data": "0.7*a.jsonl + 0.3*t.jsonl", "truncation": "right", "max_length": 128},
     "windows": {"data": "t.jsonl", "documents": "windows", "max_length": 64, "window_overlap": 8, "eval_size": 4},
     "joined": {"data": "t.jsonl", "documents": "joined", "max_length": 64, "batch_size": 2},
@@ -97,7 +98,8 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["padding"]["tokens"] == sum(4 * max(batch) - sum(batch) for batch in batches) > 0
     assert figures["capacity"] == max(map(sum, batches))
     assert (figures["steps"], figures["packs"]) == (8, sum(map(len, packing.epoch)))
-    assert figures["fill"] == pytest.approx(sum(lengths) / (figures["packs"] * figures["capacity"]), abs=1e-4)
+    assert figures["largest"] == max(packing.batches.tokens(pack) for step in packing.epoch for pack in step)
+    assert figures["fill"] == pytest.approx(sum(lengths) / (figures["packs"] * figures["largest"]), abs=1e-4)
     first = [entry for pack in figures["first_step"] for entry in pack]
     assert sum(entry["tokens"] for entry in first) == sum(entry["end"] - entry["begin"] for entry in first)
     assert len(first) == 8

@@ -224,3 +224,38 @@ def test_the_report_lies_in_the_folder_of_the_run(tiny_llama_dir: Path, tmp_path
         train(made)
         lines = (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()
         assert [json.loads(line)["line"] for line in lines] == [6, 7]
+
+
+@pytest.mark.parametrize("more", [{}, {"bad_records_file": "all.jsonl"}])
+def test_the_report_is_there_when_nothing_is_left(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """A source of bad records only ends the run, and then the list is wanted most; the next try may have the folder."""
+    from weft.train.run import train
+
+    monkeypatch.chdir(tmp_path)
+    good, bad = rows(tmp_path, "a.jsonl", 5), rows(tmp_path, "b.jsonl", 0, bad=30)
+    options = {"model": str(tiny_llama_dir), "on_bad_record": "report", "output_dir": "run", "steps": 1, **more}
+    report = Path(more.get("bad_records_file", "run/bad_records.jsonl"))
+    with pytest.raises(UserError, match=r"nothing would be left(.|\n)*" + str(report)) as error:
+        train(config([good, bad], **options))
+    assert "on_bad_record: skip" not in str(error.value)
+    assert len(report.read_text().splitlines()) == 30
+    assert train(config([good], **options)).completed
+
+
+def test_a_bad_record_counts_once_however_often_it_is_read(tmp_path: Path) -> None:
+    """Two jobs with labels of their own read a file each in its way."""
+    path = tmp_path / "c.csv"
+    path.write_text("text,label\n" + "one,a\ntwo,b\n,a\nthree,\n")
+    jobs = [
+        {"method": "lora", "name": "".join(labels), "task": "sequence_classification", "labels": labels}
+        for labels in (["a", "b"], ["b", "a"])
+    ]
+    made = config(str(path), jobs=jobs, on_bad_record="report")
+    reader = Reader(made, Renderer(byte_tokenizer()), ARCHITECTURE, data_files(made))
+    for job in made.jobs:
+        reader.job(job)
+    assert reader.problems.count == 2
+    reader.problems.write(tmp_path / "report.jsonl")
+    assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 2

@@ -88,6 +88,24 @@ def test_nothing_packed_is_nothing_to_prove(monkeypatch: pytest.MonkeyPatch) -> 
     adapters.close()
 
 
+def test_the_proof_is_made_where_sequences_lie_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Best fit puts the longest record first, here alone; the leak between the others is found all the same."""
+    adapters = open_model("llama")
+    samples = [kit.samples(1, 30, 30)[0], *kit.samples(3, 8, 9, seed=1)]
+    config = JobConfig(name="one", method="lora", batch_size=1, gradient_accumulation_steps=4)
+    job = Job(config, adapters.add("one", config.method_config()), samples)
+    assert [len(pack) for pack in job.micro_batches()] == [1, 3]
+    assert verify_packing(adapters, [job]).sequences == 1
+
+    def leaking(q: Any, k: Any, v: Any, layout: SequenceLayout, **options: Any) -> Any:
+        return varlen_attention(q, k, v, one_sequence(layout), **options)
+
+    monkeypatch.setattr(attention, "varlen_attention", leaking)
+    with pytest.raises(UserError, match="sequences leak"):
+        verify_packing(adapters, [job])
+    adapters.close()
+
+
 def test_a_run_is_bitwise_the_same_with_and_without(tmp_path: Path) -> None:
     found = []
     for verify in (True, False):

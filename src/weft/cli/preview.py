@@ -52,6 +52,8 @@ def preview(
     Leaves with code 1 if the audit finds errors.
     """
     begun = time.perf_counter()
+    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
+        raise UserError(f"--html {html}: {'that is a folder' if html.is_dir() else 'its folder is not there'}.")
     settings = _settings(list(config or []), model, data)
     views = _views(settings, samples, record or (), ignore or ())
     if html is not None:
@@ -103,7 +105,7 @@ def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Se
             items = [item for item in data_set.items if item.split == split]
             if items:
                 figures[split] = statistics(items, findings=findings)
-        figures["train"]["left_out"] = data_set.left_out
+        next(iter(figures.values()))["left_out"] = dict(data_set.left_out)
         items = data_set.items if records or not data_set.windows else data_set.windows
         views.append(View(data_set, findings, figures, chosen(items, samples, records)))
     return views

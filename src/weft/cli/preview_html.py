@@ -92,7 +92,7 @@ def _first_step(packing: dict[str, Any]) -> Iterator[str]:
     for number, pack in enumerate(packs[:_PACKS], start=1):
         parts, rows = [], []
         for one in pack:
-            share = 100 * (one["end"] - one["begin"]) / packing["capacity"]
+            share = 100 * (one["end"] - one["begin"]) / packing["largest"]
             span, source = f"{one['begin']:,}–{one['end'] - 1:,}", escape(one["source"])
             parts.append(f'<span style="width:{share:.3f}%" title="rows {span}: {source}"></span>')
             rows.append(f'<tr><td class="n">{span}</td><td>{source}</td></tr>')
@@ -116,7 +116,7 @@ def _findings(view: View) -> Iterator[str]:
     warnings = count_of(len(view.findings) - errors, "warning")
     yield f"<h2>Audit: {count_of(errors, 'error')}, {warnings}</h2>\n"
     for group in grouped(view.findings):
-        kind, count = group.check.severity, len(group.findings)
+        kind, count = group.findings[0].severity, len(group.findings)
         yield (
             f'<h3><span class="{kind}">{kind}: {group.check.code}</span>{f" ({count:,})" if count > 1 else ""} '
             f'{escape(group.check.about)}</h3><p class="faint">Mend: {escape(group.findings[0].mend)}.</p>\n'
@@ -155,7 +155,7 @@ def _item(item: Item, view: View) -> str:
     for sample in item.samples:
         found, place = pieces(view.data_set.facts.tokenizer, sample), place_of(item, view, sample)
         learned = sum(bool(piece.weight) for piece in found)
-        cut = f", cut from {item.length:,}" if item.length > len(sample.input_ids) else ""
+        cut = f", cut from {len(sample.input_ids) + sample.cut:,}" if sample.cut else ""
         parts.append(
             f'<p class="faint">{len(found):,} tokens, {learned:,} learned{cut}{"; " * bool(place)}{place}</p>'
             f'<div class="tokens">{"".join(map(_token, found))}</div>\n'

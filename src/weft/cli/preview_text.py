@@ -51,7 +51,7 @@ def _sample(item: Item, view: View, out: Console, tokens: bool) -> None:
     for sample in item.samples:
         learned = len(sample.target_ids) or sum(map(bool, sample.weights))
         total = len(sample.input_ids) + len(sample.target_ids)
-        cut = f"  cut from {item.length} tokens" if item.length > len(sample.input_ids) else ""
+        cut = f"  cut from {len(sample.input_ids) + sample.cut:,} tokens" if sample.cut else ""
         place = place_of(item, view, sample)
         head = f"── {item.source}{label}  {total} tokens, {learned} learned{cut}{'  ' * bool(place)}{place}"
         out.print(Text(head, "bold"), soft_wrap=not out.is_terminal)
@@ -79,7 +79,7 @@ def _first_step(packing: dict[str, Any], out: Console) -> None:
     for number, pack in enumerate(packs[:_PACKS], start=1):
         bar, drawn = Text(), 0
         for place, one in enumerate(pack):
-            until = round(width * one["end"] / packing["capacity"])
+            until = round(width * one["end"] / packing["largest"])
             bar.append("█▒"[place % 2] * (until - drawn), ("cyan", "blue")[place % 2])
             drawn = until
         bar.append("·" * (width - drawn), "dim")
@@ -196,7 +196,7 @@ def rows_of(
 ) -> Iterator[tuple[str, str]]:
     """The figures as (name, text), for the terminal and for the page."""
     unusable = f", {figures['unusable']:,} of them unusable" if figures["unusable"] else ""
-    left_out = f", {figures['left_out']:,} left out for an empty answer" if figures.get("left_out") else ""
+    left_out = "".join(f", {count:,} {why}" for why, count in figures.get("left_out", {}).items())
     yield "records", f"{figures['records']:,}{unusable}{left_out}"
     if figures["lengths"]:
         marks = ", ".join(f"{name} {value:,}" for name, value in figures["lengths"].items())
@@ -247,8 +247,9 @@ def _findings(view: View, out: Console) -> None:
 
     errors = sum(finding.severity == "error" for finding in view.findings)
     for group in grouped(view.findings):
-        colour = "bold red" if group.check.severity == "error" else "bold yellow"
-        head = Text.assemble((f"{group.check.severity}: {group.check.code}", colour), f"  {group.check.about}")
+        kind = group.findings[0].severity
+        colour = "bold red" if kind == "error" else "bold yellow"
+        head = Text.assemble((f"{kind}: {group.check.code}", colour), f"  {group.check.about}")
         count = Text(f"  {len(group.findings):,}×" if len(group.findings) > 1 else "", colour)
         out.print(head + count, soft_wrap=not out.is_terminal)
         for finding in group.findings[:_LISTED]:

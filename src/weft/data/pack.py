@@ -27,10 +27,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Raises:
         ValueError: a length is below 1 or above ``capacity``: sequences are never cut, nor left out.
     """
+    order = _longest_first(lengths, capacity)
+    capacity = min(capacity, max(sum(lengths), 1))  # the masks are as wide as the room
     packs: list[list[int]] = []
     open_with: dict[int, list[int]] = {}  # room -> heap of the packs that have exactly that much left
     rooms = 0  # bit r is set while open_with[r] holds a pack
-    for index in _longest_first(lengths, capacity):
+    for index in order:
         length = lengths[index]
         fitting = rooms >> length
         if fitting:
@@ -83,6 +85,7 @@ def pack_in_order(lengths: Sequence[int], capacity: int, window: int = 1024) -> 
     taken = bytearray(len(lengths))
     near: dict[int, deque[int]] = {}  # length -> the indices inside the window that have it, some already taken
     known = 0  # bit l is set while near[l] is not empty
+    longest = max(lengths, default=0)  # a mask as wide as any capacity would not fit into memory
     first = seen = 0  # the first index left, the first beyond the window
     while True:
         while first < len(lengths) and taken[first]:
@@ -101,7 +104,7 @@ def pack_in_order(lengths: Sequence[int], capacity: int, window: int = 1024) -> 
                 one.append(at)
                 room -= lengths[at]
             at += 1
-        while fitting := known & ((2 << room) - 1):
+        while fitting := known & ((2 << min(room, longest)) - 1):
             length = fitting.bit_length() - 1  # the highest bit: the longest that fits
             index = near[length].popleft()
             if not near[length]:

@@ -21,6 +21,7 @@ from weft.errors import UserError, nearest
 
 OnBadRecord = Literal["error", "skip", "report"]
 SHOWN = 20
+_KNOWN = 10_000  # problems that are recognised when they come again
 _FEW = 3  # so many are listed one by one, even if all say the same
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ class Problems:
 
     ``error``: reading goes on until 20 are found, then a UserError lists them. ``skip``: they are left out; their
     number and the first are logged. ``report``: as ``skip``, and ``write`` puts all of them into a file.
-    Memory does not grow with their number. ``errors`` are classes for a kind that is the only problem.
+    Memory does not grow with their number. ``errors`` are classes for a kind that is the only problem. A problem that
+    comes again, for two jobs read a file each in its way, counts once.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Problems:
         self.first: list[Problem] = []
         self.kinds: Counter[str] = Counter()
         self._rows: IO[str] | None = None
+        self._seen: set[Problem] = set()
 
     @property
     def count(self) -> int:
@@ -123,6 +126,10 @@ class Problems:
 
     def add(self, problem: Problem) -> None:
         """Take one in. Raises UserError, listing those before, when it is one too many to go on listing."""
+        if problem in self._seen:
+            return
+        if len(self._seen) < _KNOWN:
+            self._seen.add(problem)
         self.kinds[problem.kind] += 1
         if len(self.first) < SHOWN:
             self.first.append(problem)
@@ -151,10 +158,13 @@ class Problems:
             lines[-1] += " ... and more"
         elif more:
             lines.append("  ... and more")
-        lines.append(
-            "Mend these records, or have them left out: on_bad_record: skip (logs how many), or report (lists them all "
-            "in a file)."
-        )
+        if self.on_bad_record == "error":
+            lines.append(
+                "Mend these records, or have them left out: on_bad_record: skip (logs how many), or report (lists them "
+                "all in a file)."
+            )
+        else:
+            lines.append("They would be left out, but nothing would be left. Mend them, or leave the file out.")
         return UserError("\n".join([title, *lines]))
 
     def check(self, what: str) -> None:

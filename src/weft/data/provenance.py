@@ -6,6 +6,7 @@ folder, beside a hash of the tokenizer and what the loss was taken of; ``rendere
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -193,6 +194,10 @@ def file_names(value: Any) -> Any:
         return {key: file_names(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [file_names(item) for item in value]
+    if isinstance(value, str) and " + " in value:  # 0.7*/data/a.jsonl + 0.3*/data/b.jsonl
+        return " + ".join(map(file_names, value.split(" + ")))
+    if isinstance(value, str) and (term := re.match(r"\s*[\d.]+\s*\*\s*(?=\S)", value)):
+        return term[0] + file_names(value[term.end() :])
     if isinstance(value, str) and len(value) < 4096 and (Path(value).is_absolute() or value.startswith(("~", "."))):
         return Path(value).name
     return value

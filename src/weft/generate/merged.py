@@ -66,6 +66,9 @@ def merge_folder(
     folder, output = _adapter_folder(Path(adapter).expanduser()), Path(output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already; it is left alone. Take another folder.")
+    above = next(path for path in output.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"--output {output}: {above} is a file, not a folder.")
     given = resolve_dtype(dtype)
     part = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(part, ignore_errors=True)
@@ -90,6 +93,12 @@ def merge_folder(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+    kwargs = (written.data or {}).get("template_kwargs")
+    if kwargs:
+        notes.append(
+            f"training gave the chat template {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}; Weft "
+            "does so with this folder too, other tools must be told."
+        )
     if entries["quantization"]:
         notes.append(
             f"the base of the training was {entries['quantization']}: its dequantised weights, beside which the "

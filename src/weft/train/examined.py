@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationTask
-from weft.data import Mixture, Renderer, Sample, Source, parse_sources, split_by_hash, split_holdout
+from weft.data import Mixture, Renderer, Sample, Source, parse_sources
 from weft.data.auditing.base import Facts, Item, Split
-from weft.data.auditing.items import read_items, read_labelled_items
+from weft.data.auditing.items import TOO_LONG, read_items, read_labelled_items
+from weft.data.load import held_by_chance
 from weft.data.reading.files import Place
-from weft.data.sources import content_key
+from weft.data.sources import content_key, held_by_hash
+from weft.errors import UserError
 from weft.models import Base
 from weft.models.load import load_tokenizer, sketch_base
 from weft.train.batches import Batches
 from weft.train.packing import Packing
-from weft.train.reader import data_files
+from weft.train.reader import check_evaluated, data_files, token_key
 from weft.train.run import make_renderer
 from weft.train.settings import JobConfig, RunConfig
 
 
 @dataclass(frozen=True)
 class Examined:
-    """The data that some of the jobs (``names``) share, and how they pack it. ``left_out``: records that are skipped.
+    """The data that some of the jobs (``names``) share, and how they pack it.
 
-    ``windows``: with ``documents: joined`` what the model is given instead of the records.
+    ``left_out``: why how many records are not there. ``windows``: with ``documents: joined`` what the model is given
+    instead of the records.
     """
 
     names: tuple[str, ...]
@@ -34,7 +38,7 @@ class Examined:
     facts: Facts
     packings: list[Packing] = field(default_factory=list)
     windows: list[Item] = field(default_factory=list)
-    left_out: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @property
     def renderer(self) -> Renderer:
@@ -107,18 +111,22 @@ class _Reader:
         config, job = self.config, jobs[0]
         held = job.eval_data or config.eval_data
         sources, left_out, classes = self._read(job.data or config.data, job, "train", None)
-        items = [item for source in sources for item in source]
-        held_out: set[int] = set()
+        evaluated: list[Item] = []
         if held is not None:
+            check_evaluated(parse_sources(held))
             more, skipped, _ = self._read(held, job, "eval", classes)
-            items, left_out = items + [item for source in more for item in source], left_out + skipped
+            evaluated, left_out = [item for source in more for item in source], left_out + skipped
         else:
-            held_out = self._hold_out([item for item in items if item.samples])
-            items = [i for i in items if i.split == "train"] + [i for i in items if i.split == "eval"]
+            sources, evaluated = self._hold_out(sources)
+        items = [*(item for source in sources for item in source), *evaluated]
+        if not items:
+            told = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+            raise UserError(f"{job.data or config.data}: no record is left to train on: {told}.")
         own = self.outline.tokenizer.chat_template if config.chat_template else None
         task = "seq2seq" if self.outline.task == "seq2seq" else "causal_lm"
-        facts = Facts(self.renderer, task, own or None, self.renderer.max_length)
-        trained = [[s for item in source for s in item.samples if id(s) not in held_out] for source in sources]
+        skips = config.on_bad_record != "error"
+        facts = Facts(self.renderer, task, own or None, self.renderer.max_length, skips_bad_records=skips)
+        trained = [[sample for item in source for sample in item.samples] for source in sources]
         windows: list[Item] = []
         if job.task != "sequence_classification" and config.documents == "joined":
             trained = [list(self.renderer.join(samples)) for samples in trained]
@@ -126,33 +134,48 @@ class _Reader:
         packings = self._packings(jobs, trained, classes)
         return Examined(tuple(job.name for job in jobs), items, facts, packings, windows, left_out)
 
-    def _hold_out(self, items: list[Item]) -> set[int]:
-        """Mark the records that training would not train on, and give the ids of their samples.
+    def _hold_out(self, sources: list[list[Item]]) -> tuple[list[list[Item]], list[Item]]:
+        """What training trains on, by source, and what it evaluates on.
 
-        Of a text in several windows some may be held out; the record then still counts as one to train on.
+        A text in several windows may be on both sides, and is two Items then.
         """
-        config = self.config
-        if config.eval_split is not None:
-            keys = [content_key(item.example or item.text) for item in items]
-            held = [sample for item in split_by_hash(items, keys, config.eval_split)[1] for sample in item.samples]
-        else:
-            samples = [sample for item in items for sample in item.samples]
-            held = split_holdout(samples, config.eval_size if config.eval_size < len(samples) else 0, seed=0)[1]
-        out = set(map(id, held))
-        for item in items:
-            item.split = "eval" if all(id(sample) in out for sample in item.samples) else "train"
-        return out
+        items = [item for source in sources for item in source]
+        pairs = [(item, sample) for item in items for sample in item.samples]
+        try:
+            if self.config.eval_split is not None:
+                held = held_by_hash((_key(item) for item, _ in pairs), self.config.eval_split)
+            else:
+                held = held_by_chance(len(pairs), self.config.eval_size, seed=0)
+        except UserError:
+            if not any(item.problem for item in items):
+                raise
+            return sources, []  # training would end at these records first
+        out = {id(sample) for (_, sample), one in zip(pairs, held, strict=True) if one}
+        evaluated = []
+        train: list[list[Item]] = []
+        for source in sources:
+            train.append([])
+            for item in source:
+                mine = tuple(sample for sample in item.samples if id(sample) in out)
+                rest = tuple(sample for sample in item.samples if id(sample) not in out)
+                if rest or not mine:
+                    train[-1].append(replace(item, samples=rest))
+                if mine and rest:  # the texts of the record are looked at once
+                    evaluated.append(Item("eval", item.source, samples=mine, length=item.length, torn=True))
+                elif mine:
+                    evaluated.append(replace(item, split="eval"))
+        return train, evaluated
 
     def _packings(
         self, jobs: list[JobConfig], sources: list[list[Sample]], classes: ClassificationTask | None
     ) -> list[Packing]:
         """How the jobs pack the samples of these sources; those that do it alike come together."""
         samples = [sample for source in sources for sample in source]
-        if not samples:
-            return []
         weights = tuple(
             source.weight for source in parse_sources(jobs[0].data or self.config.data) if source.weight is not None
         )
+        if not samples or (weights and not all(sources)):
+            return []  # training would end at what is wrong with the records
         mixture = Mixture(tuple(map(len, sources)), weights or None)
         alike: dict[Any, list[JobConfig]] = {}
         for job in jobs:
@@ -169,10 +192,10 @@ class _Reader:
 
     def _read(
         self, data: Any, job: JobConfig, split: Split, classes: ClassificationTask | None
-    ) -> tuple[list[list[Item]], int, ClassificationTask | None]:
+    ) -> tuple[list[list[Item]], Counter[str], ClassificationTask | None]:
         """The records of each source, how many were left out, the classes."""
         items: list[list[Item]] = []
-        left_out = 0
+        left_out = Counter[str]()
         for source in parse_sources(data):
             found, skipped, classes = self._source(source, job, split, classes)
             items.append(found)
@@ -181,7 +204,7 @@ class _Reader:
 
     def _source(
         self, source: Source, job: JobConfig, split: Split, classes: ClassificationTask | None
-    ) -> tuple[list[Item], int, ClassificationTask | None]:
+    ) -> tuple[list[Item], Counter[str], ClassificationTask | None]:
         path, config = self.places[source.path], self.config
         if job.task != "sequence_classification":
             items, skipped = read_items(
@@ -207,4 +230,13 @@ class _Reader:
             limit=source.limit or config.limit,
             encoder=self.outline.bidirectional,
         )
-        return items, dropped, ClassificationTask(names) if len(names) > 1 else None
+        return (
+            items,
+            Counter({TOO_LONG: dropped} if dropped else {}),
+            ClassificationTask(names) if len(names) > 1 else None,
+        )
+
+
+def _key(item: Item) -> str:
+    """What training splits by: a hash of what a record says, or of a labelled text's tokens."""
+    return content_key(item.example) if item.example is not None else token_key(item.samples[0])

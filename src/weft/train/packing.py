@@ -48,8 +48,9 @@ class Packing:
         return found
 
     def figures(self) -> dict[str, Any]:
-        """As JSON holds them. ``padding`` is what the same batches would hold if each were padded to its longest."""
+        """As JSON holds them; ``padding`` is what the batches would hold if each were padded to its longest."""
         packs = [pack for step in self.epoch for pack in step]
+        largest = max(map(self.batches.tokens, packs))
         padded, held = self._padded()
         config = self.batches.config
         return {
@@ -59,7 +60,8 @@ class Packing:
             "capacity": self.batches.capacity,
             "steps": len(self.epoch),
             "packs": len(packs),
-            "fill": round(held / (len(packs) * self.batches.capacity), 4) if packs else 1.0,
+            "largest": largest,
+            "fill": round(sum(map(self.batches.tokens, packs)) / (len(packs) * largest), 4),
             "padding": {"tokens": padded - held, "share": round((padded - held) / padded, 4) if padded else 0.0},
             "first_step": [[self._entry(index) for index in pack] for pack in self.epoch[0]],
         }

@@ -72,6 +72,12 @@ def _place(path: str, config: RunConfig) -> Place:
     return Path(path)
 
 
+def check_evaluated(sources: Sequence[Source]) -> None:
+    """Refuse shares of what is evaluated on. Raises UserError."""
+    if any(source.weight is not None for source in sources):
+        raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
+
+
 class _Keys:
     """Hashes of samples, of which only what a split looks at is kept: 8 bytes each."""
 
@@ -107,8 +113,7 @@ class Reader:
         sources = parse_sources(job.data or self.config.data)
         held = job.eval_data or self.config.eval_data
         evaluated = parse_sources(held) if held is not None else ()
-        if any(source.weight is not None for source in evaluated):
-            raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
+        check_evaluated(evaluated)
         classes = None
         if job.task == "sequence_classification":
             loaded, names = self._labelled(sources, job, tuple(job.labels) if job.labels else None)
@@ -198,11 +203,11 @@ class Reader:
                     problems=self.problems,
                 )
             samples, names = self.files[key]
-            loaded.append(_Loaded(samples, [_token_key(sample) for sample in samples]))
+            loaded.append(_Loaded(samples, [token_key(sample) for sample in samples]))
         return loaded, names or ()
 
 
-def _token_key(sample: Sample) -> str:
+def token_key(sample: Sample) -> str:
     """A hash of a text's tokens: the same text is on the same side of a split, whatever its label."""
     return hashlib.sha256(repr(sample.input_ids).encode()).hexdigest()
 

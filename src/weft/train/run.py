@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ _FREE_KEYS = frozenset(
 )
 
 
-_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE}
+_BAD_RECORDS = "bad_records.jsonl"
+_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, _BAD_RECORDS}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Setup:
 
 
 def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
-    """Load base and data and make every job's adapter. Writes nothing.
+    """Load base and data and make every job's adapter. Writes nothing but the report of bad records that end the run.
 
     Raises:
         UserError: anything in the configuration, the data or the model that cannot work.
@@ -77,7 +79,10 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     renderer = make_renderer(config, sketch.tokenizer, sketch.architecture.max_length)
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
-    loaded = [read.job(job) for job in config.jobs]
+    try:
+        loaded = [read.job(job) for job in config.jobs]
+    except UserError as error:
+        raise _reported(config, read.problems, error) from None
     audit_before_training(renderer, Chain(d.train for d in loaded), Chain(d.held for d in loaded), config.audit)
     _check(config, sketch, loaded)
     if base is None:
@@ -103,6 +108,19 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         adapters.close()
         raise
     return Setup(config, base, adapters, renderer, jobs, read.problems)
+
+
+def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
+    """The error that ends the reading, with the report written if one was asked for: now it is wanted most."""
+    if config.on_bad_record != "report" or not problems.count:
+        return error
+    path = _report_of(config)
+    problems.write(path)
+    return UserError(f"{error} All bad records so far are in {path}.")
+
+
+def _report_of(config: RunConfig) -> Path:
+    return Path(config.bad_records_file or Path(config.output_dir) / _BAD_RECORDS)
 
 
 def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Renderer:
@@ -228,7 +246,7 @@ def _train(
     base = base_fingerprint(setup.base)
     store.write_run({"config": config.model_dump(mode="json"), "base": base, "labels": labels})
     if config.on_bad_record == "report":
-        setup.problems.write(config.bad_records_file or store.folder / "bad_records.jsonl")
+        setup.problems.write(_report_of(config))
     setup.base.tokenizer.save_pretrained(store.tokenizer)
     result = trainer.run()
     if result.completed:

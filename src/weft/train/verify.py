@@ -1,8 +1,8 @@
 """Proof, on the first batch of a run, that a sequence does not feel the others that it is packed with.
 
-A few short sequences of every job's first micro-batch go through the model three times: together, together with other
-token ids in all but one of each job, and that one alone. Nothing is drawn and nothing is kept, so the run is the same
-with the proof and without.
+A few short sequences of every job's first step, of the pack that holds most, go through the model three times:
+together, together with other token ids in all but one of each job, and that one alone. Nothing is drawn and nothing is
+kept, so the run is the same with the proof and without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from weft.train.job import Job
 from weft.train.step import Work, loss_weight, sequence_losses
 
 _ADVICE = (
-    "Please report this, with the versions that `weft doctor` prints. Until then batch_size: 1 with "
+    "Please report this, with the versions that `weft doctor` prints. Until then batch_size: 1 without "
     "gradient_accumulation_steps trains without neighbours (one job per run); verify_packing: false trains all the "
     "same, on samples that feel each other."
 )
@@ -46,7 +46,7 @@ class Proof:
 
 
 def verify_packing(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
-    """Compare losses in the jobs' coming micro-batch: packed, alone, and beside other neighbours.
+    """Compare losses in a pack of the jobs' coming step: packed, alone, and beside other neighbours.
 
     Raises:
         UserError: a loss depends on the neighbours; says whose, by how much, and which attention did it.
@@ -57,7 +57,8 @@ def verify_packing(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
 
 
 def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
-    packs = {job.name: _shortest(job.micro_batches()[0]) for job in jobs if job.active}
+    # Best fit puts long sequences first, alone at times: what is to be proved is proved where most lie together.
+    packs = {job.name: _shortest(max(job.micro_batches(), key=len)) for job in jobs if job.active}
     if sum(len(samples) for samples in packs.values()) < 2:
         return Proof()  # nothing is packed
     vocabulary = adapters.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

@@ -62,12 +62,16 @@ def audit(
 
 def _findings(records: Records, ignore: Collection[str], only: Collection[str] | None) -> list[Finding]:
     wanted = [check for check in CHECKS.values() if check.code not in ignore and (only is None or check.code in only)]
-    found = [_finding(check, hit) for check in wanted for hit in check.run(records)]
+    skips = records.facts.skips_bad_records
+    found = [_finding(check, hit, skips) for check in wanted for hit in check.run(records)]
     return sorted(found, key=lambda finding: finding.severity != "error")
 
 
-def _finding(check: Check, hit: Hit) -> Finding:
+def _finding(check: Check, hit: Hit, skips_bad_records: bool = False) -> Finding:
     source, split = (hit.item.source, hit.item.split) if hit.item is not None else ("", None)
+    if skips_bad_records and hit.item is not None and hit.item.problem is not None:
+        message = f"left out (on_bad_record): {hit.message}"
+        return Finding(check.code, "warning", source, split, message, hit.shown, check.mend)
     return Finding(check.code, check.severity, source, split, hit.message, hit.shown, check.mend)
 
 

@@ -29,6 +29,7 @@ class Item:
     ``problem`` is ``(code of the check, message)`` of a record that training would refuse or leave out. ``length`` is
     in tokens before anything was cut. ``text`` is all that the record says; ``question`` the message before the last
     learned answer, ``prompt`` everything before it, ``answer`` the last learned answer itself.
+    ``torn``: some windows of the text are to train on; these are the others.
     """
 
     split: Split
@@ -42,6 +43,7 @@ class Item:
     prompt: str = ""
     question: str = ""
     answer: str = ""
+    torn: bool = False
     shown: str = ""  # of a record that became nothing: its fields
 
     @property
@@ -58,6 +60,7 @@ class Facts:
     task: str = "causal_lm"
     own_template: str | None = None  # the tokenizer's, where the configuration names another
     max_length: int | None = None
+    skips_bad_records: bool = False
 
     @functools.cached_property
     def tokenizer(self) -> Any:

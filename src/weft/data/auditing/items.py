@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,11 +13,13 @@ from weft.data.auditing.base import Item, Split, short
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, Tokenised
 from weft.data.labelled import given_labels, in_order, iter_labelled
-from weft.data.problems import Problem
+from weft.data.problems import Problem, about_record
 from weft.data.reading.records import Record, iter_items
 from weft.data.rendering.render import Renderer, Task
 from weft.data.rendering.sample import TooLongError
 from weft.errors import UserError
+
+EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
 
 
 def read_items(
@@ -30,14 +33,14 @@ def read_items(
     limit: int | None = None,
     empty_answers: Literal["error", "skip"] = "error",
     task: Task = "causal_lm",
-) -> tuple[list[Item], int]:
-    """Every record of a file as an Item, and how many were left out for an empty answer (``empty_answers="skip"``).
+) -> tuple[list[Item], Counter[str]]:
+    """Every record of a file as an Item, and why how many were left out (``empty_answers``, ``truncation: drop``).
 
     The other arguments are those of ``load_samples``. A record that training refuses is an Item with a ``problem``.
     ``unlimited`` is the same renderer without a ``max_length``: it tells how long a record is before it is cut.
     Raises UserError for a file that cannot be read, and if ``format`` or ``columns`` name what is not there.
     """
-    items, skipped = [], 0
+    items, left_out = [], Counter[str]()
     for record in iter_items(path, limit=limit):
         if isinstance(record, Problem):
             items.append(Item(split, record.place, problem=("not-read", record.what)))
@@ -46,7 +49,7 @@ def read_items(
             example = to_example(record, format=format, columns=columns)
         except EmptyAnswerError as error:
             if empty_answers == "skip":
-                skipped += 1
+                left_out[EMPTY] += 1
             else:
                 items.append(_refused(record, split, "empty-answer", error))
             continue
@@ -57,7 +60,11 @@ def read_items(
             continue
         items.append(make_item(example, split))
     dropped = _render(items, renderer, unlimited or renderer, task)
-    return [item for item in items if item not in dropped] if dropped else items, skipped + len(dropped)
+    if dropped:
+        left_out[TOO_LONG] += len(dropped)
+        gone = set(map(id, dropped))
+        items = [item for item in items if id(item) not in gone]
+    return items, left_out
 
 
 def _refused(record: Record, split: Split, code: str, error: UserError) -> Item:
@@ -136,6 +143,8 @@ def _render(items: Sequence[Item], renderer: Renderer, unlimited: Renderer, task
     long, limit = [], renderer.max_length
     for item, whole in zip(read, unlimited.outcomes((_example(item) for item in read), task), strict=True):
         if isinstance(whole, UserError):
+            if about_record(whole, item.source, "render") is None:
+                raise whole  # about the settings or the tokenizer, not about this record
             nothing = isinstance(item.example, Conversation) and not item.answer
             item.problem = ("nothing-to-learn" if nothing else "not-rendered", _without(item.source, whole))
             continue

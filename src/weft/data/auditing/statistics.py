@@ -39,7 +39,7 @@ def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> di
         "learned_tokens": learned,
         "learned_share": round(learned / total, 4) if total else 0.0,
         "weights": _weights(tokens),
-        "truncated": sum(item.length > sum(len(sample.input_ids) for sample in item.samples) for item in usable),
+        "truncated": sum(any(sample.cut for sample in item.samples) for item in usable),
         "duplicates": copies["duplicate"],
         "near_duplicates": copies["near-duplicate"],
         "languages": dict(Counter(languages([item.text for item in items if item.text])).most_common()),

@@ -62,6 +62,14 @@ def leak(records: Records) -> Iterator[Hit]:
             yield Hit(held, what, f"{short(held.text)} ↔ {short(train.text)}")
 
 
+@over("torn-text", "warning", "hold out whole texts: `eval_split`, or `eval_data` of their own")
+def torn_text(records: Records) -> Iterator[Hit]:
+    """Some windows of a text are evaluated on, others are trained on."""
+    for item in records.of("eval"):
+        if item.torn:
+            yield Hit(item, f"windows of it to evaluate on: {len(item.samples)}; the others are trained on")
+
+
 @over("contradiction", "warning", "decide for one answer, unless several are right")
 def contradiction(records: Records) -> Iterator[Hit]:
     """The same prompt with different answers, or the same text with different labels."""

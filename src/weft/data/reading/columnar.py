@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -84,6 +85,8 @@ def _arrow(path: Path) -> Iterator[Any]:
 
 def _saved(path: Path) -> Iterator[Any]:
     datasets = _datasets(str(path))
+    if _holds_nothing(path / "state.json"):
+        return
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the package raises for a folder that is damaged
@@ -93,6 +96,14 @@ def _saved(path: Path) -> Iterator[Any]:
     tables = data.with_format("arrow")  # in the order of its indices, nothing decoded
     for start in range(0, len(data), _BATCH):
         yield tables[start : start + _BATCH]
+
+
+def _holds_nothing(state: Path) -> bool:
+    """Whether a data set without rows was saved, which the package cannot load again."""
+    try:
+        return json.loads(state.read_text(encoding="utf-8")).get("_data_files") == []
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _datasets(what: str) -> Any:
