@@ -118,6 +118,19 @@ def test_a_template_on_the_command_line_and_another_tokenizer(weft: Callable[...
     assert any("the tokenizer is not the one of training" in note for note in open_target("merged").notes)
 
 
+def test_variables_of_a_template_are_told(weft: Callable[..., Any], trained: Path) -> None:
+    """A tokenizer has no place for them, so whoever serves the folder by other means must know."""
+    shutil.copytree(trained / "adapters/lora", "lora")
+    file = Path("lora/weft.json")
+    own = json.loads(file.read_text())
+    own["data"]["template_kwargs"] = {"mode": "fast"}
+    file.write_text(json.dumps(own))
+    result = weft("merge", "--adapter", "lora", "-o", "merged", "--model", trained.parent / "base")
+    assert result.code == 0, result.err
+    assert "training gave the chat template mode='fast'" in result.err
+    assert weft("merge", "--adapter", trained / "adapters/lora", "-o", "m").err.count("training gave") == 0
+
+
 def test_what_it_came_from(weft: Callable[..., Any], trained: Path) -> None:
     result = weft("merge", "--adapter", trained / "adapters/several", "-o", "merged")
     assert result.code == 0, result.err

@@ -221,7 +221,7 @@ def rows_of(
         more = f", and {len(ranked) - 10} more" if len(ranked) > 10 else ""
         yield "labels", ", ".join(f"{label}: {count:,}" for label, count in ranked[:10]) + more
     for file, found in figures["sources"].items():
-        yield "source", f"{file}: {found['records']:,} records, {found['tokens']:,} tokens"
+        yield "source", f"{file}: {count_of(found['records'], 'record')}, {found['tokens']:,} tokens"
 
 
 def _packs(packing: dict[str, Any]) -> str:

@@ -135,7 +135,8 @@ def small_eval(records: Records) -> Iterator[Hit]:
     held, trained = len(records.of("eval")), len(records.of("train"))
     wanted = max(_FEW, min(_ENOUGH, math.ceil(trained / 100)))
     if 0 < held < wanted and trained >= _FEW:
-        yield Hit(None, f"{held} records to evaluate on, beside {trained:,} to train on; {wanted} or more would do")
+        what = f"{held} record{'s' * (held != 1)} to evaluate on, beside {trained:,} to train on"
+        yield Hit(None, f"{what}; {wanted} or more would do")
 
 
 # ------------------------------------------------------------------------------------------------------------- shared
