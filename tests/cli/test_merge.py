@@ -299,6 +299,10 @@ def test_a_quantised_base(weft: Callable[..., Any], tiny_data: Path, quantizatio
         assert (told["quantization"], told["dtype"], told["proof"]["exact"]) == (quantization, "float32", True)
         assert told["proof"]["precise_difference"] <= 1e-5
         assert told["proof"]["routed_difference"] <= (1e-5 if quantization == "nf4" else 0.1)
+    assert answers(weft, Path("moved"), "--dtype", "float32") == answers(weft, Path("run"), "--dtype", "float32")
+    opened = open_target("moved")
+    opened.close()
+    assert opened.base.model.is_quantized
     one, other = (load_file(f"of-{name}/model.safetensors") for name in ("run", "moved"))
     assert all(torch.equal(one[key], other[key]) for key in one)
     if quantization == "nf4":

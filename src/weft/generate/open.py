@@ -16,7 +16,7 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, OWN_CONFIG, base_of, merged_from, provenance_of, weights_path
+from weft.core.files import CONFIG, OWN_CONFIG, base_of, merged_from, provenance_of, trained_on, weights_path
 from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
@@ -126,7 +126,7 @@ def open_target(
         model: the base to use instead of the one that the target names.
         adapters: load only these of a run; default all. ``base`` is always there.
         device, dtype: as in a run's configuration.
-        quantization: how the base of an adapter's folder is kept (a run says it itself).
+        quantization: how the base of an adapter's folder is kept; default: as in training, if the folder says it.
         chat_template: to render prompts with, instead of the one of training.
 
     Raises:
@@ -176,10 +176,12 @@ def _open_adapter(
     source = model or base_of(folder)
     if source is None:
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
+    # Beside other weights than those it learned beside it would answer otherwise.
+    kept = quantization or (trained_on(folder) or {}).get("quantization")
     # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
     tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
     try:
-        base = load_base(source, device=device, dtype=dtype, tokenizer=tokenizer, quantization=quantization)
+        base = load_base(source, device=device, dtype=dtype, tokenizer=tokenizer, quantization=kept)
     except UserError as error:
         hint = "" if model else f" ({CONFIG} names this base; --model takes another place)"
         raise UserError(f"{error}{hint}") from None
