@@ -158,7 +158,7 @@ def test_what_it_came_from(weft: Callable[..., Any], trained: Path) -> None:
         (["--adapter", ".."], "is a run with the adapters lora, pro, several"),
         (["--adapter", "nowhere"], "holds no adapter"),
         (["--adapter", "lora", "--output", "here"], "is there already"),
-        (["--adapter", "lora", "--output", "here/file/new"], "here/file is a file, not a folder"),
+        (["--adapter", "lora", "--output", "here/file/new"], "here/file is no folder"),
         (["--adapter", "lora", "--model", "nowhere/at/all"], "no model at"),
         (["--adapter", "lora", "--model", "tiny-bloom"], "on tiny-bloom: the adapter's file has no tensor"),
         (["--adapter", "lora", "--model", "tiny-llama"], "shape"),

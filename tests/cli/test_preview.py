@@ -281,7 +281,7 @@ def test_what_is_left_out_is_named_by_its_reason(weft: Callable[..., Any], bare_
     for some in (words[:1], (*words[:2], "max_length=3")):
         nothing = weft("preview", "--model", bare_model, "--data", write(tmp_path / "e.jsonl", [rows[4]]), *some)
         assert nothing.code == 2, nothing.out + nothing.err
-        assert "no record is left to train on: 1 left out for an empty answer" in nothing.err
+        assert "no record is left: 1 left out for an empty answer" in nothing.err
 
 
 @pytest.mark.parametrize(
@@ -339,3 +339,33 @@ def test_a_fault_of_the_tokenizer_is_no_finding(weft: Callable[..., Any], bare_m
     assert result.code == 2, result.out
     assert "eos_token" in result.err
     assert "some.jsonl:1" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["data=bad.jsonl", "on_bad_record=skip"], 1),
+        (["data=0.5*a.jsonl + 0.5*bad.jsonl", "on_bad_record=skip"], 1),
+        (["data=a.jsonl", "eval_data=bad.jsonl", "on_bad_record=report"], 1),
+        (["data=bad.jsonl", "on_bad_record=skip", "eval_size=4"], 2),
+        (["data=empty.jsonl", "eval_data=a.jsonl", "empty_answers=skip"], 2),
+        (["data=a.jsonl", "eval_data=empty.jsonl", "empty_answers=skip"], 2),
+        (["data=[a.jsonl, empty.jsonl]", "empty_answers=skip"], 2),
+    ],
+)
+def test_nothing_left_of_a_source(weft: Callable[..., Any], bare_model: Path, words: list[str], code: int) -> None:
+    """Training ends there, so the preview must not say that all is well."""
+    write(Path("a.jsonl"), ROWS)
+    write(Path("bad.jsonl"), [{"question": "x"}, {"question": "y"}])
+    write(Path("empty.jsonl"), [{"instruction": "Say it.", "output": ""}])
+    result = weft("preview", "--model", bare_model, *words)
+    assert result.code == code, result.out + result.err
+
+
+def test_figures_of_a_torn_text_are_of_its_parts(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    texts = write(tmp_path / "t.jsonl", TEXTS)
+    result = weft("preview", "--model", bare_model, "--data", texts, "documents=windows", "max_length=40",
+                  "eval_size=5", "--json", "--ignore", "near-duplicate")  # fmt: skip
+    figures = told(result)["statistics"]
+    assert figures["eval"]["lengths"]["max"] <= 80
+    assert figures["eval"]["samples"] == 5

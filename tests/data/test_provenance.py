@@ -158,7 +158,7 @@ def test_paths_stay_at_home() -> None:
     told = file_names({"data": "/home/me/secret/a.jsonl", "eval_data": "org/set", "n": 3, "more": ["./b.csv", None]})
     assert told == {"data": "a.jsonl", "eval_data": "org/set", "n": 3, "more": ["b.csv", None]}
     assert file_names("0.5*/home/me/a.jsonl + .5*../b/*.csv") == "0.5*a.jsonl + .5**.csv"
-    assert file_names("7 * /home/me/a.jsonl") == "7 * a.jsonl"
+    assert file_names("+0.5*/home/me/a.jsonl +\n+0.5 * /home/b.jsonl") == "+0.5*a.jsonl + +0.5*b.jsonl"
     assert file_names("2*owner/name + 3*b.txt") == "2*owner/name + 3*b.txt"
 
 

@@ -259,3 +259,51 @@ def test_a_bad_record_counts_once_however_often_it_is_read(tmp_path: Path) -> No
     assert reader.problems.count == 2
     reader.problems.write(tmp_path / "report.jsonl")
     assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 2
+
+
+def test_bad_records_of_one_line_are_several(tmp_path: Path) -> None:
+    """The records of a JSON array in one line share their place, and here their fault."""
+    good = [{"instruction": f"a {n}", "output": "b"} for n in range(3)]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps([{"question": "x"}, good[0], {"question": "y"}, *good[1:], {"question": "z"}]))
+    jobs = [{"method": "lora", "name": name, "data": [{"path": str(path), **more}]}
+            for name, more in (("a", {}), ("b", {"limit": 6}))]  # fmt: skip
+    made = config(str(path), jobs=jobs, on_bad_record="report")
+    reader = Reader(made, Renderer(byte_tokenizer()), ARCHITECTURE, data_files(made))
+    for job in made.jobs:
+        assert len(reader.job(job).train) == 3
+    assert reader.problems.count == 3
+
+
+@pytest.mark.parametrize(("file", "said"), [("a.jsonl/b.jsonl", "is a file"), (".", "is a folder")])
+def test_a_report_that_cannot_be_is_refused_first(tiny_llama_dir: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch, file: str, said: str) -> None:
+    from weft.train.run import train
+
+    monkeypatch.chdir(tmp_path)
+    rows(tmp_path, "a.jsonl", 5, bad=2)
+    options = {"model": str(tiny_llama_dir), "on_bad_record": "report", "output_dir": "run", "steps": 1}
+    with pytest.raises(UserError, match=f"bad_records_file .* {said}"):
+        train(config("a.jsonl", bad_records_file=file, **options))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_the_report_of_a_finished_run_is_left_alone(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weft.train.run import train
+
+    monkeypatch.chdir(tmp_path)
+    rows(tmp_path, "a.jsonl", 5, bad=2)
+    options = {"model": str(tiny_llama_dir), "on_bad_record": "report", "output_dir": "run", "steps": 1}
+    train(config("a.jsonl", **options))
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    rows(tmp_path, "a.jsonl", 0, bad=9)
+    with pytest.raises(UserError, match=r"All bad records so far are in run\.bad_records\.jsonl"):
+        train(config("a.jsonl", resume=True, **options))
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    rows(tmp_path, "a.jsonl", 5, bad=2)
+    with pytest.raises(UserError, match=r"cannot hold out 99 of 5") as error:
+        train(config("a.jsonl", eval_size=99, **{**options, "output_dir": "other"}))
+    assert "bad records" not in str(error.value)
+    assert not Path("other").exists()

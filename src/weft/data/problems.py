@@ -7,6 +7,7 @@ written down (``report``).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -99,8 +100,8 @@ class Problems:
 
     ``error``: reading goes on until 20 are found, then a UserError lists them. ``skip``: they are left out; their
     number and the first are logged. ``report``: as ``skip``, and ``write`` puts all of them into a file.
-    Memory does not grow with their number. ``errors`` are classes for a kind that is the only problem. A problem that
-    comes again, for two jobs read a file each in its way, counts once.
+    Memory does not grow with their number. ``errors`` are classes for a kind that is the only problem. What comes again
+    when a file is read again (two jobs read it each in its way) counts once, where ``begin`` opens each reading.
     """
 
     def __init__(
@@ -117,7 +118,9 @@ class Problems:
         self.first: list[Problem] = []
         self.kinds: Counter[str] = Counter()
         self._rows: IO[str] | None = None
-        self._seen: set[Problem] = set()
+        self.ended: UserError | None = None  # what ``error`` gave
+        self._known: Counter[Problem] = Counter()
+        self._now: Counter[Problem] = Counter()  # of this reading; records may share a place and a fault
 
     @property
     def count(self) -> int:
@@ -126,10 +129,8 @@ class Problems:
 
     def add(self, problem: Problem) -> None:
         """Take one in. Raises UserError, listing those before, when it is one too many to go on listing."""
-        if problem in self._seen:
+        if self._again(problem):
             return
-        if len(self._seen) < _KNOWN:
-            self._seen.add(problem)
         self.kinds[problem.kind] += 1
         if len(self.first) < SHOWN:
             self.first.append(problem)
@@ -140,8 +141,26 @@ class Problems:
                 self._rows = tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
             self._rows.write(json.dumps(problem.row()) + "\n")
 
+    def begin(self) -> None:
+        """A file is read, perhaps not for the first time."""
+        self._now.clear()
+
+    def _again(self, problem: Problem) -> bool:
+        """Whether an earlier reading found it already."""
+        if problem not in self._known and len(self._known) >= _KNOWN:
+            return False
+        self._now[problem] += 1
+        if self._now[problem] <= self._known[problem]:
+            return True
+        self._known[problem] += 1
+        return False
+
     def error(self) -> UserError:
         """The listed problems as one error."""
+        self.ended = self._error()
+        return self.ended
+
+    def _error(self) -> UserError:
         if self.count == 1:
             only = self.first[0]
             return self._errors[only.kind](str(only)) if only.kind in self._errors else BadRecordError(only)
@@ -187,6 +206,8 @@ class Problems:
             UserError: the file cannot be written.
         """
         target = Path(path)
+        if target.is_dir():
+            raise UserError(f"bad_records_file {path} is a folder; name a file.")
         partial = target.with_name(f".{target.name}.partial")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +220,8 @@ class Problems:
                 os.fsync(file.fileno())
             os.replace(partial, target)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise UserError(f"bad_records_file {path} cannot be written: {error.strerror or error}.") from error
 
 

@@ -6,7 +6,6 @@ folder, beside a hash of the tokenizer and what the loss was taken of; ``rendere
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from weft.data.rendering.fingerprint import tokenizer_hash
 from weft.data.rendering.render import Renderer
 from weft.data.rendering.templates import PLAIN_TEMPLATE
+from weft.data.sources import weighted_terms
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -194,10 +194,8 @@ def file_names(value: Any) -> Any:
         return {key: file_names(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [file_names(item) for item in value]
-    if isinstance(value, str) and " + " in value:  # 0.7*/data/a.jsonl + 0.3*/data/b.jsonl
-        return " + ".join(map(file_names, value.split(" + ")))
-    if isinstance(value, str) and (term := re.match(r"\s*[\d.]+\s*\*\s*(?=\S)", value)):
-        return term[0] + file_names(value[term.end() :])
+    if isinstance(value, str) and len(terms := weighted_terms(value)) > 1:
+        return " + ".join(f"{weight}*{file_names(path)}" if weight else file_names(path) for weight, path in terms)
     if isinstance(value, str) and len(value) < 4096 and (Path(value).is_absolute() or value.startswith(("~", "."))):
         return Path(value).name
     return value

@@ -53,14 +53,26 @@ def parse_sources(data: Any) -> tuple[Source, ...]:
 def _terms(text: str) -> tuple[Source, ...]:
     if not text.strip():
         raise UserError("data is empty; expected the path of a data file.")
+    return tuple(Source(path, float(weight) if weight else None) for weight, path in weighted_terms(text))
+
+
+def weighted_terms(text: str) -> list[tuple[str, str]]:
+    """The terms of ``0.7*a.jsonl + 0.3*b.jsonl`` as (weight, path), both as written; of anything else one, unweighted.
+
+    A path that is there is one, whatever it looks like.
+    """
     parts = _PLUS.split(text)
-    if len(parts) == 1 or Path(text).exists():
-        return (Source(text),)
+    if len(parts) == 1 or _is_there(text):
+        return [("", text)]
     found = [_TERM.fullmatch(part) for part in parts]
-    return tuple(
-        Source(term[2], float(term[1])) if term else Source(part.strip())
-        for term, part in zip(found, parts, strict=True)
-    )
+    return [(term[1], term[2]) if term else ("", part.strip()) for term, part in zip(found, parts, strict=True)]
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # longer than a name may be
+        return False
 
 
 def _source(item: Any, number: int) -> Source:

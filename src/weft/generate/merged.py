@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,11 +65,11 @@ def merge_folder(
             does not answer as the adapter does; nothing is left behind.
     """
     folder, output = _adapter_folder(Path(adapter).expanduser()), Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already; it is left alone. Take another folder.")
-    above = next(path for path in output.absolute().parents if path.exists())
+    above = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not above.is_dir():
-        raise UserError(f"--output {output}: {above} is a file, not a folder.")
+        raise UserError(f"--output {output}: {above} is no folder.")
     given = resolve_dtype(dtype)
     part = output.absolute().with_name(f".{output.name}.unfinished")
     shutil.rmtree(part, ignore_errors=True)

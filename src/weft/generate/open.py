@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -178,6 +178,11 @@ def _open_adapter(
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
     # Beside other weights than those it learned beside it would answer otherwise.
     kept = quantization or (trained_on(folder) or {}).get("quantization")
+    if kept not in (None, *get_args(Quantization)):
+        raise UserError(
+            f"{folder / OWN_CONFIG}: base.quantization is {kept!r}; expected null or one of "
+            f"{', '.join(get_args(Quantization))}."
+        )
     # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
     tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
     try:

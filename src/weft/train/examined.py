@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -112,26 +113,26 @@ class _Reader:
         held = job.eval_data or config.eval_data
         sources, left_out, classes = self._read(job.data or config.data, job, "train", None)
         evaluated: list[Item] = []
+        # A source of which nothing is left ends the training, whatever is to become of bad records.
+        whole = _something_of_each(sources)
         if held is not None:
             check_evaluated(parse_sources(held))
             more, skipped, _ = self._read(held, job, "eval", classes)
             evaluated, left_out = [item for source in more for item in source], left_out + skipped
+            whole = whole and _something_of_each(more)
         else:
             sources, evaluated = self._hold_out(sources)
         items = [*(item for source in sources for item in source), *evaluated]
-        if not items:
-            told = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
-            raise UserError(f"{job.data or config.data}: no record is left to train on: {told}.")
         own = self.outline.tokenizer.chat_template if config.chat_template else None
         task = "seq2seq" if self.outline.task == "seq2seq" else "causal_lm"
-        skips = config.on_bad_record != "error"
+        skips = config.on_bad_record != "error" and whole
         facts = Facts(self.renderer, task, own or None, self.renderer.max_length, skips_bad_records=skips)
         trained = [[sample for item in source for sample in item.samples] for source in sources]
         windows: list[Item] = []
         if job.task != "sequence_classification" and config.documents == "joined":
             trained = [list(self.renderer.join(samples)) for samples in trained]
             windows = [Item("train", s.source, samples=(s,), length=len(s.input_ids)) for t in trained for s in t]
-        packings = self._packings(jobs, trained, classes)
+        packings = self._packings(jobs, trained, classes) if whole or all(trained) else []
         return Examined(tuple(job.name for job in jobs), items, facts, packings, windows, left_out)
 
     def _hold_out(self, sources: list[list[Item]]) -> tuple[list[list[Item]], list[Item]]:
@@ -147,7 +148,7 @@ class _Reader:
             else:
                 held = held_by_chance(len(pairs), self.config.eval_size, seed=0)
         except UserError:
-            if not any(item.problem for item in items):
+            if self.config.on_bad_record != "error" or not any(item.problem for item in items):
                 raise
             return sources, []  # training would end at these records first
         out = {id(sample) for (_, sample), one in zip(pairs, held, strict=True) if one}
@@ -158,12 +159,13 @@ class _Reader:
             for item in source:
                 mine = tuple(sample for sample in item.samples if id(sample) in out)
                 rest = tuple(sample for sample in item.samples if id(sample) not in out)
-                if rest or not mine:
-                    train[-1].append(replace(item, samples=rest))
                 if mine and rest:  # the texts of the record are looked at once
-                    evaluated.append(Item("eval", item.source, samples=mine, length=item.length, torn=True))
+                    train[-1].append(replace(item, samples=rest, length=_tokens(rest)))
+                    evaluated.append(Item("eval", item.source, samples=mine, length=_tokens(mine), torn=True))
                 elif mine:
                     evaluated.append(replace(item, split="eval"))
+                else:
+                    train[-1].append(item)
         return train, evaluated
 
     def _packings(
@@ -174,7 +176,7 @@ class _Reader:
         weights = tuple(
             source.weight for source in parse_sources(jobs[0].data or self.config.data) if source.weight is not None
         )
-        if not samples or (weights and not all(sources)):
+        if not samples:
             return []  # training would end at what is wrong with the records
         mixture = Mixture(tuple(map(len, sources)), weights or None)
         alike: dict[Any, list[JobConfig]] = {}
@@ -198,6 +200,9 @@ class _Reader:
         left_out = Counter[str]()
         for source in parse_sources(data):
             found, skipped, classes = self._source(source, job, split, classes)
+            if not found:  # here training ends as well
+                told = ", ".join(f"{count:,} {why}" for why, count in skipped.items())
+                raise UserError(f"{source.path}: no record is left: {told}.")
             items.append(found)
             left_out += skipped
         return items, left_out, classes
@@ -235,6 +240,14 @@ class _Reader:
             Counter({TOO_LONG: dropped} if dropped else {}),
             ClassificationTask(names) if len(names) > 1 else None,
         )
+
+
+def _something_of_each(sources: Sequence[Sequence[Item]]) -> bool:
+    return all(any(item.samples for item in source) for source in sources)
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.input_ids) for sample in samples)
 
 
 def _key(item: Item) -> str:

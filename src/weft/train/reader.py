@@ -167,6 +167,7 @@ class Reader:
         )
         key = (source.path, recipe.format, json.dumps(recipe.columns), source.limit)
         if key not in self.files:
+            self.problems.begin()
             store, keys = self.stores[0], _Keys()
             start = len(store)
             for made in iter_samples(
@@ -192,6 +193,7 @@ class Reader:
         for source in sources:
             key = (source.path, names, tuple(job.text_columns or ()), job.label_column, source.limit)
             if key not in self.files:
+                self.problems.begin()
                 self.files[key] = load_labelled(
                     self.places[source.path],
                     self.renderer,

@@ -112,10 +112,15 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
 
 def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
     """The error that ends the reading, with the report written if one was asked for: now it is wanted most."""
-    if config.on_bad_record != "report" or not problems.count:
+    if config.on_bad_record != "report" or error is not problems.ended:
         return error
-    path = _report_of(config)
-    problems.write(path)
+    path, folder = _report_of(config), Path(config.output_dir)
+    if config.bad_records_file is None and (folder / RUN_FILE).is_file():  # its own report stays
+        path = folder.with_name(f"{folder.name}.{_BAD_RECORDS}")
+    try:
+        problems.write(path)
+    except UserError as second:
+        return UserError(f"{error}\n{second}")
     return UserError(f"{error} All bad records so far are in {path}.")
 
 
@@ -207,6 +212,7 @@ def train(
         UserError: before anything is written, if the configuration, the data or the folder cannot be used.
     """
     store = RunStore(config.output_dir)
+    _check_report(config)
     # Before the base is loaded, which may take minutes.
     _check_folder(store, config)
     setup = prepare(config)
@@ -277,6 +283,17 @@ def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance
         batch_size=None if own.batch_tokens else own.batch_size,
         batch_tokens=own.batch_tokens,
     )
+
+
+def _check_report(config: RunConfig) -> None:
+    """Whether the report of bad records can be written where it is to go."""
+    if config.bad_records_file is None:
+        return
+    path = Path(config.bad_records_file)
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    wrong = "is a folder" if path.is_dir() else "" if above.is_dir() else f"cannot be written: {above} is a file"
+    if wrong or not os.access(above, os.W_OK):
+        raise UserError(f"bad_records_file {path} {wrong or f'cannot be written: no access to {above}'}.")
 
 
 def _check_folder(store: RunStore, config: RunConfig) -> None:
