@@ -24,6 +24,7 @@ from weft.core.weights import OwnWeights
 from weft.data import Sample
 from weft.errors import UserError
 from weft.generate import Request, generate
+from weft.libraries import cache_arguments, growing_cache
 from weft.methods import BitFitConfig, LoraConfig
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer, make_config
@@ -102,8 +103,6 @@ def compare(adapters: Adapters, reference: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_prefix_and_bottleneck_by_hand(kind: str) -> None:
     """MAM: learned keys and values before each layer's own, and a bottleneck after each sub-layer."""
-    from transformers import DynamicCache
-
     adapters, adapter = opened(kind, "prefix_tuning+bottleneck")
     prefix, bottlenecks = adapter.parts
     model = kit.make_model(kind, torch.float64)
@@ -111,11 +110,9 @@ def test_prefix_and_bottleneck_by_hand(kind: str) -> None:
     states = prefix.prefix_states()
 
     def reference(ids: Tensor) -> Any:
-        cache = DynamicCache()
-        for layer, (k, v) in enumerate(states):
-            cache.update(k[None], v[None], layer)
+        cache = growing_cache([(k[None], v[None]) for k, v in states])
         positions = torch.arange(3, 3 + ids.shape[1])[None]
-        return model(ids, past_key_values=cache, position_ids=positions)
+        return model(ids, **cache_arguments(model.forward, cache), position_ids=positions)
 
     compare(adapters, reference, kind)
 

@@ -124,6 +124,26 @@ def test_ours_to_peft(kind: str, method: str, tmp_path: Path) -> None:
     adapters.close()
 
 
+@pytest.mark.parametrize("kind", [*DECODERS, "bert", "roberta", "electra"])
+def test_pefts_prefix_in_transformers_own_classifier(kind: str, tmp_path: Path) -> None:
+    """Also where peft's classifier does not take the argument as this transformers names it."""
+    base, classifier = base_and_classifier(kind)
+    theirs = peft.get_peft_model(classifier, peft_config(kind, "prefix_tuning"))
+    with torch.no_grad():
+        theirs.prompt_encoder["default"].embedding.weight.normal_(std=0.5)
+    theirs.eval().save_pretrained(tmp_path)
+    texts = kit.texts(5, 2, 14, seed=2)
+    types = encoder_kit.token_types(kind, texts)
+    with torch.no_grad():
+        wanted = encoder_kit.logits_with_pefts_prefix(theirs, texts, types)
+        without = their_logits(theirs.get_base_model(), texts, types)
+    adapters = Adapters(base, describe(base))
+    adapters.load("it", tmp_path)
+    kit.measured(f"{kind} prefix", kit.difference(our_logits(adapters, "it", texts, types), wanted), LIMIT)
+    assert kit.difference(wanted, without) > 1e-3, "the prefix does nothing"
+    adapters.close()
+
+
 def test_what_peft_cannot_do_is_still_so() -> None:
     """The cases that the exchange leaves out; when one of these works, it belongs there."""
     for kind, method in sorted(NOT_IN_PEFT):

@@ -27,6 +27,7 @@ from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.core.weights import how_kept
 from weft.errors import UserError
+from weft.libraries import cache_arguments, growing_cache, keys_values, output_cache
 from weft.ops.merge import MajoritySign
 
 # On a model whose attention and sites already obey a router: a second one would be asked by nobody.
@@ -337,14 +338,13 @@ class Adapters:
         if self.architecture.task == "seq2seq":
             return prompt_keys_values(self.model, input_ids.to(self.device))
         if self.padded:
-            from transformers import DynamicCache
-
             body: Any = self.model.base_model
             # An encoder makes no cache by itself, but fills one that it is given.
-            given: dict[str, Any] = {"past_key_values": DynamicCache()} if self.architecture.bidirectional else {}
-            out = body(input_ids=input_ids[None].to(self.device), use_cache=True, **given)
-            past = given.get("past_key_values") or out.past_key_values
-            return [(layer.keys[0], layer.values[0]) for layer in past.layers]
+            given = growing_cache() if self.architecture.bidirectional else None
+            how = {"use_cache": True} if given is None else cache_arguments(body.forward, given)
+            out = body(input_ids=input_ids[None].to(self.device), **how)
+            filled = keys_values(output_cache(out) if given is None else given)
+            return [(keys[0], values[0]) for keys, values in filled]
         recorder = _Recorder()
         self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
         return recorder.layers

@@ -24,6 +24,7 @@ from weft.core.config import MethodConfig
 from weft.core.route import PrefixStates, Route, Segment
 from weft.core.stream import Part, Stream, embed, padded_prefix
 from weft.errors import UserError
+from weft.libraries import cache_arguments, fixed_decoder_cache, growing_decoder_cache, keys_values, output_cache
 
 if TYPE_CHECKING:
     from weft.core.adapters import Adapters
@@ -62,7 +63,7 @@ def run_seq2seq(adapters: Adapters, parts: Sequence[Part], targets: Sequence[Seq
     start = start_token(adapters.model)
     stream = _decoder_stream(adapters.architecture, memory, [(start, *target[:-1]) for target in targets])
     longest = max(stream.prefix_length)
-    past = _KeepsPrefix.of(adapters.model, stream, memory.states) if longest else None
+    past = fixed_decoder_cache(padded_prefix(stream, longest, memory.states)) if longest else None
     with adapters.router.use(stream.route):
         hidden, mask, rows = _pad(embed(adapters.model, stream, cast(Any, adapters)), stream.lengths)
         mask = torch.cat([_prefix_mask(stream, mask), mask], dim=1)
@@ -75,18 +76,13 @@ class Decoder:
 
     def __init__(self, adapters: Adapters, parts: Sequence[Part]) -> None:
         """``parts``: the prompts, which go through the encoder here."""
-        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
         self.adapters, self.memory = adapters, encode(adapters, parts)
         first = start_token(adapters.model)
         stream = _decoder_stream(adapters.architecture, self.memory, [(first,)] * len(self.memory.states))
         self._mask, self._route = _prefix_mask(stream, self.memory.mask), stream.route
-        own = DynamicCache()
-        if max(stream.prefix_length):
-            prefix = padded_prefix(adapters.model, stream, max(stream.prefix_length), self.memory.states)
-            for index, layer in enumerate(prefix.layers):
-                own.update(layer.keys, layer.values, index)
-        self._cache = EncoderDecoderCache(own, DynamicCache())
+        longest = max(stream.prefix_length)
+        prefix = padded_prefix(stream, longest, self.memory.states) if longest else []
+        self._cache = growing_decoder_cache(prefix)
         self.first_tokens = stream.input_ids
 
     def step(self, tokens: Tensor, counts: Sequence[tuple[str | None, int]]) -> Tensor:
@@ -172,38 +168,14 @@ def _prefix_mask(stream: Stream, like: Tensor) -> Tensor:
 
 
 def _decode(model: nn.Module, memory: Memory, hidden: Tensor, mask: Tensor, past: Any) -> Tensor:
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
     return decoder(
         inputs_embeds=hidden,
         attention_mask=mask,
         encoder_hidden_states=memory.states,
         encoder_attention_mask=memory.mask,
-        past_key_values=past,
-        use_cache=past is not None,
+        **cache_arguments(decoder.forward, past),
     ).last_hidden_state
-
-
-class _KeepsPrefix:
-    """Makes caches that hold every row's prefix for self-attention and never anything of cross-attention: a
-    checkpointed block shows its keys twice."""
-
-    @staticmethod
-    def of(model: nn.Module, stream: Stream, like: Tensor) -> Any:
-        from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
-
-        class Passing(Cache):
-            def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
-                return key_states, value_states
-
-        prefix = padded_prefix(model, stream, max(stream.prefix_length), like)
-        cache = EncoderDecoderCache(prefix, Passing(layer_class_to_replicate=DynamicLayer))
-        cache.is_updated = _NeverUpdated()
-        return cache
-
-
-class _NeverUpdated(dict[int, bool]):
-    def __setitem__(self, layer: int, value: bool) -> None:
-        pass
 
 
 @torch.no_grad()
@@ -213,7 +185,7 @@ def prompt_keys_values(model: nn.Module, input_ids: Tensor) -> list[tuple[Tensor
     The encoder reads the same text [n].
     """
     out: Any = model(input_ids=input_ids[None], decoder_input_ids=input_ids[None], use_cache=True)
-    layers = [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.self_attention_cache.layers]
+    layers = [(keys[0], values[0]) for keys, values in keys_values(output_cache(out))]
     pairs = list(layers)
     for index in reversed(range(len(layers))):
         pairs[_pair(index, len(layers))] = layers[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, Run
 from weft.core.route import PrefixStates, Route, Router, Segment, stable_seed
 from weft.errors import UserError
+from weft.libraries import cache_arguments, cache_name, fixed_cache
 from weft.ops.attention import SequenceLayout
 
 
@@ -228,10 +228,10 @@ def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tenso
         types = stream.token_types.new_zeros(count * width).index_copy(0, rows, stream.token_types)
         more["token_type_ids"] = types.view(count, width)
     if longest:
-        if bidirectional and "past_key_values" not in inspect.signature(body.forward).parameters:
+        if bidirectional and cache_name(body.forward) is None:
             kind = type(body).__name__
             raise UserError(f"{kind} takes no prefix in padded batches; leave out padded.")
-        past = padded_prefix(model, stream, longest, hidden)
+        past = fixed_cache(padded_prefix(stream, longest, hidden))
         seen = torch.tensor(stream.prefix_length, device=hidden.device)[:, None]
         columns = torch.arange(longest, device=hidden.device)[None]
         mask = torch.cat([(columns >= longest - seen).to(mask.dtype), mask], dim=1)
@@ -243,28 +243,16 @@ def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tenso
         inputs_embeds=embeds.view(count, width, -1),
         position_ids=positions.view(count, width),
         attention_mask=mask,
-        past_key_values=past,
-        use_cache=past is not None,
+        **cache_arguments(body.forward, past),
         **more,
     )
     return out.last_hidden_state.reshape(count * width, -1)[rows]
 
 
-def padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tensor) -> Any:
-    """A transformers cache holding every row's prefix, right-aligned; what is not there is masked by the caller."""
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    class PrefixLayer(DynamicLayer):
-        """Keeps the prefix and nothing else: a checkpointed block shows its keys twice."""
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if not self.is_initialized:
-                return super().update(key_states, value_states)
-            assert self.keys is not None
-            assert self.values is not None
-            return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
-
-    cache = Cache(layer_class_to_replicate=PrefixLayer)
+def padded_prefix(stream: Stream, longest: int, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Per layer every row's learned keys and values [B, kv_heads, longest, head_dim], right-aligned; what is not there
+    is masked by the caller."""
+    pairs: list[tuple[Tensor, Tensor]] = []
     layers = len(next(iter(stream.route.prefixes.values())))
     some_key, some_value = next(iter(stream.route.prefixes.values()))[0]
     for layer in range(layers):
@@ -276,5 +264,5 @@ def padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tensor
             for side, out in zip(pair, (keys, values), strict=True):
                 padded = torch.nn.functional.pad(side.to(hidden.dtype), (0, 0, longest - side.shape[1], 0))
                 out.append(padded[None].expand(segment.sequences, -1, -1, -1))
-        cache.update(torch.cat(keys), torch.cat(values), layer)
-    return cache
+        pairs.append((torch.cat(keys), torch.cat(values)))
+    return pairs

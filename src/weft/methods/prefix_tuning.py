@@ -7,7 +7,6 @@ inference only needs its output. Learned keys get no rotary position: they stand
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ from weft.core.architecture import Architecture
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates
 from weft.errors import UserError
+from weft.libraries import cache_name
 from weft.methods.encoder import EncodedRows, RowEncoder, linear, normal_rows, repeated, sampled_ids, text_ids
 
 
@@ -138,10 +138,9 @@ def _check_cache(method: str, context: BuildContext) -> None:
     reason = None
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     other = sorted(kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear"))
-    if context.architecture.install_attention is None:
-        takes = set(inspect.signature(body.forward).parameters)
-        if "past_key_values" not in takes or context.architecture.bidirectional:
-            reason = "takes no cache of keys and values, which is where learned ones go in"
+    no_cache = cache_name(body.forward) is None or context.architecture.bidirectional
+    if context.architecture.install_attention is None and no_cache:
+        reason = "takes no cache of keys and values, which is where learned ones go in"
     if other:
         reason = f"has layers without keys and values ({', '.join(other)})"
     elif getattr(config, "kv_lora_rank", None):

@@ -19,6 +19,7 @@ from weft.core.adapter import SiteFunction
 from weft.core.attention import attend
 from weft.core.route import Route, Router, Segment
 from weft.core.site import Site, site_of
+from weft.libraries import given_cache
 from weft.methods.lora import LoraLinear
 from weft.models.interface import install_interface
 from weft.ops.fused import Piece, low_rank_linears, rms_norm, rms_norm_ref, rotary, swiglu
@@ -71,7 +72,7 @@ class _FusedAttention:
     ) -> Any:
         route = _usable(self, hidden_states)  # type: ignore[arg-type]
         module: Any = self
-        if route is None or kwargs.get("past_key_values") is not None:
+        if route is None or given_cache(kwargs) is not None:
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)  # type: ignore[misc]
         cos, sin = (table[0] for table in position_embeddings)
         q, k, v = (

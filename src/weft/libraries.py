@@ -1,0 +1,111 @@
+"""What depends on the version of a library stands here and nowhere else.
+
+Each function looks at what the installed library has (the parameters of a forward, the fields of an output); version
+numbers are not compared. Between transformers 5.17 and 5.24 the argument and the output ``past_key_values`` became
+``cache``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, cat
+
+from weft.errors import UserError
+
+# The newest name first: where a library understands both, the older one is deprecated.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(forward: Callable[..., Any]) -> str | None:
+    """The parameter of a model's (or an attention's) forward that takes its cache; None: it names none."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def cache_arguments(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
+    """What to call ``forward`` with so that it uses ``cache``; None: so that it makes none.
+
+    Raises:
+        UserError: a cache is given and the forward takes none.
+    """
+    if cache is None:
+        return {"use_cache": False}
+    name = cache_name(forward)
+    if name is None:
+        kind = getattr(forward, "__qualname__", "this model").removesuffix(".forward")
+        raise UserError(f"{kind} takes no cache of keys and values, which is where learned prefixes go in.")
+    return {name: cache, "use_cache": True}
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a call; None: there is none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def output_cache(output: Any) -> Any:
+    """The cache that a model's output holds."""
+    fields = {field.name for field in dataclasses.fields(output)}
+    return next((getattr(output, name) for name in CACHE_NAMES if name in fields), None)
+
+
+def keys_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Per layer the keys and values [B, kv_heads, n, head_dim] of a filled cache; of an encoder-decoder's, its own."""
+    own = getattr(cache, "self_attention_cache", cache)
+    return [(layer.keys, layer.values) for layer in own.layers]
+
+
+def growing_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
+    """transformers' usual cache, filled with a pair of keys and values [B, kv_heads, n, head_dim] per layer."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(pairs):
+        cache.update(keys, values, index)
+    return cache
+
+
+def fixed_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """A cache that keeps these pairs and nothing else: a checkpointed block shows its keys twice."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class PrefixLayer(DynamicLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                return super().update(key_states, value_states)
+            assert self.keys is not None
+            assert self.values is not None
+            return cat([self.keys, key_states], dim=-2), cat([self.values, value_states], dim=-2)
+
+    cache = Cache(layer_class_to_replicate=PrefixLayer)
+    for index, (keys, values) in enumerate(pairs):
+        cache.update(keys, values, index)
+    return cache
+
+
+def growing_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
+    """As ``growing_cache``, for the decoder of an encoder-decoder; what it sees of the encoder is kept once made."""
+    from transformers.cache_utils import EncoderDecoderCache
+
+    return EncoderDecoderCache(growing_cache(pairs), growing_cache())
+
+
+def fixed_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """As ``fixed_cache``, for the decoder of an encoder-decoder; never anything of cross-attention."""
+    from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+    class Passing(Cache):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+            return key_states, value_states
+
+    cache = EncoderDecoderCache(fixed_cache(pairs), Passing(layer_class_to_replicate=DynamicLayer))
+    cache.is_updated = _NeverUpdated()
+    return cache
+
+
+class _NeverUpdated(dict[int, bool]):
+    def __setitem__(self, layer: int, value: bool) -> None:
+        pass
