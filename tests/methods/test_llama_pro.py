@@ -23,6 +23,7 @@ from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.methods.llama_pro import LlamaProConfig
 from weft.models import describe
+from weft.models.facts import sketch
 from weft.train import Job, JobConfig, Trainer
 from weft.train.step import Work, forward_losses
 
@@ -228,7 +229,7 @@ def norm_after(model: Any) -> Any:
 )
 def test_what_cannot_begin_as_the_identity_is_refused(model: Any, message: str) -> None:
     made = model()
-    adapters = Adapters(made, describe(made))
+    adapters = Adapters(made, sketch(made))  # what is quantised here by hand does not run
     with pytest.raises(UserError, match=f"llama_pro: .*{message}"):
         adapters.add("it", CONFIG)
     adapters.close()
@@ -243,7 +244,7 @@ def quantised(model: Any) -> Any:
 @pytest.mark.parametrize("method", ["full", "freeze"])
 def test_quantised_weights_cannot_be_trained(method: str) -> None:
     model = quantised(kit.make_model("llama"))
-    adapters = Adapters(model, describe(model))
+    adapters = Adapters(model, sketch(model))
     with pytest.raises(UserError, match="up_proj' is quantised"):
         adapters.add("it", kit.METHODS[method](**({"num_layers_trainable": 3} if method == "freeze" else {})))
     adapters.close()

@@ -13,6 +13,7 @@ from tests.methods.test_lora import layer_of, open_llama, random
 from torch import Tensor
 
 import weft.models.fused
+import weft.models.proof
 from weft.core.adapters import Adapters
 from weft.core.stream import Part
 from weft.core.weights import dense_weight
@@ -132,15 +133,17 @@ def open_variants(kind: str, dtype: torch.dtype, **options: Any) -> Adapters:
     return adapters
 
 
+def norms_only(model: Any) -> dict[str, type]:
+    return {path: kind for path, kind in weft.models.fused.recognise(model).items() if "Norm" in kind.__name__}
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_the_fused_modules_take_only_plain_lora_for_plain_lora(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every variant, beside every other, gives what the model's own modules give."""
     found = []
     for fused in (True, False):
         if not fused:
-            monkeypatch.setattr(
-                weft.models.fused, "_FUSED", {k: v for k, v in weft.models.fused._FUSED.items() if "Norm" in k}
-            )
+            monkeypatch.setattr(weft.models.proof, "recognise", norms_only)
         adapters = open_variants(kind, D)
         hidden = kit.hidden_of(adapters, [Part(n, kit.texts(3, seed=i), seed=9) for i, n in enumerate(adapters.names)])
         torch.stack([h.square().sum() for h in hidden]).sum().backward()

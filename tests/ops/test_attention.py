@@ -13,11 +13,10 @@ from torch import Tensor
 from weft.ops import attention
 from weft.ops.attention import (
     SequenceLayout,
-    decode_attention,
-    decode_attention_ref,
     varlen_attention,
     varlen_attention_ref,
 )
+from weft.ops.decoding import decode_attention, decode_attention_ref
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 SCALE = 0.35
@@ -77,6 +76,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5},
     "bidirectional": {"causal": False},
     "bidirectional softcap": {"causal": False, "softcap": 1.5},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "sinks and window": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0]), "sliding_window": 70},
     "all": {"alibi_slopes": torch.tensor([0.3, 0.2, 0.1, 0.05]), "sliding_window": 70, "softcap": 2.0},
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from weft.core import files
 from weft.core.adapter import Adapter, master_dtype
 from weft.core.architecture import Architecture
+from weft.core.body import body_of, head_logits, head_modules
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.compose import Combination, Source
@@ -57,7 +57,7 @@ class Adapters:
         exact: bool = False,
         checkpointing: bool = False,
     ) -> None:
-        if _OPEN in model.__dict__:
+        if is_open(model):
             raise UserError("this model already carries an Adapters; add to that one, or close() it first.")
         self.model = model
         self.architecture = architecture
@@ -76,6 +76,8 @@ class Adapters:
         if not self.padded:
             assert architecture.install_attention is not None
             self._undo.append(architecture.install_attention(model, self.router))
+        if architecture.install_tables is not None:
+            self._undo.append(architecture.install_tables(model, self.router))
         shape = architecture
         self._exact_paths = frozenset((*shape.linears, *shape.norms, *shape.activations))
         if exact:
@@ -305,26 +307,22 @@ class Adapters:
 
     def forward(self, stream: Stream) -> Tensor:
         """Last hidden states [N, d] of the stream, before the head."""
-        bidirectional = self.architecture.bidirectional
-        return run_stream(self.model, self.router, stream, self._adapters, bidirectional=bidirectional)
+        return run_stream(self.model, self.router, stream, self._adapters, self.architecture)
 
     def logits(self, hidden: Tensor, rows: Sequence[tuple[str | None, int]] = ()) -> Tensor:
         """The head's logits [n, vocabulary] for hidden states [n, d].
 
         ``rows``: (adapter, how many rows) in order, where adapters may have changed the head; left out: the base's own.
         """
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        softcap, scale = head_scaling(self.model)
         route = Route(tuple(Segment(name, count, count) for name, count in rows if count), exact=self.exact)
-        with self.router.use(route if rows and site_of(head) is not None else None):
-            logits = head(hidden) * scale
-        return torch.tanh(logits / softcap) * softcap if softcap else logits
+        touched = any(site_of(module) is not None for module in head_modules(self.model, self.architecture))
+        with self.router.use(route if rows and touched else None):
+            return head_logits(self.model, self.architecture, hidden)
 
     def changes_head(self, name: str | None) -> bool:
         """Whether the adapter gives other logits than the base for the same hidden state."""
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        site = site_of(head) if head is not None else None
-        return site is not None and (name in site.functions or name in site.inputs)
+        sites = (site_of(module) for module in head_modules(self.model, self.architecture))
+        return any(site is not None and (name in site.functions or name in site.inputs) for site in sites)
 
     @contextlib.contextmanager
     def route(self, route: Route | None) -> Iterator[None]:
@@ -338,7 +336,7 @@ class Adapters:
         if self.architecture.task == "seq2seq":
             return prompt_keys_values(self.model, input_ids.to(self.device))
         if self.padded:
-            body: Any = self.model.base_model
+            body: Any = body_of(self.model, self.architecture)
             # An encoder makes no cache by itself, but fills one that it is given.
             given = growing_cache() if self.architecture.bidirectional else None
             how = {"use_cache": True} if given is None else cache_arguments(body.forward, given)
@@ -368,14 +366,9 @@ class _Recorder:
         raise AssertionError("a recorder sees the plain base only")
 
 
-def head_scaling(model: nn.Module) -> tuple[float | None, float]:
-    """(soft cap, factor) that the architecture applies to its logits (Gemma-2; Cohere, Granite, T5)."""
-    config: Any = model.config
-    softcap = getattr(config, "final_logit_softcapping", None)
-    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    if getattr(config, "scale_decoder_outputs", config.model_type == "umt5"):  # T5, where it ties its embeddings
-        factor /= math.sqrt(config.d_model)
-    return softcap, factor
+def is_open(model: nn.Module) -> bool:
+    """Whether the model carries an ``Adapters`` now."""
+    return _OPEN in model.__dict__
 
 
 def _freeze(model: nn.Module) -> Callable[[], None]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -14,6 +14,14 @@ from weft.errors import UserError, nearest
 
 # (model, router) -> the function that undoes it.
 AttentionInstaller = Callable[[nn.Module, Router], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """Logits that are ``c tanh(s (W h + b) / c)``: ``scale`` s and ``softcap`` c (None: no cap), W the output layer."""
+
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,19 @@ class Architecture:
     memory_linears: tuple[str, ...] = ()
     # How many kinds of segment the embeddings tell apart (BERT: 2); 0: the model is not told.
     token_types: int = 0
-    # Makes the model attend along the packed stream; None: the model only works on padded batches.
+    # The module that the model's forward calls for its hidden states; "": ``model.base_model``.
+    body: str = ""
+    # How the output layer becomes logits; None: by the model's own code (a dense layer and a norm before it, say).
+    head_form: HeadForm | None = HeadForm()
+    # The body looks its embeddings up by itself, for it also needs the ids (inputs per layer).
+    by_ids: bool = False
+    # Linear modules that no adapter can sit on -> why (their weight is read, they are never called).
+    unreachable: Mapping[str, str] = field(default_factory=dict)
+    # Makes the model attend along the packed stream; None: the model only works on padded batches, for the reason told.
     install_attention: AttentionInstaller | None = None
+    padded_because: str = ""
+    # Makes modules of positions, whose tables depend on the whole pass, answer sequence by sequence.
+    install_tables: AttentionInstaller | None = None
 
     @property
     def task(self) -> Literal["causal_lm", "seq2seq"]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from weft.core.route import Router
-from weft.ops.attention import decode_attention, varlen_attention
+from weft.ops.attention import varlen_attention
+from weft.ops.decoding import decode_attention
 
 
 def attend(
@@ -18,11 +20,16 @@ def attend(
     Args:
         q: [heads, N, head_dim]; k, v: [kv_heads, N, head_dim], positions already applied.
         causal: False where every token sees its whole sequence (encoders, which never decode).
-        bias: ``alibi_slopes``, ``sliding_window``, ``softcap`` as in ``varlen_attention``.
+        bias: ``alibi_slopes``, ``sliding_window``, ``softcap``, ``sinks`` as in ``varlen_attention``.
+
+    Values may be narrower than keys (multi-head latent attention).
 
     Returns:
-        [N, heads, head_dim].
+        [N, heads, head_dim], where head_dim is that of the values.
     """
+    if (width := v.shape[-1]) < q.shape[-1]:
+        v = functional.pad(v, (0, q.shape[-1] - width))
+        return attend(router, layer, q, k, v, scale=scale, causal=causal, **bias)[..., :width]
     route = router.current
     if route is None:
         raise RuntimeError(

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class Segment:
 
     ``seed`` fixes every random number drawn for these rows in this pass (None: nothing is drawn, as in evaluation), so
     that neither a neighbour nor a recomputation can change it. ``lengths`` are its sequences', virtual tokens included.
-    ``neftune_alpha`` is the strength of the noise on its embeddings (0: none).
+    ``neftune_alpha`` is the strength of the noise on its embeddings (0: none). ``call`` (``weft.core.rows``): what the
+    module at hand was called with beside the rows, for functions that run it again; None: nothing.
     """
 
     adapter: str | None
@@ -56,6 +57,7 @@ class Segment:
     lengths: tuple[int, ...] = ()
     padded: bool = False
     neftune_alpha: float = 0.0
+    call: Any = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class Route:
     elsewhere: Mapping[str, Route] = field(default_factory=dict)
     _alone: dict[int, Route] = field(default_factory=dict, repr=False)
 
-    def dim(self, x: Tensor) -> int:
-        """The dimension of a module's input along which the segments lie.
+    def dim(self, x: Tensor) -> int | None:
+        """The dimension of a module's input along which the segments lie; None: none does.
 
         In the stream it is the one that counts the tokens: [1, N, d], [N, d], or, for norms of single heads,
         [1, N, heads, d] and [1, heads, N, d], where the outer one in memory is the tokens' if both have the same size.
@@ -87,7 +89,7 @@ class Route:
         tokens = sum(segment.tokens for segment in self.segments)
         # An embedding's input has no last dimension of features.
         dims = x.dim() - x.is_floating_point()
-        return max((i for i in range(dims) if x.shape[i] == tokens), key=x.stride)
+        return max((i for i in range(dims) if x.shape[i] == tokens), key=x.stride, default=None)
 
     def alone(self, index: int) -> Route:
         """The route of segment ``index`` with nobody beside it, for what is computed for its rows only."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from weft.core.adapter import InputFunction, SiteFunction
 from weft.core.inserted import segment_part
 from weft.core.route import Route, Router
+from weft.core.rows import Call, Rows, split_call
 from weft.errors import UserError
 
 _SITE = "_weft_site"
@@ -63,56 +65,53 @@ class Site:
         for found in (self.inputs, self.functions, self.inserted):
             found.pop(adapter, None)
 
-    def run(self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward under the current route."""
         route = self.router.current
         if route is None or (self.pools and (route.padded or route.layout is not None)):
-            return self.base_class.forward(module, x, *args, **kwargs)
+            return self.base_class.forward(module, *args, **kwargs)
         route = route.elsewhere.get(self.path, route)
+        x, call = split_call(args, kwargs)
         if self.inserted:
-            return self._run_block(module, x, args, kwargs, route)
-        if x is None or not torch.is_tensor(x) or "position_ids" in kwargs:
+            return self._run_block(module, x, call, route)
+        if not torch.is_tensor(x) or "position_ids" in kwargs:
             # OPT asks its table of positions with a mask first and the positions by name.
-            y = self.base_class.forward(module, x, *args, **kwargs)
-            return self._change_all(kwargs["position_ids"], y, route)
-        return self.apply(module, x, route)
+            y = self.base_class.forward(module, *args, **kwargs)
+            return self._change_all(kwargs["position_ids"], y, Call(), route)
+        return self.apply(module, x, call, route)
 
-    def apply(self, module: nn.Module, x: Tensor, route: Route) -> Tensor:
+    def apply(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
         """Run the base module on the rows x, then each segment's own functions on that segment's rows."""
         if (route.exact or self.apart) and x.is_floating_point():
-            return self._apply_exactly(module, x, route)
-        if route.padded and x.dim() == 2 and x.is_floating_point():
-            # OPT flattens its batch before the MLP; the segments lie along the batch.
-            batch = sum(route.sizes)
-            return self.apply(module, x.view(batch, -1, x.shape[-1]), route).flatten(0, 1)
+            return self._apply_exactly(module, x, call, route)
         if any(segment.adapter in self.inputs for segment in route.segments):
-            pieces = x.split(_sizes(x, route), dim := _dim(x, route))
-            x = torch.cat([self._prepare(i, piece, route) for i, piece in enumerate(pieces)], dim)
-        return self._change_all(x, self.base_class.forward(module, x), route)
+            rows = self._rows(x, route)
+            pieces = [self._prepare(i, piece, route) for i, piece in enumerate(rows.cut(x))]
+            x = rows.join(pieces)
+        return self._change_all(x, call.run(self.base_class.forward, module, x), call, route)
 
-    def _change_all(self, x: Tensor, y: Tensor, route: Route) -> Tensor:
+    def _rows(self, x: Tensor, route: Route) -> Rows:
+        return Rows.of(x, route, self.path)
+
+    def _change_all(self, x: Tensor, y: Tensor, call: Call, route: Route) -> Tensor:
         if not any(segment.adapter in self.functions for segment in route.segments):
             return y
-        if len(route.segments) == 1:
-            return self._change(0, x, y, route)
         # split's backward is one concatenation, where slicing would write one zero-padded tensor per segment.
-        sizes, dim = _sizes(x, route), _dim(x, route)
-        if x.shape[dim] != sum(sizes):
-            # One row of positions for the whole padded batch.
-            x = x.expand(sum(sizes), *x.shape[1:])
-            y = y.expand(sum(sizes), *y.shape[1:])
-        xs, ys = x.split(sizes, dim), y.split(sizes, dim)
-        return torch.cat([self._change(i, xs[i], ys[i], route) for i in range(len(xs))], dim)
+        rows = self._rows(x, route)
+        xs, ys = rows.cut(x), rows.cut(y)
+        calls = [call.part(rows, x, i) for i in range(len(xs))] if call else [call] * len(xs)
+        return rows.join([self._change(i, xs[i], ys[i], calls[i], route) for i in range(len(xs))])
 
-    def _apply_exactly(self, module: nn.Module, x: Tensor, route: Route) -> Tensor:
+    def _apply_exactly(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
         """One matrix product per segment, each on memory of its own: kernels choose their blocking by row count and by
         alignment, forward and backward, and so would round differently beside a neighbour."""
-        pieces, dim = [], route.dim(x)
-        for index, rows in enumerate(x.split(route.sizes, dim)):
-            own = self._prepare(index, _OwnMemory.apply(rows), route)
-            y = self._change(index, own, self.base_class.forward(module, own), route)
+        pieces, rows = [], self._rows(x, route)
+        for index, piece in enumerate(rows.cut(x)):
+            own = self._prepare(index, _OwnMemory.apply(piece), route)
+            part = call.part(rows, x, index)
+            y = self._change(index, own, part.run(self.base_class.forward, module, own), part, route)
             pieces.append(_OwnMemory.apply(y))
-        return torch.cat(pieces, dim)
+        return rows.join(pieces)
 
     def _prepare(self, index: int, x: Tensor, route: Route) -> Tensor:
         segment = route.segments[index]
@@ -120,53 +119,44 @@ class Site:
             return x
         return self.inputs[segment.adapter](x, segment)
 
-    def _change(self, index: int, x: Tensor, y: Tensor, route: Route) -> Tensor:
+    def _change(self, index: int, x: Tensor, y: Tensor, call: Call, route: Route) -> Tensor:
         segment = route.segments[index]
         if segment.adapter is None:
             return y
+        if call:
+            segment = replace(segment, call=call)
         for function in self.functions.get(segment.adapter, ()):
             y = function(x, y, segment)
         return y
 
-    def _run_block(
-        self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route
-    ) -> Any:
+    def _run_block(self, module: nn.Module, x: Any, call: Call, route: Route) -> Any:
         """The block, then each segment's inserted blocks on its rows alone, called with its part of the arguments."""
-        out = self.base_class.forward(module, x, *args, **kwargs)
+        out = call.run(self.base_class.forward, module, x)
         if not any(segment.adapter in self.inserted for segment in route.segments):
             return out
         y = out[0] if isinstance(out, tuple) else out
-        dim, pieces = route.dim(y), []
-        for index, rows in enumerate(y.split(route.sizes, dim)):
-            blocks = self.inserted.get(route.segments[index].adapter or "", ())
+        lie, pieces = self._rows(y, route), []
+        for index, rows in enumerate(lie.cut(y)):
+            blocks = self.inserted.get(route.segments[index].adapter or "", [])
             if blocks:
                 rows = _OwnMemory.apply(rows)
-                own = [segment_part(value, index, route, y) for value in args]
-                named = {key: segment_part(value, index, route, y) for key, value in kwargs.items()}
+                own = [segment_part(value, index, route, y) for value in call.args]
+                named = {key: segment_part(value, index, route, y) for key, value in call.kwargs.items()}
             for block in blocks:
                 with self.router.use(route.alone(index)):
                     rows = block(rows, *own, **named)
                 rows = rows[0] if isinstance(rows, tuple) else rows
             pieces.append(rows)
-        y = torch.cat(pieces, dim)
+        y = lie.join(pieces)
         return (y, *out[1:]) if isinstance(out, tuple) else y
-
-
-def _dim(x: Tensor, route: Route) -> int:
-    # Token ids come as one flat stream on the padded path too.
-    return 0 if x.dim() == 1 else route.dim(x)
-
-
-def _sizes(x: Tensor, route: Route) -> list[int]:
-    return [s.tokens for s in route.segments] if x.dim() == 1 else route.sizes
 
 
 class _RoutedForward:
     """The part that a swapped class adds to its base class."""
 
-    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         site: Site = self.__dict__[_SITE]
-        return site.run(cast(nn.Module, self), x, args, kwargs)
+        return site.run(cast(nn.Module, self), args, kwargs)
 
 
 @functools.cache

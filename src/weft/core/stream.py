@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, Run
+from weft.core.architecture import Architecture
+from weft.core.body import accepted, body_of, held, takes_cache
 from weft.core.route import PrefixStates, Route, Router, Segment, stable_seed
 from weft.errors import UserError
-from weft.libraries import cache_arguments, cache_name, fixed_cache
+from weft.libraries import cache_arguments, fixed_cache
 from weft.ops.attention import SequenceLayout
 
 
@@ -199,53 +201,63 @@ def _noise(hidden: Tensor, stream: Stream) -> Tensor:
 
 
 def run_stream(
-    model: nn.Module, router: Router, stream: Stream, adapters: Mapping[str, Adapter], *, bidirectional: bool = False
+    model: nn.Module, router: Router, stream: Stream, adapters: Mapping[str, Adapter], shape: Architecture
 ) -> Tensor:
     """One pass of the base (without its head) over the stream; last hidden states [N, d]."""
-    body = model.base_model
-    assert isinstance(body, nn.Module)
     with router.use(stream.route):
         hidden = embed(model, stream, adapters)
         if stream.route.padded:
-            return _run_padded(model, body, stream, hidden, bidirectional)
+            return _run_padded(model, stream, hidden, shape)
         types = {} if stream.token_types is None else {"token_type_ids": stream.token_types[None]}
-        out = body(inputs_embeds=hidden[None], position_ids=stream.position_ids[None], use_cache=False, **types)
+        out = run_body(
+            model, shape, hidden[None], stream.input_ids[None], position_ids=stream.position_ids[None],
+            use_cache=False, **types,
+        )  # fmt: skip
         return out.last_hidden_state[0]
 
 
-def _run_padded(model: nn.Module, body: nn.Module, stream: Stream, hidden: Tensor, bidirectional: bool) -> Tensor:
+def run_body(model: nn.Module, shape: Architecture, embeds: Tensor, ids: Tensor, **arguments: Any) -> Any:
+    """The body over embeddings [B, T, d] of the tokens ``ids`` [B, T], with those of the arguments that it takes."""
+    body = body_of(model, shape)
+    more = accepted(body, **arguments)
+    if not shape.by_ids:
+        return body(inputs_embeds=embeds, **more)
+    with held(model.get_input_embeddings(), embeds):  # type: ignore[operator]
+        return body(input_ids=ids, **more)
+
+
+def _run_padded(model: nn.Module, stream: Stream, hidden: Tensor, shape: Architecture) -> Tensor:
     """The same pass as a padded batch, for models whose attention only knows [B, T]; right padding."""
+    body = body_of(model, shape)
     count, width = len(stream.lengths), max(stream.lengths)
     rows = torch.cat(
         [torch.arange(i * width, i * width + n, device=hidden.device) for i, n in enumerate(stream.lengths)]
     )
-    embeds = hidden.new_zeros(count * width, hidden.shape[-1]).index_copy(0, rows, hidden)
-    positions = stream.position_ids.new_zeros(count * width).index_copy(0, rows, stream.position_ids)
-    mask = stream.input_ids.new_zeros(count * width).index_fill(0, rows, 1).view(count, width)
+
+    def batch(values: Tensor) -> Tensor:
+        """[N, ...] as [B, T, ...], zeros where nothing is."""
+        empty = values.new_zeros(count * width, *values.shape[1:])
+        return empty.index_copy(0, rows, values).view(count, width, *values.shape[1:])
+
+    mask = batch(torch.ones_like(stream.input_ids))
     past, longest = None, max(stream.prefix_length)
-    more: dict[str, Any] = {}
-    if stream.token_types is not None:
-        types = stream.token_types.new_zeros(count * width).index_copy(0, rows, stream.token_types)
-        more["token_type_ids"] = types.view(count, width)
+    more = {} if stream.token_types is None else {"token_type_ids": batch(stream.token_types)}
     if longest:
-        if bidirectional and cache_name(body.forward) is None:
+        if not takes_cache(body):
             kind = type(body).__name__
-            raise UserError(f"{kind} takes no prefix in padded batches; leave out padded.")
+            hint = "; leave out padded" if shape.bidirectional else ""
+            raise UserError(f"{kind} takes no prefix in padded batches: it knows no cache of keys and values{hint}.")
         past = fixed_cache(padded_prefix(stream, longest, hidden))
         seen = torch.tensor(stream.prefix_length, device=hidden.device)[:, None]
         columns = torch.arange(longest, device=hidden.device)[None]
         mask = torch.cat([(columns >= longest - seen).to(mask.dtype), mask], dim=1)
-        if bidirectional:
+        if shape.bidirectional:
             # Encoders make their own of [B, T] masks without thinking of what stands before the text.
             mask = hidden.new_zeros(mask.shape).masked_fill(mask == 0, torch.finfo(hidden.dtype).min)
             mask = mask[:, None, None].expand(-1, 1, width, -1)
-    out = body(
-        inputs_embeds=embeds.view(count, width, -1),
-        position_ids=positions.view(count, width),
-        attention_mask=mask,
-        **cache_arguments(body.forward, past),
-        **more,
-    )
+    more |= cache_arguments(type(body).forward, past)
+    embeds, ids, positions = batch(hidden), batch(stream.input_ids), batch(stream.position_ids)
+    out = run_body(model, shape, embeds, ids, position_ids=positions, attention_mask=mask, **more)
     return out.last_hidden_state.reshape(count * width, -1)[rows]
 
 

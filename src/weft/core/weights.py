@@ -50,12 +50,14 @@ class _Shell:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, tensors: Mapping[str, Tensor], segment: Segment | None = None) -> Tensor:
         shell = copy.copy(self.module)
         shell.__dict__.pop(_SITE, None)
         shell.__dict__["_parameters"] = {**self.module._parameters, **tensors}
         shell.__class__ = plain_class(self.module)
-        return shell(x)
+        if segment is None or segment.call is None:
+            return shell(x)
+        return segment.call.run(lambda module, *args, **kwargs: module(*args, **kwargs), shell, x)
 
 
 class WeightDelta(nn.Module):
@@ -96,7 +98,7 @@ class WeightDelta(nn.Module):
         if self.weight_delta is None:
             return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
         if is_norm(base):
-            return y + self._norm(x).to(y.dtype)
+            return y + self._norm(x, segment).to(y.dtype)
         weight = self.weight_delta.to(y.dtype)
         if isinstance(base, nn.Embedding):
             # The row of padding_idx learns nothing, in torch's own training neither.
@@ -116,7 +118,7 @@ class WeightDelta(nn.Module):
         if self.bias_delta is not None:
             merged.add_bias(self.bias_delta)
 
-    def _norm(self, x: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, segment: Segment) -> Tensor:
         """f(x; W + ΔW, b + Δb) - f(x; W, b), in the delta's precision."""
         assert self.weight_delta is not None
         norm: nn.Module = self.__dict__["base"]
@@ -124,7 +126,7 @@ class WeightDelta(nn.Module):
         change = {"weight": self.weight_delta}
         if norm._parameters.get("bias") is not None:
             change["bias"] = torch.zeros_like(self.weight_delta) if self.bias_delta is None else self.bias_delta
-        if self._linear_in_weight is None:
+        if self._linear_in_weight is None and segment.call is None:
             with torch.no_grad():
                 some = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype, device=x.device)
                 some = some.expand(*change["weight"].shape[:-1], x.shape[-1])
@@ -133,7 +135,8 @@ class WeightDelta(nn.Module):
         if self._linear_in_weight:
             return run(x, change)
         base = {part: norm.get_parameter(part).to(x.dtype) for part in change}
-        return run(x, {part: base[part] + delta for part, delta in change.items()}) - run(x, base)
+        changed = {part: base[part] + delta for part, delta in change.items()}
+        return run(x, changed, segment) - run(x, base, segment)
 
 
 def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, WeightDelta]:
@@ -188,7 +191,7 @@ class OwnWeights(nn.Module):
             bias = self.get_parameter("bias")
             return y + (bias - base.bias.to(bias.dtype)).to(y.dtype)
         own = {part: value.to(base.get_parameter(part).dtype) for part, value in self.named_parameters()}
-        return _Shell(base)(x, own).to(y.dtype)
+        return _Shell(base)(x, own, segment).to(y.dtype)
 
     def merge_into(self, merged: MergedModule) -> None:
         """W', b'."""

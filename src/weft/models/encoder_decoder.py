@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from weft.core.architecture import Architecture, is_activation, is_linear, is_norm
+from weft.core.architecture import Architecture, HeadForm, is_activation, is_linear, is_norm
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
 
@@ -52,6 +52,8 @@ def describe_encoder_decoder(model: Any) -> Architecture:
         for path, module in model.get_submodule(block).named_modules()
         if is_linear(module)
     )
+    # T5 scales what goes into its head where that is tied to the embeddings.
+    scaled = getattr(config, "scale_decoder_outputs", config.model_type == "umt5")
     return Architecture(
         model_type=config.model_type,
         hidden_size=config.d_model,
@@ -69,6 +71,7 @@ def describe_encoder_decoder(model: Any) -> Architecture:
         head=paths[id(model.get_output_embeddings())],
         memory_linears=tuple(path for path in linears if path.endswith(facts.memory)),
         peft_task="SEQ_2_SEQ_LM",
+        head_form=HeadForm(config.d_model**-0.5 if scaled else 1.0),
     )
 
 

@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from weft.core.architecture import Architecture, AttentionInstaller, is_activation, is_linear, is_norm
+from weft.core.architecture import Architecture, AttentionInstaller, HeadForm, is_activation, is_linear, is_norm
 from weft.errors import UserError
 from weft.models.bloom import install_bloom
 from weft.models.encoder_decoder import describe_encoder_decoder
-from weft.models.fused import install_fused
 from weft.models.interface import install_bidirectional, install_interface
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Within one block: the last linear of the attention and of the MLP. ``install`` None: padded batches only.
+    """Within one block: the last linear of the attention and of the MLP. ``install``: how its attention is led along
+    the stream, where that is not by the interface; None: not at all. What is said here is proved when a base is loaded.
 
     ``encoder``: every token sees the whole text, and a text is classified by its first token, through a head of the
     kind ``head`` (``weft.core.heads``). ``padding_first``: positions begin after the pad token's id. ``outside``: last
@@ -33,7 +33,7 @@ class Facts:
     outside: tuple[str, ...] = ()
 
 
-_LLAMA = Facts("self_attn.o_proj", "mlp.down_proj", install_fused)
+_LLAMA = Facts("self_attn.o_proj", "mlp.down_proj")
 FACTS: dict[str, Facts] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -68,14 +68,14 @@ ENCODERS: dict[str, Facts] = {
     "electra": _encoder("gelu_classifier"),
     "distilbert": Facts("attention.out_lin", "ffn.lin2", install_bidirectional, True, "pre_classifier"),
 }
-# For other architectures: usual names, most specific first. Anything not in the table runs padded, through its own
-# attention, until someone has checked that its attention goes through the interface.
+# For other architectures: usual names, most specific first.
 _ATTENTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
 _MLP_NAMES = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "w2", "fc_out")
 
 
-def describe(model: nn.Module) -> Architecture:
-    """The ``Architecture`` of a transformers model: with a language-model head, or an encoder.
+def sketch(model: nn.Module) -> Architecture:
+    """The ``Architecture`` of a transformers model as tables and names tell it: with a language-model head, or an
+    encoder. Nothing of it is proved (``weft.models.proof``); the model may be on the meta device.
 
     Raises:
         UserError: the model has no list of blocks with linear modules in it.
@@ -121,7 +121,8 @@ def describe(model: nn.Module) -> Architecture:
         mlp_output=_outputs(blocks, linears, facts.mlp_output if facts else None, "mlp", _MLP_NAMES),
         activations=tuple(path for path, module in modules if is_activation(module)),
         max_length=int(limit) - first if limit else None,
-        install_attention=facts.install if facts else None,
+        install_attention=facts.install if facts else install_interface,
+        head_form=_head_form(config),
         embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
         embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
         head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
@@ -132,6 +133,12 @@ def describe(model: nn.Module) -> Architecture:
         first_position=first,
         token_types=int(getattr(text, "type_vocab_size", None) or 0) if encoder else 0,
     )
+
+
+def _head_form(config: Any) -> HeadForm:
+    """What configurations say of the logits: a soft cap (Gemma 2), factors (Cohere, Granite)."""
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return HeadForm(factor, getattr(config, "final_logit_softcapping", None))
 
 
 def _path_of(model: nn.Module, wanted: Any) -> str:

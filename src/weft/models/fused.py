@@ -1,6 +1,7 @@
-"""Llama's norms, attention and MLP with fewer passes over memory: the same arithmetic, through ``weft.ops.fused``.
+"""Norms, attention and MLP as Llama has them, with fewer passes over memory: the same arithmetic, by ``weft.ops.fused``.
 
-The classes of the modules are swapped in place, below the adapters' own swap: a fused norm can be a site, and a fused
+A block is known by what it is, not by its name (``recognise``): it has the parts, and a trial gives what its own class
+gives. The classes of the modules are swapped in place, below the adapters' own swap: a fused norm can be a site, and a fused
 attention asks each of its projections what the adapters want there. Outside a route, on a GPU, in exact mode, while
 compiling, or where something unusual hangs on a module, every module does what its own class does.
 """
@@ -8,6 +9,7 @@ compiling, or where something unusual hangs on a module, every module does what 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -18,10 +20,11 @@ from transformers.activations import SiLUActivation
 from weft.core.adapter import SiteFunction
 from weft.core.attention import attend
 from weft.core.route import Route, Router, Segment
-from weft.core.site import Site, site_of
+from weft.core.site import Site, plain_class, replace_class, site_of
 from weft.libraries import given_cache
 from weft.methods.lora import LoraLinear
-from weft.models.interface import install_interface
+from weft.models.interface import Band, install_interface
+from weft.ops.attention import SequenceLayout
 from weft.ops.fused import Piece, low_rank_linears, rms_norm, rms_norm_ref, rotary, swiglu
 
 _ROUTER = "_weft_fused_router"
@@ -48,13 +51,17 @@ class _DoubleNorm:
     def terms(self) -> tuple[Tensor, float]:
         """The weight that the normalised rows are multiplied by, and epsilon."""
         module: Any = self
-        return module.weight, module.variance_epsilon
+        return module.weight, _epsilon(module)
+
+
+def _epsilon(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
 class _DoubleGemmaNorm(_DoubleNorm):
     def terms(self) -> tuple[Tensor, float]:
         module: Any = self
-        return 1.0 + module.weight, module.eps
+        return 1.0 + module.weight, _epsilon(module)
 
 
 class _FusedNorm(_DoubleNorm):
@@ -63,7 +70,7 @@ class _FusedNorm(_DoubleNorm):
         ours = hidden_states.dtype == module.weight.dtype and not module.weight.requires_grad
         if not ours or _usable(module, hidden_states) is None:
             return super().forward(hidden_states)
-        return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+        return rms_norm(hidden_states, module.weight, _epsilon(module))
 
 
 class _FusedAttention:
@@ -80,9 +87,7 @@ class _FusedAttention:
             for y in project((module.q_proj, module.k_proj, module.v_proj), hidden_states, route)
         )
         q, k, v = (x.transpose(0, 1) for x in (rotary(q, cos, sin), rotary(k, cos, sin), v))
-        # Qwen2 decides by layer; Mistral has one window for all, in its configuration.
-        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-        bias = {} if window is None else {"sliding_window": window}
+        bias = {"sliding_window": attention_mask.window} if isinstance(attention_mask, Band) else {}
         out = attend(module.__dict__[_ROUTER], module.layer_idx, q, k, v, scale=module.scaling, **bias)
         return project((module.o_proj,), out.reshape(1, len(cos), -1), route)[0], None
 
@@ -163,15 +168,95 @@ def _follow(x: Tensor, y: Tensor, functions: dict[int, list[SiteFunction]], rout
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
 
 
-# Class of transformers -> what takes its place. Only classes whose forward was compared with ours.
-_FAMILIES = ("Llama", "Mistral", "Qwen2")
-_FUSED: dict[str, type] = {
-    **{f"{family}RMSNorm": _FusedNorm for family in _FAMILIES},
-    **{f"{family}Attention": _FusedAttention for family in _FAMILIES},
-    **{f"{family}MLP": _FusedMlp for family in _FAMILIES},
-    **{f"{family}RMSNorm": _DoubleGemmaNorm for family in ("Gemma", "Gemma2")},
-    **{f"{family}RMSNorm": _DoubleNorm for family in ("Qwen3", "Phi3")},
-}
+# Module path -> what its class is mixed with.
+Kinds = dict[str, type]
+
+
+@torch.no_grad()
+def recognise(model: nn.Module) -> Kinds:
+    """Which modules of a model are Llama's norm, attention or MLP, by their parts and by a trial of each kind.
+
+    The trial compares the module's own forward with ours on a few random rows. Modules of one class with the same
+    settings are tried once.
+    """
+    router, tried, kinds = Router(), dict[Any, type | None](), Kinds()
+    undo = install_interface(model, router)
+    try:
+        for path, module in model.named_modules():
+            candidates = _candidates(module)
+            if not candidates or "forward" in module.__dict__:
+                continue
+            key = (type(module), *_settings(module))
+            if key not in tried:
+                tried[key] = next((mixin for mixin in candidates if _alike(module, mixin, router)), None)
+            if (mixin := tried[key]) is not None:
+                kinds[path] = mixin
+    finally:
+        undo()
+    return kinds
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """What may tell two modules of one class apart: their plain attributes, but for the number of the layer."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    # A layer may be told by its number (the first ones have no positions): what the number decides is an attribute.
+    return sorted((name, value) for name, value in plain.items() if name not in ("layer_idx", "_weft_layer"))
+
+
+def _candidates(module: nn.Module) -> list[type]:
+    names = {name for name, _ in module.named_children()}
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    takes = [p for p in inspect.signature(type(module).forward).parameters if p != "self"]
+    if own == {"weight"} and not names and len(takes) == 1 and (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+        return [_FusedNorm, _DoubleGemmaNorm] if module.get_parameter("weight").dim() == 1 else []
+    if names == {"gate_proj", "up_proj", "down_proj", "act_fn"} and len(takes) == 1 and not own:
+        return [_FusedMlp]
+    known = all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
+    if names == {"q_proj", "k_proj", "v_proj", "o_proj"} and known and "position_embeddings" in takes and not own:
+        return [_FusedAttention]
+    return []
+
+
+def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
+    """Whether the module computes the same with the mixin, on five random rows."""
+    some: Any = next(module.parameters())
+    dtype = some.dtype if some.dtype.is_floating_point else torch.float32
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(width: int) -> Tensor:
+        return torch.randn(1, 5, width, generator=generator).to(some.device, dtype)
+
+    source: Any = module
+    more: dict[str, Any] = {}
+    if mixin is _FusedAttention:
+        x = rows(source.q_proj.in_features)
+        more = {"position_embeddings": (rows(source.head_dim), rows(source.head_dim)), "attention_mask": None}
+    else:
+        x = rows(source.gate_proj.in_features if mixin is _FusedMlp else len(source.weight))
+    route = Route((Segment(None, 5, 1, lengths=(5,)),), SequenceLayout.build([5], device=some.device))
+    own, module.__dict__[_ROUTER] = type(module), router
+    try:
+        with router.use(route):
+            expected = _first(module(x, **more))
+            module.__class__ = _fused_class(mixin, own)
+            found = _terms_applied(module, x) if issubclass(mixin, _DoubleNorm) else _first(module(x, **more))
+    except Exception:  # whatever a module of unknown make does with rows that are not its own
+        return False
+    finally:
+        module.__class__ = own
+        del module.__dict__[_ROUTER]
+    near = 16 * torch.finfo(dtype).eps * float(expected.abs().max())
+    return expected.shape == found.shape and bool(((expected - found).abs() <= near).all())
+
+
+def _terms_applied(norm: Any, x: Tensor) -> Tensor:
+    weight, epsilon = norm.terms()
+    return rms_norm_ref(x, weight, epsilon)
+
+
+def _first(out: Any) -> Tensor:
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
 
 
 @functools.cache
@@ -179,22 +264,22 @@ def _fused_class(mixin: type, base_class: type[nn.Module]) -> type[nn.Module]:
     return type(f"Fused{base_class.__name__}", (mixin, base_class), {"__module__": __name__})
 
 
-def install_fused(model: nn.Module, router: Router) -> Callable[[], None]:
+def install_fused(model: nn.Module, router: Router, kinds: Kinds) -> Callable[[], None]:
     """``install_interface``, and the fused modules; returns the function that undoes both."""
     undo_attention = install_interface(model, router)
     swapped = []
-    for module in model.modules():
-        mixin = _FUSED.get(type(module).__name__)
-        if mixin is None or "forward" in module.__dict__:
+    for path, mixin in kinds.items():
+        module = model.get_submodule(path)
+        if "forward" in module.__dict__:
             continue
-        swapped.append((module, type(module)))
+        own = plain_class(module)
+        swapped.append((module, own))
         module.__dict__[_ROUTER] = router
-        kind: type = type(module)
-        module.__class__ = _fused_class(mixin, kind)
+        replace_class(module, _fused_class(mixin, own))
 
     def undo() -> None:
-        for module, kind in swapped:
-            module.__class__ = kind
+        for module, own in swapped:
+            replace_class(module, own)
             del module.__dict__[_ROUTER]
         undo_attention()
 

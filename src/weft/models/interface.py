@@ -18,63 +18,102 @@ CAUSAL = "_weft_causal"
 _LAYER = "_weft_layer"
 
 
+class Band:
+    """Stands where a mask would: every token sees the ``window`` last ones, itself among them.
+
+    Models hand it on from where masks are made to where attention runs; cutting it to some keys leaves it as it is.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def __getitem__(self, key: Any) -> Band:
+        return self
+
+
 def weft_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Stream attention in the interface's shape: query [1, heads, N, head_dim] -> ([1, N, heads, head_dim], None)."""
-    if kwargs.get("s_aux") is not None:
-        raise UserError("attention sinks (s_aux) are not implemented in the packed stream; use padded=True.")
-    router: Router = module.__dict__[ROUTER]
+    """Stream attention in the interface's shape: query [1, heads, N, head_dim] -> ([1, N, heads, head_dim], None).
+
+    The window is the mask's, not the argument ``sliding_window``, which only some of transformers' own attentions read.
+
+    Raises:
+        UserError: the module asks for something that the stream does not do.
+    """
+    router: Router | None = module.__dict__.get(ROUTER)
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name in _CHANGES_RESULT)
+    if router is None or unknown or not (attention_mask is None or isinstance(attention_mask, Band)):
+        what = ", ".join(unknown) or ("a mask of its own" if router is not None else "no place in the stream")
+        raise UserError(f"the attention {type(module).__name__} comes with {what}; use padded=True.")
     # Asked each time: LLaMA-Pro's copies of a block have numbers of their own.
     layer: Any = module.__dict__.get(_LAYER, getattr(module, "layer_idx", None))
     bias: dict[str, Any] = {}
-    if sliding_window is not None:
-        bias["sliding_window"] = sliding_window
+    if attention_mask is not None:
+        bias["sliding_window"] = attention_mask.window
     if softcap is not None:
         bias["softcap"] = softcap
+    if kwargs.get("s_aux") is not None:
+        bias["sinks"] = kwargs["s_aux"].flatten()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal: bool = module.__dict__[CAUSAL]
     return attend(router, layer, query[0], key[0], value[0], scale=scale, causal=causal, **bias)[None], None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
+# Arguments of attentions that would change what comes out and that the stream does not know.
+_CHANGES_RESULT = {"position_bias", "head_mask", "alibi", "relative_position_bias", "block_mask"}
+
+
+def _band_or_none(*args: Any, local_size: int | None = None, config: Any = None, **kwargs: Any) -> Band | None:
+    """What takes the place of a mask: nothing, for the stream keeps its sequences apart and is causal by itself.
+
+    Raises:
+        UserError: the mask is neither causal nor a sliding window (chunks, blocks that see each other).
+    """
+    if kwargs.get("use_vmap") or (local_size is not None and local_size != getattr(config, "sliding_window", None)):
+        raise UserError("attention in chunks, or under a mask of the model's own, does not run in the packed stream.")
+    return None if local_size is None else Band(local_size)
 
 
 AttentionInterface.register(NAME, weft_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, _band_or_none)
 
 
 def install_interface(model: nn.Module, router: Router, *, causal: bool = True) -> Callable[[], None]:
     """Let every attention module of ``model`` attend along the stream that ``router`` describes."""
-    attentions = [m for m in model.modules() if "attention" in type(m).__name__.lower()]
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for number, module in enumerate(attentions):
-        # DistilBERT's do not know which layer they are in; there is one in each.
-        module.__dict__ |= {ROUTER: router, CAUSAL: causal}
+    modules = list(model.modules())
+    # DistilBERT's do not know which layer they are in; there is one in each.
+    unnumbered = [m for m in modules if "attention" in type(m).__name__.lower()]
+    for number, module in enumerate(unnumbered):
         if getattr(module, "layer_idx", None) is None:
             module.__dict__[_LAYER] = number
-    for config in configs.values():
-        config._attn_implementation = NAME
+    for module in modules:
+        module.__dict__ |= {ROUTER: router, CAUSAL: causal}
+    configs: dict[int, Any] = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items() if _attends(config)}
+    for key in before:
+        configs[key]._attn_implementation = NAME
 
     def undo() -> None:
-        for module in attentions:
+        for module in modules:
             for mark in (ROUTER, CAUSAL, _LAYER):
                 module.__dict__.pop(mark, None)
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
+        for key, implementation in before.items():
+            configs[key]._attn_implementation = implementation
 
     return undo
+
+
+def _attends(config: Any) -> bool:
+    return hasattr(config, "_attn_implementation")
 
 
 def install_bidirectional(model: nn.Module, router: Router) -> Callable[[], None]:

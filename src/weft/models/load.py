@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
-from weft.models.facts import ENCODERS, describe
+from weft.models.facts import ENCODERS
 from weft.models.hub import Hub, fetch_model
 from weft.models.originals import HeldWeights, OriginalWeights
+from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
 

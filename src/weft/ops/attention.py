@@ -7,6 +7,9 @@ For query ``i`` and key ``j`` of one sequence (both counted with the prefix)
     s_ij = scale * q_i . k_j,   s_ij <- c * tanh(s_ij / c),   s_ij <- s_ij + slope_h * j,
     o_i = sum_j softmax_j(s_ij) v_j      over the visible j:  j <= i  and  i - j < window;  not causal: every j.
 
+An attention sink (Xiao et al. 2023; gpt-oss) is one more score z_h per head in the softmax, whose value is zero: the
+probabilities of a query then sum to less than one.
+
 How it is made fast on a CPU: sequences of similar length form a *bucket*; one gather turns the whole stream into the
 buckets' right-padded blocks ``[b, K, T * G, D]``, and each block is a few batched matrix products. Causal attention
 needs no mask for the padding: a real query never looks at a later key; without causality the pad keys are hidden. Pad
@@ -27,13 +30,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.ops.decoding import cap_and_bias, softmax_with_sinks
 from weft.ops.sequence_layout import Bucket, SequenceLayout
 
 __all__ = [
     "Bucket",
     "SequenceLayout",
-    "decode_attention",
-    "decode_attention_ref",
     "varlen_attention",
     "varlen_attention_ref",
 ]
@@ -52,6 +54,7 @@ class _Scores:
     softcap: float | None
     slopes: Tensor | None
     causal: bool = True
+    sinks: Tensor | None = None
 
     def chunks(self, length: int, before: int) -> Iterator[tuple[int, int, int, int]]:
         """(first query, end query, first key, end key) of each score block of a bucket; keys count the ``before``
@@ -92,6 +95,12 @@ class _Scores:
         slopes = self.slopes.to(dtype).view(self.kv_heads, 1, -1, 1)
         return (slopes * distance.to(dtype)[None, :, None, :]).flatten(1, 2)
 
+    def sink(self, scores: Tensor, queries: int) -> Tensor:
+        """[b * K, queries * G, 1]: each query head's sink, laid out as the rows of ``scores``."""
+        assert self.sinks is not None
+        own = self.sinks.detach().to(scores.dtype).view(1, self.kv_heads, 1, -1)
+        return own.expand(len(scores) // self.kv_heads, -1, queries, -1).reshape(len(scores), -1, 1)
+
     def hide(self, scores: Tensor, bucket: Bucket, before: int, i0: int, i1: int, j0: int) -> None:
         """Put -inf where the keys j0 .. of a score block are hidden from the queries i0 .. i1-1 (own tokens only)."""
         if not self.causal:
@@ -112,7 +121,7 @@ class _Scores:
         Returns the probabilities [b * K, C * G, J] and, with a softcap, tanh(s / c) of the same shape (for backward).
         Scores stay in the input's dtype unless a bias or a cap is added to them; torch's softmax computes in fp32.
         """
-        if self.slopes is None and self.softcap is None:
+        if self.slopes is None and self.softcap is None and self.sinks is None:
             scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=self.scale)
             self.hide(scores, bucket, before, i0, i1, j0)
             return scores.softmax(-1), None
@@ -125,7 +134,11 @@ class _Scores:
         if self.slopes is not None:
             scores.unflatten(0, (-1, self.kv_heads)).add_(self.bias(before + i0, before + i1, j0, wide))
         self.hide(scores, bucket, before, i0, i1, j0)
-        return scores.softmax(-1).to(q.dtype), tanh
+        if self.sinks is None:
+            return scores.softmax(-1).to(q.dtype), tanh
+        # The backward formula needs no term for the sink: its value, and so its d_out . v, is zero.
+        with_sink = torch.cat([scores, self.sink(scores, i1 - i0)], -1)
+        return with_sink.softmax(-1)[..., :-1].to(q.dtype), tanh
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, bucket: Bucket) -> None:
         """Fill out [B, T * G, D] of one bucket from q [B, T * G, D], k and v [B, P + T, D] (B = b * K)."""
@@ -265,6 +278,7 @@ def varlen_attention(
     alibi_slopes: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
     """Attention inside each sequence of the stream, causal or of every token to all; the module's head says how.
@@ -274,6 +288,7 @@ def varlen_attention(
     group must be in ``layout.prefix_groups`` (or the layout be built with ``separate_groups``). Prefix rows are
     positions 0 .. P-1. Returns [N, H, D], contiguous, in q's dtype (what transformers' attention interface wants, less
     its batch dimension). ALiBi and a window look back only, and so are refused where attention is not causal.
+    ``sinks`` [H]: frozen sink scores, one per query head.
     """
     _check(q, k, v, layout)
     if not causal and (alibi_slopes is not None or sliding_window is not None):
@@ -287,7 +302,7 @@ def varlen_attention(
             raise ValueError(f"group {group} has a prefix, but the layout was built without it in prefix_groups")
         slots[group] = len(rows)
         rows += [keys.to(k.dtype), values.to(v.dtype)]
-    scores = _Scores(layout, k.shape[0], float(scale), sliding_window, softcap, alibi_slopes, causal)
+    scores = _Scores(layout, k.shape[0], float(scale), sliding_window, softcap, alibi_slopes, causal, sinks)
     return _VarlenAttention.apply(q, k, v, scores, slots, *rows)
 
 
@@ -312,6 +327,7 @@ def varlen_attention_ref(
     alibi_slopes: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
     """``varlen_attention``, one sequence at a time, in fp32 (fp64 for fp64), every step written out."""
@@ -328,72 +344,9 @@ def varlen_attention_ref(
         j = torch.arange(keys.shape[1], device=q.device)
         i = j[keys.shape[1] - length :, None]
         scores = q[:, own].to(wide) @ keys.transpose(1, 2) * scale
-        scores = _cap_and_bias(scores, j, alibi_slopes, softcap)
+        scores = cap_and_bias(scores, j, alibi_slopes, softcap)
         visible = (j <= i) if causal else torch.ones_like(scores, dtype=torch.bool)
         if sliding_window is not None:
             visible = visible & (i - j < sliding_window)
-        outs.append(scores.masked_fill(~visible, -math.inf).softmax(-1) @ values)
+        outs.append(softmax_with_sinks(scores.masked_fill(~visible, -math.inf), sinks) @ values)
     return torch.cat(outs, 1).transpose(0, 1).to(q.dtype)
-
-
-def _cap_and_bias(scores: Tensor, position: Tensor, alibi_slopes: Tensor | None, softcap: float | None) -> Tensor:
-    """scores [H, I, J], position [J]."""
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        scores = scores + alibi_slopes.to(scores.dtype)[:, None, None] * position.to(scores.dtype)
-    return scores
-
-
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    alibi_slopes: Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """One new token per row: q [B, H, D] attends to the first ``lengths[b]`` >= 1 keys of its cache [B, K, T, D].
-
-    The newest key, the token's own, is at ``lengths[b] - 1``; what lies beyond may be anything finite.
-    Returns [B, H, D].
-    """
-    rows, heads, dim = q.shape
-    kv_heads, size = k_cache.shape[1], k_cache.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.view(rows, kv_heads, -1, dim), k_cache.transpose(2, 3)).to(wide) * scale  # [B, K, G, T]
-    distance = lengths[:, None] - 1 - torch.arange(size, device=q.device)  # [B, T]: how far back each key lies
-    hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(wide).view(1, kv_heads, -1, 1) * distance.to(wide)[:, None, None]
-    p = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1).to(q.dtype)
-    return torch.matmul(p, v_cache).reshape(rows, heads, dim)
-
-
-def decode_attention_ref(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    alibi_slopes: Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """``decode_attention``, one row at a time: the last row of a full attention over the row's own keys."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    per_kv, outs = q.shape[1] // k_cache.shape[1], []
-    for row, length in enumerate(lengths.tolist()):
-        first = 0 if sliding_window is None else max(0, length - sliding_window)
-        keys = k_cache[row, :, first:length].to(wide).repeat_interleave(per_kv, 0)
-        values = v_cache[row, :, first:length].to(wide).repeat_interleave(per_kv, 0)
-        scores = q[row, :, None].to(wide) @ keys.transpose(1, 2) * scale  # [H, 1, J]
-        scores = _cap_and_bias(scores, torch.arange(first, length, device=q.device), alibi_slopes, softcap)
-        outs.append((scores.softmax(-1) @ values)[:, 0])
-    return torch.stack(outs).to(q.dtype)

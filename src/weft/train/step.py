@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from weft.core.adapters import Adapters, head_scaling
+from weft.core.adapters import Adapters
 from weft.core.route import Route, Segment
 from weft.core.seq2seq import run_seq2seq
 from weft.core.stream import Part, Stream
@@ -37,10 +37,11 @@ class Work:
 
 
 def model_head(adapters: Adapters) -> Head:
-    """The frozen output layer of the base."""
+    """The frozen output layer of the base, which is one by form (``HeadForm``)."""
     head = adapters.model.get_output_embeddings()  # type: ignore[operator]
-    softcap, scale = head_scaling(adapters.model)
-    return Head(head.weight, getattr(head, "bias", None), softcap, scale)
+    form = adapters.architecture.head_form
+    assert form is not None
+    return Head(head.weight, getattr(head, "bias", None), form.softcap, form.scale)
 
 
 def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
@@ -59,7 +60,7 @@ def sequence_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
     for index, w in enumerate(work):
         if w.adapter is not None and adapters[w.adapter].head is not None:
             losses[index] = _class_losses(adapters, hidden, stream, w, sequences[index])
-        elif adapters.changes_head(w.adapter):
+        elif adapters.changes_head(w.adapter) or adapters.architecture.head_form is None:
             batch = supervise(stream, w.samples, sequences[index])
             logits = adapters.logits(hidden.index_select(0, batch.rows), [(w.adapter, len(batch.rows))])
             losses[index] = likelihood_of_logits(logits, batch)

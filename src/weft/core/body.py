@@ -1,0 +1,108 @@
+"""The base without its head: calling it, and asking the model's own code for what stands after it.
+
+Transformers' models all are ``logits = head(body(embeddings))``, but what else happens before or after differs: a scale,
+a soft cap, a dense layer and a norm before the output layer, inputs per layer that are looked up by token id. Nothing of
+it is written again here. Where it has to happen, the model's own forward runs with one of its parts held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.architecture import Architecture, HeadForm
+from weft.libraries import cache_name
+
+
+def body_of(model: nn.Module, shape: Architecture) -> nn.Module:
+    """The module that turns embeddings into last hidden states."""
+    if shape.body:
+        return model.get_submodule(shape.body)
+    body = model.base_model
+    assert isinstance(body, nn.Module)
+    return body
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    found = inspect.signature(forward).parameters.values()
+    return frozenset(p.name for p in found), any(p.kind is p.VAR_KEYWORD for p in found)
+
+
+def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that the module's forward takes: a state-space model has no positions, for one."""
+    names, anything = _parameters(type(module).forward)
+    return {name: value for name, value in arguments.items() if anything or name in names}
+
+
+@contextlib.contextmanager
+def held(module: nn.Module, answer: Any) -> Iterator[None]:
+    """Inside, the module answers every call with ``answer`` and does not run."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = lambda *args, **kwargs: answer
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+class _Output:
+    """What a body returns, to the code that comes after it: the hidden states, and nothing else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+    def __getitem__(self, key: Any) -> Any:
+        return (self.last_hidden_state,)[key]
+
+
+def own_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor:
+    """Logits [n, vocabulary] of hidden states [n, d] by the model's own forward, whose body is held."""
+    body = body_of(model, shape)
+    ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+    arguments = accepted(model, input_ids=ids, use_cache=False, return_dict=True)
+    with held(body, _Output(hidden[None])):
+        logits: Tensor = model(**arguments).logits
+    return logits[0]
+
+
+def head_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor:
+    """Logits [n, vocabulary] of hidden states [n, d], by the form that was proved or by the model's own code."""
+    form = shape.head_form
+    if form is None:
+        return own_logits(model, shape, hidden)
+    return scaled(model.get_output_embeddings()(hidden), form)  # type: ignore[operator]
+
+
+def scaled(logits: Tensor, form: HeadForm) -> Tensor:
+    """What an output layer gives, multiplied and capped."""
+    if form.scale != 1.0:
+        logits = logits * form.scale
+    return logits if form.softcap is None else torch.tanh(logits / form.softcap) * form.softcap
+
+
+def head_modules(model: nn.Module, shape: Architecture) -> list[nn.Module]:
+    """The modules that turn hidden states into logits: the output layer, and what the model puts around it."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if shape.head_form is not None or head is None:
+        return [] if head is None else [head]
+    body = set(body_of(model, shape).modules())
+    return [module for module in model.modules() if module not in body and module is not model]
+
+
+def takes_cache(body: nn.Module) -> bool:
+    """Whether the body names a cache among its arguments."""
+    return cache_name(type(body).forward) is not None

@@ -1,0 +1,92 @@
+"""Where two passes through one model first differ: the module, by its path."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.adapters import Adapters
+from weft.core.architecture import Architecture
+from weft.core.stream import Part
+
+# Relative to a module's largest output. Far above rounding, for the first wrong module is wrong by more.
+_NEAR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Inside, what every module gives is noted in the order in which modules end."""
+    notes: list[tuple[str, Tensor]] = []
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            first = out if torch.is_tensor(out) else _first_tensor(out)
+            if first is not None and first.is_floating_point():
+                notes.append((path, first.detach()))
+
+        return hook
+
+    handles = [module.register_forward_hook(note(path)) for path, module in model.named_modules() if path]
+    try:
+        yield notes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_tensor(out: Any) -> Tensor | None:
+    values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
+    return next((value for value in values if torch.is_tensor(value)), None)
+
+
+@torch.no_grad()
+def first_difference(
+    model: nn.Module,
+    shape: Architecture,
+    sequences: Sequence[Sequence[int]],
+    own: Callable[[Sequence[Sequence[int]]], Tensor],
+) -> str:
+    """``'path' (Class)`` of the first module whose output for the longest sequence is not what it is by itself; ``""``:
+    there is none.
+
+    ``own`` runs the untouched model on a batch of sequences of one length.
+    """
+    place = max(range(len(sequences)), key=lambda i: len(sequences[i]))
+    with _recorded(model) as alone:
+        own([sequences[place]])
+    adapters = Adapters(model, shape)
+    try:
+        with _recorded(model) as ours:
+            stream = adapters.stream([Part(None, sequences)])
+            adapters.logits(adapters.forward(stream))
+    finally:
+        adapters.close()
+    rows = slice(sum(len(s) for s in sequences[:place]), sum(len(s) for s in sequences[: place + 1]))
+    total, length = sum(len(s) for s in sequences), len(sequences[place])
+    found: dict[str, list[Tensor]] = {}
+    for path, out in ours:
+        found.setdefault(path, []).append(out)
+    for path, expected in alone:
+        outs = found.get(path)
+        if not outs:
+            continue
+        out = outs.pop(0)
+        part = _part(out, place, rows, total, length, adapters.padded)
+        if part is None or part.numel() != expected.numel():
+            continue
+        near = _NEAR[expected.dtype] * float(expected.abs().max())
+        if not bool(((part.reshape(expected.shape) - expected).abs() <= near).all()):
+            return f"'{path}' ({type(model.get_submodule(path)).__name__})"
+    return ""
+
+
+def _part(out: Tensor, place: int, rows: slice, total: int, length: int, padded: bool) -> Tensor | None:
+    """The rows of one sequence in a module's output."""
+    if padded:
+        return out[place, :length] if out.dim() > 1 and out.shape[0] > place and out.shape[1] >= length else None
+    dim = next((i for i in range(out.dim()) if out.shape[i] == total), None)
+    return None if dim is None else out.narrow(dim, rows.start, length)

@@ -1,0 +1,261 @@
+"""The proof, when a base is loaded, that our path through it gives what its own forward gives.
+
+A few short sequences go through the untouched model, each alone, by transformers' own code: that is the truth. Then
+they go together, in one batch of mixed lengths, through our path: fused blocks in the packed stream first, then the
+stream with the model's own blocks, then padded batches. The first way whose logits are the truth's, within rounding, is
+how the base runs. If none is, the base is refused, by the name of the module where it first differs.
+
+How far rounding reaches is measured on the spot: the model's own forward of one text alone and of the same text in a
+batch sums in another order.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.adapters import Adapters, is_open
+from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
+from weft.core.body import own_logits, scaled
+from weft.core.stream import Part
+from weft.errors import UserError
+from weft.models import trial
+from weft.models.difference import first_difference
+from weft.models.facts import FACTS, sketch
+from weft.models.fused import install_fused, recognise
+from weft.models.interface import install_interface
+from weft.models.tables import install_tables, neighbour_dependent
+
+# Our path may differ from the truth by so many times what two orders of summation differ by,
+NOISE = 10
+# and by so many units of the last place of the largest logit, where the two orders agree by chance.
+UNITS = 32
+# What was proved of a model, to be told while adapters are open and its own forward cannot run.
+_PROVED: weakref.WeakKeyDictionary[nn.Module, Architecture] = weakref.WeakKeyDictionary()
+
+
+def describe(model: nn.Module) -> Architecture:
+    """The ``Architecture`` of a transformers model, proved on it (on the meta device: as tables and names tell it).
+
+    Raises:
+        UserError: its structure is not known, or no way through it gives what its own forward gives.
+    """
+    if is_open(model) and model in _PROVED:
+        return _PROVED[model]
+    shape = sketch(model)
+    on_meta = any(p.device.type == "meta" for p in model.parameters())
+    if on_meta or shape.memory_linears:
+        return shape
+    training = [module for module in model.modules() if module.training]
+    # bitsandbytes packs 4-bit weights anew at the first pass without gradients, unless this is off (``one_kernel``).
+    packs = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    model.eval()
+    for module in packs:
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            shape = _PROVED[model] = prove(model, shape)
+            return shape
+    finally:
+        for module in training:
+            module.training = True
+        for module in packs:
+            module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the untouched model gives: per sequence its logits [T, vocabulary] (an encoder's hidden states [T, d]), and
+    how far ours may lie from them."""
+
+    sequences: list[list[int]]
+    outputs: list[Tensor]
+    limit: float
+
+    def distance(self, found: Sequence[Tensor]) -> float:
+        """The largest difference, or infinity where a number is none."""
+        pairs = zip(self.outputs, found, strict=True)
+        worst = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+        return worst if worst == worst else float("inf")
+
+
+def prove(model: nn.Module, shape: Architecture) -> Architecture:
+    """The architecture with what was found out about the model and the first way through it that is right.
+
+    Raises:
+        UserError: none is; says at which module the last one first differs.
+    """
+    tables = neighbour_dependent(model)
+    if tables:
+        shape = replace(shape, install_tables=functools.partial(install_tables, paths=tables))
+    with trial.shallow(model, shape) as depth:
+        short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
+                        norms=_within(shape.norms, shape, depth))  # fmt: skip
+        truth, trace = _truth(model, short)
+        out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
+        body = "" if shape.bidirectional else trace.body
+        short = replace(short, body=body, unreachable=out_of_reach)
+        short = replace(short, head_form=_head_form(model, short))
+        found, why = _first_right(model, short, truth)
+    return replace(
+        found,
+        blocks=shape.blocks,
+        linears=tuple(path for path in shape.linears if path not in out_of_reach),
+        norms=tuple(path for path in shape.norms if path not in out_of_reach),
+        padded_because=why,
+    )
+
+
+def _within(paths: Sequence[str], shape: Architecture, depth: int) -> tuple[str, ...]:
+    gone = tuple(f"{block}." for block in shape.blocks[depth:])
+    return tuple(path for path in paths if not path.startswith(gone)) if gone else tuple(paths)
+
+
+def _everywhere(found: dict[str, str], shape: Architecture, depth: int) -> dict[str, str]:
+    """What was found in the first blocks, said of all."""
+    if depth == len(shape.blocks):
+        return found
+    inside = {
+        path.removeprefix(f"{block}."): why
+        for block in shape.blocks[:depth]
+        for path, why in found.items()
+        if path.startswith(f"{block}.")
+    }
+    known = {*shape.linears, *shape.norms}
+    more = {f"{block}.{end}": why for block in shape.blocks[depth:] for end, why in inside.items()}
+    return found | {path: why for path, why in more.items() if path in known}
+
+
+def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
+    sequences = trial.sequences_for(model, shape)
+    longest = max(sequences, key=len)
+    try:
+        with trial.watched(model, [*shape.linears, *shape.norms]) as trace:
+            first = trial.own_output(model, shape, [longest])[0]
+    except Exception as error:
+        raise UserError(
+            f"this {_name(model)} does not run by itself: transformers' own forward of {len(longest)} tokens stops with "
+            f"{type(error).__name__}: {_reason(error)}."
+        ) from error
+    outputs = [first if s is longest else trial.own_output(model, shape, [s])[0] for s in sequences]
+    few = sequences[0]
+    again = trial.own_output(model, shape, [few] * 3)
+    scale = max(float(output.abs().max()) for output in outputs)
+    noise = float((again.double() - outputs[0].double()).abs().max())
+    # transformers computes softmax and norms of a float64 model in float32.
+    units = UNITS * max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps) * scale
+    return Truth(sequences, outputs, max(NOISE * noise, units)), trace
+
+
+def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
+    """The form of the head that gives what the model's own code gives for hidden states small and large, if one does."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if shape.bidirectional or head is None:
+        return shape.head_form
+    if not is_linear(head):
+        return None
+    width, _ = linear_shape(head)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, width, generator=generator) * torch.tensor([0.1, 0.1, 1.0, 1.0, 30.0, 30.0])[:, None]
+    hidden = rows.to(head.weight.device, head.weight.dtype if head.weight.is_floating_point() else torch.bfloat16)
+    try:
+        own = own_logits(model, shape, hidden)
+    except Exception:  # a dense layer of another width stands before the head
+        return None
+    plain = head(hidden)
+    for form in _forms(model, shape.head_form or HeadForm(), own, plain):
+        near = UNITS * torch.finfo(plain.dtype).eps * plain.abs().amax(-1, keepdim=True) * abs(form.scale)
+        if bool(((scaled(plain, form) - own).abs() <= near).all()):
+            return form
+    return None
+
+
+def _forms(model: nn.Module, told: HeadForm, own: Tensor, plain: Tensor) -> Iterator[HeadForm]:
+    yield told
+    yield HeadForm()
+    largest = plain.abs().argmax()
+    yield HeadForm(float((own.flatten()[largest] / plain.flatten()[largest]).double()))
+    for name, value in vars(model.config).items():
+        if "cap" in name and isinstance(value, (int, float)) and value and not isinstance(value, bool):
+            yield HeadForm(1.0, float(value))
+            yield HeadForm(told.scale, float(value))
+
+
+def _first_right(model: nn.Module, shape: Architecture, truth: Truth) -> tuple[Architecture, str]:
+    """The first way whose outputs are the truth's, and why it is not the stream if it is not."""
+    why = ""
+    last: tuple[Architecture, float | Exception] | None = None
+    for way in _ways(model, shape):
+        try:
+            distance = truth.distance(our_output(model, way, truth.sequences))
+        except Exception as error:  # an attention that asks for what the stream has not, a body that takes no embeddings
+            last = last or (way, error)
+            why = why or _reason(error)
+            continue
+        if distance <= truth.limit:
+            return way, "" if way.install_attention is not None else why
+        if way.install_attention is None or last is None or isinstance(last[1], Exception):
+            last = (way, distance)
+        why = why or f"the stream's logits differ from its own by {distance:.2g}"
+    assert last is not None
+    raise UserError(_refusal(model, last[0], last[1], truth))
+
+
+def _ways(model: nn.Module, shape: Architecture) -> Iterator[Architecture]:
+    install = shape.install_attention
+    streams: list[Callable[..., Any]] = [] if install is None else [install]
+    if install is install_interface:
+        kinds = recognise(model)
+        streams = [functools.partial(install_fused, kinds=kinds), install_interface] if kinds else [install_interface]
+    for stream in streams:
+        yield replace(shape, install_attention=stream)
+    config: Any = model.config
+    if install is install_interface and config.model_type not in FACTS:
+        yield replace(shape, install_attention=install, by_ids=True)
+    yield replace(shape, install_attention=None)
+    if not shape.bidirectional:
+        yield replace(shape, install_attention=None, by_ids=True)
+
+
+def our_output(model: nn.Module, shape: Architecture, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What our path gives for the sequences in one batch: logits per sequence, of an encoder hidden states."""
+    adapters = Adapters(model, shape)
+    try:
+        stream = adapters.stream([Part(None, sequences)])
+        hidden = adapters.forward(stream)
+        found = hidden if shape.bidirectional else adapters.logits(hidden)
+        return list(found.split([len(s) for s in sequences]))
+    finally:
+        adapters.close()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _name(model: nn.Module) -> str:
+    config: Any = model.config
+    return f"{config.model_type} model ({type(model).__name__})"
+
+
+def _refusal(model: nn.Module, way: Architecture, found: float | Exception, truth: Truth) -> str:
+    kind = _name(model)
+    how = "in padded batches" if way.install_attention is None else "in the packed stream"
+    if isinstance(found, Exception):
+        return (
+            f"this {kind} cannot be run: {how} it stops with {type(found).__name__}: {_reason(found)}. Weft refuses what "
+            "it cannot prove; take another base, or report this with the versions that `weft doctor` prints."
+        )
+    place = first_difference(model, way, truth.sequences, functools.partial(trial.own_output, model, way))
+    where = f"The first module that differs is {place}." if place else "Every module agrees, the order of them does not."
+    return (
+        f"this {kind} answers otherwise through Weft than by itself: {how} its outputs differ by {found:.3g}, where "
+        f"rounding explains {truth.limit:.1g}. {where} Weft refuses what it cannot prove; take another base, or report "
+        "this with the versions that `weft doctor` prints."
+    )

@@ -1,0 +1,148 @@
+"""Modules of positions that look at the whole pass: for each sequence they are asked by itself.
+
+Rotary tables with dynamic frequencies (LongRoPE, dynamic NTK) are chosen by the longest position of the pass, and some
+keep what they chose for the next. In a batch, a neighbour's length would change a sequence's angles. Such modules are
+found by a trial (``neighbour_dependent``), whatever they are called.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.route import Route, Router
+
+_ROUTER = "_weft_table_router"
+_FRESH = "_weft_table_fresh"
+
+
+class _Fresh:
+    """A module's buffers and attributes as they were before it had seen any text.
+
+    transformers' dynamic tables keep the frequencies they began with beside those of the last text.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = dict(module._buffers)
+        self.attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        self.values: dict[str, Tensor] = {}
+        for name, buffer in self.buffers.items():
+            if buffer is not None:
+                began = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
+                same = torch.is_tensor(began) and began.shape == buffer.shape
+                self.values[name] = (began if same else buffer).detach().to(buffer.device, copy=True)
+        if "original_max_seq_len" in self.attributes and "max_seq_len_cached" in self.attributes:
+            self.attributes["max_seq_len_cached"] = self.attributes["original_max_seq_len"]
+
+    def put_back(self, module: nn.Module) -> None:
+        """Give the module its first values again."""
+        module._buffers.clear()
+        module._buffers.update(self.buffers)
+        for name, value in self.values.items():
+            module._buffers[name].copy_(value)  # type: ignore[union-attr]
+        for name in [n for n in vars(module) if not n.startswith("_") and n not in self.attributes]:
+            del module.__dict__[name]
+        module.__dict__.update(self.attributes)
+
+
+class _PerSequence:
+    """Asks the module for one sequence after the other, each as if nothing had been asked before."""
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+        route: Route | None = module.__dict__[_ROUTER].current
+        fresh: _Fresh = module.__dict__[_FRESH]
+
+        def alone(positions: Tensor) -> Any:
+            fresh.put_back(module)
+            found = super(_PerSequence, self).forward(x, positions, *args, **kwargs)  # type: ignore[misc]
+            fresh.put_back(module)
+            return found
+
+        if route is None:
+            return super().forward(x, position_ids, *args, **kwargs)  # type: ignore[misc]
+        if route.padded:
+            return _joined([alone(row[None]) for row in position_ids], 0)
+        lengths = [1] * position_ids.shape[1] if route.layout is None else route.layout.lengths
+        return _joined([alone(piece) for piece in position_ids.split(lengths, 1)], -2)
+
+
+def _joined(pieces: Sequence[Any], dim: int) -> Any:
+    if torch.is_tensor(pieces[0]):
+        return torch.cat(list(pieces), dim)
+    return tuple(_joined(parts, dim) for parts in zip(*pieces, strict=True))
+
+
+@functools.cache
+def _per_sequence_class(base_class: Any) -> Any:
+    return type(f"PerSequence{base_class.__name__}", (_PerSequence, base_class), {"__module__": __name__})
+
+
+def install_tables(model: nn.Module, router: Router, paths: Sequence[str]) -> Callable[[], None]:
+    """Let the modules at ``paths`` answer sequence by sequence; returns the function that undoes it."""
+    modules = [model.get_submodule(path) for path in paths]
+    for module in modules:
+        module.__dict__[_ROUTER], module.__dict__[_FRESH] = router, _Fresh(module)
+        module.__class__ = _per_sequence_class(type(module))
+
+    def undo() -> None:
+        for module in modules:
+            module.__dict__[_FRESH].put_back(module)
+            del module.__dict__[_ROUTER], module.__dict__[_FRESH]
+            module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]
+
+    return undo
+
+
+@torch.no_grad()
+def neighbour_dependent(model: nn.Module) -> list[str]:
+    """Paths of the modules that map positions to tables and give a short sequence others beside a long one.
+
+    Modules of positions have no parameters and take ``x`` and ``position_ids``. Every limit that a module or the
+    model's configuration names is exceeded in the trial.
+    """
+    found = []
+    for path, module in model.named_modules():
+        if next(module.parameters(), None) is None and _takes_positions(module):
+            fresh = _Fresh(module)
+            try:
+                if _depends(module, fresh, _limits(module, model)):
+                    found.append(path)
+            finally:
+                fresh.put_back(module)
+    return found
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    return list(inspect.signature(type(module).forward).parameters)[1:3] == ["x", "position_ids"]
+
+
+def _limits(module: nn.Module, model: nn.Module) -> int:
+    config: Any = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    numbers = [v for values in (vars(module), *nested) for v in values.values() if type(v) is int]
+    return 2 * max([64, *(v for v in numbers if v < 2**24), getattr(config, "max_position_embeddings", None) or 0])
+
+
+def _depends(module: Any, fresh: _Fresh, limit: int) -> bool:
+    buffer = next((b for b in module.buffers() if b is not None), torch.zeros(()))
+    x = torch.zeros(1, 2, 4, device=buffer.device)
+
+    def ask(*positions: int) -> list[Tensor]:
+        fresh.put_back(module)
+        ids = torch.tensor([positions], device=buffer.device)
+        types = sorted(set(getattr(module, "layer_types", None) or ())) or [None]
+        answers = [module(x, ids) if kind is None else module(x, ids, kind) for kind in types]
+        tables = [table for answer in answers for table in (answer if isinstance(answer, tuple) else (answer,))]
+        return [table[..., :2, :].float() for table in tables]
+
+    try:
+        return not all(torch.equal(a, b) for a, b in zip(ask(0, 1), ask(0, 1, limit), strict=True))
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
+        return False  # what it does with the model's own positions, the proof of the whole pass sees

@@ -1,0 +1,200 @@
+"""Trials of an untouched base: what its own forward gives for a few short sequences, and what it does on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.architecture import Architecture, is_linear, linear_shape
+from weft.core.body import accepted
+
+_SEEN = "_weft_seen"
+
+
+def sequences_for(model: nn.Module, shape: Architecture) -> list[list[int]]:
+    """Token ids of a few sequences of different lengths; one is longer than every small window of the model."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    windows = [v for v in vars(text).values() if type(v) is int and 16 < v <= 128] if _small(model) else []
+    longest = max([23, *(window + 5 for window in windows)])
+    # A window of a few tokens is exceeded by all but the shortest.
+    limit = shape.max_length or longest
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = min(table.weight.shape[0], getattr(text, "vocab_size", None) or table.weight.shape[0])
+    barred = {getattr(text, "pad_token_id", None)}
+    ids = [token for token in range(vocabulary) if token not in barred]
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(n, limit) for n in (5, longest, 11)]
+    return [[ids[i] for i in torch.randint(len(ids), (n,), generator=generator).tolist()] for n in lengths]
+
+
+def _small(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) < 50_000_000
+
+
+@torch.no_grad()
+def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[int]]) -> Tensor:
+    """The model's own logits [B, T, vocabulary] for sequences of one length; of an encoder its hidden states."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    run = model.base_model if shape.bidirectional else model
+    assert isinstance(run, nn.Module)
+    ids = torch.tensor(batch, device=table.weight.device)
+    out: Any = run(input_ids=ids, **accepted(run, use_cache=False, return_dict=True))
+    found: Tensor = out.last_hidden_state if shape.bidirectional else out.logits
+    return found
+
+
+@dataclass
+class _Seen:
+    """Of one module: how often it was called, with how many rows, what it gave, and whether its weight was read."""
+
+    calls: int = 0
+    rows: set[int] = field(default_factory=set)
+    strange: str = ""
+    read: bool = False
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run of the model went through: paths of the modules in the order of their calls, and what linears saw."""
+
+    order: list[str]
+    seen: dict[str, _Seen]
+
+    @property
+    def body(self) -> str:
+        """The first module that the model's forward calls."""
+        return next(path for path in self.order if path)
+
+
+class _Watched:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        seen: _Seen = self.__dict__[_SEEN]
+        seen.calls, seen.inside = seen.calls + 1, True
+        try:
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            seen.inside = False
+        if not torch.is_tensor(out):
+            seen.strange = f"gives a {type(out).__name__}, no tensor"
+        elif args and torch.is_tensor(args[0]) and is_linear(cast(nn.Module, self)):
+            width_in, width_out = linear_shape(cast(nn.Module, self))
+            if args[0].shape[-1] != width_in or out.shape != (*args[0].shape[:-1], width_out):
+                seen.strange = f"turns {tuple(args[0].shape)} into {tuple(out.shape)}, which is no product of rows"
+            seen.rows.add(args[0].numel() // width_in)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        # nn.Module keeps its parameters where Python finds them only by this method.
+        if name == "weight" and not self.__dict__[_SEEN].inside:
+            self.__dict__[_SEEN].read = True
+        return super().__getattr__(name)  # type: ignore[misc]
+
+
+@functools.cache
+def _watched_class(base_class: Any) -> Any:
+    return type(f"Watched{base_class.__name__}", (_Watched, base_class), {"__module__": __name__})
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
+    """Inside, the model notes the order of all calls and what happens to the modules at ``paths``."""
+    trace = Trace([], {})
+    handles = []
+    swapped: list[tuple[nn.Module, Any]] = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, path=path: trace.order.append(path)))
+    for path in paths:
+        module = model.get_submodule(path)
+        trace.seen[path] = module.__dict__[_SEEN] = _Seen()
+        swapped.append((module, type(module)))
+        module.__class__ = _watched_class(type(module))
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, own in swapped:
+            module.__class__ = own
+            del module.__dict__[_SEEN]
+
+
+def unreachable(trace: Trace) -> dict[str, str]:
+    """Modules on which an adapter would do nothing, or something else than it says -> why."""
+    called = {path for path, seen in trace.seen.items() if seen.calls}
+    found: dict[str, str] = {}
+    for path, seen in trace.seen.items():
+        if seen.strange:
+            found[path] = seen.strange
+        elif seen.calls == 0 and seen.read:
+            found[path] = "is never called: the model reads its weight and computes with it elsewhere"
+        elif seen.calls == 0 and not _has_called_sibling(path, called):
+            found[path] = "is never called"
+    return found
+
+
+def _has_called_sibling(path: str, called: set[str]) -> bool:
+    """Whether it is one of several in a list of which another was called: an expert that no token was sent to."""
+    parts = path.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            before, after = ".".join(parts[:place]), ".".join(parts[place + 1 :])
+            if any(
+                other.startswith(f"{before}.") and other.endswith(f".{after}" if after else "") and other != path
+                for other in called
+            ):
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def shallow(model: nn.Module, shape: Architecture) -> Iterator[int]:
+    """Inside, a large model has only its first blocks, so many that one of every kind is among them; yields how many.
+
+    Blocks of one kind run the same code: what is proved of one holds for all.
+    """
+    depth = _depth(model, shape)
+    parent, _, name = shape.blocks[0].rpartition(".")[0].rpartition(".")
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if depth == len(shape.blocks) or not hasattr(text, "num_hidden_layers"):
+        yield len(shape.blocks)
+        return
+    owner = model.get_submodule(parent)
+    blocks, layers = owner._modules[name], text.num_hidden_layers
+    assert isinstance(blocks, nn.ModuleList)
+    owner._modules[name] = nn.ModuleList(list(blocks)[:depth])
+    text.num_hidden_layers = depth
+    try:
+        yield depth
+    finally:
+        owner._modules[name] = blocks
+        text.num_hidden_layers = layers
+
+
+def _depth(model: nn.Module, shape: Architecture) -> int:
+    if _small(model) or shape.memory_linears:
+        return len(shape.blocks)
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    types = getattr(text, "layer_types", None) or itertools.repeat(None)
+    kinds = [(_kind(model.get_submodule(path)), kind) for path, kind in zip(shape.blocks, types, strict=False)]
+    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    return max(2, max(first.values()) + 1)
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    numbers = ("layer_idx", "layer_id", "layer_number")
+    return tuple(
+        (path, type(module), tuple(p.shape for p in module.parameters(recurse=False)),
+         tuple((n, v) for n, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and n not in numbers))
+        for path, module in block.named_modules()
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""Attention of one new token per row against a cache of keys and values. Letters as in ``weft.ops.attention``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cap_and_bias(scores: Tensor, position: Tensor, alibi_slopes: Tensor | None, softcap: float | None) -> Tensor:
+    """scores [H, I, J], position [J]."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes.to(scores.dtype)[:, None, None] * position.to(scores.dtype)
+    return scores
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of scores [H, I, J] beside one sink per head, [H] (None: none); what comes out is [H, I, J]."""
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """One new token per row: q [B, H, D] attends to the first ``lengths[b]`` >= 1 keys of its cache [B, K, T, D].
+
+    The newest key, the token's own, is at ``lengths[b] - 1``; what lies beyond may be anything finite.
+    Returns [B, H, D].
+    """
+    rows, heads, dim = q.shape
+    kv_heads, size = k_cache.shape[1], k_cache.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.view(rows, kv_heads, -1, dim), k_cache.transpose(2, 3)).to(wide) * scale  # [B, K, G, T]
+    distance = lengths[:, None] - 1 - torch.arange(size, device=q.device)  # [B, T]: how far back each key lies
+    hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(wide).view(1, kv_heads, -1, 1) * distance.to(wide)[:, None, None]
+    scores = scores.masked_fill(hidden[:, None, None], -math.inf)
+    if sinks is not None:
+        column = sinks.to(wide).view(1, kv_heads, -1, 1).expand(rows, -1, -1, -1)
+        scores = torch.cat([scores, column], -1)
+    p = scores.softmax(-1)[..., :size].to(q.dtype)
+    return torch.matmul(p, v_cache).reshape(rows, heads, dim)
+
+
+def decode_attention_ref(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """``decode_attention``, one row at a time: the last row of a full attention over the row's own keys."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    per_kv, outs = q.shape[1] // k_cache.shape[1], []
+    for row, length in enumerate(lengths.tolist()):
+        first = 0 if sliding_window is None else max(0, length - sliding_window)
+        keys = k_cache[row, :, first:length].to(wide).repeat_interleave(per_kv, 0)
+        values = v_cache[row, :, first:length].to(wide).repeat_interleave(per_kv, 0)
+        scores = q[row, :, None].to(wide) @ keys.transpose(1, 2) * scale  # [H, 1, J]
+        scores = cap_and_bias(scores, torch.arange(first, length, device=q.device), alibi_slopes, softcap)
+        outs.append((softmax_with_sinks(scores, sinks) @ values)[:, 0])
+    return torch.stack(outs).to(q.dtype)
