@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ class Route:
     exact: bool = False
     # Module path -> its own route: a decoder's cross-attention also takes the encoder's rows.
     elsewhere: Mapping[str, Route] = field(default_factory=dict)
+    # While a padded batch generates: adapter -> the cache of the blocks that it inserts.
+    inserted: Mapping[str | None, Any] = field(default_factory=dict)
     _alone: dict[int, Route] = field(default_factory=dict, repr=False)
 
     def dim(self, x: Tensor) -> int:
