@@ -22,7 +22,7 @@ from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture
 from weft.core.config import MethodConfig
 from weft.core.route import PrefixStates, Route, Segment
-from weft.core.stream import Part, Stream, embed, growing_prefix, padded_prefix
+from weft.core.stream import Part, Stream, embed, padded_prefix
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,8 +81,11 @@ class Decoder:
         first = start_token(adapters.model)
         stream = _decoder_stream(adapters.architecture, self.memory, [(first,)] * len(self.memory.states))
         self._mask, self._route = _prefix_mask(stream, self.memory.mask), stream.route
-        learned = max(stream.prefix_length)
-        own = growing_prefix(adapters.model, stream, self.memory.states) if learned else DynamicCache()
+        own = DynamicCache()
+        if max(stream.prefix_length):
+            prefix = padded_prefix(adapters.model, stream, max(stream.prefix_length), self.memory.states)
+            for index, layer in enumerate(prefix.layers):
+                own.update(layer.keys, layer.values, index)
         self._cache = EncoderDecoderCache(own, DynamicCache())
         self.first_tokens = stream.input_ids
 

@@ -278,13 +278,3 @@ def padded_prefix(model: nn.Module, stream: Stream, longest: int, hidden: Tensor
                 out.append(padded[None].expand(segment.sequences, -1, -1, -1))
         cache.update(torch.cat(keys), torch.cat(values), layer)
     return cache
-
-
-def growing_prefix(model: nn.Module, stream: Stream, hidden: Tensor) -> Any:
-    """The same as a cache that goes on to take what is generated."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache()
-    for index, layer in enumerate(padded_prefix(model, stream, max(stream.prefix_length), hidden).layers):
-        cache.update(layer.keys, layer.values, index)
-    return cache

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
 from weft.core.route import Route, Segment
-from weft.core.stream import Part, Stream, embed, growing_prefix
+from weft.core.stream import Part, Stream, embed, padded_prefix
 
 # What a model's output may call the cache; its forward takes it back under the same name.
 _NAMES = ("cache", "past_key_values", "cache_params", "state", "mems")
@@ -86,7 +86,7 @@ class Group:
         with adapters.router.use(stream.route):
             hidden = embed(adapters.model, stream, cast(Any, adapters))
             if self._cache is None and max(stream.prefix_length):
-                self._cache = growing_prefix(adapters.model, stream, hidden)
+                self._cache = _learned(adapters.model, stream, hidden)
             if self._jitter:
                 up = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) < 0.5
                 hidden = hidden + torch.where(up.to(hidden.device), hidden, -hidden) * self._jitter
@@ -107,6 +107,16 @@ class Group:
 
 class NoCacheError(Exception):
     """The model keeps nothing from which it could go on."""
+
+
+def _learned(model: nn.Module, stream: Stream, hidden: Tensor) -> Any:
+    """A cache that holds the learned keys and values and goes on to take the texts'."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    for index, layer in enumerate(padded_prefix(model, stream, max(stream.prefix_length), hidden).layers):
+        cache.update(layer.keys, layer.values, index)
+    return cache
 
 
 def _inserted_caches(adapters: Adapters, counts: Counts) -> dict[str | None, Any]:
