@@ -48,16 +48,15 @@ class Kind:
     prefix: int = 0
 
 
-def kind(adapters: Adapters, name: str | None, prompt: Sequence[int], slots: Sequence[int]) -> Kind:
-    """Of the row that continues this prompt."""
-    rows = verdict(adapters, name, prompt, slots).rows
+def kind(adapters: Adapters, name: str | None, length: int, verdict: Verdict) -> Kind:
+    """Of a row that continues a prompt of ``length`` tokens."""
     virtual, prefix = learned_tokens(adapters, name)
-    return Kind(rows, len(prompt) + virtual, prefix) if rows else Kind()
+    return Kind(verdict.rows, length + virtual, prefix) if verdict.rows else Kind()
 
 
 MANY = 1 << 30
-# Of the base (its Adapters) and of every adapter that has generated.
-_VERDICTS: weakref.WeakKeyDictionary[Any, Verdict] = weakref.WeakKeyDictionary()
+# Of the base (its Adapters) and of every adapter that has generated, with what its parameters were then.
+_VERDICTS: weakref.WeakKeyDictionary[Any, tuple[Any, Verdict]] = weakref.WeakKeyDictionary()
 _FOLLOWING = 3  # tokens after the prompt of a proof
 _ROUNDINGS = 10  # per block, about as large as one of what enters
 _MOST = 0.1  # a limit beyond this would prove nothing
@@ -65,12 +64,15 @@ _MOST = 0.1  # a limit beyond this would prove nothing
 
 @torch.no_grad()
 def verdict(adapters: Adapters, name: str | None, prompt: Sequence[int] = (), slots: Sequence[int] = ()) -> Verdict:
-    """Try the cache for adapter ``name``, once; its prompt matters only where virtual tokens stand at its slots."""
+    """Try the cache for adapter ``name``, or remember; the prompt matters only where virtual tokens stand at its slots."""
     key: Any = adapters if name is None else adapters[name]
-    if key not in _VERDICTS:
+    # An adapter at its start often does nothing, and shows nothing: after it was trained it is tried again.
+    state = None if name is None else [(p.data_ptr(), p._version) for p in adapters[name].parameters()]
+    known = _VERDICTS.get(key)
+    if known is None or known[0] != state:
         base = None if name is None else verdict(adapters, None)
-        _VERDICTS[key] = _prove(adapters, name, base, prompt, slots)
-    return _VERDICTS[key]
+        known = _VERDICTS[key] = (state, _prove(adapters, name, base, prompt, slots))
+    return known[1]
 
 
 def _prove(
@@ -101,9 +103,11 @@ def _probes(
     tokens = int(adapters.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     learned = learned_tokens(adapters, name)
     longest = (adapters.architecture.max_length or MANY) - sum(learned) - _FOLLOWING
-    # Shorter and longer than the kernel of a convolution, and longer than a window that is small.
-    lengths = {2, 11, *(n + 3 for n in _windows(adapters.model.config) if n <= 64)}
-    if slots:
+    lengths = {11}
+    if name is None:
+        # Shorter and longer than the kernel of a convolution, and longer than a window that is small.
+        lengths |= {2, *(n + 3 for n in _windows(adapters.model.config) if n <= 64)}
+    elif slots:
         lengths = {len(prompt)}
     found = []
     for length in sorted({min(n, longest) for n in lengths}):
@@ -152,6 +156,8 @@ def _try(
             return Verdict(0, f"adapter '{name}' inserts blocks, and the model's layers keep more than keys and values")
         rough = Group(adapters, part(prompts), cache_name=cache_name, jitter=torch.finfo(adapters.dtype).eps)
         rounding = _distance(logits(rough.hidden), first)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a model's own code, called as it may not foresee; the other way is slow and right
         return Verdict(0, f"{type(error).__name__}: {error}")
     difference = max(_distance(ours, whole) for ours, whole in found)

@@ -73,7 +73,9 @@ def _batches(adapters: Adapters, requests: Sequence[Request], size: int) -> Iter
     """Which requests go together, and whether in lock step, as models do that only run padded batches."""
     kinds = [cache_proof.Kind()] * len(requests)
     if adapters.padded and adapters.architecture.task != "seq2seq":
-        kinds = [cache_proof.kind(adapters, r.adapter, r.prompt, r.slots) for r in requests]
+        some = {request.adapter: request for request in requests}
+        tried = {name: cache_proof.verdict(adapters, name, r.prompt, r.slots) for name, r in some.items()}
+        kinds = [cache_proof.kind(adapters, r.adapter, len(r.prompt), tried[r.adapter]) for r in requests]
     order = sorted(range(len(requests)), key=lambda i: (kinds[i], requests[i].adapter or "", len(requests[i].prompt)))
     for kind, found in itertools.groupby(order, key=lambda i: kinds[i]):
         same = list(found)
