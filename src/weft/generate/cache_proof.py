@@ -64,7 +64,7 @@ _MOST = 0.1  # a limit beyond this would prove nothing
 
 @torch.no_grad()
 def verdict(adapters: Adapters, name: str | None, prompt: Sequence[int] = (), slots: Sequence[int] = ()) -> Verdict:
-    """Try the cache for adapter ``name``, or remember; the prompt matters only where virtual tokens stand at its slots."""
+    """Try the cache for adapter ``name``, or remember; the prompt matters only if virtual tokens stand at its slots."""
     key: Any = adapters if name is None else adapters[name]
     # An adapter at its start often does nothing, and shows nothing: after it was trained it is tried again.
     state = None if name is None else [(p.data_ptr(), p._version) for p in adapters[name].parameters()]
