@@ -1,6 +1,6 @@
 """How much faster do models that only run padded batches generate from a cache than by running the text again?
 
-    python benchmarks/padded_cache.py [--kinds falcon codegen mamba] [--new 128] [--out FILE.md]
+    python benchmarks/padded_cache.py [--kinds falcon codegen mamba] [--rows 8] [--new 128] [--out FILE.md]
 
 Random models of 12 layers and width 256 in fp32, a LoRA adapter for every second row, greedy, both ways in turns. The
 tokens of both ways must be the same. Prompts are equally long (one group in lock step) or all of another length (every
@@ -36,8 +36,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     ),
     "mamba": lambda: transformers.MambaConfig(hidden_size=256, num_hidden_layers=12, state_size=16, **IDS),
 }
-# (rows, tokens of the first prompt, how much longer each further one is)
-LAYOUTS = ((1, 32, 0), (8, 32, 0), (8, 32, 4))
+# Tokens of the first prompt, and how much longer each further one is where they differ.
+LENGTH, MORE = 32, 4
 
 
 @contextmanager
@@ -69,12 +69,12 @@ def opened(kind: str) -> Adapters:
     return adapters
 
 
-def measure(kind: str, new: int, rounds: int) -> list[str]:
+def measure(kind: str, new: int, rounds: int, most: int) -> list[str]:
     adapters, lines = opened(kind), []
     wall, _, _ = timed(adapters, [Request([5, 6, 7], name, 1) for name in (None, "lora")])
     verdict = cache_proof.verdict(adapters, None)
     print(f"{kind}: first call with the proof {wall:.2f} s, {verdict}", flush=True)
-    for rows, length, more in LAYOUTS:
+    for rows, length, more in ((1, LENGTH, 0), (most, LENGTH, 0), (most, LENGTH, MORE)):
         asked = [
             Request(
                 [3 + (7 * i + 11 * row) % 990 for i in range(length + more * row)], "lora" if row % 2 else None, new
@@ -106,16 +106,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--new", type=int, default=128, help="tokens that each row gets")
+    parser.add_argument("--rows", type=int, default=8, help="prompts that are asked at once")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    lines = [line for kind in given.kinds for line in measure(kind, given.new, given.rounds)]
+    lines = [line for kind in given.kinds for line in measure(kind, given.new, given.rounds, given.rows)]
     if given.out:
         given.out.write_text(report(lines, given), encoding="utf-8")
 
 
 def report(lines: Sequence[str], given: argparse.Namespace) -> str:
-    command = f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/padded_cache.py --new {given.new}"
+    command = (
+        f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/padded_cache.py --new {given.new} "
+        f"--rows {given.rows}"
+    )
     return "\n".join(
         [
             "# Padded models: a cache in lock step beside running the text again",

@@ -103,11 +103,11 @@ def _probes(
     tokens = int(adapters.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     learned = learned_tokens(adapters, name)
     longest = (adapters.architecture.max_length or MANY) - sum(learned) - _FOLLOWING
-    lengths = {11}
-    if name is None:
-        # Shorter and longer than the kernel of a convolution, and longer than a window that is small.
-        lengths |= {2, *(n + 3 for n in _windows(adapters.model.config) if n <= 64)}
-    elif slots:
+    # Shorter and longer than the kernel of a convolution, and longer than a window that is small.
+    lengths = {11, 2} if name is None else {11}
+    if name is None or learned[1]:
+        lengths |= {n + 3 for n in _windows(adapters.model.config) if n <= 64}
+    if slots:
         lengths = {len(prompt)}
     found = []
     for length in sorted({min(n, longest) for n in lengths}):
