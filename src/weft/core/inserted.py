@@ -14,13 +14,14 @@ from weft.core.route import Route
 def segment_part(value: Any, index: int, route: Route, hidden: Tensor) -> Any:
     """What segment ``index`` is given of one of a block's arguments; ``hidden`` [1, N, d], padded [B, T, d].
 
-    Of tensors its rows, without the columns of neighbours' prefixes; no cache, which belongs to the base's layers; of
-    everything else all.
+    Of tensors its rows, without the columns of neighbours' prefixes; instead of the cache, which belongs to the base's
+    layers, the one that the route has for the inserted ones, if any; of everything else all.
     """
     if isinstance(value, tuple):
         return tuple(segment_part(inner, index, route, hidden) for inner in value)
     if not torch.is_tensor(value):
-        return None if type(value).__name__.endswith("Cache") else value
+        is_cache = type(value).__name__.endswith("Cache")
+        return route.inserted.get(route.segments[index].adapter) if is_cache else value
     if route.padded:
         return _padded_part(value, index, route, hidden)
     total = hidden.shape[1]

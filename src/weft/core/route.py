@@ -76,6 +76,8 @@ class Route:
     exact: bool = False
     # Module path -> its own route: a decoder's cross-attention also takes the encoder's rows.
     elsewhere: Mapping[str, Route] = field(default_factory=dict)
+    # While a padded batch generates: adapter -> the cache of the blocks that it inserts.
+    inserted: Mapping[str | None, Any] = field(default_factory=dict)
     _alone: dict[int, Route] = field(default_factory=dict, repr=False)
 
     def dim(self, x: Tensor) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +14,9 @@ from weft.core.route import Route, Segment
 from weft.core.seq2seq import Decoder
 from weft.core.stream import Part, Stream
 from weft.errors import UserError
+from weft.generate import cache_proof
 from weft.generate.cache import KeyValueCache
+from weft.generate.lockstep import Group
 from weft.generate.sampling import Sampling, choose
 
 
@@ -52,20 +54,34 @@ def generate(
 ) -> list[Completion]:
     """Answer every request; the completions are in the requests' order.
 
-    Rows of one batch are sorted by adapter (rows of an adapter are a slice of the stream) and by length.
+    Rows of one batch are sorted by adapter (rows of an adapter are a slice of the stream) and by length. Of a model
+    that only runs padded batches they have the same length (``weft.generate.lockstep``).
 
     Raises:
         UserError: a prompt is empty, or prompt and answer together exceed the model's length limit.
     """
     for request in requests:
         _check(request, adapters)
-    order = sorted(range(len(requests)), key=lambda i: (requests[i].adapter or "", len(requests[i].prompt)))
     done: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = _Batch(adapters, [requests[i] for i in indices], indices, frozenset(stop_ids), on_token)
+    for indices, lock_step in _batches(adapters, requests, batch_size):
+        batch = _Batch(adapters, [requests[i] for i in indices], indices, frozenset(stop_ids), on_token, lock_step)
         done.update(zip(indices, batch.run(), strict=True))
     return [done[i] for i in range(len(requests))]
+
+
+def _batches(adapters: Adapters, requests: Sequence[Request], size: int) -> Iterator[tuple[list[int], bool]]:
+    """Which requests go together, and whether in lock step, as models do that only run padded batches."""
+    kinds = [cache_proof.Kind()] * len(requests)
+    if adapters.padded and adapters.architecture.task != "seq2seq":
+        some = {request.adapter: request for request in requests}
+        tried = {name: cache_proof.verdict(adapters, name, r.prompt, r.slots) for name, r in some.items()}
+        kinds = [cache_proof.kind(adapters, r.adapter, len(r.prompt), tried[r.adapter]) for r in requests]
+    order = sorted(range(len(requests)), key=lambda i: (kinds[i], requests[i].adapter or "", len(requests[i].prompt)))
+    for kind, found in itertools.groupby(order, key=lambda i: kinds[i]):
+        same = list(found)
+        most = min(size, kind.rows or size)
+        for start in range(0, len(same), most):
+            yield same[start : start + most], kind.rows > 0
 
 
 def check_writes(adapters: Adapters, name: str | None) -> None:
@@ -109,7 +125,9 @@ class _Batch:
         indices: list[int],
         stop_ids: frozenset[int],
         on_token: TokenCallback | None,
+        lock_step: bool = False,
     ) -> None:
+        self.lock_step = lock_step
         self.adapters, self.requests, self.indices = adapters, requests, indices
         self.stop_ids, self.on_token = stop_ids, on_token
         self.completions = [Completion([]) for _ in requests]
@@ -119,6 +137,8 @@ class _Batch:
     def run(self) -> list[Completion]:
         if self.adapters.architecture.task == "seq2seq":
             return self._run_seq2seq()
+        if self.lock_step:
+            return self._run_in_lock_step()
         if self.adapters.padded:
             return self._run_without_cache()
         cache, logits = self._prefill()
@@ -187,20 +207,30 @@ class _Batch:
             ended.clear()
         return self.completions
 
+    def _run_in_lock_step(self) -> list[Completion]:
+        """For the same models, where a cache was proved to give the same: all prompts are equally long."""
+        parts = [self._part(name, rows) for name, rows in self._parts(self.alive)]
+        group = Group(self.adapters, parts, cache_name=cache_proof.verdict(self.adapters, None).cache_name)
+        return self._advance(group, group.hidden)
+
     def _run_seq2seq(self) -> list[Completion]:
         """The prompts go through the encoder, once; every row of the decoder begins with the same token."""
         parts = [replace(self._part(name, rows), answers=()) for name, rows in self._parts(self.alive)]
         decoder = Decoder(self.adapters, parts)
-        tokens, ended = decoder.first_tokens, set[int]()
+        return self._advance(decoder, decoder.step(decoder.first_tokens, self._counts()))
+
+    def _advance(self, rows: Decoder | Group, hidden: Tensor) -> list[Completion]:
+        """Token by token, from the states [B, d] after what is there; all rows stand at the same place."""
+        ended = set[int]()
         while True:
-            hidden = decoder.step(tokens, self._counts())
             tokens = self._take(self.adapters.logits(hidden, self._counts()), ended)
             if len(ended) == len(self.alive):
                 return self.completions
             if 2 * len(ended) >= len(self.alive):
                 keep = [i for i, row in enumerate(self.alive) if row not in ended]
-                decoder.keep(torch.tensor(keep, device=tokens.device))
+                rows.keep(torch.tensor(keep, device=tokens.device))
                 tokens, self.alive, ended = tokens[keep], [self.alive[i] for i in keep], set()
+            hidden = rows.step(tokens, self._counts())
 
     def _take(self, logits: Tensor, ended: set[int]) -> Tensor:
         """Choose each row's next token, one per row of the cache; rows that end now join ``ended``."""

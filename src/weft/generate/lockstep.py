@@ -1,0 +1,144 @@
+"""A cache for models that only run padded batches: rows of one length advance in lock step, so nothing is padded.
+
+How a model treats pads that lie in its cache is its own affair: a state-space model lets its state decay over them,
+ALiBi counts them, a convolution sees them. So there are none: the rows of a group have as many tokens (own and virtual)
+and as many learned keys before them. The model makes the cache that it wants in the first pass and gets it back in
+every step. Whether that gives what a pass over the whole text gives is not assumed: ``weft.generate.cache_proof`` tries
+it before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.adapters import Adapters
+from weft.core.route import Route, Segment
+from weft.core.stream import Part, Stream, embed, padded_prefix
+
+# What a model's output may call the cache; its forward takes it back under the same name.
+_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems")
+# The adapters and how many rows of each, in order.
+Counts = Sequence[tuple[str | None, int]]
+
+
+class Group:
+    """Rows of one length under one cache; ``hidden`` [B, d] are the states after their last tokens."""
+
+    def __init__(
+        self, adapters: Adapters, parts: Sequence[Part], *, cache_name: str | None = None, jitter: float = 0.0
+    ) -> None:
+        """Run the prompts, all of one length with as many learned keys before them.
+
+        ``cache_name``: of the argument that takes the cache, needed where there are learned keys. ``jitter``: every
+        number that enters is moved up or down by this share of it, to see how far one rounding reaches.
+
+        Raises:
+            NoCacheError: the model gives no cache.
+        """
+        self.adapters = adapters
+        stream = adapters.stream(parts)
+        self._counts: Counts = [(s.adapter, s.sequences) for s in stream.route.segments]
+        self._inserted = _inserted_caches(adapters, self._counts)
+        self._next = int(stream.position_ids[-1]) + 1
+        self._name, self._cache, self._jitter = cache_name, None, jitter
+        self.hidden = self._run(replace(stream, route=replace(stream.route, inserted=self._inserted)))
+
+    def step(self, tokens: Tensor, counts: Counts) -> Tensor:
+        """Hidden states [B, d] after the next tokens [B]; ``counts``: (adapter, rows) in order."""
+        self._counts = counts
+        segments = tuple(Segment(name, n, n, lengths=(1,) * n, padded=True) for name, n in counts)
+        count, own = len(tokens), tuple(range(i, i + 1) for i in range(len(tokens)))
+        places = torch.full_like(tokens, self._next)
+        self._next += 1
+        route = Route(segments, padded=True, inserted=self._inserted)
+        self.hidden = self._run(Stream(tokens, places, (1,) * count, own, {}, (0,) * count, route))
+        return self.hidden
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these [n], in ascending order."""
+        self._cache = select_rows(self._cache, rows)
+        first = 0
+        for name, count in self._counts:
+            if name in self._inserted:
+                own = rows[(rows >= first) & (rows < first + count)] - first
+                self._inserted[name] = select_rows(self._inserted[name], own)
+            first += count
+
+    @property
+    def cache_name(self) -> str:
+        """What the model calls its cache."""
+        assert self._name is not None
+        return self._name
+
+    @property
+    def cache(self) -> Any:
+        """What the model keeps of the rows."""
+        return self._cache
+
+    def _run(self, stream: Stream) -> Tensor:
+        adapters, count = self.adapters, len(stream.lengths)
+        body = cast(nn.Module, adapters.model.base_model)
+        with adapters.router.use(stream.route):
+            hidden = embed(adapters.model, stream, cast(Any, adapters))
+            if self._cache is None and max(stream.prefix_length):
+                self._cache = _learned(adapters.model, stream, hidden)
+            if self._jitter:
+                up = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+                hidden = hidden + torch.where(up.to(hidden.device), hidden, -hidden) * self._jitter
+            given: dict[str, Any] = {} if self._cache is None else {self.cache_name: self._cache}
+            # No mask: every row is whole, and a model makes the causal one by itself.
+            out = body(
+                inputs_embeds=hidden.view(count, -1, hidden.shape[-1]),
+                position_ids=stream.position_ids.view(count, -1),
+                use_cache=True,
+                **given,
+            )
+        self._name = self._name or next((name for name in _NAMES if out.get(name) is not None), None)
+        if self._name is None or out.get(self._name) is None:
+            raise NoCacheError(f"{type(body).__name__} gives no cache")
+        self._cache = out[self._name]
+        return out.last_hidden_state[:, -1]
+
+
+class NoCacheError(Exception):
+    """The model keeps nothing from which it could go on."""
+
+
+def _learned(model: nn.Module, stream: Stream, hidden: Tensor) -> Any:
+    """A cache that holds the learned keys and values and goes on to take the texts'."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    for index, layer in enumerate(padded_prefix(model, stream, max(stream.prefix_length), hidden).layers):
+        cache.update(layer.keys, layer.values, index)
+    return cache
+
+
+def _inserted_caches(adapters: Adapters, counts: Counts) -> dict[str | None, Any]:
+    """Adapter -> a cache for the blocks that it inserts, which have no place in the base's."""
+    from transformers.cache_utils import DynamicCache
+
+    return {name: DynamicCache() for name, _ in counts if name is not None and adapters[name].inserted_blocks()}
+
+
+def select_rows(cache: Any, rows: Tensor) -> Any:
+    """The cache with these rows [n] only; transformers' own are changed in place."""
+    if hasattr(cache, "reorder_cache"):
+        # Putting rows into another order may leave some out; not every kind of layer can select.
+        cache.reorder_cache(rows)
+    if torch.is_tensor(cache):
+        return cache.index_select(0, rows) if cache.dim() else cache
+    if isinstance(cache, dict):
+        return {key: select_rows(value, rows) for key, value in cache.items()}
+    if isinstance(cache, (list, tuple)):
+        return type(cache)(select_rows(value, rows) for value in cache)
+    if hasattr(cache, "__dict__"):
+        for key, value in list(vars(cache).items()):
+            if key != "layers" and (torch.is_tensor(value) or isinstance(value, (dict, list, tuple))):
+                setattr(cache, key, select_rows(value, rows))
+    return cache
