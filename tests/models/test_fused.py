@@ -54,6 +54,8 @@ def run(model: Any, parts: list[Part], **options: Any) -> tuple[Tensor, list[Ten
 
 
 SEQUENCES = [[3, 7, 9, 11, 2, 5, 8, 1], [4, 4, 6], [10]]
+
+
 def norms(model: Any) -> dict[str, type]:
     return {path: kind for path, kind in recognise(model).items() if "Norm" in kind.__name__}
 

@@ -77,11 +77,23 @@ class Architecture:
     padded_because: str = ""
     # Makes modules of positions, whose tables depend on the whole pass, answer sequence by sequence.
     install_tables: AttentionInstaller | None = None
+    # (model, length, longer) -> whether those tables change while a text grows: keys in a cache keep the old ones.
+    tables_move: Callable[[nn.Module, int, int], bool] | None = None
 
     @property
     def task(self) -> Literal["causal_lm", "seq2seq"]:
         """How the base writes, if it does: ``seq2seq`` for an encoder-decoder."""
         return "seq2seq" if self.memory_linears else "causal_lm"
+
+    def check_reachable(self, path: str) -> None:
+        """Refuse a module on which an adapter would do nothing.
+
+        Raises:
+            UserError: the trial of the base saw that the module is not called for what its weight says.
+        """
+        if path in self.unreachable:
+            raise UserError(f"module '{path}' of this {self.model_type} model {self.unreachable[path]}; no adapter can "
+                            "sit on it.")  # fmt: skip
 
     def match(
         self, targets: str | Iterable[str], layers: Iterable[int] | None = None, more: Sequence[str] = ()
@@ -100,6 +112,9 @@ class Architecture:
         if not isinstance(wanted, str):
             for name in wanted:
                 if not any(_matches(path, [name]) for path in (*self.linears, *more)):
+                    for path in self.unreachable:
+                        if _matches(path, [name]):
+                            self.check_reachable(path)
                     raise UserError(self._no_match(name, more))
         last = max(int(block.rsplit(".", 1)[-1]) for block in self.blocks)
         absent = [i for i in layers or () if not 0 <= i <= last]

@@ -1,8 +1,8 @@
 """The base without its head: calling it, and asking the model's own code for what stands after it.
 
-Transformers' models all are ``logits = head(body(embeddings))``, but what else happens before or after differs: a scale,
-a soft cap, a dense layer and a norm before the output layer, inputs per layer that are looked up by token id. Nothing of
-it is written again here. Where it has to happen, the model's own forward runs with one of its parts held.
+All models are ``logits = head(body(embeddings))``. What else happens before or after differs: a scale, a soft cap, a
+dense layer and a norm before the output layer, inputs per layer that are looked up by token id. Nothing of it is
+written again here. Where it has to happen, the model's own forward runs with one of its parts held.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call
 class Rows:
     """Where the segments of a route lie in a tensor: along ``dim``, ``sizes`` rows each.
 
-    ``per_row`` is not 0 where a module sees a flattened batch, so many rows for each of the route's; ``repeated``: one row stands for the whole padded batch.
+    ``per_row`` is not 0 where a module sees a flattened batch, so many rows for each of the route's. ``repeated``: one
+    row stands for the whole padded batch.
     """
 
     dim: int

@@ -125,7 +125,7 @@ class Site:
             return y
         if call:
             segment = replace(segment, call=call)
-        for function in self.functions.get(segment.adapter, ()):
+        for function in self.functions.get(segment.adapter or "", ()):
             y = function(x, y, segment)
         return y
 

@@ -156,6 +156,7 @@ def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, Wei
         if not parts:
             continue
         try:
+            context.architecture.check_reachable(path)
             weight_parts(module, path)
         except UserError as error:
             refusals |= {id(own[part]): str(error) for part in parts}
@@ -217,6 +218,8 @@ def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[st
         ]
         if not inside:
             raise UserError(f"modules_to_save: module '{path}' ({plain_class(module).__name__}) holds no weights.")
+        for reached, _ in inside:
+            context.architecture.check_reachable(reached)
         own |= {p: OwnWeights(m, weight_parts(m, p), context) for p, m in inside}
     return own
 
@@ -235,6 +238,7 @@ def saved_biases(
         for path, module in context.model.named_modules()
         if (bias == "all" or path in targets) and path not in besides
         if (is_linear(module) or is_norm(module)) and module._parameters.get("bias") is not None
+        if path not in context.architecture.unreachable
     }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.core.adapters import Adapters
 from weft.core.stream import Part
@@ -80,8 +80,8 @@ def _prove(
 ) -> Verdict:
     if base is not None and not base.rows:
         return base
-    if moving := _moving_frequencies(adapters.model):
-        return Verdict(0, f"the frequencies of '{moving}' depend on how long the text is")
+    if adapters.architecture.tables_move is not None:
+        return Verdict(0, "the tables of positions depend on how long the text is")
     failed = Verdict(0, "no text is short enough for this model")
     for rows in (MANY, 1):
         if base is not None and rows > base.rows:
@@ -190,15 +190,6 @@ def learned_tokens(adapters: Adapters, name: str | None) -> tuple[int, int]:
 def _windows(config: Any) -> list[int]:
     names = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
     return [n for name in names if isinstance(n := getattr(config, name, None), int) and n > 0]
-
-
-def _moving_frequencies(model: nn.Module) -> str:
-    """The module whose rotary frequencies change with the length of the text: keys in a cache keep the old ones."""
-    for path, module in model.named_modules():
-        kinds = getattr(module, "rope_type", None)
-        if any(kind in ("dynamic", "longrope") for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
-            return path
-    return ""
 
 
 def _grows_only(cache: Any) -> bool:

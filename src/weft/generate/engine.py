@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -63,14 +64,30 @@ def generate(
     for request in requests:
         _check(request, adapters)
     done: dict[int, Completion] = {}
-    for indices, lock_step in _batches(adapters, requests, batch_size):
-        batch = _Batch(adapters, [requests[i] for i in indices], indices, frozenset(stop_ids), on_token, lock_step)
+    for indices, way in _batches(adapters, requests, batch_size):
+        batch = _Batch(adapters, [requests[i] for i in indices], indices, frozenset(stop_ids), on_token, way)
         done.update(zip(indices, batch.run(), strict=True))
     return [done[i] for i in range(len(requests))]
 
 
-def _batches(adapters: Adapters, requests: Sequence[Request], size: int) -> Iterator[tuple[list[int], bool]]:
-    """Which requests go together, and whether in lock step, as models do that only run padded batches."""
+# How rows go on: from a cache of their own lengths, from one in which all are equally long, or from the beginning.
+Way = Literal["stream", "lock step", "again"]
+
+
+def _batches(adapters: Adapters, requests: Sequence[Request], size: int) -> Iterator[tuple[list[int], Way]]:
+    """Which requests go together, and how: models that only run padded batches go in lock step."""
+    move = adapters.architecture.tables_move
+    if move is not None and not adapters.padded:
+        # Keys in a cache keep the angles that they were given; a text that outgrows its tables begins anew.
+        ends = [(n := len(r.prompt) + sum(cache_proof.learned_tokens(adapters, r.adapter)), n + r.max_new_tokens)
+                for r in requests]  # fmt: skip
+        moved = [move(adapters.model, *pair) for pair in ends]
+        for again in (False, True):
+            order = sorted((i for i in range(len(requests)) if moved[i] is again),
+                           key=lambda i: (requests[i].adapter or "", len(requests[i].prompt)))  # fmt: skip
+            for start in range(0, len(order), size):
+                yield order[start : start + size], "again" if again else "stream"
+        return
     kinds = [cache_proof.Kind()] * len(requests)
     if adapters.padded and adapters.architecture.task != "seq2seq":
         some = {request.adapter: request for request in requests}
@@ -81,7 +98,7 @@ def _batches(adapters: Adapters, requests: Sequence[Request], size: int) -> Iter
         same = list(found)
         most = min(size, kind.rows or size)
         for start in range(0, len(same), most):
-            yield same[start : start + most], kind.rows > 0
+            yield same[start : start + most], "lock step" if kind.rows else "again" if adapters.padded else "stream"
 
 
 def check_writes(adapters: Adapters, name: str | None) -> None:
@@ -125,9 +142,9 @@ class _Batch:
         indices: list[int],
         stop_ids: frozenset[int],
         on_token: TokenCallback | None,
-        lock_step: bool = False,
+        way: Way = "stream",
     ) -> None:
-        self.lock_step = lock_step
+        self.way = way
         self.adapters, self.requests, self.indices = adapters, requests, indices
         self.stop_ids, self.on_token = stop_ids, on_token
         self.completions = [Completion([]) for _ in requests]
@@ -137,9 +154,9 @@ class _Batch:
     def run(self) -> list[Completion]:
         if self.adapters.architecture.task == "seq2seq":
             return self._run_seq2seq()
-        if self.lock_step:
+        if self.way == "lock step":
             return self._run_in_lock_step()
-        if self.adapters.padded:
+        if self.way == "again":
             return self._run_without_cache()
         cache, logits = self._prefill()
         ended: set[int] = set()
@@ -195,7 +212,7 @@ class _Batch:
         return [(name, len(rows)) for name, rows in self._parts(self.alive)]
 
     def _run_without_cache(self) -> list[Completion]:
-        """For models that only run padded batches: every step runs the whole text again. Slow, and right."""
+        """Where no cache was proved to give the same: every step runs the whole text again. Slow, and right."""
         ended: set[int] = set()
         while len(ended) < len(self.alive):
             parts = [self._part(name, rows) for name, rows in self._parts(self.alive)]

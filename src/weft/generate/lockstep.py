@@ -14,14 +14,15 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.core.adapters import Adapters
 from weft.core.route import Route, Segment
-from weft.core.stream import Part, Stream, embed, padded_prefix
+from weft.core.stream import Part, Stream, embed, padded_prefix, run_body
+from weft.libraries import CACHE_NAMES, growing_cache
 
 # What a model's output may call the cache; its forward takes it back under the same name.
-_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems")
+_NAMES = (*CACHE_NAMES, "cache_params", "state", "mems")
 # The adapters and how many rows of each, in order.
 Counts = Sequence[tuple[str | None, int]]
 
@@ -82,25 +83,27 @@ class Group:
 
     def _run(self, stream: Stream) -> Tensor:
         adapters, count = self.adapters, len(stream.lengths)
-        body = cast(nn.Module, adapters.model.base_model)
         with adapters.router.use(stream.route):
             hidden = embed(adapters.model, stream, cast(Any, adapters))
             if self._cache is None and max(stream.prefix_length):
-                self._cache = _learned(adapters.model, stream, hidden)
+                self._cache = growing_cache(padded_prefix(stream, max(stream.prefix_length), hidden))
             if self._jitter:
                 up = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) < 0.5
                 hidden = hidden + torch.where(up.to(hidden.device), hidden, -hidden) * self._jitter
             given: dict[str, Any] = {} if self._cache is None else {self.cache_name: self._cache}
             # No mask: every row is whole, and a model makes the causal one by itself.
-            out = body(
-                inputs_embeds=hidden.view(count, -1, hidden.shape[-1]),
+            out = run_body(
+                adapters.model,
+                adapters.architecture,
+                hidden.view(count, -1, hidden.shape[-1]),
+                stream.input_ids.view(count, -1),
                 position_ids=stream.position_ids.view(count, -1),
                 use_cache=True,
                 **given,
             )
         self._name = self._name or next((name for name in _NAMES if out.get(name) is not None), None)
         if self._name is None or out.get(self._name) is None:
-            raise NoCacheError(f"{type(body).__name__} gives no cache")
+            raise NoCacheError(f"{type(adapters.model).__name__} gives no cache")
         self._cache = out[self._name]
         return out.last_hidden_state[:, -1]
 
@@ -109,21 +112,9 @@ class NoCacheError(Exception):
     """The model keeps nothing from which it could go on."""
 
 
-def _learned(model: nn.Module, stream: Stream, hidden: Tensor) -> Any:
-    """A cache that holds the learned keys and values and goes on to take the texts'."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache()
-    for index, layer in enumerate(padded_prefix(model, stream, max(stream.prefix_length), hidden).layers):
-        cache.update(layer.keys, layer.values, index)
-    return cache
-
-
 def _inserted_caches(adapters: Adapters, counts: Counts) -> dict[str | None, Any]:
     """Adapter -> a cache for the blocks that it inserts, which have no place in the base's."""
-    from transformers.cache_utils import DynamicCache
-
-    return {name: DynamicCache() for name, _ in counts if name is not None and adapters[name].inserted_blocks()}
+    return {name: growing_cache() for name, _ in counts if name is not None and adapters[name].inserted_blocks()}
 
 
 def select_rows(cache: Any, rows: Tensor) -> Any:

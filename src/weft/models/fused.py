@@ -1,7 +1,7 @@
-"""Norms, attention and MLP as Llama has them, with fewer passes over memory: the same arithmetic, by ``weft.ops.fused``.
+"""Llama's norms, attention and MLP with fewer passes over memory: the same arithmetic, through ``weft.ops.fused``.
 
-A block is known by what it is, not by its name (``recognise``): it has the parts, and a trial gives what its own class
-gives. The classes of the modules are swapped in place, below the adapters' own swap: a fused norm can be a site, and a fused
+A block is known by what it is, not by its name (``recognise``): it has the parts, and in a trial it computes the same.
+The classes of the modules are swapped in place, below the adapters' own swap: a fused norm can be a site, and a fused
 attention asks each of its projections what the adapters want there. Outside a route, on a GPU, in exact mode, while
 compiling, or where something unusual hangs on a module, every module does what its own class does.
 """
@@ -87,7 +87,9 @@ class _FusedAttention:
             for y in project((module.q_proj, module.k_proj, module.v_proj), hidden_states, route)
         )
         q, k, v = (x.transpose(0, 1) for x in (rotary(q, cos, sin), rotary(k, cos, sin), v))
-        bias = {"sliding_window": attention_mask.window} if isinstance(attention_mask, Band) else {}
+        bias: dict[str, Any] = {}
+        if isinstance(attention_mask, Band):
+            bias["sliding_window"] = attention_mask.window
         out = attend(module.__dict__[_ROUTER], module.layer_idx, q, k, v, scale=module.scaling, **bias)
         return project((module.o_proj,), out.reshape(1, len(cos), -1), route)[0], None
 
@@ -186,7 +188,7 @@ def recognise(model: nn.Module) -> Kinds:
             candidates = _candidates(module)
             if not candidates or "forward" in module.__dict__:
                 continue
-            key = (type(module), *_settings(module))
+            key: Any = (type(module), *_settings(module))
             if key not in tried:
                 tried[key] = next((mixin for mixin in candidates if _alike(module, mixin, router)), None)
             if (mixin := tried[key]) is not None:
@@ -207,8 +209,9 @@ def _candidates(module: nn.Module) -> list[type]:
     names = {name for name, _ in module.named_children()}
     own = {name for name, _ in module.named_parameters(recurse=False)}
     takes = [p for p in inspect.signature(type(module).forward).parameters if p != "self"]
-    if own == {"weight"} and not names and len(takes) == 1 and (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
-        return [_FusedNorm, _DoubleGemmaNorm] if module.get_parameter("weight").dim() == 1 else []
+    scaled = own == {"weight"} and not names and module.get_parameter("weight").dim() == 1
+    if scaled and len(takes) == 1 and (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+        return [_FusedNorm, _DoubleGemmaNorm]
     if names == {"gate_proj", "up_proj", "down_proj", "act_fn"} and len(takes) == 1 and not own:
         return [_FusedMlp]
     known = all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
@@ -234,7 +237,8 @@ def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
     else:
         x = rows(source.gate_proj.in_features if mixin is _FusedMlp else len(source.weight))
     route = Route((Segment(None, 5, 1, lengths=(5,)),), SequenceLayout.build([5], device=some.device))
-    own, module.__dict__[_ROUTER] = type(module), router
+    own: Any = type(module)
+    module.__dict__[_ROUTER] = router
     try:
         with router.use(route):
             expected = _first(module(x, **more))
@@ -272,7 +276,7 @@ def install_fused(model: nn.Module, router: Router, kinds: Kinds) -> Callable[[]
         module = model.get_submodule(path)
         if "forward" in module.__dict__:
             continue
-        own = plain_class(module)
+        own: Any = plain_class(module)
         swapped.append((module, own))
         module.__dict__[_ROUTER] = router
         replace_class(module, _fused_class(mixin, own))

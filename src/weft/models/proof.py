@@ -30,7 +30,7 @@ from weft.models.difference import first_difference
 from weft.models.facts import FACTS, sketch
 from weft.models.fused import install_fused, recognise
 from weft.models.interface import install_interface
-from weft.models.tables import install_tables, neighbour_dependent
+from weft.models.tables import install_tables, neighbour_dependent, tables_move
 
 # Our path may differ from the truth by so many times what two orders of summation differ by,
 NOISE = 10
@@ -93,7 +93,8 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
     """
     tables = neighbour_dependent(model)
     if tables:
-        shape = replace(shape, install_tables=functools.partial(install_tables, paths=tables))
+        moves = functools.partial(tables_move, paths=tables)
+        shape = replace(shape, install_tables=functools.partial(install_tables, paths=tables), tables_move=moves)
     with trial.shallow(model, shape) as depth:
         short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
                         norms=_within(shape.norms, shape, depth))  # fmt: skip
@@ -140,8 +141,8 @@ def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
             first = trial.own_output(model, shape, [longest])[0]
     except Exception as error:
         raise UserError(
-            f"this {_name(model)} does not run by itself: transformers' own forward of {len(longest)} tokens stops with "
-            f"{type(error).__name__}: {_reason(error)}."
+            f"this {_name(model)} does not run by itself: transformers' own forward of {len(longest)} tokens stops "
+            f"with {type(error).__name__}: {_reason(error)}."
         ) from error
     outputs = [first if s is longest else trial.own_output(model, shape, [s])[0] for s in sequences]
     few = sequences[0]
@@ -154,7 +155,7 @@ def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
 
 
 def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
-    """The form of the head that gives what the model's own code gives for hidden states small and large, if one does."""
+    """The form of the head that gives what the model's own code gives, for small and large hidden states; or None."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if shape.bidirectional or head is None:
         return shape.head_form
@@ -194,7 +195,7 @@ def _first_right(model: nn.Module, shape: Architecture, truth: Truth) -> tuple[A
     for way in _ways(model, shape):
         try:
             distance = truth.distance(our_output(model, way, truth.sequences))
-        except Exception as error:  # an attention that asks for what the stream has not, a body that takes no embeddings
+        except Exception as error:  # an attention asks for what the stream has not, a body takes no embeddings
             last = last or (way, error)
             why = why or _reason(error)
             continue
@@ -249,11 +250,11 @@ def _refusal(model: nn.Module, way: Architecture, found: float | Exception, trut
     how = "in padded batches" if way.install_attention is None else "in the packed stream"
     if isinstance(found, Exception):
         return (
-            f"this {kind} cannot be run: {how} it stops with {type(found).__name__}: {_reason(found)}. Weft refuses what "
-            "it cannot prove; take another base, or report this with the versions that `weft doctor` prints."
+            f"this {kind} cannot be run: {how} it stops with {type(found).__name__}: {_reason(found)}. Weft refuses "
+            "what it cannot prove; take another base, or report this with the versions that `weft doctor` prints."
         )
     place = first_difference(model, way, truth.sequences, functools.partial(trial.own_output, model, way))
-    where = f"The first module that differs is {place}." if place else "Every module agrees, the order of them does not."
+    where = f"The first module that differs is {place}." if place else "No module of its body differs: its head does."
     return (
         f"this {kind} answers otherwise through Weft than by itself: {how} its outputs differ by {found:.3g}, where "
         f"rounding explains {truth.limit:.1g}. {where} Weft refuses what it cannot prove; take another base, or report "

@@ -33,9 +33,10 @@ class _Fresh:
         self.values: dict[str, Tensor] = {}
         for name, buffer in self.buffers.items():
             if buffer is not None:
-                began = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
+                began: Any = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
                 same = torch.is_tensor(began) and began.shape == buffer.shape
-                self.values[name] = (began if same else buffer).detach().to(buffer.device, copy=True)
+                value: Tensor = began if same else buffer
+                self.values[name] = value.detach().to(buffer.device, copy=True)
         if "original_max_seq_len" in self.attributes and "max_seq_len_cached" in self.attributes:
             self.attributes["max_seq_len_cached"] = self.attributes["original_max_seq_len"]
 
@@ -88,13 +89,14 @@ def install_tables(model: nn.Module, router: Router, paths: Sequence[str]) -> Ca
     modules = [model.get_submodule(path) for path in paths]
     for module in modules:
         module.__dict__[_ROUTER], module.__dict__[_FRESH] = router, _Fresh(module)
-        module.__class__ = _per_sequence_class(type(module))
+        own: Any = type(module)
+        module.__class__ = _per_sequence_class(own)
 
     def undo() -> None:
         for module in modules:
             module.__dict__[_FRESH].put_back(module)
             del module.__dict__[_ROUTER], module.__dict__[_FRESH]
-            module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]
+            module.__class__ = type(module).__mro__[2]
 
     return undo
 
@@ -111,7 +113,7 @@ def neighbour_dependent(model: nn.Module) -> list[str]:
         if next(module.parameters(), None) is None and _takes_positions(module):
             fresh = _Fresh(module)
             try:
-                if _depends(module, fresh, _limits(module, model)):
+                if not _alike(module, fresh, (0, 1), (0, 1, _limits(module, model))):
                     found.append(path)
             finally:
                 fresh.put_back(module)
@@ -122,6 +124,20 @@ def _takes_positions(module: nn.Module) -> bool:
     return list(inspect.signature(type(module).forward).parameters)[1:3] == ["x", "position_ids"]
 
 
+@torch.no_grad()
+def tables_move(model: nn.Module, length: int, longer: int, paths: Sequence[str]) -> bool:
+    """Whether a module at one of ``paths`` has other tables for ``longer`` tokens than for ``length``."""
+    for path in paths:
+        module = model.get_submodule(path)
+        fresh: _Fresh = module.__dict__.get(_FRESH) or _Fresh(module)
+        try:
+            if not _alike(module, fresh, (0, 1, length - 1), (0, 1, longer - 1)):
+                return True
+        finally:
+            fresh.put_back(module)
+    return False
+
+
 def _limits(module: nn.Module, model: nn.Module) -> int:
     config: Any = model.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -130,7 +146,8 @@ def _limits(module: nn.Module, model: nn.Module) -> int:
     return 2 * max([64, *(v for v in numbers if v < 2**24), getattr(config, "max_position_embeddings", None) or 0])
 
 
-def _depends(module: Any, fresh: _Fresh, limit: int) -> bool:
+def _alike(module: Any, fresh: _Fresh, some: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether the tables of positions 0 and 1, which both begin with, are the same among some positions and others."""
     buffer = next((b for b in module.buffers() if b is not None), torch.zeros(()))
     x = torch.zeros(1, 2, 4, device=buffer.device)
 
@@ -143,6 +160,6 @@ def _depends(module: Any, fresh: _Fresh, limit: int) -> bool:
         return [table[..., :2, :].float() for table in tables]
 
     try:
-        return not all(torch.equal(a, b) for a, b in zip(ask(0, 1), ask(0, 1, limit), strict=True))
+        return all(torch.equal(a, b) for a, b in zip(ask(*some), ask(*others), strict=True))
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
-        return False  # what it does with the model's own positions, the proof of the whole pass sees
+        return True  # what it does with the model's own positions, the proof of the whole pass sees

@@ -25,7 +25,8 @@ def sequences_for(model: nn.Module, shape: Architecture) -> list[list[int]]:
     windows = [v for v in vars(text).values() if type(v) is int and 16 < v <= 128] if _small(model) else []
     longest = max([23, *(window + 5 for window in windows)])
     # A window of a few tokens is exceeded by all but the shortest.
-    limit = shape.max_length or longest
+    # MPT calls its limit otherwise.
+    limit = shape.max_length or getattr(text, "max_seq_len", None) or longest
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = min(table.weight.shape[0], getattr(text, "vocab_size", None) or table.weight.shape[0])
     barred = {getattr(text, "pad_token_id", None)}
@@ -116,7 +117,8 @@ def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
         module = model.get_submodule(path)
         trace.seen[path] = module.__dict__[_SEEN] = _Seen()
         swapped.append((module, type(module)))
-        module.__class__ = _watched_class(type(module))
+        own: Any = type(module)
+        module.__class__ = _watched_class(own)
     try:
         yield trace
     finally:
