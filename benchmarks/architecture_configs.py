@@ -36,7 +36,8 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _EXPERT_WIDTH = ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
                  "expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size",
                  )  # fmt: skip
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "index_topk_blocks", "centroid_intermediate_top_k")
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "index_topk_blocks",
+           "centroid_intermediate_top_k")  # fmt: skip
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length", "rel_extent",
               "max_source_positions", "max_target_positions", "relative_max_distance", "position_bias_max_distance",
               )  # fmt: skip
@@ -76,6 +77,7 @@ SIZES: dict[str, int] = {
 # Fields with these names are windows, if the class' default has one.
 _WINDOWS = ("sliding_window", "window_size", "attention_window_size", "local_attention", "sliding_window_size")
 _KINDS = ("layer_types", "mlp_layer_types")
+
 
 def types() -> list[str]:
     """Every model type that ``AutoModelForCausalLM`` maps, in alphabetical order."""
@@ -144,6 +146,6 @@ def _make(cls: Any, more: Override) -> Any:
         kind = getattr(spec, "model_type", None)
         if kind or name in more:
             own = {**EXCEPTIONS.get(kind or "", ({}, ""))[0], **more.get(name, {})}
-            given[name] = _make(CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else sub, own).to_dict()
+            given[name] = _make(CONFIG_MAPPING.get(kind or "", sub), own).to_dict()
     given.update({key: value for key, value in more.items() if key not in (cls.sub_configs or {})})
     return cls(**{key: value for key, value in given.items() if value is not DROP})

@@ -5,23 +5,24 @@ All that is asked of Weft goes through ``load_base``, ``Adapters``, ``generate``
 
 from __future__ import annotations
 
+import functools
 import tempfile
-import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tests.contracts.kit import NOT_IDENTITY, NOT_MERGEABLE, SETTINGS, UNTRAINED, sha256
-from torch import Tensor, nn
-
+from benchmarks.architecture_cell import Cell, picture
 from benchmarks.architecture_configs import LENGTHS
 from benchmarks.architecture_truth import LIMIT, Truth, first_line, guarded, load_plain, plain_logits, relative
+from tests.contracts.kit import NOT_IDENTITY, NOT_MERGEABLE, SETTINGS, UNTRAINED
+from torch import Tensor, nn
+
 from weft import load_base
 from weft.core.adapters import Adapters
+from weft.core.architecture import linear_shape
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
@@ -31,8 +32,9 @@ from weft.models.merged import merged_model
 from weft.train.step import Work, sequence_losses
 
 BASE = "base"
-COLUMNS = [BASE, *sorted(METHODS)]
-# Of the text before the rest, so that a path that reads one token too many or too few is seen in generation too.
+# Beside LoRA as it comes: LoRA on every linear of the blocks by name, which peft must understand as we do.
+NAMED = "lora:named"
+COLUMNS = [BASE, *sorted([*METHODS, NAMED])]
 NEW_TOKENS = 12
 # Below it an adapter does nothing, and equalities prove nothing.
 EFFECT = 1e-4
@@ -44,60 +46,6 @@ def make_texts(seed: int = 0) -> list[list[int]]:
     """Token ids of very different lengths; none of the special ones."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 97, (n,), generator=generator).tolist() for n in LENGTHS]
-
-
-@dataclass
-class Cell:
-    """What came of one method on one configuration (or of the plain base): problems, and what could not be compared."""
-
-    path: str = ""
-    refused: str = ""
-    crash: str = ""
-    wrong: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def equal(self, what: str, gap: float, limit: float) -> None:
-        """Note ``what`` as wrong if ``gap`` is over the limit."""
-        if not gap <= limit:
-            self.wrong.append(f"{what} by {gap:.2g}")
-
-    @contextmanager
-    def watching(self, what: str) -> Iterator[None]:
-        """An exception in the body is this cell's crash, and ends the cell's other checks no more."""
-        try:
-            yield
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(last.filename).name}:{last.lineno}"
-            text = f"{what}: {type(error).__name__} at {where}: {first_line(error)}"
-            self.crash = self.crash or text
-
-    @property
-    def outcome(self) -> str:
-        """``stream``, ``padded``, ``refused: ...``, ``WRONG: ...`` or ``CRASH: ...``."""
-        if self.wrong:
-            more = f"; CRASH: {self.crash}" if self.crash else ""
-            return f"WRONG: {'; '.join(self.wrong)}{more}"
-        if self.crash:
-            return f"CRASH: {self.crash}"
-        return f"refused: {self.refused}" if self.refused else self.path
-
-    def as_json(self) -> dict[str, Any]:
-        """For the file of results."""
-        return {"outcome": self.outcome, "notes": self.notes}
-
-
-def picture(model: nn.Module) -> dict[str, Any]:
-    """All of a model that ``close`` must give back."""
-    return {
-        "classes": [(path, type(module)) for path, module in model.named_modules()],
-        "attributes": [(path, sorted(module.__dict__)) for path, module in model.named_modules()],
-        "requires_grad": [(name, p.requires_grad) for name, p in model.named_parameters()],
-        "training": [(path, module.training) for path, module in model.named_modules()],
-        "attention": model.config._attn_implementation,  # type: ignore[union-attr]
-        "tensors": sha256(model.state_dict().values()),
-        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
-    }
 
 
 class Judge:
@@ -152,11 +100,18 @@ class Judge:
                 raise
         if not cells[BASE].path:
             return {**cells, **{method: cells[BASE] for method in methods}}
-        self.judge_base(cells[BASE])
+        self.refusing(BASE, cells[BASE], self.judge_base)
         for method in methods:
             cells[method] = Cell(cells[BASE].path)
-            self.judge_method(method, cells[method])
+            self.refusing(method, cells[method], functools.partial(self.judge_method, method))
         return cells
+
+    def refusing(self, column: str, cell: Cell, run: Callable[[Cell], None]) -> None:
+        """Run the checks of a cell; a ``UserError`` on the way is its refusal."""
+        try:
+            run(cell)
+        except UserError as error:
+            self.refuse(cell, error, "" if column == BASE else column.split(":")[0])
 
     @contextmanager
     def opened(self, cell: Cell) -> Iterator[Adapters]:
@@ -224,26 +179,16 @@ class Judge:
     def judge_method(self, method: str, cell: Cell) -> None:
         """All of the checks that the method's adapter must pass."""
         with self.opened(cell) as adapters:
-            try:
-                config = METHODS[method](**SETTINGS.get(method, {}))
-                adapter = adapters.add("it", config, tokenizer=self.base.tokenizer)
-            except UserError as error:
-                self.refuse(cell, error, method)
-                return
-            except Exception:
-                with cell.watching("add"):
-                    raise
+            with cell.watching("add"):
+                adapter = adapters.add("it", config_of(method, adapters), tokenizer=self.base.tokenizer)
+            if cell.crash:
                 return
             with cell.watching("at init"):
                 fresh = logits_of(adapters, [("it", self.texts)])
                 if method not in NOT_IDENTITY:
                     cell.equal("not the identity at init", worst(self.wanted, fresh), self.limit)
             move(adapter)
-            try:
-                routed = self.judge_rows(adapters, cell)
-            except UserError as error:
-                self.refuse(cell, error, method)
-                return
+            routed = self.judge_rows(adapters, cell)
             if method not in UNTRAINED:
                 with cell.watching("backward"):
                     self.judge_gradients(adapters, cell)
@@ -254,11 +199,8 @@ class Judge:
         """The adapter's rows alone and beside the base's, and the base's beside the adapter's."""
         routed = None
         with cell.watching("mixed batch"):
-            try:
-                routed = [logits_of(adapters, [("it", [ids])])[0] for ids in self.texts]
-                mixed = logits_of(adapters, [(None, self.texts[::-1]), ("it", self.texts)])
-            except UserError as error:
-                raise _Refused(error) from error
+            routed = [logits_of(adapters, [("it", [ids])])[0] for ids in self.texts]
+            mixed = logits_of(adapters, [(None, self.texts[::-1]), ("it", self.texts)])
             count = len(self.texts)
             cell.equal("the base beside it", worst(self.wanted[::-1], mixed[:count]), self.limit)
             cell.equal("its rows in a mixed batch", worst(routed, mixed[count:]), self.limit)
@@ -274,7 +216,7 @@ class Judge:
         losses.sum().backward()
         dead = [n for n, p in adapter.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         if dead:
-            cell.wrong.append(f"no gradient at {len(dead)} trained tensors: {', '.join(places(adapter, dead)[:4])}")
+            cell.wrong.append(f"no gradient at {len(dead)} trained tensors: {', '.join(places(adapter, dead)[:8])}")
         bad = [n for n, p in adapter.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         if bad:
             cell.wrong.append(f"gradients of NaN or infinity: {', '.join(places(adapter, bad)[:3])}")
@@ -298,7 +240,7 @@ class Judge:
         if method not in NOT_MERGEABLE:
             with cell.watching("merge"):
                 self.judge_merged(adapters, routed, cell)
-        if method in PEFT:
+        if method.split(":")[0] in PEFT:
             with cell.watching("save"):
                 self.judge_peft(adapters, routed, cell)
 
@@ -338,11 +280,15 @@ class Judge:
             self.compare(cell, "peft", routed, lambda ids: peft_logits(theirs, ids))
 
 
-class _Refused(UserError):
-    """A refusal on the way through a watched body."""
-
-    def __init__(self, error: UserError) -> None:
-        super().__init__(str(error))
+def config_of(method: str, adapters: Adapters) -> Any:
+    """The method's defaults, small where the contract tests make them small."""
+    if method != NAMED:
+        return METHODS[method](**SETTINGS.get(method, {}))
+    # A rank of 2 fits wherever more than one number goes in and out.
+    model, linears = adapters.model, adapters.architecture.linears
+    paths = [path for path in linears if min(linear_shape(model.get_submodule(path))) > 1]
+    settings: dict[str, Any] = {"r": 2, "target_modules": paths}
+    return METHODS["lora"](**settings)
 
 
 @torch.no_grad()
@@ -381,12 +327,13 @@ def move(adapter: nn.Module, scale: float = 0.1) -> None:
 
 
 def places(adapter: Any, parameters: Sequence[str]) -> list[str]:
-    """The modules that parameters of an adapter belong to, without the number of the block."""
+    """Where parameters of an adapter sit: ends of the file's names, the same of all blocks once."""
     tensors: Mapping[str, Tensor] = adapter.tensors()
     own = dict(adapter.named_parameters())
     keys = {id(t): key for key, t in tensors.items()}
-    found = [keys.get(id(own[name]), name).removeprefix("base_model.model.") for name in parameters]
-    return list(dict.fromkeys(found))
+    found = [keys.get(id(own[name]), name) for name in parameters]
+    parts = [[part for part in key.split(".") if not part.isdigit() and part != "weight"] for key in found]
+    return list(dict.fromkeys(".".join(words[-3:]) for words in parts))
 
 
 def sample_of(ids: list[int]) -> Sample:

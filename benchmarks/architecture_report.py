@@ -1,4 +1,4 @@
-"""The matrix of ``architectures.py`` as Markdown: a summary, what is wrong, the matrix, the sentences of the refusals."""
+"""The matrix of ``architectures.py`` as Markdown: a summary, what is wrong, the matrix, the refusals' sentences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def report(found: Mapping[str, Cells], methods: list[str], command: str, seconds
     counts = Counter(kind_of(o) for cells in made.values() for _, o, _ in each(cells, columns))
     bad = counts["WRONG"] + counts["CRASH"]
     lines = [*head(command, seconds), *summary(found, made, columns, counts), *faults(made, columns)]
-    lines += [*matrix(made, columns), *not_made(found), *refusals(made, columns), *notes(made, columns), *exceptions(made)]
+    lines += [*matrix(made, columns), *not_made(found), *refusals(made, columns), *notes(made, columns)]
+    lines += exceptions(made)
     return "\n".join(lines) + "\n", bad
 
 
@@ -47,10 +48,10 @@ def head(command: str, seconds: float) -> list[str]:
         f"`{command}`, {date.today()}: {seconds / 60:.1f} minutes. {libraries}; Python {platform.python_version()}, "
         f"{platform.machine()}, float32, one thread a process.",
         "",
-        f"Each configuration is a folder with random weights, none of them neutral. Texts of {LENGTHS} tokens; the truth "
-        "is transformers' untouched model, one text at a time. `stream` and `padded`: all that is asked holds there "
-        "(logits mixed and alone, loss, generation, identity at init, a gradient for every trained tensor, neighbours "
-        "unchanged, merged and peft's logits where there are such, the model after `close`), to 1e-5 of the largest "
+        f"Each configuration is a folder with random weights, none of them neutral. Texts of {LENGTHS} tokens; the "
+        "truth is transformers' untouched model, one text at a time. `stream` and `padded`: all that is asked holds "
+        "there (logits mixed and alone, loss, generation, identity at init, a gradient for every trained tensor, "
+        "neighbours unchanged, merged and peft's logits where there are such, the model after `close`), to 1e-5 of the largest "
         "logit and ten times what float32 loses.",
         "",
     ]

@@ -1,4 +1,4 @@
-"""What the tiny configurations of ``architecture_configs`` need besides what is derived, and their variants: data only."""
+"""What the tiny configurations need besides what ``architecture_configs`` derives, and their variants: data only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXCEPTIONS: dict[str, tuple[Override, str]] = {
          "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"),
         _AS_DECODER,
     ),
-    "axk2": ({"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": None, "topk_group": None}, "ungrouped experts"),
+    "axk2": ({"num_key_value_heads": 4, "n_group": None, "topk_group": None}, "its experts are not grouped"),
     "bamba": ({"num_hidden_layers": 3, "attn_layer_indices": [1]}, "by default all of its layers are state spaces"),
     "blt": ({"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3, 4],
              "local_attention_window_len": 16, "encoder_config": {"hidden_size_global": 64},
@@ -82,7 +82,7 @@ EXCEPTIONS: dict[str, tuple[Override, str]] = {
     "mamba2": ({"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 2}, "width * expand = heads * head_dim"),
     "mellum": ({"layer_types": _SLIDING, "mlp_layer_types": ["dense", "sparse"]}, "by default no layer slides"),
     "ministral": ({"layer_types": _SLIDING}, "by default all layers slide"),
-    "minimax_m3_vl_text": ({"layer_types": ["full_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    "minimax_m3_vl_text": ({"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense", "sparse"]},
                            "a dense layer first"),
     "musicgen": ({"text_encoder": {"d_kv": 16, "d_ff": 96}}, "sizes of T5 lie apart"),
     "musicgen_melody": ({"text_encoder": {"d_kv": 16, "d_ff": 96}}, "sizes of T5 lie apart"),
@@ -101,7 +101,7 @@ EXCEPTIONS: dict[str, tuple[Override, str]] = {
     "roc_bert": ({"is_decoder": True, "pronunciation_embed_dim": 24, "pronunciation_vocab_size": 40,
                   "shape_embed_dim": 24, "shape_vocab_size": 40}, "tables of own widths"),
     "smollm3": ({"no_rope_layers": [1, 0]}, "by default the fourth layer is the first without positions"),
-    "xlstm": ({"embedding_dim": DROP, "num_blocks": DROP, "num_heads": 4, "qk_dim_factor": 1.0}, "keys are rounded up to 64"),
+    "xlstm": ({"embedding_dim": DROP, "num_blocks": DROP, "qk_dim_factor": 1.0}, "keys are rounded up to 64"),
     "xmod": ({"is_decoder": True, "default_language": "en_XX"}, "its adapters need a language"),
     "zamba": (_ZAMBA, "the default lists 76 layers; head_dim is derived"),
     "zamba2": ({**_ZAMBA, "n_mamba_heads": 8, "use_mem_rope": True}, "the default lists 54 layers"),
@@ -116,7 +116,9 @@ NOT_TINY: dict[str, str] = {
 }
 
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
-             "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.1 * i for i in range(8)]}  # fmt: skip
+             "short_factor": [1.0 + 0.1 * i for i in range(8)],
+             "long_factor": [2.0 + 0.1 * i for i in range(8)]}  # fmt: skip
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 _ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
@@ -170,7 +172,7 @@ VARIANTS: dict[str, Override] = {
     "cohere:untied": {"tie_word_embeddings": False},
     "cohere2:scale": {"logit_scale": 0.3},
     "gpt_neox:in-a-row": {"use_parallel_residual": False, "attention_bias": False},
-    "gpt_neox:all-rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+    "gpt_neox:all-rotary": {"rope_parameters": {**_PLAIN, "partial_rotary_factor": 1.0}},
     "gpt2:inverse": {"scale_attn_by_inverse_layer_idx": True},
     "gpt2:upcast": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
     "gpt2:no-scale": {"scale_attn_weights": False},
@@ -202,8 +204,8 @@ VARIANTS: dict[str, Override] = {
     "llama4_text:scaled": {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.3},
     "minimax:window": {"sliding_window": 6},
     "jetmoe:aux": {"tie_word_embeddings": False},
-    "apertus:plain-rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "nemotron:all-rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+    "apertus:plain-rope": {"rope_parameters": _PLAIN},
+    "nemotron:all-rotary": {"rope_parameters": {**_PLAIN, "partial_rotary_factor": 1.0}},
     "ernie4_5_moe:tied-off": {"tie_word_embeddings": False},
     "zamba2:adapters": {"use_shared_attention_adapter": True, "num_mem_blocks": 2, "use_mem_rope": False},
     "xglm:unscaled": {"scale_embedding": False},

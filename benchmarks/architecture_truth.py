@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.architecture_configs import make_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
-
-from benchmarks.architecture_configs import make_config
 
 # What a float32 pass may differ by, as a share of the largest logit; what the model itself loses to rounding is added.
 LIMIT = 1e-5

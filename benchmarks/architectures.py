@@ -1,4 +1,4 @@
-"""Every causal language model of transformers, tiny, through Weft and each of its methods: is any answer silently wrong?
+"""Every causal language model of transformers, tiny, through Weft and each method: is any answer silently wrong?
 
     python benchmarks/architectures.py --output benchmarks/results/architectures_2-core_2026-11-29.md
     python benchmarks/architectures.py --types llama mamba2 --methods lora ln_tuning      some of it, printed
@@ -58,12 +58,11 @@ def prepare() -> Any:
     import warnings
 
     warnings.filterwarnings("ignore")
+    import benchmarks.architecture_judge  # noqa: F401
     import peft  # noqa: F401
     import torch
     import transformers
     from tests.conftest import make_tokenizer
-
-    import benchmarks.architecture_judge  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -148,11 +147,11 @@ def main() -> int:
     strange = [t for t in given.types or () if t not in known and t not in {n.split(":")[0] for n in known}]
     if strange or not wanted:
         parser.error(f"no configuration of {', '.join(strange)}")
-    from weft.methods import METHODS
+    from benchmarks.architecture_judge import COLUMNS
 
-    methods = sorted(METHODS) if given.methods is None else given.methods
-    if unknown := [m for m in methods if m not in METHODS]:
-        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(sorted(METHODS))}")
+    methods = COLUMNS[1:] if given.methods is None else given.methods
+    if unknown := [m for m in methods if m not in COLUMNS[1:]]:
+        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(COLUMNS[1:])}")
     output = given.output or Path(tempfile.mkdtemp()) / "matrix.md"
     kept = output.with_suffix(".jsonl")
     began, done = time.monotonic(), read_kept(kept, methods)
