@@ -6,6 +6,7 @@ All that is asked of Weft goes through ``load_base``, ``Adapters``, ``generate``
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from benchmarks.architecture_cell import Cell, picture
 from benchmarks.architecture_configs import LENGTHS
+from benchmarks.architecture_report import NOTHING
 from benchmarks.architecture_truth import LIMIT, Truth, first_line, guarded, load_plain, plain_logits, relative
 from tests.contracts.kit import NOT_IDENTITY, NOT_MERGEABLE, SETTINGS, UNTRAINED
 from torch import Tensor, nn
@@ -34,7 +36,10 @@ from weft.train.step import Work, sequence_losses
 BASE = "base"
 # Beside LoRA as it comes: LoRA on every linear of the blocks by name, which peft must understand as we do.
 NAMED = "lora:named"
-COLUMNS = [BASE, *sorted([*METHODS, NAMED])]
+# And on experts that are held as 3-D parameters, once LoRA can have them.
+EXPERTS = "lora:experts"
+_MORE = [NAMED, EXPERTS] if "target_parameters" in METHODS["lora"].model_fields else [NAMED]
+COLUMNS = [BASE, *sorted([*METHODS, *_MORE])]
 NEW_TOKENS = 12
 # Below it an adapter does nothing, and equalities prove nothing.
 EFFECT = 1e-4
@@ -72,10 +77,10 @@ class Judge:
         """Whether a refusal says what it is about: the type, a module, or the method."""
         kind = self.name.split(":")[0]
         named = {kind, kind.replace("_", "-"), self.truth.model.config.model_type, type(self.truth.model).__name__}
-        modules = {part for path, _ in self.truth.model.named_modules() for part in (path, path.rsplit(".", 1)[-1])}
-        return any(word and word in message for word in named | ({method} if method else set())) or any(
-            len(part) > 3 and part in message for part in modules
-        )
+        # A path, for "model" alone is a module too.
+        paths = {path for path, _ in self.truth.model.named_modules() if "." in path}
+        words = set(re.findall(r"[\w.-]+", message)) | set(re.findall(r"\w+", message))
+        return bool(words & (named | paths | ({method} if method else set())))
 
     def refuse(self, cell: Cell, error: UserError, method: str = "") -> None:
         """A refusal, which must name what it refuses."""
@@ -102,6 +107,9 @@ class Judge:
             return {**cells, **{method: cells[BASE] for method in methods}}
         self.refusing(BASE, cells[BASE], self.judge_base)
         for method in methods:
+            if method == EXPERTS and not experts_of(self.base.model, self.base.architecture.blocks):
+                cells[method] = Cell(NOTHING)
+                continue
             cells[method] = Cell(cells[BASE].path)
             self.refusing(method, cells[method], functools.partial(self.judge_method, method))
         return cells
@@ -282,13 +290,21 @@ class Judge:
 
 def config_of(method: str, adapters: Adapters) -> Any:
     """The method's defaults, small where the contract tests make them small."""
-    if method != NAMED:
+    if method not in (NAMED, EXPERTS):
         return METHODS[method](**SETTINGS.get(method, {}))
+    model, shape = adapters.model, adapters.architecture
     # A rank of 2 fits wherever more than one number goes in and out.
-    model, linears = adapters.model, adapters.architecture.linears
-    paths = [path for path in linears if min(linear_shape(model.get_submodule(path))) > 1]
+    paths = [path for path in shape.linears if min(linear_shape(model.get_submodule(path))) > 1]
     settings: dict[str, Any] = {"r": 2, "target_modules": paths}
+    if method == EXPERTS:
+        settings |= {"target_modules": paths[:1], "target_parameters": experts_of(model, shape.blocks)}
     return METHODS["lora"](**settings)
+
+
+def experts_of(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """The 3-D parameters of a model's blocks that are experts' matrices."""
+    inside = [(name, p) for name, p in model.named_parameters() if name.startswith(tuple(f"{b}." for b in blocks))]
+    return [name for name, p in inside if p.ndim == 3 and "expert" in name]
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from benchmarks.architecture_configs import EXCEPTIONS, LENGTHS, VARIANTS
 
 Cells = Mapping[str, Any]
 KINDS = ("stream", "padded", "refused", "WRONG", "CRASH")
+# The base has nothing that the column is about (experts).
+NOTHING = "–"
 
 
 def kind_of(outcome: str) -> str:
@@ -45,14 +47,15 @@ def head(command: str, seconds: float) -> list[str]:
     return [
         "# Every causal language model of transformers through Weft",
         "",
-        f"`{command}`, {date.today()}: {seconds / 60:.1f} minutes. {libraries}; Python {platform.python_version()}, "
+        f"`{command}`, {date.today()}: {seconds / 60:.1f} minutes, all processes together. "
+        f"{libraries}; Python {platform.python_version()}, "
         f"{platform.machine()}, float32, one thread a process.",
         "",
         f"Each configuration is a folder with random weights, none of them neutral. Texts of {LENGTHS} tokens; the "
         "truth is transformers' untouched model, one text at a time. `stream` and `padded`: all that is asked holds "
         "there (logits mixed and alone, loss, generation, identity at init, a gradient for every trained tensor, "
-        "neighbours unchanged, merged and peft's logits where there are such, the model after `close`), to 1e-5 of the largest "
-        "logit and ten times what float32 loses.",
+        "neighbours unchanged, merged and peft's logits where there are such, the model after `close`), to 1e-5 of the "
+        "largest logit and ten times what float32 loses.",
         "",
     ]
 

@@ -116,7 +116,7 @@ class Pool:
             how = f"over {TIME_LIMIT} s" if seconds > TIME_LIMIT else f"exit code {process.exitcode}"
             cells = {"base": {"outcome": f"CRASH: the process ended: {how}", "notes": []}}
         with self.kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, "methods": self.methods, "cells": cells}) + "\n")
+            file.write(json.dumps({"name": name, "methods": self.methods, "seconds": seconds, "cells": cells}) + "\n")
         outcomes = [cell["outcome"].split(":")[0] for key, cell in cells.items() if key != "not_made"]
         said = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "not made"
         print(f"[{count}] {name}: {said} ({seconds:.1f} s)", file=sys.stderr, flush=True)
@@ -127,7 +127,7 @@ def read_kept(path: Path, methods: list[str]) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {line["name"]: line["cells"] for line in lines if line["methods"] == methods}
+    return {line["name"]: line for line in lines if line["methods"] == methods}
 
 
 def main() -> int:
@@ -154,12 +154,12 @@ def main() -> int:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(COLUMNS[1:])}")
     output = given.output or Path(tempfile.mkdtemp()) / "matrix.md"
     kept = output.with_suffix(".jsonl")
-    began, done = time.monotonic(), read_kept(kept, methods)
+    done = read_kept(kept, methods)
     Pool(methods, given.jobs, kept).run([name for name in wanted if name not in done])
     done = read_kept(kept, methods)
-    found = {name: done[name] for name in wanted}
-    text, bad = report(found, methods, f"python benchmarks/architectures.py {' '.join(sys.argv[1:])}".strip(),
-                       time.monotonic() - began)  # fmt: skip
+    found = {name: done[name]["cells"] for name in wanted}
+    command = f"python benchmarks/architectures.py {' '.join(sys.argv[1:])}".strip()
+    text, bad = report(found, methods, command, sum(done[name].get("seconds", 0.0) for name in wanted))
     output.write_text(text, encoding="utf-8")
     if not given.output:
         print(text)

@@ -120,7 +120,7 @@ def test_a_refusal_must_name_what_it_refuses(tmp_path: Path, monkeypatch: pytest
 
 
 def test_columns_are_all_methods() -> None:
-    assert set(COLUMNS) == {"base", NAMED, *METHODS}
+    assert {"base", NAMED, *METHODS} <= set(COLUMNS)
 
 
 def test_the_report_counts_and_shows_what_is_wrong() -> None:
