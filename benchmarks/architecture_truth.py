@@ -133,7 +133,7 @@ def plain_logits(model: Any, ids: Sequence[int]) -> Tensor:
 
 
 def rounding(model: Any, texts: Sequence[Sequence[int]]) -> float:
-    """What float32 loses on these texts: against the same model in float64; where that cannot run, what deep ones do."""
+    """What float32 loses on these texts: against itself in float64; where that cannot run, what deep ones do."""
     try:
         wide = copy.deepcopy(model).double()
         if wide._can_set_experts_implementation():  # the default's kernel knows no float64
