@@ -45,6 +45,11 @@ class Adapter(nn.Module):
     # Of the base; the default learning rate depends on it.
     hidden_size: int = 2048
 
+    @property
+    def begins_as_identity(self) -> bool:
+        """Whether a fresh adapter promises to give what the base gives: not if it puts something before the text."""
+        return self.config.begins_as_identity and not (self.num_virtual_tokens or self.num_prefix_tokens)
+
     def sites(self) -> Mapping[str, SiteFunction]:
         """Module path -> what happens to that module's output."""
         return {}

@@ -79,6 +79,10 @@ class Combined(Adapter):
                 f"{inserting[0]}."
             )
 
+    @property
+    def begins_as_identity(self) -> bool:
+        return all(part.begins_as_identity for part in self.parts)
+
     def sites(self) -> Mapping[str, SiteFunction]:
         functions: dict[str, list[SiteFunction]] = {}
         for part in self.parts:

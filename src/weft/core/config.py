@@ -88,6 +88,11 @@ class MethodConfig(BaseModel):
         if "num_virtual_tokens" in cls.model_fields and cls.combination_types == ("linear",):
             cls.combination_types = (*cls.combination_types, "cat")
 
+    @property
+    def begins_as_identity(self) -> bool:
+        """Whether a fresh adapter of these settings promises to give what the base gives."""
+        return True
+
     @classmethod
     def learning_rate(cls, hidden_size: int) -> float:
         """The rate that is used when the job names none: small models want larger steps."""

@@ -63,6 +63,11 @@ class LoraConfig(LowRankConfig):
         return value
 
     @property
+    def begins_as_identity(self) -> bool:
+        # PiSSA's and LoftQ's products take the place of a part of the weight: equal but for rounding, or nearly.
+        return self.init_lora_weights in (True, "gaussian")
+
+    @property
     def pissa(self) -> bool:
         """Whether A and B begin as the principal part of the weight."""
         return str(self.init_lora_weights).startswith("pissa")

@@ -138,12 +138,12 @@ def unreachable(trace: Trace) -> dict[str, str]:
             found[path] = seen.strange
         elif seen.calls == 0 and seen.read:
             found[path] = "is never called: the model reads its weight and computes with it elsewhere"
-        elif seen.calls == 0 and not _has_called_sibling(path, called):
+        elif seen.calls == 0 and not has_called_sibling(path, called):
             found[path] = "is never called"
     return found
 
 
-def _has_called_sibling(path: str, called: set[str]) -> bool:
+def has_called_sibling(path: str, called: set[str]) -> bool:
     """Whether it is one of several in a list of which another was called: an expert that no token was sent to."""
     parts = path.split(".")
     for place, part in enumerate(parts):

@@ -23,6 +23,7 @@ from weft.data.settings import DataSettings
 from weft.data.views import Chain, Samples
 from weft.errors import UserError
 from weft.models import Base, load_base
+from weft.models.attached import prove_attached
 from weft.models.load import resolve_model, sketch_base
 from weft.train.batches import Batches
 from weft.train.job import Job
@@ -103,6 +104,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
             adapter = adapters.add(
                 job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, classification=found.classes
             )
+            prove_attached(adapters, job.name)
             jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
     except BaseException:
         adapters.close()

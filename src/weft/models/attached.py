@@ -1,0 +1,167 @@
+"""The proof of a fresh adapter, before its first step: it begins as it promises, all of it learns, neighbours stay.
+
+A few short sequences go through the base twice in one batch, under the adapter and without it. What is proved:
+
+- an adapter that begins as the identity gives what the base gives;
+- every trained tensor gets a gradient (one that is multiplied by zeros in the beginning gets it once all are moved);
+- the base's rows beside the adapter are what they are without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapters import Adapters
+from weft.core.route import stable_seed
+from weft.core.stream import Part
+from weft.errors import UserError
+from weft.models import trial
+
+# Rounding, in units of the last place of the largest number: the two halves of a batch differ by little else.
+_UNITS = 256
+# How far parameters are moved, relative to their own size and beside it, where zeros hide a gradient.
+_MOVE = 0.02
+
+
+def prove_attached(adapters: Adapters, name: str) -> None:
+    """Prove the fresh adapter ``name``; its values and gradients are afterwards what they were.
+
+    Raises:
+        UserError: it does not begin as it promises, a trained tensor has no gradient, or the base's rows change.
+    """
+    adapter = adapters[name]
+    if adapters.architecture.memory_linears or not any(p.requires_grad for p in adapter.parameters()):
+        return
+    sequences = trial.sequences_for(adapters.model, adapters.architecture)
+    with torch.no_grad():
+        alone = _run(adapters, [Part(None, sequences)])
+        both = _run(adapters, [Part(name, sequences), Part(None, sequences)])
+    near = _UNITS * max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps) * float(alone.abs().max())
+    own, beside = both[: -len(alone)], both[-len(alone) :]
+    _check_beside(adapters, name, beside, alone, near)
+    if adapter.begins_as_identity and not _close(own, alone, near):
+        raise UserError(
+            f"'{name}' ({adapter.config.method}) promises to begin as the base and does not: on this "
+            f"{adapters.architecture.model_type} model its hidden states differ by "
+            f"{float((own - alone).abs().max()):.2g} of {float(alone.abs().max()):.2g} before the first step. "
+            f"{_whose(adapter)} Take another method."
+        )
+    _check_gradients(adapters, name, sequences)
+
+
+def _whose(adapter: Adapter) -> str:
+    paths = [*adapter.inserted_blocks(), *adapter.sites(), *adapter.input_sites()]
+    return f"It acts on {paths[0]!r}{' and others' if len(paths) > 1 else ''}." if paths else ""
+
+
+def _run(adapters: Adapters, parts: Sequence[Part]) -> Tensor:
+    """Hidden states of the parts' own tokens, [n, d]."""
+    stream = adapters.stream(parts)
+    hidden = adapters.forward(stream)
+    rows = [row for own in stream.rows for row in own]
+    return hidden.index_select(0, torch.tensor(rows, device=hidden.device))
+
+
+def _close(a: Tensor, b: Tensor, near: float) -> bool:
+    return bool(((a - b).abs() <= near).all())
+
+
+def _check_beside(adapters: Adapters, name: str, beside: Tensor, alone: Tensor, near: float) -> None:
+    # In int8 a neighbour's outliers move a row by rounding of another kind (docs/design.md).
+    if any(type(m).__name__.endswith("Linear8bitLt") for m in adapters.model.modules()):
+        return
+    if not _close(beside, alone, near):
+        raise UserError(
+            f"'{name}' ({adapters[name].config.method}) changes the rows of the plain base beside it by "
+            f"{float((beside - alone).abs().max()):.2g} of {float(alone.abs().max()):.2g}: one of its modules does not "
+            "keep rows apart. Train it in a run of its own, or take another method."
+        )
+
+
+def _check_gradients(adapters: Adapters, name: str, sequences: Sequence[Sequence[int]]) -> None:
+    adapter = adapters[name]
+    trained = {key: p for key, p in adapter.named_parameters() if p.requires_grad and not key.startswith("head.")}
+    if not trained:
+        return
+    called: set[str] = set()
+    missing = _without_gradient(adapters, name, sequences, trained, called)
+    if missing:
+        with _moved(trained):
+            missing &= _without_gradient(adapters, name, sequences, trained, called)
+    places = _places(adapter)
+    # An expert that no token was sent to shows nothing.
+    missing = {key for key in missing if not trial.has_called_sibling(places.get(key, ""), called)}
+    if missing:
+        some = sorted({places.get(key, key) for key in missing})
+        raise UserError(
+            f"'{name}' ({adapter.config.method}): {len(missing)} of its trained tensors would learn nothing: no "
+            f"gradient reaches what stands at {', '.join(repr(place) for place in some[:3])}"
+            f"{' ...' if len(some) > 3 else ''} of this {adapters.architecture.model_type} model. Leave those modules "
+            "out (target_modules), or take another method."
+        )
+
+
+def _places(adapter: Adapter) -> Mapping[str, str]:
+    """Parameter -> path of the module that it acts on, where it acts on one."""
+    found: dict[str, str] = {}
+    for index, part in enumerate(getattr(adapter, "parts", ())):
+        found |= {f"part_modules.{index}.{key}": path for key, path in _places(part).items()}
+    if not isinstance(adapter, SiteAdapter):
+        return found
+    for key, _ in adapter.named_parameters():
+        kind, _, rest = key.partition(".")
+        number = rest.partition(".")[0]
+        paths = {"layers": adapter.paths, "own": adapter.own_paths}.get(kind)
+        if paths is not None and number.isdigit():
+            found[key] = paths[int(number)]
+    return found
+
+
+def _without_gradient(
+    adapters: Adapters,
+    name: str,
+    sequences: Sequence[Sequence[int]],
+    trained: Mapping[str, nn.Parameter],
+    called: set[str],
+) -> set[str]:
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        for path, module in adapters.model.named_modules()
+    ]
+    try:
+        with torch.enable_grad():
+            hidden = _run(adapters, [Part(name, sequences)])
+            if adapters.changes_head(name):
+                hidden = adapters.logits(hidden, [(name, len(hidden))])
+            generator = torch.Generator().manual_seed(0)
+            weights = torch.randn(hidden.shape, generator=generator).to(hidden)
+            loss = (hidden * weights).sum()
+            penalty = adapters[name].penalty()
+            loss = loss if penalty is None else loss + penalty.to(loss)
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key for key, g in zip(trained, gradients, strict=True) if g is None or not bool(g.any())}
+
+
+@contextmanager
+def _moved(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Inside, every parameter is a little elsewhere."""
+    kept = {key: parameter.detach().clone() for key, parameter in trained.items()}
+    with torch.no_grad():
+        for key, parameter in trained.items():
+            generator = torch.Generator().manual_seed(stable_seed("moved", key))
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise * (_MOVE * (1 + float(parameter.std(correction=0)))))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, parameter in trained.items():
+                parameter.copy_(kept[key])
