@@ -74,7 +74,7 @@ def combine(
     base = sketch_base(base_name)
 
     def load(one: Found) -> Source:
-        config, tensors, task = files.read(one.folder)
+        config, tensors, task = files.read(one.folder, base.model)
         if task is not None:
             raise UserError(f"{one.name} has a classification head; heads trained apart cannot be made one.")
         try:
