@@ -70,7 +70,7 @@ class MethodConfig(BaseModel):
     weights_file: ClassVar[str] = "adapter_model.safetensors"
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
-    # What a field means that PEFT's file leaves out, where that is not our own default (None: PEFT needs it to be there).
+    # What a field means that PEFT's file leaves out, where that is not our own default (None: PEFT needs it).
     peft_defaults: ClassVar[Mapping[str, Any]] = {}
     # Fields that PEFT's file does not have, or has in other words: paths instead of names.
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
@@ -129,7 +129,7 @@ class MethodConfig(BaseModel):
         return self.model_dump(mode="json")
 
     def in_peft(self) -> dict[str, Any]:
-        """Those of the same entries that do not depend on the base: an ``adapter_config.json`` beside ours must agree."""
+        """Those of these entries that do not depend on the base: an ``adapter_config.json`` beside ours agrees."""
         return {"peft_type": self.peft_type, **self.model_dump(mode="json", exclude=set(self.not_in_peft))}
 
     @classmethod

@@ -129,8 +129,8 @@ def without_tables(
 ) -> dict[str, Tensor]:
     """``tensors`` without the base's own table of embeddings and output layer.
 
-    peft adds them where they were tuned or the vocabulary was resized (``save_embedding_layers``). ``own``: the names of
-    the adapter's tensors, which stay.
+    peft adds them where they were tuned or the vocabulary was resized (``save_embedding_layers``). ``own``: the names
+    of the adapter's tensors, which stay.
 
     Raises:
         UserError: a table is another one than the base's, or the base's has another number of rows.
@@ -147,8 +147,8 @@ def without_tables(
                     raise UserError(
                         f"tensor '{key}' is a table of shape {tuple(table.shape)}, and this base's is "
                         f"{tuple(weight.shape)}: the adapter was made on a base whose vocabulary was resized "
-                        "(resize_token_embeddings), and does not fit this one. Load it on the base that was resized and "
-                        "saved, with its tokenizer (--model)."
+                        "(resize_token_embeddings), and does not fit this one. Load it on the base that was resized "
+                        "and saved, with its tokenizer (--model)."
                     )
                 if key in own:
                     continue

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from weft.core.adapter import SiteAdapter
 from weft.core.architecture import Architecture, is_linear, linear_shape
