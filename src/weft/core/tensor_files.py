@@ -38,7 +38,7 @@ def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor: of its dtype and shape (``float32[2, 3]``), then of its bytes."""
     data = tensor.detach().cpu().contiguous()
     found = hashlib.sha256(f"{str(data.dtype).removeprefix('torch.')}{list(data.shape)}".encode())
-    found.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+    found.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
