@@ -70,8 +70,8 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         digests[file] = save_tensors(stored_tensors(adapter), folder / file)
         if extra := adapter.extra_tensors():
             digests[EXTRA] = save_tensors(extra, folder / EXTRA)
-        else:
-            (folder / EXTRA).unlink(missing_ok=True)  # of an adapter that was here before
+        for other in {WEIGHTS, EXTRA, *(cls.weights_file for cls in METHODS.values())} - digests.keys():
+            (folder / other).unlink(missing_ok=True)  # of an adapter that was here before
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     if adapter.provenance is not None:

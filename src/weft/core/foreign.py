@@ -119,7 +119,7 @@ def _same_targets(config: MethodConfig, mine: str | Collection[str], theirs: Any
 
     # With layers chosen, a name may have no module left.
     whole = getattr(config, "layers_to_transform", None) is not None or all(
-        any(under(path, [name]) for path in theirs) for name in mine
+        any(under(path, [name]) or under(name, [path]) for path in theirs) for name in mine
     )
     return whole and all(under(path, mine) or any(under(name, [path]) for name in mine) for path in theirs)
 
