@@ -284,7 +284,7 @@ def test_every_method_agrees_with_itself(tmp_path: Path) -> None:
 
     many: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in kit.ALL]
     many += [(method, kit.DROPOUT[method]) for method in kit.DROPOUT]
-    many += [("ia3", {"target_modules": ["c_attn", "c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
+    many += [("ia3", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
              ("lora", {"use_rslora": True, "init_lora_weights": "pissa", "rank_pattern": {"c_fc": 2}}),
              ("vera", {"save_projection": False, "layers_to_transform": [0]})]  # fmt: skip
     for kind in ("llama", "gpt2", "bloom"):

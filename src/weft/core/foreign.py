@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
 from weft.core.config import MethodConfig
-from weft.core.heads import ClassificationTask, task_of_tensors
+from weft.core.heads import PREFIXES, ClassificationTask, task_of_tensors
 from weft.core.registry import METHODS
-from weft.core.tensor_names import PREFIX
 from weft.errors import UserError
 
 # Under these two names peft looks for a classification head.
@@ -139,7 +138,7 @@ def without_tables(
     for path in dict.fromkeys(path for path in (shape.embeddings, shape.head) if path):
         base = model.get_submodule(path)
         for part, weight in base.named_parameters(recurse=False):
-            for key in (f"{PREFIX}{path}.{part}", f"{PREFIX}{path}.base_layer.{part}"):
+            for key in (*(f"{prefix}{path}.{part}" for prefix in PREFIXES), f"{PREFIXES[0]}{path}.base_layer.{part}"):
                 if key not in rest:
                     continue
                 table = rest[key]

@@ -14,7 +14,7 @@ PREFIX = "base_model.model."
 # What torch.compile, FSDP and activation checkpointing put between a module's name and its parent's.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 # What DistributedDataParallel puts before everything inside it.
-_PARALLEL = re.compile(rf"^(?:module\.)+|(?<=^{re.escape(PREFIX)})(?:module\.)+")
+_PARALLEL = re.compile(rf"^(?:module\.)*({re.escape(PREFIX)})?(?:module\.)*")
 # Where a model of texts and images keeps its language model, and what may stand there that is no part of it.
 _LANGUAGE_MODELS = ("language_model", "text_model")
 _PARTS = (
@@ -43,7 +43,7 @@ def normalised(
     adapters: dict[str, str] = {}
     moved: str | None = None
     for key in tensors:
-        plain = _PARALLEL.sub("", _WRAPPERS.sub("", key).lstrip("."))
+        plain = _PARALLEL.sub(r"\1", _WRAPPERS.sub("", key).lstrip("."))
         for found in (_NAMED.search(plain), _SAVED.search(plain), _PROMPT.search(plain)):
             if found is not None:
                 adapters.setdefault(found[found.re.groups], key)
