@@ -60,7 +60,8 @@ def test_an_adapter_that_cannot_be_right(
     shutil.copytree(run_dir / "adapters" / "lora", folder)
     change(folder)
     more: list[object] = ["--prompt", "Hi"] if verb == "generate" else ["--output", "out"]
-    result = weft(verb, folder, *more, "--model", tiny_llama_dir)
+    place = ["--adapter", folder] if verb == "merge" else [folder]
+    result = weft(verb, *place, *more, "--model", tiny_llama_dir)
     assert result.code == 2
     assert re.search(words, " ".join(result.err.split()))
     assert "Traceback" not in result.err

@@ -216,7 +216,8 @@ VARIANTS: dict[str, Callable[[str], str]] = {
 }
 FILES: dict[str, dict[str, Any]] = {
     "lora": {"cls": peft.LoraConfig, "r": 3, "target_modules": ["q_proj", "down_proj"],
-             "modules_to_save": ["lm_head", "model.norm"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+             "modules_to_save": ["lm_head", "model.norm"], "rank_pattern": {"q_proj": 2},
+             "alpha_pattern": {"q_proj": 3}},
     "dora": {"cls": peft.LoraConfig, "r": 3, "target_modules": ["q_proj", "down_proj"], "use_dora": True,
              "modules_to_save": ["1.mlp"]},
     "embeddings": {"cls": peft.LoraConfig, "r": 3, "target_modules": ["embed_tokens", "q_proj"]},
