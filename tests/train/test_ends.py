@@ -52,6 +52,7 @@ def test_float16_that_overflows_in_every_step(steps: int) -> None:
     for name, count in {"one": steps, "two": 1}.items():
         assert (jobs[name]["ended"], jobs[name]["skipped"], jobs[name]["moved"]) == ("failed", count, 0)
         assert (f"all {count} steps" if count > 1 else "its one step") in jobs[name]["reason"]
+        assert "a gradient overflowed in" in jobs[name]["reason"]
         assert "bfloat16 or float32" in jobs[name]["reason"]
     assert sorted(warnings) == sorted(f"{name}: {jobs[name]['reason']}; the job has failed" for name in jobs)
 
