@@ -21,7 +21,7 @@ from weft.train.store import RunStore
 
 SETTINGS: list[dict[str, Any]] = [
     {"name": "lora", "method": "lora", "method_settings": {"r": 2, "lora_dropout": 0.2}, "steps": 14, "batch_size": 2,
-     "eval_steps": 2, "early_stopping_patience": 2, "learning_rate": 0.05},
+     "eval_steps": 2, "early_stopping_patience": 2, "learning_rate": 0.03},
     {"name": "prefix", "method": "prefix_tuning", "steps": 11, "batch_size": 1, "gradient_accumulation_steps": 2,
      "method_settings": {"num_virtual_tokens": 2, "prefix_projection": True}, "eval_steps": 5},
     {"name": "bottleneck", "method": "bottleneck", "method_settings": {"dropout": 0.3}, "steps": 9, "batch_tokens": 30,
@@ -40,7 +40,7 @@ def make_trainer(folder: Path | None, **options: Any) -> Trainer:
     for seed, settings in enumerate(SETTINGS):
         config = JobConfig(seed=seed, **settings)
         adapter = adapters.add(config.name, config.method_config(), seed=seed)
-        jobs.append(Job(config, adapter, kit.samples(7, seed=seed), kit.samples(3, seed=50 + seed)))
+        jobs.append(Job(config, adapter, kit.samples(7, seed=seed), kit.samples(3, seed=55 + seed)))
     store = None
     if folder is not None:
         store = RunStore(folder)

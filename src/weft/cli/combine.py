@@ -74,7 +74,7 @@ def combine(
     base = sketch_base(base_name)
 
     def load(one: Found) -> Source:
-        config, tensors, task = files.read(one.folder)
+        config, tensors, task = files.read(one.folder, base.model)
         if task is not None:
             raise UserError(f"{one.name} has a classification head; heads trained apart cannot be made one.")
         try:
@@ -128,6 +128,10 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
         found = [Found(RunStore(folder).adapters / name, folder) for name in chosen]
         missing = next((one for one in found if not one.folder.is_dir()), None)
         if missing is not None:
+            for name, reason in RunStore(folder).failed([missing.folder.name]).items():
+                raise UserError(
+                    f"{folder} has no adapter '{name}', for its job failed: {reason}. Name the others with --adapter."
+                )
             raise UserError(f"{folder} is not finished: there is no {missing.name} yet. Go on with it (--resume).")
         return found
     if not any((folder / name).is_file() for name in (CONFIG, OWN_CONFIG)):

@@ -191,12 +191,13 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
         told = [e for e in logged if e["event"] == "eval" and e["job"] == name]
         evals = [e["eval_loss"] for e in told]
         right = [e["eval_accuracy"] for e in told if "eval_accuracy" in e]
-        folder = Path(job["folder"])
-        size = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) if result.completed else 0
+        kept = result.completed and state["ended"] != "failed"
+        size = sum(p.stat().st_size for p in Path(job["folder"]).rglob("*.safetensors")) if kept else 0
         rows.append(
             {
                 **job,
                 "ended": state["ended"] or "interrupted",
+                "reason": state["reason"],
                 "steps": state["step"],
                 "total_steps": state["total_steps"],
                 "loss": losses[-1] if losses else None,
@@ -210,7 +211,7 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
                 "tokens": state["tokens"],
                 "tokens_per_second": round(state["tokens"] / state["seconds"], 1) if state["seconds"] else None,
                 "bytes": size,
-                "folder": job["folder"] if result.completed else None,
+                "folder": job["folder"] if kept else None,
             }
         )
     return {
@@ -275,8 +276,10 @@ def _show(summary: Mapping[str, Any]) -> None:
     # Under the table, not in it: a path that is cut cannot be copied.
     if summary["completed"]:
         for job in summary["jobs"]:
-            print(f"{job['name']} -> {job['folder']}")
+            print(f"{job['name']} -> {job['folder'] or 'failed, and is not kept: ' + str(job['reason'])}")
         where = shlex.quote(summary["output_dir"])
+        if all(job["folder"] is None for job in summary["jobs"]):
+            return
         print(f"classify:  weft generate {where} --prompt TEXT" if classifies else f"talk to it:  weft chat {where}")
     else:
         again = f"weft train {shlex.quote(summary['output_dir'])} --resume"

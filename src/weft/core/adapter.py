@@ -153,9 +153,11 @@ def checked(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> 
         raise UserError(f"the adapter's file has no tensor '{key}'.{nearest(key, tensors)}")
     value = tensors[key]
     if tuple(value.shape) != shape:
+        why = "Was the adapter made for another base?"
+        if not value.numel():
+            why = "A tensor of no elements was saved of a model in shards (ZeRO-3, FSDP) that were not gathered before."
         raise UserError(
-            f"tensor '{key}' has shape {tuple(value.shape)}; this base and configuration need {shape}. "
-            "Was the adapter made for another base?"
+            f"tensor '{key}' has shape {tuple(value.shape)}; this base and configuration need {shape}. {why}"
         )
     return value
 

@@ -19,6 +19,7 @@ from weft.core.combined import Combined, CombinedConfig
 from weft.core.compose import Combination, Source
 from weft.core.compose import combine as compose
 from weft.core.config import BuildContext, MethodConfig
+from weft.core.foreign import without_tables
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.merging import Merged, check_mergeable, merge_weights
 from weft.core.route import KeyValueCache, Route, Router, Segment
@@ -296,7 +297,7 @@ class Adapters:
 
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
         """Add an adapter from a folder in PEFT's layout, ours or peft's."""
-        config, tensors, task = files.read(Path(folder))
+        config, tensors, task = files.read(Path(folder), self.model)
         provenance = files.provenance_of(Path(folder))
         adapter = self._add_with(name, config, tensors, tokenizer=tokenizer, classification=task)
         adapter.provenance = provenance
@@ -308,7 +309,8 @@ class Adapters:
         adapter = self.add(name, config, blank=True, **more)
         try:
             with torch.no_grad():
-                files.load_tensors(adapter, tensors)
+                own = files.stored_tensors(adapter).keys()
+                files.load_tensors(adapter, without_tables(own, tensors, self.model, self.architecture))
         except BaseException:
             self.remove(name)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,6 +70,10 @@ class MethodConfig(BaseModel):
     weights_file: ClassVar[str] = "adapter_model.safetensors"
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
+    # What a field means that PEFT's file leaves out, where that is not our own default (None: PEFT needs it).
+    peft_defaults: ClassVar[Mapping[str, Any]] = {}
+    # Fields that PEFT's file does not have, or has in other words: paths instead of names.
+    not_in_peft: ClassVar[frozenset[str]] = frozenset()
     # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = None
@@ -129,6 +133,15 @@ class MethodConfig(BaseModel):
         """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""
         return self.model_dump(mode="json")
 
+    def in_peft(self) -> dict[str, Any]:
+        """Those of these entries that do not depend on the base: an ``adapter_config.json`` beside ours agrees."""
+        return {"peft_type": self.peft_type, **self.model_dump(mode="json", exclude=set(self.not_in_peft))}
+
+    @classmethod
+    def of_layout(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Where in an ``adapter_config.json`` of this method's layout the entries of ``in_peft`` stand."""
+        return entries
+
     def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any] | None:
         """The whole ``adapter_config.json`` of adapter ``name``, for methods whose files are not laid out as PEFT's."""
         return None
@@ -143,7 +156,7 @@ class MethodConfig(BaseModel):
         """Read the method's entries of an ``adapter_config.json`` (the common ones are already taken out).
 
         ``keys`` are the tensor names of the adapter's file: what was really tuned. Entries that Weft does not know are
-        dropped when they are empty or off, else refused.
+        dropped when they are empty or off, else refused. What is not there has PEFT's default, not ours.
         """
         known = {k: v for k, v in entries.items() if k in cls.model_fields}
         for key in entries.keys() - known.keys() - cls.harmless_keys:
@@ -152,11 +165,15 @@ class MethodConfig(BaseModel):
                     f"adapter_config.json: {key!r} is {entries[key]!r}, which changes what a {cls.peft_type} adapter "
                     "computes and which Weft does not know; the adapter would answer differently, so it is not loaded."
                 )
-        return cls(**known)
+        for key, default in cls.peft_defaults.items():
+            if default is None and known.get(key) is None:
+                raise UserError(f"adapter_config.json: {key!r} is not there, and PEFT has no default for it.")
+        return cls(**{**cls.peft_defaults, **known})
 
 
 class SavesModules(MethodConfig):
-    """Of a method that can train whole base modules beside its own parameters: last parts of their paths.
+    """Of a method that can train whole base modules beside its own parameters: endings of their paths, as in PEFT
+    (``norm`` is every ``input_layernorm`` too; ``model.norm`` is one).
 
     The adapter hands ``weft.core.weights.saved_modules`` of them to ``SiteAdapter``.
     """

@@ -1,7 +1,8 @@
 """Adapter folders in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What PEFT's configuration has no word for lies beside it in ``weft.json`` (the method's own configuration, whole, and
-how the data was rendered), so that our folders load in peft and nothing is lost when we read them back.
+What PEFT's configuration has no word for lies beside it in ``weft.json`` (the method's own configuration, whole, how
+the data was rendered, the SHA-256 of every tensor), so that our folders load in peft and nothing is lost when we read
+them back.
 """
 
 from __future__ import annotations
@@ -14,44 +15,26 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask, task_of_tensors
+from weft.core.foreign import HEAD_MODULES, check_agreement, read_foreign, without_tables
+from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask
+from weft.core.registry import METHODS as METHODS
+from weft.core.registry import method_config as method_config
 from weft.core.route import Router
-from weft.errors import UserError, nearest
+from weft.core.tensor_files import check_digests, check_values, save_tensors
+from weft.core.tensor_files import read_tensors as read_tensors
+from weft.core.tensor_names import normalised
+from weft.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "encoder.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
-# Entries that every PEFT configuration has and that say nothing about the method.
-# Under these two names peft looks for a classification head.
-HEAD_MODULES = ("classifier", "score")
-COMMON_KEYS = (
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-)
-
-# Filled by weft.methods: name -> configuration class.
-METHODS: dict[str, type[MethodConfig]] = {}
-
-
-def method_config(method: str) -> type[MethodConfig]:
-    """The configuration class of a method by its name; UserError lists the methods."""
-    if method not in METHODS:
-        raise UserError(f"no method named {method!r}.{nearest(method, METHODS)} Methods: {', '.join(sorted(METHODS))}.")
-    return METHODS[method]
 
 
 def check_name(name: str) -> None:
@@ -61,9 +44,15 @@ def check_name(name: str) -> None:
 
 
 def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_name: str = "") -> None:
-    """Write ``adapter`` into ``folder``; several methods in one adapter each get a folder in it, which loads alone."""
+    """Write ``adapter`` into ``folder``; several methods in one adapter each get a folder in it, which loads alone.
+
+    Raises:
+        UserError: a tensor is not finite; names it.
+    """
+    check_values({**stored_tensors(adapter), **adapter.extra_tensors()}, f"adapter '{adapter.name}' is not saved")
     folder.mkdir(parents=True, exist_ok=True)
     own: dict[str, Any] = {"method": adapter.config.method}
+    digests: dict[str, dict[str, str]] = {}
     if isinstance(adapter, Combined):
         names = [f"{i}-{part.config.method}" for i, part in enumerate(adapter.parts, 1)]
         for name, part in zip(names, adapter.parts, strict=True):
@@ -71,23 +60,25 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
             part.trained_on = adapter.trained_on or part.trained_on
             save(part, architecture, folder / name, base_name=base_name)
         if adapter.head is not None:
-            _save_tensors(_stored_head(adapter), folder / WEIGHTS)
+            digests[WEIGHTS] = save_tensors(_stored_head(adapter), folder / WEIGHTS)
         own["parts"] = names
     else:
         own["config"] = adapter.stored_config().model_dump(mode="json")
         entries = adapter.config.own_layout(adapter.name, architecture)
         write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
-        _save_tensors(stored_tensors(adapter), folder / adapter.config.weights_file)
+        file = adapter.config.weights_file
+        digests[file] = save_tensors(stored_tensors(adapter), folder / file)
         if extra := adapter.extra_tensors():
-            _save_tensors(extra, folder / EXTRA)
-        else:
-            (folder / EXTRA).unlink(missing_ok=True)  # of an adapter that was here before
+            digests[EXTRA] = save_tensors(extra, folder / EXTRA)
+        for other in {WEIGHTS, EXTRA, *(cls.weights_file for cls in METHODS.values())} - digests.keys():
+            (folder / other).unlink(missing_ok=True)  # of an adapter that was here before
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     if adapter.provenance is not None:
         own["data"] = adapter.provenance
     if adapter.trained_on:
         own["base"] = adapter.trained_on
+    own["sha256"] = digests
     write_json(folder / OWN_CONFIG, own)
 
 
@@ -107,7 +98,7 @@ def assemble(
         router=Router(),
     )
     adapter = config.build(name, context)
-    adapter.load_tensors(tensors)
+    adapter.load_tensors(without_tables(adapter.tensors().keys(), tensors, model, architecture))
     return adapter
 
 
@@ -160,36 +151,59 @@ def weights_path(folder: Path) -> Path:
     return next((folder / name for name in names if (folder / name).is_file()), folder / WEIGHTS)
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # A copy each: two names may share one tensor, which safetensors refuses.
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
+def read(
+    folder: Path, model: nn.Module | None = None
+) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
     """Read an adapter folder: the method's configuration, the tensors and the classes, if it classifies.
 
+    ``model``: the base; where a file of others calls its modules by a longer path, they get the base's own.
+
     Raises:
-        UserError: a file is missing or broken, or holds what Weft does not know.
+        UserError: a file is missing or broken, or holds what Weft does not know; two files disagree; a tensor is not
+            the one that was saved, not finite, or not of floating point.
     """
     if not folder.is_dir():
         raise UserError(f"no adapter folder at {folder}.")
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    path = folder / OWN_CONFIG
+    own = read_json(path) if path.is_file() else {}
     try:
         task = ClassificationTask(tuple(own["labels"])) if "labels" in own else None
         if "parts" in own:
             read_parts = [read(folder / name) for name in _parts(own)]
             joined = {f"{i}.{key}": t for i, (_, part, _) in enumerate(read_parts) for key, t in part.items()}
             if (folder / WEIGHTS).is_file():
-                joined |= read_tensors(folder / WEIGHTS)
+                joined |= _checked_tensors(folder / WEIGHTS, own)
             return CombinedConfig(parts=tuple(config for config, _, _ in read_parts)), joined, task
-        tensors = read_tensors(_weights_of(folder))
+        weights = _weights_of(folder)
+        tensors = _checked_tensors(weights, own)
         entries = read_json(folder / CONFIG)
         if own:
-            tensors |= read_tensors(folder / EXTRA) if (folder / EXTRA).is_file() else {}
-            return method_config(own["method"])(**own["config"]), tensors, task
-        return _read_foreign(folder, entries, tensors)
+            config = method_config(own["method"])(**own["config"])
+            check_agreement(path, config, folder / CONFIG, entries)
+            if (folder / EXTRA).is_file():  # inference can do without
+                tensors |= _checked_tensors(folder / EXTRA, own)
+            return config, tensors, task
+        names = None if model is None else {name for name, _ in model.named_modules()}
+        return read_foreign(folder / CONFIG, entries, normalised(tensors, entries, names))
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
+
+
+def _digests(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The SHA-256 of each file's tensors; empty in folders of earlier versions."""
+    found = own.get("sha256", {})
+    if not isinstance(found, dict):
+        raise UserError(f"{OWN_CONFIG}: sha256 must be a JSON object, not {type(found).__name__}.")
+    return found
+
+
+def _checked_tensors(path: Path, own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, if they are those that were saved, finite, and of floating point."""
+    tensors = read_tensors(path)
+    if path.name in _digests(own):
+        check_digests(path, tensors, own["sha256"][path.name], path.with_name(OWN_CONFIG))
+    check_values(tensors, path)
+    return tensors
 
 
 def base_of(folder: Path) -> str | None:
@@ -245,30 +259,6 @@ def _weights_of(folder: Path) -> Path:
     return path
 
 
-def _read_foreign(
-    folder: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
-    """A folder that peft wrote, or AdapterHub."""
-    for cls in METHODS.values():
-        if (config := cls.from_layout(entries)) is not None:
-            return config, tensors, None
-    # P-tuning v2's files are prefix tuning's, which reads them.
-    named_so = sorted(METHODS.values(), key=lambda cls: cls.method.upper() == cls.peft_type)
-    by_type = {cls.peft_type: cls for cls in named_so}
-    peft_type = entries.get("peft_type")
-    if peft_type not in by_type:
-        raise UserError(f"{folder / CONFIG}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")
-    rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}
-    rows, virtual = tensors.get("prompt_embeddings"), entries.get("num_virtual_tokens")
-    if rows is not None and entries.get("num_transformer_submodules") == 2 and len(rows) == 2 * (virtual or 0):
-        # Of an encoder-decoder's two sets of virtual tokens peft only ever uses the encoder's.
-        tensors = {**tensors, "prompt_embeddings": rows[:virtual]}
-    task, of_head = task_of_tensors(tensors) if entries.get("task_type") == "SEQ_CLS" else (None, [])
-    if task is not None:
-        rest["modules_to_save"] = [m for m in rest.get("modules_to_save") or () if m not in HEAD_MODULES] or None
-    return by_type[peft_type].from_peft(rest, [key for key in tensors if key not in of_head]), tensors, task
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or UserError."""
     try:
@@ -280,15 +270,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
     return value
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or UserError if it is truncated or broken."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -286,7 +286,8 @@ def _dequantized(weight: Any) -> Tensor:
 
 
 def modules_named(model: nn.Module, names: Sequence[str], key: str) -> dict[str, nn.Module]:
-    """Modules whose path ends with one of ``names``, as PEFT's ``modules_to_save`` matches; a path for each.
+    """Modules whose path ends with one of ``names``, at a dot or not, as PEFT's ``modules_to_save`` matches; a path
+    for each: ``norm`` is every ``input_layernorm`` too.
 
     Raises:
         UserError: a name matches no module.
@@ -294,7 +295,7 @@ def modules_named(model: nn.Module, names: Sequence[str], key: str) -> dict[str,
     paths = {path: module for path, module in model.named_modules() if path}
     found: dict[str, nn.Module] = {}
     for name in names:
-        own = {p: m for p, m in paths.items() if p == name or p.endswith(f".{name}")}
+        own = {p: m for p, m in paths.items() if name and p.endswith(name)}
         if not own:
             last = sorted(
                 {p.rsplit(".", 1)[-1] for p, m in paths.items() if next(m.parameters(False), None) is not None}

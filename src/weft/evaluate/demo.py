@@ -112,7 +112,7 @@ def run_demo(
             Measured(
                 job.name,
                 measure.parameters[job.name],
-                weights.stat().st_size,
+                weights.stat().st_size if weights.is_file() else 0,
                 exact_match(measure.answers[None]),
                 exact_match(measure.answers[job.name]),
                 measure.text_losses[job.name] - measure.text_losses[None],

@@ -118,6 +118,9 @@ def _adapter_folder(folder: Path) -> Path:
                 f"{folder} is a run with the adapters {', '.join(names)}; one is merged at a time: --adapter "
                 f"{RunStore(folder).adapters / names[0]}, for one."
             )
+        failed = RunStore(folder).failed(names)
+        if failed:
+            raise UserError(f"{folder} has no adapter, for its job '{names[0]}' failed: {failed[names[0]]}.")
         folder = RunStore(folder).adapters / names[0]
         if not folder.is_dir():
             raise UserError(f"the run is not finished: there is no {folder} yet. Go on with it (--resume).")

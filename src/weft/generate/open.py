@@ -215,6 +215,11 @@ def _open_run(
     unknown = [name for name in wanted or () if name not in names and name != BASE]
     if unknown:
         raise UserError(f"{folder} has no adapter '{unknown[0]}'; there are: {', '.join(names)} (and {BASE}).")
+    failed = store.failed(keep)
+    if failed and (wanted is not None or len(failed) == len(keep)):
+        name, reason = next(iter(failed.items()))
+        raise UserError(f"{folder} has no adapter '{name}', for its job failed: {reason}.")
+    keep = [name for name in keep if name not in failed]
     tokenizer = load_tokenizer(str(store.tokenizer)) if store.tokenizer.is_dir() else None
     recorded = store.read_run().get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
@@ -231,6 +236,7 @@ def _open_run(
     if model is None and dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
     renderer, notes = _renderer_of_run(store, config, base, keep, chat_template)
+    notes += [f"there is no adapter '{name}', for its job failed: {reason}" for name, reason in failed.items()]
     opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
     try:
         _add_adapters(opened, store, config, keep)

@@ -29,7 +29,7 @@ from weft.core.config import BuildContext, MethodConfig
 from weft.core.merging import MergedModule
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
-from weft.methods.low_rank import LowRankConfig, check_rank, drop_copies_of_the_base, find_targets
+from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
 from weft.ops.lowrank import low_rank_add, low_rank_merged
 
 
@@ -46,6 +46,7 @@ class AdaLoraConfig(LowRankConfig):
     small_learning_rate: ClassVar[float | None] = 2e-2
     # P, Λ and Q of two adapters have nothing to do with each other; peft has no rule either.
     combination_types: ClassVar[tuple[str, ...]] = ()
+    peft_defaults: ClassVar[Mapping[str, Any]] = {**LowRankConfig.peft_defaults, "tinit": 0, "tfinal": 0, "deltaT": 1}
     harmless_keys: ClassVar[frozenset[str]] = LowRankConfig.harmless_keys | {"r", "init_lora_weights", "alpha_pattern"}
 
     init_r: int = Field(default=12, gt=0)
@@ -77,15 +78,20 @@ class AdaLoraConfig(LowRankConfig):
         return AdaLora(self, name, context)
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
-        # peft wants a schedule even of a finished adapter, and one that fits.
+        return {**super().to_peft(architecture), **self._schedule()}
+
+    def in_peft(self) -> dict[str, Any]:
+        return {**super().in_peft(), **self._schedule()}
+
+    def _schedule(self) -> dict[str, int]:
+        """peft wants one even of a finished adapter, and one that fits."""
         tinit, tfinal = self.tinit or 0, self.tfinal or 0
-        schedule = {
+        return {
             "tinit": tinit,
             "tfinal": tfinal,
             "deltaT": self.deltaT or 1,
             "total_step": self.total_step or tinit + tfinal + 1,
         }
-        return {**super().to_peft(architecture), **schedule}
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
@@ -171,7 +177,6 @@ class AdaLora(SiteAdapter):
         modules, own = find_targets(config, context)
         super().__init__(config, name, {p: SvdLinear(config, p, m, context) for p, m in modules.items()}, own)
         self.adalora = config
-        self.__dict__["bases"] = modules  # not submodules: their tensors are not the adapter's
         self.register_buffer("settled", torch.zeros((), dtype=torch.bool, device=context.device))
         self.schedule: tuple[int, int, int] | None = None
         if context.device.type != "meta":
@@ -292,5 +297,4 @@ class AdaLora(SiteAdapter):
                 shape = [count if d == dim else size for d, size in enumerate(full.shape)]
                 value = checked(rest, key, tuple(shape)).to(full)
                 rest[key] = full.index_copy_(dim, kept.nonzero().view(-1), value)
-        drop_copies_of_the_base(rest, self.__dict__["bases"])
         copy_into(super().tensors(), rest)

@@ -127,6 +127,15 @@ class BottleneckConfig(MethodConfig):
             raise UserError(f"bottleneck: reduction_factor says nothing of layer {layer}; add a 'default'.")
         return max(1, int(hidden_size // factor))
 
+    def in_peft(self) -> dict[str, Any]:
+        depends = {"architecture", *(["reduction_factor"] if self.reduction_factor is None else [])}
+        return self.model_dump(mode="json", exclude=depends)
+
+    @classmethod
+    def of_layout(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = entries.get("config")
+        return found if isinstance(found, dict) else {}
+
     def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any]:
         return to_adapterhub(self, architecture, name)
 

@@ -46,6 +46,10 @@ class HardPromptConfig(SoftPromptConfig):
         # With its ids in it the adapter's folder needs no tokenizer.
         return HardPrompt(HardPromptConfig(prompt_ids=ids, virtual_position=self.virtual_position), name, context)
 
+    def in_peft(self) -> dict[str, Any]:
+        count = {} if self.prompt_ids is None else {"num_virtual_tokens": len(self.prompt_ids)}
+        return {"peft_type": super().in_peft()["peft_type"], **count}
+
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         # To peft it is prompt tuning with these rows.
         assert self.prompt_ids is not None

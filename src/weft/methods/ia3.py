@@ -36,6 +36,7 @@ class IA3Config(MethodConfig):
     peft_type: ClassVar[str] = "IA3"
     default_learning_rate: ClassVar[float] = 3e-3
     small_learning_rate: ClassVar[float | None] = 1e-1
+    not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules", "feedforward_modules"})
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "exclude_modules"})
 
     target_modules: str | list[str] | None = None
@@ -91,7 +92,8 @@ class IA3Config(MethodConfig):
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
         # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
-        targets = sorted(key.removeprefix(SiteAdapter.prefix).removesuffix(".ia3_l") for key in keys)
+        tuned = [key for key in keys if key.endswith(".ia3_l")]
+        targets = sorted(key.removeprefix(SiteAdapter.prefix).removesuffix(".ia3_l") for key in tuned)
         inner = entries.get("feedforward_modules")
         if inner is not None:
             inner = [path for path in targets if _scales_input(path, inner)]

@@ -23,6 +23,7 @@ class LNTuningConfig(MethodConfig):
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = 3e-2
     whole_values: ClassVar[bool] = True
+    not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules"})
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
     target_modules: str | list[str] | None = None
@@ -62,7 +63,8 @@ class LNTuningConfig(MethodConfig):
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
         # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
-        tuned = sorted({key.removeprefix(SiteAdapter.prefix).split(f".{_STORED}.")[0] for key in keys})
+        own = [key for key in keys if f".{_STORED}." in key]
+        tuned = sorted({key.removeprefix(SiteAdapter.prefix).split(f".{_STORED}.")[0] for key in own})
         return super().from_peft({**entries, "target_modules": tuned}, keys)
 
 

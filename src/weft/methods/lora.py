@@ -23,7 +23,7 @@ from weft.errors import UserError
 from weft.methods.dora import LoraEmbedding, VariantLinear
 from weft.methods.lora_combine import combine_lora
 from weft.methods.lora_init import drawn_factors, loftq_initial_factors, pissa_factors
-from weft.methods.low_rank import LowRankConfig, check_rank, drop_copies_of_the_base, find_targets
+from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
 from weft.ops.lowrank import low_rank_add, low_rank_merged
 
 # PEFT's other ones (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
@@ -43,6 +43,7 @@ class LoraConfig(LowRankConfig):
     default_learning_rate: ClassVar[float] = 2e-4
     small_learning_rate: ClassVar[float | None] = 2e-3
     own_fields: ClassVar[frozenset[str]] = frozenset({"loraplus_lr_ratio", "loraplus_lr_embedding"})
+    not_in_peft: ClassVar[frozenset[str]] = LowRankConfig.not_in_peft | own_fields
     takes_embeddings: ClassVar[bool] = True
     combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS
 
@@ -95,7 +96,13 @@ class LoraConfig(LowRankConfig):
         return combine_lora(sources, how)
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
-        entries = super().to_peft(architecture)
+        return self._stored(super().to_peft(architecture))
+
+    def in_peft(self) -> dict[str, Any]:
+        return self._stored(super().in_peft())
+
+    def _stored(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """The entries for what the file holds, where that is not what was set."""
         if self.pissa:
             # The file holds B A - B0 A0, of rank 2 r; alpha grows so that the scaling stays.
             factor = math.sqrt(2) if self.use_rslora else 2
@@ -179,7 +186,6 @@ class Lora(SiteAdapter):
         modules, own = find_targets(config, context)
         super().__init__(config, name, {p: _make_layer(config, p, m, context) for p, m in modules.items()}, own)
         self.lora = config
-        self.__dict__["bases"] = modules  # not submodules: their tensors are not the adapter's
 
     def stored_name(self, part: str) -> str:
         return f"{part}.weight" if part in ("lora_A", "lora_B") else part
@@ -200,7 +206,6 @@ class Lora(SiteAdapter):
             layer.initial_a.copy_(a[r:])
             layer.initial_b.copy_(-b[:, r:])
             rest[a_key], rest[b_key] = a[:r], b[:, :r]
-        drop_copies_of_the_base(rest, self.__dict__["bases"])
         copy_into(super().tensors(), rest)
 
     def _pissa_layers(self) -> list[tuple[str, str, VariantLinear]]:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from weft.core.adapter import SiteAdapter
 from weft.core.architecture import Architecture, is_linear, linear_shape
@@ -27,6 +26,8 @@ class LowRankConfig(SavesModules):
     )
     # Fields that PEFT's configuration does not have.
     own_fields: ClassVar[frozenset[str]] = frozenset()
+    not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules", "layers_to_transform", "layers_pattern"})
+    peft_defaults: ClassVar[Mapping[str, Any]] = {"lora_alpha": 8}
     takes_embeddings: ClassVar[bool] = False
 
     target_modules: str | list[str] = "all-linear"
@@ -140,20 +141,3 @@ def check_rank(key: str, rank: int, path: str, module: nn.Module, context: Build
     if not 1 <= rank <= largest and not context.loading:
         raise UserError(f"{key} is {rank}, but at module '{path}' it can be 1 to {largest}, the module's smaller side.")
     return rank
-
-
-def drop_copies_of_the_base(tensors: dict[str, Tensor], bases: Mapping[str, nn.Module]) -> None:
-    """peft adds the base's own table to the file where embeddings or the head are tuned; take such tensors out.
-
-    Raises:
-        UserError: it is another table than the base's.
-    """
-    for path, base in bases.items():
-        key = f"{SiteAdapter.prefix}{path}.base_layer.weight"
-        if key in tensors:
-            copy, weight = tensors.pop(key), base.get_parameter("weight")
-            if copy.shape != weight.shape or not torch.equal(copy.to(weight), weight):
-                raise UserError(
-                    f"tensor '{key}' is a table of its own and not the base's; the adapter was made on a base with "
-                    "other embeddings (was the vocabulary resized?)."
-                )

@@ -28,6 +28,8 @@ class PTuningConfig(SoftPromptConfig):
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = 1e-3
 
+    not_in_peft: ClassVar[frozenset[str]] = SoftPromptConfig.not_in_peft | {"encoder_hidden_size"}
+
     num_virtual_tokens: int = Field(default=50, gt=0)
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     encoder_hidden_size: int | None = Field(default=None, gt=0)

@@ -7,6 +7,7 @@ inference only needs its output. Learned keys get no rotary position: they stand
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +34,9 @@ class DeepPromptConfig(MethodConfig):
         {"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "init_weights",
          "encoder_hidden_size", "prefix_projection"}
     )  # fmt: skip
+
+    not_in_peft: ClassVar[frozenset[str]] = frozenset({"prefix_init", "prefix_init_text", "encoder_hidden_size"})
+    peft_defaults: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": None}
 
     num_virtual_tokens: int = Field(default=20, gt=0)
     prefix_init: Literal["activations", "random", "zero"] = "activations"

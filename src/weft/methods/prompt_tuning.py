@@ -3,7 +3,7 @@ embeddings P [n, d]; nothing else is trained. P may also stand right before the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,7 +28,18 @@ class SoftPromptConfig(MethodConfig):
          "tokenizer_name_or_path"}
     )  # fmt: skip
 
+    not_in_peft: ClassVar[frozenset[str]] = frozenset({"virtual_position"})
+    peft_defaults: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": None}
+
     virtual_position: Position = "before"
+
+    def in_peft(self) -> dict[str, Any]:
+        return {**super().in_peft(), "peft_type": self._stored_type()}
+
+    def _stored_type(self) -> str:
+        # PEFT would load the file and put the rows before the text; a type that it does not know, it refuses.
+        before = self.virtual_position == "before"
+        return self.peft_type if before else f"{self.peft_type}_{self.virtual_position.upper()}"
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         entries: dict[str, Any] = {
@@ -38,8 +49,7 @@ class SoftPromptConfig(MethodConfig):
             "num_layers": architecture.num_layers,
         }
         if self.virtual_position != "before":
-            # PEFT would load the file and put the rows before the text; a type that it does not know, it refuses.
-            entries["peft_type"] = f"{self.peft_type}_{self.virtual_position.upper()}"
+            entries["peft_type"] = self._stored_type()
         return entries
 
 
@@ -51,6 +61,10 @@ class PromptTuningConfig(SoftPromptConfig):
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     default_learning_rate: ClassVar[float] = 3e-2
     small_learning_rate: ClassVar[float | None] = 0.2
+    not_in_peft: ClassVar[frozenset[str]] = SoftPromptConfig.not_in_peft | {
+        "prompt_tuning_init", "prompt_tuning_init_text"
+    }  # fmt: skip
+    peft_defaults: ClassVar[Mapping[str, Any]] = {**SoftPromptConfig.peft_defaults, "prompt_tuning_init": "RANDOM"}
 
     num_virtual_tokens: int = Field(default=50, gt=0)
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "SAMPLE_VOCAB"

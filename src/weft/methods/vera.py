@@ -29,6 +29,7 @@ class VeraConfig(MethodConfig):
     small_learning_rate: ClassVar[float | None] = 4e-2
     # λ_d multiplies λ_b: a weighted sum of two adapters is no adapter.
     combination_types: ClassVar[tuple[str, ...]] = ()
+    not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules", "layers_to_transform"})
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "layers_pattern", "exclude_modules"})
 
     r: int = Field(default=256, gt=0)

@@ -16,10 +16,20 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter
 from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
+from weft.core.tensor_files import digest
 from weft.data import Mixture, Sample
 from weft.train.batches import Batches
 from weft.train.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.train.settings import JobConfig
+
+# Of larger tensors so many numbers stand for all when it is asked whether a job has changed them.
+_WITNESSES = 2**20
+
+
+def _witness(tensor: Tensor) -> str:
+    """What tells whether a tensor has changed: the SHA-256 of it, or of an even choice of its numbers."""
+    stride = max(1, tensor.numel() // _WITNESSES)
+    return digest(tensor.detach().reshape(-1)[::stride])
 
 
 @dataclass
@@ -34,8 +44,11 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, besides the loss
     evals_without_gain: int = 0
     ended: str | None = None  # why it ended: finished, early_stop, failed
+    reason: str | None = None  # why it failed
     loss_scale: float = 1.0
     good_steps: int = 0
+    skipped: int = 0  # steps that changed nothing, for the loss or a gradient was not finite
+    moved: int = 0  # steps with a gradient that was finite and not zero
 
 
 class Job:
@@ -65,6 +78,8 @@ class Job:
             adapter.scaled_learning_rate(n, config.learning_rate or adapter.default_learning_rate(n)) for n in named
         ]
         self.parameters: list[nn.Parameter] = list(named.values())
+        # By the seed the same after a resume, whose values are only then put back.
+        self._began = {n: _witness(p) for n, p in named.items()}
         self.optimizer = make_optimizer(config, self.parameters, rates) if named else None
         self.progress = Progress()
         if not named:
@@ -119,9 +134,12 @@ class Job:
                 group["lr"] = group["peak_lr"] * factor
             self.optimizer.step()
             self.adapter.after_step(progress.step + 1)
-        self._rescale(math.isfinite(norm))
+            progress.moved += norm > 0
+        else:
+            progress.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
+        self._rescale(math.isfinite(norm))
         if self.active and progress.step >= self.total_steps:
             progress.ended = "finished"
         return norm
@@ -136,7 +154,38 @@ class Job:
             progress.loss_scale /= 2
             progress.good_steps = 0
         else:
-            progress.ended = "failed"
+            self._fail(f"loss or gradient is not finite at step {progress.step}")
+
+    def _fail(self, reason: str) -> None:
+        self.progress.ended, self.progress.reason = "failed", reason
+
+    def judge(self) -> None:
+        """A job that has come to its end with nothing to show for it has failed: a tensor is not finite, or all are
+        what they began as. ``progress.reason`` says why."""
+        progress = self.progress
+        if progress.ended not in ("finished", "early_stop") or not self.parameters:
+            return
+        named = {n: p.detach() for n, p in self.adapter.named_parameters() if p.requires_grad}
+        for name, value in named.items():
+            if not bool(torch.isfinite(value).all()):
+                self._fail(f"its tensor '{name}' holds numbers that are not finite; take a lower learning_rate")
+                return
+        count = f"all {progress.step} steps" if progress.step > 1 else "its one step"
+        # Weight decay moves what has learned nothing, too.
+        if progress.skipped == progress.step > 0:
+            self._fail(f"the loss or a gradient overflowed in {count}, which changed nothing; take dtype bfloat16 or "
+                       "float32 instead of float16")  # fmt: skip
+        elif not progress.moved:
+            self._fail(f"every gradient was zero in {count}, so nothing was learned; in float16 small gradients are "
+                       "lost (take bfloat16 or float32)")  # fmt: skip
+        elif all(_witness(value) == self._began[name] for name, value in named.items()):
+            early = progress.ended == "early_stop" or self.best is not None
+            self._fail(
+                "no evaluation was better than the one before the first step, so what would be kept is what it began "
+                "as; take a lower learning_rate"
+                if early
+                else f"its tensors are what they began as after {count}; the learning_rate ({self.rate:g}) is too low"
+            )
 
     def wants_evaluation(self) -> bool:
         """Before the first step, every ``eval_steps``, and at the end; never twice at the same step."""

@@ -26,7 +26,8 @@ _FIRST_LOSS_SCALE = 2.0**12
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How it ended: ``completed`` is False if it was asked to stop; per job the reason and the last evaluation."""
+    """How it ended: ``completed`` is False if it was asked to stop; per job how it ``ended`` (``finished``,
+    ``early_stop``, or ``failed`` with the ``reason``) and the last evaluation."""
 
     completed: bool
     steps: int
@@ -114,13 +115,28 @@ class Trainer:
             self._step(active)
         completed = not stopped
         if completed:
-            for job in self.jobs:
-                job.take_best()
+            self._judge()
         self.save()
         seconds = time.monotonic() - started
         jobs = {job.name: {**job.state(), "total_steps": job.total_steps} for job in self.jobs}
         self._tell({"event": "end", "completed": completed, "step": self.step, "seconds": round(seconds, 3)}, log=False)
         return TrainResult(completed, self.step, seconds, jobs)
+
+    def _judge(self) -> None:
+        """All jobs have come to their end: the best weights come back, and what has learned nothing fails."""
+        for job in self.jobs:
+            job.take_best()
+            told = job.progress.ended == "failed"
+            job.judge()
+            skipped, steps = job.progress.skipped, job.progress.step
+            if job.progress.ended == "failed" and not told:
+                self._warn(job, f"{job.progress.reason}; the job has failed")
+            elif job.progress.ended != "failed" and 2 * skipped >= steps > 0:
+                self._warn(job, f"{skipped} of {steps} steps were skipped, for float16 overflowed; bfloat16 or float32 "
+                           "would not")  # fmt: skip
+
+    def _warn(self, job: Job, text: str) -> None:
+        self._tell({"event": "warning", "job": job.name, "message": f"{job.name}: {text}"})
 
     def save(self) -> None:
         """Commit a checkpoint of this moment."""
@@ -147,8 +163,7 @@ class Trainer:
             if job.progress.step % self.logging_steps == 0 or job.progress.step == 1 or not job.active:
                 self._log_step(job, results[job.name], seconds)
             if job.progress.ended == "failed":
-                message = f"{job.name}: loss or gradient is not finite at step {job.progress.step}; the job ends here"
-                self._tell({"event": "warning", "job": job.name, "message": message})
+                self._warn(job, f"{job.progress.reason}; the job ends here")
 
     def _log_step(self, job: Job, result: StepResult, seconds: float) -> None:
         recent, self._recent[job.name] = self._recent[job.name], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,7 @@ def train(
     on_ready: Callable[[Setup], None] = lambda setup: None,
     on_trained: Callable[[Setup], None] = lambda setup: None,
 ) -> TrainResult:
-    """Run a configuration to its end; the run's folder then holds the adapters.
+    """Run a configuration to its end; the run's folder then holds the adapters, but for those of jobs that failed.
 
     ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones before they are closed.
 
@@ -260,6 +261,9 @@ def _train(
     if result.completed:
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
         for job in setup.jobs:
+            if job.progress.ended == "failed":
+                shutil.rmtree(store.adapters / job.name, ignore_errors=True)
+                continue
             job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
             job.adapter.trained_on = how_kept(setup.adapters) | {k: v for k, v in base.items() if k != "model"}
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -157,6 +157,17 @@ class RunStore:
         if warnings:
             raise UserError("no intact checkpoint: " + "; ".join(warnings))
         return None
+
+    def failed(self, names: Sequence[str]) -> dict[str, str]:
+        """Those of these jobs that have no adapter because they failed, and the reason of each."""
+        missing = [name for name in names if not (self.adapters / name).is_dir()]
+        found = self.latest() if missing else None
+        ends = {} if found is None else {name: found[0]["jobs"].get(name, {}).get("progress", {}) for name in missing}
+        return {
+            name: end.get("reason") or "loss or gradient was not finite"
+            for name, end in ends.items()
+            if end.get("ended") == "failed"
+        }
 
     def rewind_metrics(self, size: int) -> None:
         """Cut ``metrics.jsonl`` back to what it held at a checkpoint; what came after will be written again."""
