@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import deprecations
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 CHAT_TEMPLATE = (
@@ -26,6 +27,9 @@ _CORPUS = [
     "user assistant system instruction answer question",
     "Count from one to five: one, two, three, four, five.",
 ]
+
+
+deprecations.install()
 
 
 @pytest.fixture(autouse=True, scope="module")
