@@ -25,8 +25,8 @@ from weft.train.step import logits_of
 # base and adapter in 32 bits as these are themselves in 16. How it runs in 16 bits is told beside.
 LARGEST_DIFFERENCE = 1e-5
 # Some bases round more than that by themselves, each machine differently. Then the merged model's own error in 32 bits
-# is measured, against itself in 64. Base and adapter compute the same function in another order, with an error like that
-# one; rounding each merged weight once weighs no more than rounding each product with it. So two right answers are up
+# is measured, against itself in 64. Base and adapter compute the same function in another order, with an error of that
+# size; rounding each merged weight once weighs no more than rounding each product with it. So two right answers are up
 # to three such errors apart, and the largest of many is asked for one more.
 ROUNDINGS = 4
 LEAST_AGREEMENT = 0.999
