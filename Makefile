@@ -87,4 +87,4 @@ malformed: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/malformed.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
