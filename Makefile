@@ -4,25 +4,53 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= tiny-llama
 
-.PHONY: demo test test-slow check bases bench malformed clean
+.PHONY: help demo test test-slow test-newest test-oldest test-machines check lock bases bench malformed clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       five methods at once on an embedded base (MODEL=tiny-llama or tiny-bloom)"
-	@echo "make test       the tests (six to ten minutes on two cores)"
-	@echo "make test-slow  the long ones as well"
-	@echo "make check      ruff, mypy, import layers"
-	@echo "make bases      pre-train the embedded bases again"
-	@echo "make malformed  10,000 malformed rows among 100,000 good ones, and lines of 1 GiB"
-	@echo "make bench      time Weft beside peft + transformers.Trainer"
+	@echo "make demo           five methods at once on an embedded base (MODEL=tiny-llama or tiny-bloom)"
+	@echo "make test           the tests (six to ten minutes on two cores), with the locked versions"
+	@echo "make test-slow      the long ones as well"
+	@echo "make test-newest    the tests with the newest versions that pyproject.toml allows; writes a result file"
+	@echo "make test-oldest    and with the oldest (a CUDA build of torch on Linux: 5 GB)"
+	@echo "make test-machines  the numeric tests with 1, 2, 4 threads and with AVX2 and plain kernels; a result file"
+	@echo "make check          ruff, mypy, import layers"
+	@echo "make lock           write requirements/*.txt anew"
+	@echo "make bases          pre-train the embedded bases again"
+	@echo "make malformed      10,000 malformed rows among 100,000 good ones, and lines of 1 GiB"
+	@echo "make bench          time Weft beside peft + transformers.Trainer"
 
-$(VENV)/.installed: pyproject.toml
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# torch stands apart: which build is right depends on the machine, and each pins its own CUDA libraries.
+INSTALL_WEFT := $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+
+$(VENV)/.installed: pyproject.toml requirements/run.txt requirements/torch.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python $(PIP_INSTALL) --no-deps --require-hashes -r requirements/run.txt
+	$(BIN)/python $(PIP_INSTALL) -r requirements/torch.txt
+	$(BIN)/python $(INSTALL_WEFT)
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
+	$(BIN)/python $(PIP_INSTALL) --no-deps --require-hashes -r requirements/dev.txt
+	touch $@
+
+.venv-newest/.installed: pyproject.toml
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(PIP_INSTALL) -e ".[test]"
+	touch $@
+
+.venv-oldest/.installed: requirements/oldest.txt
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP_INSTALL) -r requirements/oldest.txt
+	.venv-oldest/bin/python $(INSTALL_WEFT)
+	touch $@
+
+.venv-lock/.installed:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(PIP_INSTALL) uv
 	touch $@
 
 demo: $(VENV)/.installed
@@ -30,10 +58,19 @@ demo: $(VENV)/.installed
 
 # One thread a process and two processes: small matrices gain nothing from a second thread.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-newest test-oldest: test-%: .venv-%/.installed
+	.venv-$*/bin/python tools/versions.py $*
+
+test-machines: $(VENV)/.installed-dev
+	$(BIN)/python tools/machines.py
+
+lock: .venv-lock/.installed
+	PATH="$(CURDIR)/.venv-lock/bin:$$PATH" .venv-lock/bin/python tools/lock.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks tools
@@ -50,4 +87,4 @@ malformed: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/malformed.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .pytest_cache .ruff_cache .mypy_cache .hypothesis runs

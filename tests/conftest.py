@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 # Before torch is imported: with several threads per process, tests that run side by side only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# make test-machines asks for other numbers.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("WEFT_TEST_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import deprecations
 
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -26,13 +29,16 @@ _CORPUS = [
 ]
 
 
+deprecations.install()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> None:
     """Tiny tensors: with more threads a busy machine spends the time waiting at barriers (measured: 87 s for 12 s), and
     sums would come in another order. Per module, for a run under test may set its own number."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
 
 
 def make_tokenizer() -> Any:

@@ -188,7 +188,8 @@ def parameters(adapter: Adapter) -> dict[str, Tensor]:
 
 def difference(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     """Largest absolute difference of two lists of tensors."""
-    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True)), default=0.0)
+    pairs = zip(a, b, strict=True)
+    return max((float((x.detach().double() - y.detach().double()).abs().max()) for x, y in pairs), default=0.0)
 
 
 def sha256(tensors: Iterable[Tensor]) -> str:

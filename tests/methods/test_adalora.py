@@ -49,7 +49,7 @@ def test_the_penalty_is_the_papers() -> None:
     """γ Σ (||Pᵀ P - I||² + ||Q Qᵀ - I||²), worked by hand for two modules."""
     adapters = open_llama(torch.float64)
     adapter = add(adapters, init_r=2, target_r=1, target_modules=["o_proj"], orth_reg_weight=0.25)
-    kit.measured("penalty of orthonormal P and Q", float(adapter.penalty()), 1e-10)  # QR in float32
+    kit.measured("penalty of orthonormal P and Q", float(adapter.penalty().detach()), 1e-10)  # QR in float32
     with torch.no_grad():
         for layer in adapter.layers:
             layer.lora_A.zero_(), layer.lora_B.zero_()
@@ -59,7 +59,7 @@ def test_the_penalty_is_the_papers() -> None:
         first.lora_A[1, 0] = 2  # rows (1, 0), (2, 1): Q Qᵀ = [[1, 2], [2, 5]], minus I: 4 + 4 + 16 = 24
         second.lora_B[0, 0] = 3  # Pᵀ P = diag(9, 1): 64
         second.lora_A[1, 1] = 0  # Q Qᵀ = diag(1, 0): 1
-    kit.measured("penalty - 0.25 * (24 + 64 + 1)", abs(float(adapter.penalty()) - 0.25 * 89), 1e-12)
+    kit.measured("penalty - 0.25 * (24 + 64 + 1)", abs(float(adapter.penalty().detach()) - 0.25 * 89), 1e-12)
     kit.measured("gradient: 4 γ (Pᵀ P - I) along P", abs(_slope(adapter) - 0.25 * 4 * 3 * 8), 1e-10)
     assert add(adapters, "off", orth_reg_weight=0).penalty() is None
 

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from weft.evaluate.exact_match import decode
@@ -89,7 +88,6 @@ def chat_once(folder: Path) -> str:
 
 
 def test_alpaca_loss_falls_resumes_and_chats(tmp_path):
-    torch.set_num_threads(1)
     folder = run_alpaca(tmp_path, "steps=60", "eval_steps=15", "save_steps=15", "eval_size=40")
     assert chat_once(folder)
 

@@ -33,7 +33,6 @@ TIMING = {"tokens_per_second", "eta_seconds", "memory_gb"}
 
 def make_trainer(folder: Path | None, **options: Any) -> Trainer:
     """The run, not begun; in ``folder``, or in memory only."""
-    torch.set_num_threads(1)
     model = kit.make_model("qwen2")
     adapters = Adapters(model, describe(model))
     jobs = []

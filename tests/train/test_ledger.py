@@ -31,7 +31,6 @@ def context() -> Iterator[Any]:
     """Processes that begin with everything imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.syspath_prepend(str(ROOT))
         made = multiprocessing.get_context("forkserver")
         made.set_forkserver_preload(["tests.train.ledger", "transformers.models.qwen2.modeling_qwen2"])
