@@ -37,6 +37,14 @@ class Architecture:
     mlp_output: tuple[str, ...]
     # Element-wise functions that are modules: their last few elements take another code path than the rest.
     activations: tuple[str, ...] = ()
+    # Modules that hold the matrices of all experts as parameters of their own, and those that choose among experts by a
+    # matrix of their own: no linears, so nothing that works on linears reaches them.
+    experts: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
+    # Linears with one output (the gate of a shared expert), which have no low-rank update worth the name.
+    single_outputs: frozenset[str] = frozenset()
+    # Last parts of the paths of all modules that are not in ``linears``; empty: not known.
+    other_names: frozenset[str] = frozenset()
     max_length: int | None = None
     # The table of token embeddings and the linear that gives the logits (which may share one tensor).
     embeddings: str = ""
@@ -99,6 +107,12 @@ class Architecture:
             raise UserError(self._no_match(wanted, more))
         return found
 
+    def naming(self, paths: Sequence[str]) -> list[str]:
+        """``target_modules`` that means just these linears to PEFT: the last parts of their paths, else whole paths."""
+        names = {path.rsplit(".", 1)[-1] for path in paths}
+        rest = {path.rsplit(".", 1)[-1] for path in {*self.linears, self.head} - set(paths)} | self.other_names
+        return sorted(names) if self.other_names and not names & rest else list(paths)
+
     def _no_match(self, wanted: str | list[str], more: Sequence[str]) -> str:
         names = sorted({path.rsplit(".", 1)[-1] for path in (*self.linears, *more)})
         hint = nearest(wanted, names) if isinstance(wanted, str) else ""
@@ -128,6 +142,27 @@ def is_activation(module: nn.Module) -> bool:
     """Whether the module is an activation function of torch or transformers."""
     home, name = type(module).__module__, type(module).__name__.lower()
     return home in ("torch.nn.modules.activation", "transformers.activations") or "gelu" in name
+
+
+def is_experts(path: str, module: nn.Module) -> bool:
+    """Whether the module itself holds the matrices of many experts."""
+    named = "expert" in path.lower() or "expert" in type(module).__name__.lower()
+    return named and not is_layer(module) and any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def is_router(path: str, module: nn.Module) -> bool:
+    """Whether the module chooses experts by a matrix that it holds itself."""
+    name = f"{path.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
+    named = any(word in name for word in ("router", "gate", "gating"))
+    inner = sum(1 for _ in module.parameters()) > sum(1 for _ in module.parameters(recurse=False))
+    own = any(p.dim() == 2 for p in module.parameters(recurse=False))
+    return named and own and not inner and not is_layer(module)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is one of torch's own kinds that hold a weight: linear, norm, embedding, convolution."""
+    known = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return is_linear(module) or is_norm(module) or isinstance(module, known)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
