@@ -130,6 +130,8 @@ def _matches(path: str, wanted: str | list[str]) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a matrix product over its last dimension: nn.Linear and its kin, or GPT-2's Conv1D."""
+    if any("Router" in kind.__name__ and "forward" in vars(kind) for kind in type(module).__mro__):
+        return False  # Phi-MoE's and Llama 4's are nn.Linear by birth, but give experts and their weights
     return isinstance(module, nn.Linear) or type(module).__name__.removeprefix("Routed") == "Conv1D"
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import Architecture, is_layer
+from weft.core.architecture import Architecture, is_layer, is_linear
 from weft.core.config import BuildContext
 from weft.core.merging import LARGE
 from weft.core.site import plain_class
@@ -57,7 +57,7 @@ def find_parameters(config: LoraConfig, context: BuildContext) -> tuple[list[str
     for key, (path, module, name) in own.items():
         if not names_parameter(names, key):
             continue
-        if isinstance(module, nn.Linear) and name == "weight":
+        if is_linear(module) and isinstance(module, nn.Linear) and name == "weight":
             linears.append(path)
         else:
             _check(key, module, module.get_parameter(name), context)
