@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -37,8 +38,8 @@ class Architecture:
     mlp_output: tuple[str, ...]
     # Element-wise functions that are modules: their last few elements take another code path than the rest.
     activations: tuple[str, ...] = ()
-    # Modules that hold the matrices of all experts as parameters of their own, and those that choose among experts by a
-    # matrix of their own: no linears, so nothing that works on linears reaches them.
+    # Modules that hold the matrices of all experts as parameters and are called with the text's tokens; modules that
+    # choose among experts by a matrix of their own. No linears, so nothing that works on linears reaches them.
     experts: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
     # Linears with one output (the gate of a shared expert), which have no low-rank update worth the name.
@@ -146,10 +147,27 @@ def is_activation(module: nn.Module) -> bool:
     return home in ("torch.nn.modules.activation", "transformers.activations") or "gelu" in name
 
 
-def is_experts(path: str, module: nn.Module) -> bool:
-    """Whether the module itself holds the matrices of many experts."""
+def holds_experts(path: str, module: nn.Module) -> bool:
+    """Whether the module itself holds the matrices of many experts, which are no linears then."""
     named = "expert" in path.lower() or "expert" in type(module).__name__.lower()
     return named and not is_layer(module) and any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def is_experts(path: str, module: nn.Module) -> bool:
+    """Whether it does, and is called with the text's tokens and the experts that each one goes to.
+
+    Others are called with rows that are sorted by expert already, or their parameters are read by another module.
+    """
+    stacked = any(p.dim() == 3 for p in module.parameters(recurse=False))
+    given = inspect.signature(plain_forward(module)).parameters if stacked else ()
+    return holds_experts(path, module) and any("index" in name or "indices" in name for name in given)
+
+
+def plain_forward(module: nn.Module) -> Callable[..., object]:
+    """The forward of the module's own class, also where it is a site."""
+    kinds: list[Any] = [kind for kind in type(module).__mro__ if not kind.__name__.startswith("Routed")]
+    forward: Callable[..., object] = kinds[0].forward
+    return forward
 
 
 def is_router(path: str, module: nn.Module) -> bool:

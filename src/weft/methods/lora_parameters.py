@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import Architecture, is_layer, is_linear
+from weft.core.architecture import Architecture, holds_experts, is_layer, is_linear
 from weft.core.config import BuildContext
 from weft.core.merging import LARGE
 from weft.core.site import plain_class
@@ -77,6 +77,11 @@ def _check(key: str, module: nn.Module, parameter: Tensor, context: BuildContext
         )
     if path in context.architecture.blocks or not path:
         raise UserError(f"target_parameters names '{key}', which belongs to a whole block ({kind}); that is not known.")
+    if holds_experts(path, module) and path not in context.architecture.experts:
+        raise UserError(
+            f"target_parameters names '{key}' of a {kind}, which is not called with the text's tokens one by one. "
+            "Which adapter its rows belong to is not known there, so it cannot be adapted."
+        )
     if parameter.dim() not in (2, 3):
         raise UserError(f"target_parameters names '{key}' of {parameter.dim()} dimensions; it must have 2 or 3.")
     if not parameter.is_floating_point() or parameter.element_size() < 2:
