@@ -181,7 +181,9 @@ class Site:
             if route.exact:
                 own = [_OwnMemory.apply(v) if torch.is_tensor(v) and v.is_floating_point() else v for v in own]
             named = dict(zip(kwargs, own[len(given) :], strict=True))
-            with _shadowed(module, self.parameters.get(route.segments[group.start].adapter or "", {})):
+            changed = self.parameters.get(route.segments[group.start].adapter or "", {})
+            # What lies inside sees rows sorted by expert: no route tells whose they are, and they are one group's now.
+            with _shadowed(module, changed), self.router.use(None):
                 parts.append(self.base_class.forward(module, *own[: len(given)], **named))
         return parts[0] if len(parts) == 1 else rows.join(parts, self.path)
 

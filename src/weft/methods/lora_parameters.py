@@ -82,6 +82,11 @@ def _check(key: str, module: nn.Module, parameter: Tensor, context: BuildContext
             f"target_parameters names '{key}' of a {kind}, which is not called with the text's tokens one by one. "
             "Which adapter its rows belong to is not known there, so it cannot be adapted."
         )
+    if any(p is not None for child in module.children() for p in child.parameters()):
+        raise UserError(
+            f"target_parameters names '{key}' of a {kind} that holds other modules with weights; only experts, routers "
+            "and their like can be adapted like that."
+        )
     if parameter.dim() not in (2, 3):
         raise UserError(f"target_parameters names '{key}' of {parameter.dim()} dimensions; it must have 2 or 3.")
     if not parameter.is_floating_point() or parameter.element_size() < 2:
