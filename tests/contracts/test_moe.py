@@ -106,6 +106,7 @@ def test_single_precision_and_transformers_own_kernels(kind: str, tmp_path: Path
 PEFTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Which peft makes of it: q, k, v, o, the router's weight, and both of the experts' parameters, one of rank 2 r.
     "all-linear, converted": ("qwen3_moe", {"target_modules": "all-linear"}),
+    "all-linear, a router with more in it": ("ernie4_5_moe", {"target_modules": "all-linear"}),
     "old names of experts": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3", "gate"]}),
     "all-linear, not converted": ("jamba", {"target_modules": "all-linear", "target_parameters": ["down_proj"]}),
     "three of a module, with a bias": (
@@ -234,7 +235,7 @@ def crowd(adapters: Adapters) -> list[str | None]:
 @pytest.mark.parametrize("path", ["padded", "stream", "exact", "checkpointing"])
 def test_beside_others_as_alone(path: str) -> None:
     """Values and gradients; in exact mode to the bit."""
-    model = make_moe("qwen3_moe")
+    model = make_moe("qwen3_moe", torch.float32 if path == "exact" else torch.float64)
     shape = replace(describe(model), install_attention=install_interface)
     adapters = Adapters(
         model, shape, padded=path in ("padded", "checkpointing"), exact=path == "exact",

@@ -174,9 +174,14 @@ def is_router(path: str, module: nn.Module) -> bool:
     """Whether the module chooses experts by a matrix that it holds itself."""
     name = f"{path.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
     named = any(word in name for word in ("router", "gate", "gating"))
-    inner = sum(1 for _ in module.parameters()) > sum(1 for _ in module.parameters(recurse=False))
+    inner = holds_layers(module)
     own = any(p.dim() == 2 for p in module.parameters(recurse=False))
     return named and own and not inner and not is_layer(module)
+
+
+def holds_layers(module: nn.Module) -> bool:
+    """Whether there is a linear, norm, embedding or convolution inside, on which adapters can sit."""
+    return any(is_layer(inner) for inner in module.modules() if inner is not module)
 
 
 def is_layer(module: nn.Module) -> bool:

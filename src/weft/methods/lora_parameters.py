@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import Architecture, holds_experts, is_layer, is_linear
+from weft.core.architecture import Architecture, holds_experts, holds_layers, is_layer, is_linear
 from weft.core.config import BuildContext
 from weft.core.merging import LARGE
 from weft.core.site import plain_class
@@ -82,9 +82,9 @@ def _check(key: str, module: nn.Module, parameter: Tensor, context: BuildContext
             f"target_parameters names '{key}' of a {kind}, which is not called with the text's tokens one by one. "
             "Which adapter its rows belong to is not known there, so it cannot be adapted."
         )
-    if any(p is not None for child in module.children() for p in child.parameters()):
+    if holds_layers(module):
         raise UserError(
-            f"target_parameters names '{key}' of a {kind} that holds other modules with weights; only experts, routers "
+            f"target_parameters names '{key}' of a {kind}, which holds other layers; only experts, routers "
             "and their like can be adapted like that."
         )
     if parameter.dim() not in (2, 3):
