@@ -290,7 +290,7 @@ def many_turns() -> DataSet:
 
 def programs() -> DataSet:
     """Code, whose braces are no left-over variables."""
-    code = "```python\ndef add_%d(count):\n    return f\"{count + %d}\"\n```\n`{{ %s }}`"
+    code = '```python\ndef add_%d(count):\n    return f"{count + %d}"\n```\n`{{ %s }}`'
     rows = [{"instruction": f"Write a Jinja line and a function that adds {n} to {PLACES[n]}'s count.",
              "output": code % (n, n, PLACES[n].lower())} for n in range(12)]  # fmt: skip
     return DataSet(rows=rows)
