@@ -94,6 +94,18 @@ def test_our_file_in_peft_and_back(kind: str, variant: str, tmp_path: Path) -> N
     kit.measured(f"{kind} {variant}, peft - ours", largest(our_logits(adapters, "again"), wanted), LIMIT)
 
 
+def test_patterns_reach_what_the_file_names_as_parameters(tmp_path: Path) -> None:
+    adapters = open_moe("glm4_moe")
+    patterns = {"rank_pattern": {"mlp.down_proj": 1}, "alpha_pattern": {"shared_experts.up_proj": 5, ".*proj": 3}}
+    kit.randomize(adapters.add("it", lora(**patterns, lora_dropout=0.1)), scale=0.2)
+    adapters.save("it", tmp_path)
+    wanted = their_logits(in_peft("glm4_moe", tmp_path))
+    kit.measured("patterns", largest(our_logits(adapters, "it"), wanted), LIMIT)
+    (tmp_path / "weft.json").unlink()
+    adapters.load("again", tmp_path)
+    kit.measured("patterns, by peft's file alone", largest(our_logits(adapters, "again"), wanted), LIMIT)
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "granitemoe"])
 def test_single_precision_and_transformers_own_kernels(kind: str, tmp_path: Path) -> None:
     adapters = open_moe(kind, torch.float32)

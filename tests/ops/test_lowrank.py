@@ -24,7 +24,7 @@ def test_stack_equals_its_reference(count: int, dtype: torch.dtype, transposed: 
         assert y.dtype == dtype
         assert y.shape == shape
         y.square().sum().backward()
-        found.append((y, a.grad, b.grad))
+        found.append((y.detach(), a.grad, b.grad))
     for first, second in zip(*found, strict=True):
         # Sums of a few terms, each rounded: a handful of units of the largest.
         limit = 8 * torch.finfo(dtype).eps * float(second.abs().max())
