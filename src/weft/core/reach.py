@@ -32,8 +32,8 @@ class LeftOut:
     def __str__(self) -> str:
         what = "+".join(self.methods)
         told = (
-            f"method {what} leaves {' and '.join(self.names)} as they are, {self.share:.1%} of the base's parameters: experts "
-            "that are held as parameters are no linear modules. "
+            f"method {what} leaves {' and '.join(self.names)} as they are, {self.share:.1%} of the base's parameters: "
+            "experts that are held as parameters are no linear modules. "
         )
         if not self.to_include:
             return f"{told}They cannot be adapted one by one."
