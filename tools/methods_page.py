@@ -80,8 +80,8 @@ experts and routers, and not the dense or shared MLP of that name. Weft never do
 and experts and routers are named. Therefore `adapter_config.json` always lists modules, and on bases with experts it
 names the weights of such linear modules under `target_parameters` (`model.layers.0.mlp.down_proj.weight`), where peft
 computes the same with the same tensors. Two things follow: there `lora_dropout` reads 0 (training used the job's, which
-`weft.json` holds), and peft refuses such a file if it uses DoRA, or on a base in 4 or 8 bits. Weft loads what peft
-saves, whichever way it came about.
+`weft.json` holds), and peft refuses such a file if it uses DoRA. Weft loads what peft saves, whichever way it came
+about.
 
 """
 

@@ -340,13 +340,14 @@ def test_what_is_not_reached_is_said(method: str) -> None:
     assert left_out(adapters.add("none", kit.method_config("prompt_tuning")), model, shape) is None
 
 
-def test_on_a_quantised_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
     """The linears are in NF4, the experts as they were; peft loads the file on such a base."""
     pytest.importorskip("bitsandbytes")
     from weft.core.reach import unquantized
     from weft.models.load import load_base
 
-    make_moe("qwen3_moe", torch.float32, hidden_size=64, head_dim=16).save_pretrained(tmp_path / "base")
+    make_moe(kind, torch.float32, hidden_size=64).save_pretrained(tmp_path / "base")
     options = {"dtype": "float32", "device": "cpu", "tokenizer": object()}
     base, other = (load_base(str(tmp_path / "base"), quantization="nf4", **options) for _ in range(2))
     told = unquantized(base.model, base.architecture)
@@ -355,7 +356,7 @@ def test_on_a_quantised_base(tmp_path: Path) -> None:
     adapters = Adapters(base.model, base.architecture)
     kit.randomize(adapters.add("it", lora(target_parameters=EXPERTS)), scale=0.05)
     adapters.save("it", tmp_path / "it")
-    theirs = in_peft("qwen3_moe", tmp_path / "it", other.model)
+    theirs = in_peft(kind, tmp_path / "it", other.model)
     with torch.no_grad():
         ours, wanted = our_logits(adapters, "it"), their_logits(theirs)
     # bitsandbytes rounds by the number of rows: its own difference between these texts together and one by one.
