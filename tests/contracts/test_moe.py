@@ -74,8 +74,10 @@ def compare_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor | None],
             kit.measured(f"gradient of {key}", largest([parameter.grad], [other]), limit)
 
 
-@pytest.mark.parametrize("variant", SETTINGS)
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [(kind, variant) for kind in TYPES for variant in SETTINGS if variant != "both" or kind in ("glm4_moe", "gpt_oss")],
+)
 def test_our_file_in_peft_and_back(kind: str, variant: str, tmp_path: Path) -> None:
     adapters = open_moe(kind)
     adapter = kit.randomize(adapters.add("it", lora(**SETTINGS[variant])), scale=0.2)
