@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import InputFunction, ParameterFunction, SiteFunction
+from weft.core.groups import Groups
 from weft.core.inserted import segment_part
 from weft.core.route import Route, Router
-from weft.core.rows import Rows
 from weft.errors import UserError
 
 _SITE = "_weft_site"
@@ -76,7 +76,7 @@ class Site:
             return self.base_class.forward(module, x, *args, **kwargs)
         route = route.elsewhere.get(self.path, route)
         if self.parameters or (self.alone_if_exact and route.exact):
-            return self._run_changed(module, x, args, kwargs, route)
+            return self._run_changed(module, args if x is None else (x, *args), kwargs, route)
         if self.inserted:
             return self._run_block(module, x, args, kwargs, route)
         if x is None or not torch.is_tensor(x) or "position_ids" in kwargs:
@@ -159,9 +159,7 @@ class Site:
         y = torch.cat(pieces, dim)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
-    def _run_changed(
-        self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route
-    ) -> Any:
+    def _run_changed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
         """The module once per segment whose adapter changes its parameters, and once for all others in between."""
         alone = [route.exact or segment.adapter in self.parameters for segment in route.segments]
         groups: list[range] = []
@@ -169,22 +167,20 @@ class Site:
             joins = groups and not by_itself and not alone[index - 1]
             groups[-1:] = [range(groups[-1].start, index + 1)] if joins else [*groups[-1:], range(index, index + 1)]
         if len(groups) == 1 and not alone[0]:
-            return self.base_class.forward(module, x, *args, **kwargs)
-        # Some call their experts by keywords only.
-        given = args if x is None else (x, *args)
-        first = next(value for value in (*given, *kwargs.values()) if torch.is_tensor(value))
-        rows = Rows.of(first, route, groups, self.path)
-        pieces = [rows.split(value) for value in (*given, *kwargs.values())]
+            return self.base_class.forward(module, *args, **kwargs)
+        first = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        rows = Groups.of(first, route, groups, self.path)
+        pieces = [rows.split(value) for value in (*args, *kwargs.values())]
         parts = []
         for index, group in enumerate(groups):
             own = [piece[index] for piece in pieces]
             if route.exact:
                 own = [_OwnMemory.apply(v) if torch.is_tensor(v) and v.is_floating_point() else v for v in own]
-            named = dict(zip(kwargs, own[len(given) :], strict=True))
+            named = dict(zip(kwargs, own[len(args) :], strict=True))
             changed = self.parameters.get(route.segments[group.start].adapter or "", {})
             # What lies inside sees rows sorted by expert: no route tells whose they are, and they are one group's now.
             with _shadowed(module, changed), self.router.use(None):
-                parts.append(self.base_class.forward(module, *own[: len(given)], **named))
+                parts.append(self.base_class.forward(module, *own[: len(args)], **named))
         return parts[0] if len(parts) == 1 else rows.join(parts, self.path)
 
 

@@ -14,7 +14,7 @@ from weft.errors import UserError
 
 
 @dataclass(frozen=True)
-class Rows:
+class Groups:
     """Where the segments' rows lie in a module's first input: along ``dim``, ``sizes`` of them per group."""
 
     dim: int
@@ -26,7 +26,7 @@ class Rows:
         return sum(self.sizes)
 
     @classmethod
-    def of(cls, x: Tensor, route: Route, groups: Sequence[range], path: str) -> Rows:
+    def of(cls, x: Tensor, route: Route, groups: Sequence[range], path: str) -> Groups:
         """The rows of ``groups`` of consecutive segments in x: the stream [1, N, d] or [N, d], or padded
         [B, T, d] or [B T, d].
 
