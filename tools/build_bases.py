@@ -60,7 +60,9 @@ def build_tokenizer(world: World, documents: int = 20_000) -> PreTrainedTokenize
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([han, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[END, PAD, *ROLES], show_progress=False,
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END, PAD, *ROLES],
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     train, _ = instructions(world, INSTRUCTION_SEED)  # so that the words of questions are not spelt letter by letter
@@ -68,22 +70,53 @@ def build_tokenizer(world: World, documents: int = 20_000) -> PreTrainedTokenize
     texts = itertools.chain(itertools.islice(corpus(world, TOKENIZER_SEED), documents), questions)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, additional_special_tokens=list(ROLES),
-        chat_template=CHAT_TEMPLATE, model_max_length=1024, clean_up_tokenization_spaces=False, padding_side="right",
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=list(ROLES),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
     )
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Model:
     """The untrained base; sizes are chosen so that hundreds of fine-tuning steps take seconds on two cores."""
     torch.manual_seed(WEIGHT_SEED)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-           "pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "vocab_size": len(tokenizer),
+    }
     if name == "tiny-llama":
-        return LlamaForCausalLM(LlamaConfig(
-            hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=1024, tie_word_embeddings=True, rms_norm_eps=1e-5, initializer_range=0.04, **ids))
-    return BloomForCausalLM(BloomConfig(
-        hidden_size=128, n_layer=4, n_head=4, hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.04, **ids))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=128,
+                intermediate_size=352,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+                rms_norm_eps=1e-5,
+                initializer_range=0.04,
+                **ids,
+            )
+        )
+    return BloomForCausalLM(
+        BloomConfig(
+            hidden_size=128,
+            n_layer=4,
+            n_head=4,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            initializer_range=0.04,
+            **ids,
+        )
+    )
 
 
 def blocks(world: World, tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:

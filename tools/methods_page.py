@@ -1,9 +1,9 @@
 """Write docs/methods.md from the methods' own docstrings and the measured table.
 
-    python benchmarks/methods.py --output benchmarks/results/methods.json
-    python benchmarks/methods.py --speed --output benchmarks/results/methods_speed.json
-    python benchmarks/methods_on_alpaca.py --output benchmarks/results/methods_alpaca.json
-    python tools/methods_page.py > docs/methods.md
+python benchmarks/methods.py --output benchmarks/results/methods.json
+python benchmarks/methods.py --speed --output benchmarks/results/methods_speed.json
+python benchmarks/methods_on_alpaca.py --output benchmarks/results/methods_alpaca.json
+python tools/methods_page.py > docs/methods.md
 """
 
 from __future__ import annotations
@@ -46,6 +46,45 @@ knew children's stories only. Made by `benchmarks/methods_on_alpaca.py` on {date
 | method | parameters | learning rate | held-out Alpaca | C4 |
 |---|---|---|---|---|"""
 
+_EXPERTS = """\
+## Mixture of experts
+
+Most mixtures of experts hold the matrices of all experts of a layer in one parameter, such as
+`mlp.experts.gate_up_proj` [experts, out, in]. That is no linear module, so nothing that works on linear modules (`lora`
+with DoRA and PiSSA, `adalora`, `ia3`, `vera`) reaches it: `target_modules: all-linear` adapts the attention, dense and
+shared MLPs, and routers that are linear modules. `weft preview` and `weft train` say before training which parameters
+are left out, their share of the base, and the key that includes them (`not_reached` in `--json`).
+
+That key is `lora`'s `target_parameters`, with PEFT's meaning: names of parameters, whole or their last parts.
+
+    method: lora
+    target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]
+    target_modules: []                     # these alone; left out: beside all linear modules
+    rank_pattern: {experts.down_proj: 4}   # patterns end in the parameter's name
+
+- Every expert gets its own pair A, B of rank `r`; the file has PEFT's tensors, and peft 0.21 loads it. Routers that
+  hold a matrix themselves (`mlp.gate.weight`, `mlp.router.weight`) and biases [experts, out] can be named as well.
+- Not with them: `lora_dropout`, `use_dora`, `init_lora_weights: pissa` and `loftq`, for only the weights are seen
+  there, not what goes in. `weft merge` writes them into the base; `weft combine` refuses them.
+- In a batch, experts are computed once per adapter that changes them, and once for all others. The changed matrices are
+  kept for the backward pass (with `gradient_checkpointing` one layer's at a time), as in peft.
+- Refused: experts that are called with other rows than the text's tokens (Llama 4, JetMoE, DBRX).
+- `quantization` makes linear modules small and leaves experts in the base's `dtype`, as in transformers; `weft train`
+  says how much of the base that is. Adapters on experts work there like everywhere.
+- A linear module with one output (the gate of a shared expert) is left out of `all-linear` by `lora` and `adalora`: an
+  update there has no rank to save. Name it, with a `rank_pattern` of 1, to train it.
+
+**What peft makes of it.** On about thirty of these types peft takes `all-linear`, and every name that ends in `gate`,
+`gate_proj`, `up_proj`, `down_proj`, `w1`, `w2` or `w3`, for the experts of older transformers: it adapts today's
+experts and routers, and not the dense or shared MLP of that name. Weft never does: `all-linear` means linear modules,
+and experts and routers are named. Therefore `adapter_config.json` always lists modules, and on bases with experts it
+names the weights of such linear modules under `target_parameters` (`model.layers.0.mlp.down_proj.weight`), where peft
+computes the same with the same tensors. Two things follow: there `lora_dropout` reads 0 (training used the job's, which
+`weft.json` holds), and peft refuses such a file if it uses DoRA. Weft loads what peft saves, whichever way it came
+about.
+
+"""
+
 
 def page(table: dict[str, Any], speed: dict[str, Any], alpaca: dict[str, Any]) -> str:
     """The whole page."""
@@ -60,6 +99,7 @@ def page(table: dict[str, Any], speed: dict[str, Any], alpaca: dict[str, Any]) -
     parts.append(_ALPACA.format(**alpaca))
     parts += map(_loss_row, alpaca["rows"])
     parts.append("")
+    parts.append(_EXPERTS)
     parts.append("## What each one trains\n")
     for name, cls in METHODS.items():
         text = " ".join((inspect.getdoc(inspect.getmodule(cls)) or "").split("\n\n")[0].split())

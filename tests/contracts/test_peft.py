@@ -250,7 +250,6 @@ REFUSED = {
     "layer_replication": [[0, 2], [1, 3]],
     "trainable_token_indices": [1, 2],
     "use_qalora": True,
-    "target_parameters": ["mlp.down_proj.weight"],
     "a_key_of_the_future": 3,
     "init_lora_weights": "pissa",
 }

@@ -115,9 +115,7 @@ def test_samples_from_the_store_are_those_of_lists(
 
 
 @pytest.mark.parametrize("documents", ["separate", "joined"])
-def test_memory_does_not_grow_with_the_data(
-    documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_does_not_grow_with_the_data(documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the file to the first batch; as lists the larger one's tokens would be 27 MB more."""
     monkeypatch.setattr("weft.train.reader.MEMORY", 0)
     renderer = Renderer(byte_tokenizer(), max_length=3000, documents=documents)
@@ -276,8 +274,9 @@ def test_bad_records_of_one_line_are_several(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("file", "said"), [("a.jsonl/b.jsonl", "is a file"), (".", "is a folder")])
-def test_a_report_that_cannot_be_is_refused_first(tiny_llama_dir: Path, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch, file: str, said: str) -> None:
+def test_a_report_that_cannot_be_is_refused_first(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, said: str
+) -> None:
     from weft.train.run import train
 
     monkeypatch.chdir(tmp_path)

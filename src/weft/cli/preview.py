@@ -139,6 +139,7 @@ class View:
             "jobs": list(self.data_set.names),
             "statistics": self.figures,
             "packing": self.packings,
+            "not_reached": {name: missed.json() for name, missed in self.data_set.not_reached.items()},
             "findings": findings_json(self.findings),
             "samples": [self._sample(item) for item in self.shown],
         }

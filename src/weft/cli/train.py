@@ -20,6 +20,8 @@ from weft.cli.progress import Reporter, make_reporter
 from weft.errors import UserError
 
 if TYPE_CHECKING:
+    from weft.core.reach import LeftOut
+    from weft.train.job import Job
     from weft.train.loop import TrainResult
     from weft.train.run import Setup
     from weft.train.settings import RunConfig
@@ -164,14 +166,26 @@ def _facts(setup: Setup) -> list[dict[str, Any]]:
             "name": job.name,
             "method": job.config.method,
             "trainable_parameters": job.adapter.num_trainable(),
+            "not_reached": missed.json() if (missed := _missed(setup, job)) else None,
             "folder": str(folder / job.name),
         }
         for job in setup.jobs
     ]
 
 
+def _missed(setup: Setup, job: Job) -> LeftOut | None:
+    from weft.core.reach import left_out
+
+    return left_out(job.adapter, setup.base.model, setup.base.architecture)
+
+
 def _opening(setup: Setup, jobs: list[dict[str, Any]]) -> Iterator[str]:
-    """PEFT's sentence for each job, and where it goes."""
+    """PEFT's sentence for each job, and where it goes; what of the base it does not reach."""
+    from weft.core.reach import unquantized
+
+    if told := unquantized(setup.base.model, setup.base.architecture):
+        yield told
+    missed = {job.name: _missed(setup, job) for job in setup.jobs}
     base = sum(p.numel() for p in setup.base.model.parameters())
     for job in jobs:
         own = job["trainable_parameters"]
@@ -179,6 +193,8 @@ def _opening(setup: Setup, jobs: list[dict[str, Any]]) -> Iterator[str]:
             f"{job['name']}: trainable params: {own:,} || all params: {base + own:,} || "
             f"trainable%: {100 * own / (base + own):.4f} -> {job['folder']}"
         )
+        if missed[job["name"]] is not None:
+            yield f"{job['name']}: {missed[job['name']]}"
 
 
 def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]]) -> dict[str, Any]:

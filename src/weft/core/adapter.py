@@ -16,6 +16,8 @@ from weft.errors import UserError, nearest
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
 # (rows of the module's input, the segment they belong to) -> the rows that go in instead.
 InputFunction = Callable[[Tensor, Segment], Tensor]
+# A parameter of a base module -> what the module computes with instead, of the same shape.
+ParameterFunction = Callable[[Tensor], Tensor]
 # (place, count): that many virtual tokens stand before the sequence's own token ``place``.
 Run = tuple[int, int]
 
@@ -56,6 +58,10 @@ class Adapter(nn.Module):
 
     def input_sites(self) -> Mapping[str, InputFunction]:
         """Module path -> what happens to that module's input."""
+        return {}
+
+    def parameter_sites(self) -> Mapping[str, Mapping[str, ParameterFunction]]:
+        """Module path -> the names of its own parameters -> what each becomes for the adapter's rows."""
         return {}
 
     def inserted_blocks(self) -> Mapping[str, Sequence[nn.Module]]:

@@ -80,12 +80,15 @@ class Adapters:
         if architecture.install_tables is not None:
             self._undo.append(architecture.install_tables(model, self.router))
         shape = architecture
-        self._exact_paths = frozenset((*shape.linears, *shape.norms, *shape.activations))
+        apart = (*shape.linears, *shape.norms, *shape.activations)
+        self._exact_paths = frozenset((*apart, *shape.experts, *shape.routers))
         if exact:
             # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
             # summed, must not depend on which methods the neighbours use.
-            for path in self._exact_paths:
+            for path in apart:
                 attach(model.get_submodule(path), path, self.router)
+            for path in (*architecture.experts, *architecture.routers):
+                attach(model.get_submodule(path), path, self.router).alone_if_exact = True
         for path in architecture.linears:
             if mixes_rows(module := model.get_submodule(path)):
                 attach(module, path, self.router).apart = True
@@ -184,14 +187,17 @@ class Adapters:
 
     def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
+        parameters = adapter.parameter_sites()
         # All become sites before any is given its function: a module that cannot leaves nothing half attached.
-        at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks)}
+        at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks, *parameters)}
         for path, function in sites.items():
             at[path].functions[name] = [function]
         for path, prepare in inputs.items():
             at[path].inputs[name] = prepare
         for path, inserted in blocks.items():
             at[path].inserted[name] = list(inserted)
+        for path, changed in parameters.items():
+            at[path].parameters[name] = changed
         self._adapters[name] = adapter
         return adapter
 

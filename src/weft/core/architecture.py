@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -45,6 +46,14 @@ class Architecture:
     mlp_output: tuple[str, ...]
     # Element-wise functions that are modules: their last few elements take another code path than the rest.
     activations: tuple[str, ...] = ()
+    # Modules that hold the matrices of all experts as parameters and are called with the text's tokens; modules that
+    # choose among experts by a matrix of their own. No linears, so nothing that works on linears reaches them.
+    experts: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
+    # Linears with one output (the gate of a shared expert), which have no low-rank update worth the name.
+    single_outputs: frozenset[str] = frozenset()
+    # Last parts of the paths of all modules that are not in ``linears``; empty: not known.
+    other_names: frozenset[str] = frozenset()
     max_length: int | None = None
     # The table of token embeddings and the linear that gives the logits (which may share one tensor).
     embeddings: str = ""
@@ -133,6 +142,12 @@ class Architecture:
             raise UserError(self._no_match(wanted, more))
         return found
 
+    def naming(self, paths: Sequence[str]) -> list[str]:
+        """``target_modules`` that means just these linears to PEFT: the last parts of their paths, else whole paths."""
+        names = {path.rsplit(".", 1)[-1] for path in paths}
+        rest = {path.rsplit(".", 1)[-1] for path in {*self.linears, self.head} - set(paths)} | self.other_names
+        return sorted(names) if self.other_names and not names & rest else list(paths)
+
     def _no_match(self, wanted: str | list[str], more: Sequence[str]) -> str:
         names = sorted({path.rsplit(".", 1)[-1] for path in (*self.linears, *more)})
         hint = nearest(wanted, names) if isinstance(wanted, str) else ""
@@ -150,6 +165,8 @@ def _matches(path: str, wanted: str | list[str]) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a matrix product over its last dimension: nn.Linear and its kin, or GPT-2's Conv1D."""
+    if any("Router" in kind.__name__ and "forward" in vars(kind) for kind in type(module).__mro__):
+        return False  # Phi-MoE's and Llama 4's are nn.Linear by birth, but give experts and their weights
     return isinstance(module, nn.Linear) or type(module).__name__.removeprefix("Routed") == "Conv1D"
 
 
@@ -162,6 +179,49 @@ def is_activation(module: nn.Module) -> bool:
     """Whether the module is an activation function of torch or transformers."""
     home, name = type(module).__module__, type(module).__name__.lower()
     return home in ("torch.nn.modules.activation", "transformers.activations") or "gelu" in name
+
+
+def holds_experts(path: str, module: nn.Module) -> bool:
+    """Whether the module itself holds the matrices of many experts, which are no linears then."""
+    named = "expert" in path.lower() or "expert" in type(module).__name__.lower()
+    return named and not is_layer(module) and any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def is_experts(path: str, module: nn.Module) -> bool:
+    """Whether it does, and is called with the text's tokens and the experts that each one goes to.
+
+    Others are called with rows that are sorted by expert already, or their parameters are read by another module.
+    """
+    stacked = any(p.dim() == 3 for p in module.parameters(recurse=False))
+    given = inspect.signature(plain_forward(module)).parameters if stacked else ()
+    return holds_experts(path, module) and any("index" in name or "indices" in name for name in given)
+
+
+def plain_forward(module: nn.Module) -> Callable[..., object]:
+    """The forward of the module's own class, also where it is a site."""
+    kinds: list[Any] = [kind for kind in type(module).__mro__ if not kind.__name__.startswith("Routed")]
+    forward: Callable[..., object] = kinds[0].forward
+    return forward
+
+
+def is_router(path: str, module: nn.Module) -> bool:
+    """Whether the module chooses experts by a matrix that it holds itself."""
+    name = f"{path.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
+    named = any(word in name for word in ("router", "gate", "gating"))
+    inner = holds_layers(module)
+    own = any(p.dim() == 2 for p in module.parameters(recurse=False))
+    return named and own and not inner and not is_layer(module)
+
+
+def holds_layers(module: nn.Module) -> bool:
+    """Whether there is a linear, norm, embedding or convolution inside, on which adapters can sit."""
+    return any(is_layer(inner) for inner in module.modules() if inner is not module)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is one of torch's own kinds that hold a weight: linear, norm, embedding, convolution."""
+    known = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return is_linear(module) or is_norm(module) or isinstance(module, known)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

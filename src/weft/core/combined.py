@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, InputFunction, Run, SiteFunction, in_order
+from weft.core.adapter import Adapter, InputFunction, ParameterFunction, Run, SiteFunction, in_order
 from weft.core.compose import ON_PRODUCTS, Combination, Source, combine
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates, Segment
@@ -97,6 +97,15 @@ class Combined(Adapter):
                 functions.setdefault(path, []).append(function)
         return {path: _inputs_in_order(found) for path, found in functions.items()}
 
+    def parameter_sites(self) -> Mapping[str, Mapping[str, ParameterFunction]]:
+        functions: dict[str, dict[str, ParameterFunction]] = {}
+        for part in self.parts:
+            for path, found in part.parameter_sites().items():
+                own = functions.setdefault(path, {})
+                for name, function in found.items():
+                    own[name] = _parameters_in_order(own[name], function) if name in own else function
+        return functions
+
     def merges(self) -> Mapping[str, Sequence[nn.Module]]:
         groups: dict[str, list[Sequence[nn.Module]]] = {}
         for part in self.parts:
@@ -177,6 +186,13 @@ def _in_order(path: str, functions: Sequence[SiteFunction]) -> SiteFunction:
             "that module to one of them."
         )
     return in_order([*replacing, *(function for function in functions if function not in replacing)])
+
+
+def _parameters_in_order(first: ParameterFunction, second: ParameterFunction) -> ParameterFunction:
+    def run(parameter: Tensor) -> Tensor:
+        return second(first(parameter))
+
+    return run
 
 
 def _inputs_in_order(functions: Sequence[InputFunction]) -> InputFunction:

@@ -137,9 +137,6 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
         "auto_mapping": None,
         **config.to_peft(architecture),
     }
-    if architecture.bidirectional and entries.get("target_modules") == "all-linear":
-        # To peft that would also be an encoder's pooler and the first layer of its head.
-        entries["target_modules"] = list(architecture.linears)
     if isinstance(head, ClassificationHead):
         entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), *HEAD_MODULES]
     return entries

@@ -81,6 +81,16 @@ class Mergeable(Protocol):
 
 
 @runtime_checkable
+class MergeableParameter(Protocol):
+    """A layer of an adapter that changes one parameter of a module which is no linear, norm or embedding."""
+
+    parameter: str
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The parameter as the module computes with it, in its own dtype."""
+
+
+@runtime_checkable
 class MergedBlock(Protocol):
     """A block of an adapter's own that can become one of the model's."""
 
@@ -130,8 +140,9 @@ def _no_weights(adapter: Adapter) -> str:
     if adapter.num_prefix_tokens:
         return "what it adds are keys and values before the text, not weights of the base"
     merges = adapter.merges()
-    sites = {**adapter.sites(), **adapter.input_sites()}
-    strange = [path for path in sites if not all(isinstance(layer, Mergeable) for layer in merges.get(path, (None,)))]
+    sites = {**adapter.sites(), **adapter.input_sites(), **adapter.parameter_sites()}
+    known = (Mergeable, MergeableParameter)
+    strange = [path for path in sites if not all(isinstance(layer, known) for layer in merges.get(path, (None,)))]
     blocks = itertools.chain.from_iterable(adapter.inserted_blocks().values())
     if strange or not all(isinstance(block, MergedBlock) for block in blocks):
         where = f" at '{strange[0]}'" if strange else ""
@@ -187,6 +198,10 @@ def _tensors_of(
 ) -> dict[str, Tensor]:
     """A module's own parameters and buffers, changed, by their names in it."""
     own = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    for change in changes:
+        if isinstance(change, MergeableParameter):
+            own[change.parameter] = change.merged(own[change.parameter])
+    changes = [change for change in changes if isinstance(change, Mergeable)]
     quantised = any(not tensor.is_floating_point() for tensor in own.values())
     kept = {
         name: b

@@ -7,15 +7,17 @@ the old class back removes every trace.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import InputFunction, SiteFunction
+from weft.core.adapter import InputFunction, ParameterFunction, SiteFunction
+from weft.core.groups import Groups
 from weft.core.inserted import segment_part
 from weft.core.route import Route, Router
 from weft.core.rows import Call, Rows, split_call
@@ -40,7 +42,8 @@ class Site:
     """What hangs on one swapped module: the shared router and, per adapter, what it does here.
 
     ``inputs`` change the rows that go in, ``functions`` those that come out (in order), ``inserted`` are blocks that
-    run after this one.
+    run after this one. ``parameters`` change the module's own parameters for the adapter's rows: of what is no linear
+    (experts held as one tensor, routers), what the module computes with them is its own affair.
     """
 
     def __init__(self, path: str, router: Router, base_class: type[nn.Module]) -> None:
@@ -52,17 +55,20 @@ class Site:
         self.inputs: dict[str, InputFunction] = {}
         self.functions: dict[str, list[SiteFunction]] = {}
         self.inserted: dict[str, list[nn.Module]] = {}
+        self.parameters: dict[str, Mapping[str, ParameterFunction]] = {}
+        # In exact mode, of a module that mixes rows by its parameters (experts): it sees each segment by itself.
+        self.alone_if_exact = False
         # Each segment's rows by themselves, whatever the route says: the module mixes rows (``mixes_rows``).
         self.apart = False
 
     @property
     def empty(self) -> bool:
         """Whether no adapter does anything here."""
-        return not (self.inputs or self.functions or self.inserted)
+        return not (self.inputs or self.functions or self.inserted or self.parameters)
 
     def remove(self, adapter: str) -> None:
         """Forget what the adapter does here."""
-        for found in (self.inputs, self.functions, self.inserted):
+        for found in (self.inputs, self.functions, self.inserted, self.parameters):
             found.pop(adapter, None)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,6 +77,8 @@ class Site:
         if route is None or (self.pools and (route.padded or route.layout is not None)):
             return self.base_class.forward(module, *args, **kwargs)
         route = route.elsewhere.get(self.path, route)
+        if self.parameters or (self.alone_if_exact and route.exact):
+            return self._run_changed(module, args, kwargs, route)
         x, call = split_call(args, kwargs)
         if self.inserted:
             return self._run_block(module, x, call, route)
@@ -149,6 +157,43 @@ class Site:
             pieces.append(rows)
         y = lie.join(pieces)
         return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _run_changed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
+        """The module once per segment whose adapter changes its parameters, and once for all others in between."""
+        alone = [route.exact or segment.adapter in self.parameters for segment in route.segments]
+        groups: list[range] = []
+        for index, by_itself in enumerate(alone):
+            joins = groups and not by_itself and not alone[index - 1]
+            groups[-1:] = [range(groups[-1].start, index + 1)] if joins else [*groups[-1:], range(index, index + 1)]
+        if len(groups) == 1 and not alone[0]:
+            return self.base_class.forward(module, *args, **kwargs)
+        first = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        rows = Groups.of(first, route, groups, self.path)
+        pieces = [rows.split(value) for value in (*args, *kwargs.values())]
+        parts = []
+        for index, group in enumerate(groups):
+            own = [piece[index] for piece in pieces]
+            if route.exact:
+                own = [_OwnMemory.apply(v) if torch.is_tensor(v) and v.is_floating_point() else v for v in own]
+            named = dict(zip(kwargs, own[len(args) :], strict=True))
+            changed = self.parameters.get(route.segments[group.start].adapter or "", {})
+            # What lies inside sees rows sorted by expert: no route tells whose they are, and they are one group's now.
+            with _shadowed(module, changed), self.router.use(None):
+                parts.append(self.base_class.forward(module, *own[: len(args)], **named))
+        return parts[0] if len(parts) == 1 else rows.join(parts, self.path)
+
+
+@contextlib.contextmanager
+def _shadowed(module: nn.Module, functions: Mapping[str, ParameterFunction]) -> Iterator[None]:
+    """Let the module see what ``functions`` make of its parameters; the parameters themselves stay what they are."""
+    try:
+        for name, function in functions.items():
+            # An entry of the instance is found before nn.Module looks among its parameters.
+            module.__dict__[name] = function(module.get_parameter(name))
+        yield
+    finally:
+        for name in functions:
+            module.__dict__.pop(name, None)
 
 
 class _RoutedForward:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
+from weft.core.adapter import Adapter, ParameterFunction, SiteAdapter, checked, copy_into
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.compose import ON_PRODUCTS, Combination, Source
 from weft.core.config import BuildContext, MethodConfig
@@ -23,6 +23,15 @@ from weft.errors import UserError
 from weft.methods.dora import LoraEmbedding, VariantLinear
 from weft.methods.lora_combine import combine_lora
 from weft.methods.lora_init import drawn_factors, loftq_initial_factors, pissa_factors
+from weft.methods.lora_parameters import (
+    LoraParameter,
+    find_parameters,
+    modules_among,
+    name_as_parameters,
+    names_parameter,
+    of_pattern,
+    stored_paths,
+)
 from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
 from weft.ops.lowrank import low_rank_add, low_rank_merged
 
@@ -35,7 +44,8 @@ class LoraConfig(LowRankConfig):
 
     ``init_lora_weights``: true (A Kaiming-uniform, B zero), gaussian, pissa, pissa_niter_<power iterations> (a faster
     SVD), loftq (a base quantised to 4 bits), or false (both random). ``loraplus_lr_ratio``: B's learning rate (and that
-    of vectors) over A's; ``loraplus_lr_embedding``: then the rate of LoRA on embeddings.
+    of vectors) over A's; ``loraplus_lr_embedding``: then the rate of LoRA on embeddings. ``target_parameters``: names
+    of parameters that no linear holds (mlp.experts.gate_up_proj), to be adapted beside ``target_modules``.
     """
 
     method: ClassVar[str] = "lora"
@@ -43,7 +53,10 @@ class LoraConfig(LowRankConfig):
     default_learning_rate: ClassVar[float] = 2e-4
     small_learning_rate: ClassVar[float | None] = 2e-3
     own_fields: ClassVar[frozenset[str]] = frozenset({"loraplus_lr_ratio", "loraplus_lr_embedding"})
-    not_in_peft: ClassVar[frozenset[str]] = LowRankConfig.not_in_peft | own_fields
+    # Of a base with experts the file names other modules, parameters and patterns (``name_as_parameters``).
+    not_in_peft: ClassVar[frozenset[str]] = LowRankConfig.not_in_peft | own_fields | {
+        "target_parameters", "rank_pattern", "alpha_pattern", "lora_dropout"
+    }  # fmt: skip
     takes_embeddings: ClassVar[bool] = True
     combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS
 
@@ -53,6 +66,7 @@ class LoraConfig(LowRankConfig):
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
+    target_parameters: list[str] | None = None
     loraplus_lr_ratio: float | None = Field(default=None, gt=0)
     loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
 
@@ -84,19 +98,24 @@ class LoraConfig(LowRankConfig):
         return Lora(self, name, context)
 
     def scaling(self, path: str) -> float:
-        """The factor before ``B A x`` at this module."""
-        alpha, r = _of_pattern(self.alpha_pattern, path, self.lora_alpha), self.rank(path)
+        """The factor before ``B A x`` at this module or parameter."""
+        alpha, r = of_pattern(self.alpha_pattern, self._pattern_key(path), self.lora_alpha), self.rank(path)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def rank(self, path: str) -> int:
-        """r at this module, after ``rank_pattern``."""
-        return int(_of_pattern(self.rank_pattern, path, self.r))
+        """r at this module or parameter, after ``rank_pattern``."""
+        return int(of_pattern(self.rank_pattern, self._pattern_key(path), self.r))
+
+    def _pattern_key(self, path: str) -> str:
+        """What patterns are compared with: of a linear that ``target_parameters`` names, its weight's name."""
+        return weight if names_parameter(self.target_parameters, weight := f"{path}.weight") else path
 
     def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
         return combine_lora(sources, how)
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
-        return self._stored(super().to_peft(architecture))
+        entries = self._stored(super().to_peft(architecture))
+        return name_as_parameters(entries, self.target_parameters, self.targets(architecture), architecture)
 
     def in_peft(self) -> dict[str, Any]:
         return self._stored(super().in_peft())
@@ -116,6 +135,14 @@ class LoraConfig(LowRankConfig):
             entries["init_lora_weights"] = True  # else peft would change the base when it loads the adapter
         return entries
 
+    def targets(self, architecture: Architecture) -> list[str]:
+        return [] if self.target_modules == [] and self.target_parameters else super().targets(architecture)
+
+    @classmethod
+    def tuned_modules(cls, entries: dict[str, Any], keys: list[str]) -> list[str]:
+        found = super().tuned_modules(entries, keys)
+        return modules_among(found, entries) if entries.get("target_parameters") else found
+
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
         entries = dict(entries)
@@ -128,13 +155,6 @@ class LoraConfig(LowRankConfig):
                 "path_initial_model_for_weight_conversion."
             )
         return super().from_peft(entries, keys)
-
-
-def _of_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
 
 
 class LoraLinear(nn.Module):
@@ -183,15 +203,40 @@ class Lora(SiteAdapter):
     """A low-rank update on every targeted module."""
 
     def __init__(self, config: LoraConfig, name: str, context: BuildContext) -> None:
-        modules, own = find_targets(config, context)
+        linears, parameters = find_parameters(config, context)
+        modules, own = find_targets(config, context, linears, optional=bool(parameters))
         super().__init__(config, name, {p: _make_layer(config, p, m, context) for p, m in modules.items()}, own)
         self.lora = config
+        self.stacks = nn.ModuleList(LoraParameter(config, *parameter, context) for parameter in parameters)
+        self.stack_paths = stored_paths(parameters)
+
+    def parameter_sites(self) -> Mapping[str, Mapping[str, ParameterFunction]]:
+        sites: dict[str, dict[str, ParameterFunction]] = {}
+        for layer in self._stacks():
+            sites.setdefault(layer.path, {})[layer.parameter] = layer
+        return sites
+
+    def merges(self) -> Mapping[str, Sequence[nn.Module]]:
+        layers: dict[str, list[nn.Module]] = {path: list(found) for path, found in super().merges().items()}
+        for layer in self._stacks():
+            layers.setdefault(layer.path, []).append(layer)
+        return layers
+
+    def _stacks(self) -> list[LoraParameter]:
+        return cast(list[LoraParameter], list(self.stacks))
+
+    def _file_tensors(self) -> dict[str, Tensor]:
+        """All parameters by their names in the file."""
+        stacks = zip(self.stack_paths, self.stacks, strict=True)
+        return dict(super().tensors()) | {
+            f"{self.prefix}{path}.{part}.weight": p for path, layer in stacks for part, p in layer.named_parameters()
+        }
 
     def stored_name(self, part: str) -> str:
         return f"{part}.weight" if part in ("lora_A", "lora_B") else part
 
     def tensors(self) -> Mapping[str, Tensor]:
-        tensors = dict(super().tensors())
+        tensors = self._file_tensors()
         for a_key, b_key, layer in self._pissa_layers():
             tensors[a_key], tensors[b_key] = layer.factors()
         return tensors
@@ -206,7 +251,7 @@ class Lora(SiteAdapter):
             layer.initial_a.copy_(a[r:])
             layer.initial_b.copy_(-b[:, r:])
             rest[a_key], rest[b_key] = a[:r], b[:, :r]
-        copy_into(super().tensors(), rest)
+        copy_into(self._file_tensors(), rest)
 
     def _pissa_layers(self) -> list[tuple[str, str, VariantLinear]]:
         """(A's name in the file, B's, layer)."""

@@ -44,6 +44,12 @@ def combine_lora(sources: Sequence[Source], how: Combination) -> tuple[MethodCon
     Raises:
         UserError: an adapter holds more than A and B, or the rule needs equal ranks and they differ.
     """
+    for source in sources:
+        if named := getattr(source.config, "target_parameters", None):
+            raise UserError(
+                f"'{source.name}' adapts parameters ({', '.join(named[:3])}), each with a pair of A and B per "
+                "expert; there is no rule to combine these. Stack the adapters, or merge one into the base."
+            )
     modules: dict[tuple[str, str], list[_Factors]] = {}
     for source, weight in zip(sources, how.weights, strict=True):
         for names, path, a, b in _factors(source):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -49,7 +49,16 @@ class LowRankConfig(SavesModules):
         return self
 
     def targets(self, architecture: Architecture) -> list[str]:
-        """Paths of the modules to tune: linears of the blocks, and the head or the token embeddings where named."""
+        """Paths of the modules to tune: linears of the blocks, and the head or the token embeddings where named.
+
+        ``all-linear`` leaves out those with one output, in which no update has a rank.
+        """
+        found = self._matched(architecture)
+        if self.target_modules == "all-linear":
+            return [path for path in found if path not in architecture.single_outputs] or found
+        return found
+
+    def _matched(self, architecture: Architecture) -> list[str]:
         more = [architecture.head, *([architecture.embeddings] if self.takes_embeddings else [])]
         outside = [path for path in more if path and path not in architecture.linears]
         if not self.layers_pattern:
@@ -70,20 +79,23 @@ class LowRankConfig(SavesModules):
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
         entries = self.model_dump(mode="json", exclude=set(self.own_fields))
-        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if pattern or self.layers_to_transform is not None:
-            # PEFT applies an expression to every module (a norm would be an error) and refuses layers beside one.
-            entries["target_modules"] = self.targets(architecture)
+        if isinstance(self.target_modules, str) or self.layers_to_transform is not None:
+            # PEFT applies an expression to every module (a norm would be an error), refuses layers beside one, and has
+            # other ideas of what all-linear is (a pooler, on some bases experts and routers).
+            entries["target_modules"] = architecture.naming(self.targets(architecture))
             entries["layers_to_transform"] = entries["layers_pattern"] = None
         return {**entries, "fan_in_fan_out": architecture.model_type == "gpt2"}
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
-        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
-        tuned = {key for key in keys if ".lora_" in key}
-        entries = {**entries, "target_modules": sorted({module_path(key) for key in tuned})}
+        entries = {**entries, "target_modules": cls.tuned_modules(entries, keys)}
         entries["layers_to_transform"] = entries["layers_pattern"] = None
         return super().from_peft(entries, keys)
+
+    @classmethod
+    def tuned_modules(cls, entries: dict[str, Any], keys: list[str]) -> list[str]:
+        """The modules that a file's own keys say were tuned; its target_modules may be a default to be guessed."""
+        return sorted({module_path(key) for key in keys if ".lora_" in key})
 
 
 def module_path(key: str) -> str:
@@ -91,8 +103,12 @@ def module_path(key: str) -> str:
     return re.sub(r"\.lora_\w+(\.\w+)?$", "", key.removeprefix(SiteAdapter.prefix))
 
 
-def find_targets(config: LowRankConfig, context: BuildContext) -> tuple[dict[str, nn.Module], dict[str, OwnWeights]]:
+def find_targets(
+    config: LowRankConfig, context: BuildContext, more: Sequence[str] = (), *, optional: bool = False
+) -> tuple[dict[str, nn.Module], dict[str, OwnWeights]]:
     """The modules to tune and the weights that are trained whole beside them, a path for each.
+
+    ``more``: linears that are named otherwise. ``optional``: an empty target_modules is no error.
 
     Raises:
         UserError: a target is not there or of a kind that cannot be tuned.
@@ -102,8 +118,9 @@ def find_targets(config: LowRankConfig, context: BuildContext) -> tuple[dict[str
         _refuse_other_kinds(name, config, context)
     own = saved_modules(config.modules_to_save, context)
     # peft too: what is trained whole needs no update.
-    paths = [path for path in config.targets(shape) if path not in own]
-    if not paths:
+    targets = [] if names == [] and (more or optional) else config.targets(shape)
+    paths = [path for path in dict.fromkeys((*targets, *more)) if path not in own]
+    if not paths and not (optional and not targets):
         raise UserError(
             f"target_modules {names!r}: every module it names is in modules_to_save {config.modules_to_save} as well, "
             "so nothing is left to tune."

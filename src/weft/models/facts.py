@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from weft.core.architecture import Architecture, AttentionInstaller, HeadForm, is_activation, is_linear, is_norm
+from weft.core.architecture import (
+    Architecture,
+    AttentionInstaller,
+    HeadForm,
+    is_activation,
+    is_experts,
+    is_linear,
+    is_norm,
+    is_router,
+    linear_shape,
+)
 from weft.errors import UserError
 from weft.models.bloom import install_bloom
 from weft.models.encoder_decoder import describe_encoder_decoder
@@ -100,6 +110,8 @@ def sketch(model: nn.Module) -> Architecture:
     if facts and facts.outside:
         around = [path for path, module in model.named_modules() if is_linear(module)]
         linears += tuple(path for path in around if path.endswith(tuple(f".{name}" for name in facts.outside)))
+    inside = [(p, m) for p, m in model.named_modules() if p.startswith(tuple(f"{block}." for block in blocks))]
+    experts = tuple(path for path, module in inside if is_experts(path, module))
     heads = int(getattr(text, "num_attention_heads", None) or 1)  # a state-space model has none
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     limit = getattr(text, "max_position_embeddings", None)
@@ -120,6 +132,10 @@ def sketch(model: nn.Module) -> Architecture:
         attention_output=_outputs(blocks, linears, facts.attention_output if facts else None, "attn", _ATTENTION_NAMES),
         mlp_output=_outputs(blocks, linears, facts.mlp_output if facts else None, "mlp", _MLP_NAMES),
         activations=tuple(path for path, module in modules if is_activation(module)),
+        experts=experts,
+        routers=tuple(path for path, module in inside if path not in set(experts) and is_router(path, module)),
+        single_outputs=frozenset(path for path in linears if linear_shape(model.get_submodule(path))[1] == 1),
+        other_names=frozenset(path.rsplit(".", 1)[-1] for path, _ in model.named_modules() if path not in set(linears)),
         max_length=int(limit) - first if limit else None,
         install_attention=facts.install if facts else install_interface,
         head_form=_head_form(config),

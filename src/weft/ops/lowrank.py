@@ -104,3 +104,31 @@ def loftq_factors(
         quantized = quantize(weight - scaling * b @ a)
         a, b = principal_factors(weight - quantized, rank, scaling)
     return quantized, a, b
+
+
+def stacked_low_rank_add(weight: Tensor, a: Tensor, b: Tensor, scaling: float, *, transposed: bool = False) -> Tensor:
+    """``W_e + scaling * B_e A_e`` for each matrix e of a stack, in W's dtype; the factors lie as PEFT stores them.
+
+    Args:
+        weight: [E, out, in], ``transposed``: [E, in, out].
+        a: [E * r, in], the rows of one matrix beside each other. b: [out, r * E], the columns of one rank beside each
+            other. Any floating dtype (gradients come back in their own).
+    """
+    count = len(weight)
+    rows = a.to(weight.dtype).view(count, -1, a.shape[-1])
+    columns = b.to(weight.dtype).view(len(b), -1, count).permute(2, 0, 1)
+    if transposed:
+        return torch.baddbmm(weight, rows.transpose(1, 2), columns.transpose(1, 2), alpha=scaling)
+    return torch.baddbmm(weight, columns, rows, alpha=scaling)
+
+
+def stacked_low_rank_add_ref(
+    weight: Tensor, a: Tensor, b: Tensor, scaling: float, *, transposed: bool = False
+) -> Tensor:
+    """The same, matrix by matrix."""
+    count, found = len(weight), []
+    for index, matrix in enumerate(weight):
+        r = len(a) // count
+        change = scaling * b[:, index::count].to(matrix) @ a[index * r : (index + 1) * r].to(matrix)
+        found.append(matrix + (change.t() if transposed else change))
+    return torch.stack(found)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from weft.core import reach
 from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationTask
+from weft.core.reach import LeftOut
 from weft.data import Mixture, Renderer, Sample, Source, parse_sources
 from weft.data.auditing.base import Facts, Item, Split
 from weft.data.auditing.items import TOO_LONG, read_items, read_labelled_items
@@ -30,7 +32,8 @@ from weft.train.settings import JobConfig, RunConfig
 class Examined:
     """The data that some of the jobs (``names``) share, and how they pack it.
 
-    ``left_out``: why how many records are not there. ``windows``: with ``documents: joined`` what the model is given
+    ``left_out``: why how many records are not there. ``not_reached``: by job, what of the base its adapter leaves as it
+    is though one may expect otherwise. ``windows``: with ``documents: joined`` what the model is given
     instead of the records.
     """
 
@@ -40,6 +43,7 @@ class Examined:
     packings: list[Packing] = field(default_factory=list)
     windows: list[Item] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    not_reached: dict[str, LeftOut] = field(default_factory=dict)
 
     @property
     def renderer(self) -> Renderer:
@@ -57,16 +61,16 @@ class _Outline:
     bidirectional: bool
     sketch: Base | None = None
 
-    def virtual_tokens(self, job: JobConfig, classes: ClassificationTask | None) -> int:
-        """How many learned tokens the job's adapter puts into every sequence (0 if there is but a tokenizer)."""
+    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, LeftOut | None]:
+        """How many learned tokens the job's adapter puts into every sequence (0 if there is but a tokenizer), and what
+        of the base it does not reach."""
         if self.sketch is None:
-            return 0
+            return 0, None
         adapters = Adapters(self.sketch.model, self.sketch.architecture)
         try:
             method = job.method_config()
-            return adapters.add(
-                job.name, method, tokenizer=self.tokenizer, classification=classes, blank=True
-            ).num_virtual_tokens
+            made = adapters.add(job.name, method, tokenizer=self.tokenizer, classification=classes, blank=True)
+            return made.num_virtual_tokens, reach.left_out(made, self.sketch.model, self.sketch.architecture)
         finally:
             adapters.close()
 
@@ -107,6 +111,7 @@ class _Reader:
     ) -> None:
         self.config, self.outline, self.places = config, outline, places
         self.renderer, self.unlimited = renderer, unlimited
+        self.not_reached: dict[str, LeftOut] = {}
 
     def group(self, jobs: list[JobConfig]) -> Examined:
         config, job = self.config, jobs[0]
@@ -133,7 +138,9 @@ class _Reader:
             trained = [list(self.renderer.join(samples)) for samples in trained]
             windows = [Item("train", s.source, samples=(s,), length=len(s.input_ids)) for t in trained for s in t]
         packings = self._packings(jobs, trained, classes) if whole or all(trained) else []
-        return Examined(tuple(job.name for job in jobs), items, facts, packings, windows, left_out)
+        names = tuple(job.name for job in jobs)
+        missed = {name: self.not_reached[name] for name in names if name in self.not_reached}
+        return Examined(names, items, facts, packings, windows, left_out, missed)
 
     def _hold_out(self, sources: list[list[Item]]) -> tuple[list[list[Item]], list[Item]]:
         """What training trains on, by source, and what it evaluates on.
@@ -182,7 +189,10 @@ class _Reader:
         alike: dict[Any, list[JobConfig]] = {}
         for job in jobs:
             keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
-            alike.setdefault((*keys, self.outline.virtual_tokens(job, classes)), []).append(job)
+            virtual, missed = self.outline.adapter(job, classes)
+            if missed is not None:
+                self.not_reached[job.name] = missed
+            alike.setdefault((*keys, virtual), []).append(job)
         return [
             Packing(
                 tuple(job.name for job in same),

@@ -1,0 +1,85 @@
+"""Cutting what a module is called with into one part per group of segments, and joining what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.route import Route
+from weft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Where the segments' rows lie in a module's first input: along ``dim``, ``sizes`` of them per group."""
+
+    dim: int
+    sizes: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """How many rows there are."""
+        return sum(self.sizes)
+
+    @classmethod
+    def of(cls, x: Tensor, route: Route, groups: Sequence[range], path: str) -> Groups:
+        """The rows of ``groups`` of consecutive segments in x: the stream [1, N, d] or [N, d], or padded
+        [B, T, d] or [B T, d].
+
+        Raises:
+            UserError: x has other rows than the text's tokens, so nobody can say whose they are.
+        """
+        units = sum(route.sizes)
+        if route.padded:
+            width = max(max(segment.lengths) for segment in route.segments)
+            flat = x.dim() == 2 and x.is_floating_point()
+            known = {units: 1, units * width: width} if flat else {units: 1}
+            dim, each = 0, known.get(x.shape[0], 0)
+        else:
+            dims = [i for i in range(x.dim() - x.is_floating_point()) if x.shape[i] == units]
+            dim, each = (max(dims, key=x.stride), 1) if dims else (0, 0)
+        if not each:
+            raise UserError(
+                f"module '{path}' is called with rows {list(x.shape)} that are not the text's tokens one by one; which "
+                "adapter they belong to is not known, so its parameters cannot be adapted. Leave them out of "
+                "target_parameters."
+            )
+        return cls(dim, tuple(each * sum(route.sizes[i] for i in group) for group in groups))
+
+    def split(self, value: Any) -> list[Any]:
+        """Of a tensor with these rows each group's, of everything else all of it for each group."""
+        if isinstance(value, tuple):
+            return list(zip(*map(self.split, value), strict=True)) if value else [value] * len(self.sizes)
+        # A vector may be one entry per expert, and parameters are the model's own.
+        if not torch.is_tensor(value) or isinstance(value, nn.Parameter) or value.dim() < 2:
+            return [value] * len(self.sizes)
+        fits = [i for i in (self.dim, *range(value.dim())) if i < value.dim() and value.shape[i] == self.total]
+        return list(value.split(self.sizes, fits[0])) if fits else [value] * len(self.sizes)
+
+    def join(self, parts: Sequence[Any], path: str) -> Any:
+        """One result of the groups' results.
+
+        Raises:
+            UserError: they hold something that is neither rows nor the same for all.
+        """
+        first = parts[0]
+        if isinstance(first, tuple):
+            return tuple(self.join(values, path) for values in zip(*parts, strict=True))
+        if torch.is_tensor(first):
+            fits = [
+                i
+                for i in (min(self.dim, max(first.dim() - 1, 0)), *range(first.dim()))
+                if all(i < p.dim() and p.shape[i] == size for p, size in zip(parts, self.sizes, strict=True))
+            ]
+            if fits:
+                return torch.cat(list(parts), fits[0])
+        elif all(part is first or part == first for part in parts):
+            return first
+        raise UserError(
+            f"module '{path}' gives more than one result per token, so its parameters cannot be adapted for some "
+            "tokens only. Leave them out of target_parameters."
+        )
