@@ -29,7 +29,7 @@ def attend(
     """
     if (width := v.shape[-1]) < q.shape[-1]:
         v = functional.pad(v, (0, q.shape[-1] - width))
-        return attend(router, layer, q, k, v, scale=scale, causal=causal, **bias)[..., :width]
+        return attend(router, layer, q, k, v, scale=scale, causal=causal, **bias)[..., :width].contiguous()
     route = router.current
     if route is None:
         raise RuntimeError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -70,6 +72,40 @@ def generate(
     return [done[i] for i in range(len(requests))]
 
 
+# Adapters -> whether a step from the stream's cache was proved to give what the whole text gives.
+_GOES_ON: weakref.WeakKeyDictionary[Adapters, bool] = weakref.WeakKeyDictionary()
+_STEPS = 3  # of that proof
+
+
+def goes_on(adapters: Adapters) -> bool:
+    """Whether the base may go on from the cache of the stream: tried once, on two short texts.
+
+    A layer that attends twice in one pass, or that is run several times, would overwrite its own keys.
+    """
+    if adapters not in _GOES_ON:
+        vocabulary = int(adapters.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        texts = [[(7 * i + n) % vocabulary for i in range(n)] for n in (4, 9)]
+        room = adapters.architecture.max_length
+        if room is not None and room < 9 + _STEPS:
+            return True  # no text of this base is long enough to be tried
+        batch = _Batch(
+            adapters, [Request(text, max_new_tokens=_STEPS + 1) for text in texts], [0, 1], frozenset(), None
+        )
+        cache, logits = batch._prefill()
+        worst = 0.0
+        for _ in range(_STEPS):
+            tokens = batch._take(logits, set())
+            logits = batch._decode(cache, tokens)
+            stream = adapters.stream([batch._part(None, [0, 1])])
+            last = torch.tensor(stream.lengths, device=adapters.device).cumsum(0) - 1
+            whole = adapters.logits(adapters.forward(stream)[last], batch._counts()).double()
+            worst = max(worst, float(((logits.double() - whole).norm(dim=-1) / whole.norm(dim=-1)).max()))
+        eps = max(torch.finfo(adapters.dtype).eps, torch.finfo(torch.float32).eps)
+        # Every rounding on the way counts; what is wrong is wrong by the size of the logits.
+        _GOES_ON[adapters] = worst <= min(0.2, 64 * eps * math.sqrt(10 * adapters.architecture.num_layers))
+    return _GOES_ON[adapters]
+
+
 # How rows go on: from a cache of their own lengths, from one in which all are equally long, or from the beginning.
 Way = Literal["stream", "lock step", "again"]
 
@@ -98,7 +134,8 @@ def _batches(adapters: Adapters, requests: Sequence[Request], size: int) -> Iter
         same = list(found)
         most = min(size, kind.rows or size)
         for start in range(0, len(same), most):
-            yield same[start : start + most], "lock step" if kind.rows else "again" if adapters.padded else "stream"
+            again = adapters.padded or not goes_on(adapters)
+            yield same[start : start + most], "lock step" if kind.rows else "again" if again else "stream"
 
 
 def check_writes(adapters: Adapters, name: str | None) -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
+from weft.core.body import body_of
 from weft.core.route import Route, Segment
 from weft.core.stream import Part, Stream, embed, padded_prefix, run_body
-from weft.libraries import CACHE_NAMES, growing_cache
+from weft.libraries import CACHE_NAMES, cache_name, growing_cache
 
 # What a model's output may call the cache; its forward takes it back under the same name.
 _NAMES = (*CACHE_NAMES, "cache_params", "state", "mems")
@@ -101,10 +102,14 @@ class Group:
                 use_cache=True,
                 **given,
             )
-        self._name = self._name or next((name for name in _NAMES if out.get(name) is not None), None)
-        if self._name is None or out.get(self._name) is None:
+        given_back = next((name for name in _NAMES if out.get(name) is not None), None)
+        # It may come out under an older name than it goes in.
+        self._name = (
+            self._name or cache_name(type(body_of(adapters.model, adapters.architecture)).forward) or given_back
+        )
+        if given_back is None or self._name is None:
             raise NoCacheError(f"{type(adapters.model).__name__} gives no cache")
-        self._cache = out[self._name]
+        self._cache = out[given_back]
         return out.last_hidden_state[:, -1]
 
 

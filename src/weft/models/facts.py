@@ -115,6 +115,7 @@ def sketch(model: nn.Module) -> Architecture:
     heads = int(getattr(text, "num_attention_heads", None) or 1)  # a state-space model has none
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     limit = getattr(text, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else None  # XLNet says -1
     first = int(text.pad_token_id) + 1 if facts is not None and facts.padding_first else 0
     pooler = _pooler(model) if encoder else None
     # A pooler sees one row per sequence, so nothing in it can be a site.

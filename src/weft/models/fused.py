@@ -231,15 +231,15 @@ def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
 
     source: Any = module
     more: dict[str, Any] = {}
-    if mixin is _FusedAttention:
-        x = rows(source.q_proj.in_features)
-        more = {"position_embeddings": (rows(source.head_dim), rows(source.head_dim)), "attention_mask": None}
-    else:
-        x = rows(source.gate_proj.in_features if mixin is _FusedMlp else len(source.weight))
     route = Route((Segment(None, 5, 1, lengths=(5,)),), SequenceLayout.build([5], device=some.device))
     own: Any = type(module)
     module.__dict__[_ROUTER] = router
     try:
+        if mixin is _FusedAttention:
+            x = rows(source.q_proj.in_features)
+            more = {"position_embeddings": (rows(source.head_dim), rows(source.head_dim)), "attention_mask": None}
+        else:
+            x = rows(source.gate_proj.in_features if mixin is _FusedMlp else len(source.weight))
         with router.use(route):
             expected = _first(module(x, **more))
             module.__class__ = _fused_class(mixin, own)

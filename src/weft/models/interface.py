@@ -50,7 +50,7 @@ def weft_attention(
         UserError: the module asks for something that the stream does not do.
     """
     router: Router | None = module.__dict__.get(ROUTER)
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name in _CHANGES_RESULT)
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     if router is None or unknown or not (attention_mask is None or isinstance(attention_mask, Band)):
         what = ", ".join(unknown) or ("a mask of its own" if router is not None else "no place in the stream")
         raise UserError(f"the attention {type(module).__name__} comes with {what}; use padded=True.")
@@ -68,8 +68,13 @@ def weft_attention(
     return attend(router, layer, query[0], key[0], value[0], scale=scale, causal=causal, **bias)[None], None
 
 
-# Arguments of attentions that would change what comes out and that the stream does not know.
-_CHANGES_RESULT = {"position_bias", "head_mask", "alibi", "relative_position_bias", "block_mask"}
+# Arguments that say nothing of what comes out, or that the stream knows. Any other one keeps a model out of it: keys
+# that an indexer has chosen (``indices``), biases by position, masks of blocks.
+_HARMLESS = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings",
+    "position_ids", "return_dict", "s_aux", "sliding_window", "use_cache",
+}  # fmt: skip
 
 
 def _band_or_none(*args: Any, local_size: int | None = None, config: Any = None, **kwargs: Any) -> Band | None:

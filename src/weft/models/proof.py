@@ -36,8 +36,20 @@ from weft.models.tables import install_tables, neighbour_dependent, tables_move
 NOISE = 10
 # and by so many units of the last place of the largest logit, where the two orders agree by chance.
 UNITS = 32
+# But never by more than this share of it.
+MOST = {torch.float16: 0.1, torch.bfloat16: 0.1}
 # What was proved of a model, to be told while adapters are open and its own forward cannot run.
 _PROVED: weakref.WeakKeyDictionary[nn.Module, Architecture] = weakref.WeakKeyDictionary()
+
+
+def _sketch(model: nn.Module) -> Architecture:
+    try:
+        return sketch(model)
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"this {_name(model)} is not built as a language model that Weft knows: {_reason(error)}. Take another "
+            "base."
+        ) from error
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -48,7 +60,7 @@ def describe(model: nn.Module) -> Architecture:
     """
     if is_open(model) and model in _PROVED:
         return _PROVED[model]
-    shape = sketch(model)
+    shape = _sketch(model)
     on_meta = any(p.device.type == "meta" for p in model.parameters())
     if on_meta or shape.memory_linears:
         return shape
@@ -91,6 +103,7 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
     Raises:
         UserError: none is; says at which module the last one first differs.
     """
+    _check_indexer(model)
     tables = neighbour_dependent(model)
     if tables:
         moves = functools.partial(tables_move, paths=tables)
@@ -111,6 +124,23 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
         norms=tuple(path for path in shape.norms if path not in out_of_reach),
         padded_because=why,
     )
+
+
+def _check_indexer(model: nn.Module) -> None:
+    """Refuse sparse attention that picks keys by a score of its own: where scores are equal, many are zero, what is
+    picked depends on how wide the batch is, so no batch gives what a text gives alone.
+
+    Raises:
+        UserError: the configuration has an ``index_topk``.
+    """
+    config: Any = model.config
+    chosen = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "index_topk", None)
+    if chosen:
+        raise UserError(
+            f"this {_name(model)} picks {chosen} keys per token by an indexer (index_topk), and what it picks among "
+            "equal scores depends on the batch: an adapter would be trained on other answers than it gives later. Take "
+            "another base."
+        )
 
 
 def _within(paths: Sequence[str], shape: Architecture, depth: int) -> tuple[str, ...]:
@@ -150,8 +180,10 @@ def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
     scale = max(float(output.abs().max()) for output in outputs)
     noise = float((again.double() - outputs[0].double()).abs().max())
     # transformers computes softmax and norms of a float64 model in float32.
-    units = UNITS * max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps) * scale
-    return Truth(sequences, outputs, max(NOISE * noise, units)), trace
+    units = UNITS * max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps)
+    # A model whose own batch mixes its rows would else measure that as rounding.
+    limit = max(min(NOISE * noise / max(scale, 1e-30), MOST.get(first.dtype, 1e-4)), units) * scale
+    return Truth(sequences, outputs, limit), trace
 
 
 def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
@@ -169,7 +201,11 @@ def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
         own = own_logits(model, shape, hidden)
     except Exception:  # a dense layer of another width stands before the head
         return None
-    plain = head(hidden)
+    # Not the module's own forward: an output layer may do more than its weight says.
+    floating = head.weight.is_floating_point() and isinstance(head, nn.Linear)
+    plain = nn.functional.linear(hidden, head.weight, head.bias) if floating else head(hidden)
+    if plain.shape != own.shape:
+        return None  # some of the vocabulary is cut off
     for form in _forms(model, shape.head_form or HeadForm(), own, plain):
         near = UNITS * torch.finfo(plain.dtype).eps * plain.abs().amax(-1, keepdim=True) * abs(form.scale)
         if bool(((scaled(plain, form) - own).abs() <= near).all()):
@@ -195,6 +231,8 @@ def _first_right(model: nn.Module, shape: Architecture, truth: Truth) -> tuple[A
     for way in _ways(model, shape):
         try:
             distance = truth.distance(our_output(model, way, truth.sequences))
+            if way.install_attention is None and not shape.bidirectional:
+                distance = max(distance, _narrow(model, way, truth))
         except Exception as error:  # an attention asks for what the stream has not, a body takes no embeddings
             last = last or (way, error)
             why = why or _reason(error)
@@ -236,6 +274,13 @@ def our_output(model: nn.Module, shape: Architecture, sequences: Sequence[Sequen
         adapters.close()
 
 
+def _narrow(model: nn.Module, way: Architecture, truth: Truth) -> float:
+    """How far padded batches lie from the truth that are narrower than the first: some models pad by themselves."""
+    few = [truth.sequences[-1][:9], truth.sequences[0][:1]]
+    outputs = [trial.own_output(model, way, [sequence])[0] for sequence in few]
+    return Truth(few, outputs, truth.limit).distance(our_output(model, way, few))
+
+
 def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
@@ -254,7 +299,7 @@ def _refusal(model: nn.Module, way: Architecture, found: float | Exception, trut
             "what it cannot prove; take another base, or report this with the versions that `weft doctor` prints."
         )
     place = first_difference(model, way, truth.sequences, functools.partial(trial.own_output, model, way))
-    where = f"The first module that differs is {place}." if place else "No module of its body differs: its head does."
+    where = f"The first module that differs is {place}." if place else "Where it begins is too small to be seen."
     return (
         f"this {kind} answers otherwise through Weft than by itself: {how} its outputs differ by {found:.3g}, where "
         f"rounding explains {truth.limit:.1g}. {where} Weft refuses what it cannot prove; take another base, or report "
