@@ -13,7 +13,7 @@ ORDER = (
     "ops", "core", "methods", "objectives", "models", "data", "train", "generate", "evaluate", "synthesize", "serve",
     "cli",
 )  # fmt: skip
-FREE = {"errors", "assets"}  # anyone may use them, and they use nobody
+FREE = {"errors", "foreign", "assets"}  # anyone may use them, and they use nobody
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -143,6 +143,69 @@ def test_the_ban_lets_through() -> None:
             )
         )
     )
+
+
+# Calls that let a library read what a file says to load: each in one module, and never with code of the file's.
+LOADERS = {
+    "from_pretrained": {"models/gate.py"},
+    "from_config": {"models/gate.py"},
+    "load_dataset": {"models/hub_datasets.py"},
+}
+# Where the bytes of a foreign file become values; elsewhere the text is a record's or Weft's own.
+PARSERS = {
+    "json.load": {"foreign.py"},
+    "json.loads": {"foreign.py", "data/formats/fields.py", "data/rendering/fingerprint.py"},
+    "json.JSONDecoder": {"data/reading/rows.py"},
+    "yaml.load": {"foreign.py"},
+    "yaml.safe_load": set(),
+    "apply_chat_template": set(),
+    "Environment": set(),
+}
+
+
+def wrong_loaders(path: str, tree: ast.AST) -> Iterator[str]:
+    """Calls of loaders outside their module, or without ``trust_remote_code=False``; parsers outside theirs."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        name = called.rsplit(".", 1)[-1]
+        if name in LOADERS:
+            off = [k for k in node.keywords if k.arg == "trust_remote_code" and ast.unparse(k.value) == "False"]
+            if path not in LOADERS[name]:
+                yield f"{path}:{node.lineno}: {called} belongs into {', '.join(LOADERS[name])}"
+            if not off:
+                yield f"{path}:{node.lineno}: {called} without trust_remote_code=False"
+        for parser in (called, name):
+            if parser in PARSERS and path not in PARSERS[parser]:
+                yield f"{path}:{node.lineno}: {called}: foreign files are read by weft.foreign"
+
+
+def test_loaders_and_parsers_are_where_they_belong() -> None:
+    found = [
+        line
+        for path in FILES
+        for line in wrong_loaders(path.relative_to(SOURCE).as_posix(), ast.parse(path.read_text()))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("models/load.py", "AutoConfig.from_pretrained(p, trust_remote_code=False)"),
+        ("models/gate.py", "AutoConfig.from_pretrained(p)"),
+        ("models/gate.py", "auto.from_config(c, trust_remote_code=flag)"),
+        ("models/hub_datasets.py", "datasets.load_dataset(p)"),
+        ("core/files.py", "json.loads(t)"),
+        ("cli/train.py", "json.load(f)"),
+        ("train/config.py", "yaml.load(t, Loader=L)"),
+        ("data/x.py", "tokenizer.apply_chat_template(m)"),
+        ("data/x.py", "jinja2.Environment()"),
+    ],
+)
+def test_the_loader_check_sees(path: str, source: str) -> None:
+    assert list(wrong_loaders(path, ast.parse(source)))
 
 
 def test_files_and_functions_stay_small() -> None:

@@ -25,6 +25,7 @@ from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask, task_of_tensors
 from weft.core.route import Router
 from weft.errors import UserError, nearest
+from weft.foreign import check_safetensors, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "encoder.safetensors"
@@ -269,21 +270,9 @@ def _read_foreign(
     return by_type[peft_type].from_peft(rest, [key for key in tensors if key not in of_head]), tensors, task
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or UserError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
-    return value
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, or UserError if it is truncated or broken."""
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from weft.errors import UserError, nearest
+from weft.foreign import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,9 +146,9 @@ def template_text(wanted: str) -> Template:
         return Template("", wanted)
     if is_file_name(wanted):
         try:
-            return Template("", Path(wanted).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"chat_template: {wanted} cannot be read: {error}. Give a UTF-8 file.") from None
+            return Template("", read_text(wanted))
+        except UserError as error:
+            raise UserError(f"chat_template: {wanted} cannot be read: {error} Give a UTF-8 file.") from None
     name = _key(wanted)
     name = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}.get(name, "")
     if not name:
