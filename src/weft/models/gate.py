@@ -89,7 +89,7 @@ def load_weights(auto: Any, source: str | Path, config: Any, **options: Any) -> 
         return auto.from_pretrained(source, config=config, trust_remote_code=False, use_safetensors=True, **options)
 
 
-def from_config(auto: Any, config: Any, dtype: Any) -> Any:
+def build_model(auto: Any, config: Any, dtype: Any) -> Any:
     """``auto.from_config``: a model with random weights (on the meta device: none)."""
     with no_questions():
         return auto.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -102,7 +102,7 @@ def empty_model(auto: Any, config: Any) -> Any:
     import torch
 
     with torch.device("meta"):
-        return from_config(auto, copy.deepcopy(config), torch.float32)
+        return build_model(auto, copy.deepcopy(config), torch.float32)
 
 
 def _file(source: str | Path, name: str, local_files_only: bool) -> Path | None:

@@ -133,7 +133,7 @@ def sketch_base(
         auto = _auto_class(config, name)
         kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
         with torch.device("meta"):
-            model = _headless(gate.from_config(auto, config, kind))
+            model = _headless(gate.build_model(auto, config, kind))
     except UnknownTypeError:
         raise
     except Exception as error:  # as in load_base

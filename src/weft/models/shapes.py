@@ -92,4 +92,4 @@ def random_model(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
     check_budget(gate.empty_model(auto_class, config), 0, "the configuration for shape: tiny")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return gate.from_config(auto_class, config, dtype)
+        return gate.build_model(auto_class, config, dtype)

@@ -1,7 +1,7 @@
 """Chat templates by name, for tokenizers that have none; and finding the one that a configuration means.
 
 The files under ``chat_templates`` are written for Weft from what is known of the formats. Like any template they run
-only in the sandbox of transformers' ``apply_chat_template``.
+only in ``weft.data.rendering.sandbox``.
 """
 
 from __future__ import annotations
