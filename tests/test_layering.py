@@ -77,7 +77,11 @@ def test_the_check_sees(path: str, source: str) -> None:
     assert wrong_imports(SOURCE / path, source)
 
 
-def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
+# The one reviewed exception, behind a command that the user names: torch's reader of tensors alone.
+PICKLES = {"models/convert.py"}
+
+
+def forbidden(tree: ast.AST, path: str = "") -> Iterator[tuple[int, str]]:
     """Whatever runs code that lies in a file or a string."""
     safe = {
         n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and "yaml.SafeLoader" in map(ast.unparse, n.bases)
@@ -92,6 +96,9 @@ def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
             continue
         called = ast.unparse(node.func)
         # model.eval() is harmless; eval(...) is not.
+        options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if called == "torch.load" and path in PICKLES and options.get("weights_only") == "True":
+            continue
         loader = [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"]
         if called == "yaml.load" and loader and loader[0] in safe:
             continue
@@ -119,7 +126,7 @@ def test_nothing_runs_code_from_a_file() -> None:
     found = [
         f"{path.relative_to(SOURCE)}:{line}: {what}"
         for path in FILES
-        for line, what in forbidden(ast.parse(path.read_text()))
+        for line, what in forbidden(ast.parse(path.read_text()), path.relative_to(SOURCE).as_posix())
     ]
     assert found == []
 
@@ -132,6 +139,13 @@ def test_nothing_runs_code_from_a_file() -> None:
 )  # fmt: skip
 def test_the_ban_sees(source: str) -> None:
     assert list(forbidden(ast.parse(source)))
+
+
+def test_pickles_are_opened_in_one_place_and_for_tensors_only() -> None:
+    assert not list(forbidden(ast.parse("torch.load(p, weights_only=True)"), "models/convert.py"))
+    assert list(forbidden(ast.parse("torch.load(p, weights_only=flag)"), "models/convert.py"))
+    assert list(forbidden(ast.parse("torch.load(p)"), "models/convert.py"))
+    assert list(forbidden(ast.parse("torch.load(p, weights_only=True)"), "models/load.py"))
 
 
 def test_the_ban_lets_through() -> None:

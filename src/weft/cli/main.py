@@ -16,6 +16,7 @@ import weft
 from weft.cli import common
 from weft.cli.chat import chat
 from weft.cli.combine import combine
+from weft.cli.convert import convert
 from weft.cli.doctor import doctor
 from weft.cli.generate import generate
 from weft.cli.merge import merge
@@ -43,6 +44,7 @@ VERBS: dict[str, Any] = {
     "generate": generate,
     "combine": combine,
     "merge": merge,
+    "convert": convert,
     "doctor": doctor,
 }
 # Verbs that are registered if their module is there; its top level must stay free of torch.

@@ -241,7 +241,8 @@ def _weights_of(folder: Path) -> Path:
     path = weights_path(folder)
     if not path.is_file():
         pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).exists()]
-        hint = f" {''.join(pickles)} is a pickle, which can run code and is never loaded; convert it."
+        hint = f" {''.join(pickles)} is a pickle, which can run code and is never loaded. Convert it: "
+        hint += f"weft convert {folder} NEW_FOLDER"
         raise UserError(f"{folder} holds no {WEIGHTS}.{hint * bool(pickles)}")
     return path
 
