@@ -201,7 +201,7 @@ def _check_class(value: Any, place: str) -> None:
 
     if not isinstance(value, str):
         raise UserError(f"{place} is {_short(value)}; expected the name of a tokenizer's class.")
-    if _class(value) is None and value.isidentifier() and hasattr(transformers, value):
+    if _class(value) is None and (not value.isidentifier() or hasattr(transformers, value)):
         raise UserError(f"{place} is {_short(value)}, which is no class of tokenizers.")
 
 
