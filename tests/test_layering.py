@@ -13,7 +13,7 @@ ORDER = (
     "ops", "core", "methods", "objectives", "models", "data", "train", "generate", "evaluate", "synthesize", "serve",
     "cli",
 )  # fmt: skip
-FREE = {"errors", "foreign", "assets"}  # anyone may use them, and they use nobody
+FREE = {"errors", "foreign", "patterns", "assets"}  # anyone may use them, and they use nobody
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

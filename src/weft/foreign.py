@@ -23,7 +23,7 @@ from weft.errors import UserError
 JSON_LIMIT = 64 << 20  # bytes; a tokenizer.json takes 33 MB with 256,000 tokens, its configuration up to 20 MB
 LINE_LIMIT = 1 << 20  # of one line of JSON Lines
 _VALUES = 2_000_000  # of a JSON text; an empty list takes 3 bytes there and 64 in memory
-YAML_LIMIT = 1 << 20
+YAML_LIMIT = 128 << 10  # it is read at 100 KB a second
 TEXT_LIMIT = 4 << 20
 HEADER_LIMIT = 32 << 20  # of a safetensors file; 100,000 tensors take 12 MB
 DEPTH = 64
@@ -69,7 +69,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
     if len(data) > limit:
-        raise UserError(f"{path} is longer than {limit >> 20} MiB, which is the limit for a file of this kind.")
+        raise UserError(f"{path} is longer than {limit} bytes, which is the limit for a file of this kind.")
     return data
 
 

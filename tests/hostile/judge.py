@@ -66,7 +66,7 @@ class Watch:
         Path(tempfile.tempdir).mkdir(parents=True, exist_ok=True)
         self.events = []
         self.foreign = str(folder)
-        self.writable = (str(folder / "out"),)
+        self.writable = (str(folder / "out"), str(folder / "run"))  # a run that goes on is written to
         self.readable = (*_LIBRARIES, str(folder), *(str(path.resolve()) for path in more))
         self.on = True
         try:

@@ -127,4 +127,5 @@ def ask(target: Path) -> list[Any]:
 
 def train(model: Path | str, data: Path, *more: Any) -> list[Any]:
     """A run of one step."""
-    return ["train", "--model", model, "--data", data, "--method", "lora", "steps=1", "-q", "--output-dir", "new", *more]
+    given = ["--model", model, "--data", data, "--method", "lora", "--output-dir", "new"]
+    return ["train", *given, "steps=1", "-q", *more]

@@ -17,6 +17,16 @@ from tests.hostile.corpus import CASES
 from tests.hostile.crew import run_cases
 from tests.hostile.judge import Outcome, faults
 
+HEAD = """# Hostile files
+
+`make hostile`: every case goes through the command line, in a process under an audit hook that counts code that runs,
+files opened outside the case's folder and connections. Asked for are none of these, exit code 2 with one sentence, and
+at most 5 s and 500 MB above what the process held before.
+
+{versions}, {workers} processes on two shared cores. {summary}.
+
+"""
+
 
 def table(outcomes: dict[int, Outcome]) -> list[str]:
     """A line of Markdown for each kind, and one for all."""
@@ -59,12 +69,10 @@ def main() -> None:
         import torch
         import transformers
 
-        versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-        head = ["# Hostile files", "", "`make hostile`: every case through the command line in a process under an audit "
-                "hook, which", "counts code that runs, files opened outside the case's folder, and connections. Asked for: "
-                "none of", "these; exit code 2 and one sentence; at most 5 s and 500 MB above what the process held before.",
-                "", f"{versions}, {options.workers} processes. {summary}.", ""]  # fmt: skip
-        options.output.write_text("\n".join([*head, *lines, *(f"- WRONG {line}" for line in wrong)]) + "\n")
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+        head = HEAD.format(versions=f"{versions}, transformers {transformers.__version__}", summary=summary,
+                           workers=options.workers)  # fmt: skip
+        options.output.write_text(head + "\n".join([*lines, *(f"- WRONG {line}" for line in wrong)]) + "\n")
     sys.exit(bool(wrong))
 
 

@@ -30,8 +30,8 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
     "model_type is a list": {"model_type": ["llama"]},
     "model_type is a path": {"model_type": "../../etc"},
     "model_type is empty": {"model_type": ""},
-    "gpt_neo, squares": {"model_type": "gpt_neo", "max_position_embeddings": 10**6, "attention_types": [[["global"], 4]],
-                         "num_layers": 4},
+    "gpt_neo, squares": {"model_type": "gpt_neo", "max_position_embeddings": 10**6, "num_layers": 4,
+                         "attention_types": [[["global"], 4]]},
     "mixtral, experts": {"model_type": "mixtral", "num_local_experts": 16_000},
 }  # fmt: skip
 

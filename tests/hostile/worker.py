@@ -15,9 +15,10 @@ from pathlib import Path
 
 
 def main() -> None:
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    sys.dont_write_bytecode = True
     root = Path(sys.argv[1])
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HOME=str(root / "good" / "hub"))
+    sys.dont_write_bytecode = True
     from tests.hostile.corpus import CASES
     from tests.hostile.judge import Watch, run
     from tests.hostile.kit import Place, ask, make_good, train

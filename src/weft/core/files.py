@@ -7,6 +7,7 @@ how the data was rendered), so that our folders load in peft and nothing is lost
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from weft.core.config import BuildContext, MethodConfig
 from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask, task_of_tensors
 from weft.core.route import Router
 from weft.errors import UserError, nearest
-from weft.foreign import check_safetensors, read_json
+from weft.foreign import check_safetensors, entry, expect, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "encoder.safetensors"
@@ -43,6 +44,10 @@ COMMON_KEYS = (
     "revision",
     "inference_mode",
 )
+
+# Settings that are a side of the adapter's tensors, and up to where nobody minds.
+_SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers")
+_SMALL = 512
 
 # Filled by weft.methods: name -> configuration class.
 METHODS: dict[str, type[MethodConfig]] = {}
@@ -174,9 +179,9 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
     """
     if not folder.is_dir():
         raise UserError(f"no adapter folder at {folder}.")
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    own = read_own(folder)
     try:
-        task = ClassificationTask(tuple(own["labels"])) if "labels" in own else None
+        task = ClassificationTask(_labels(own, folder)) if "labels" in own else None
         if "parts" in own:
             read_parts = [read(folder / name) for name in _parts(own)]
             joined = {f"{i}.{key}": t for i, (_, part, _) in enumerate(read_parts) for key, t in part.items()}
@@ -187,15 +192,39 @@ def read(folder: Path) -> tuple[MethodConfig, dict[str, Tensor], ClassificationT
         entries = read_json(folder / CONFIG)
         if own:
             tensors |= read_tensors(folder / EXTRA) if (folder / EXTRA).is_file() else {}
-            return method_config(own["method"])(**own["config"]), tensors, task
+            where = str(folder / OWN_CONFIG)
+            method, settings = entry(own, "method", str, where), entry(own, "config", dict, where)
+            _check_sizes(settings, tensors, where)
+            return method_config(method)(**settings), tensors, task
+        _check_sizes(entries, tensors, str(folder / CONFIG))
         return _read_foreign(folder, entries, tensors)
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
 
 
+def read_own(folder: Path) -> dict[str, Any]:
+    """``weft.json``; empty if the folder has none. What is there and cannot be read is an error."""
+    return read_json(folder / OWN_CONFIG) if os.path.lexists(folder / OWN_CONFIG) else {}
+
+
+def _labels(own: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    where = f"{folder / OWN_CONFIG}: labels"
+    return tuple(expect(label, str, where) for label in expect(own["labels"], list, where))
+
+
+def _check_sizes(entries: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse ranks and lengths far beyond any side of the file's tensors: they would be allocated before compared."""
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    pattern = entries.get("rank_pattern")
+    given = {key: entries.get(key) for key in _SIZES} | (pattern if isinstance(pattern, dict) else {})
+    for key, value in given.items():
+        if isinstance(value, int) and value > max(largest, _SMALL):
+            raise UserError(f"{where}: {key} is {value}, and no side of the file's tensors is more than {largest}.")
+
+
 def base_of(folder: Path) -> str | None:
     """What the adapter in ``folder`` calls its base; of several methods in one, what the first does."""
-    parts = _parts(read_json(folder / OWN_CONFIG)) if (folder / OWN_CONFIG).is_file() else []
+    parts = _parts(read_own(folder))
     named = read_json(folder / parts[0] / CONFIG if parts else folder / CONFIG).get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
 
@@ -220,7 +249,7 @@ def merged_from(folder: Path) -> dict[str, Any] | None:
 
 
 def _section(folder: Path, key: str) -> dict[str, Any] | None:
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    own = read_own(folder)
     section = own.get(key)
     if section is not None and not isinstance(section, dict):
         raise UserError(f"{folder / OWN_CONFIG}: {key} must be a JSON object, not {type(section).__name__}.")
@@ -257,7 +286,7 @@ def _read_foreign(
     # P-tuning v2's files are prefix tuning's, which reads them.
     named_so = sorted(METHODS.values(), key=lambda cls: cls.method.upper() == cls.peft_type)
     by_type = {cls.peft_type: cls for cls in named_so}
-    peft_type = entries.get("peft_type")
+    peft_type = expect(entries.get("peft_type", ""), str, f"{folder / CONFIG}: peft_type")
     if peft_type not in by_type:
         raise UserError(f"{folder / CONFIG}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")
     rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
@@ -25,6 +25,7 @@ from weft.methods.lora_combine import combine_lora
 from weft.methods.lora_init import drawn_factors, loftq_initial_factors, pissa_factors
 from weft.methods.low_rank import LowRankConfig, check_rank, drop_copies_of_the_base, find_targets
 from weft.ops.lowrank import low_rank_add, low_rank_merged
+from weft.patterns import pattern
 
 # PEFT's other ones (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
 _INITS_THAT_KEEP_THE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
@@ -50,7 +51,7 @@ class LoraConfig(LowRankConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, PositiveInt] = {}
     alpha_pattern: dict[str, float] = {}
     loraplus_lr_ratio: float | None = Field(default=None, gt=0)
     loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
@@ -119,8 +120,8 @@ class LoraConfig(LowRankConfig):
 
 
 def _of_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+    for text, value in patterns.items():
+        if pattern(rf"(.*\.)?({text})$", "rank_pattern or alpha_pattern").begins(path):
             return value
     return default
 

@@ -17,7 +17,15 @@ from typing import Any
 from weft.errors import UserError
 from weft.foreign import check_json, check_regular, check_safetensors
 from weft.models.originals import weight_map
-from weft.models.vetting import check_budget, check_config, check_generation, check_tokenizer, no_implementation
+from weft.models.vetting import (
+    check_budget,
+    check_config,
+    check_generation,
+    check_layers,
+    check_tokenizer,
+    check_tokenizer_json,
+    no_implementation,
+)
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of weights that are pickles (or run code in other ways), by the ending of their names.
@@ -68,6 +76,8 @@ def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Any
             check_config(path)
         elif path is not None and name == "tokenizer_config.json":
             check_tokenizer(path)
+        elif path is not None and name == "tokenizer.json":
+            check_tokenizer_json(path)
         elif path is not None:
             check_json(path)
     if Path(source).is_dir():
@@ -79,14 +89,22 @@ def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Any
 def load_weights(auto: Any, source: str | Path, config: Any, **options: Any) -> Any:
     """``auto.from_pretrained``: safetensors only, after what a folder holds was compared with its configuration."""
     if Path(source).is_dir():
-        stored = _check_weights(Path(source))
+        stored, tensors = _check_weights(Path(source))
         _check_files(Path(source))
+        check_layers(config, tensors, f"{source}/config.json")
         check_budget(empty_model(auto, config), stored, f"{source}/config.json")
     path = _file(source, "generation_config.json", False)
     if path is not None:
         check_generation(path)
     with no_questions():
         return auto.from_pretrained(source, config=config, trust_remote_code=False, use_safetensors=True, **options)
+
+
+def check_folder(source: str | Path, config: Any) -> None:
+    """What ``load_weights`` will refuse, where it can be known before: of a folder that has its weights in it."""
+    folder = Path(source)
+    if folder.is_dir() and any((folder / name).exists() for name in (_WEIGHTS, _INDEX)):
+        check_layers(config, _check_weights(folder)[1], f"{source}/config.json")
 
 
 def build_model(auto: Any, config: Any, dtype: Any) -> Any:
@@ -130,8 +148,8 @@ def _check_files(folder: Path) -> None:
             check_regular(path)
 
 
-def _check_weights(folder: Path) -> int:
-    """Bytes of tensors that a model's folder holds.
+def _check_weights(folder: Path) -> tuple[int, int]:
+    """Bytes of the files of weights in a model's folder, and how many tensors they hold.
 
     Raises:
         UserError: they are in pickles, or a file of safetensors cannot be one.
@@ -154,6 +172,5 @@ def _check_weights(folder: Path) -> int:
                 f"Convert it to safetensors first: weft convert {folder} NEW_FOLDER"
             )
         raise UserError(f"{folder} holds no weights: neither {_WEIGHTS} nor {_INDEX} is there.")
-    for path in files:
-        check_safetensors(path)
-    return sum(path.stat().st_size for path in files)
+    tensors = sum(len(check_safetensors(path)) for path in files)
+    return sum(path.stat().st_size for path in files), tensors

@@ -130,6 +130,8 @@ def sketch_base(
         tokenizer = tiny_tokenizer(source) if shape == "tiny" else load_tokenizer(source)
     try:
         config = tiny_config(source, tokenizer) if shape == "tiny" else gate.load_config(source)
+        if shape == "full":
+            gate.check_folder(source, config)
         auto = _auto_class(config, name)
         kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
         with torch.device("meta"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from weft.errors import UserError
-from weft.foreign import read_json
+from weft.foreign import check_json, parse_json, read_json
+from weft.patterns import check_linear
 
 # Which code computes the attention is Weft's choice; these words only say what somebody's machine had.
 _COMPUTED_BY = ("attn_implementation", "experts_implementation")
@@ -36,6 +38,9 @@ _SIZES = frozenset(
      "intermediate_size", "n_layer", "n_head", "n_embd", "d_model", "d_ff", "num_layers", "num_heads", "n_positions",
      "max_position_embeddings", "head_dim", "ffn_dim")
 )  # fmt: skip
+_REGEX = re.compile(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")')
+_ADDED = re.compile(rb'"id"\s*:\s*([0-9]{1,18})')
+_MOST_TOKENS = 1 << 24
 # A model may hold this much that its files do not: buffers, tensors that are tied, weights kept in half a byte.
 _SPARE_ELEMENTS, _ELEMENTS_PER_BYTE = 1 << 25, 2
 
@@ -119,6 +124,21 @@ def check_tokenizer(path: Path) -> None:
             raise UserError(f"{path}: added_tokens_decoder: {_short(wrong)} is no token's number.")
 
 
+def check_tokenizer_json(path: Path) -> None:
+    """Refuse a ``tokenizer.json`` whose patterns could be tried for ever: what applies them cannot be stopped.
+
+    Only what stands outside the vocabulary is decoded here: that is the library's to read.
+    """
+    data = check_json(path)
+    for found in _REGEX.finditer(data):
+        text = parse_json(found[1], f"{path}: a Regex")
+        if isinstance(text, str):
+            check_linear(text, f"{path}: the Regex")
+    far = max((int(number) for number in _ADDED.findall(data)), default=0)
+    if far > _MOST_TOKENS:
+        raise UserError(f"{path}: a token has the number {far}; no tokenizer has more than {_MOST_TOKENS} tokens.")
+
+
 def check_generation(path: Path) -> None:
     """Refuse a ``generation_config.json`` that asks for code."""
     for where, key, value in _entries(read_json(path, infinities=True)):
@@ -133,6 +153,15 @@ def no_implementation(config: Any) -> None:
         for name in _COMPUTED_BY:
             if getattr(part, f"_{name}", None) is not None:
                 setattr(part, f"_{name}", None)
+
+
+def check_layers(config: Any, tensors: int, where: str) -> None:
+    """Refuse more layers than the files of weights have tensors: to build 4,000 takes half a minute."""
+    for part in (config, config.get_text_config()):
+        for key in ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer"):
+            found = getattr(part, key, None)
+            if isinstance(found, int) and found > max(tensors, 8):
+                raise UserError(f"{where}: {key} is {found}, and the files of weights beside it hold {tensors} tensors.")
 
 
 def check_budget(model: Any, stored: int, where: str) -> None:
@@ -201,7 +230,7 @@ def _check_class(value: Any, place: str) -> None:
 
     if not isinstance(value, str):
         raise UserError(f"{place} is {_short(value)}; expected the name of a tokenizer's class.")
-    if _class(value) is None and (not value.isidentifier() or hasattr(transformers, value)):
+    if _class(value) is None and (not value.isidentifier() or value in dir(transformers)):
         raise UserError(f"{place} is {_short(value)}, which is no class of tokenizers.")
 
 
@@ -210,7 +239,9 @@ def _class(name: str) -> Any:
     import transformers
 
     for one in (name, name.removesuffix("Fast")):
-        found = getattr(transformers, one, None) if one.isidentifier() else None
+        # By their names first: to ask for a class is to import its module, whatever that does.
+        named_so = one.isidentifier() and ("Tokenizer" in one or one.endswith("Backend"))
+        found = getattr(transformers, one, None) if named_so else None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase):
             return found
     return None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from weft.core.files import read_tensors
 from weft.errors import UserError
-from weft.foreign import read_json
+from weft.foreign import check_regular, read_json
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -162,7 +162,8 @@ class RunStore:
     def rewind_metrics(self, size: int) -> None:
         """Cut ``metrics.jsonl`` back to what it held at a checkpoint; what came after will be written again."""
         path = self.folder / METRICS_FILE
-        if path.exists():
+        if os.path.lexists(path):
+            check_regular(path)
             # Never longer: truncate would fill the gap with zero bytes.
             os.truncate(path, min(size, path.stat().st_size))
 
