@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= tiny-llama
 
-.PHONY: demo test test-slow check bases bench malformed clean
+.PHONY: demo test test-slow check bases bench malformed hostile clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make check      ruff, mypy, import layers"
 	@echo "make bases      pre-train the embedded bases again"
 	@echo "make malformed  10,000 malformed rows among 100,000 good ones, and lines of 1 GiB"
+	@echo "make hostile    900 hostile files and folders under an audit hook (ten minutes)"
 	@echo "make bench      time Weft beside peft + transformers.Trainer"
 
 $(VENV)/.installed: pyproject.toml
@@ -42,6 +43,9 @@ check: $(VENV)/.installed-dev
 
 bases: $(VENV)/.installed
 	$(BIN)/python tools/build_bases.py
+
+hostile: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.hostile.report
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train_speed.py

@@ -15,7 +15,7 @@ from queue import Empty, Queue
 
 from tests.hostile.judge import ROOT, Outcome
 
-HANGS, MEMORY = 20.0, 3 << 30  # seconds and bytes after which a case is ended
+HANGS, MEMORY = 40.0, 3 << 30  # seconds and bytes after which a case is ended
 
 
 class _Worker:
@@ -39,7 +39,7 @@ class _Worker:
             return Outcome(**json.loads(line))
         what = f"ended after {time.perf_counter() - begun:.1f} s, with exit code {self.process.poll()}"
         self.close()
-        return Outcome(-9, time.perf_counter() - begun, 0, [], what)
+        return Outcome(-9, time.perf_counter() - begun, time.perf_counter() - begun, 0, [], what)
 
     def _line(self, seconds: float) -> str:
         """The next line; empty if it does not come in time, or the process grows too large, or has ended."""

@@ -310,7 +310,7 @@ DATA: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a line of 30 MB, text": ("d.txt", lambda: b"x " * (15 << 20)),
     "a cell of 30 MB": ("d.csv", lambda: b'instruction,output\na,"' + b"x" * (30 << 20) + b'"\n'),
     "a record of 30 MB": ("d.json", lambda: b'[{"instruction": "a", "output": "' + b"x" * (30 << 20) + b'"}]'),
-    "an open quote": ("d.csv", lambda: b'instruction,output\n"' + b"a,b\n" * 1_000_000),
+    "an open quote": ("d.csv", lambda: b'instruction,output\n"' + b"a,b\n" * 2000),
     "100,000 deep": ("d.jsonl", lambda: b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     "100,000 deep, json": ("d.json", lambda: b"[" * 100_000),
     "5,000 digits": ("d.jsonl", lambda: b'{"instruction": ' + b"9" * 5000 + b', "output": "a"}\n'),

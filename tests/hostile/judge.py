@@ -38,10 +38,12 @@ _CHANGES = (
 
 @dataclass
 class Outcome:
-    """What a case did: exit code, seconds, bytes of memory above those before, forbidden events, and what it said."""
+    """What a case did: exit code, seconds of this process and of the clock, bytes of memory above those before,
+    forbidden events, and what it said."""
 
     code: int
     seconds: float
+    clock: float
     memory: int
     events: list[str] = field(default_factory=list)
     said: str = ""
@@ -140,16 +142,16 @@ def run(watch: Watch, words: Sequence[str], folder: Path, more: Sequence[Path] =
     keep = sys.stdin
     sys.stdin = io.StringIO(stdin)
     try:
-        memory, begun = Memory(), time.perf_counter()
+        memory, begun, clock = Memory(), time.process_time(), time.perf_counter()
         with watch.over(folder, more), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             code = main([str(word) for word in words])
-        seconds, grown = time.perf_counter() - begun, memory.grown()
+        seconds, clock, grown = time.process_time() - begun, time.perf_counter() - clock, memory.grown()
     finally:
         sys.stdin = keep
         os.chdir(where)
         os.environ.clear()
         os.environ.update(before)
-    return Outcome(code, seconds, grown, watch.events, said.getvalue())
+    return Outcome(code, seconds, clock, grown, watch.events, said.getvalue())
 
 
 def faults(outcome: Outcome, *, seconds: float = 5.0, memory: float = 500e6) -> list[str]:

@@ -21,7 +21,8 @@ HEAD = """# Hostile files
 
 `make hostile`: every case goes through the command line, in a process under an audit hook that counts code that runs,
 files opened outside the case's folder and connections. Asked for are none of these, exit code 2 with one sentence, and
-at most 5 s and 500 MB above what the process held before.
+at most 5 s and 500 MB above what the process held before. Time is the process's own, for the machine was shared;
+libraries are loaded before.
 
 {versions}, {workers} processes on two shared cores. {summary}.
 

@@ -20,7 +20,7 @@ def main() -> None:
     os.environ.update(HF_HOME=str(root / "good" / "hub"))
     sys.dont_write_bytecode = True
     from tests.hostile.corpus import CASES
-    from tests.hostile.judge import Watch, run
+    from tests.hostile.judge import Outcome, Watch, run
     from tests.hostile.kit import Place, ask, make_good, train
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -42,7 +42,8 @@ def main() -> None:
             outcome = run(watch, case.build(Place(folder, good)), folder, [good.root])
             found = dataclasses.asdict(outcome)
         except BaseException as error:
-            found = {"code": -1, "seconds": 0.0, "memory": 0, "events": [], "said": f"{type(error).__name__}: {error}"}
+            outcome = Outcome(-1, 0.0, 0.0, 0, [], f"{type(error).__name__}: {error}")
+            found = dataclasses.asdict(outcome)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         print(json.dumps(found), file=answers, flush=True)

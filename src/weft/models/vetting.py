@@ -161,7 +161,7 @@ def check_layers(config: Any, tensors: int, where: str) -> None:
         for key in ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer"):
             found = getattr(part, key, None)
             if isinstance(found, int) and found > max(tensors, 8):
-                raise UserError(f"{where}: {key} is {found}, and the files of weights beside it hold {tensors} tensors.")
+                raise UserError(f"{where}: {key} is {found}, and the files of weights hold only {tensors} tensors.")
 
 
 def check_budget(model: Any, stored: int, where: str) -> None:
