@@ -100,6 +100,7 @@ class Case:
     kind: str
     name: str
     build: Callable[[Place], list[Any]]
+    codes: tuple[int, ...] = (2,)  # `weft preview` tells of bad records as findings, which is code 1
 
     @property
     def id(self) -> str:

@@ -58,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, outcome in run_cases(numbers, Path(folder), options.workers):
             outcomes[number] = outcome
-            found = faults(outcome)
+            found = faults(outcome, codes=CASES[number].codes)
             if found:
                 wrong.append(f"{CASES[number].id}: {'; '.join(found)[:400]}")
                 print("WRONG", wrong[-1], flush=True)

@@ -38,7 +38,7 @@ def wrong(numbers: list[int], folder: Path, workers: int) -> list[str]:
     found = []
     for number, outcome in run_cases(numbers, folder, workers):
         # In the suite the machine is shared with other tests: what hangs is ended all the same.
-        found += [f"{CASES[number].id}: {fault}" for fault in faults(outcome, seconds=10.0)]
+        found += [f"{CASES[number].id}: {fault}" for fault in faults(outcome, codes=CASES[number].codes, seconds=10.0)]
     return found
 
 

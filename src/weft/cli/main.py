@@ -27,6 +27,8 @@ from weft.errors import UserError, nearest
 # What the machine refuses (disk full, no permission) is for the user to mend; any other OSError is a defect.
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
+_LONGEST = 4000  # characters of a message
+
 app = typer.Typer(
     name="weft",
     help="Fine-tune one frozen language model into many adapters, of any methods, in one pass.",
@@ -124,6 +126,8 @@ def _failure(error: BaseException, *, as_json: bool) -> int:
     if message is None:
         code = common.DEFECT
         message = f"{type(error).__name__}: {error}\nThis is a defect of Weft; --debug shows where it happened."
+    if len(message) > _LONGEST:  # what a file holds may be quoted in it
+        message = f"{message[: _LONGEST - 200]} … {message[-200:]}"
     common.say(f"error: {message}")
     if as_json:
         common.print_json({"error": message})

@@ -11,6 +11,7 @@ same text.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LONGEST = 128 << 10  # characters of a template; the longest that is known has 40,000
+# Seconds that a template has spent before it was stopped, and from when on it is not tried again: data has many records.
+_STOPPED: dict[str, float] = {}
+_PATIENCE = 1.5
 # Filters and functions that no chat template needs, and whose cost is not told by their arguments.
 _WITHOUT = ("urlize", "wordwrap", "striptags", "pprint", "xmlattr", "random", "wordcount", "filesizeformat")
 
@@ -63,7 +67,9 @@ def render_chat(
 
 def render_template(text: str, variables: Mapping[str, Any]) -> str:
     """Run a template within its limits, which grow with what it is given. Raises as ``render_chat``."""
-    budget = Budget(variables)
+    if _STOPPED.get(text, 0.0) > _PATIENCE:
+        raise UserError("the chat template is stopped: it reached its limits with others of these conversations")
+    budget, begun = Budget(variables), time.thread_time()
     before = BUDGET.set(budget)
     try:
         pieces = []
@@ -72,6 +78,7 @@ def render_template(text: str, variables: Mapping[str, Any]) -> str:
             pieces.append(piece)
         return "".join(pieces)
     except LimitError as error:
+        _STOPPED[text] = _STOPPED.get(text, 0.0) + time.thread_time() - begun
         raise UserError(f"the chat template is stopped: {error}") from None
     except (RecursionError, MemoryError):
         raise UserError("the chat template is stopped: it calls itself without end, or is nested too deeply") from None
