@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LONGEST = 128 << 10  # characters of a template; the longest that is known has 40,000
-# Seconds that a template has spent before it was stopped, and from when on it is not tried again: data has many records.
+# Seconds that a template has spent and was stopped, and from when on it is not tried again: data has many records.
 _STOPPED: dict[str, float] = {}
 _PATIENCE = 1.5
 # Filters and functions that no chat template needs, and whose cost is not told by their arguments.

@@ -152,8 +152,9 @@ def template_text(wanted: str) -> Template:
     name = _key(wanted)
     name = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}.get(name, "")
     if not name:
+        wanted = wanted[:80]
         raise UserError(
-            f"chat_template: there is no template '{wanted[:80]}'.{nearest(wanted[:80], [*TEMPLATES, *ALIASES])} Give one of "
+            f"chat_template: there is no template '{wanted}'.{nearest(wanted, [*TEMPLATES, *ALIASES])} Give one of "
             f"{', '.join(TEMPLATES)}, a file ({', '.join(_SUFFIXES)}), or Jinja text."
         )
     return Template(name, TEMPLATES[name].text)
