@@ -133,8 +133,13 @@ class Watch:
 
 def run(watch: Watch, words: Sequence[str], folder: Path, more: Sequence[Path] = (), stdin: str = "y\ny\n") -> Outcome:
     """``weft words`` with ``folder`` as what is foreign; the working directory is its part ``out``."""
+    from weft import patterns
     from weft.cli.main import main
+    from weft.data.rendering import sandbox
 
+    # What a process remembers of templates and patterns is not to help the next case.
+    sandbox._STOPPED.clear()
+    patterns.pattern.cache_clear()
     out = folder / "out"
     out.mkdir(exist_ok=True)
     said, where, before = io.StringIO(), os.getcwd(), dict(os.environ)

@@ -20,7 +20,6 @@ from weft.core.files import CONFIG, OWN_CONFIG, base_of, merged_from, provenance
 from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
-from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError
 from weft.generate.engine import check_writes
 from weft.models import Base, load_base
@@ -249,8 +248,6 @@ def _renderer_of_run(
     saved = [store.adapters / name for name in names if (store.adapters / name / OWN_CONFIG).is_file()]
     section = provenance_of(saved[0]) if saved else None
     if section is None:
-        if config.chat_template is not None and is_file_name(config.chat_template):
-            raise UserError(f"{store.folder / RUN_FILE}: chat_template names a file; a run holds the text itself.")
         return Renderer(
             base.tokenizer,
             chat_template=chat_template or config.chat_template,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 import weft.methods
 from weft.core.files import method_config
+from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError, nearest
 from weft.foreign import parse_yaml, read_json, read_yaml
 from weft.train.aliases import AUTO, translate
@@ -85,6 +86,9 @@ def read_run_config(folder: str | Path) -> RunConfig:
     stored = read_json(path)
     if not isinstance(stored.get("config"), dict):
         raise UserError(f"{path} holds no configuration; it was not written by Weft, or is damaged.")
+    template = stored["config"].get("chat_template")
+    if isinstance(template, str) and is_file_name(template):
+        raise UserError(f"{path}: chat_template names the file {template[:200]!r}; a run holds the text itself.")
     return _run_config(stored["config"], str(path))
 
 
