@@ -75,7 +75,8 @@ def test_yes_on_stdin_runs_nothing(name: str, good: Any, tmp_path: Path) -> None
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     for verb in (["chat", str(folder)], ["generate", str(folder), "--prompt", "a"]):
         result = subprocess.run(
-            [sys.executable, "-m", "weft.cli.main", *verb], input="y\n" * 9, capture_output=True, text=True, cwd=tmp_path,
+            [sys.executable, "-m", "weft.cli.main", *verb],
+            input="y\n" * 9, capture_output=True, text=True, cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}, timeout=120,
         )  # fmt: skip
         assert result.returncode == 2, result.stderr
