@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= tiny-llama
 
-.PHONY: help demo test test-slow test-newest test-oldest test-machines check lock bases bench malformed clean
+.PHONY: help demo test test-slow test-newest test-oldest test-machines check lock bases bench malformed hostile clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make lock           write requirements/*.txt anew"
 	@echo "make bases          pre-train the embedded bases again"
 	@echo "make malformed      10,000 malformed rows among 100,000 good ones, and lines of 1 GiB"
+	@echo "make hostile        900 hostile files and folders under an audit hook (five minutes)"
 	@echo "make bench          time Weft beside peft + transformers.Trainer"
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -79,6 +80,9 @@ check: $(VENV)/.installed-dev
 
 bases: $(VENV)/.installed
 	$(BIN)/python tools/build_bases.py
+
+hostile: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.hostile.report
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train_speed.py

@@ -202,7 +202,7 @@ def test_the_exact_call(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_split("owner/name:zh", "owner/name", ["a.tar"])
     assert found == HubSplit("owner/name/zh/train", (Path("/c/a-0.arrow"), Path("/c/a-1.arrow")))
     assert load_split("owner/one", "owner/one", []).name == "owner/one/train"
-    in_cache = {"keep_in_memory": False}
+    in_cache = {"keep_in_memory": False, "trust_remote_code": False}
     assert calls == [(("owner/name", "zh"), in_cache), (("owner/one", None), in_cache)]
 
 

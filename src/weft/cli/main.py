@@ -16,6 +16,7 @@ import weft
 from weft.cli import common
 from weft.cli.chat import chat
 from weft.cli.combine import combine
+from weft.cli.convert import convert
 from weft.cli.doctor import doctor
 from weft.cli.generate import generate
 from weft.cli.merge import merge
@@ -25,6 +26,8 @@ from weft.errors import UserError, nearest
 
 # What the machine refuses (disk full, no permission) is for the user to mend; any other OSError is a defect.
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+_LONGEST = 4000  # characters of a message
 
 app = typer.Typer(
     name="weft",
@@ -43,6 +46,7 @@ VERBS: dict[str, Any] = {
     "generate": generate,
     "combine": combine,
     "merge": merge,
+    "convert": convert,
     "doctor": doctor,
 }
 # Verbs that are registered if their module is there; its top level must stay free of torch.
@@ -122,6 +126,8 @@ def _failure(error: BaseException, *, as_json: bool) -> int:
     if message is None:
         code = common.DEFECT
         message = f"{type(error).__name__}: {error}\nThis is a defect of Weft; --debug shows where it happened."
+    if len(message) > _LONGEST:  # what a file holds may be quoted in it
+        message = f"{message[: _LONGEST - 200]} … {message[-200:]}"
     common.say(f"error: {message}")
     if as_json:
         common.print_json({"error": message})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from weft.errors import UserError
+from weft.foreign import read_text
 
 Target = Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Folder of a run, of an adapter, or a model.")]
 Model = Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")]
@@ -33,8 +33,8 @@ def template_text(given: str | None) -> str | None:
     if given is None or "{{" in given or "{%" in given:
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(given)
+    except UserError as error:
         raise UserError(
-            f"--chat-template {given}: neither a template (with {{{{ … }}}}) nor a readable file: {error}."
+            f"--chat-template {given}: neither a template (with {{{{ … }}}}) nor a readable file: {error}"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -18,6 +17,7 @@ import typer
 from weft.cli import common
 from weft.cli.progress import Reporter, make_reporter
 from weft.errors import UserError
+from weft.foreign import json_lines
 
 if TYPE_CHECKING:
     from weft.core.reach import LeftOut
@@ -244,8 +244,7 @@ def _metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The events that the run has logged, those before a resumption too."""
     path = folder / "metrics.jsonl"
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+        yield from json_lines(path)
 
 
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {

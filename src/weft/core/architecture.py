@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from torch import nn
 
 from weft.core.route import Router
 from weft.errors import UserError, nearest
+from weft.patterns import pattern
 
 # (model, router) -> the function that undoes it.
 AttentionInstaller = Callable[[nn.Module, Router], Callable[[], None]]
@@ -129,11 +129,8 @@ class Architecture:
         absent = [i for i in layers or () if not 0 <= i <= last]
         if absent:
             raise UserError(f"layers_to_transform: there is no layer {absent[0]}; this model has 0 to {last}.")
-        try:
-            could = self.linears if wanted == "all-linear" else (*self.linears, *more)
-            found = [path for path in could if _matches(path, wanted)]
-        except re.error as error:
-            raise UserError(f"target_modules {wanted!r} is no regular expression: {error}.") from None
+        could = self.linears if wanted == "all-linear" else (*self.linears, *more)
+        found = [path for path in could if _matches(path, wanted)]
         if layers is not None:
             # An encoder-decoder has a layer of each number in both stacks.
             keep = tuple(f"{block}." for block in self.blocks if int(block.rsplit(".", 1)[-1]) in set(layers))
@@ -159,7 +156,7 @@ class Architecture:
 
 def _matches(path: str, wanted: str | list[str]) -> bool:
     if isinstance(wanted, str):
-        return wanted == "all-linear" or re.fullmatch(wanted, path) is not None
+        return wanted == "all-linear" or pattern(wanted, "target_modules").full(path) is not None
     return any(path == name or path.endswith(f".{name}") for name in wanted)
 
 

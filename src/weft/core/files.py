@@ -8,6 +8,7 @@ them back.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,11 +31,16 @@ from weft.core.tensor_files import check_digests, check_values, save_tensors
 from weft.core.tensor_files import read_tensors as read_tensors
 from weft.core.tensor_names import normalised
 from weft.errors import UserError
+from weft.foreign import entry, expect, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "encoder.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
+
+# Settings that are a side of the adapter's tensors, and up to where nobody minds.
+_SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers")
+_SMALL = 512
 
 
 def check_name(name: str) -> None:
@@ -162,9 +168,9 @@ def read(
     if not folder.is_dir():
         raise UserError(f"no adapter folder at {folder}.")
     path = folder / OWN_CONFIG
-    own = read_json(path) if path.is_file() else {}
+    own = read_own(folder)
     try:
-        task = ClassificationTask(tuple(own["labels"])) if "labels" in own else None
+        task = ClassificationTask(_labels(own, folder)) if "labels" in own else None
         if "parts" in own:
             read_parts = [read(folder / name) for name in _parts(own)]
             joined = {f"{i}.{key}": t for i, (_, part, _) in enumerate(read_parts) for key, t in part.items()}
@@ -175,11 +181,14 @@ def read(
         tensors = _checked_tensors(weights, own)
         entries = read_json(folder / CONFIG)
         if own:
-            config = method_config(own["method"])(**own["config"])
+            method, settings = entry(own, "method", str, str(path)), entry(own, "config", dict, str(path))
+            _check_sizes(settings, tensors, str(path))
+            config = method_config(method)(**settings)
             check_agreement(path, config, folder / CONFIG, entries)
             if (folder / EXTRA).is_file():  # inference can do without
                 tensors |= _checked_tensors(folder / EXTRA, own)
             return config, tensors, task
+        _check_sizes(entries, tensors, str(folder / CONFIG))
         names = None if model is None else {name for name, _ in model.named_modules()}
         return read_foreign(folder / CONFIG, entries, normalised(tensors, entries, names))
     except (ValidationError, KeyError) as error:
@@ -203,9 +212,29 @@ def _checked_tensors(path: Path, own: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def read_own(folder: Path) -> dict[str, Any]:
+    """``weft.json``; empty if the folder has none. What is there and cannot be read is an error."""
+    return read_json(folder / OWN_CONFIG) if os.path.lexists(folder / OWN_CONFIG) else {}
+
+
+def _labels(own: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    where = f"{folder / OWN_CONFIG}: labels"
+    return tuple(expect(label, str, where) for label in expect(own["labels"], list, where))
+
+
+def _check_sizes(entries: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse ranks and lengths far beyond any side of the file's tensors: they would be allocated before compared."""
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    pattern = entries.get("rank_pattern")
+    given = {key: entries.get(key) for key in _SIZES} | (pattern if isinstance(pattern, dict) else {})
+    for key, value in given.items():
+        if isinstance(value, int) and value > max(largest, _SMALL):
+            raise UserError(f"{where}: {key} is {value}, and no side of the file's tensors is more than {largest}.")
+
+
 def base_of(folder: Path) -> str | None:
     """What the adapter in ``folder`` calls its base; of several methods in one, what the first does."""
-    parts = _parts(read_json(folder / OWN_CONFIG)) if (folder / OWN_CONFIG).is_file() else []
+    parts = _parts(read_own(folder))
     named = read_json(folder / parts[0] / CONFIG if parts else folder / CONFIG).get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
 
@@ -230,7 +259,7 @@ def merged_from(folder: Path) -> dict[str, Any] | None:
 
 
 def _section(folder: Path, key: str) -> dict[str, Any] | None:
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    own = read_own(folder)
     section = own.get(key)
     if section is not None and not isinstance(section, dict):
         raise UserError(f"{folder / OWN_CONFIG}: {key} must be a JSON object, not {type(section).__name__}.")
@@ -251,22 +280,10 @@ def _weights_of(folder: Path) -> Path:
     path = weights_path(folder)
     if not path.is_file():
         pickles = [name for name in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / name).exists()]
-        hint = f" {''.join(pickles)} is a pickle, which can run code and is never loaded; convert it."
+        hint = f" {''.join(pickles)} is a pickle, which can run code and is never loaded. Convert it: "
+        hint += f"weft convert {folder} NEW_FOLDER"
         raise UserError(f"{folder} holds no {WEIGHTS}.{hint * bool(pickles)}")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or UserError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
-    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ from weft.core.config import MethodConfig
 from weft.core.heads import PREFIXES, ClassificationTask, task_of_tensors
 from weft.core.registry import METHODS
 from weft.errors import UserError
+from weft.foreign import expect
 
 # Under these two names peft looks for a classification head.
 HEAD_MODULES = ("classifier", "score")
@@ -44,7 +45,7 @@ def read_foreign(
     # P-tuning v2's files are prefix tuning's, which reads them.
     named_so = sorted(METHODS.values(), key=lambda cls: cls.method.upper() == cls.peft_type)
     by_type = {cls.peft_type: cls for cls in named_so}
-    peft_type = entries.get("peft_type")
+    peft_type = expect(entries.get("peft_type", ""), str, f"{path}: peft_type")
     if peft_type not in by_type:
         raise UserError(f"{path}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")
     rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}

@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.errors import UserError
+from weft.foreign import check_safetensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, or UserError if it is truncated or broken."""
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -60,6 +60,7 @@ KINDS: dict[str, str] = {
     "number_too_large": "a number beyond what a double holds (1e400, 400 digits)",
     "too_deep": "JSON nested too deeply",
     "too_long": "a line or record longer than the limit",
+    "too_many_values": "a record of millions of small values, which would fill the memory",
     "not_an_object": "a record that is no object with fields",
     "malformed_row": "a table's row whose quotation marks do not match",
     "row_width": "a table's row with more or fewer cells than the header",

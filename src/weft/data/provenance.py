@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from weft.data.rendering.fingerprint import tokenizer_hash
 from weft.data.rendering.render import Renderer
-from weft.data.rendering.templates import PLAIN_TEMPLATE
+from weft.data.rendering.templates import PLAIN_TEMPLATE, is_file_name
 from weft.data.sources import weighted_terms
 from weft.errors import UserError
 
@@ -91,6 +91,8 @@ class Provenance(BaseModel):
             raise ValueError("template_from without a chat_template")
         if self.template_from in ("configuration", "plain") and not isinstance(self.chat_template, str):
             raise ValueError(f"template_from is {self.template_from}, but chat_template is no text")
+        if isinstance(self.chat_template, str) and is_file_name(self.chat_template):
+            raise ValueError("chat_template names a file, and the text itself must stand there")
         return self
 
     @classmethod

@@ -16,6 +16,7 @@ from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import run_seq2seq, start_token
 from weft.core.stream import Part
 from weft.data import Message, Renderer, Sample, unlabelled_sample
+from weft.models import gate
 from weft.train.step import logits_of
 
 # A model that is written in 32 bits must give the numbers of base and adapter in 32 bits (of a quantised base: of its
@@ -179,8 +180,9 @@ def compare(folder: Path, expected: Sequence[Expected], device: torch.device) ->
     """Load what lies in ``folder`` with transformers alone and run it on the same ids."""
     import transformers
 
-    kind = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-    model = getattr(transformers, kind).from_pretrained(folder, dtype="auto").to(device).eval()
+    config = gate.load_config(folder)
+    auto = getattr(transformers, config.architectures[0])
+    model = gate.load_weights(auto, folder, config, dtype="auto").to(device).eval()
     totals = _Totals()
     for one in expected:
         totals.add(one, _plain_logits(model, one.ids, device))

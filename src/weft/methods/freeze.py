@@ -3,7 +3,6 @@ chosen by name; everything else stays frozen. As in full fine-tuning the adapter
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from weft.core.compose import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
 from weft.errors import UserError, nearest
 from weft.methods.full import WeightDeltas
+from weft.patterns import pattern as regular
 
 _DEFAULT_LAYERS = 2
 
@@ -104,10 +104,8 @@ def _names(model: nn.Module) -> list[str]:
 def _matching(patterns: Collection[str], names: Collection[str], key: str) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
-        try:
-            here = {n for n in names if f".{pattern}." in f".{n}." or re.fullmatch(pattern, n)}
-        except re.error as error:
-            raise UserError(f"freeze: {key}: {pattern!r} is no regular expression: {error}.") from None
+        wanted = regular(pattern, f"freeze: {key}:")
+        here = {n for n in names if f".{pattern}." in f".{n}." or wanted.full(n)}
         if not here:
             parts = sorted({part for name in names for part in name.split(".") if not part.isdecimal()})
             raise UserError(

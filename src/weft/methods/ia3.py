@@ -8,7 +8,6 @@ affair.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from weft.core.config import BuildContext, MethodConfig
 from weft.core.merging import MergedModule
 from weft.core.route import Segment
 from weft.errors import UserError
+from weft.patterns import pattern
 
 _KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "k", "v", "key_proj", "value_proj", "k_lin", "v_lin")
 _FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "W_pack")
@@ -103,7 +103,7 @@ class IA3Config(MethodConfig):
 def _scales_input(path: str, wanted: str | Iterable[str]) -> bool:
     """PEFT's rule: an expression over the whole path, or any ending, which need not begin at a dot."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
+        return pattern(wanted, "target_modules").full(path) is not None
     return any(path.endswith(name) for name in wanted)
 
 

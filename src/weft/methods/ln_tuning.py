@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 from weft.core.adapter import Adapter, SiteAdapter
@@ -11,6 +10,7 @@ from weft.core.architecture import Architecture
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.weights import OwnWeights, weight_parts
 from weft.errors import UserError, nearest
+from weft.patterns import pattern
 
 _STORED = "ln_tuning_layers"
 
@@ -42,10 +42,7 @@ class LNTuningConfig(MethodConfig):
         if wanted is None:
             found = list(norms)
         elif isinstance(wanted, str):
-            try:
-                found = [path for path in norms if re.fullmatch(wanted, path)]
-            except re.error as error:
-                raise UserError(f"target_modules {wanted!r} is no regular expression: {error}.") from None
+            found = [path for path in norms if pattern(wanted, "target_modules").full(path)]
         else:
             stray = next((name for name in wanted if not any(_named(path, name) for path in norms)), None)
             if stray is not None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, ParameterFunction, SiteAdapter, checked, copy_into
@@ -64,7 +64,7 @@ class LoraConfig(LowRankConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, PositiveInt] = {}
     alpha_pattern: dict[str, float] = {}
     target_parameters: list[str] | None = None
     loraplus_lr_ratio: float | None = Field(default=None, gt=0)

@@ -21,6 +21,7 @@ from weft.core.merging import LARGE
 from weft.core.site import plain_class
 from weft.errors import UserError, nearest
 from weft.ops.lowrank import low_rank_merged, stacked_low_rank_add
+from weft.patterns import pattern
 
 if TYPE_CHECKING:
     from weft.methods.lora import LoraConfig
@@ -201,7 +202,8 @@ def modules_among(tuned: Sequence[str], entries: dict[str, Any]) -> list[str]:
     """Of the paths that a file's tensors name, those of modules that target_modules means, not of parameters."""
     named = entries.get("target_modules") or []
     if isinstance(named, str) and named != "all-linear":
-        return [path for path in tuned if re.fullmatch(named, path)]
+        named_so = pattern(named, "adapter_config.json: target_modules")
+        return [path for path in tuned if named_so.full(path)]
     if isinstance(named, str):
         holders = {name.rpartition(".")[0] for name in entries["target_parameters"]} - {""}
         paths = [path for path in tuned if not path.endswith(".base_layer")]
@@ -211,8 +213,8 @@ def modules_among(tuned: Sequence[str], entries: dict[str, Any]) -> list[str]:
 
 def of_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
     """The value of the first pattern that the path ends with, as in PEFT."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+    for text, value in patterns.items():
+        if pattern(rf"(.*\.)?({text})$", "rank_pattern or alpha_pattern").begins(path):
             return value
     return default
 

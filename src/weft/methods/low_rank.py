@@ -15,6 +15,8 @@ from weft.core.config import BuildContext, MethodConfig, SavesModules
 from weft.core.site import plain_class
 from weft.core.weights import OwnWeights, saved_biases, saved_modules
 from weft.errors import UserError
+from weft.foreign import expect
+from weft.patterns import pattern
 
 
 class LowRankConfig(SavesModules):
@@ -67,8 +69,8 @@ class LowRankConfig(SavesModules):
         wanted = {str(layer) for layer in self.layers_to_transform or ()}
         found = []
         for path in architecture.match(self.target_modules, None, outside):
-            number = next((m[1] for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", path))), None)
-            if number in wanted:
+            numbers = (pattern(rf"(?:^|.*?\.){p}\.(\d+)\.", "layers_pattern").begins(path) for p in patterns)
+            if next((found_in[1] for found_in in numbers if found_in), None) in wanted:
                 found.append(path)
         if not found:
             raise UserError(
@@ -88,6 +90,7 @@ class LowRankConfig(SavesModules):
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+        cls._check_foreign(entries)
         entries = {**entries, "target_modules": cls.tuned_modules(entries, keys)}
         entries["layers_to_transform"] = entries["layers_pattern"] = None
         return super().from_peft(entries, keys)
@@ -96,6 +99,16 @@ class LowRankConfig(SavesModules):
     def tuned_modules(cls, entries: dict[str, Any], keys: list[str]) -> list[str]:
         """The modules that a file's own keys say were tuned; its target_modules may be a default to be guessed."""
         return sorted({module_path(key) for key in keys if ".lora_" in key})
+
+    @classmethod
+    def _check_foreign(cls, entries: Mapping[str, Any]) -> None:
+        """The types of what a foreign file says of its targets, though the tensors' names tell them."""
+        for key, kind in (("target_modules", str), ("layers_pattern", str), ("layers_to_transform", int)):
+            value, where = entries.get(key), f"adapter_config.json: {key}"
+            for one in value if isinstance(value, list) else [] if value is None else [value]:
+                expect(one, kind, where)
+            if isinstance(value, str) and value != "all-linear":
+                pattern(value, where)
 
 
 def module_path(key: str) -> str:

@@ -50,7 +50,7 @@ def load_split(data: str, where: str, files: Sequence[str]) -> HubSplit:
         configs = list(datasets.get_dataset_config_names(where))
         default = datasets.get_dataset_default_config_name(where) if len(configs) > 1 else None
         config, split = _meant(data, configs, default)
-        loaded = datasets.load_dataset(where, config, keep_in_memory=False)
+        loaded = datasets.load_dataset(where, config, keep_in_memory=False, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # whatever the package and the hub's client raise

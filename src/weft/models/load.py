@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
+from weft.models import gate
 from weft.models.facts import ENCODERS
 from weft.models.hub import Hub, fetch_model
 from weft.models.originals import HeldWeights, OriginalWeights
@@ -47,6 +48,10 @@ class Base:
     architecture: Architecture
     name: str
     original_weight: Callable[[str], Tensor] | None = None
+
+
+class UnknownTypeError(UserError):
+    """The architecture is one that Weft does not know what to do with."""
 
 
 def resolve_model(name: str) -> str:
@@ -100,10 +105,8 @@ def resolve_device(name: str) -> torch.device:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a base (or of a run folder)."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name) if not Path(name).is_dir() else name)
+        return gate.load_tokenizer(resolve_model(name) if not Path(name).is_dir() else name)
     except Exception as error:  # as in load_base
         there = not Path(name).is_dir() or (Path(name) / "tokenizer.json").is_file()
         hint = "" if there else " (no tokenizer.json there)"
@@ -123,17 +126,18 @@ def sketch_base(
     Raises:
         UserError: it is not there, or its configuration cannot be read.
     """
-    from transformers import AutoConfig
-
     source, kind = _source(name, shape, hub), resolve_dtype(dtype)
     if tokenizer is None:
         tokenizer = tiny_tokenizer(source) if shape == "tiny" else load_tokenizer(source)
     try:
-        config = tiny_config(source, tokenizer) if shape == "tiny" else AutoConfig.from_pretrained(source)
+        config = tiny_config(source, tokenizer) if shape == "tiny" else gate.load_config(source)
+        if shape == "full":
+            gate.check_folder(source, config)
+        auto = _auto_class(config, name)
         kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
         with torch.device("meta"):
-            model = _headless(_auto_class(config, name).from_config(config, dtype=kind))
-    except UserError:
+            model = _headless(gate.build_model(auto, config, kind))
+    except UnknownTypeError:
         raise
     except Exception as error:  # as in load_base
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -182,19 +186,19 @@ def _load_model(
         compute = kind if isinstance(kind, torch.dtype) else torch.bfloat16
         options = {"quantization_config": quantization_config(quantization, compute), "device_map": {"": where}}
         kind = compute
-    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     try:
-        auto = _auto_class(AutoConfig.from_pretrained(source), name)
+        config = gate.load_config(source)
+        auto = _auto_class(config, name)
         # transformers' own report of what is missing would name the head that is put away; ours is below.
         transformers_logging.set_verbosity_error()
-        loaded: Any = auto.from_pretrained(
-            source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        loaded: Any = gate.load_weights(
+            auto, source, config, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except UserError:
+    except UnknownTypeError:
         raise
     except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -233,7 +237,7 @@ def _auto_class(config: Any, name: str) -> Any:
     kinds = [auto for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)
              if type(config) in auto._model_mapping]  # fmt: skip
     if kinds == [AutoModelForSequenceClassification]:
-        raise UserError(
+        raise UnknownTypeError(
             f"the model {name!r} is of the type {config.model_type}, which has no language-modelling head and is none "
             f"of the encoders that Weft knows: {', '.join(ENCODERS)}."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,8 +10,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from weft.errors import UserError
+from weft.foreign import entry, expect, read_json
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file holds which tensor, by ``model.safetensors.index.json``.
+
+    Raises:
+        UserError: it does not say so, or names a file that is not beside it.
+    """
+    found = entry(read_json(index), "weight_map", dict, str(index))
+    for key, name in found.items():
+        if Path(expect(name, str, f"{index}: weight_map: {key[:80]}")).name != name:
+            raise UserError(f"{index}: weight_map: {key[:80]!r} is in {name[:200]!r}, which is no file of this folder.")
+    return found
 
 
 class OriginalWeights:
@@ -43,8 +56,7 @@ class OriginalWeights:
         if self.files is None:
             one, index = self.folder / _ONE, self.folder / _INDEX
             if index.is_file():
-                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                self.files = {key: self.folder / name for key, name in shards.items()}
+                self.files = {key: self.folder / name for key, name in weight_map(index).items()}
             elif one.is_file():
                 with safe_open(one, framework="pt") as file:
                     self.files = dict.fromkeys(file.keys(), one)

@@ -9,6 +9,8 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.errors import UserError
+from weft.models import gate
+from weft.models.vetting import check_budget
 
 WIDTH, LAYERS, HEADS, MLP = 64, 2, 4, 128
 # For a hub id whose config.json is not at hand: what its name says.
@@ -31,7 +33,9 @@ def tiny_config(source: str, tokenizer: Any) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config = gate.load_config(source, local_files_only=True)
+    except UserError:
+        raise
     except (OSError, ValueError):
         kind = next((kind for name, kind in _TYPES if re.search(name, source.rsplit("/", 1)[-1].lower())), None)
         if kind is None:
@@ -75,16 +79,17 @@ def _shrink(config: Any, tokenizer: Any) -> Any:
 
 def tiny_tokenizer(source: str) -> Any:
     """The model's own tokenizer if it is on this machine, else the embedded bilingual one."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+        return gate.load_tokenizer(source, local_files_only=True)
+    except UserError:
+        raise
     except (OSError, ValueError):
-        return AutoTokenizer.from_pretrained(model_path(EMBEDDED_MODELS[-1]))
+        return gate.load_tokenizer(model_path(EMBEDDED_MODELS[-1]))
 
 
 def random_model(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """A model of that configuration; its weights are the same at every call, and torch's generator stays as it was."""
+    check_budget(gate.empty_model(auto_class, config), 0, "the configuration for shape: tiny")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return auto_class.from_config(config, dtype=dtype)
+        return gate.build_model(auto_class, config, dtype)

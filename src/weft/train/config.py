@@ -6,17 +6,17 @@ Keys of a job may stand at the top, where they are defaults for every job. The m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 import weft.methods
-from weft.core.files import method_config, read_json
+from weft.core.files import method_config
+from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError, nearest
+from weft.foreign import parse_yaml, read_json, read_yaml
 from weft.train.aliases import AUTO, translate
 from weft.train.settings import JobConfig, RunConfig, method_names, method_of, own_settings, settings_of
 from weft.train.store import RUN_FILE
@@ -33,12 +33,9 @@ def load_config(
     ``flags`` are settings of the whole run that win over the file and give way to ``overrides``.
     """
     source = Path(path)
-    try:
-        values = _parse(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no configuration file at {source}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
+    if not source.exists():
+        raise UserError(f"no configuration file at {source}.")
+    values = read_yaml(source)
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{source} must hold 'key: value' lines; it holds {found}.")
@@ -89,6 +86,9 @@ def read_run_config(folder: str | Path) -> RunConfig:
     stored = read_json(path)
     if not isinstance(stored.get("config"), dict):
         raise UserError(f"{path} holds no configuration; it was not written by Weft, or is damaged.")
+    template = stored["config"].get("chat_template")
+    if isinstance(template, str) and is_file_name(template):
+        raise UserError(f"{path}: chat_template names the file {template[:200]!r}; a run holds the text itself.")
     return _run_config(stored["config"], str(path))
 
 
@@ -100,44 +100,12 @@ def _run_config(values: Mapping[str, Any], source: str) -> RunConfig:
         raise UserError(_explain(error, source, _RUN_KEYS)) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number (YAML 1.1 takes it for text) and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
-def _one_line(error: BaseException) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return " ".join(str(error).split())
-    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *parents, last = key.split(".")
     if not equals or not all((*parents, last)):
         raise UserError(f"override {override!r} is not of the form key=value (with dots for what lies deeper).")
-    try:
-        value = _parse(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from None
+    value = parse_yaml(text, f"override {override!r}: the value")
     if parents and parents[0] == "jobs" and "jobs" not in values and "method" in values:
         methods = values.pop("method")
         values["jobs"] = [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]

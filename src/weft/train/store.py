@@ -22,8 +22,9 @@ from typing import IO, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.core.files import read_json, read_tensors
+from weft.core.files import read_tensors
 from weft.errors import UserError
+from weft.foreign import check_regular, read_json
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -153,7 +154,7 @@ class RunStore:
                 warnings.append(f"checkpoint {folder.name} is damaged ({problem}); going back to the one before")
                 continue
             tensors = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors")}
-            return read_json(folder / "state.json"), tensors, warnings
+            return read_json(folder / "state.json", infinities=True), tensors, warnings
         if warnings:
             raise UserError("no intact checkpoint: " + "; ".join(warnings))
         return None
@@ -172,7 +173,8 @@ class RunStore:
     def rewind_metrics(self, size: int) -> None:
         """Cut ``metrics.jsonl`` back to what it held at a checkpoint; what came after will be written again."""
         path = self.folder / METRICS_FILE
-        if path.exists():
+        if os.path.lexists(path):
+            check_regular(path)
             # Never longer: truncate would fill the gap with zero bytes.
             os.truncate(path, min(size, path.stat().st_size))
 
@@ -189,6 +191,8 @@ def _broken(folder: Path) -> str | None:
     except UserError as error:
         return str(error)
     for name, digest in manifest.items():
+        if Path(name).name != name:
+            return f"manifest.json names {name!r}, which is no file of the checkpoint"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from weft.data.auditing.base import Facts, Hit, Item, Records, over, short
 from weft.data.formats.detect import Conversation
 from weft.data.rendering.render import Sample
+from weft.data.rendering.sandbox import render_chat
 from weft.errors import UserError
 
 _PROMPTS, _ANSWERS = 64, 256
@@ -143,15 +144,15 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
             for turn in item.messages[:number]
         ]
         try:
-            served = facts.tokenizer.apply_chat_template(
+            text = render_chat(
+                facts.tokenizer,
                 turns,
                 tools=list(_tools(item)) or None,
                 chat_template=template,
                 add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
                 **facts.renderer.template_kwargs,
             )
+            served = facts.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # a template is a program, and this one is not the run's
             yield Hit(item, f"the tokenizer's own template refuses this conversation: {error}")
             continue

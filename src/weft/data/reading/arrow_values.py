@@ -7,11 +7,11 @@ key that any record has. A column of images, audio or video is told by its field
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from weft.data.reading.rows import decode
+from weft.foreign import parse_json
 
 Convert = Callable[[Any], Any]
 # What the formats know such a field by; they refuse it, whatever the column is called.
@@ -59,7 +59,7 @@ class Columns:
 def _features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     """What ``datasets`` notes about each column; of other files nothing."""
     try:
-        found = json.loads(metadata[b"huggingface"])["info"]["features"]
+        found = parse_json(metadata[b"huggingface"], "the note of `datasets`", infinities=True)["info"]["features"]
     except (KeyError, TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

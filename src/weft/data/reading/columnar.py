@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,6 +12,7 @@ from weft.data.reading.arrow_values import Columns
 from weft.data.reading.files import Place, Shards, is_saved_dataset, kind_of
 from weft.data.reading.rows import Record, RowError, as_fields, check_nul
 from weft.errors import UserError
+from weft.foreign import entry, expect, read_json
 
 _BATCH = 256  # rows; what is decoded at a time
 
@@ -85,8 +85,11 @@ def _arrow(path: Path) -> Iterator[Any]:
 
 def _saved(path: Path) -> Iterator[Any]:
     datasets = _datasets(str(path))
-    if _holds_nothing(path / "state.json"):
+    if (path / "state.json").is_file() and _holds_nothing(path / "state.json"):
         return
+    for name in ("dataset_info.json", "dataset_dict.json"):
+        if (path / name).exists():
+            read_json(path / name, infinities=True)
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the package raises for a folder that is damaged
@@ -101,9 +104,14 @@ def _saved(path: Path) -> Iterator[Any]:
 def _holds_nothing(state: Path) -> bool:
     """Whether a data set without rows was saved, which the package cannot load again."""
     try:
-        return json.loads(state.read_text(encoding="utf-8")).get("_data_files") == []
-    except (OSError, ValueError, AttributeError):
-        return False
+        found = entry(read_json(state, infinities=True), "_data_files", list, str(state))
+    except UserError as error:
+        raise UserError(f"{state.parent} cannot be read as a folder saved by `datasets`: {error}") from None
+    for one in found:
+        name = entry(expect(one, dict, str(state)), "filename", str, str(state))
+        if Path(name).name != name:  # a cache would be read from anywhere, also with ".." in it
+            raise UserError(f"{state} names the file {name[:200]!r}, which is not in its folder.")
+    return not found
 
 
 def _datasets(what: str) -> Any:

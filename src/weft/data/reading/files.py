@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from weft.errors import UserError
+from weft.foreign import check_regular
 
 TABLES = (".csv", ".tsv")
 COLUMNAR = (".parquet", ".arrow", ".feather")
@@ -171,6 +172,7 @@ def unique(files: Sequence[Path]) -> list[Path]:
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked as its name says. Raises UserError where the content is of another kind."""
     compression = kind_of(path)[1]
+    check_regular(path)  # a FIFO would be waited for, a device never ends
     with path.open("rb") as raw:
         _check_magic(path, raw.read(8), compression)
         raw.seek(0)

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 # Bytes that are no UTF-8 are decoded to these (``errors="surrogateescape"``), so that their place is known.
 BROKEN = re.compile("[\udc80-\udcff]")
 _DIGITS = 308  # of the largest integer that a double holds
+_LONG = 6 << 20  # characters; more than what a window holds of several records
+_NESTED = 500_000
 _HALVES = ("\\ud", "\\uD")
 
 
@@ -73,8 +75,18 @@ _STRICT = json.JSONDecoder(parse_constant=_constant, parse_int=_integer, parse_f
 _LENIENT = json.JSONDecoder(parse_int=len, parse_float=len)
 
 
+def _check_values(text: str, at: int) -> None:
+    """Refuse a long record of small values, which take twenty times the memory of their text."""
+    nested = text.count("[", at) + text.count("{", at)
+    if nested > _NESTED or text.count(",", at) > 8 * _NESTED:
+        raise RowError("too_many_values", "the record that begins here holds more values than any text does. Split it.",
+                       broken=True)  # fmt: skip
+
+
 def decode(text: str, at: int, *, strict: bool = True) -> tuple[Any, int]:
     """Decode the JSON value that begins at ``at``: (value, place behind it). Raises RowError."""
+    if len(text) - at > _LONG and strict:
+        _check_values(text, at)
     try:
         return (_STRICT if strict else _LENIENT).raw_decode(text, at)
     except json.JSONDecodeError as error:

@@ -173,7 +173,8 @@ class Renderer:
         remaining = iter(examples)
         while chunk := list(islice(remaining, _CHUNK)):
             scripts = [self._try(self.script, example) if task == "causal_lm" else None for example in chunk]
-            known = self.encoder.learn(piece for one in scripts if isinstance(one, Script) for piece in one.pieces())
+            short = (one for one in scripts if isinstance(one, Script) and not self.limit.hopeless(one))
+            known = self.encoder.learn(piece for one in short for piece in one.pieces())
             for example, script in zip(chunk, scripts, strict=True):
                 if isinstance(script, UserError):
                     yield script
@@ -231,6 +232,7 @@ class Renderer:
     def _cut(self, script: Script, example: Example, known: Known | None = None) -> tuple[Example, Script, Draft]:
         """The draft under the policy for long records, and the example and the script it is of."""
         source = example.source
+        self.limit.check_text(script, source)
         draft = self._assemble(script, known)
         length = len(draft.ids)
         if not any(draft.weights):

@@ -1,7 +1,7 @@
 """Chat templates by name, for tokenizers that have none; and finding the one that a configuration means.
 
 The files under ``chat_templates`` are written for Weft from what is known of the formats. Like any template they run
-only in the sandbox of transformers' ``apply_chat_template``.
+only in ``weft.data.rendering.sandbox``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from weft.errors import UserError, nearest
+from weft.foreign import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,12 +146,13 @@ def template_text(wanted: str) -> Template:
         return Template("", wanted)
     if is_file_name(wanted):
         try:
-            return Template("", Path(wanted).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"chat_template: {wanted} cannot be read: {error}. Give a UTF-8 file.") from None
+            return Template("", read_text(wanted))
+        except UserError as error:
+            raise UserError(f"chat_template: {wanted} cannot be read: {error} Give a UTF-8 file.") from None
     name = _key(wanted)
     name = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}.get(name, "")
     if not name:
+        wanted = wanted[:80]
         raise UserError(
             f"chat_template: there is no template '{wanted}'.{nearest(wanted, [*TEMPLATES, *ALIASES])} Give one of "
             f"{', '.join(TEMPLATES)}, a file ({', '.join(_SUFFIXES)}), or Jinja text."

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from weft.data.formats.detect import Conversation, Message, PlainText
+from weft.data.rendering.sandbox import render_chat
 from weft.data.rendering.tokens import Encoder
 from weft.errors import UserError
 
@@ -68,7 +69,7 @@ def learnable(message: Message) -> bool:
 
 
 class Turns:
-    """Renders messages by one chat template, which runs in transformers' sandbox. Holds no state that changes."""
+    """Renders messages by one chat template, which runs in ``rendering.sandbox``. Holds no state that changes."""
 
     def __init__(
         self,
@@ -203,14 +204,15 @@ class Turns:
 
     def _render(self, turns: list[dict[str, Any]], schemas: list[Any], generation: bool, source: str) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
+            return render_chat(
+                self.tokenizer,
                 turns,
                 tools=schemas or None,
                 chat_template=self.template,
                 add_generation_prompt=generation,
-                tokenize=False,
                 **self.template_kwargs,
             )
+        except UserError as error:
+            raise UserError(f"{source}: {error}.") from error
         except Exception as error:  # the template is a program of the user's: whatever it raises is about their data
             raise UserError(f"{source}: the chat template refuses this conversation: {error}.") from error
-        return str(text)

@@ -8,11 +8,15 @@ from typing import Literal, get_args
 
 from weft.data.formats.detect import Conversation
 from weft.data.rendering.sample import Draft, Sample, TooLongError
-from weft.data.rendering.transcript import learnable
+from weft.data.rendering.transcript import Script, learnable
 from weft.errors import UserError, nearest
 
 Truncation = Literal["refuse", "drop", "left", "right", "middle"]
 Documents = Literal["separate", "windows", "joined"]
+
+
+# No language has so many characters to a token on average.
+_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,19 @@ class Limit:
     def exceeded(self, length: int) -> bool:
         """Whether so many tokens are too many."""
         return self.max_length is not None and length > self.max_length
+
+    def hopeless(self, script: Script) -> bool:
+        """Whether a text need not be tokenised to know that it is to be refused: it would take minutes."""
+        refuses = self.truncation in ("refuse", "drop") and (self.documents == "separate" or not script.plain)
+        return refuses and self.max_length is not None and len(script.text) > _CHARACTERS * max(self.max_length, 1000)
+
+    def check_text(self, script: Script, source: str) -> None:
+        """Raise TooLongError for a ``hopeless`` text."""
+        if self.hopeless(script):
+            raise TooLongError(
+                f"{source}: the record has {len(script.text)} characters, max_length is {self.max_length} tokens. Set "
+                "`truncation`, raise `max_length`, or remove this one."
+            )
 
     def refuse(self, length: int, source: str, what: str = "the record") -> TooLongError:
         """The error to raise for a record of so many tokens."""

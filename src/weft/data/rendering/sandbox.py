@@ -1,0 +1,329 @@
+"""Chat templates are programs of strangers: this is the one place that runs them, with limits beside jinja's sandbox.
+
+Jinja's immutable sandbox keeps a template from reaching Python; it does not keep it from running for ever or from
+filling the memory (``'x' * 10**9``, ``9**9**9``, loops in loops, a string that doubles itself). So the template's tree
+is rewritten before it is compiled: loops, macros, outputs, concatenations, literals and comparisons report to a
+``Budget``, as do operators, calls, filters and tests. Whatever would become too large is refused before it is made.
+What a template sees and may call is as in transformers' ``apply_chat_template``, so that an ordinary one gives the
+same text.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, SecurityError
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from weft.data.rendering.budget import BUDGET, Budget, LimitError, guard_filter, guard_method, guard_percent, guard_test
+from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LONGEST = 128 << 10  # characters of a template; the longest that is known has 40,000
+# Seconds that a template has spent and was stopped, and from when on it is not tried again: data has many records.
+_STOPPED: dict[str, float] = {}
+_PATIENCE = 1.5
+# Filters and functions that no chat template needs, and whose cost is not told by their arguments.
+_WITHOUT = ("urlize", "wordwrap", "striptags", "pprint", "xmlattr", "random", "wordcount", "filesizeformat")
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = False,
+    **variables: Any,
+) -> str:
+    """The conversation as the tokenizer's chat template (or another) writes it.
+
+    Raises:
+        UserError: the template reaches a limit.
+        Exception: whatever the template raises.
+    """
+    text = tokenizer.get_chat_template(chat_template, tools)  # type: ignore[arg-type]
+    shown = {
+        **tokenizer.special_tokens_map,
+        "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],
+        "tools": list(tools) if tools else None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        **variables,
+    }
+    return render_template(text, {key: _plain(value) for key, value in shown.items()})
+
+
+def render_template(text: str, variables: Mapping[str, Any]) -> str:
+    """Run a template within its limits, which grow with what it is given. Raises as ``render_chat``."""
+    if _STOPPED.get(text, 0.0) > _PATIENCE:
+        raise UserError("the chat template is stopped: it reached its limits with others of these conversations")
+    budget, begun = Budget(variables), time.thread_time()
+    before = BUDGET.set(budget)
+    try:
+        pieces = []
+        for piece in _compiled(text).generate(variables):
+            budget.written(piece)
+            pieces.append(piece)
+        return "".join(pieces)
+    except LimitError as error:
+        _STOPPED[text] = _STOPPED.get(text, 0.0) + time.thread_time() - begun
+        raise UserError(f"the chat template is stopped: {error}") from None
+    except (RecursionError, MemoryError):
+        raise UserError("the chat template is stopped: it calls itself without end, or is nested too deeply") from None
+    finally:
+        BUDGET.reset(before)
+
+
+@lru_cache(maxsize=64)
+def _compiled(text: str) -> jinja2.Template:
+    if len(text) > _LONGEST:
+        raise UserError(f"the chat template has {len(text)} characters; at most {_LONGEST} are compiled")
+    return _environment().from_string(text)
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON has: other objects have methods that the sandbox knows nothing of."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else [*map(_plain, value)]
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return f"<{type(value).__name__}>"
+
+
+class _Limited(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which the tree is rewritten and what is called is measured."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
+        return super()._generate(_Rewriter().visit(source), *args, **options)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        budget = BUDGET.get()
+        if operator == "+":
+            budget.check_sum(left, right)
+        elif operator == "%":
+            if isinstance(left, str):
+                guard_percent(budget, left, right)
+        elif operator == "*":
+            budget.check_product(left, right)
+        else:
+            budget.check_power(left, right)
+        return budget.made(self.binop_table[operator](left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as jinja's
+        budget = BUDGET.get()
+        budget.tick()
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, (str, int, float, bytes)):
+            guard_method(budget, owner, __obj.__name__, args, kwargs)
+        return budget.made(super().call(__context, __obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        text, by_map = value.__self__, value.__name__ == "format_map"
+
+        def limited(*args: Any, **kwargs: Any) -> str:
+            given = (args, kwargs) if not by_map else ((), *args)
+            formatter = _Formatter(self)
+            return str(BUDGET.get().made(formatter.vformat(text, *given)))
+
+        return limited
+
+
+class _Formatter(SandboxedFormatter):
+    """``str.format`` that measures each field."""
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        budget = BUDGET.get()
+        budget.check_width(format_spec)
+        budget.check_text(value)
+        return budget.made(super().format_field(value, format_spec))
+
+
+class _Rewriter(NodeTransformer):
+    """Lets what a template does report to the budget, through filters that no template can name."""
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.nodes = [one if isinstance(one, nodes.TemplateData) else _through(one, "out") for one in node.nodes]
+        return node
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        self.generic_visit(node)
+        node.body.insert(0, _tick(node, written))
+        if node.test is not None:
+            node.test = nodes.And(_counted(node, 0), node.test, lineno=node.lineno)
+        return node
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
+        written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        self.generic_visit(node)
+        node.body.insert(0, _tick(node, written))
+        return node
+
+    visit_CallBlock = visit_Macro  # noqa: N815
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _through(nodes.List(node.nodes, lineno=node.lineno), "cat")
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return node if all(isinstance(item, nodes.Const) for item in node.items) else _through(node, "new")
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
+        return self.visit_List(node) if node.ctx == "load" else node  # type: ignore[arg-type]
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return node if all(isinstance(pair.value, nodes.Const) for pair in node.items) else _through(node, "new")
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _through(node, "made") if isinstance(node.arg, nodes.Slice) and node.ctx == "load" else node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = _compared(node.expr)
+        for operand in node.ops:
+            operand.expr = _compared(operand.expr)
+        return node
+
+    def _refuse(self, node: nodes.Node) -> nodes.Node:
+        raise SecurityError("a chat template cannot load other templates")
+
+    visit_Include = visit_Import = visit_FromImport = visit_Extends = _refuse  # noqa: N815
+
+
+def _through(node: nodes.Expr, name: str) -> nodes.Expr:
+    return nodes.Filter(node, f" {name}", [], [], None, None, lineno=node.lineno)
+
+
+def _compared(node: nodes.Expr) -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else _through(node, "cmp")
+
+
+def _counted(node: nodes.Node, written: int) -> nodes.Expr:
+    return _through(nodes.Const(written, lineno=node.lineno), "tick")
+
+
+def _tick(node: nodes.Node, written: int) -> nodes.Stmt:
+    return nodes.ExprStmt(_counted(node, written), lineno=node.lineno)
+
+
+class _Generation(Extension):
+    """``{% generation %}`` … ``{% endgeneration %}``, which only other tools take note of."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+    def _inside(self, caller: Any) -> str:
+        return str(caller())
+
+
+class _Dict:
+    """The ``dict`` of templates: not the class, of which attributes lead elsewhere."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """As ``dict.fromkeys``."""
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """Jinja's, without names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, given = args[0], dict(*args[1:], **kwargs)
+        for name in given:
+            _Namespace._check(name)
+        Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _Namespace._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot have the attribute {name[:40]!r}")
+
+
+def _raise_exception(message: Any) -> None:
+    raise jinja2.exceptions.TemplateError(str(message)[:1000])
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(wanted: str) -> str:
+    if len(wanted) > 200:
+        raise LimitError("strftime_now is given more than 200 characters")
+    return datetime.now().strftime(wanted)
+
+
+def _measures() -> dict[str, Any]:
+    """The filters that ``_Rewriter`` puts in; the blank in their names is not to be written in a template."""
+
+    def measure(function: Any) -> Any:
+        # Whoever asks for the context is not run while a template is compiled, when there is no budget.
+        return jinja2.pass_context(lambda _, value: function(BUDGET.get(), value))
+
+    return {
+        " out": measure(Budget.out),
+        " tick": measure(Budget.tick),
+        " cat": measure(Budget.concatenated),
+        " new": measure(Budget.new),
+        " made": measure(Budget.made),
+        " cmp": measure(Budget.compared),
+    }
+
+
+@lru_cache(maxsize=1)
+def _environment() -> _Limited:
+    made = _Limited(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols], cache_size=0
+    )
+    made.filters["tojson"] = _tojson
+    made.filters = {name: guard_filter(name, f) for name, f in made.filters.items() if name not in _WITHOUT}
+    made.filters |= _measures()
+    tests: dict[str, Any] = dict(made.tests)
+    made.tests = {name: guard_test(f) for name, f in tests.items()}
+    made.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    del made.globals["lipsum"]
+    return made

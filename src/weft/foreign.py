@@ -1,0 +1,293 @@
+"""Reading small files that somebody else may have written: JSON, YAML, text, and the head of a safetensors file.
+
+Every configuration passes through here, so that none can hang, fill the memory, or reach the code behind as something
+that no configuration is: only regular files are opened (a FIFO would wait for ever, a device never end), no more than a
+limit is read of them, nesting and digits are bounded, and an alias in YAML cannot stand for more than it is worth.
+What is wrong is a UserError with the file's name. Records of data files are read by ``weft.data.reading`` instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from weft.errors import UserError
+
+JSON_LIMIT = 64 << 20  # bytes; a tokenizer.json takes 33 MB with 256,000 tokens, its configuration up to 20 MB
+LINE_LIMIT = 1 << 20  # of one line of JSON Lines
+_VALUES = 2_000_000  # of a JSON text; an empty list takes 3 bytes there and 64 in memory
+YAML_LIMIT = 128 << 10  # it is read at 100 KB a second
+TEXT_LIMIT = 4 << 20
+HEADER_LIMIT = 32 << 20  # of a safetensors file; 100,000 tensors take 12 MB
+DEPTH = 64
+_DIGITS = 100  # some tokenizers say 1e30 for "no limit", written out
+_NODES = 200_000  # of a YAML document, an alias counted as what it stands for
+_SAID = 200  # characters of a library's message
+
+_Type = TypeVar("_Type")
+
+
+def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a regular file, symbolic links followed.
+
+    Raises:
+        UserError: it is missing, or is a folder, a FIFO, a socket or a device.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is {_kind(found.st_mode)}; expected a regular file.")
+    return found
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """All of a regular file of at most ``limit`` bytes; UserError otherwise."""
+    check_regular(path)
+    try:
+        # Not blocking: what is looked at may be another file by now.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise UserError(f"{path} is {_kind(os.fstat(handle).st_mode)}; expected a regular file.")
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if len(data) > limit:
+        raise UserError(f"{path} is longer than {limit} bytes, which is the limit for a file of this kind.")
+    return data
+
+
+def read_text(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> str:
+    """All of a regular file as UTF-8 text; UserError otherwise."""
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}.") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(path: str | os.PathLike[str], *, infinities: bool = False, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """A JSON object from a file. ``infinities``: numbers may be infinite or NaN, which some writers say in JSON."""
+    try:
+        text = read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    value = parse_json(text, str(path), infinities=infinities)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def check_json(path: str | os.PathLike[str], *, limit: int = 4 * JSON_LIMIT, values: int = 2 * _VALUES) -> bytes:
+    """The bytes of a JSON file that a library will read by itself; UserError if it would take too much memory."""
+    data = read_bytes(path, limit)
+    _check_values(data, str(path), values)
+    return data
+
+
+def _check_values(text: str | bytes, where: str, most: int = _VALUES) -> None:
+    found = [text.count(m) for m in "[{,"] if isinstance(text, str) else [text.count(m) for m in (b"[", b"{", b",")]
+    if sum(found) > most:
+        raise UserError(f"{where} holds more than {most} values, which no configuration does.")
+
+
+def parse_json(text: str | bytes, where: str, *, infinities: bool = False) -> Any:
+    """The value of a JSON text; ``where`` names it in errors."""
+    _check_values(text, where)
+
+    def constant(name: str) -> float:
+        if infinities:
+            return float(name.replace("Infinity", "inf"))
+        raise UserError(f"{where} is not valid JSON: it holds {name}, which JSON does not have.")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return constant(digits[:40]) if math.isinf(value) and not infinities else value
+
+    def integer(digits: str) -> int:
+        if len(digits) > _DIGITS:
+            raise UserError(f"{where} holds an integer of {len(digits)} digits; at most {_DIGITS} can be meant.")
+        return int(digits)
+
+    try:
+        value = json.loads(text, parse_constant=constant, parse_float=number, parse_int=integer)
+    except UserError:
+        raise
+    except RecursionError:
+        _too_deep(where)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    _check_depth(value, where)
+    return value
+
+
+def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one on each line that is not blank; only a line is in memory."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), 1):
+            if len(line) > LINE_LIMIT:
+                raise UserError(f"{path}:{number}: the line is longer than {LINE_LIMIT} bytes.")
+            if line.strip():
+                yield expect(parse_json(line, f"{path}:{number}", infinities=True), dict, f"{path}:{number}")
+
+
+def _check_depth(value: Any, where: str) -> None:
+    level, depth = [value], 0
+    while level:
+        if depth > DEPTH:
+            _too_deep(where)
+        level = [
+            item
+            for one in level
+            if isinstance(one, (dict, list))
+            for item in (one.values() if isinstance(one, dict) else one)
+            if isinstance(item, (dict, list))
+        ]
+        depth += 1
+
+
+def _too_deep(where: str) -> NoReturn:
+    raise UserError(f"{where} is nested more than {DEPTH} deep, which no configuration is.")
+
+
+def expect(value: Any, kind: type[_Type] | tuple[type[_Type], ...], where: str) -> _Type:
+    """``value`` if it is of that type (true is no number here); UserError names the place and both types."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
+        return value
+    names = {dict: "an object", list: "an array", str: "a string", int: "an integer", float: "a number", bool: "a flag"}
+    wanted = " or ".join(names.get(one, one.__name__) for one in kinds)
+    raise UserError(f"{where}: expected {wanted}, found {_json_type(value)}.")
+
+
+def entry(values: Mapping[str, Any], key: str, kind: type[_Type], where: str) -> _Type:
+    """``values[key]`` if it is there and of that type; UserError otherwise."""
+    if key not in values:
+        raise UserError(f"{where}: '{key}' is missing.")
+    return expect(values[key], kind, f"{where}: {key}")
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "an integer"}
+    found = names.get(type(value), "a number" if isinstance(value, float) else "null")
+    if found == "a string" or isinstance(value, (int, float)):
+        found += f" ({value if len(str(value)) <= 40 else str(value)[:40] + '…'})"
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-3`` is a number (YAML 1.1 takes it for text) and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def check(self, root: yaml.Node) -> None:
+        """Refuse a document whose aliases stand for more than can be meant, and numbers as long as texts."""
+        todo, seen = [root], 0
+        while todo:
+            node, seen = todo.pop(), seen + 1
+            if seen > _NODES:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the aliases stand for more than {_NODES} values", root.start_mark
+                )
+            if isinstance(node, yaml.MappingNode):
+                todo += [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                todo += node.value
+            elif node.tag.endswith((":int", ":float", ":timestamp")) and len(node.value) > _DIGITS:
+                what = f"a number of {len(node.value)} characters"
+                raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """The value of a YAML (or JSON) file. Raises UserError with the place of what is wrong."""
+    return parse_yaml(read_text(path, YAML_LIMIT), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text; ``where`` names it in errors."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        loader.check(root)
+        value = loader.construct_document(root)
+    except RecursionError:
+        _too_deep(where)
+    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
+        # The constructors of pyyaml raise the latter ones for tags whose values do not fit.
+        raise UserError(f"{where} is not valid YAML: {_yaml_line(error)}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    _check_depth(value, where)
+    return value
+
+
+def _yaml_line(error: BaseException) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())[:_SAID]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {str(getattr(error, 'problem', error))[:_SAID]}"
+
+
+# ---------------------------------------------------------------------------------------------------------- safetensors
+
+
+def check_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a safetensors file (dtype, shape and place of each tensor), after its length is found possible.
+
+    What it says of the tensors is for the library to check; it maps the file, so a lie costs no memory.
+    """
+    size = check_regular(path).st_size
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > size - 8:
+                raise UserError(f"{path} cannot be read as safetensors: it is cut off or no such file.")
+            if length > HEADER_LIMIT:
+                raise UserError(
+                    f"{path} cannot be read as safetensors: its header is said to be {length} bytes long; at most "
+                    f"{HEADER_LIMIT} are read."
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    found = parse_json(header, f"{path}: the header")
+    return {key: value for key, value in expect(found, dict, f"{path}: the header").items() if key != "__metadata__"}

@@ -1,0 +1,176 @@
+"""The one door to transformers' loaders: what a folder's files may ask of them is looked at first.
+
+A model's files are data to Weft. To transformers they also name code to import (``auto_map``, ``tokenizer_class``),
+kernels to fetch and run (``attn_implementation``), packages to load (``quantization_config``), other files to open
+(``weight_map``, ``vocab_file``) and sizes to allocate. So every call of ``from_pretrained`` and ``from_config`` is
+here (a test sees to that), gives ``trust_remote_code=False`` (transformers asks on stdin when it is not given), and
+comes after the checks of ``weft.models.vetting``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from weft.errors import UserError
+from weft.foreign import check_json, check_regular, check_safetensors
+from weft.models.originals import weight_map
+from weft.models.vetting import (
+    check_budget,
+    check_config,
+    check_generation,
+    check_layers,
+    check_tokenizer,
+    check_tokenizer_json,
+    no_implementation,
+)
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Files of weights that are pickles (or run code in other ways), by the ending of their names.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TEXTS = ("vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.json")
+_CHAT_TEMPLATES = "additional_chat_templates"
+
+
+@contextmanager
+def no_questions() -> Iterator[None]:
+    """Whatever transformers would ask on stdin inside the block is answered with no, also deep inside its loaders."""
+    from transformers import dynamic_module_utils
+
+    dynamic: Any = dynamic_module_utils
+    before = getattr(dynamic, "TIME_OUT_REMOTE_CODE", None)
+    dynamic.TIME_OUT_REMOTE_CODE = 0  # its own switch for machines that nobody sits at
+    try:
+        yield
+    finally:
+        dynamic.TIME_OUT_REMOTE_CODE = before
+
+
+def load_config(source: str | Path, *, local_files_only: bool = False) -> Any:
+    """transformers' configuration of the model in a folder, or under a hub's id.
+
+    Raises:
+        UserError: it asks for what Weft does not do for a file.
+        Exception: whatever transformers raises for a folder that is no model.
+    """
+    from transformers import AutoConfig
+
+    path = _file(source, "config.json", local_files_only)
+    if path is not None:
+        check_config(path)
+    with no_questions():
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
+    no_implementation(config)
+    return config
+
+
+def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Any:
+    """transformers' tokenizer in a folder, or under a hub's id. Raises as ``load_config`` does."""
+    from transformers import AutoTokenizer
+
+    for name in ("config.json", "tokenizer_config.json", *_TEXTS):
+        path = _file(source, name, local_files_only)
+        if path is not None and name == "config.json":
+            check_config(path)
+        elif path is not None and name == "tokenizer_config.json":
+            check_tokenizer(path)
+        elif path is not None and name == "tokenizer.json":
+            check_tokenizer_json(path)
+        elif path is not None:
+            check_json(path)
+    if Path(source).is_dir():
+        _check_files(Path(source))
+    with no_questions():
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
+
+
+def load_weights(auto: Any, source: str | Path, config: Any, **options: Any) -> Any:
+    """``auto.from_pretrained``: safetensors only, after what a folder holds was compared with its configuration."""
+    if Path(source).is_dir():
+        stored, tensors = _check_weights(Path(source))
+        _check_files(Path(source))
+        check_layers(config, tensors, f"{source}/config.json")
+        check_budget(empty_model(auto, config), stored, f"{source}/config.json")
+    path = _file(source, "generation_config.json", False)
+    if path is not None:
+        check_generation(path)
+    with no_questions():
+        return auto.from_pretrained(source, config=config, trust_remote_code=False, use_safetensors=True, **options)
+
+
+def check_folder(source: str | Path, config: Any) -> None:
+    """What ``load_weights`` will refuse, where it can be known before: of a folder that has its weights in it."""
+    folder = Path(source)
+    if folder.is_dir() and any((folder / name).exists() for name in (_WEIGHTS, _INDEX)):
+        check_layers(config, _check_weights(folder)[1], f"{source}/config.json")
+
+
+def build_model(auto: Any, config: Any, dtype: Any) -> Any:
+    """``auto.from_config``: a model with random weights (on the meta device: none)."""
+    with no_questions():
+        return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def empty_model(auto: Any, config: Any) -> Any:
+    """The model on the meta device: its shapes alone."""
+    import copy
+
+    import torch
+
+    with torch.device("meta"):
+        return build_model(auto, copy.deepcopy(config), torch.float32)
+
+
+def _file(source: str | Path, name: str, local_files_only: bool) -> Path | None:
+    """Where a file of a folder or of a hub's id is; None if there is none (or the hub does not say)."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_symlink() or path.exists() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(str(source), name, local_files_only=local_files_only,
+                            _raise_exceptions_for_missing_entries=False)  # fmt: skip
+    except Exception:  # whatever the hub's client raises; the loader then meets the same and says it
+        return None
+    return None if found is None else Path(found)
+
+
+def _check_files(folder: Path) -> None:
+    """What transformers opens beside the two configurations."""
+    beside = [folder / "chat_template.jinja", folder / "chat_template.json", *folder.glob("*.model")]
+    if (folder / _CHAT_TEMPLATES).is_dir():
+        beside += (folder / _CHAT_TEMPLATES).glob("*.jinja")
+    for path in beside:
+        if path.is_symlink() or path.exists():
+            check_regular(path)
+
+
+def _check_weights(folder: Path) -> tuple[int, int]:
+    """Bytes of the files of weights in a model's folder, and how many tensors they hold.
+
+    Raises:
+        UserError: they are in pickles, or a file of safetensors cannot be one.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json) beside the files of a model, and would be loaded with it "
+            "or without it depending on what is installed. Move the adapter's files into a folder of their own."
+        )
+    index, one = folder / _INDEX, folder / _WEIGHTS
+    if one.is_symlink() or one.exists():
+        files = {one}
+    elif index.is_symlink() or index.exists():
+        files = {folder / name for name in weight_map(index).values()}
+    else:
+        pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(PICKLES))
+        if pickles:
+            raise UserError(
+                f"{folder} keeps its weights in {pickles[0]}, a pickle, which can run code and is never loaded. "
+                f"Convert it to safetensors first: weft convert {folder} NEW_FOLDER"
+            )
+        raise UserError(f"{folder} holds no weights: neither {_WEIGHTS} nor {_INDEX} is there.")
+    tensors = sum(len(check_safetensors(path)) for path in files)
+    return sum(path.stat().st_size for path in files), tensors

@@ -1,0 +1,165 @@
+"""Regular expressions that stand in files: applied with a limit of time, for some are tried for ever.
+
+A pattern like ``(a+)+$`` takes twice as long with every character. Python's own ``re`` cannot be stopped; the package
+``regex`` (which transformers needs too) reads the same patterns and can.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+
+import regex
+
+from weft.errors import UserError
+
+SECONDS = 1.0  # for all modules of a model together
+LONGEST = 20_000  # characters
+_LOOK = "aAz_09.,!( \n\r\té漢字؟🧵'-\u0300"
+
+
+class Pattern:
+    """One pattern; ``where`` names its place in errors, such as ``target_modules``.
+
+    Raises:
+        UserError: it is no regular expression, or (from ``full`` and ``begins``) takes too long.
+    """
+
+    def __init__(self, text: str, where: str) -> None:
+        self.where, self.text = where, text
+        if len(text) > LONGEST:
+            raise UserError(f"{where} is a pattern of {len(text)} characters; at most {LONGEST} are read.")
+        try:
+            self._compiled = regex.compile(text)
+        except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+            raise UserError(f"{where} {_short(text)} is no regular expression: {str(error)[:200]}.") from None
+        self._left = SECONDS
+
+    def full(self, path: str) -> regex.Match[str] | None:
+        """As ``re.fullmatch``."""
+        return self._run(path, full=True)
+
+    def begins(self, path: str) -> regex.Match[str] | None:
+        """As ``re.match``."""
+        return self._run(path, full=False)
+
+    def _run(self, path: str, *, full: bool) -> regex.Match[str] | None:
+        begun = time.perf_counter()
+        apply = self._compiled.fullmatch if full else self._compiled.match
+        try:
+            return apply(path, timeout=max(self._left, 0.01))
+        except (TimeoutError, RecursionError, MemoryError):
+            raise UserError(
+                f"{self.where} {_short(self.text)} takes too long to match: more than {SECONDS:g} s on names such as "
+                f"{path!r}. A repeated group with a repeat in it does that; write it without."
+            ) from None
+        finally:
+            spent = time.perf_counter() - begun
+            # A machine that stalls is not the pattern's doing; what takes long each time adds up.
+            self._left -= spent if spent > 0.001 else 0.0
+
+
+@lru_cache(maxsize=256)
+def pattern(text: str, where: str) -> Pattern:
+    """The pattern, compiled once."""
+    return Pattern(text, where)
+
+
+def check_linear(text: str, where: str) -> None:
+    """Refuse a pattern that a matcher without a limit may try for ever; for those that libraries apply by themselves.
+
+    Refused are an unbounded repeat of a group that holds one, or of alternatives that can begin alike. (No tokenizer
+    that is known has such.)
+
+    Raises:
+        UserError: it is one.
+    """
+    if len(text) > LONGEST:
+        raise UserError(f"{where} is a pattern of {len(text)} characters; at most {LONGEST} are read.")
+    for body, nested in _repeated_groups(text):
+        if nested or _overlap(body):
+            raise UserError(
+                f"{where} {_short(text)} repeats a group that can match the same text in many ways, and would be tried "
+                "for ever on some. Weft does not load it."
+            )
+
+
+def _repeated_groups(text: str) -> Iterator[tuple[str, bool]]:
+    """(the inside of a group that is repeated without bound, whether such a repeat is in it)."""
+    starts: list[int] = []
+    inside: list[bool] = [False]
+    at = 0
+    while at < len(text):
+        mark = text[at]
+        if mark == "\\":
+            at += 2
+            continue
+        if mark == "[":
+            at = _class_end(text, at)
+            continue
+        if mark == "(":
+            starts.append(at + 1)
+            inside.append(False)
+        elif mark == ")" and starts:
+            nested, body = inside.pop(), text[starts.pop() : at]
+            repeat = _unbounded(text, at + 1)
+            if repeat:
+                yield body, nested
+            inside[-1] = inside[-1] or nested or repeat
+        elif mark in "*+" or (mark == "{" and _unbounded(text, at)):
+            inside[-1] = True
+        at += 1
+
+
+def _class_end(text: str, at: int) -> int:
+    """The place behind the class that begins at ``at``; classes may hold classes."""
+    depth, at = 1, at + 1
+    if text[at : at + 1] == "^":
+        at += 1
+    if text[at : at + 1] == "]":
+        at += 1
+    while at < len(text) and depth:
+        if text[at] == "\\":
+            at += 1
+        depth += (text[at : at + 1] == "[") - (text[at : at + 1] == "]")
+        at += 1
+    return at
+
+
+def _unbounded(text: str, at: int) -> bool:
+    """Whether a repeat without end (or beyond any text) stands at ``at``."""
+    if text[at : at + 1] in ("*", "+"):
+        return True
+    found = regex.match(r"\{(\d*)(,?)(\d*)\}", text[at : at + 24])
+    return bool(found and ((found[2] and not found[3]) or int(found[3] or found[1] or 0) > 16))
+
+
+def _overlap(body: str) -> bool:
+    """Whether two alternatives of a group can begin with the same character."""
+    body = regex.sub(r"^\?(?:[:>]|[a-z-]+:|P?<\w+>)", "", body)
+    parts, depth, last, at = [], 0, 0, 0
+    while at < len(body):
+        if body[at] == "\\":
+            at += 2
+            continue
+        if body[at] == "[":
+            at = _class_end(body, at)
+            continue
+        depth += (body[at] == "(") - (body[at] == ")")
+        if body[at] == "|" and not depth:
+            parts.append(body[last:at])
+            last = at + 1
+        at += 1
+    parts.append(body[last:])
+    if len(parts) < 2:
+        return False
+    try:
+        made = [regex.compile(f"(?:{part})", regex.VERSION1) for part in parts]
+        return any(sum(bool(one.match(c, partial=True, timeout=0.1)) for one in made) > 1 for c in _LOOK)
+    except (regex.error, TimeoutError, RecursionError):
+        return True
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 80 else repr(text[:77] + "...")

@@ -1,0 +1,127 @@
+"""Nobody's file runs code, hangs or crashes us. A part of the corpus in every run of the tests, all of it with -m slow
+(``make hostile`` prints it as a table)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.hostile.corpus import CASES
+from tests.hostile.crew import run_cases
+from tests.hostile.judge import ROOT, Watch, faults
+from tests.hostile.kit import CANARY, Place, make_good
+
+# Of each kind so many; those that are about time take it, and are left to the whole corpus.
+SOME = 1
+SLOW = ("templates", "patterns", "data")
+FEW = ("data: bz2 bomb", "data: a line of 30 MB", "data: a FIFO", "patterns: target_modules (.*)*#",
+       "templates in weft.json of an adapter: tower", "templates in an adapter's tokenizer: str.format")  # fmt: skip
+
+
+def some() -> list[int]:
+    """Numbers of the cases for every run: the first of each kind, and those that are named."""
+    seen: dict[str, int] = {}
+    chosen = []
+    for number, case in enumerate(CASES):
+        seen[case.kind] = seen.get(case.kind, 0) + 1
+        if (seen[case.kind] <= SOME and not case.kind.startswith(SLOW)) or case.id in FEW:
+            chosen.append(number)
+    return chosen
+
+
+def wrong(numbers: list[int], folder: Path, workers: int) -> list[str]:
+    """What of these cases is not as promised."""
+    found = []
+    for number, outcome in run_cases(numbers, folder, workers):
+        # In the suite the machine is shared with other tests: what hangs is ended all the same.
+        found += [f"{CASES[number].id}: {fault}" for fault in faults(outcome, codes=CASES[number].codes, seconds=10.0)]
+    return found
+
+
+def test_the_corpus_is_large_and_each_case_has_a_name() -> None:
+    names = [case.id for case in CASES]
+    assert len(names) >= 200
+    assert len(set(names)) == len(names)
+    assert len({case.kind for case in CASES}) >= 30
+    assert set(FEW) <= set(names)
+
+
+def test_some_of_the_corpus(tmp_path: Path) -> None:
+    assert wrong(some(), tmp_path, 1) == []
+
+
+@pytest.mark.slow
+def test_all_of_the_corpus(tmp_path: Path) -> None:
+    assert wrong(list(range(len(CASES))), tmp_path, 2) == []
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_good(tmp_path_factory.mktemp("good") / "good")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["code in config.json: auto_map, unknown type", "code in tokenizer_config.json of a adapter: auto_map, no class"],
+)
+def test_yes_on_stdin_runs_nothing(name: str, good: Any, tmp_path: Path) -> None:
+    """transformers asks on stdin whether to run a stranger's Python; ``printf 'y\\n' | weft chat ./m`` said yes."""
+    case = next(case for case in CASES if case.id == name)
+    folder = case.build(Place(tmp_path, good))[1]
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    for verb in (["chat", str(folder)], ["generate", str(folder), "--prompt", "a"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "weft.cli.main", *verb],
+            input="y\n" * 9, capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}, timeout=120,
+        )  # fmt: skip
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.startswith("error: ")
+        assert "Traceback" not in result.stderr
+        assert "[y/N]" not in result.stdout + result.stderr
+    assert not list(tmp_path.rglob(f"{CANARY}.txt"))
+    assert not list(tmp_path.rglob(f"{CANARY}.sh"))
+
+
+PROBE = """
+import sys
+from pathlib import Path
+from tests.hostile.judge import Watch
+folder = Path(sys.argv[1])
+watch = Watch()
+with watch.over(folder):
+    exec(sys.argv[2])
+print(len(watch.events))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "events"),
+    [
+        ("open('/etc/hostname')", 1),
+        ("open(folder / 'canary.txt', 'w')", 1),
+        ("open(folder / 'out' / 'a.txt', 'w')", 0),
+        ("open(folder / 'a.json')", 0),
+        ("exec(compile('1', str(folder / 'm.py'), 'exec'))", 2),
+        ("import os; os.system('true')", 1),
+        ("import subprocess; subprocess.run(['true'])", 1),
+        ("import socket; socket.socket().connect_ex(('127.0.0.1', 9))", 1),
+        ("import pickle; pickle.loads(pickle.dumps(print))", 1),
+        ("import json; json.loads('1')", 0),
+    ],
+)
+def test_the_hook_sees(code: str, events: int, tmp_path: Path) -> None:
+    assert Watch  # it cannot be taken off again, so it is tried in processes of their own
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE, str(tmp_path), code], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths}, timeout=60,
+    )  # fmt: skip
+    found = int(result.stdout or -1)
+    assert found == events or (events and found >= events), result.stderr
