@@ -138,6 +138,11 @@ class MethodConfig(BaseModel):
         return {"peft_type": self.peft_type, **self.model_dump(mode="json", exclude=set(self.not_in_peft))}
 
     @classmethod
+    def renamed(cls, entries: Mapping[str, Any]) -> frozenset[str]:
+        """Keys that an ``adapter_config.json`` with these entries holds otherwise, so that peft reads the function."""
+        return frozenset()
+
+    @classmethod
     def of_layout(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
         """Where in an ``adapter_config.json`` of this method's layout the entries of ``in_peft`` stand."""
         return entries

@@ -70,7 +70,8 @@ def check_agreement(own: Path, config: MethodConfig, path: Path, entries: Mappin
     cls, lines = type(config), []
     theirs = cls.of_layout(entries)
     stated = config.in_peft()
-    for key, value in stated.items():
+    for key in [key for key in stated if key not in cls.renamed(theirs)]:
+        value = stated[key]
         default = cls.peft_defaults.get(key, cls.model_fields[key].default if key in cls.model_fields else None)
         other = theirs.get(key, default)
         if key == "modules_to_save":

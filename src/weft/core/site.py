@@ -265,6 +265,19 @@ def replace_class(module: nn.Module, base_class: type[nn.Module]) -> None:
     module.__class__ = _routed_class(cast(Any, base_class))
 
 
+@contextlib.contextmanager
+def without_sites(model: nn.Module) -> Iterator[None]:
+    """Inside, every site is the module that it was: no adapter acts, and nothing of the swap either."""
+    swapped: list[tuple[nn.Module, Any]] = [(module, type(module)) for module, _ in sites_in(model)]
+    for module, _ in swapped:
+        module.__class__ = plain_class(module)
+    try:
+        yield
+    finally:
+        for module, routed in swapped:
+            module.__class__ = routed
+
+
 def sites_in(model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
     """Every module that is a site."""
     for module in model.modules():

@@ -53,10 +53,7 @@ class LoraConfig(LowRankConfig):
     default_learning_rate: ClassVar[float] = 2e-4
     small_learning_rate: ClassVar[float | None] = 2e-3
     own_fields: ClassVar[frozenset[str]] = frozenset({"loraplus_lr_ratio", "loraplus_lr_embedding"})
-    # Of a base with experts the file names other modules, parameters and patterns (``name_as_parameters``).
-    not_in_peft: ClassVar[frozenset[str]] = LowRankConfig.not_in_peft | own_fields | {
-        "target_parameters", "rank_pattern", "alpha_pattern", "lora_dropout"
-    }  # fmt: skip
+    not_in_peft: ClassVar[frozenset[str]] = LowRankConfig.not_in_peft | own_fields
     takes_embeddings: ClassVar[bool] = True
     combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS
 
@@ -119,6 +116,12 @@ class LoraConfig(LowRankConfig):
 
     def in_peft(self) -> dict[str, Any]:
         return self._stored(super().in_peft())
+
+    @classmethod
+    def renamed(cls, entries: Mapping[str, Any]) -> frozenset[str]:
+        # ``name_as_parameters``: of a base with experts.
+        changed = frozenset({"target_parameters", "rank_pattern", "alpha_pattern", "lora_dropout"})
+        return changed if entries.get("target_parameters") else frozenset()
 
     def _stored(self, entries: dict[str, Any]) -> dict[str, Any]:
         """The entries for what the file holds, where that is not what was set."""

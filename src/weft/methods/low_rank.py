@@ -148,6 +148,8 @@ def _refuse_other_kinds(name: str, config: LowRankConfig, context: BuildContext)
     named = {p: m for p, m in context.model.named_modules() if p and (p == name or p.endswith(f".{name}"))}
     could = {*shape.linears, shape.head, *([shape.embeddings] if config.takes_embeddings else [])}
     if named and not could & set(named):
+        for path in named:
+            shape.check_reachable(path)
         path, module = next(iter(named.items()))
         names = sorted({p.rsplit(".", 1)[-1] for p in could if p})
         raise UserError(

@@ -9,8 +9,8 @@ A few short sequences go through the base twice in one batch, under the adapter 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.adapters import Adapters
 from weft.core.route import stable_seed
+from weft.core.site import mixes_rows, without_sites
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import trial
+from weft.models.difference import first_beside
 
 # Rounding, in units of the last place of the largest number: the two halves of a batch differ by little else.
 _UNITS = 256
@@ -39,11 +41,15 @@ def prove_attached(adapters: Adapters, name: str) -> None:
         return
     sequences = trial.sequences_for(adapters.model, adapters.architecture)
     with torch.no_grad():
-        alone = _run(adapters, [Part(None, sequences)])
+        # In int8 sites also keep rows apart (``mixes_rows``), and so are no bystanders.
+        mixes = any(mixes_rows(module) for module in adapters.model.modules())
+        with contextlib.nullcontext() if mixes else without_sites(adapters.model):
+            alone = _run(adapters, [Part(None, sequences)])
         both = _run(adapters, [Part(name, sequences), Part(None, sequences)])
     near = _UNITS * max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps) * float(alone.abs().max())
     own, beside = both[: -len(alone)], both[-len(alone) :]
-    _check_beside(adapters, name, beside, alone, near)
+    if not mixes:
+        _check_beside(adapters, name, sequences, beside, alone, near)
     if adapter.begins_as_identity and not _close(own, alone, near):
         raise UserError(
             f"'{name}' ({adapter.config.method}) promises to begin as the base and does not: on this "
@@ -71,15 +77,15 @@ def _close(a: Tensor, b: Tensor, near: float) -> bool:
     return bool(((a - b).abs() <= near).all())
 
 
-def _check_beside(adapters: Adapters, name: str, beside: Tensor, alone: Tensor, near: float) -> None:
-    # In int8 a neighbour's outliers move a row by rounding of another kind (docs/design.md).
-    if any(type(m).__name__.endswith("Linear8bitLt") for m in adapters.model.modules()):
-        return
+def _check_beside(
+    adapters: Adapters, name: str, sequences: Sequence[Sequence[int]], beside: Tensor, alone: Tensor, near: float
+) -> None:
     if not _close(beside, alone, near):
         raise UserError(
             f"'{name}' ({adapters[name].config.method}) changes the rows of the plain base beside it by "
-            f"{float((beside - alone).abs().max()):.2g} of {float(alone.abs().max()):.2g}: one of its modules does not "
-            "keep rows apart. Train it in a run of its own, or take another method."
+            f"{float((beside - alone).abs().max()):.2g} of {float(alone.abs().max()):.2g}, first at "
+            f"{first_beside(adapters, name, sequences) or 'no single module'}. Train it in a run of its own, or take "
+            "another method."
         )
 
 
@@ -150,7 +156,7 @@ def _without_gradient(
     return {key for key, g in zip(trained, gradients, strict=True) if g is None or not bool(g.any())}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _moved(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Inside, every parameter is a little elsewhere."""
     kept = {key: parameter.detach().clone() for key, parameter in trained.items()}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
 from weft.core.architecture import Architecture
+from weft.core.body import body_of
+from weft.core.site import plain_class, without_sites
 from weft.core.stream import Part
 
 # Relative to a module's largest output. Far above rounding, for the first wrong module is wrong by more.
@@ -48,14 +50,14 @@ def first_difference(
     model: nn.Module,
     shape: Architecture,
     sequences: Sequence[Sequence[int]],
+    place: int,
     own: Callable[[Sequence[Sequence[int]]], Tensor],
 ) -> str:
-    """``'path' (Class)`` of the first module whose output for the longest sequence is not what it is by itself; ``""``:
-    there is none.
+    """``'path' (Class)`` of the first module whose output for the sequence ``place`` is not what it is by itself, or
+    that stands after the body and is not called; if there is none, of the output layer.
 
     ``own`` runs the untouched model on a batch of sequences of one length.
     """
-    place = max(range(len(sequences)), key=lambda i: len(sequences[i]))
     with _recorded(model) as alone:
         own([sequences[place]])
     adapters = Adapters(model, shape)
@@ -70,9 +72,12 @@ def first_difference(
     found: dict[str, list[Tensor]] = {}
     for path, out in ours:
         found.setdefault(path, []).append(out)
+    inside = set(body_of(model, shape).modules())
     for path, expected in alone:
         outs = found.get(path)
         if not outs:
+            if path not in found and model.get_submodule(path) not in inside:
+                return f"{named(model, path)}, which is not called"
             continue
         out = outs.pop(0)
         part = _part(out, place, rows, total, length, adapters.padded)
@@ -80,8 +85,45 @@ def first_difference(
             continue
         near = _NEAR[expected.dtype] * float(expected.abs().max())
         if not bool(((part.reshape(expected.shape) - expected).abs() <= near).all()):
-            return f"'{path}' ({type(model.get_submodule(path)).__name__})"
+            return named(model, path)
+    return "" if shape.bidirectional else f"what is made of the output of {named(model, shape.head)}"
+
+
+def named(model: nn.Module, path: str) -> str:
+    """``'path' (Class)``."""
+    return f"'{path}' ({plain_class(model.get_submodule(path)).__name__})"
+
+
+@torch.no_grad()
+def first_beside(adapters: Adapters, name: str, sequences: Sequence[Sequence[int]]) -> str:
+    """The first module that gives the plain base's rows something else beside adapter ``name`` than without it."""
+    with without_sites(adapters.model), _recorded(adapters.model) as alone:
+        adapters.forward(adapters.stream([Part(None, sequences)]))
+    with _recorded(adapters.model) as both:
+        stream = adapters.stream([Part(name, sequences), Part(None, sequences)])
+        adapters.forward(stream)
+    found: dict[str, list[Tensor]] = {}
+    for path, out in both:
+        found.setdefault(path, []).append(out)
+    for path, expected in alone:
+        # A site may run its module again for some rows only; the whole batch has more rows than the part.
+        whole = [(out, dim) for out in found.get(path, []) if (dim := _grown(out, expected)) is not None]
+        if not whole:
+            continue
+        out, dim = whole[0]
+        found[path] = [other for other in found[path] if other is not out]
+        beside = out.narrow(dim, out.shape[dim] - expected.shape[dim], expected.shape[dim])
+        if not bool(((beside - expected).abs() <= _NEAR[expected.dtype] * float(expected.abs().max())).all()):
+            return named(adapters.model, path)
     return ""
+
+
+def _grown(out: Tensor, part: Tensor) -> int | None:
+    """The one dimension in which ``out`` is longer than ``part``; None: there is no such one."""
+    if out.dim() != part.dim():
+        return None
+    dims = [i for i in range(out.dim()) if out.shape[i] != part.shape[i]]
+    return dims[0] if len(dims) == 1 and out.shape[dims[0]] > part.shape[dims[0]] else None
 
 
 def _part(out: Tensor, place: int, rows: slice, total: int, length: int, padded: bool) -> Tensor | None:

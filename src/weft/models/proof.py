@@ -30,7 +30,7 @@ from weft.models.difference import first_difference
 from weft.models.facts import FACTS, sketch
 from weft.models.fused import install_fused, recognise
 from weft.models.interface import install_interface
-from weft.models.tables import install_tables, neighbour_dependent, tables_move
+from weft.models.tables import as_before, install_tables, neighbour_dependent, tables_move
 
 # Our path may differ from the truth by so many times what two orders of summation differ by,
 NOISE = 10
@@ -71,7 +71,7 @@ def describe(model: nn.Module) -> Architecture:
     for module in packs:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_before(model):
             shape = _PROVED[model] = prove(model, shape)
             return shape
     finally:
@@ -90,11 +90,11 @@ class Truth:
     outputs: list[Tensor]
     limit: float
 
-    def distance(self, found: Sequence[Tensor]) -> float:
-        """The largest difference, or infinity where a number is none."""
+    def distances(self, found: Sequence[Tensor]) -> list[float]:
+        """The largest difference of each sequence, or infinity where a number is none."""
         pairs = zip(self.outputs, found, strict=True)
-        worst = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
-        return worst if worst == worst else float("inf")
+        worst = [float((a.double() - b.double()).abs().max()) for a, b in pairs]
+        return [one if one == one else float("inf") for one in worst]
 
 
 def prove(model: nn.Module, shape: Architecture) -> Architecture:
@@ -230,7 +230,7 @@ def _first_right(model: nn.Module, shape: Architecture, truth: Truth) -> tuple[A
     last: tuple[Architecture, float | Exception] | None = None
     for way in _ways(model, shape):
         try:
-            distance = truth.distance(our_output(model, way, truth.sequences))
+            distance = max(truth.distances(our_output(model, way, truth.sequences)))
             if way.install_attention is None and not shape.bidirectional:
                 distance = max(distance, _narrow(model, way, truth))
         except Exception as error:  # an attention asks for what the stream has not, a body takes no embeddings
@@ -278,7 +278,7 @@ def _narrow(model: nn.Module, way: Architecture, truth: Truth) -> float:
     """How far padded batches lie from the truth that are narrower than the first: some models pad by themselves."""
     few = [truth.sequences[-1][:9], truth.sequences[0][:1]]
     outputs = [trial.own_output(model, way, [sequence])[0] for sequence in few]
-    return Truth(few, outputs, truth.limit).distance(our_output(model, way, few))
+    return max(Truth(few, outputs, truth.limit).distances(our_output(model, way, few)))
 
 
 def _reason(error: Exception) -> str:
@@ -298,7 +298,9 @@ def _refusal(model: nn.Module, way: Architecture, found: float | Exception, trut
             f"this {kind} cannot be run: {how} it stops with {type(found).__name__}: {_reason(found)}. Weft refuses "
             "what it cannot prove; take another base, or report this with the versions that `weft doctor` prints."
         )
-    place = first_difference(model, way, truth.sequences, functools.partial(trial.own_output, model, way))
+    apart = truth.distances(our_output(model, way, truth.sequences))
+    own = functools.partial(trial.own_output, model, way)
+    place = first_difference(model, way, truth.sequences, apart.index(max(apart)), own)
     where = f"The first module that differs is {place}." if place else "Where it begins is too small to be seen."
     return (
         f"this {kind} answers otherwise through Weft than by itself: {how} its outputs differ by {found:.3g}, where "

@@ -7,9 +7,10 @@ found by a trial (``neighbour_dependent``), whatever they are called.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,17 @@ class _Fresh:
         for name in [n for n in vars(module) if not n.startswith("_") and n not in self.attributes]:
             del module.__dict__[name]
         module.__dict__.update(self.attributes)
+
+
+@contextlib.contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Inside, modules of positions may keep what they like; afterwards they are what they were."""
+    kept = [(module, _Fresh(module)) for module in model.modules() if _takes_positions(module)]
+    try:
+        yield
+    finally:
+        for module, fresh in kept:
+            fresh.put_back(module)
 
 
 class _PerSequence:
