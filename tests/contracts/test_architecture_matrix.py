@@ -13,7 +13,7 @@ from benchmarks.architecture_judge import COLUMNS, NAMED, Judge
 from benchmarks.architecture_report import report
 from benchmarks.architecture_truth import relative, write_model
 from tests.conftest import make_tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from weft.errors import UserError
 from weft.methods import METHODS
@@ -66,8 +66,8 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
     assert set(found.values()) == {"stream"}, found
 
 
-def _no_scale(model: nn.Module) -> tuple[None, float]:
-    return None, 1.0
+def _no_scale(model: nn.Module, shape: Any, hidden: Tensor) -> Tensor:
+    return model.get_output_embeddings()(hidden)  # type: ignore[operator]
 
 
 def _begun(self: LoraConfig, name: str, context: Any) -> Any:
@@ -87,7 +87,7 @@ def _untrained(self: LoraConfig, name: str, context: Any) -> Any:
 
 _BUILD = LoraConfig.build
 FAULTS: dict[str, tuple[str, Any, str, Any, str, str]] = {
-    "scale ignored": ("granite:multipliers", "weft.core.adapters", "head_scaling", _no_scale, "base", "mixed batch"),
+    "scale ignored": ("granite:multipliers", "weft.core.adapters", "head_logits", _no_scale, "base", "mixed batch"),
     "not the identity": ("llama", LoraConfig, "build", _begun, "lora", "not the identity at init"),
     "untrained tensor": ("llama", LoraConfig, "build", _untrained, "lora", "no gradient at 1 trained"),
 }

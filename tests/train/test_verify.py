@@ -151,8 +151,8 @@ def test_attention_without_its_mask_is_caught(
     def leaking(q: Any, k: Any, v: Any, layout: SequenceLayout, **options: Any) -> Any:
         return varlen_attention(q, k, v, one_sequence(layout), **options)
 
-    monkeypatch.setattr(attention, "varlen_attention", leaking)
     adapters = open_model(kind)
+    monkeypatch.setattr(attention, "varlen_attention", leaking)
     wanted = (
         r"(?s)sample \d+: sequences leak.*job 'lora'.*The attention 'weft.*over the packed stream \(torch.float32, cpu"
     )
@@ -166,8 +166,8 @@ def test_another_jobs_sequences_are_neighbours_too(monkeypatch: pytest.MonkeyPat
     def leaking(q: Any, k: Any, v: Any, layout: SequenceLayout, **options: Any) -> Any:
         return varlen_attention(q, k, v, one_sequence(layout), **options)
 
-    monkeypatch.setattr(attention, "varlen_attention", leaking)
     adapters = open_model("llama")
+    monkeypatch.setattr(attention, "varlen_attention", leaking)
     with pytest.raises(UserError, match="job 'lora'"):
         verify_packing(adapters, jobs_of(adapters, ["bitfit", "lora"], batch_size=1))
     adapters.close()
@@ -179,8 +179,8 @@ def test_a_leak_that_the_loss_alone_would_hide_is_caught(monkeypatch: pytest.Mon
     def leaking(q: Any, k: Any, v: Any, layout: SequenceLayout, **options: Any) -> Any:
         return varlen_attention(q, k, v, layout, **options) + 1e-3 * v.mean()
 
-    monkeypatch.setattr(attention, "varlen_attention", leaking)
     adapters = open_model("llama", torch.float32)
+    monkeypatch.setattr(attention, "varlen_attention", leaking)
     with pytest.raises(UserError, match="when only other sequences change"):
         verify_packing(adapters, jobs_of(adapters, ["lora"], batch_size=4))
     adapters.close()
@@ -195,8 +195,8 @@ def test_positions_that_go_on_counting_are_caught(kind: str, monkeypatch: pytest
         object.__setattr__(made, "position_ids", torch.arange(len(made.input_ids)))
         return made
 
-    monkeypatch.setattr("weft.core.adapters.build_stream", counting)
     adapters = open_model(kind)
+    monkeypatch.setattr("weft.core.adapters.build_stream", counting)
     with pytest.raises(UserError, match=r"positions begin at \d+ instead of 0"):
         verify_packing(adapters, jobs_of(adapters, ["lora"], batch_size=4))
     # Also by the loss alone, where positions are learned.

@@ -126,7 +126,7 @@ class WeightDelta(nn.Module):
         change = {"weight": self.weight_delta}
         if norm._parameters.get("bias") is not None:
             change["bias"] = torch.zeros_like(self.weight_delta) if self.bias_delta is None else self.bias_delta
-        if self._linear_in_weight is None and segment.call is None:
+        if self._linear_in_weight is None and (segment is None or segment.call is None):
             with torch.no_grad():
                 some = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype, device=x.device)
                 some = some.expand(*change["weight"].shape[:-1], x.shape[-1])

@@ -9,6 +9,7 @@ it before it is used.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -102,14 +103,15 @@ class Group:
                 use_cache=True,
                 **given,
             )
-        given_back = next((name for name in _NAMES if out.get(name) is not None), None)
+        fields = {field.name for field in dataclasses.fields(out)}
+        given_back = next((name for name in _NAMES if name in fields and getattr(out, name) is not None), None)
         # It may come out under an older name than it goes in.
         self._name = (
             self._name or cache_name(type(body_of(adapters.model, adapters.architecture)).forward) or given_back
         )
         if given_back is None or self._name is None:
             raise NoCacheError(f"{type(adapters.model).__name__} gives no cache")
-        self._cache = out[given_back]
+        self._cache = getattr(out, given_back)
         return out.last_hidden_state[:, -1]
 
 

@@ -92,9 +92,12 @@ class Truth:
 
     def distances(self, found: Sequence[Tensor]) -> list[float]:
         """The largest difference of each sequence, or infinity where a number is none."""
-        pairs = zip(self.outputs, found, strict=True)
-        worst = [float((a.double() - b.double()).abs().max()) for a, b in pairs]
-        return [one if one == one else float("inf") for one in worst]
+        worst = []
+        for a, b in zip(self.outputs, found, strict=True):
+            # Some models bar a part of their vocabulary with -inf.
+            same = torch.where(a == b, 0.0, (a.double() - b.double()).abs())
+            worst.append(float(same.nan_to_num(float("inf"), float("inf")).max()))
+        return worst
 
 
 def prove(model: nn.Module, shape: Architecture) -> Architecture:
@@ -177,13 +180,32 @@ def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
     outputs = [first if s is longest else trial.own_output(model, shape, [s])[0] for s in sequences]
     few = sequences[0]
     again = trial.own_output(model, shape, [few] * 3)
-    scale = max(float(output.abs().max()) for output in outputs)
-    noise = float((again.double() - outputs[0].double()).abs().max())
+    _check_finite(model, outputs)
+    scale = max(float(output[output.isfinite()].abs().max()) for output in outputs)
+    apart = (again.double() - outputs[0].double()).abs()
+    noise = float(apart[apart.isfinite()].max())
     # transformers computes softmax and norms of a float64 model in float32.
     units = UNITS * max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps)
     # A model whose own batch mixes its rows would else measure that as rounding.
     limit = max(min(NOISE * noise / max(scale, 1e-30), MOST.get(first.dtype, 1e-4)), units) * scale
     return Truth(sequences, outputs, limit), trace
+
+
+def _check_finite(model: nn.Module, outputs: Sequence[Tensor]) -> None:
+    """Refuse a base whose own forward overflows: nothing can be proved of it, and nothing learned from it.
+
+    Raises:
+        UserError: an output is NaN or infinite, or a whole text's are barred.
+    """
+    bad = sum(int((o.isnan() | (o == float("inf"))).sum()) for o in outputs)
+    if bad or any(not bool(output.isfinite().any()) for output in outputs):
+        dtype = str(outputs[0].dtype).removeprefix("torch.")
+        hint = "Load it in bfloat16 or float32 (dtype)." if dtype == "float16" else "Are its weights damaged?"
+        raise UserError(
+            f"this {_name(model)} does not run by itself in {dtype}: {bad} of the "
+            f"{sum(output.numel() for output in outputs)} numbers that transformers' own forward gives for three short "
+            f"texts are NaN or infinite. {hint}"
+        )
 
 
 def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:

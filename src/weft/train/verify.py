@@ -28,7 +28,7 @@ _ADVICE = (
     "gradient_accumulation_steps trains without neighbours (one job per run); verify_packing: false trains all the "
     "same, on samples that feel each other."
 )
-# Sequences of each job in the proof. The shortest, so that it costs a fraction of a step.
+# Sequences of each job in the proof. The shortest and one longest, so that it costs a fraction of a step.
 _SEQUENCES = 4
 # How far the loss alone may lie from the loss in the pack: other shapes, other rounding. Relative to 1 + the loss.
 _ALONE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -86,8 +86,10 @@ def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
 
 
 def _shortest(samples: Sequence[Sample]) -> list[Sample]:
-    """The shortest, the longest of them last: what leaks into it comes mostly from what stands before it."""
-    return sorted(samples, key=size)[:_SEQUENCES]
+    """The shortest, and the longest last: what leaks into it comes mostly from what stands before it, and tables of
+    positions are chosen by it."""
+    by_size = sorted(samples, key=size)
+    return by_size if len(by_size) <= _SEQUENCES else [*by_size[: _SEQUENCES - 1], by_size[-1]]
 
 
 def _check_positions(adapters: Adapters, packs: dict[str, list[Sample]]) -> None:
