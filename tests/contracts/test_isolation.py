@@ -80,7 +80,8 @@ def test_gradients_with_respect_to_a_neighbours_rows_are_zero(padded: bool, monk
     monkeypatch.setattr(stream_module, "embed", embed)
     parts = [stream_module.Part(name, kit.texts(2, seed=i)) for i, name in enumerate([*kit.ALL, None])]
     stream = adapters.stream(parts)
-    hidden = run_stream(adapters.model, adapters.router, stream, {n: adapters[n] for n in kit.ALL}, adapters.architecture)
+    named = {n: adapters[n] for n in kit.ALL}
+    hidden = run_stream(adapters.model, adapters.router, stream, named, adapters.architecture)
     sizes = [segment.tokens for segment in stream.route.segments]
     for index, rows in enumerate(hidden.split(sizes)):
         (grad,) = torch.autograd.grad(rows.square().sum(), kept[0], retain_graph=True)
