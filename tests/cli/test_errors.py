@@ -191,7 +191,7 @@ def test_a_run_is_not_overwritten(weft: Callable[..., Any], place: dict[str, Pat
         ("adapters/lora/adapter_config.json", "{oops", "adapter_config.json is not valid JSON"),
         ("adapters/lora/adapter_model.safetensors", "short", "cannot be read as safetensors"),
         ("adapters/lora/weft.json", '{"method": "lora", "config": {"r": "x"}}', "cannot be used"),
-        ("adapters/lora/weft.json", '{"method": "lora", "config": {"r": 2}}', "shape"),
+        ("adapters/lora/weft.json", '{"method": "lora", "config": {"r": 2}}', "disagree"),
     ],
 )
 def test_damaged_run(

@@ -71,7 +71,9 @@ def compare_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor | None],
         other = theirs[key]
         assert (parameter.grad is None) == (other is None), key
         if parameter.grad is not None and other is not None:
-            kit.measured(f"gradient of {key}", largest([parameter.grad], [other]), limit)
+            # Norms are float32 in peft's model and float64 in ours, so what differs grows with the gradient.
+            scale = max(1.0, float(other.abs().max()))
+            kit.measured(f"gradient of {key}", largest([parameter.grad], [other]) / scale, limit)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,11 @@ PEFTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all-linear, converted": ("qwen3_moe", {"target_modules": "all-linear"}),
     "all-linear, a router with more in it": ("ernie4_5_moe", {"target_modules": "all-linear"}),
     "old names of experts": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3", "gate"]}),
-    "all-linear, not converted": ("jamba", {"target_modules": "all-linear", "target_parameters": ["down_proj"]}),
+    "all-linear, not converted": (
+        "jamba",
+        # Its weight is read and never called, by peft's model neither: such tensors are refused by name.
+        {"target_modules": "all-linear", "target_parameters": ["down_proj"], "exclude_modules": ["dt_proj"]},
+    ),
     "three of a module, with a bias": (
         "gpt_oss",
         {"target_modules": [], "target_parameters": [*EXPERTS, "experts.gate_up_proj_bias"]},

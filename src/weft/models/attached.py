@@ -39,7 +39,8 @@ def prove_attached(adapters: Adapters, name: str) -> None:
     adapter = adapters[name]
     if adapters.architecture.memory_linears or not any(p.requires_grad for p in adapter.parameters()):
         return
-    sequences = trial.sequences_for(adapters.model, adapters.architecture)
+    learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+    sequences = trial.sequences_for(adapters.model, adapters.architecture, learned)
     with torch.no_grad():
         # In int8 sites also keep rows apart (``mixes_rows``), and so are no bystanders.
         mixes = any(mixes_rows(module) for module in adapters.model.modules())

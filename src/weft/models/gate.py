@@ -108,8 +108,10 @@ def check_folder(source: str | Path, config: Any) -> None:
 
 
 def build_model(auto: Any, config: Any, dtype: Any) -> Any:
-    """``auto.from_config``: a model with random weights (on the meta device: none)."""
+    """A model of that configuration, with random weights (on the meta device: none); ``auto`` may be its own class."""
     with no_questions():
+        if not hasattr(auto, "from_config"):
+            return auto._from_config(config, dtype=dtype)
         return auto.from_config(config, dtype=dtype, trust_remote_code=False)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
 from weft.core.body import own_logits, scaled
+from weft.core.site import mixes_rows
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import trial
@@ -38,6 +39,8 @@ NOISE = 10
 UNITS = 32
 # But never by more than this share of it.
 MOST = {torch.float16: 0.1, torch.bfloat16: 0.1}
+# In int8 the outliers of one text change how another one's rows are rounded, and no text is alone in a batch.
+MIXED = 0.1
 # What was proved of a model, to be told while adapters are open and its own forward cannot run.
 _PROVED: weakref.WeakKeyDictionary[nn.Module, Architecture] = weakref.WeakKeyDictionary()
 
@@ -187,7 +190,11 @@ def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
     # transformers computes softmax and norms of a float64 model in float32.
     units = UNITS * max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps)
     # A model whose own batch mixes its rows would else measure that as rounding.
-    limit = max(min(NOISE * noise / max(scale, 1e-30), MOST.get(first.dtype, 1e-4)), units) * scale
+    most = MOST.get(first.dtype, 1e-4)
+    if any(mixes_rows(module) for module in model.modules()):
+        limit = MIXED * scale
+    else:
+        limit = max(min(NOISE * noise / max(scale, 1e-30), most), units) * scale
     return Truth(sequences, outputs, limit), trace
 
 

@@ -18,8 +18,11 @@ from weft.core.body import accepted
 _SEEN = "_weft_seen"
 
 
-def sequences_for(model: nn.Module, shape: Architecture) -> list[list[int]]:
-    """Token ids of a few sequences of different lengths; one is longer than every small window of the model."""
+def sequences_for(model: nn.Module, shape: Architecture, learned: int = 0) -> list[list[int]]:
+    """Token ids of a few sequences of different lengths; one is longer than every small window of the model.
+
+    ``learned``: positions that an adapter takes beside them.
+    """
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     windows = [v for v in vars(text).values() if type(v) is int and 16 < v <= 128] if _small(model) else []
@@ -32,7 +35,7 @@ def sequences_for(model: nn.Module, shape: Architecture) -> list[list[int]]:
     barred = {getattr(text, "pad_token_id", None)}
     ids = [token for token in range(vocabulary) if token not in barred]
     generator = torch.Generator().manual_seed(0)
-    lengths = [min(n, limit) for n in (5, longest, 11)]
+    lengths = [max(1, min(n, limit - learned)) for n in (5, longest, 11)]
     return [[ids[i] for i in torch.randint(len(ids), (n,), generator=generator).tolist()] for n in lengths]
 
 
