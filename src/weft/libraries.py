@@ -55,6 +55,8 @@ def output_cache(output: Any) -> Any:
 def keys_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
     """Per layer the keys and values [B, kv_heads, n, head_dim] of a filled cache; of an encoder-decoder's, its own."""
     own = getattr(cache, "self_attention_cache", cache)
+    if own is None or not hasattr(own, "layers"):
+        raise UserError("this model gives no keys and values of a text, so there is none to put learned ones before.")
     return [(layer.keys, layer.values) for layer in own.layers]
 
 

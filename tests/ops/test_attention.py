@@ -234,6 +234,21 @@ def test_wrong_input_is_refused() -> None:
         varlen_attention(q, k, k, SequenceLayout.build([10]), scale=1.0, prefix={0: (k, k)})
 
 
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradient_of_the_sinks(window: int | None, dtype: torch.dtype) -> None:
+    layout = SequenceLayout.build([9, 140, 1])
+    found = []
+    for f in (varlen_attention, varlen_attention_ref):
+        q, k, v = (stream(s, h, 150, dtype=dtype) for s, h in enumerate((4, 2, 2)))
+        sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=dtype, requires_grad=True)
+        out = f(q, k, v, layout, scale=SCALE, sinks=sinks, sliding_window=window)
+        d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
+        found.append(torch.autograd.grad(out, sinks, d_out)[0].double())
+    # Sums over 150 rows and 8 values of about one.
+    torch.testing.assert_close(*found, rtol=TOLERANCE[dtype] * 10, atol=TOLERANCE[dtype] * 35)
+
+
 # One new token sees all that is in the cache: there is nothing that is not causal about it.
 CAUSAL = {name: features for name, features in FEATURES.items() if features.get("causal", True)}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weft.core import files
 from weft.core.adapter import Adapter, master_dtype
+from weft.core.added import check_added, check_numbers
 from weft.core.architecture import Architecture
 from weft.core.body import body_of, head_logits, head_modules
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
@@ -24,7 +25,7 @@ from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.merging import Merged, check_mergeable, merge_weights
 from weft.core.route import KeyValueCache, Route, Router, Segment
 from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
-from weft.core.site import attach, detach, mixes_rows, plain_class, site_of, sites_in
+from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
 from weft.core.weights import how_kept
 from weft.errors import UserError
@@ -162,28 +163,12 @@ class Adapters:
             pooler = self.model.get_submodule(shape.pooler) if shape.pooler else None
             adapter.head = ClassificationHead(classification, shape.head_kind, pooler, context)
         self._attach(name, adapter)
-        if adapter.inserted_blocks() and not blank:
-            self._check_inserted(name)
-        return adapter
-
-    @torch.no_grad()
-    def _check_inserted(self, name: str) -> None:
-        """Whether the new blocks of a fresh adapter are the identity, as zeros in their last linears promise.
-
-        Raises:
-            UserError: they are not; the adapter is taken away again.
-        """
-        ids = [[1, 2, 3, 1]]
-        before, after = (self.forward(self.stream([Part(who, ids)])) for who in (None, name))
-        near = 64 * torch.finfo(torch.promote_types(before.dtype, torch.float16)).eps * before.abs().max()
-        if self[name].begins_as_identity and not bool(((after - before)[-len(ids[0]) :].abs() <= near).all()):
-            path, config = next(iter(self[name].inserted_blocks())), self[name].config
+        try:
+            check_added(self, name, fresh=not blank)
+        except BaseException:
             self.remove(name)
-            raise UserError(
-                f"{config.method}: a copy of block '{path}' ({plain_class(self.model.get_submodule(path)).__name__}) "
-                f"with zeros in its last linears is not the identity on this {self.architecture.model_type} model, so "
-                "the adapter would not begin as the base. Take another method (bottleneck, for one)."
-            )
+            raise
+        return adapter
 
     def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
@@ -292,6 +277,8 @@ class Adapters:
         check_mergeable(adapter)
         changes: Any = adapter.merges()
         inserted: Any = adapter.inserted_blocks()
+        if inserted:
+            check_numbers(self)
         return merge_weights(self.model, self.architecture, changes, inserted, dtype)
 
     def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import Architecture, is_linear
+from weft.core.architecture import Architecture, is_layer, is_linear
 from weft.core.weights import dense_weight
 from weft.errors import UserError
 
@@ -185,12 +185,26 @@ def merge_weights(
                 owners.setdefault(id(own), []).append(key)
             elif part not in module._buffers:
                 added.append(key)
+    _follow_ties(model, rename, owners, tensors)
     for path, new in inserted.items():
         for number, block in enumerate(new, 1):
             place = _moved(rename(path), number)
             tensors |= {f"{place}.{k}": t.to(dtype or t.dtype) for k, t in block.merged_tensors().items()}
     untied = not all([_tie(tensors, keys) for keys in owners.values()])
     return Merged(tensors, blocks, tuple(added), untied)
+
+
+def _follow_ties(
+    model: nn.Module, rename: Callable[[str], str], owners: Mapping[int, Sequence[str]], tensors: dict[str, Tensor]
+) -> None:
+    """A tensor that a layer shares with a module that is none (BERT's head holds its output layer's bias) is changed
+    there too: that module only holds it."""
+    layers = {rename(path) for path, module in model.named_modules(remove_duplicate=False) if is_layer(module)}
+    for keys in owners.values():
+        of_layers = [key for key in keys if key.rpartition(".")[0] in layers]
+        if of_layers and len(of_layers) < len(keys):
+            for key in set(keys) - set(of_layers):
+                tensors[key] = tensors[of_layers[0]]
 
 
 def _tensors_of(

@@ -111,6 +111,9 @@ def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
         for parameter in block.get_submodule(last[0]).parameters():
             nn.init.zeros_(parameter)
     new = InsertedBlock(block, context)
+    for unreached in shape.unreachable:
+        if unreached.startswith(f"{path}."):
+            new.block.get_submodule(unreached.removeprefix(f"{path}.")).requires_grad_(False)
     if is_checkpointed(source) and context.router is not None:
         enable_checkpointing(new, context.router)
     return new

@@ -54,6 +54,7 @@ class DeepPromptConfig(MethodConfig):
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         _check_cache(self.method, context)
+        _check_places(self.method, context)
         return DeepPrompt(self, name, context)
 
     def to_peft(self, architecture: Architecture) -> dict[str, Any]:
@@ -154,6 +155,26 @@ def _check_cache(method: str, context: BuildContext) -> None:
     if reason:
         raise UserError(
             f"{method}: this {context.architecture.model_type} model {reason}. Take prompt_tuning or lora instead."
+        )
+
+
+def _check_places(method: str, context: BuildContext) -> None:
+    """Whether a short text has one pair of keys and values per layer, of the sizes that the learned ones have.
+
+    Raises:
+        UserError: it has not (layers that attend twice or not at all, values of another width than keys).
+    """
+    shape = context.architecture
+    if context.keys_values is None or context.device.type == "meta":
+        return
+    pairs = context.keys_values(torch.tensor([1, 2, 3]))
+    expected = (shape.num_kv_heads, 3, shape.head_dim)
+    wrong = sorted({tuple(side.shape) for pair in pairs for side in pair} - {expected})
+    if len(pairs) != shape.num_layers or wrong:
+        found = f"keys or values {wrong[0]} where {expected} are expected" if wrong else f"{len(pairs)} pairs of them"
+        raise UserError(
+            f"{method}: the {shape.num_layers} layers of this {shape.model_type} model give {found}, so learned ones "
+            "have no place before them. Take another method."
         )
 
 

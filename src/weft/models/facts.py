@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +84,11 @@ _ATTENTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
 _MLP_NAMES = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "w2", "fc_out")
 
 
-def sketch(model: nn.Module) -> Architecture:
+def sketch(model: nn.Module, called: Collection[str] = ()) -> Architecture:
     """The ``Architecture`` of a transformers model as tables and names tell it: with a language-model head, or an
     encoder. Nothing of it is proved (``weft.models.proof``); the model may be on the meta device.
+
+    ``called``: paths of the modules that a text goes through, where several lists of blocks could be the model's.
 
     Raises:
         UserError: the model has no list of blocks with linear modules in it.
@@ -98,7 +101,7 @@ def sketch(model: nn.Module) -> Architecture:
     encoder = facts is not None and facts.encoder
     if encoder and getattr(config, "is_decoder", False):
         raise UserError(f"this {config.model_type} model is configured as a decoder (is_decoder), which is not known.")
-    blocks = _blocks(model)
+    blocks = _blocks(model, called)
     linears = tuple(
         f"{block}.{path}"
         for block in blocks
@@ -174,10 +177,12 @@ def _falcon_kv_heads(config: Any) -> int | None:
     return 1 if few else None
 
 
-def _blocks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the blocks: the longest ModuleList that holds linear modules."""
+def _blocks(model: nn.Module, called: Collection[str] = ()) -> tuple[str, ...]:
+    """Paths of the blocks: the longest ModuleList that holds linear modules (and that a text goes through)."""
     best: tuple[str, ...] = ()
     for path, module in model.named_modules():
+        if called and f"{path}.0" not in called:
+            continue
         longer = isinstance(module, nn.ModuleList) and len(module) > len(best)
         if longer and any(is_linear(inner) for inner in module[0].modules()):
             best = tuple(f"{path}.{i}" for i in range(len(module)))

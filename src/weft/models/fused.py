@@ -98,13 +98,15 @@ class _FusedMlp:
     def forward(self, x: Tensor) -> Tensor:
         route = _usable(self, x)  # type: ignore[arg-type]
         module: Any = self
-        if route is None:
+        # Beside experts it is given [N, d]; an expert is given some rows only.
+        rows = x.unsqueeze(0) if x.dim() == 2 else x
+        if route is None or rows.shape[:-1] != (1, sum(route.sizes)):
             return super().forward(x)  # type: ignore[misc]
-        gate, up = project((module.gate_proj, module.up_proj), x, route)
+        gate, up = project((module.gate_proj, module.up_proj), rows, route)
         # The activation may be a site of some method, or another function than SiLU.
         plain_silu = type(module.act_fn) in (nn.SiLU, SiLUActivation)
         hidden = swiglu(gate, up) if plain_silu else module.act_fn(gate) * up
-        return project((module.down_proj,), hidden, route)[0]
+        return project((module.down_proj,), hidden, route)[0].view_as(x)
 
 
 def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
-from weft.core.body import own_logits, scaled
+from weft.core.body import accepted, body_of, own_logits, scaled
 from weft.core.site import mixes_rows
 from weft.core.stream import Part
 from weft.errors import UserError
@@ -118,6 +118,9 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
         short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
                         norms=_within(shape.norms, shape, depth))  # fmt: skip
         truth, trace = _truth(model, short)
+        if not shape.bidirectional and shape.blocks[0] not in set(trace.order):
+            # The blocks of a tower for pictures; those that a text goes through are others.
+            return prove(model, sketch(model, set(trace.order)))
         out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
         body = "" if shape.bidirectional else trace.body
         short = replace(short, body=body, unreachable=out_of_reach)
@@ -277,6 +280,8 @@ def _first_right(model: nn.Module, shape: Architecture, truth: Truth) -> tuple[A
 
 def _ways(model: nn.Module, shape: Architecture) -> Iterator[Architecture]:
     install = shape.install_attention
+    if not _takes_embeddings(model, shape):
+        shape = replace(shape, by_ids=True)
     streams: list[Callable[..., Any]] = [] if install is None else [install]
     if install is install_interface:
         kinds = recognise(model)
@@ -284,11 +289,23 @@ def _ways(model: nn.Module, shape: Architecture) -> Iterator[Architecture]:
     for stream in streams:
         yield replace(shape, install_attention=stream)
     config: Any = model.config
-    if install is install_interface and config.model_type not in FACTS:
+    if install is install_interface and config.model_type not in FACTS and not shape.by_ids:
         yield replace(shape, install_attention=install, by_ids=True)
     yield replace(shape, install_attention=None)
-    if not shape.bidirectional:
+    if not (shape.bidirectional or shape.by_ids):
         yield replace(shape, install_attention=None, by_ids=True)
+
+
+def _takes_embeddings(model: nn.Module, shape: Architecture) -> bool:
+    """Whether the body runs on embeddings that are no token's: Gemma 4 looks for the tokens that they belong to."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    body = body_of(model, shape)
+    rows = torch.randn(1, 3, table.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    try:
+        body(inputs_embeds=rows.to(table.weight), **accepted(body, use_cache=False))
+    except Exception:  # each body refuses in its own way
+        return False
+    return True
 
 
 def our_output(model: nn.Module, shape: Architecture, sequences: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -150,11 +150,21 @@ class _Scores:
             out[:, rows].baddbmm_(p, v[:, keys], beta=0)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, bucket: Bucket
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        d_out: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        bucket: Bucket,
+        d_sinks: Tensor | None = None,
     ) -> None:
-        """Fill dq, dk and dv of one bucket; shapes as in ``forward``.
+        """Fill dq, dk and dv of one bucket, and add to d_sinks [H]; shapes as in ``forward``.
 
         dP = dO V^T;  dS = P * (dP - rowsum(P * dP));  dQ = scale dS K;  dK = scale dS^T Q;  dV = P^T dO.
+        A sink has probability 1 - rowsum(P) and value zero:  dz = -(1 - rowsum(P)) rowsum(P * dP).
         """
         length = bucket.length
         per_kv, before = q.shape[1] // length, k.shape[1] - length
@@ -169,6 +179,10 @@ class _Scores:
             p, tanh = self.probabilities(q_c, k_c, bucket, before, i0, i1, j0)
             dv[:, keys].baddbmm_(p.transpose(1, 2), d_out_c, beta=beta)
             dp = torch.bmm(d_out_c, v[:, keys].transpose(1, 2))
+            if d_sinks is not None:
+                wide = d_sinks.dtype
+                rest = (p.sum(-1, dtype=wide) - 1) * (p.to(wide) * dp.to(wide)).sum(-1)
+                d_sinks += rest.view(-1, self.kv_heads, i1 - i0, per_kv).sum((0, 2)).flatten()
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             if tanh is not None:
                 ds = (ds * (1 - tanh * tanh)).to(p.dtype)
@@ -220,7 +234,14 @@ class _VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scores: _Scores, slots: dict[int | None, int], *prefix: Tensor
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: _Scores,
+        slots: dict[int | None, int],
+        sinks: Tensor | None,
+        *prefix: Tensor,
     ) -> Tensor:
         layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
         ctx.scores, ctx.slots = scores, slots
@@ -246,15 +267,18 @@ class _VarlenAttention(torch.autograd.Function):
             do_rows.index_fill_(0, pads, 0.0)  # a pad query must not reach the keys' gradients
         dq_rows, dk_rows, dv_rows = (torch.empty_like(x) for x in (q_rows, k_rows, v_rows))
         d_prefix: list[Tensor | None] = [None] * len(prefix)
+        d_sinks = None
+        if scores.sinks is not None and ctx.needs_input_grad[5]:
+            d_sinks = torch.zeros(heads, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for bucket in layout.buckets:
             q_b, do_b, dq_b = (_block(x, bucket, kv_heads, heads) for x in (q_rows, do_rows, dq_rows))
             k_b, v_b, dk_b, dv_b = (_block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows, dk_rows, dv_rows))
             if (at := slots.get(bucket.group)) is None:
-                scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_b, dv_b, bucket)
+                scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_b, dv_b, bucket, d_sinks)
                 continue
             k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
             dk_all, dv_all = torch.empty_like(k_b), torch.empty_like(v_b)
-            scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_all, dv_all, bucket)
+            scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_all, dv_all, bucket, d_sinks)
             for place, d_all, d_own in ((at, dk_all, dk_b), (at + 1, dv_all, dv_b)):
                 before = prefix[at].shape[1]
                 d_own.copy_(d_all[:, before:])
@@ -265,7 +289,7 @@ class _VarlenAttention(torch.autograd.Function):
         dq = _unpack(dq_rows, layout, kv_heads, heads).transpose(0, 1)
         dk, dv = (_unpack(x, layout, kv_heads, kv_heads).transpose(0, 1) for x in (dk_rows, dv_rows))
         given = (None if d is None else d.to(x.dtype) for d, x in zip(d_prefix, prefix, strict=True))
-        return dq, dk, dv, None, None, *given
+        return dq, dk, dv, None, None, None if d_sinks is None else d_sinks.to(scores.sinks.dtype), *given
 
 
 def varlen_attention(
@@ -289,7 +313,7 @@ def varlen_attention(
     group must be in ``layout.prefix_groups`` (or the layout be built with ``separate_groups``). Prefix rows are
     positions 0 .. P-1. Returns [N, H, D], contiguous, in q's dtype (what transformers' attention interface wants, less
     its batch dimension). ALiBi and a window look back only, and so are refused where attention is not causal.
-    ``sinks`` [H]: frozen sink scores, one per query head.
+    ``sinks`` [H]: sink scores, one per query head.
     """
     _check(q, k, v, layout)
     if not causal and (alibi_slopes is not None or sliding_window is not None):
@@ -304,7 +328,7 @@ def varlen_attention(
         slots[group] = len(rows)
         rows += [keys.to(k.dtype), values.to(v.dtype)]
     scores = _Scores(layout, k.shape[0], float(scale), sliding_window, softcap, alibi_slopes, causal, sinks)
-    return _VarlenAttention.apply(q, k, v, scores, slots, *rows)
+    return _VarlenAttention.apply(q, k, v, scores, slots, sinks, *rows)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> None:

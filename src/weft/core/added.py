@@ -1,0 +1,110 @@
+"""What is checked of an adapter as soon as it is added: what costs little and would else be wrong without a word.
+
+``weft.models.attached`` proves more, when a run is prepared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from weft.core.site import plain_class, without_sites
+from weft.core.stream import Part
+from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.core.adapters import Adapters
+
+_TEXT = [1, 2, 3, 1]
+# Units of the last place of the largest hidden state.
+_UNITS = 64
+
+
+@torch.no_grad()
+def check_added(adapters: Adapters, name: str, *, fresh: bool) -> None:
+    """Check adapter ``name``; ``fresh``: its values are those it begins with, and not to be loaded yet.
+
+    Raises:
+        UserError: it would not begin as it promises, or would change the plain base's rows beside it.
+    """
+    adapter, shape = adapters[name], adapters.architecture
+    if adapters.device.type == "meta" or shape.memory_linears:
+        return
+    if shape.by_ids and adapter.num_virtual_tokens:
+        raise UserError(
+            f"{adapter.config.method}: this {shape.model_type} model also looks its tokens up by id inside (scaled "
+            "embeddings, or inputs per layer), and a virtual token has no id. Take another method (prefix_tuning or "
+            "lora, for one)."
+        )
+    if fresh and adapter.inserted_blocks():
+        _check_inserted(adapters, name)
+    if fresh and adapter.num_prefix_tokens and adapters.padded:
+        _check_beside(adapters, name)
+
+
+@torch.no_grad()
+def check_numbers(adapters: Adapters) -> None:
+    """Whether blocks may get other numbers, as they do when new ones are merged in between.
+
+    Raises:
+        UserError: what a block computes depends on its number (GPT-2's scale by layer, DiffLlama's lambda).
+    """
+    model, shape = adapters.model, adapters.architecture
+
+    def settings(path: str) -> list[Any]:
+        return [{k: v for k, v in vars(m).items() if type(v) is float} for m in model.get_submodule(path).modules()]
+
+    numbered = [m for m in model.modules() if type(vars(m).get("layer_idx")) is int]
+    before = adapters.forward(adapters.stream([Part(None, [_TEXT])]))
+    for module in numbered:
+        module.__dict__["layer_idx"] += 1
+    try:
+        after = adapters.forward(adapters.stream([Part(None, [_TEXT])]))
+    finally:
+        for module in numbered:
+            module.__dict__["layer_idx"] -= 1
+    if not torch.equal(before, after) or any(settings(path) != settings(shape.blocks[0]) for path in shape.blocks):
+        raise UserError(
+            f"this adapter's blocks cannot be merged: what a block of a {shape.model_type} model computes depends on "
+            "its number, and the blocks after a new one get another. Serve the adapter beside its base instead (weft "
+            "chat, weft generate)."
+        )
+
+
+def _near(hidden: Tensor) -> Tensor:
+    return _UNITS * torch.finfo(torch.promote_types(hidden.dtype, torch.float16)).eps * hidden.abs().max()
+
+
+def _check_inserted(adapters: Adapters, name: str) -> None:
+    """New blocks are the identity, as zeros in their last linears promise."""
+    before, after = (adapters.forward(adapters.stream([Part(who, [_TEXT])])) for who in (None, name))
+    if not adapters[name].begins_as_identity or bool(((after - before)[-len(_TEXT) :].abs() <= _near(before)).all()):
+        return
+    path, config = next(iter(adapters[name].inserted_blocks())), adapters[name].config
+    raise UserError(
+        f"{config.method}: a copy of block '{path}' ({plain_class(adapters.model.get_submodule(path)).__name__}) with "
+        f"zeros in its last linears is not the identity on this {adapters.architecture.model_type} model, so the "
+        "adapter would not begin as the base. Take another method (bottleneck, for one)."
+    )
+
+
+def _check_beside(adapters: Adapters, name: str) -> None:
+    """In a padded batch learned keys of some rows are masked for the others; not every model heeds the mask there."""
+    parts: list[Any] = [Part(name, [_TEXT]), Part(None, [_TEXT])]
+    try:
+        with without_sites(adapters.model):
+            alone = adapters.forward(adapters.stream(parts[1:]))
+        beside = adapters.forward(adapters.stream(parts))[-len(_TEXT) :]
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{adapters[name].config.method}: this {adapters.architecture.model_type} model cannot attend to keys that "
+            f"stand before a text ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Take "
+            "another method."
+        ) from error
+    if not bool(((beside - alone).abs() <= _near(alone)).all()):
+        raise UserError(
+            f"{adapters[name].config.method}: the learned keys change the rows of the plain base beside them on this "
+            f"{adapters.architecture.model_type} model. Take another method."
+        )
