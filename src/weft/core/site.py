@@ -142,7 +142,7 @@ class Site:
         out = call.run(self.base_class.forward, module, x)
         if not any(segment.adapter in self.inserted for segment in route.segments):
             return out
-        y = out[0] if isinstance(out, tuple) else out
+        y = out[0] if isinstance(out, (tuple, list)) else out
         lie, pieces = self._rows(y, route), []
         for index, rows in enumerate(lie.cut(y)):
             blocks = self.inserted.get(route.segments[index].adapter or "", [])
@@ -153,10 +153,10 @@ class Site:
             for block in blocks:
                 with self.router.use(route.alone(index)):
                     rows = block(rows, *own, **named)
-                rows = rows[0] if isinstance(rows, tuple) else rows
+                rows = rows[0] if isinstance(rows, (tuple, list)) else rows
             pieces.append(rows)
         y = lie.join(pieces)
-        return (y, *out[1:]) if isinstance(out, tuple) else y
+        return type(out)([y, *out[1:]]) if isinstance(out, (tuple, list)) else y
 
     def _run_changed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
         """The module once per segment whose adapter changes its parameters, and once for all others in between."""

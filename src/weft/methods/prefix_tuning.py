@@ -167,7 +167,10 @@ def _check_places(method: str, context: BuildContext) -> None:
     shape = context.architecture
     if context.keys_values is None or context.device.type == "meta":
         return
-    pairs = context.keys_values(torch.tensor([1, 2, 3]))
+    try:
+        pairs = context.keys_values(torch.tensor([1, 2, 3]))
+    except UserError as error:
+        raise UserError(f"{method}: {error} Take another method.") from None
     expected = (shape.num_kv_heads, 3, shape.head_dim)
     wrong = sorted({tuple(side.shape) for pair in pairs for side in pair} - {expected})
     if len(pairs) != shape.num_layers or wrong:
