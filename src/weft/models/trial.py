@@ -157,6 +157,33 @@ def has_called_sibling(path: str, called: set[str]) -> bool:
     return False
 
 
+# Weights in float32 may take so much memory beside those that are there.
+_WIDE = 1_500_000_000
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[bool]:
+    """Inside, a model in bfloat16 or float16 has the same weights in float32; yields whether it has.
+
+    Quantised models, whose kernels want their own dtype, and what is left of very large ones stay as they are.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    narrow = [tensor for tensor in held if tensor.dtype in _NARROW]
+    plain = all(p.dtype in (*_NARROW, torch.float32, torch.float64) for p in model.parameters())
+    if not narrow or not plain or sum(tensor.numel() for tensor in narrow) > _WIDE:
+        yield False
+        return
+    kept = [(tensor, tensor.data) for tensor in narrow]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.float()
+        yield True
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
 @contextlib.contextmanager
 def shallow(model: nn.Module, shape: Architecture) -> Iterator[int]:
     """Inside, a large model has only its first blocks, so many that one of every kind is among them; yields how many.
