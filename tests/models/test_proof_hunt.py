@@ -8,10 +8,14 @@ import pytest
 import torch
 from tests.models.test_proof import SIZES, moved
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from weft.core.adapters import Adapters
 from weft.core.architecture import HeadForm
+from weft.errors import UserError
+from weft.methods import METHODS
 from weft.models import describe
+from weft.models.attached import prove_attached
 
 
 class Scaled(LlamaForCausalLM):
@@ -37,3 +41,32 @@ def test_rounding_of_a_narrow_dtype_hides_nothing(dtype: torch.dtype) -> None:
     assert [p.data_ptr() for p in model.parameters()] == places
     now: dict[str, Tensor] = model.state_dict()
     assert all(now[name].dtype == dtype and torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return moved(GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval())
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_learned_tokens_have_room_beside_the_trial(method: str) -> None:
+    """The trial is as long as a short base's limit; learned tokens count among them."""
+    model = gpt2()
+    adapters = Adapters(model, describe(model))
+    adapters.add("it", METHODS[method](num_virtual_tokens=9))
+    prove_attached(adapters, "it")
+    adapters.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_identity_in_a_narrow_dtype(dtype: torch.dtype) -> None:
+    model = gpt2().to(dtype)
+    adapters = Adapters(model, describe(model))
+    adapter = adapters.add("it", METHODS["lora"]())
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.add_(0.1)
+    with pytest.raises(UserError, match="promises to begin as the base"):
+        prove_attached(adapters, "it")
+    adapters.close()

@@ -18,21 +18,24 @@ from weft.core.body import accepted
 _SEEN = "_weft_seen"
 
 
-def sequences_for(model: nn.Module, shape: Architecture) -> list[list[int]]:
-    """Token ids of a few sequences of different lengths; one is longer than every small window of the model."""
+def sequences_for(model: nn.Module, shape: Architecture, learned: int = 0) -> list[list[int]]:
+    """Token ids of a few sequences of different lengths; one is longer than every small window of the model.
+
+    ``learned`` tokens of an adapter stand before each, and count among those that the model takes.
+    """
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     windows = [v for v in vars(text).values() if type(v) is int and 16 < v <= 128] if _small(model) else []
     longest = max([23, *(window + 5 for window in windows)])
     # A window of a few tokens is exceeded by all but the shortest.
     # MPT calls its limit otherwise.
-    limit = shape.max_length or getattr(text, "max_seq_len", None) or longest
+    limit = shape.max_length or getattr(text, "max_seq_len", None) or longest + learned
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = min(table.weight.shape[0], getattr(text, "vocab_size", None) or table.weight.shape[0])
     barred = {getattr(text, "pad_token_id", None)}
     ids = [token for token in range(vocabulary) if token not in barred]
     generator = torch.Generator().manual_seed(0)
-    lengths = [min(n, limit) for n in (5, longest, 11)]
+    lengths = [max(min(n, limit - learned), 1) for n in (5, longest, 11)]
     return [[ids[i] for i in torch.randint(len(ids), (n,), generator=generator).tolist()] for n in lengths]
 
 
