@@ -8,7 +8,16 @@ import pytest
 import torch
 from tests.models.test_proof import SIZES, moved
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BigBirdConfig,
+    BigBirdForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MegatronBertConfig,
+    MegatronBertForCausalLM,
+)
 
 from weft.core.adapters import Adapters
 from weft.core.architecture import HeadForm
@@ -70,3 +79,27 @@ def test_no_identity_in_a_narrow_dtype(dtype: torch.dtype) -> None:
     with pytest.raises(UserError, match="promises to begin as the base"):
         prove_attached(adapters, "it")
     adapters.close()
+
+
+BERT = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+
+
+def test_a_model_that_sees_the_future_is_no_causal_one() -> None:
+    """Without is_decoder, transformers' causal classes of encoders see the whole text."""
+    torch.manual_seed(0)
+    model = moved(MegatronBertForCausalLM(MegatronBertConfig(**BERT)).eval())
+    with pytest.raises(UserError, match=r"no causal language model.*is_decoder"):
+        describe(model)
+
+
+def test_a_model_that_changes_itself_is_refused_and_put_back() -> None:
+    """BigBird's attention is sparse only in long texts, and never again after a short one."""
+    torch.manual_seed(0)
+    config = BigBirdConfig(**{**BERT, "max_position_embeddings": 1024}, is_decoder=True, block_size=32)
+    model = moved(BigBirdForCausalLM(config).eval())
+    layer = model.bert.encoder.layer[0].attention
+    before = layer.self
+    with pytest.raises(UserError, match="changes itself"):
+        describe(model)
+    assert layer.self is before
+    assert model.bert.attention_type == "block_sparse"

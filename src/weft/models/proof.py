@@ -72,7 +72,7 @@ def describe(model: nn.Module) -> Architecture:
     for module in packs:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     try:
-        with torch.no_grad(), as_before(model):
+        with torch.no_grad(), as_before(model), trial.unchanging(model):
             shape = _PROVED[model] = prove(model, shape)
             return shape
     finally:
@@ -119,6 +119,10 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
                         norms=_within(shape.norms, shape, depth))  # fmt: skip
         with trial.in_float32(model) as widened:
             truth, trace = _truth(model, short)
+            if not shape.bidirectional:
+                _check_causal(
+                    model, short, max(zip(truth.sequences, truth.outputs, strict=True), key=lambda p: len(p[0]))
+                )
             out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
             body = "" if shape.bidirectional else trace.body
             short = replace(short, body=body, unreachable=out_of_reach)
@@ -207,6 +211,27 @@ def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
     # A model whose own batch mixes its rows would else measure that as rounding.
     limit = min(max(NOISE * noise / max(scale, 1e-30), units), MOST.get(first.dtype, 1e-4)) * scale
     return Truth(sequences, outputs, limit), trace
+
+
+def _check_causal(model: nn.Module, shape: Architecture, known: tuple[list[int], Tensor]) -> None:
+    """Refuse a language model whose tokens see what comes after them: it would learn to copy, and can write nothing.
+
+    Raises:
+        UserError: another last token changes the outputs before it.
+    """
+    text, output = known
+    other = next((token for token in text if token != text[-1]), None)
+    if other is None:
+        return
+    changed = trial.own_output(model, shape, [[*text[:-1], other]])[0]
+    apart = (changed[:-1].double() - output[:-1].double()).abs()
+    bound = MOST.get(output.dtype, 1e-4) * float(output[output.isfinite()].abs().max())
+    if bool((apart > bound).any()):
+        raise UserError(
+            f"this {_name(model)} is no causal language model: another last token changes its answers before it by "
+            f"{float(apart[apart.isfinite()].max()):.2g}. If its config.json can say is_decoder, that must be true; "
+            "else take another base."
+        )
 
 
 def _check_finite(model: nn.Module, outputs: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, is_linear, linear_shape
 from weft.core.body import accepted
+from weft.errors import UserError
 
 _SEEN = "_weft_seen"
 
@@ -158,6 +159,39 @@ def has_called_sibling(path: str, called: set[str]) -> bool:
             ):
                 return True
     return False
+
+
+def _make(module: nn.Module) -> tuple[Any, ...]:
+    """What a module is made of, and what it has been told in words; numbers may be lengths that it keeps."""
+    said = {name: value for name, value in vars(module).items() if isinstance(value, (bool, str))}
+    return type(module), dict(module._modules), said
+
+
+@contextlib.contextmanager
+def unchanging(model: nn.Module) -> Iterator[None]:
+    """Inside, the model runs; afterwards it is made as it was.
+
+    Raises:
+        UserError: it was not, so what it answers depends on what it was asked before (BigBird gives up its sparse
+            attention at the first short text).
+    """
+    before = {path: (module, _make(module)) for path, module in model.named_modules()}
+    try:
+        yield
+    finally:
+        changed = [path for path, (module, made) in before.items() if _make(module) != made]
+        for path in changed:
+            module, (kind, children, said) = before[path]
+            module.__class__ = kind
+            module._modules.clear()
+            module._modules.update(children)
+            module.__dict__.update(said)
+    if changed:
+        config: Any = model.config
+        raise UserError(
+            f"this {config.model_type} model changes itself as it runs: after a few short texts, '{changed[0]}' is "
+            "made of other modules or settings, so what it answers depends on the texts before. Take another base."
+        )
 
 
 # Weights in float32 may take so much memory beside those that are there.
