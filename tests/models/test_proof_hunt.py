@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.test_proof import SIZES, moved
+from tests.contracts import kit
+from tests.models.test_proof import SIZES, TEXTS, make, moved, ours, own
 from torch import Tensor
 from transformers import (
     BigBirdConfig,
     BigBirdForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -19,8 +21,9 @@ from transformers import (
     MegatronBertForCausalLM,
 )
 
-from weft.core.adapters import Adapters
+from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import HeadForm
+from weft.core.site import sites_in
 from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models import describe
@@ -103,3 +106,49 @@ def test_a_model_that_changes_itself_is_refused_and_put_back() -> None:
         describe(model)
     assert layer.self is before
     assert model.bert.attention_type == "block_sparse"
+
+
+def llama(**more: Any) -> Any:
+    torch.manual_seed(0)
+    return moved(LlamaForCausalLM(LlamaConfig(**{**SIZES, **more})).eval())
+
+
+def test_what_cannot_open_leaves_the_model_as_it_was() -> None:
+    model = llama().train()
+    shape = describe(model)
+    linear = model.model.layers[1].self_attn.q_proj
+    linear.forward = linear.forward  # as accelerate's hooks do
+    with pytest.raises(UserError, match="forward of its own"):
+        Adapters(model, shape, exact=True)
+    assert not is_open(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not list(sites_in(model))
+
+
+def test_a_hook_on_an_activation_is_called() -> None:
+    model = llama()
+    shape = describe(model)
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, out: out * 2)
+    wanted, found = own(model), ours(model, shape)
+    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, found, strict=True))
+    kit.measured("a hook on SiLU", worst, 1e-5)
+
+
+def test_tables_that_a_long_text_moved_before() -> None:
+    """Dynamic tables by kind of layer keep the longest length that they saw, each under a name of its own."""
+    rope = {
+        "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Gemma3TextConfig(
+        **{**SIZES, "max_position_embeddings": 16}, head_dim=8, sliding_window=6, rope_parameters=rope,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    wanted = [own(make(config), [text])[0] for text in TEXTS]
+    model = make(config)
+    own(model, [[i + 5 for i in range(80)]])
+    found = ours(model, describe(model))
+    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, found, strict=True))
+    kit.measured("dynamic tables after a long text", worst, 1e-5)

@@ -74,26 +74,34 @@ class Adapters:
         self._adapters: dict[str, Adapter] = {}
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
+        try:
+            self._install(checkpointing)
+        except BaseException:
+            self.close()
+            raise
+
+    def _install(self, checkpointing: bool) -> None:
+        """Make the model attend along the stream, and the sites that are there whatever adapters come."""
+        model, shape = self.model, self.architecture
         if not self.padded:
-            assert architecture.install_attention is not None
-            self._undo.append(architecture.install_attention(model, self.router))
-        if architecture.install_tables is not None:
-            self._undo.append(architecture.install_tables(model, self.router))
-        shape = architecture
+            assert shape.install_attention is not None
+            self._undo.append(shape.install_attention(model, self.router))
+        if shape.install_tables is not None:
+            self._undo.append(shape.install_tables(model, self.router))
         apart = (*shape.linears, *shape.norms, *shape.activations)
         self._exact_paths = frozenset((*apart, *shape.experts, *shape.routers))
-        if exact:
+        if self.exact:
             # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
             # summed, must not depend on which methods the neighbours use.
             for path in apart:
                 attach(model.get_submodule(path), path, self.router)
-            for path in (*architecture.experts, *architecture.routers):
+            for path in (*shape.experts, *shape.routers):
                 attach(model.get_submodule(path), path, self.router).alone_if_exact = True
-        for path in architecture.linears:
+        for path in shape.linears:
             if mixes_rows(module := model.get_submodule(path)):
                 attach(module, path, self.router).apart = True
         if checkpointing:
-            for path in architecture.blocks:
+            for path in shape.blocks:
                 enable_checkpointing(model.get_submodule(path), self.router)
 
     @property
