@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MegatronBertConfig,
     MegatronBertForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from weft.core.adapters import Adapters, is_open
@@ -152,3 +154,25 @@ def test_tables_that_a_long_text_moved_before() -> None:
     found = ours(model, describe(model))
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, found, strict=True))
     kit.measured("dynamic tables after a long text", worst, 1e-5)
+
+
+class ScaledT5(T5ForConditionalGeneration):
+    """An encoder-decoder whose factor its table does not know."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 0.85
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoder_decoders_are_proved_too(dtype: torch.dtype) -> None:
+    config = T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    right = moved(T5ForConditionalGeneration(config)).to(dtype).train()
+    assert describe(right).task == "seq2seq"
+    assert right.training
+    with pytest.raises(UserError, match="answers otherwise through Weft"):
+        describe(moved(ScaledT5(config)).to(dtype))

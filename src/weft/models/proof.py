@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
 from weft.core.body import own_logits, scaled
+from weft.core.seq2seq import run_seq2seq
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import trial
@@ -63,7 +64,7 @@ def describe(model: nn.Module) -> Architecture:
         return _PROVED[model]
     shape = _sketch(model)
     on_meta = any(p.device.type == "meta" for p in model.parameters())
-    if on_meta or shape.memory_linears:
+    if on_meta:
         return shape
     training = [module for module in model.modules() if module.training]
     # bitsandbytes packs 4-bit weights anew at the first pass without gradients, unless this is off (``one_kernel``).
@@ -73,7 +74,14 @@ def describe(model: nn.Module) -> Architecture:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     try:
         with torch.no_grad(), as_before(model), trial.unchanging(model):
-            shape = _PROVED[model] = prove(model, shape)
+            if not shape.memory_linears:
+                shape = prove(model, shape)
+            else:
+                with trial.in_float32(model) as widened:
+                    _prove_pairs(model, shape)
+                if widened:
+                    _prove_pairs(model, shape)
+            _PROVED[model] = shape
             return shape
     finally:
         for module in training:
@@ -203,14 +211,44 @@ def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
     few = sequences[0]
     again = trial.own_output(model, shape, [few] * 3)
     _check_finite(model, outputs)
+    return Truth(sequences, outputs, _limit(outputs, again)), trace
+
+
+def _limit(outputs: Sequence[Tensor], again: Tensor) -> float:
+    """How far rounding reaches, by what the first output is ``again``, in a batch."""
     scale = max(float(output[output.isfinite()].abs().max()) for output in outputs)
     apart = (again.double() - outputs[0].double()).abs()
     noise = float(apart[apart.isfinite()].max())
+    dtype = outputs[0].dtype
     # transformers computes softmax and norms of a float64 model in float32.
-    units = UNITS * max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps)
+    units = UNITS * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     # A model whose own batch mixes its rows would else measure that as rounding.
-    limit = min(max(NOISE * noise / max(scale, 1e-30), units), MOST.get(first.dtype, 1e-4)) * scale
-    return Truth(sequences, outputs, limit), trace
+    return min(max(NOISE * noise / max(scale, 1e-30), units), MOST.get(dtype, 1e-4)) * scale
+
+
+def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
+    """The same for an encoder-decoder: what its decoder says of a few targets, each alone and all in one batch.
+
+    Raises:
+        UserError: our path gives something else, or the model's own numbers are none.
+    """
+    sources = trial.sequences_for(model, shape)
+    targets = sources[1:] + sources[:1]
+    outputs = [trial.own_pair(model, [s], [t])[0] for s, t in zip(sources, targets, strict=True)]
+    _check_finite(model, outputs)
+    truth = Truth(targets, outputs, _limit(outputs, trial.own_pair(model, [sources[0]] * 3, [targets[0]] * 3)))
+    adapters = Adapters(model, shape)
+    try:
+        _, hidden = run_seq2seq(adapters, [Part(None, sources)], targets)
+        found = adapters.logits(hidden).split([len(target) for target in targets])
+    finally:
+        adapters.close()
+    distance = max(truth.distances(found, typical=outputs[0].dtype in MOST))
+    if distance > truth.limit:
+        raise UserError(
+            f"this {_name(model)} answers otherwise through Weft than by itself: its logits differ by {distance:.3g}, "
+            f"where rounding explains {truth.limit:.1g}. Weft refuses what it cannot prove; take another base."
+        )
 
 
 def _check_causal(model: nn.Module, shape: Architecture, known: tuple[list[int], Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, is_linear, linear_shape
 from weft.core.body import accepted
+from weft.core.seq2seq import start_token
 from weft.errors import UserError
 
 _SEEN = "_weft_seen"
@@ -53,6 +54,17 @@ def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[i
     ids = torch.tensor(batch, device=table.weight.device)
     out: Any = run(input_ids=ids, **accepted(run, use_cache=False, return_dict=True))
     found: Tensor = out.last_hidden_state if shape.bidirectional else out.logits
+    return found
+
+
+@torch.no_grad()
+def own_pair(model: nn.Module, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+    """An encoder-decoder's own logits [B, T, vocabulary] of targets of one length, for sources of one length."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    begin = start_token(model)
+    ids = torch.tensor(sources, device=table.weight.device)
+    before = torch.tensor([[begin, *target[:-1]] for target in targets], device=ids.device)
+    found: Tensor = model(input_ids=ids, decoder_input_ids=before, use_cache=False).logits
     return found
 
 
