@@ -75,27 +75,27 @@ class Adapters:
         self._adapters: dict[str, Adapter] = {}
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
-        if not self.padded:
-            assert architecture.install_attention is not None
-            self._undo.append(architecture.install_attention(model, self.router))
-        if architecture.install_tables is not None:
-            self._undo.append(architecture.install_tables(model, self.router))
-        shape = architecture
-        apart = (*shape.linears, *shape.norms, *shape.activations)
+        shape, apart = architecture, (*architecture.linears, *architecture.norms, *architecture.activations)
         self._exact_paths = frozenset((*apart, *shape.experts, *shape.routers))
-        if exact:
-            # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
-            # summed, must not depend on which methods the neighbours use.
-            for path in apart:
-                attach(model.get_submodule(path), path, self.router)
-            for path in (*architecture.experts, *architecture.routers):
-                attach(model.get_submodule(path), path, self.router).alone_if_exact = True
-        for path in architecture.linears:
-            if mixes_rows(module := model.get_submodule(path)):
-                attach(module, path, self.router).apart = True
-        if checkpointing:
-            for path in architecture.blocks:
+        try:
+            for install in (None if self.padded else shape.install_attention, shape.install_tables):
+                if install is not None:
+                    self._undo.append(install(model, self.router))
+            if exact:
+                # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
+                # summed, must not depend on which methods the neighbours use.
+                for path in apart:
+                    attach(model.get_submodule(path), path, self.router)
+                for path in (*shape.experts, *shape.routers):
+                    attach(model.get_submodule(path), path, self.router).alone_if_exact = True
+            for path in shape.linears:
+                if mixes_rows(module := model.get_submodule(path)):
+                    attach(module, path, self.router).apart = True
+            for path in shape.blocks if checkpointing else ():
                 enable_checkpointing(model.get_submodule(path), self.router)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,6 +26,9 @@ from weft.models.difference import first_beside
 
 # Rounding, in units of the last place of the largest number: the two halves of a batch differ by little else.
 _UNITS = 256
+# But not so far in a narrow dtype, where that would be all there is; what two batch sizes differ by comes on top.
+_MOST = 0.05
+_NOISE = 4
 # How far parameters are moved, relative to their own size and beside it, where zeros hide a gradient.
 _MOVE = 0.02
 
@@ -46,8 +49,8 @@ def prove_attached(adapters: Adapters, name: str) -> None:
         mixes = any(mixes_rows(module) for module in adapters.model.modules())
         with contextlib.nullcontext() if mixes else without_sites(adapters.model):
             alone = _run(adapters, [Part(None, sequences)])
+            near = _rounding(adapters, sequences, alone)
         both = _run(adapters, [Part(name, sequences), Part(None, sequences)])
-    near = _UNITS * max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps) * float(alone.abs().max())
     own, beside = both[: -len(alone)], both[-len(alone) :]
     if not mixes:
         _check_beside(adapters, name, sequences, beside, alone, near)
@@ -59,6 +62,16 @@ def prove_attached(adapters: Adapters, name: str) -> None:
             f"{_whose(adapter)} Take another method."
         )
     _check_gradients(adapters, name, sequences)
+
+
+def _rounding(adapters: Adapters, sequences: Sequence[Sequence[int]], alone: Tensor) -> float:
+    """How far the base's hidden states may move for the size of the batch."""
+    scale = float(alone.abs().max())
+    units = _UNITS * max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)
+    if units <= _MOST:
+        return units * scale
+    twice = _run(adapters, [Part(None, sequences), Part(None, sequences)])
+    return _MOST * scale + _NOISE * float((twice[-len(alone) :] - alone).abs().max())
 
 
 def _whose(adapter: Adapter) -> str:

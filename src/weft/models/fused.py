@@ -104,7 +104,7 @@ class _FusedMlp:
             return super().forward(x)  # type: ignore[misc]
         gate, up = project((module.gate_proj, module.up_proj), rows, route)
         # The activation may be a site of some method, or another function than SiLU.
-        plain_silu = type(module.act_fn) in (nn.SiLU, SiLUActivation)
+        plain_silu = type(module.act_fn) in (nn.SiLU, SiLUActivation) and not _hooked(module.act_fn)
         hidden = swiglu(gate, up) if plain_silu else module.act_fn(gate) * up
         return project((module.down_proj,), hidden, route)[0].view_as(x)
 
@@ -155,9 +155,13 @@ def _is_plain(module: nn.Module, site: Site | None) -> bool:
     kind = type(module) if site is None else site.base_class
     if site is not None and site.inputs:
         return False
+    return kind is nn.Linear and not _hooked(module) and not any(p.requires_grad for p in module.parameters())
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether more happens at its call than its class says."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    hooked = any(hooks) or "forward" in module.__dict__
-    return kind is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _follow(x: Tensor, y: Tensor, functions: dict[int, list[SiteFunction]], route: Route) -> Tensor:

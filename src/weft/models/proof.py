@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
 from weft.core.body import accepted, body_of, own_logits, scaled
+from weft.core.seq2seq import run_seq2seq
 from weft.core.site import mixes_rows
 from weft.core.stream import Part
 from weft.errors import UserError
@@ -39,6 +40,7 @@ NOISE = 10
 UNITS = 32
 # But never by more than this share of it.
 MOST = {torch.float16: 0.1, torch.bfloat16: 0.1}
+# In bfloat16 rounding hides a factor of 0.85: the proof is made in float32 (``trial.in_float32``).
 # In int8 the outliers of one text change how another one's rows are rounded, and no text is alone in a batch.
 MIXED = 0.1
 # What was proved of a model, to be told while adapters are open and its own forward cannot run.
@@ -65,7 +67,7 @@ def describe(model: nn.Module) -> Architecture:
         return _PROVED[model]
     shape = _sketch(model)
     on_meta = any(p.device.type == "meta" for p in model.parameters())
-    if on_meta or shape.memory_linears:
+    if on_meta:
         return shape
     training = [module for module in model.modules() if module.training]
     # bitsandbytes packs 4-bit weights anew at the first pass without gradients, unless this is off (``one_kernel``).
@@ -74,8 +76,15 @@ def describe(model: nn.Module) -> Architecture:
     for module in packs:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     try:
-        with torch.no_grad(), as_before(model):
-            shape = _PROVED[model] = prove(model, shape)
+        with torch.no_grad(), as_before(model), trial.unchanging(model):
+            if not shape.memory_linears:
+                shape = prove(model, shape)
+            else:
+                with trial.in_float32(model) as widened:
+                    _prove_pairs(model, shape)
+                if widened:
+                    _prove_pairs(model, shape)
+            _PROVED[model] = shape
             return shape
     finally:
         for module in training:
@@ -93,13 +102,15 @@ class Truth:
     outputs: list[Tensor]
     limit: float
 
-    def distances(self, found: Sequence[Tensor]) -> list[float]:
-        """The largest difference of each sequence, or infinity where a number is none."""
+    def distances(self, found: Sequence[Tensor], *, typical: bool = False) -> list[float]:
+        """The largest difference of each sequence, or infinity where a number is none; ``typical``: of the token in the
+        middle, when they are ordered by it."""
         worst = []
         for a, b in zip(self.outputs, found, strict=True):
             # Some models bar a part of their vocabulary with -inf.
             same = torch.where(a == b, 0.0, (a.double() - b.double()).abs())
-            worst.append(float(same.nan_to_num(float("inf"), float("inf")).max()))
+            rows = same.nan_to_num(float("inf"), float("inf")).amax(-1)
+            worst.append(float(rows.median() if typical else rows.max()))
         return worst
 
 
@@ -117,15 +128,22 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
     with trial.shallow(model, shape) as depth:
         short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
                         norms=_within(shape.norms, shape, depth))  # fmt: skip
-        truth, trace = _truth(model, short)
-        if not shape.bidirectional and shape.blocks[0] not in set(trace.order):
-            # The blocks of a tower for pictures; those that a text goes through are others.
-            return prove(model, sketch(model, set(trace.order)))
-        out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
-        body = "" if shape.bidirectional else trace.body
-        short = replace(short, body=body, unreachable=out_of_reach)
-        short = replace(short, head_form=_head_form(model, short))
-        found, why = _first_right(model, short, truth)
+        with trial.in_float32(model) as widened:
+            truth, trace = _truth(model, short)
+            if not shape.bidirectional and shape.blocks[0] not in set(trace.order):
+                # The blocks of a tower for pictures; those that a text goes through are others.
+                return prove(model, sketch(model, set(trace.order)))
+            if not shape.bidirectional:
+                _check_causal(
+                    model, short, max(zip(truth.sequences, truth.outputs, strict=True), key=lambda p: len(p[0]))
+                )
+            out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
+            body = "" if shape.bidirectional else trace.body
+            short = replace(short, body=body, unreachable=out_of_reach)
+            short = replace(short, head_form=_head_form(model, short))
+            found, why = _first_right(model, short, truth)
+        if widened:
+            _prove_narrow(model, found)
     return replace(
         found,
         blocks=shape.blocks,
@@ -133,6 +151,18 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
         norms=tuple(path for path in shape.norms if path not in out_of_reach),
         padded_because=why,
     )
+
+
+def _prove_narrow(model: nn.Module, way: Architecture) -> None:
+    """What was proved in float32, once more in the model's own dtype, where it may overflow.
+
+    Raises:
+        UserError: it does, or most tokens get other logits; a few may, where rounding sends them to other experts.
+    """
+    truth, _ = _truth(model, way)
+    typical = max(truth.distances(our_output(model, way, truth.sequences), typical=True))
+    if typical > truth.limit:
+        raise UserError(_refusal(model, way, typical, truth))
 
 
 def _check_indexer(model: nn.Module) -> None:
@@ -187,18 +217,67 @@ def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
     few = sequences[0]
     again = trial.own_output(model, shape, [few] * 3)
     _check_finite(model, outputs)
+    return Truth(sequences, outputs, _limit(model, outputs, again)), trace
+
+
+def _limit(model: nn.Module, outputs: Sequence[Tensor], again: Tensor) -> float:
+    """How far rounding reaches, by what the first output is ``again``, in a batch."""
     scale = max(float(output[output.isfinite()].abs().max()) for output in outputs)
+    if any(mixes_rows(module) for module in model.modules()):
+        return MIXED * scale
     apart = (again.double() - outputs[0].double()).abs()
     noise = float(apart[apart.isfinite()].max())
+    dtype = outputs[0].dtype
     # transformers computes softmax and norms of a float64 model in float32.
-    units = UNITS * max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps)
+    units = UNITS * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     # A model whose own batch mixes its rows would else measure that as rounding.
-    most = MOST.get(first.dtype, 1e-4)
-    if any(mixes_rows(module) for module in model.modules()):
-        limit = MIXED * scale
-    else:
-        limit = max(min(NOISE * noise / max(scale, 1e-30), most), units) * scale
-    return Truth(sequences, outputs, limit), trace
+    return min(max(NOISE * noise / max(scale, 1e-30), units), MOST.get(dtype, 1e-4)) * scale
+
+
+def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
+    """The same for an encoder-decoder: what its decoder says of a few targets, each alone and all in one batch.
+
+    Raises:
+        UserError: our path gives something else, or the model's own numbers are none.
+    """
+    sources = trial.sequences_for(model, shape)
+    targets = sources[1:] + sources[:1]
+    outputs = [trial.own_pair(model, [s], [t])[0] for s, t in zip(sources, targets, strict=True)]
+    _check_finite(model, outputs)
+    truth = Truth(targets, outputs, _limit(model, outputs, trial.own_pair(model, [sources[0]] * 3, [targets[0]] * 3)))
+    adapters = Adapters(model, shape)
+    try:
+        _, hidden = run_seq2seq(adapters, [Part(None, sources)], targets)
+        found = adapters.logits(hidden).split([len(target) for target in targets])
+    finally:
+        adapters.close()
+    distance = max(truth.distances(found, typical=outputs[0].dtype in MOST))
+    if distance > truth.limit:
+        raise UserError(
+            f"this {_name(model)} answers otherwise through Weft than by itself: its logits differ by {distance:.3g}, "
+            f"where rounding explains {truth.limit:.1g}. Weft refuses what it cannot prove; take another base."
+        )
+
+
+def _check_causal(model: nn.Module, shape: Architecture, known: tuple[list[int], Tensor]) -> None:
+    """Refuse a language model whose tokens see what comes after them: it would learn to copy, and can write nothing.
+
+    Raises:
+        UserError: another last token changes the outputs before it.
+    """
+    text, output = known
+    other = next((token for token in text if token != text[-1]), None)
+    if other is None:
+        return
+    changed = trial.own_output(model, shape, [[*text[:-1], other]])[0]
+    apart = (changed[:-1].double() - output[:-1].double()).abs()
+    bound = MOST.get(output.dtype, 1e-4) * float(output[output.isfinite()].abs().max())
+    if bool((apart > bound).any()):
+        raise UserError(
+            f"this {_name(model)} is no causal language model: another last token changes its answers before it by "
+            f"{float(apart[apart.isfinite()].max()):.2g}. If its config.json can say is_decoder, that must be true; "
+            "else take another base."
+        )
 
 
 def _check_finite(model: nn.Module, outputs: Sequence[Tensor]) -> None:

@@ -38,8 +38,10 @@ class _Fresh:
                 same = torch.is_tensor(began) and began.shape == buffer.shape
                 value: Tensor = began if same else buffer
                 self.values[name] = value.detach().to(buffer.device, copy=True)
-        if "original_max_seq_len" in self.attributes and "max_seq_len_cached" in self.attributes:
-            self.attributes["max_seq_len_cached"] = self.attributes["original_max_seq_len"]
+        if "original_max_seq_len" in self.attributes:
+            # One for all kinds of layer, and one for each kind that has seen a longer text.
+            for name in [n for n in self.attributes if n.endswith("max_seq_len_cached")]:
+                self.attributes[name] = self.attributes["original_max_seq_len"]
 
     def put_back(self, module: nn.Module) -> None:
         """Give the module its first values again."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, is_linear, linear_shape
 from weft.core.body import accepted
+from weft.core.seq2seq import start_token
+from weft.errors import UserError
 
 _SEEN = "_weft_seen"
 
@@ -21,7 +23,7 @@ _SEEN = "_weft_seen"
 def sequences_for(model: nn.Module, shape: Architecture, learned: int = 0) -> list[list[int]]:
     """Token ids of a few sequences of different lengths; one is longer than every small window of the model.
 
-    ``learned``: positions that an adapter takes beside them.
+    ``learned`` tokens of an adapter stand before each, and count among those that the model takes.
     """
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -29,13 +31,13 @@ def sequences_for(model: nn.Module, shape: Architecture, learned: int = 0) -> li
     longest = max([23, *(window + 5 for window in windows)])
     # A window of a few tokens is exceeded by all but the shortest.
     # MPT calls its limit otherwise.
-    limit = shape.max_length or getattr(text, "max_seq_len", None) or longest
+    limit = shape.max_length or getattr(text, "max_seq_len", None) or longest + learned
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = min(table.weight.shape[0], getattr(text, "vocab_size", None) or table.weight.shape[0])
     barred = {getattr(text, "pad_token_id", None)}
     ids = [token for token in range(vocabulary) if token not in barred]
     generator = torch.Generator().manual_seed(0)
-    lengths = [max(1, min(n, limit - learned)) for n in (5, longest, 11)]
+    lengths = [max(min(n, limit - learned), 1) for n in (5, longest, 11)]
     return [[ids[i] for i in torch.randint(len(ids), (n,), generator=generator).tolist()] for n in lengths]
 
 
@@ -52,6 +54,17 @@ def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[i
     ids = torch.tensor(batch, device=table.weight.device)
     out: Any = run(input_ids=ids, **accepted(run, use_cache=False, return_dict=True))
     found: Tensor = out.last_hidden_state if shape.bidirectional else out.logits
+    return found
+
+
+@torch.no_grad()
+def own_pair(model: nn.Module, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+    """An encoder-decoder's own logits [B, T, vocabulary] of targets of one length, for sources of one length."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    begin = start_token(model)
+    ids = torch.tensor(sources, device=table.weight.device)
+    before = torch.tensor([[begin, *target[:-1]] for target in targets], device=ids.device)
+    found: Tensor = model(input_ids=ids, decoder_input_ids=before, use_cache=False).logits
     return found
 
 
@@ -158,6 +171,66 @@ def has_called_sibling(path: str, called: set[str]) -> bool:
             ):
                 return True
     return False
+
+
+def _make(module: nn.Module) -> tuple[Any, ...]:
+    """What a module is made of, and what it has been told in words; numbers may be lengths that it keeps."""
+    said = {name: value for name, value in vars(module).items() if isinstance(value, (bool, str))}
+    return type(module), dict(module._modules), said
+
+
+@contextlib.contextmanager
+def unchanging(model: nn.Module) -> Iterator[None]:
+    """Inside, the model runs; afterwards it is made as it was.
+
+    Raises:
+        UserError: it was not, so what it answers depends on what it was asked before (BigBird gives up its sparse
+            attention at the first short text).
+    """
+    before = {path: (module, _make(module)) for path, module in model.named_modules()}
+    try:
+        yield
+    finally:
+        changed = [path for path, (module, made) in before.items() if _make(module) != made]
+        for path in changed:
+            module, (kind, children, said) = before[path]
+            module.__class__ = kind
+            module._modules.clear()
+            module._modules.update(children)
+            module.__dict__.update(said)
+    if changed:
+        config: Any = model.config
+        raise UserError(
+            f"this {config.model_type} model changes itself as it runs: after a few short texts, '{changed[0]}' is "
+            "made of other modules or settings, so what it answers depends on the texts before. Take another base."
+        )
+
+
+# Weights in float32 may take so much memory beside those that are there.
+_WIDE = 1_500_000_000
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[bool]:
+    """Inside, a model in bfloat16 or float16 has the same weights in float32; yields whether it has.
+
+    Quantised models, whose kernels want their own dtype, and what is left of very large ones stay as they are.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    narrow = [tensor for tensor in held if tensor.dtype in _NARROW]
+    plain = all(p.dtype in (*_NARROW, torch.float32, torch.float64) for p in model.parameters())
+    if not narrow or not plain or sum(tensor.numel() for tensor in narrow) > _WIDE:
+        yield False
+        return
+    kept = [(tensor, tensor.data) for tensor in narrow]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.float()
+        yield True
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
 
 
 @contextlib.contextmanager
