@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
 from weft.core.body import accepted, body_of, own_logits, scaled
 from weft.core.seq2seq import run_seq2seq
-from weft.core.site import mixes_rows
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import trial
@@ -33,16 +32,19 @@ from weft.models.facts import FACTS, sketch
 from weft.models.fused import install_fused, recognise
 from weft.models.interface import install_interface
 from weft.models.tables import as_before, install_tables, neighbour_dependent, tables_move
+from weft.models.truth import (
+    MOST,
+    UNITS,
+    Truth,
+    check_causal,
+    check_finite,
+    check_indexer,
+    limit_of,
+    name_of,
+    reason_of,
+    truth_of,
+)
 
-# Our path may differ from the truth by so many times what two orders of summation differ by,
-NOISE = 10
-# and by so many units of the last place of the largest logit, where the two orders agree by chance.
-UNITS = 32
-# But never by more than this share of it.
-MOST = {torch.float16: 0.1, torch.bfloat16: 0.1}
-# In bfloat16 rounding hides a factor of 0.85: the proof is made in float32 (``trial.in_float32``).
-# In int8 the outliers of one text change how another one's rows are rounded, and no text is alone in a batch.
-MIXED = 0.1
 # What was proved of a model, to be told while adapters are open and its own forward cannot run.
 _PROVED: weakref.WeakKeyDictionary[nn.Module, Architecture] = weakref.WeakKeyDictionary()
 
@@ -52,7 +54,7 @@ def _sketch(model: nn.Module) -> Architecture:
         return sketch(model)
     except (AttributeError, TypeError) as error:
         raise UserError(
-            f"this {_name(model)} is not built as a language model that Weft knows: {_reason(error)}. Take another "
+            f"this {name_of(model)} is not built as a language model that Weft knows: {reason_of(error)}. Take another "
             "base."
         ) from error
 
@@ -93,34 +95,13 @@ def describe(model: nn.Module) -> Architecture:
             module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What the untouched model gives: per sequence its logits [T, vocabulary] (an encoder's hidden states [T, d]), and
-    how far ours may lie from them."""
-
-    sequences: list[list[int]]
-    outputs: list[Tensor]
-    limit: float
-
-    def distances(self, found: Sequence[Tensor], *, typical: bool = False) -> list[float]:
-        """The largest difference of each sequence, or infinity where a number is none; ``typical``: of the token in the
-        middle, when they are ordered by it."""
-        worst = []
-        for a, b in zip(self.outputs, found, strict=True):
-            # Some models bar a part of their vocabulary with -inf.
-            same = torch.where(a == b, 0.0, (a.double() - b.double()).abs())
-            rows = same.nan_to_num(float("inf"), float("inf")).amax(-1)
-            worst.append(float(rows.median() if typical else rows.max()))
-        return worst
-
-
 def prove(model: nn.Module, shape: Architecture) -> Architecture:
     """The architecture with what was found out about the model and the first way through it that is right.
 
     Raises:
         UserError: none is; says at which module the last one first differs.
     """
-    _check_indexer(model)
+    check_indexer(model)
     tables = neighbour_dependent(model)
     if tables:
         moves = functools.partial(tables_move, paths=tables)
@@ -129,12 +110,12 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
         short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
                         norms=_within(shape.norms, shape, depth))  # fmt: skip
         with trial.in_float32(model) as widened:
-            truth, trace = _truth(model, short)
+            truth, trace = truth_of(model, short)
             if not shape.bidirectional and shape.blocks[0] not in set(trace.order):
                 # The blocks of a tower for pictures; those that a text goes through are others.
                 return prove(model, sketch(model, set(trace.order)))
             if not shape.bidirectional:
-                _check_causal(
+                check_causal(
                     model, short, max(zip(truth.sequences, truth.outputs, strict=True), key=lambda p: len(p[0]))
                 )
             out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
@@ -159,27 +140,10 @@ def _prove_narrow(model: nn.Module, way: Architecture) -> None:
     Raises:
         UserError: it does, or most tokens get other logits; a few may, where rounding sends them to other experts.
     """
-    truth, _ = _truth(model, way)
+    truth, _ = truth_of(model, way)
     typical = max(truth.distances(our_output(model, way, truth.sequences), typical=True))
     if typical > truth.limit:
         raise UserError(_refusal(model, way, typical, truth))
-
-
-def _check_indexer(model: nn.Module) -> None:
-    """Refuse sparse attention that picks keys by a score of its own: where scores are equal, many are zero, what is
-    picked depends on how wide the batch is, so no batch gives what a text gives alone.
-
-    Raises:
-        UserError: the configuration has an ``index_topk``.
-    """
-    config: Any = model.config
-    chosen = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "index_topk", None)
-    if chosen:
-        raise UserError(
-            f"this {_name(model)} picks {chosen} keys per token by an indexer (index_topk), and what it picks among "
-            "equal scores depends on the batch: an adapter would be trained on other answers than it gives later. Take "
-            "another base."
-        )
 
 
 def _within(paths: Sequence[str], shape: Architecture, depth: int) -> tuple[str, ...]:
@@ -202,38 +166,6 @@ def _everywhere(found: dict[str, str], shape: Architecture, depth: int) -> dict[
     return found | {path: why for path, why in more.items() if path in known}
 
 
-def _truth(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
-    sequences = trial.sequences_for(model, shape)
-    longest = max(sequences, key=len)
-    try:
-        with trial.watched(model, [*shape.linears, *shape.norms]) as trace:
-            first = trial.own_output(model, shape, [longest])[0]
-    except Exception as error:
-        raise UserError(
-            f"this {_name(model)} does not run by itself: transformers' own forward of {len(longest)} tokens stops "
-            f"with {type(error).__name__}: {_reason(error)}."
-        ) from error
-    outputs = [first if s is longest else trial.own_output(model, shape, [s])[0] for s in sequences]
-    few = sequences[0]
-    again = trial.own_output(model, shape, [few] * 3)
-    _check_finite(model, outputs)
-    return Truth(sequences, outputs, _limit(model, outputs, again)), trace
-
-
-def _limit(model: nn.Module, outputs: Sequence[Tensor], again: Tensor) -> float:
-    """How far rounding reaches, by what the first output is ``again``, in a batch."""
-    scale = max(float(output[output.isfinite()].abs().max()) for output in outputs)
-    if any(mixes_rows(module) for module in model.modules()):
-        return MIXED * scale
-    apart = (again.double() - outputs[0].double()).abs()
-    noise = float(apart[apart.isfinite()].max())
-    dtype = outputs[0].dtype
-    # transformers computes softmax and norms of a float64 model in float32.
-    units = UNITS * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    # A model whose own batch mixes its rows would else measure that as rounding.
-    return min(max(NOISE * noise / max(scale, 1e-30), units), MOST.get(dtype, 1e-4)) * scale
-
-
 def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
     """The same for an encoder-decoder: what its decoder says of a few targets, each alone and all in one batch.
 
@@ -243,8 +175,8 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
     sources = trial.sequences_for(model, shape)
     targets = sources[1:] + sources[:1]
     outputs = [trial.own_pair(model, [s], [t])[0] for s, t in zip(sources, targets, strict=True)]
-    _check_finite(model, outputs)
-    truth = Truth(targets, outputs, _limit(model, outputs, trial.own_pair(model, [sources[0]] * 3, [targets[0]] * 3)))
+    check_finite(model, outputs)
+    truth = Truth(targets, outputs, limit_of(model, outputs, trial.own_pair(model, [sources[0]] * 3, [targets[0]] * 3)))
     adapters = Adapters(model, shape)
     try:
         _, hidden = run_seq2seq(adapters, [Part(None, sources)], targets)
@@ -254,46 +186,9 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
     distance = max(truth.distances(found, typical=outputs[0].dtype in MOST))
     if distance > truth.limit:
         raise UserError(
-            f"this {_name(model)} answers otherwise through Weft than by itself: its logits differ by {distance:.3g}, "
-            f"where rounding explains {truth.limit:.1g}. Weft refuses what it cannot prove; take another base."
-        )
-
-
-def _check_causal(model: nn.Module, shape: Architecture, known: tuple[list[int], Tensor]) -> None:
-    """Refuse a language model whose tokens see what comes after them: it would learn to copy, and can write nothing.
-
-    Raises:
-        UserError: another last token changes the outputs before it.
-    """
-    text, output = known
-    other = next((token for token in text if token != text[-1]), None)
-    if other is None:
-        return
-    changed = trial.own_output(model, shape, [[*text[:-1], other]])[0]
-    apart = (changed[:-1].double() - output[:-1].double()).abs()
-    bound = MOST.get(output.dtype, 1e-4) * float(output[output.isfinite()].abs().max())
-    if bool((apart > bound).any()):
-        raise UserError(
-            f"this {_name(model)} is no causal language model: another last token changes its answers before it by "
-            f"{float(apart[apart.isfinite()].max()):.2g}. If its config.json can say is_decoder, that must be true; "
-            "else take another base."
-        )
-
-
-def _check_finite(model: nn.Module, outputs: Sequence[Tensor]) -> None:
-    """Refuse a base whose own forward overflows: nothing can be proved of it, and nothing learned from it.
-
-    Raises:
-        UserError: an output is NaN or infinite, or a whole text's are barred.
-    """
-    bad = sum(int((o.isnan() | (o == float("inf"))).sum()) for o in outputs)
-    if bad or any(not bool(output.isfinite().any()) for output in outputs):
-        dtype = str(outputs[0].dtype).removeprefix("torch.")
-        hint = "Load it in bfloat16 or float32 (dtype)." if dtype == "float16" else "Are its weights damaged?"
-        raise UserError(
-            f"this {_name(model)} does not run by itself in {dtype}: {bad} of the "
-            f"{sum(output.numel() for output in outputs)} numbers that transformers' own forward gives for three short "
-            f"texts are NaN or infinite. {hint}"
+            f"this {name_of(model)} answers otherwise through Weft than by itself: its logits differ by "
+            f"{distance:.3g}, where rounding explains {truth.limit:.1g}. Weft refuses what it cannot prove; take "
+            "another base."
         )
 
 
@@ -346,7 +241,7 @@ def _first_right(model: nn.Module, shape: Architecture, truth: Truth) -> tuple[A
                 distance = max(distance, _narrow(model, way, truth))
         except Exception as error:  # an attention asks for what the stream has not, a body takes no embeddings
             last = last or (way, error)
-            why = why or _reason(error)
+            why = why or reason_of(error)
             continue
         if distance <= truth.limit:
             return way, "" if way.install_attention is not None else why
@@ -406,21 +301,12 @@ def _narrow(model: nn.Module, way: Architecture, truth: Truth) -> float:
     return max(Truth(few, outputs, truth.limit).distances(our_output(model, way, few)))
 
 
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _name(model: nn.Module) -> str:
-    config: Any = model.config
-    return f"{config.model_type} model ({type(model).__name__})"
-
-
 def _refusal(model: nn.Module, way: Architecture, found: float | Exception, truth: Truth) -> str:
-    kind = _name(model)
+    kind = name_of(model)
     how = "in padded batches" if way.install_attention is None else "in the packed stream"
     if isinstance(found, Exception):
         return (
-            f"this {kind} cannot be run: {how} it stops with {type(found).__name__}: {_reason(found)}. Weft refuses "
+            f"this {kind} cannot be run: {how} it stops with {type(found).__name__}: {reason_of(found)}. Weft refuses "
             "what it cannot prove; take another base, or report this with the versions that `weft doctor` prints."
         )
     apart = truth.distances(our_output(model, way, truth.sequences))

@@ -1,0 +1,151 @@
+"""The truth that a base is proved against: what its own forward gives for a few short texts, and what makes it none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.architecture import Architecture
+from weft.core.site import mixes_rows
+from weft.errors import UserError
+from weft.models import trial
+
+# Our path may differ from the truth by so many times what two orders of summation differ by,
+NOISE = 10
+# and by so many units of the last place of the largest logit, where the two orders agree by chance.
+UNITS = 32
+# But never by more than this share of it.
+MOST = {torch.float16: 0.1, torch.bfloat16: 0.1}
+# In bfloat16 rounding hides a factor of 0.85: the proof is made in float32 (``trial.in_float32``).
+# In int8 the outliers of one text change how another one's rows are rounded, and no text is alone in a batch.
+MIXED = 0.1
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the untouched model gives: per sequence its logits [T, vocabulary] (an encoder's hidden states [T, d]), and
+    how far ours may lie from them."""
+
+    sequences: list[list[int]]
+    outputs: list[Tensor]
+    limit: float
+
+    def distances(self, found: Sequence[Tensor], *, typical: bool = False) -> list[float]:
+        """The largest difference of each sequence, or infinity where a number is none; ``typical``: of the token in the
+        middle, when they are ordered by it."""
+        worst = []
+        for a, b in zip(self.outputs, found, strict=True):
+            # Some models bar a part of their vocabulary with -inf.
+            same = torch.where(a == b, 0.0, (a.double() - b.double()).abs())
+            rows = same.nan_to_num(float("inf"), float("inf")).amax(-1)
+            worst.append(float(rows.median() if typical else rows.max()))
+        return worst
+
+
+def truth_of(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
+    """The truth about a model, and what its own forward went through.
+
+    Raises:
+        UserError: it does not run by itself, or gives numbers that are none.
+    """
+    sequences = trial.sequences_for(model, shape)
+    longest = max(sequences, key=len)
+    try:
+        with trial.watched(model, [*shape.linears, *shape.norms]) as trace:
+            first = trial.own_output(model, shape, [longest])[0]
+    except Exception as error:
+        raise UserError(
+            f"this {name_of(model)} does not run by itself: transformers' own forward of {len(longest)} tokens stops "
+            f"with {type(error).__name__}: {reason_of(error)}."
+        ) from error
+    outputs = [first if s is longest else trial.own_output(model, shape, [s])[0] for s in sequences]
+    few = sequences[0]
+    again = trial.own_output(model, shape, [few] * 3)
+    check_finite(model, outputs)
+    return Truth(sequences, outputs, limit_of(model, outputs, again)), trace
+
+
+def limit_of(model: nn.Module, outputs: Sequence[Tensor], again: Tensor) -> float:
+    """How far rounding reaches, by what the first output is ``again``, in a batch."""
+    scale = max(float(output[output.isfinite()].abs().max()) for output in outputs)
+    if any(mixes_rows(module) for module in model.modules()):
+        return MIXED * scale
+    apart = (again.double() - outputs[0].double()).abs()
+    noise = float(apart[apart.isfinite()].max())
+    dtype = outputs[0].dtype
+    # transformers computes softmax and norms of a float64 model in float32.
+    units = UNITS * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    # A model whose own batch mixes its rows would else measure that as rounding.
+    return min(max(NOISE * noise / max(scale, 1e-30), units), MOST.get(dtype, 1e-4)) * scale
+
+
+def check_causal(model: nn.Module, shape: Architecture, known: tuple[list[int], Tensor]) -> None:
+    """Refuse a language model whose tokens see what comes after them: it would learn to copy, and can write nothing.
+
+    Raises:
+        UserError: another last token changes the outputs before it.
+    """
+    text, output = known
+    if any(mixes_rows(module) for module in model.modules()):
+        return  # in int8 every row is rounded by what the last one is
+    other = next((token for token in text if token != text[-1]), None)
+    if other is None:
+        return
+    changed = trial.own_output(model, shape, [[*text[:-1], other]])[0]
+    apart = (changed[:-1].double() - output[:-1].double()).abs()
+    bound = MOST.get(output.dtype, 1e-4) * float(output[output.isfinite()].abs().max())
+    if bool((apart > bound).any()):
+        raise UserError(
+            f"this {name_of(model)} is no causal language model: another last token changes its answers before it by "
+            f"{float(apart[apart.isfinite()].max()):.2g}. If its config.json can say is_decoder, that must be true; "
+            "else take another base."
+        )
+
+
+def check_finite(model: nn.Module, outputs: Sequence[Tensor]) -> None:
+    """Refuse a base whose own forward overflows: nothing can be proved of it, and nothing learned from it.
+
+    Raises:
+        UserError: an output is NaN or infinite, or a whole text's are barred.
+    """
+    bad = sum(int((o.isnan() | (o == float("inf"))).sum()) for o in outputs)
+    if bad or any(not bool(output.isfinite().any()) for output in outputs):
+        dtype = str(outputs[0].dtype).removeprefix("torch.")
+        hint = "Load it in bfloat16 or float32 (dtype)." if dtype == "float16" else "Are its weights damaged?"
+        raise UserError(
+            f"this {name_of(model)} does not run by itself in {dtype}: {bad} of the "
+            f"{sum(output.numel() for output in outputs)} numbers that transformers' own forward gives for three short "
+            f"texts are NaN or infinite. {hint}"
+        )
+
+
+def check_indexer(model: nn.Module) -> None:
+    """Refuse sparse attention that picks keys by a score of its own: where scores are equal, many are zero, what is
+    picked depends on how wide the batch is, so no batch gives what a text gives alone.
+
+    Raises:
+        UserError: the configuration has an ``index_topk``.
+    """
+    config: Any = model.config
+    chosen = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "index_topk", None)
+    if chosen:
+        raise UserError(
+            f"this {name_of(model)} picks {chosen} keys per token by an indexer (index_topk), and what it picks among "
+            "equal scores depends on the batch: an adapter would be trained on other answers than it gives later. Take "
+            "another base."
+        )
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def name_of(model: nn.Module) -> str:
+    """The model's type and class, for messages."""
+    config: Any = model.config
+    return f"{config.model_type} model ({type(model).__name__})"
