@@ -89,6 +89,7 @@ class Judge:
         named = {kind, kind.replace("_", "-"), self.truth.model.config.model_type, type(self.truth.model).__name__}
         # A path, for "model" alone is a module too.
         paths = {path for path, _ in self.truth.model.named_modules() if "." in path}
+        paths |= {name for name, _ in self.truth.model.named_parameters(remove_duplicate=False)}
         words = set(re.findall(r"[\w.-]+", message)) | set(re.findall(r"\w+", message))
         return bool(words & (named | paths | ({method} if method else set())))
 

@@ -65,11 +65,15 @@ def check_numbers(adapters: Adapters) -> None:
     finally:
         for module in numbered:
             module.__dict__["layer_idx"] -= 1
-    if not torch.equal(before, after) or any(settings(path) != settings(shape.blocks[0]) for path in shape.blocks):
+    inside = (m for path in shape.blocks for m in model.get_submodule(path).modules())
+    # MiniCPM scales what a block adds by how many there are.
+    counts = any("num_hidden_layers" in vars(module) for module in inside)
+    counts = counts or any(settings(path) != settings(shape.blocks[0]) for path in shape.blocks)
+    if counts or not torch.equal(before, after):
         raise UserError(
             f"this adapter's blocks cannot be merged: what a block of a {shape.model_type} model computes depends on "
-            "its number, and the blocks after a new one get another. Serve the adapter beside its base instead (weft "
-            "chat, weft generate)."
+            "its number or on how many there are, and new ones change both. Serve the adapter beside its base instead "
+            "(weft chat, weft generate)."
         )
 
 

@@ -17,6 +17,10 @@ from weft.patterns import pattern
 AttentionInstaller = Callable[[nn.Module, Router], Callable[[], None]]
 
 
+# Why nothing can sit on a module that plays no part in what the model gives for a text.
+NEVER_CALLED = "is never called"
+
+
 @dataclass(frozen=True)
 class HeadForm:
     """Logits that are ``c tanh(s (W h + b) / c)``: ``scale`` s and ``softcap`` c (None: no cap), W the output layer."""

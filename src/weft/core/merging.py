@@ -190,7 +190,17 @@ def merge_weights(
         for number, block in enumerate(new, 1):
             place = _moved(rename(path), number)
             tensors |= {f"{place}.{k}": t.to(dtype or t.dtype) for k, t in block.merged_tensors().items()}
-    untied = not all([_tie(tensors, keys) for keys in owners.values()])
+    ends = {f"{rename(path)}.weight" for path in (shape.embeddings, shape.head)}
+    untied = False
+    for keys in owners.values():
+        if not _tie(tensors, keys):
+            if not ends & set(keys):
+                raise UserError(
+                    f"'{keys[0]}' and '{keys[1]}' are one tensor in the base, and the adapter changes them in "
+                    f"different ways; no weights of a {shape.model_type} model can hold that. Serve the adapter beside "
+                    "its base instead (weft chat, weft generate)."
+                )
+            untied = True
     return Merged(tensors, blocks, tuple(added), untied)
 
 

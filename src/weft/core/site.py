@@ -85,6 +85,8 @@ class Site:
         if not torch.is_tensor(x) or "position_ids" in kwargs:
             # OPT asks its table of positions with a mask first and the positions by name.
             y = self.base_class.forward(module, *args, **kwargs)
+            if not torch.is_tensor(kwargs.get("position_ids")):
+                raise UserError(f"module '{self.path}' is not called with rows of the text; no adapter can sit on it.")
             return self._change_all(kwargs["position_ids"], y, Call(), route)
         return self.apply(module, x, call, route)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.core.architecture import is_linear, is_norm
+from weft.core.architecture import NEVER_CALLED, is_linear, is_norm
 from weft.core.config import BuildContext
 from weft.core.route import Segment
 from weft.core.site import _SITE, plain_class, replace_class
@@ -131,7 +131,10 @@ class WeightDelta(nn.Module):
                 some = torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype, device=x.device)
                 some = some.expand(*change["weight"].shape[:-1], x.shape[-1])
                 none = {part: torch.zeros_like(delta) for part, delta in change.items()}
-                self._linear_in_weight = not bool(run(some[None], none).any())
+                try:
+                    self._linear_in_weight = not bool(run(some[None], none).any())
+                except (ValueError, RuntimeError):  # xLSTM's wants its rows by head
+                    self._linear_in_weight = False
         if self._linear_in_weight:
             return run(x, change)
         base = {part: norm.get_parameter(part).to(x.dtype) for part in change}
@@ -150,10 +153,14 @@ def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, Wei
     layers: dict[str, WeightDelta] = {}
     shared: dict[int, nn.Parameter] = {}
     refusals: dict[int, str] = {}
+    idle: set[int] = set()
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         parts = [part for part, p in own.items() if id(p) in wanted]
         if not parts:
+            continue
+        if context.architecture.unreachable.get(path) == NEVER_CALLED and all(id(own[p]) not in shared for p in parts):
+            idle |= {id(own[part]) for part in parts}  # it plays no part in what the model gives
             continue
         try:
             context.architecture.check_reachable(path)
@@ -162,7 +169,7 @@ def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, Wei
             refusals |= {id(own[part]): str(error) for part in parts}
         else:
             layers[path] = WeightDelta(module, parts, context, shared)
-    unknown = [key for key in wanted if key not in shared]
+    unknown = [key for key in wanted if key not in shared and key not in idle]
     if unknown:
         raise UserError(f"parameter '{wanted[unknown[0]]}' cannot be trained: {refusals[unknown[0]]}")
     return layers

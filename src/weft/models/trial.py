@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import Architecture, is_linear, linear_shape
+from weft.core.architecture import NEVER_CALLED, Architecture, is_linear, linear_shape
 from weft.core.body import accepted
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
@@ -131,6 +131,9 @@ def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
         handles.append(module.register_forward_pre_hook(lambda *_, path=path: trace.order.append(path)))
     for path in paths:
         module = model.get_submodule(path)
+        if _SEEN in module.__dict__:  # one module under two paths
+            trace.seen[path] = module.__dict__[_SEEN]
+            continue
         trace.seen[path] = module.__dict__[_SEEN] = _Seen()
         swapped.append((module, type(module)))
         own: Any = type(module)
@@ -155,7 +158,7 @@ def unreachable(trace: Trace) -> dict[str, str]:
         elif seen.calls == 0 and seen.read:
             found[path] = "is never called: the model reads its weight and computes with it elsewhere"
         elif seen.calls == 0 and not has_called_sibling(path, called):
-            found[path] = "is never called"
+            found[path] = NEVER_CALLED
     return found
 
 
@@ -163,7 +166,7 @@ def has_called_sibling(path: str, called: set[str]) -> bool:
     """Whether it is one of several in a list of which another was called: an expert that no token was sent to."""
     parts = path.split(".")
     for place, part in enumerate(parts):
-        if part.isdigit():
+        if part.isdigit() and place and "expert" in parts[place - 1]:
             before, after = ".".join(parts[:place]), ".".join(parts[place + 1 :])
             if any(
                 other.startswith(f"{before}.") and other.endswith(f".{after}" if after else "") and other != path

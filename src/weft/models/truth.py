@@ -55,7 +55,8 @@ def truth_of(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]
     sequences = trial.sequences_for(model, shape)
     longest = max(sequences, key=len)
     try:
-        with trial.watched(model, [*shape.linears, *shape.norms]) as trace:
+        tables = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        with trial.watched(model, [*shape.linears, *shape.norms, *tables]) as trace:
             first = trial.own_output(model, shape, [longest])[0]
     except Exception as error:
         raise UserError(
@@ -132,6 +133,8 @@ def check_indexer(model: nn.Module) -> None:
     """
     config: Any = model.config
     chosen = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "index_topk", None)
+    if chosen is None and any(path.rpartition(".")[2] == "indexer" for path, _ in model.named_modules()):
+        chosen = "some"
     if chosen:
         raise UserError(
             f"this {name_of(model)} picks {chosen} keys per token by an indexer (index_topk), and what it picks among "
