@@ -39,6 +39,7 @@ from weft.data import Sample
 from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.methods import METHODS
+from weft.models.attached import prove_attached
 from weft.models.merged import merged_model
 from weft.train.step import Work, sequence_losses
 
@@ -200,6 +201,8 @@ class Judge:
         with self.opened(cell) as adapters:
             with cell.watching("add"):
                 adapter = adapters.add("it", config_of(method, adapters), tokenizer=self.base.tokenizer)
+                # What ``weft train`` does before the first step; it may refuse, and must not pass what fails below.
+                prove_attached(adapters, "it")
             if cell.crash:
                 return
             with cell.watching("at init"):

@@ -207,10 +207,11 @@ def test_checkpointing_changes_nothing() -> None:
 
 def test_checkpointing_is_used() -> None:
     model = make_model("t5")
+    shape = describe(model)
     calls: list[str] = []
     for path in ("encoder.block.2", "decoder.block.2"):
         model.get_submodule(path).layer[0].register_forward_hook(lambda *_, path=path: calls.append(path))
-    adapters = Adapters(model, describe(model), checkpointing=True)
+    adapters = Adapters(model, shape, checkpointing=True)
     adapters.add("lora", kit.method_config("lora"))
     forward_losses(adapters, [Work("lora", samples(2))])[0].backward()
     assert sorted(calls) == ["decoder.block.2"] * 2 + ["encoder.block.2"] * 2

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,8 +55,8 @@ def check_numbers(adapters: Adapters) -> None:
     """
     model, shape = adapters.model, adapters.architecture
 
-    def settings(path: str) -> list[Any]:
-        return [{k: v for k, v in vars(m).items() if type(v) is float} for m in model.get_submodule(path).modules()]
+    def settings(path: str, of: Any = model) -> list[Any]:
+        return [{k: v for k, v in vars(m).items() if type(v) is float} for m in of.get_submodule(path).modules()]
 
     numbered = [m for m in model.modules() if type(vars(m).get("layer_idx")) is int]
     before = adapters.forward(adapters.stream([Part(None, [_TEXT])]))
@@ -65,10 +67,9 @@ def check_numbers(adapters: Adapters) -> None:
     finally:
         for module in numbered:
             module.__dict__["layer_idx"] -= 1
-    inside = (m for path in shape.blocks for m in model.get_submodule(path).modules())
-    # MiniCPM scales what a block adds by how many there are.
-    counts = any("num_hidden_layers" in vars(module) for module in inside)
-    counts = counts or any(settings(path) != settings(shape.blocks[0]) for path in shape.blocks)
+    counts = _counts_blocks(model, settings, shape.blocks[0]) or any(
+        settings(path) != settings(shape.blocks[0]) for path in shape.blocks
+    )
     if counts or not torch.equal(before, after):
         raise UserError(
             f"this adapter's blocks cannot be merged: what a block of a {shape.model_type} model computes depends on "
@@ -77,8 +78,25 @@ def check_numbers(adapters: Adapters) -> None:
         )
 
 
+def _counts_blocks(model: Any, settings: Callable[..., list[Any]], block: str) -> bool:
+    """Whether a block of a model with one block more has other settings: MiniCPM scales by how many there are."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers += 1
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(types := getattr(text, name, None), list):
+            setattr(text, name, [*types, types[-1]])
+    try:
+        with torch.device("meta"):
+            longer = type(model)(config)
+    except Exception:  # a configuration with another list per layer: the merged folder's own proof sees the rest
+        return False
+    return settings(block, longer) != settings(block)
+
+
 def _near(hidden: Tensor) -> Tensor:
-    return _UNITS * torch.finfo(torch.promote_types(hidden.dtype, torch.float16)).eps * hidden.abs().max()
+    # transformers computes softmax and ALiBi of a float64 model in float32.
+    return _UNITS * max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps) * hidden.abs().max()
 
 
 def _check_inserted(adapters: Adapters, name: str) -> None:

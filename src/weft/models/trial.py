@@ -177,9 +177,8 @@ def has_called_sibling(path: str, called: set[str]) -> bool:
 
 
 def _make(module: nn.Module) -> tuple[Any, ...]:
-    """What a module is made of, and what it has been told in words; numbers may be lengths that it keeps."""
-    said = {name: value for name, value in vars(module).items() if isinstance(value, (bool, str))}
-    return type(module), dict(module._modules), said
+    """What a module is made of. What it notes as it runs (RWKV: that it has scaled its weights) is its own affair."""
+    return type(module), dict(module._modules)
 
 
 @contextlib.contextmanager
@@ -191,15 +190,17 @@ def unchanging(model: nn.Module) -> Iterator[None]:
             attention at the first short text).
     """
     before = {path: (module, _make(module)) for path, module in model.named_modules()}
+    words = [(m, {k: v for k, v in vars(m).items() if isinstance(v, str)}) for m in model.modules()]
     try:
         yield
     finally:
         changed = [path for path, (module, made) in before.items() if _make(module) != made]
         for path in changed:
-            module, (kind, children, said) = before[path]
+            module, (kind, children) = before[path]
             module.__class__ = kind
             module._modules.clear()
             module._modules.update(children)
+        for module, said in words if changed else ():
             module.__dict__.update(said)
     if changed:
         config: Any = model.config
