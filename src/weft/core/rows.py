@@ -58,14 +58,13 @@ class Rows:
     """Where the segments of a route lie in a tensor: along ``dim``, ``sizes`` rows each.
 
     ``per_row`` is not 0 where a module sees a flattened batch, so many rows for each of the route's. ``repeated``: one
-    row stands for the whole padded batch; ``unbatched``: and has no dimension for it.
+    row stands for the whole padded batch.
     """
 
     dim: int
     sizes: Sequence[int]
     per_row: int = 0
     repeated: bool = False
-    unbatched: bool = False
 
     @classmethod
     def of(cls, x: Tensor, route: Route, path: str) -> Rows:
@@ -82,7 +81,10 @@ class Rows:
         if len(route.segments) == 1 and not route.exact:
             return cls(0, [x.shape[0]])
         if route.padded and x.dim() == 1 and x.shape[0] != sum(s.tokens for s in route.segments):
-            return cls(0, sizes, repeated=True, unbatched=True)  # BART's positions, one row for the whole batch
+            # BART's positions: one row for the whole batch, without a dimension for it.
+            raise UserError(
+                f"module '{path}' is asked once for a whole batch, not for its rows; no adapter can sit on it."
+            )
         if x.dim() == 1 and not x.is_floating_point():
             return cls(0, [s.tokens for s in route.segments])  # token ids are one flat stream on the padded path too
         if not route.padded:
@@ -102,8 +104,6 @@ class Rows:
         """The segments' parts of ``x``, a tensor that lies as the one this was made of; never flattened."""
         if self.per_row:
             x = x.unflatten(0, (-1, self.per_row))
-        elif self.unbatched:
-            x = x.expand(sum(self.sizes), *x.shape)
         elif self.repeated and x.shape[0] == 1:
             x = x.expand(sum(self.sizes), *x.shape[1:])
         return x.split(list(self.sizes), self.dim) if len(self.sizes) > 1 else [x]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from weft.core.architecture import NEVER_CALLED, is_linear, is_norm
 from weft.core.config import BuildContext
 from weft.core.route import Segment
-from weft.core.site import _SITE, plain_class, replace_class
+from weft.core.site import _SITE, plain_class, replace_class, site_of
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,6 +101,12 @@ class WeightDelta(nn.Module):
             return y + self._norm(x, segment).to(y.dtype)
         weight = self.weight_delta.to(y.dtype)
         if isinstance(base, nn.Embedding):
+            if x.is_floating_point():
+                site = site_of(base)
+                raise UserError(
+                    f"module '{site.path if site else ''}' ({plain_class(base).__name__}) is not asked with ids, so "
+                    "its weights cannot be trained. Take another method, such as lora."
+                )
             # The row of padding_idx learns nothing, in torch's own training neither.
             change = F.embedding(x + getattr(base, "offset", 0), weight, padding_idx=base.padding_idx)
             scale = getattr(base, "embed_scale", None)
