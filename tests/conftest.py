@@ -9,7 +9,11 @@ import os
 os.environ["OMP_NUM_THREADS"] = os.environ.get("WEFT_TEST_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Every test proves its bases anew, and none writes into the home of who runs it.
+os.environ["WEFT_CACHE_DIR"] = ""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,15 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """The command line takes Weft's warnings for itself; a test that runs it here leaves the next one its own."""
+    logger = logging.getLogger("weft")
+    before = logger.propagate, list(logger.handlers), logger.level
+    yield
+    logger.propagate, logger.handlers[:], logger.level = before[0], before[1], before[2]
 
 
 def make_tokenizer() -> Any:

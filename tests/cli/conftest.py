@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -39,7 +38,6 @@ def weft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         finally:
             os.environ.clear()
             os.environ.update(before)
-            logging.getLogger("weft").propagate = True
         captured = capsys.readouterr()
         return Run(code, captured.out, captured.err)
 

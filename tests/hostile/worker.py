@@ -16,7 +16,7 @@ from pathlib import Path
 
 def main() -> None:
     root = Path(sys.argv[1])
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HUB_OFFLINE="1", WEFT_CACHE_DIR="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HOME=str(root / "good" / "hub"))
     sys.dont_write_bytecode = True
     from tests.hostile.corpus import CASES

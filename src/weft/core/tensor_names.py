@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from weft.errors import UserError
+from weft.foreign import expect
 
 PREFIX = "base_model.model."
 # What torch.compile, FSDP and activation checkpointing put between a module's name and its parent's.
@@ -59,7 +60,9 @@ def normalised(
     if len(adapters) > 1:
         listed = ", ".join(f"{name} ('{key}')" for name, key in sorted(adapters.items())[:5])
         raise UserError(f"the file holds tensors of several adapters: {listed}. Save one of them (save_pretrained).")
-    patterns = [p for key in ("rank_pattern", "alpha_pattern") for p in entries.get(key) or () if re.search(r"\W", p)]
+    keys = ("rank_pattern", "alpha_pattern")
+    given = [expect(entries.get(key) or {}, dict, f"adapter_config.json: {key}") for key in keys]
+    patterns = [p for one in given for p in one if re.search(r"\W", p)]
     if moved is not None and patterns:
         raise UserError(
             f"adapter_config.json: the pattern {patterns[0]!r} may be meant for paths such as that of '{moved}', which "

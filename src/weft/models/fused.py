@@ -176,6 +176,10 @@ def _follow(x: Tensor, y: Tensor, functions: dict[int, list[SiteFunction]], rout
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
 
 
+# What fuses a module, by name.
+MIXINS: dict[str, type] = {
+    mixin.__name__: mixin for mixin in (_FusedNorm, _DoubleGemmaNorm, _FusedMlp, _FusedAttention)
+}
 # Module path -> what its class is mixed with.
 Kinds = dict[str, type]
 

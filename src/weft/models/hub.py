@@ -31,6 +31,16 @@ def fetch_model(name: str, hub: Hub = "huggingface") -> str:
         raise UserError(f"ModelScope has no model {name!r}, or cannot be reached: {first_line(error)}") from error
 
 
+def folder_of(source: str) -> Path | None:
+    """The folder on this machine with the files of a model that was just loaded; None: it cannot be told."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(source, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def is_dataset_id(data: str) -> bool:
     """Whether ``data`` reads as ``owner/name`` (or ``owner/name:what of it``) of a hub rather than as a file."""
     if Path(data).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[][\w./*?+=,@-]+)?", data):

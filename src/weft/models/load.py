@@ -16,7 +16,7 @@ from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
 from weft.models import gate
 from weft.models.facts import ENCODERS
-from weft.models.hub import Hub, fetch_model
+from weft.models.hub import Hub, fetch_model, folder_of
 from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
@@ -163,19 +163,21 @@ def load_base(
     """
     source, where, kind = _source(name, shape, hub), resolve_device(device), resolve_dtype(dtype)
     originals: Callable[[str], Tensor] | None = None
+    folder: Path | None = None
     if shape == "tiny":
         tokenizer = tokenizer or tiny_tokenizer(source)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as made:
             # Through a folder, so that loading and quantising are those of a real one.
             config = tiny_config(source, tokenizer)
-            random_model(_auto_class(config, name), config, torch.float32).save_pretrained(folder)
-            model = _load_model(name, folder, kind, where, quantization)
-            originals = HeldWeights(folder) if quantization else None
+            random_model(_auto_class(config, name), config, torch.float32).save_pretrained(made)
+            model = _load_model(name, made, kind, where, quantization)
+            originals = HeldWeights(made) if quantization else None
     else:
         model = _load_model(name, source, kind, where, quantization)
         originals = OriginalWeights(source) if quantization else None
         tokenizer = tokenizer or load_tokenizer(source)
-    return Base(model, tokenizer, describe(model), name, originals)
+        folder = folder_of(source)
+    return Base(model, tokenizer, describe(model, folder), name, originals)
 
 
 def _load_model(

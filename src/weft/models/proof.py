@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,17 +30,19 @@ from weft.errors import UserError
 from weft.models import trial
 from weft.models.difference import first_difference
 from weft.models.facts import FACTS, sketch
-from weft.models.fused import install_fused, recognise
+from weft.models.finding import finding_of, settled, with_tables, with_way
+from weft.models.fused import recognise
 from weft.models.interface import install_interface
-from weft.models.tables import as_before, install_tables, neighbour_dependent, tables_move
+from weft.models.kept import KeptProof
+from weft.models.tables import as_before, neighbour_dependent
 from weft.models.truth import (
     MOST,
     UNITS,
     Truth,
-    check_causal,
     check_finite,
     check_indexer,
     limit_of,
+    limit_of_narrow,
     name_of,
     reason_of,
     truth_of,
@@ -59,18 +62,30 @@ def _sketch(model: nn.Module) -> Architecture:
         ) from error
 
 
-def describe(model: nn.Module) -> Architecture:
+def describe(model: nn.Module, folder: Path | None = None) -> Architecture:
     """The ``Architecture`` of a transformers model, proved on it (on the meta device: as tables and names tell it).
+
+    ``folder``: where the model was loaded from, as it is; what was proved of it before holds again (``KeptProof``).
 
     Raises:
         UserError: its structure is not known, or no way through it gives what its own forward gives.
     """
     if is_open(model) and model in _PROVED:
         return _PROVED[model]
-    shape = _sketch(model)
-    on_meta = any(p.device.type == "meta" for p in model.parameters())
-    if on_meta:
-        return shape
+    if any(p.device.type == "meta" for p in model.parameters()):
+        return _sketch(model)
+    kept = None if folder is None else KeptProof.of(model, folder)
+    shape = kept.recall(model) if kept else None
+    if shape is None:
+        shape = _proved(model, _sketch(model))
+        if kept:
+            kept.keep(shape)
+    _PROVED[model] = shape
+    return shape
+
+
+def _proved(model: nn.Module, shape: Architecture) -> Architecture:
+    """``prove`` on a model as it answers; afterwards it is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     # bitsandbytes packs 4-bit weights anew at the first pass without gradients, unless this is off (``one_kernel``).
     packs = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
@@ -86,7 +101,6 @@ def describe(model: nn.Module) -> Architecture:
                     _prove_pairs(model, shape)
                 if widened:
                     _prove_pairs(model, shape)
-            _PROVED[model] = shape
             return shape
     finally:
         for module in training:
@@ -102,10 +116,7 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
         UserError: none is; says at which module the last one first differs.
     """
     check_indexer(model)
-    tables = neighbour_dependent(model)
-    if tables:
-        moves = functools.partial(tables_move, paths=tables)
-        shape = replace(shape, install_tables=functools.partial(install_tables, paths=tables), tables_move=moves)
+    shape = with_tables(shape, tuple(neighbour_dependent(model)))
     with trial.shallow(model, shape) as depth:
         short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
                         norms=_within(shape.norms, shape, depth))  # fmt: skip
@@ -114,33 +125,32 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
             if not shape.bidirectional and shape.blocks[0] not in set(trace.order):
                 # The blocks of a tower for pictures; those that a text goes through are others.
                 return prove(model, sketch(model, set(trace.order)))
-            if not shape.bidirectional:
-                check_causal(
-                    model, short, max(zip(truth.sequences, truth.outputs, strict=True), key=lambda p: len(p[0]))
-                )
             out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
             body = "" if shape.bidirectional else trace.body
             short = replace(short, body=body, unreachable=out_of_reach)
             short = replace(short, head_form=_head_form(model, short))
             found, why = _first_right(model, short, truth)
         if widened:
-            _prove_narrow(model, found)
-    return replace(
-        found,
-        blocks=shape.blocks,
-        linears=tuple(path for path in shape.linears if path not in out_of_reach),
-        norms=tuple(path for path in shape.norms if path not in out_of_reach),
-        padded_because=why,
-    )
+            _prove_narrow(model, found, truth)
+    whole = replace(found, blocks=shape.blocks, linears=shape.linears, norms=shape.norms, padded_because=why)
+    return settled(whole, finding_of(whole))
 
 
-def _prove_narrow(model: nn.Module, way: Architecture) -> None:
+def _prove_narrow(model: nn.Module, way: Architecture, wide: Truth) -> None:
     """What was proved in float32, once more in the model's own dtype, where it may overflow.
+
+    ``wide`` is the truth in float32. How far the model's own forward of one text lies from it is how far rounding
+    reaches here.
 
     Raises:
         UserError: it does, or most tokens get other logits; a few may, where rounding sends them to other experts.
     """
-    truth, _ = truth_of(model, way)
+    text = max(wide.sequences, key=len)
+    own = trial.own_output(model, way, [text])[0]
+    check_finite(model, [own])
+    expected = wide.outputs[wide.sequences.index(text)]
+    rounding = Truth([text], [expected], 0.0).distances([own], typical=True)[0]
+    truth = replace(wide, limit=limit_of_narrow(own, rounding))
     typical = max(truth.distances(our_output(model, way, truth.sequences), typical=True))
     if typical > truth.limit:
         raise UserError(_refusal(model, way, typical, truth))
@@ -176,7 +186,8 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
     targets = sources[1:] + sources[:1]
     outputs = [trial.own_pair(model, [s], [t])[0] for s, t in zip(sources, targets, strict=True)]
     check_finite(model, outputs)
-    truth = Truth(targets, outputs, limit_of(model, outputs, trial.own_pair(model, [sources[0]] * 3, [targets[0]] * 3)))
+    again = trial.own_pair(model, [sources[0]] * 3, [targets[0]] * 3)
+    truth = Truth(targets, outputs, limit_of(model, outputs, outputs[0], again))
     adapters = Adapters(model, shape)
     try:
         _, hidden = run_seq2seq(adapters, [Part(None, sources)], targets)
@@ -256,18 +267,16 @@ def _ways(model: nn.Module, shape: Architecture) -> Iterator[Architecture]:
     install = shape.install_attention
     if not _takes_embeddings(model, shape):
         shape = replace(shape, by_ids=True)
-    streams: list[Callable[..., Any]] = [] if install is None else [install]
-    if install is install_interface:
-        kinds = recognise(model)
-        streams = [functools.partial(install_fused, kinds=kinds), install_interface] if kinds else [install_interface]
-    for stream in streams:
-        yield replace(shape, install_attention=stream)
+    if install is install_interface and (kinds := recognise(model)):
+        yield with_way(shape, "fused", kinds)
+    if install is not None:
+        yield shape
     config: Any = model.config
     if install is install_interface and config.model_type not in FACTS and not shape.by_ids:
-        yield replace(shape, install_attention=install, by_ids=True)
-    yield replace(shape, install_attention=None)
+        yield replace(shape, by_ids=True)
+    yield with_way(shape, "padded")
     if not (shape.bidirectional or shape.by_ids):
-        yield replace(shape, install_attention=None, by_ids=True)
+        yield replace(with_way(shape, "padded"), by_ids=True)
 
 
 def _takes_embeddings(model: nn.Module, shape: Architecture) -> bool:

@@ -64,42 +64,63 @@ def truth_of(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]
             f"with {type(error).__name__}: {reason_of(error)}."
         ) from error
     outputs = [first if s is longest else trial.own_output(model, shape, [s])[0] for s in sequences]
-    few = sequences[0]
-    again = trial.own_output(model, shape, [few] * 3)
     check_finite(model, outputs)
-    return Truth(sequences, outputs, limit_of(model, outputs, again)), trace
+    again = trial.own_output(model, shape, [longest, longest, _other_end(longest)])
+    if not shape.bidirectional:
+        check_causal(model, shape, longest, first, again[2])
+    return Truth(sequences, outputs, limit_of(model, outputs, first, again[:2])), trace
 
 
-def limit_of(model: nn.Module, outputs: Sequence[Tensor], again: Tensor) -> float:
-    """How far rounding reaches, by what the first output is ``again``, in a batch."""
-    scale = max(float(output[output.isfinite()].abs().max()) for output in outputs)
+def limit_of(model: nn.Module, outputs: Sequence[Tensor], alone: Tensor, again: Tensor) -> float:
+    """How far rounding reaches, by what the output ``alone`` is ``again``, in a batch."""
+    scale = largest(outputs)
     if any(mixes_rows(module) for module in model.modules()):
         return MIXED * scale
-    apart = (again.double() - outputs[0].double()).abs()
+    apart = (again.double() - alone.double()).abs()
     noise = float(apart[apart.isfinite()].max())
-    dtype = outputs[0].dtype
+    dtype = alone.dtype
     # transformers computes softmax and norms of a float64 model in float32.
     units = UNITS * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     # A model whose own batch mixes its rows would else measure that as rounding.
     return min(max(NOISE * noise / max(scale, 1e-30), units), MOST.get(dtype, 1e-4)) * scale
 
 
-def check_causal(model: nn.Module, shape: Architecture, known: tuple[list[int], Tensor]) -> None:
+def limit_of_narrow(own: Tensor, rounding: float) -> float:
+    """How far rounding reaches in 16 bits, where the model's ``own`` output lies ``rounding`` from that in float32."""
+    scale = largest([own])
+    return min(max(NOISE * rounding, UNITS * torch.finfo(own.dtype).eps * scale), MOST.get(own.dtype, 1e-4) * scale)
+
+
+def largest(outputs: Sequence[Tensor]) -> float:
+    """The largest number of them; some models bar a part of their vocabulary with -inf."""
+    return max(float(output[output.isfinite()].abs().max()) for output in outputs)
+
+
+def _other_end(text: list[int]) -> list[int]:
+    """The text with another last token, if it has two kinds."""
+    return [*text[:-1], next((token for token in text if token != text[-1]), text[-1])]
+
+
+def check_causal(model: nn.Module, shape: Architecture, text: list[int], output: Tensor, changed: Tensor) -> None:
     """Refuse a language model whose tokens see what comes after them: it would learn to copy, and can write nothing.
+
+    ``output`` is what the text gives, ``changed`` what it gives with another last token.
 
     Raises:
         UserError: another last token changes the outputs before it.
     """
-    text, output = known
     if any(mixes_rows(module) for module in model.modules()):
         return  # in int8 every row is rounded by what the last one is
-    other = next((token for token in text if token != text[-1]), None)
-    if other is None:
-        return
-    changed = trial.own_output(model, shape, [[*text[:-1], other]])[0]
-    apart = (changed[:-1].double() - output[:-1].double()).abs()
-    bound = MOST.get(output.dtype, 1e-4) * float(output[output.isfinite()].abs().max())
-    if bool((apart > bound).any()):
+    bound = MOST.get(output.dtype, 1e-4) * largest([output])
+
+    def differs(changed: Tensor) -> Tensor:
+        return (changed[:-1].double() - output[:-1].double()).abs()
+
+    if bool((differs(changed) > bound).any()):
+        # Alone, for it may be the batch's doing.
+        apart = differs(trial.own_output(model, shape, [_other_end(text)])[0])
+        if not bool((apart > bound).any()):
+            return
         raise UserError(
             f"this {name_of(model)} is no causal language model: another last token changes its answers before it by "
             f"{float(apart[apart.isfinite()].max()):.2g}. If its config.json can say is_decoder, that must be true; "

@@ -1,0 +1,100 @@
+"""What the proof of a base found out, as plain data, and the ``Architecture`` that follows from it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from weft.core.architecture import Architecture, AttentionInstaller, HeadForm
+from weft.models.facts import sketch
+from weft.models.fused import MIXINS, Kinds, install_fused
+from weft.models.interface import install_interface
+from weft.models.tables import install_tables, tables_move
+
+# How attention is led along the stream: with fused blocks, by transformers' attention interface, by an installer of
+# this type of model alone; or not at all (padded batches).
+Way = Literal["fused", "interface", "own", "padded"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All that the proof adds to what tables and names tell (``sketch``); fields of the same name are the
+    architecture's."""
+
+    blocks: tuple[str, ...]
+    way: Way
+    # Module path -> name of the class that fuses it.
+    fused: dict[str, str]
+    # Modules whose tables depend on the whole pass.
+    tables: tuple[str, ...]
+    by_ids: bool
+    body: str
+    head_form: HeadForm | None
+    unreachable: dict[str, str]
+    padded_because: str
+
+
+def with_tables(shape: Architecture, paths: tuple[str, ...]) -> Architecture:
+    """The architecture whose modules at ``paths`` are asked for their tables sequence by sequence."""
+    if not paths:
+        return shape
+    install, moves = functools.partial(install_tables, paths=paths), functools.partial(tables_move, paths=paths)
+    return replace(shape, install_tables=install, tables_move=moves)
+
+
+def with_way(shape: Architecture, way: Way, kinds: Kinds | None = None) -> Architecture:
+    """The architecture that runs this way; ``own``: as it says itself."""
+    if way == "own":
+        return shape
+    fused = functools.partial(install_fused, kinds=kinds or {})
+    installers: dict[str, AttentionInstaller | None] = {"fused": fused, "interface": install_interface, "padded": None}
+    return replace(shape, install_attention=installers[way])
+
+
+def finding_of(proved: Architecture) -> Finding:
+    """What was found out about the base whose proved architecture this is."""
+    install: Any = proved.install_attention
+    fused: Kinds = getattr(install, "keywords", {}).get("kinds", {})
+    tables: Any = getattr(proved.install_tables, "keywords", {}).get("paths", ())
+    way: Way = "own"
+    if install is None:
+        way = "padded"
+    elif install is install_interface:
+        way = "interface"
+    elif fused:
+        way = "fused"
+    return Finding(
+        proved.blocks, way, {path: mixin.__name__ for path, mixin in fused.items()}, tuple(tables), proved.by_ids,
+        proved.body, proved.head_form, dict(proved.unreachable), proved.padded_because,
+    )  # fmt: skip
+
+
+def architecture_of(model: nn.Module, finding: Finding) -> Architecture:
+    """The proved architecture of a model of which this was found out before.
+
+    Raises:
+        AttributeError, KeyError: it names modules that this model has not.
+    """
+    shape = sketch(model)
+    if shape.blocks != finding.blocks:
+        shape = sketch(model, set(finding.blocks))
+    kinds = {path: MIXINS[name] for path, name in finding.fused.items()}
+    for path in (*kinds, *finding.tables, *finding.blocks):
+        model.get_submodule(path)
+    shape = with_way(with_tables(shape, finding.tables), finding.way, kinds)
+    return settled(replace(shape, by_ids=finding.by_ids, body=finding.body, head_form=finding.head_form), finding)
+
+
+def settled(shape: Architecture, finding: Finding) -> Architecture:
+    """Without the modules that nothing can sit on, and with the reason why it runs in padded batches, if it does."""
+    gone = finding.unreachable
+    return replace(
+        shape,
+        linears=tuple(path for path in shape.linears if path not in gone),
+        norms=tuple(path for path in shape.norms if path not in gone),
+        unreachable=gone,
+        padded_because=finding.padded_because,
+    )

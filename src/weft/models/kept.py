@@ -1,0 +1,123 @@
+"""What the proof of a base found out, kept on disk, so that the same base is not proved again every time it is loaded.
+
+One small JSON file for each folder of weights, dtype, device and quantisation. It counts only while everything that the
+proof looked at is as it was: Weft's own code, the libraries, the model's code and modules, its configuration, and its
+files (their sizes, times and inodes: a file that was written again counts as another one). A base that was refused is
+proved, and refused, each time.
+
+The folder is ``~/.cache/weft/proofs``; the variable ``WEFT_CACHE_DIR`` names another in place of ``~/.cache/weft``, and
+nothing is kept where it is empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from weft.core.architecture import Architecture
+from weft.errors import UserError
+from weft.foreign import read_json
+from weft.models.finding import Finding, architecture_of, finding_of
+
+_LIMIT = 8 << 20  # bytes; every module of a model of 200 layers takes 400 KB
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptProof:
+    """The place of one base's finding, and the state of things in which it holds."""
+
+    path: Path
+    state: str
+
+    @classmethod
+    def of(cls, model: nn.Module, folder: Path) -> KeptProof | None:
+        """That of a model that was loaded from a folder; None: nothing is kept."""
+        root = os.environ.get("WEFT_CACHE_DIR", os.path.expanduser("~/.cache/weft"))
+        weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".py"))
+        if not root or not any(path.suffix == ".safetensors" for path in weights):
+            return None
+        config: Any = model.config
+        held = list(model.named_parameters())
+        kinds = sorted({f"{p.dtype} {p.device}" for _, p in held})
+        quantized = repr(getattr(config, "quantization_config", None))
+        name = _hash([str(folder), *kinds, quantized])
+        state = [
+            _own_code(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
+            *_devices({p.device for _, p in held}),
+            *_code_of(model), config.to_json_string(use_diff=False), str(getattr(config, "_attn_implementation", None)),
+            str(getattr(config, "_experts_implementation", None)), *_stamps(weights),
+            *(f"{path}:{type(module).__qualname__}" for path, module in model.named_modules()),
+            *(f"{path}:{p.dtype}{tuple(p.shape)}" for path, p in held),
+        ]  # fmt: skip
+        return cls(Path(root) / "proofs" / f"{name}.json", _hash(state))
+
+    def recall(self, model: nn.Module) -> Architecture | None:
+        """The model's proved architecture; None: nothing is known, or it is of another state of things."""
+        try:
+            kept = read_json(self.path, limit=_LIMIT)
+            if kept["state"] != self.state:
+                return None
+            return architecture_of(model, _finding_type().validate_python(kept["finding"]))
+        except (UserError, KeyError, TypeError, AttributeError, ValidationError):
+            return None  # there is none, or something else wrote it: the proof is made again
+
+    def keep(self, proved: Architecture) -> None:
+        """Write what was found out. A place that cannot be written to costs the next load its proof, and no more."""
+        text = json.dumps({"state": self.state, "finding": dataclasses.asdict(finding_of(proved))})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                part = Path(folder) / self.path.name
+                part.write_text(text, encoding="utf-8")
+                os.replace(part, self.path)
+        except OSError:
+            return
+
+
+@functools.cache
+def _finding_type() -> TypeAdapter[Finding]:
+    return TypeAdapter(Finding)
+
+
+def _hash(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _stamps(paths: Iterable[Path]) -> list[str]:
+    """Name, size, times and inode of each file: what changes when it is written."""
+    found = []
+    for path in paths:
+        s = path.stat()
+        found.append(f"{path.name}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}")
+    return found
+
+
+@functools.cache
+def _own_code() -> str:
+    package = Path(__file__).parent.parent
+    return _hash(_stamps(sorted(package.rglob("*.py"))))
+
+
+def _devices(devices: Iterable[torch.device]) -> list[str]:
+    return sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
+
+
+def _code_of(model: nn.Module) -> list[str]:
+    """The libraries' versions and the file that the model's class stands in."""
+    import tokenizers
+    import transformers
+
+    source = Path(inspect.getfile(type(model)))
+    return [transformers.__version__, tokenizers.__version__, str(source), *_stamps([source])]
