@@ -40,7 +40,7 @@ from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.methods import METHODS
 from weft.models.attached import prove_attached
-from weft.models.merged import merged_model
+from weft.models.merged import check_as_written, merged_model
 from weft.train.step import Work, sequence_losses
 
 BASE = "base"
@@ -280,11 +280,12 @@ class Judge:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 new = merged_model(self.base.model, adapters.architecture, adapters.merge("it"))
+                new.save_pretrained(folder)
+                plain = load_plain(Path(folder))
+                check_as_written(plain, Path(folder))
             except UserError as error:
                 cell.notes.append(f"not merged: {first_line(error)}")
                 return
-            new.save_pretrained(folder)
-            plain = load_plain(Path(folder))
         # The tensors were rounded once more, and with these weights a model may lose more than the base does.
         limit = max(self.limit, LIMIT + 10 * min(rounding(plain, self.texts), 10 * LIMIT))
         cell.equal("merged", worst(routed, [plain_logits(plain, ids) for ids in self.texts]), limit)

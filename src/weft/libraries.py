@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, cat
@@ -111,3 +111,28 @@ def fixed_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
 class _NeverUpdated(dict[int, bool]):
     def __setitem__(self, layer: int, value: bool) -> None:
         pass
+
+
+def paths_in_files(model: Any, paths: Iterable[str]) -> dict[str, str | None]:
+    """Modules whose own path in a LoRA file leads elsewhere, and the path that leads to them; None: none does.
+
+    transformers gives the tensors of some checkpoints other names as it loads them, and peft sends a LoRA file through
+    the same list. Where that list also matches a name that it has already changed (``shared_expert.`` is a part of
+    ``shared_experts.``, for ``.`` matches any character), a file by the module's path is lost in silence.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return {}
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    back: list[Any] = [one.reverse_transform() for one in reversed(renamings)]
+    found: dict[str, str | None] = {}
+    end = ".lora_A.weight"
+    for path in paths:
+        if rename_source_key(path + end, renamings, [])[0] == path + end:
+            continue
+        other = rename_source_key(path + end, back, [], reverse=True)[0]
+        there = other.endswith(end) and rename_source_key(other, renamings, [])[0] == path + end
+        found[path] = other.removesuffix(end) if there else None
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
 from weft.core.stream import Part
+from weft.errors import UserError
 from weft.models import describe
 
 KINDS = ["llama", "bloom", "gpt2", "qwen2", "mistral", "gemma", "gpt_neox", "opt", "falcon"]
@@ -102,6 +104,14 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new.to("cpu"))
     return model
+
+
+def test_ia3_does_not_take_keys_alone_for_keys_and_values() -> None:
+    model = kit.make_model("llama")
+    shape = describe(model)
+    other = dataclasses.replace(shape, linears=tuple(path for path in shape.linears if not path.endswith("v_proj")))
+    with pytest.raises(UserError, match="ia3 cannot tell which modules of this llama model give keys and values"):
+        kit.METHODS["ia3"]().places(other)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

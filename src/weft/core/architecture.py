@@ -85,6 +85,8 @@ class Architecture:
     by_ids: bool = False
     # Linear modules that no adapter can sit on -> why (their weight is read, they are never called).
     unreachable: Mapping[str, str] = field(default_factory=dict)
+    # Modules that a LoRA file must call otherwise for peft to find them (``paths_in_files``); None: no name does.
+    file_paths: Mapping[str, str | None] = field(default_factory=dict)
     # Makes the model attend along the packed stream; None: the model only works on padded batches, for the reason told.
     install_attention: AttentionInstaller | None = None
     padded_because: str = ""

@@ -29,9 +29,10 @@ from weft.core.registry import method_config as method_config
 from weft.core.route import Router
 from weft.core.tensor_files import check_digests, check_values, save_tensors
 from weft.core.tensor_files import read_tensors as read_tensors
-from weft.core.tensor_names import normalised
+from weft.core.tensor_names import in_file, normalised
 from weft.errors import UserError
 from weft.foreign import entry, expect, read_json
+from weft.libraries import paths_in_files
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "encoder.safetensors"
@@ -72,8 +73,11 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         own["config"] = adapter.stored_config().model_dump(mode="json")
         entries = adapter.config.own_layout(adapter.name, architecture)
         write_json(folder / CONFIG, entries or _peft_entries(adapter, architecture, base_name))
-        file = adapter.config.weights_file
-        digests[file] = save_tensors(stored_tensors(adapter), folder / file)
+        file, tensors = adapter.config.weights_file, stored_tensors(adapter)
+        if renamed := in_file(tensors, architecture.file_paths if adapter.config.peft_type == "LORA" else {}):
+            own["renamed"] = renamed
+        given = {key: name for name, key in renamed.items()}
+        digests[file] = save_tensors({given.get(key, key): t for key, t in tensors.items()}, folder / file)
         if extra := adapter.extra_tensors():
             digests[EXTRA] = save_tensors(extra, folder / EXTRA)
         for other in {WEIGHTS, EXTRA, *(cls.weights_file for cls in METHODS.values())} - digests.keys():
@@ -187,10 +191,14 @@ def read(
             check_agreement(path, config, folder / CONFIG, entries)
             if (folder / EXTRA).is_file():  # inference can do without
                 tensors |= _checked_tensors(folder / EXTRA, own)
-            return config, tensors, task
+            renamed = expect(own.get("renamed", {}), dict, f"{path}: renamed")
+            names = {key: expect(name, str, f"{path}: renamed: {key}") for key, name in renamed.items()}
+            return config, {names.get(key, key): t for key, t in tensors.items()}, task
         _check_sizes(entries, tensors, str(folder / CONFIG))
-        names = None if model is None else {name for name, _ in model.named_modules()}
-        return read_foreign(folder / CONFIG, entries, normalised(tensors, entries, names))
+        modules = None if model is None else {name for name, _ in model.named_modules()}
+        given = {} if model is None else paths_in_files(model, modules or ())
+        others = {name: path for path, name in given.items() if name}
+        return read_foreign(folder / CONFIG, entries, normalised(tensors, entries, modules, others))
     except (ValidationError, KeyError) as error:
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
 

@@ -30,11 +30,34 @@ _PROMPT = re.compile(r"^prompt_encoder\.([^.]+)\.embedding\.weight$")
 _OWN = re.compile(rf"\.(({_PARTS})(\..*)?|(base_layer\.)?(weight|bias))$")
 
 
+def in_file(tensors: Mapping[str, Tensor], file_paths: Mapping[str, str | None]) -> dict[str, str]:
+    """The names that a LoRA file must give to some of its tensors (``Architecture.file_paths``) -> their own.
+
+    Raises:
+        UserError: no name leads to a tensor's module.
+    """
+    found: dict[str, str] = {}
+    for key in tensors if file_paths else ():
+        path = _OWN.sub("", key).removeprefix(PREFIX)
+        if path not in file_paths or ".lora_" not in key:
+            continue
+        other = file_paths[path]
+        if other is None:
+            raise UserError(f"no LoRA file can name module '{path}': peft would lose '{key}' in silence.")
+        found[f"{PREFIX}{other}{key.removeprefix(PREFIX + path)}"] = key
+    return found
+
+
 def normalised(
-    tensors: Mapping[str, Tensor], entries: Mapping[str, Any], modules: Collection[str] | None = None
+    tensors: Mapping[str, Tensor],
+    entries: Mapping[str, Any],
+    modules: Collection[str] | None = None,
+    others: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors under PEFT's names: without an adapter's name (``.default``) in them, ``_orig_mod.``,
     ``_fsdp_wrapped_module.``, ``module.`` and, where the base's ``modules`` are so called, ``language_model.``.
+
+    ``others``: paths that files may give to some modules -> the modules' own.
 
     Raises:
         UserError: two become one, they are of several adapters, or what is left out could be meant by a pattern of
@@ -51,6 +74,9 @@ def normalised(
         plain = _SAVED.sub("", _NAMED.sub(r".\1", plain))
         plain = _PROMPT.sub("prompt_embeddings", plain)
         plain = plain.removesuffix(".weight") if plain.endswith(".lora_magnitude_vector.weight") else plain
+        path = _OWN.sub("", plain).removeprefix(PREFIX)
+        if others and path in others and (modules is None or path not in modules):
+            plain = f"{PREFIX}{others[path]}{plain.removeprefix(PREFIX + path)}"
         placed = plain if modules is None else _placed(plain, key, modules)
         if placed != plain:
             moved = moved or key

@@ -17,6 +17,7 @@ from weft.core.seq2seq import run_seq2seq, start_token
 from weft.core.stream import Part
 from weft.data import Message, Renderer, Sample, unlabelled_sample
 from weft.models import gate
+from weft.models.merged import check_as_written
 from weft.train.step import logits_of
 
 # A model that is written in 32 bits must give the numbers of base and adapter in 32 bits (of a quantised base: of its
@@ -177,12 +178,17 @@ def routed_logits(adapters: Adapters, name: str, prompts: Sequence[list[int]]) -
 
 @torch.no_grad()
 def compare(folder: Path, expected: Sequence[Expected], device: torch.device) -> Proof:
-    """Load what lies in ``folder`` with transformers alone and run it on the same ids."""
+    """Load what lies in ``folder`` with transformers alone and run it on the same ids.
+
+    Raises:
+        UserError: it loads other tensors than are written there.
+    """
     import transformers
 
     config = gate.load_config(folder)
     auto = getattr(transformers, config.architectures[0])
     model = gate.load_weights(auto, folder, config, dtype="auto").to(device).eval()
+    check_as_written(model, folder)
     totals = _Totals()
     for one in expected:
         totals.add(one, _plain_logits(model, one.ids, device))

@@ -53,11 +53,24 @@ class LowRankConfig(SavesModules):
     def targets(self, architecture: Architecture) -> list[str]:
         """Paths of the modules to tune: linears of the blocks, and the head or the token embeddings where named.
 
-        ``all-linear`` leaves out those with one output, in which no update has a rank.
+        ``all-linear`` leaves out those with one output, in which no update has a rank, and those that no file can name.
+
+        Raises:
+            UserError: one that no file can name is asked for.
         """
         found = self._matched(architecture)
+        nameless = {path for path, other in architecture.file_paths.items() if other is None}
+        nameless = nameless if self.peft_type == "LORA" else set()
         if self.target_modules == "all-linear":
-            return [path for path in found if path not in architecture.single_outputs] or found
+            kept = [path for path in found if path not in nameless]
+            return [path for path in kept if path not in architecture.single_outputs] or kept
+        lost = next((path for path in found if path in nameless), None)
+        if lost is not None:
+            raise UserError(
+                f"no LoRA file can name module '{lost}' of this {architecture.model_type} model: peft sends the names "
+                "in it through transformers' list of renamed tensors, and would lose these in silence. Leave it out "
+                "of target_modules."
+            )
         return found
 
     def _matched(self, architecture: Architecture) -> list[str]:

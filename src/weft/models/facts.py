@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from weft.core.architecture import (
     linear_shape,
 )
 from weft.errors import UserError
+from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
 from weft.models.encoder_decoder import describe_encoder_decoder
 from weft.models.interface import install_bidirectional, install_interface
@@ -93,9 +94,17 @@ def sketch(model: nn.Module, called: Collection[str] = ()) -> Architecture:
     Raises:
         UserError: the model has no list of blocks with linear modules in it.
     """
+    shape = _decoder_or_encoder(model, called) if not _is_pair(model) else describe_encoder_decoder(model)
+    outside = [path for path in (shape.head, shape.embeddings) if path]
+    return replace(shape, file_paths=paths_in_files(model, [*shape.linears, *outside]))
+
+
+def _is_pair(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architecture:
     config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        return describe_encoder_decoder(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     facts = FACTS.get(config.model_type) or ENCODERS.get(config.model_type)
     encoder = facts is not None and facts.encoder

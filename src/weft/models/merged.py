@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from weft.core.architecture import Architecture
 from weft.core.heads import ClassificationHead
 from weft.core.merging import Merged
+from weft.core.tensor_files import read_tensors
 from weft.errors import UserError
+from weft.models.truth import name_of
 
 
 def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn.Module | None = None) -> Any:
@@ -46,6 +49,28 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn
     new = _empty(cls, config)
     _put_in(new, tensors, merged)
     return new
+
+
+def check_as_written(model: nn.Module, folder: Path) -> None:
+    """Compare what transformers loaded from a folder with what stands there, tensor by tensor of one name.
+
+    Raises:
+        UserError: a tensor is another one: some models set a row of a loaded tensor anew (Youtu that of the pad token,
+            which is a row of its output layer too).
+    """
+    loaded = model.state_dict()
+    for path in sorted(folder.glob("*.safetensors")):
+        for key, written in read_tensors(path).items():
+            found = loaded.get(key)
+            if found is None or found.shape != written.shape or torch.equal(found.cpu(), written.to(found.dtype)):
+                continue
+            apart = (found.cpu() != written.to(found.dtype)).reshape(len(written), -1).any(1)
+            rows = apart.nonzero().flatten().tolist()
+            raise UserError(
+                f"transformers does not load this {name_of(model)} as it is written: {len(rows)} of the {len(written)} "
+                f"rows of '{key}' become others (row {rows[0]} first), so the merged model would not answer as the "
+                "adapter does. Serve the adapter beside its base instead."
+            )
 
 
 def _empty(cls: Any, config: Any) -> Any:
