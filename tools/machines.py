@@ -37,6 +37,8 @@ def run(setting: str, tests: list[str], processes: int) -> tuple[str, dict[tuple
     """pytest's last line, and per test and comparison the largest share of its limit."""
     with tempfile.TemporaryDirectory() as folder:
         near = Path(folder) / "near.jsonl"
+        # Processes with several threads each would wait for one another.
+        processes = 1 if int(SETTINGS[setting].get("WEFT_TEST_THREADS", "1")) > 1 else processes
         parallel = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
         command = [sys.executable, "-m", "pytest", "-p", "tests.near", "--near", str(near), "-o",
                    "enable_assertion_pass_hook=true", "-p", "no:cacheprovider", "-m", "not slow",

@@ -199,7 +199,7 @@ def test_float16_through_the_whole_run(
     assert main(["train", "--model", "loud", "--data", str(tiny_data), "--method", "lora", "dtype=float16"]) == 2
     assert not Path("runs").exists()
     # As if only the data's own texts made it overflow, and not those of the proof.
-    monkeypatch.setattr("weft.models.load.describe", sketch)
+    monkeypatch.setattr("weft.models.load.describe", lambda model, *_: sketch(model))
     monkeypatch.setattr("weft.train.run.prove_attached", lambda adapters, name: None)
     words = ["train", "--model", "loud", "--data", str(tiny_data), "--method", "lora", "steps=4", "dtype=float16"]
     assert main([*words, "--output-dir", "out", "--quiet"]) == 3
