@@ -22,8 +22,9 @@ from weft.core.route import Segment
 from weft.errors import UserError
 from weft.patterns import pattern
 
-_KEYS = ("k_proj", "key", "k", "key_proj", "k_lin")
-_VALUES = ("v_proj", "value", "v", "value_proj", "v_lin")
+# The linear that gives the keys and the one that gives the values. Keys alone are not what the paper scales (Zaya's
+# values come from two linears of other names).
+_KEYS_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k", "v"), ("key_proj", "value_proj"), ("k_lin", "v_lin"))
 _FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "W_pack")
 
 
@@ -82,10 +83,9 @@ class IA3Config(MethodConfig):
         if self.target_modules is not None:
             return self.target_modules
         last = _last_parts(architecture.linears)
-        keys, values = ([name for name in names if name in last] for names in (_KEYS, _VALUES))
-        found = [*keys, *values] or [name for name in _FUSED if name in last][:1]
-        # Keys alone are not what the paper scales (Zaya's values come from two linears of other names).
-        if not found or bool(keys) != bool(values):
+        found = [name for pair in _KEYS_VALUES if last.issuperset(pair) for name in pair]
+        found = found or [name for name in _FUSED if name in last][:1]
+        if not found:
             raise UserError(
                 f"ia3 cannot tell which modules of this {architecture.model_type} model give keys and values; name "
                 f"them, and the MLP's last linear, in target_modules. There are: {', '.join(sorted(last))}."
