@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.architecture_configs import make_config
 from tests.contracts import kit
 from tests.models.test_facts import make
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from weft.core.adapters import Adapters
 from weft.core.files import read_tensors
@@ -21,7 +22,8 @@ from weft.core.stream import Part
 from weft.core.weights import WeightDelta
 from weft.data import Sample
 from weft.errors import UserError
-from weft.models import describe
+from weft.models import describe, load_base
+from weft.models.attached import prove_attached
 from weft.models.facts import FACTS
 from weft.train import Job, JobConfig, Trainer
 
@@ -176,6 +178,20 @@ def test_what_no_known_module_holds_is_refused_by_name(method: str) -> None:
     with pytest.raises(UserError, match=rf"^{method}: parameter 'model\.layers\.0\.mlp\..*' cannot be trained"):
         adapters.add("it", kit.method_config(method))
     adapters.add("it", kit.METHODS["freeze"](trainable_modules=["self_attn"]))
+    adapters.close()
+
+
+@pytest.mark.parametrize(("kind", "words"), [("bart", "asked once for a whole batch"), ("mvp", "not asked with ids")])
+def test_a_table_whose_rows_are_not_the_tokens_is_refused_before_training(
+    kind: str, words: str, tmp_path: Path
+) -> None:
+    """Positions that are made for the whole batch, and an embedding that is called with something else than ids."""
+    AutoModelForCausalLM.from_config(make_config(kind), dtype=torch.float32).save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), device="cpu", tokenizer=object())
+    adapters = Adapters(base.model, base.architecture)
+    adapters.add("it", kit.METHODS["full"]())
+    with pytest.raises(UserError, match=rf"'model\.decoder\.embed_positions'.* {words}.*lora"):
+        prove_attached(adapters, "it")
     adapters.close()
 
 

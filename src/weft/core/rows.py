@@ -83,7 +83,8 @@ class Rows:
         if route.padded and x.dim() == 1 and x.shape[0] != sum(s.tokens for s in route.segments):
             # BART's positions: one row for the whole batch, without a dimension for it.
             raise UserError(
-                f"module '{path}' is asked once for a whole batch, not for its rows; no adapter can sit on it."
+                f"module '{path}' is asked once for a whole batch, not for its rows; no adapter can sit on it. Leave "
+                "it out, or take another method, such as lora."
             )
         if x.dim() == 1 and not x.is_floating_point():
             return cls(0, [s.tokens for s in route.segments])  # token ids are one flat stream on the padded path too
