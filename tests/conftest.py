@@ -13,10 +13,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WEFT_CACHE_DIR"] = ""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from tests import deprecations
 
@@ -34,6 +34,9 @@ _CORPUS = [
 
 
 deprecations.install()
+# How long an example takes says nothing: the machine may be busy.
+hypothesis.settings.register_profile("weft", deadline=None)
+hypothesis.settings.load_profile("weft")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,12 +49,11 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _loggers() -> Iterator[None]:
-    """The command line takes Weft's warnings for itself; a test that runs it here leaves the next one its own."""
+def _loggers() -> None:
+    """The command line takes Weft's warnings for itself, also where a fixture runs it; the next test has its own."""
     logger = logging.getLogger("weft")
-    before = logger.propagate, list(logger.handlers), logger.level
-    yield
-    logger.propagate, logger.handlers[:], logger.level = before[0], before[1], before[2]
+    logger.propagate = True
+    logger.handlers[:] = [handler for handler in logger.handlers if not getattr(handler, "of_cli", False)]
 
 
 def make_tokenizer() -> Any:

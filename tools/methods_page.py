@@ -83,6 +83,12 @@ computes the same with the same tensors. Two things follow: there `lora_dropout`
 `weft.json` holds), and peft refuses such a file if it uses DoRA. Weft loads what peft saves, whichever way it came
 about.
 
+**Names that peft changes.** peft sends the names in a LoRA file through transformers' list of renamed tensors. On a few
+types that list also matches names that are right already (Laguna's `shared_experts`), and the tensors would be lost
+without a word, also those that peft itself saved. Weft's files then give these modules the name that leads to them
+(`shared_expert`); `weft.json` says which (`renamed`), and Weft reads both. A module to which no name leads (the
+`weight_proj` of Inkling 2) is left out of `all-linear`, and refused where `target_modules` names it.
+
 """
 
 
