@@ -67,7 +67,8 @@ def main() -> int:
     arguments = parser.parse_args()
     import torch
 
-    lines = [f"# The numeric tests on other machines, {arguments.date}", "", "    make test-machines", "",
+    command = " ".join(["python tools/machines.py", *sys.argv[1:]])
+    lines = [f"# The numeric tests on other machines, {arguments.date}", "", f"    {command}", "",
              f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python "
              f"{platform.python_version()}; {' '.join(arguments.tests)}", "",
              "| setting | variables | result |", "|---|---|---|"]  # fmt: skip

@@ -27,7 +27,7 @@ from transformers import (
 
 from weft.core.architecture import Architecture
 from weft.errors import UserError
-from weft.models import describe, finding, kept, load, proof
+from weft.models import describe, finding, kept, load, proof, truth
 
 KINDS: dict[str, Callable[[], Any]] = {
     **{kind: functools.partial(kit.make_model, kind) for kind in ("llama", "bloom", "gpt2", "falcon")},
@@ -98,7 +98,8 @@ def test_tables_of_each_sequence_are_kept(tmp_path: Path, proofs: list[str]) -> 
     assert same(proved, recalled)
     for text, found in zip(TEXTS, proof.our_output(model, recalled, TEXTS), strict=True):
         alone = model(torch.tensor([text])).logits[0]
-        assert torch.allclose(alone, found, atol=1e-4)
+        limit = truth.UNITS * torch.finfo(torch.float32).eps * float(alone.abs().max())
+        kit.measured("tables recalled", float((alone - found).abs().max()), limit)
 
 
 def rewritten(folder: Path) -> None:
@@ -211,6 +212,16 @@ def test_nothing_is_kept_where_there_is_no_place(
         monkeypatch.setenv("WEFT_CACHE_DIR", place)
         load.load_base(str(tiny_llama_dir))
     assert len(proofs) == 2
+
+
+def test_a_link_to_nothing_beside_the_weights_is_no_matter(
+    tiny_llama_dir: Path, tmp_path: Path, proofs: list[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    (folder / "notes.json").symlink_to(folder / "gone.json")
+    for _ in range(2):
+        load.load_base(str(folder))
+    assert len(proofs) == 1
 
 
 def test_a_tiny_one_is_not_kept(proofs: list[str], cache: Path) -> None:

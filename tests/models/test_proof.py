@@ -30,6 +30,7 @@ from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models import describe, proof, tables, trial
 from weft.models.attached import prove_attached
+from weft.models.finding import fused_kinds
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -287,3 +288,13 @@ def test_large_models_are_tried_by_their_first_blocks(monkeypatch: pytest.Monkey
     assert len(shape.linears) == 6 * 7
     worst = max(float((a - b).abs().max()) for a, b in zip(own(model), ours(model, shape), strict=True))
     kit.measured("proved by two blocks", worst, 1e-5)
+
+
+def test_all_blocks_of_a_large_model_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its first blocks run in the proof."""
+    model = make(LlamaConfig(**{**SIZES, "num_hidden_layers": 5}))
+    small = fused_kinds(describe(model))
+    monkeypatch.setattr(trial, "_small", lambda _: False)
+    shape = describe(model)
+    assert fused_kinds(shape) == small
+    assert {f"model.layers.{i}.mlp" for i in range(5)} < small.keys()

@@ -54,10 +54,16 @@ def with_way(shape: Architecture, way: Way, kinds: Kinds | None = None) -> Archi
     return replace(shape, install_attention=installers[way])
 
 
+def fused_kinds(shape: Architecture) -> Kinds:
+    """The modules that are fused when it runs, and by what."""
+    kinds: Kinds = getattr(shape.install_attention, "keywords", {}).get("kinds", {})
+    return kinds
+
+
 def finding_of(proved: Architecture) -> Finding:
     """What was found out about the base whose proved architecture this is."""
     install: Any = proved.install_attention
-    fused: Kinds = getattr(install, "keywords", {}).get("kinds", {})
+    fused = fused_kinds(proved)
     tables: Any = getattr(proved.install_tables, "keywords", {}).get("paths", ())
     way: Way = "own"
     if install is None:

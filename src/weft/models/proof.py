@@ -30,7 +30,7 @@ from weft.errors import UserError
 from weft.models import trial
 from weft.models.difference import first_difference
 from weft.models.facts import FACTS, sketch
-from weft.models.finding import finding_of, settled, with_tables, with_way
+from weft.models.finding import finding_of, fused_kinds, settled, with_tables, with_way
 from weft.models.fused import recognise
 from weft.models.interface import install_interface
 from weft.models.kept import KeptProof
@@ -133,7 +133,21 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
         if widened:
             _prove_narrow(model, found, truth)
     whole = replace(found, blocks=shape.blocks, linears=shape.linears, norms=shape.norms, padded_because=why)
+    if depth < len(shape.blocks):
+        whole = _fused_everywhere(model, whole)
     return settled(whole, finding_of(whole))
+
+
+def _fused_everywhere(model: nn.Module, proved: Architecture) -> Architecture:
+    """What was fused in the first block of each kind, fused in all of that kind."""
+    kinds = fused_kinds(proved)
+    more = {
+        f"{block}.{path.removeprefix(f'{proved.blocks[first]}.')}": mixin
+        for block, first in trial.first_alike(model, proved).items()
+        for path, mixin in kinds.items()
+        if path.startswith(f"{proved.blocks[first]}.")
+    }
+    return with_way(proved, "fused", kinds | more) if kinds else proved
 
 
 def _prove_narrow(model: nn.Module, way: Architecture, wide: Truth) -> None:

@@ -265,12 +265,19 @@ def shallow(model: nn.Module, shape: Architecture) -> Iterator[int]:
 def _depth(model: nn.Module, shape: Architecture) -> int:
     if _small(model) or shape.memory_linears:
         return len(shape.blocks)
+    return max(2, max(first_alike(model, shape).values()) + 1)
+
+
+def first_alike(model: nn.Module, shape: Architecture) -> dict[str, int]:
+    """Path of each block -> the number of the first block of its kind."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     types = getattr(text, "layer_types", None) or itertools.repeat(None)
-    kinds = [(_kind(model.get_submodule(path)), kind) for path, kind in zip(shape.blocks, types, strict=False)]
-    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
-    return max(2, max(first.values()) + 1)
+    first: dict[Any, int] = {}
+    return {
+        path: first.setdefault((_kind(model.get_submodule(path)), kind), index)
+        for index, (path, kind) in enumerate(zip(shape.blocks, types, strict=False))
+    }
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
