@@ -152,8 +152,8 @@ def test_the_others_keep_their_results(tiny_llama_dir: Path, tiny_data: Path, tm
     from weft.generate.open import open_target
 
     good, bad = {"name": "good"}, {"name": "bad", "method": "ln_tuning", "learning_rate": 1e-12}
-    train(settings(tiny_llama_dir, tiny_data, tmp_path / "alone", good))
-    config = settings(tiny_llama_dir, tiny_data, tmp_path / "both", good, bad)
+    train(settings(tiny_llama_dir, tiny_data, tmp_path / "alone", good, exact=True))
+    config = settings(tiny_llama_dir, tiny_data, tmp_path / "both", good, bad, exact=True)
     store = RunStore(config.output_dir)
     result = train(config)
     assert {name: job["ended"] for name, job in result.jobs.items()} == {"good": "finished", "bad": "failed"}
