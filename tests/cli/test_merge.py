@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.contracts import kit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weft.core.files import merged_from, provenance_of
@@ -81,7 +82,7 @@ def test_answers_and_renders_as_the_adapter(weft: Callable[..., Any], trained: P
     assert result.code == 0, result.err
     told = json.loads(result.out)
     assert told["proof"]["exact"]
-    assert told["proof"]["precise_difference"] <= may_differ(told)
+    kit.measured("merged - adapter", told["proof"]["precise_difference"], may_differ(told), derived=True)
     assert told["proof"]["agreement"] == 1
     own = answers(weft, adapter)
     assert answers(weft, Path("merged")) == own
@@ -254,7 +255,7 @@ def test_a_merge_that_does_not_answer_alike_is_not_kept(
         assert found is not None
         assert limit is not None
         # The fault is far larger than what this machine's rounding is allowed.
-        assert 1e-5 <= float(limit[1]) <= 1e-4
+        assert 1e-5 <= float(limit[1]) <= 3e-4
         assert not float(found[1]) <= 10 * float(limit[1])
         assert list(Path().iterdir()) == []
 
@@ -283,7 +284,7 @@ def test_where_rounding_is_large_it_is_measured(
     assert result.code == 0, result.err
     proof = json.loads(result.out)["proof"]
     # Rounding of 32 bits: some multiple of eps, far from a fault's size.
-    assert torch.finfo(torch.float32).eps / 4 < proof["own_rounding"] < 1e-5
+    assert torch.finfo(torch.float32).eps / 4 < proof["own_rounding"] < 1e-4
     assert proof["precise_difference"] <= proofs.ROUNDINGS * proof["own_rounding"]
 
 
@@ -298,7 +299,8 @@ def test_in_sixteen_bits(weft: Callable[..., Any], trained: Path, monkeypatch: p
         assert not proof["exact"]
         assert proof["decided_agreement"] >= 0.999
         assert 0.01 < proof["rounding"] <= 1.5
-        assert proof["decided"] > 500
+        # So many that the check after this one can fail.
+        assert proof["decided"] > proof["positions"] / 20
         assert {t.dtype for t in load_file(f"{dtype}/model.safetensors").values()} == {getattr(torch, dtype)}
     plain = merging.merged_model
 
@@ -341,8 +343,9 @@ def test_a_quantised_base(weft: Callable[..., Any], tiny_data: Path, quantizatio
         assert f"the base of the training was {quantization}: its dequantised weights" in result.err
         assert (told["quantization"], told["dtype"], told["proof"]["exact"]) == (quantization, "float32", True)
         allowed = may_differ(told)
-        assert told["proof"]["precise_difference"] <= allowed
-        assert told["proof"]["routed_difference"] <= (allowed if quantization == "nf4" else 0.1)
+        kit.measured("merged - adapter in 32 bits", told["proof"]["precise_difference"], allowed, derived=True)
+        allowed = allowed if quantization == "nf4" else 0.1
+        kit.measured("merged - adapter as trained", told["proof"]["routed_difference"], allowed, derived=True)
     assert answers(weft, Path("moved"), "--dtype", "float32") == answers(weft, Path("run"), "--dtype", "float32")
     opened = open_target("moved")
     opened.close()
@@ -374,7 +377,7 @@ def test_a_classifier_becomes_transformers_own(weft: Callable[..., Any], tiny_ll
     result = weft("merge", "--adapter", "run", "-o", "merged", "--json")
     assert result.code == 0, result.err
     told = json.loads(result.out)
-    assert told["proof"]["precise_difference"] <= may_differ(told)
+    kit.measured("merged - adapter", told["proof"]["precise_difference"], may_differ(told), derived=True)
     model = AutoModelForSequenceClassification.from_pretrained("merged")
     assert sorted(model.config.id2label.values()) == ["down", "up"]
     asked = weft("generate", "run", "--prompt", "sky 3", "--json")

@@ -36,7 +36,7 @@ from weft.train.step import logits_of
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "gemma", "gpt_neox", "opt", "mistral", "falcon"]
 FAST = ("llama", "gpt2", "bloom", "qwen2")
 TIED = {"qwen2": {"tie_word_embeddings": True}}
-LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
+LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
 # Where no module of a kind can have a bias but those that have one.
 BITFIT: dict[str, dict[str, Any]] = {
     "llama": {"add_missing": True, "target_modules": ["attention", "mlp"]},
@@ -114,7 +114,7 @@ def test_in_the_bases_own_dtype(method: str, tmp_path: Path) -> None:
         adapters.close()
     other = Adapters(merged, describe(merged))
     ours, own = (relative(found[torch.float32], one) for one in (logits(other, None), found[torch.bfloat16]))
-    kit.measured(f"bf16 {method}: error over that of the dtype", ours / own, 2.0)
+    kit.measured(f"bf16 {method}: error over that of the dtype", ours / own, 2.0, derived=True)
 
 
 @pytest.mark.parametrize("method", sorted(kit.NOT_MERGEABLE))
@@ -265,7 +265,7 @@ def test_as_pefts_merge_and_unload(kind: str, method: str, variant: str, tmp_pat
     assert set(ours) == set(wanted)
     assert any(not torch.equal(wanted[key], own) for key, own in model.state_dict().items())
     for key, tensor in wanted.items():
-        kit.measured(f"{kind} {method} {variant} {key}", kit.difference([tensor], [ours[key]]), 1e-6)
+        kit.measured(f"{kind} {method} {variant} {key}", kit.difference([tensor], [ours[key]]), 5e-6)
 
 
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
@@ -310,7 +310,7 @@ def test_classifiers(kind: str, method: str, tmp_path: Path) -> None:
         with torch.no_grad():
             routed = logits_of(adapters, "it", [Sample(ids, [0.0] * len(ids), "s")])
             found = plain(input_ids=torch.tensor([ids])).logits
-        kit.measured(f"{kind} {method}", relative([routed], [found]), 1e-5)
+        kit.measured(f"{kind} {method}", relative([routed], [found]), LIMITS[torch.float32])
     adapters.close()
 
 
@@ -348,7 +348,7 @@ def test_a_quantised_base_is_merged_as_training_saw_it(quantised: Any, method: s
     found = relative(routed, logits(other, None))
     # LLM.int8 also rounds its inputs to 127 steps.
     exact = not any(type(m).__name__.endswith("Linear8bitLt") for m in base.model.modules())
-    kit.measured(f"quantised {method}", found, 1e-5 if exact else 3e-2)
+    kit.measured(f"quantised {method}", found, 1e-5 if exact else 3e-2, derived=not exact)
     assert all(torch.equal(a, b) for a, b in zip(before, logits(adapters, None), strict=True))
     original = AutoModelForCausalLM.from_pretrained(folder).eval()
     wrong = Adapters(original, describe(original))

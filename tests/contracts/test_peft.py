@@ -24,7 +24,8 @@ from weft.models import describe
 KINDS = ["llama", "bloom", "gpt2", "qwen2", "mistral", "gemma", "gpt_neox", "opt"]
 # What a method does with its settings depends little on the architecture: the others see the rest in the slow suite.
 MANY = ("llama", "gpt2")
-LIMIT = 1e-5
+# In float32: about fifteen times what three kinds of kernels gave.
+LIMIT = 2e-5
 _LLAMA_NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "qwen2": ["k_proj", "o_proj", "up_proj"],
            "gpt2": ["c_attn", "c_fc"], "bloom": ["query_key_value", "dense_h_to_4h"],

@@ -96,7 +96,7 @@ def compare(adapters: Adapters, reference: Any, kind: str) -> None:
     plain = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
     theirs = [reference(torch.tensor([ids])).logits[0] for ids in texts]
     # transformers computes a float64 Llama's norms and rotations, and BLOOM's softmax, in float32.
-    kit.measured(f"{kind}: by hand", kit.difference(ours, theirs), 1e-12 if kind == "gpt2" else 1e-6)
+    kit.measured(f"{kind}: by hand", kit.difference(ours, theirs), 1e-12 if kind == "gpt2" else 1e-5)
     assert kit.difference(ours, plain) > 1e-3
 
 

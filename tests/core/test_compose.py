@@ -45,13 +45,13 @@ def settings_of(kind: str) -> dict[str, Any]:
 
 def their_model(base: str, configs: list[dict[str, Any]], folder: Path) -> Any:
     """A peft model with our adapters of these settings in it, named 0, 1, …; they lie in ``folder`` too."""
-    model = kit.make_model(base)
+    model = kit.make_model(base, torch.float64)
     adapters = Adapters(model, describe(model))
     for index, settings in enumerate(configs):
         targets = TARGETS[base][index % 2 :] if len({c["r"] for c in configs}) > 1 else TARGETS[base]
         kit.randomize(adapters.add(str(index), LoraConfig(target_modules=targets, **settings)), index)
         adapters.save(str(index), folder / str(index))
-    theirs = peft.PeftModel.from_pretrained(kit.make_model(base), folder / "0", adapter_name="0")
+    theirs = peft.PeftModel.from_pretrained(kit.make_model(base, torch.float64), folder / "0", adapter_name="0")
     for index in range(1, len(configs)):
         theirs.load_adapter(folder / str(index), adapter_name=str(index))
     return theirs.eval()
@@ -59,8 +59,8 @@ def their_model(base: str, configs: list[dict[str, Any]], folder: Path) -> Any:
 
 @pytest.fixture
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """peft's masks are drawn from the global generator: seed it as ours is, module by module. GPT-2's changes are
-    stored transposed, and so drawn transposed."""
+    """peft's masks are drawn from the global generator: seed it as ours is, module by module, and draw in float32.
+    GPT-2's changes are stored transposed, and so drawn transposed."""
     seeded: list[str] = []
     for name in (
         "_generalized_task_arithmetic_weighted_adapter",
@@ -75,13 +75,12 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             torch.manual_seed(stable_seed(SEED, "combine", path))
             seeded.append(path)
             turn = n.startswith("_svd") and target.fan_in_fan_out
-            pruning = merge_utils.random_pruning
-            if turn:
-                monkeypatch.setattr(merge_utils, "random_pruning", lambda t, d, rescale: pruning(t.T, d, rescale).T)
-            try:
+            pruning, bernoulli = merge_utils.random_pruning, torch.bernoulli
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "bernoulli", lambda share: bernoulli(share.float()).to(share))
+                if turn:
+                    patch.setattr(merge_utils, "random_pruning", lambda t, d, rescale: pruning(t.T, d, rescale).T)
                 return p(self, kind, adapters, weights, *rest, **more)
-            finally:
-                monkeypatch.setattr(merge_utils, "random_pruning", pruning)
 
         monkeypatch.setattr(LoraModel, name, run)
     return seeded
@@ -118,7 +117,7 @@ def test_as_add_weighted_adapter(
     theirs = their_model(base, configs, tmp_path)
     names = [str(i) for i in range(len(configs))]
     theirs.add_weighted_adapter(names, WEIGHTS, "new", combination_type=kind, **settings_of(kind))
-    model = kit.make_model(base)
+    model = kit.make_model(base, torch.float64)
     adapters = Adapters(model, describe(model))
     for name in names:
         adapters.load(name, tmp_path / name)

@@ -28,7 +28,7 @@ from weft.models.facts import FACTS
 from weft.train import Job, JobConfig, Trainer
 
 # Elsewhere transformers casts to float32 inside a float64 model (RMSNorm, rotary angles, ALiBi).
-LIMITS = {"gpt2": 1e-9, "opt": 1e-9, "llama": 1e-4, "bloom": 1e-4}
+LIMITS = {"gpt2": 1e-9, "opt": 1e-9, "llama": 1e-6, "bloom": 1e-6}
 
 
 def plain_training(model: Any, job: Job, optimizer: torch.optim.Optimizer) -> None:
@@ -53,9 +53,10 @@ def sample_loss(model: Any, sample: Sample) -> Tensor:
     return (losses * torch.tensor(sample.weights[1:], dtype=losses.dtype)).sum()
 
 
+# Adam divides what is left of a gradient of zero, in float32 rounding, by itself: a larger eps keeps it small.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-4, weight_decay=0.0),
 }
 
 
@@ -69,7 +70,8 @@ def test_full_is_torchs_training_of_the_whole_model(kind: str, optimizer: str) -
     reference = copy.deepcopy(model)
     config = JobConfig(name="full", method="full", steps=6, batch_size=3, gradient_accumulation_steps=2,
                        optimizer=optimizer, learning_rate={"sgd": 0.05, "adamw": 1e-3}[optimizer],
-                       lr_scheduler_type="constant", warmup_ratio=0)  # fmt: skip
+                       lr_scheduler_type="constant", warmup_ratio=0,
+                       adam_epsilon=1e-4)  # fmt: skip
     # Token 0 pads in some of these models, and then learns nothing from being read.
     data = [Sample([i * (i % 5 > 0) for i in s.input_ids], s.weights, s.source) for s in kit.samples(20, 3, 20)]
     adapters = Adapters(model, describe(model))
