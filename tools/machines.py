@@ -23,11 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 NUMERIC = ["tests/contracts", "tests/core", "tests/ops", "tests/methods", "tests/models", "tests/generate",
            "tests/train", "tests/cli/test_merge.py", "tests/test_libraries.py"]  # fmt: skip
-# MKL has kernels of its own, which torch's variable does not reach.
+# MKL has kernels of its own, which torch's variable does not reach. Threads that outnumber the cores must not spin.
 SETTINGS = {
     "1 thread": {"WEFT_TEST_THREADS": "1"},
-    "2 threads": {"WEFT_TEST_THREADS": "2"},
-    "4 threads": {"WEFT_TEST_THREADS": "4"},
+    "2 threads": {"WEFT_TEST_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
+    "4 threads": {"WEFT_TEST_THREADS": "4", "OMP_WAIT_POLICY": "PASSIVE"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "default": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
 }
@@ -37,8 +37,6 @@ def run(setting: str, tests: list[str], processes: int) -> tuple[str, dict[tuple
     """pytest's last line, and per test and comparison the largest share of its limit."""
     with tempfile.TemporaryDirectory() as folder:
         near = Path(folder) / "near.jsonl"
-        # Processes with several threads each would wait for one another.
-        processes = 1 if int(SETTINGS[setting].get("WEFT_TEST_THREADS", "1")) > 1 else processes
         parallel = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
         command = [sys.executable, "-m", "pytest", "-p", "tests.near", "--near", str(near), "-o",
                    "enable_assertion_pass_hook=true", "-p", "no:cacheprovider", "-m", "not slow",

@@ -290,6 +290,52 @@ def test_large_models_are_tried_by_their_first_blocks(monkeypatch: pytest.Monkey
     kit.measured("proved by two blocks", worst, 1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_large_models_are_tried_by_their_first_words(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables are whole again afterwards, and the padding token is, which stands among the rows that were cut."""
+    model = make(LlamaConfig(**SIZES | {"tie_word_embeddings": tied, "pad_token_id": 90}))
+    monkeypatch.setattr(trial, "_small", lambda _: False)
+    monkeypatch.setattr(trial, "_WORDS", 20)
+    seen: list[int] = []
+    plain = trial.own_output
+
+    def watched(*given: Any) -> Tensor:
+        seen.append(plain(*given).shape[-1])
+        return plain(*given)
+
+    monkeypatch.setattr(trial, "own_output", watched)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    shape = describe(model)
+    assert set(seen) == {20}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert (table.num_embeddings, table.padding_idx, head.out_features) == (97, 90, 97)
+    assert (head.weight is table.weight) == tied
+    worst = max(float((a - b).abs().max()) for a, b in zip(own(model), ours(model, shape), strict=True))
+    kit.measured("proved by twenty words", worst, 1e-5)
+
+
+class Barred(LlamaForCausalLM):
+    """Bars the last half of its vocabulary, however large that is: what a few rows cannot show."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits.clone()
+        out.logits[..., 50:] = -30.0
+        return out
+
+
+def test_words_that_were_cut_off_and_are_treated_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(LlamaConfig(**SIZES))
+    model.__class__ = Barred
+    monkeypatch.setattr(trial, "_small", lambda _: False)
+    monkeypatch.setattr(trial, "_WORDS", 20)
+    shape = describe(model)
+    assert shape.head_form is None
+    worst = max(float((a - b).abs().max()) for a, b in zip(own(model), ours(model, shape), strict=True))
+    kit.measured("half of the vocabulary barred", worst, 1e-5)
+
+
 def test_all_blocks_of_a_large_model_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only its first blocks run in the proof."""
     model = make(LlamaConfig(**{**SIZES, "num_hidden_layers": 5}))

@@ -207,13 +207,14 @@ def run_stream(
     with router.use(stream.route):
         hidden = embed(model, stream, adapters)
         if stream.route.padded:
-            return _run_padded(model, stream, hidden, shape)
+            return _run_padded(model, stream, hidden, shape).to(hidden.dtype)
         types = {} if stream.token_types is None else {"token_type_ids": stream.token_types[None]}
         out = run_body(
             model, shape, hidden[None], stream.input_ids[None], position_ids=stream.position_ids[None],
             use_cache=False, **types,
         )  # fmt: skip
-        return out.last_hidden_state[0]
+        # Mamba's residual stream is float32 in every dtype; its own head takes rows of the model's.
+        return out.last_hidden_state[0].to(hidden.dtype)
 
 
 def run_body(model: nn.Module, shape: Architecture, embeds: Tensor, ids: Tensor, **arguments: Any) -> Any:

@@ -103,6 +103,14 @@ def _is_pair(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
+def _first_position(model: nn.Module, text: Any, facts: Facts | None, limit: int | None) -> int:
+    """RoBERTa and its kin count positions from behind the pad token, which has a row in their table of positions."""
+    if facts is not None:
+        return int(text.pad_token_id) + 1 if facts.padding_first else 0
+    tables = [m for path, m in model.named_modules() if "position" in path and isinstance(m, nn.Embedding)]
+    return next((m.padding_idx + 1 for m in tables if m.num_embeddings == limit and m.padding_idx is not None), 0)
+
+
 def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architecture:
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -129,7 +137,7 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     limit = getattr(text, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else None  # XLNet says -1
-    first = int(text.pad_token_id) + 1 if facts is not None and facts.padding_first else 0
+    first = _first_position(model, text, facts, limit)
     pooler = _pooler(model) if encoder else None
     # A pooler sees one row per sequence, so nothing in it can be a site.
     modules = [(p, m) for p, m in model.named_modules() if pooler is None or not p.startswith(pooler)]

@@ -82,14 +82,14 @@ def architecture_of(model: nn.Module, finding: Finding) -> Architecture:
     """The proved architecture of a model of which this was found out before.
 
     Raises:
-        AttributeError, KeyError: it names modules that this model has not.
+        KeyError: it names modules that this model has not.
     """
     shape = sketch(model)
     if shape.blocks != finding.blocks:
         shape = sketch(model, set(finding.blocks))
     kinds = {path: MIXINS[name] for path, name in finding.fused.items()}
-    for path in (*kinds, *finding.tables, *finding.blocks):
-        model.get_submodule(path)
+    if gone := {*kinds, *finding.tables, *finding.blocks} - {path for path, _ in model.named_modules()}:
+        raise KeyError(*sorted(gone))
     shape = with_way(with_tables(shape, finding.tables), finding.way, kinds)
     return settled(replace(shape, by_ids=finding.by_ids, body=finding.body, head_form=finding.head_form), finding)
 

@@ -49,7 +49,9 @@ class KeptProof:
         if not root or not any(path.suffix == ".safetensors" for path in weights):
             return None
         config: Any = model.config
-        held = list(model.named_parameters())
+        # One walk: it takes most of the time that a kept proof takes.
+        modules = list(model.named_modules())
+        held = [(f"{path}.{n}", p) for path, m in modules for n, p in m._parameters.items() if p is not None]
         kinds = sorted({f"{p.dtype} {p.device}" for _, p in held})
         quantized = repr(getattr(config, "quantization_config", None))
         name = _hash([str(folder), *kinds, quantized])
@@ -58,7 +60,7 @@ class KeptProof:
             *_devices({p.device for _, p in held}),
             *_code_of(model), config.to_json_string(use_diff=False), str(getattr(config, "_attn_implementation", None)),
             str(getattr(config, "_experts_implementation", None)), *_stamps(weights),
-            *(f"{path}:{type(module).__qualname__}" for path, module in model.named_modules()),
+            *(f"{path}:{type(module).__qualname__}" for path, module in modules),
             *(f"{path}:{p.dtype}{tuple(p.shape)}" for path, p in held),
         ]  # fmt: skip
         return cls(Path(root) / "proofs" / f"{name}.json", _hash(state))

@@ -41,6 +41,7 @@ from weft.models.truth import (
     Truth,
     check_finite,
     check_indexer,
+    first_output,
     limit_of,
     limit_of_narrow,
     name_of,
@@ -70,9 +71,9 @@ def describe(model: nn.Module, folder: Path | None = None) -> Architecture:
     Raises:
         UserError: its structure is not known, or no way through it gives what its own forward gives.
     """
-    if is_open(model) and model in _PROVED:
+    if model in _PROVED and is_open(model):
         return _PROVED[model]
-    if any(p.device.type == "meta" for p in model.parameters()):
+    if any(p.is_meta for p in model.parameters()):
         return _sketch(model)
     kept = None if folder is None else KeptProof.of(model, folder)
     shape = kept.recall(model) if kept else None
@@ -117,25 +118,50 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
     """
     check_indexer(model)
     shape = with_tables(shape, tuple(neighbour_dependent(model)))
-    with trial.shallow(model, shape) as depth:
-        short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
-                        norms=_within(shape.norms, shape, depth))  # fmt: skip
-        with trial.in_float32(model) as widened:
-            truth, trace = truth_of(model, short)
-            if not shape.bidirectional and shape.blocks[0] not in set(trace.order):
-                # The blocks of a tower for pictures; those that a text goes through are others.
-                return prove(model, sketch(model, set(trace.order)))
-            out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
-            body = "" if shape.bidirectional else trace.body
-            short = replace(short, body=body, unreachable=out_of_reach)
-            short = replace(short, head_form=_head_form(model, short))
-            found, why = _first_right(model, short, truth)
-        if widened:
-            _prove_narrow(model, found, truth)
-    whole = replace(found, blocks=shape.blocks, linears=shape.linears, norms=shape.norms, padded_because=why)
+    try:
+        with trial.shallow(model, shape) as depth:
+            with trial.fewer_words(model) as cut:
+                found = _prove_short(model, shape, depth)
+            if cut and found.head_form and _head_form(model, found) != found.head_form:
+                # The rows that were cut off are treated otherwise.
+                found = _prove_short(model, shape, depth)
+    except _OtherBlocksError as other:
+        return prove(model, sketch(model, other.order))
+    whole = replace(found, blocks=shape.blocks, linears=shape.linears, norms=shape.norms)
     if depth < len(shape.blocks):
         whole = _fused_everywhere(model, whole)
     return settled(whole, finding_of(whole))
+
+
+class _OtherBlocksError(Exception):
+    """A text goes through other blocks than were taken for the model's: those of a tower for pictures."""
+
+    def __init__(self, order: set[str]) -> None:
+        super().__init__()
+        self.order = order
+
+
+def _prove_short(model: nn.Module, shape: Architecture, depth: int) -> Architecture:
+    """``prove`` of the first ``depth`` blocks.
+
+    Raises:
+        UserError: no way is right.
+        _OtherBlocksError: the model's own forward does not call the blocks.
+    """
+    short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
+                    norms=_within(shape.norms, shape, depth))  # fmt: skip
+    with trial.in_float32(model) as widened:
+        truth, trace = truth_of(model, short)
+        if not shape.bidirectional and shape.blocks[0] not in set(trace.order):
+            raise _OtherBlocksError(set(trace.order))
+        out_of_reach = _everywhere(trial.unreachable(trace), shape, depth)
+        body = "" if shape.bidirectional else trace.body
+        short = replace(short, body=body, unreachable=out_of_reach)
+        short = replace(short, head_form=_head_form(model, short))
+        found, why = _first_right(model, short, truth)
+    if widened:
+        _prove_narrow(model, found, truth)
+    return replace(found, padded_because=why)
 
 
 def _fused_everywhere(model: nn.Module, proved: Architecture) -> Architecture:
@@ -160,7 +186,7 @@ def _prove_narrow(model: nn.Module, way: Architecture, wide: Truth) -> None:
         UserError: it does, or most tokens get other logits; a few may, where rounding sends them to other experts.
     """
     text = max(wide.sequences, key=len)
-    own = trial.own_output(model, way, [text])[0]
+    own = first_output(model, way, text)
     check_finite(model, [own])
     expected = wide.outputs[wide.sequences.index(text)]
     rounding = Truth([text], [expected], 0.0).distances([own], typical=True)[0]

@@ -171,7 +171,8 @@ def _alike(module: Any, fresh: _Fresh, some: tuple[int, ...], others: tuple[int,
         types = sorted(set(getattr(module, "layer_types", None) or ())) or [None]
         answers = [module(x, ids) if kind is None else module(x, ids, kind) for kind in types]
         tables = [table for answer in answers for table in (answer if isinstance(answer, tuple) else (answer,))]
-        return [table[..., :2, :].float() for table in tables]
+        first = [table[..., :2, :] for table in tables]
+        return [torch.view_as_real(table) if table.is_complex() else table.float() for table in first]
 
     try:
         return all(torch.equal(a, b) for a, b in zip(ask(*some), ask(*others), strict=True))

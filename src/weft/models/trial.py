@@ -237,6 +237,39 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
             tensor.data = data
 
 
+# Rows of the tables that are left of a large vocabulary.
+_WORDS = 1024
+
+
+@contextlib.contextmanager
+def fewer_words(model: nn.Module) -> Iterator[bool]:
+    """Inside, a large model has only the first rows of its vocabulary; yields whether something was cut.
+
+    Of a model of 8 billion parameters, the vocabulary holds twice as many as the two blocks that are tried, and one row
+    is treated as the next.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    plain = isinstance(table, nn.Embedding) and type(head) is nn.Linear
+    rows = table.weight.shape[0] if plain else 0
+    alike = [p for p in model.parameters() if p.ndim and p.shape[0] == rows]
+    own = {id(p): p for p in (table.weight, *head.parameters())} if plain else {}
+    if rows <= _WORDS or _small(model) or {id(p) for p in alike} != own.keys():
+        yield False
+        return
+    words = (table.num_embeddings, table.padding_idx, head.out_features)
+    kept = [(p, p.data) for p in own.values()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data[:_WORDS]
+        # torch refuses a padding token that the table has not; it only stops gradients, of which there are none.
+        table.num_embeddings, table.padding_idx, head.out_features = _WORDS, None, _WORDS
+        yield True
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+        table.num_embeddings, table.padding_idx, head.out_features = words
+
+
 @contextlib.contextmanager
 def shallow(model: nn.Module, shape: Architecture) -> Iterator[int]:
     """Inside, a large model has only its first blocks, so many that one of every kind is among them; yields how many.

@@ -54,21 +54,31 @@ def truth_of(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]
     """
     sequences = trial.sequences_for(model, shape)
     longest = max(sequences, key=len)
-    try:
-        tables = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
-        with trial.watched(model, [*shape.linears, *shape.norms, *tables]) as trace:
-            first = trial.own_output(model, shape, [longest])[0]
-    except Exception as error:
-        raise UserError(
-            f"this {name_of(model)} does not run by itself: transformers' own forward of {len(longest)} tokens stops "
-            f"with {type(error).__name__}: {reason_of(error)}."
-        ) from error
+    tables = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    with trial.watched(model, [*shape.linears, *shape.norms, *tables]) as trace:
+        first = first_output(model, shape, longest)
     outputs = [first if s is longest else trial.own_output(model, shape, [s])[0] for s in sequences]
     check_finite(model, outputs)
     again = trial.own_output(model, shape, [longest, longest, _other_end(longest)])
     if not shape.bidirectional:
         check_causal(model, shape, longest, first, again[2])
     return Truth(sequences, outputs, limit_of(model, outputs, first, again[:2])), trace
+
+
+def first_output(model: nn.Module, shape: Architecture, text: list[int]) -> Tensor:
+    """What the model's own forward gives for a text, when it runs for the first time in its dtype.
+
+    Raises:
+        UserError: it does not run.
+    """
+    try:
+        return trial.own_output(model, shape, [text])[0]
+    except Exception as error:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        raise UserError(
+            f"this {name_of(model)} does not run by itself in {dtype}: transformers' own forward of {len(text)} tokens "
+            f"stops with {type(error).__name__}: {reason_of(error)}. Take another dtype or another base."
+        ) from error
 
 
 def limit_of(model: nn.Module, outputs: Sequence[Tensor], alone: Tensor, again: Tensor) -> float:
