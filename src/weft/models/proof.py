@@ -190,7 +190,7 @@ def _prove_narrow(model: nn.Module, way: Architecture, wide: Truth) -> None:
     check_finite(model, [own])
     expected = wide.outputs[wide.sequences.index(text)]
     rounding = Truth([text], [expected], 0.0).distances([own], typical=True)[0]
-    truth = replace(wide, limit=limit_of_narrow(own, rounding))
+    truth = replace(wide, limit=limit_of_narrow(model, own, rounding))
     typical = max(truth.distances(our_output(model, way, truth.sequences), typical=True))
     if typical > truth.limit:
         raise UserError(_refusal(model, way, typical, truth))

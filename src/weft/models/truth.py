@@ -88,17 +88,24 @@ def limit_of(model: nn.Module, outputs: Sequence[Tensor], alone: Tensor, again: 
         return MIXED * scale
     apart = (again.double() - alone.double()).abs()
     noise = float(apart[apart.isfinite()].max())
-    dtype = alone.dtype
+    dtype = _dtype(model)
     # transformers computes softmax and norms of a float64 model in float32.
     units = UNITS * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     # A model whose own batch mixes its rows would else measure that as rounding.
     return min(max(NOISE * noise / max(scale, 1e-30), units), MOST.get(dtype, 1e-4)) * scale
 
 
-def limit_of_narrow(own: Tensor, rounding: float) -> float:
+def limit_of_narrow(model: nn.Module, own: Tensor, rounding: float) -> float:
     """How far rounding reaches in 16 bits, where the model's ``own`` output lies ``rounding`` from that in float32."""
-    scale = largest([own])
-    return min(max(NOISE * rounding, UNITS * torch.finfo(own.dtype).eps * scale), MOST.get(own.dtype, 1e-4) * scale)
+    scale, dtype = largest([own]), _dtype(model)
+    return min(max(NOISE * rounding, UNITS * torch.finfo(dtype).eps * scale), MOST.get(dtype, 1e-4) * scale)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What it computes in; some models (Mamba) give logits in float32 whatever that is."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    dtype: torch.dtype = table.weight.dtype
+    return dtype
 
 
 def largest(outputs: Sequence[Tensor]) -> float:
@@ -121,7 +128,7 @@ def check_causal(model: nn.Module, shape: Architecture, text: list[int], output:
     """
     if any(mixes_rows(module) for module in model.modules()):
         return  # in int8 every row is rounded by what the last one is
-    bound = MOST.get(output.dtype, 1e-4) * largest([output])
+    bound = MOST.get(_dtype(model), 1e-4) * largest([output])
 
     def differs(changed: Tensor) -> Tensor:
         return (changed[:-1].double() - output[:-1].double()).abs()
