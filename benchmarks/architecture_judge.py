@@ -40,7 +40,7 @@ from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.methods import METHODS
 from weft.models.attached import prove_attached
-from weft.models.merged import check_as_written, merged_model
+from weft.merge.model import check_as_written, merged_model
 from weft.train.step import Work, sequence_losses
 
 BASE = "base"

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tests.contracts import kit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from weft.core.files import merged_from, provenance_of
+from weft.files.adapter_folder import merged_from, provenance_of
 from weft.data import Message
-from weft.generate import merged as merging
-from weft.generate import proof as proofs
+from weft.merge import folder as merging
+from weft.merge import proof as proofs
 from weft.generate.open import open_target
 
 ASKED = (

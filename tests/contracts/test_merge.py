@@ -30,7 +30,7 @@ from weft.data import Sample
 from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models import describe, load_base
-from weft.models.merged import merged_model
+from weft.merge.model import merged_model
 from weft.train.step import logits_of
 
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "gemma", "gpt_neox", "opt", "mistral", "falcon"]

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
-from weft.core.files import read_json, read_tensors
-from weft.core.reach import left_out
+from weft.files.adapter_folder import read_json, read_tensors
+from weft.models.reach import left_out
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import METHODS
@@ -352,7 +352,7 @@ def test_what_is_not_reached_is_said(method: str) -> None:
 def test_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
     """The linears are in NF4, the experts as they were; peft loads the file on such a base."""
     pytest.importorskip("bitsandbytes")
-    from weft.core.reach import unquantized
+    from weft.models.reach import unquantized
     from weft.models.load import load_base
 
     make_moe(kind, torch.float32, hidden_size=64).save_pretrained(tmp_path / "base")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import METHODS

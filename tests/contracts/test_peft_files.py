@@ -172,7 +172,7 @@ def test_tables_of_the_base_in_the_file(method: str, tmp_path: Path) -> None:
 
 def test_tables_that_cannot_be_compared(tmp_path: Path) -> None:
     """``weft combine`` has no weights of the base."""
-    from weft.core import files
+    from weft.files import adapter_folder as files
 
     fresh_peft("llama", peft_config("llama", "lora")).save_pretrained(tmp_path, save_embedding_layers=True)
     config, tensors, _ = files.read(tmp_path)
@@ -281,7 +281,7 @@ def test_two_names_that_become_one(tmp_path: Path) -> None:
 
 def test_a_base_that_is_called_so_keeps_its_names(tmp_path: Path) -> None:
     """``language_model.`` stays where the base's own modules are there, and the wrapper's name goes everywhere else."""
-    from weft.core.tensor_names import normalised
+    from weft.files.tensor_names import normalised
 
     key = "base_model.model.model.language_model.layers.0.q_proj.lora_A.weight"
     one = {key: torch.zeros(1)}

@@ -15,7 +15,7 @@ from tests.contracts.test_peft import KINDS, LIMIT, TARGETS, common, edit, fresh
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import describe

@@ -13,7 +13,7 @@ from tests.contracts import kit
 from tests.contracts.test_peft import KINDS, LIMIT, edit, fresh_peft, our_logits, peft_logits
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import describe

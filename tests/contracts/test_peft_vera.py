@@ -25,7 +25,7 @@ from tests.contracts.test_peft import (
 )
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.errors import UserError
 from weft.models import describe
 

@@ -11,7 +11,7 @@ from tests.contracts import kit
 from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError

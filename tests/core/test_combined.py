@@ -20,7 +20,7 @@ from weft.core.combined import Combined, CombinedConfig
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import stable_seed
 from weft.core.stream import Part
-from weft.core.weights import OwnWeights
+from weft.methods.own_weights import OwnWeights
 from weft.data import Sample
 from weft.errors import UserError
 from weft.generate import Request, generate

@@ -15,13 +15,13 @@ from tests.contracts import kit
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.core.compose import ON_PRODUCTS, Combination
+from weft.combine.rules import ON_PRODUCTS, Combination
 from weft.core.route import stable_seed
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from weft.models import describe
-from weft.ops.merge import agreeing_mean, drop_at_random, keep_largest, merge, truncated_svd, truncated_svd_of_product
+from weft.ops.combine import agreeing_mean, drop_at_random, keep_largest, merge, truncated_svd, truncated_svd_of_product
 
 LIMIT = 1e-5
 SEED = 7

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.conftest import make_tokenizer
 
-from weft.core.files import provenance_of
+from weft.files.adapter_folder import provenance_of
 from weft.data import Message
 from weft.errors import UserError
 from weft.generate.open import open_target

@@ -15,7 +15,7 @@ from tests.contracts.test_peft_lora import check_ours, our_logits
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import AdaLoraConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods.bottleneck import Bottleneck, BottleneckConfig, from_adapterhub, to_adapterhub

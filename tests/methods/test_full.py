@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.stream import Part
-from weft.core.weights import WeightDelta
+from weft.methods.own_weights import WeightDelta
 from weft.data import Sample
 from weft.errors import UserError
 from weft.models import describe, load_base

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.site import site_of
 from weft.core.stream import Part
 from weft.errors import UserError

@@ -16,7 +16,7 @@ import weft.models.fused
 import weft.models.proof
 from weft.core.adapters import Adapters
 from weft.core.stream import Part
-from weft.core.weights import dense_weight
+from weft.methods.own_weights import dense_weight
 from weft.errors import UserError
 from weft.methods import LoraConfig
 from weft.models import describe

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from weft.core.weights import dense_weight
+from weft.methods.own_weights import dense_weight
 from weft.errors import UserError
 from weft.models.originals import OriginalWeights
 from weft.train import make_config

@@ -14,7 +14,7 @@ from tests.contracts import kit
 from tests.contracts.test_seq2seq import make_model
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.data import Message
 from weft.errors import UserError
 from weft.evaluate import Question, answer_questions

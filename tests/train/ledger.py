@@ -20,7 +20,7 @@ from weft.models import describe
 from weft.train import Job, JobConfig, RunConfig, Trainer
 from weft.train.reader import Reader, data_files
 from weft.train.step import StepResult
-from weft.train.store import RunStore
+from weft.files.run_folder import RunStore
 
 ROWS = {"mine.jsonl": 700, "general.jsonl": 650}
 EPOCHS = 4

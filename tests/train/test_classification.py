@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from tests.models.encoder_kit import save_bert, write_reviews
 
-from weft.core.files import METHODS
+from weft.files.adapter_folder import METHODS
 from weft.data import load_labelled
 from weft.errors import UserError
 from weft.evaluate import predict

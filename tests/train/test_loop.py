@@ -14,7 +14,7 @@ from weft.core.adapters import Adapters
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
 from weft.train.step import evaluate_loss
-from weft.train.store import RunStore
+from weft.files.run_folder import RunStore
 
 
 def make(model: Any, *given: dict[str, Any], count: int = 8, evaluate: int = 3) -> tuple[Adapters, list[Job]]:

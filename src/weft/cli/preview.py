@@ -18,8 +18,8 @@ from weft.errors import UserError
 if TYPE_CHECKING:
     from weft.data.auditing.base import Finding, Item
     from weft.data.rendering.sample import Sample
-    from weft.train.examined import Examined
-    from weft.train.packing import Place
+    from weft.preview.examined import Examined
+    from weft.preview.packing import Place
     from weft.train.settings import RunConfig
 
 
@@ -57,7 +57,7 @@ def preview(
     settings = _settings(list(config or []), model, data)
     views = _views(settings, samples, record or (), ignore or ())
     if html is not None:
-        from weft.cli.preview_html import page
+        from weft.preview.html import page
         from weft.data import parse_sources
 
         named = (source.path for job in settings.jobs for source in parse_sources(job.data or settings.data))
@@ -69,7 +69,7 @@ def preview(
         found = [view.json() for view in views]
         common.print_json({"model": settings.model, "ok": not failed, "seconds": seconds, "data": found})
     else:
-        from weft.cli.preview_text import show
+        from weft.preview.text import show
 
         for view in views:
             show(view, common.console(), tokens=tokens)
@@ -93,7 +93,7 @@ def _settings(words: list[str], model: str | None, data: str | None) -> RunConfi
 def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Sequence[str]) -> list[View]:
     from weft.data.auditing.audit import audit
     from weft.data.auditing.statistics import statistics
-    from weft.train.examined import examine
+    from weft.preview.examined import examine
 
     if settings.shape == "full":
         common.tell_hub(settings.model)

@@ -20,7 +20,7 @@ from weft.errors import UserError
 from weft.foreign import json_lines
 
 if TYPE_CHECKING:
-    from weft.core.reach import LeftOut
+    from weft.models.reach import LeftOut
     from weft.train.job import Job
     from weft.train.loop import TrainResult
     from weft.train.run import Setup
@@ -174,14 +174,14 @@ def _facts(setup: Setup) -> list[dict[str, Any]]:
 
 
 def _missed(setup: Setup, job: Job) -> LeftOut | None:
-    from weft.core.reach import left_out
+    from weft.models.reach import left_out
 
     return left_out(job.adapter, setup.base.model, setup.base.architecture)
 
 
 def _opening(setup: Setup, jobs: list[dict[str, Any]]) -> Iterator[str]:
     """PEFT's sentence for each job, and where it goes; what of the base it does not reach."""
-    from weft.core.reach import unquantized
+    from weft.models.reach import unquantized
 
     if told := unquantized(setup.base.model, setup.base.architecture):
         yield told

@@ -1,16 +1,20 @@
-"""An adapter: the parameters of one named instance of a method, and what it computes at its sites."""
+"""A method: its configuration, and an adapter, the parameters of one named instance and what it computes at its sites."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from weft.core.config import MethodConfig
-from weft.core.route import PrefixStates, Segment
-from weft.errors import UserError, nearest
+from weft.core.architecture import Architecture
+from weft.core.route import PrefixStates, Router, Segment
+from weft.errors import UserError
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
@@ -20,6 +24,164 @@ InputFunction = Callable[[Tensor, Segment], Tensor]
 ParameterFunction = Callable[[Tensor], Tensor]
 # (place, count): that many virtual tokens stand before the sequence's own token ``place``.
 Run = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a method may look at while it makes an adapter.
+
+    ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
+    ``blank``: the values will be loaded, or the model is on the meta device and only its shapes are asked, so none
+    that cost a tokenizer, a pass of the base or a look at its weights may be made. ``original_weight`` gives the
+    weight [out, in] that a quantised module was made from, by the module's path.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    generator: torch.Generator
+    dtype: torch.dtype
+    device: torch.device
+    tokenizer: Any = None
+    keys_values: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
+    blank: bool = False
+    router: Router | None = None
+    original_weight: Callable[[str], Tensor] | None = None
+
+    @property
+    def loading(self) -> bool:
+        """Whether a file's values will come: neither a new adapter nor a check of its configuration."""
+        return self.blank and self.device.type != "meta"
+
+    def normal(self, *shape: int, std: float) -> Tensor:
+        """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""
+        values = torch.randn(*shape, generator=self.generator, dtype=torch.float32) * std
+        return values.to(self.device, self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the adapter's dtype."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+
+class MethodConfig(BaseModel):
+    """The settings of one method: frozen, checked on construction, with PEFT's field names.
+
+    A subclass names itself (``method``), says what PEFT calls it (``peft_type``) and builds its adapter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    method: ClassVar[str]
+    peft_type: ClassVar[str]
+    # What the folder's file of tensors is called.
+    weights_file: ClassVar[str] = "adapter_model.safetensors"
+    # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
+    harmless_keys: ClassVar[frozenset[str]] = frozenset()
+    # What a field means that PEFT's file leaves out, where that is not our own default (None: PEFT needs it).
+    peft_defaults: ClassVar[Mapping[str, Any]] = {}
+    # Fields that PEFT's file does not have, or has in other words: paths instead of names.
+    not_in_peft: ClassVar[frozenset[str]] = frozenset()
+    # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
+    default_learning_rate: ClassVar[float] = 1e-3
+    small_learning_rate: ClassVar[float | None] = None
+    # How trained adapters become a new one (``weft.combine.rules``); ``whole_values``: the tensors are values that take
+    # the place of the base's and not changes, so they can be averaged but not added.
+    combination_types: ClassVar[tuple[str, ...]] = ("linear",)
+    whole_values: ClassVar[bool] = False
+    # What to do where an adapter cannot become weights of the base (``weft.merge.weights``).
+    instead_of_merging: ClassVar[str] = "Serve the adapter beside its base instead (weft chat, weft generate)."
+    # What the method can be used for.
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "num_virtual_tokens" in cls.model_fields and cls.combination_types == ("linear",):
+            cls.combination_types = (*cls.combination_types, "cat")
+
+    @property
+    def begins_as_identity(self) -> bool:
+        """Whether a fresh adapter of these settings promises to give what the base gives."""
+        return True
+
+    @classmethod
+    def learning_rate(cls, hidden_size: int) -> float:
+        """The rate that is used when the job names none: small models want larger steps."""
+        large, small = cls.default_learning_rate, cls.small_learning_rate
+        if small is None:
+            return large
+        share = min(max(math.log2(2048 / hidden_size) / 4, 0.0), 1.0)
+        return float(f"{large ** (1 - share) * small**share:.2g}")
+
+    def check_quantization(self, quantization: str | None) -> None:
+        """Refuse, before weights are loaded, what does not go with a base quantised like that (None: not at all).
+
+        Raises:
+            UserError: it does not.
+        """
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        """Make the adapter ``name``; draws its initial values from ``context.generator`` only.
+
+        Raises:
+            UserError: the method finds nothing to tune in this model.
+        """
+        raise NotImplementedError
+
+    def combine(self, sources: Sequence[Any], how: Any) -> tuple[MethodConfig, dict[str, Tensor]] | None:
+        """Configuration and tensors of a new adapter made of ``sources``, of which this is the first's configuration.
+
+        None: tensor by tensor, as most methods do (``weft.combine.rules``, where ``Source`` and ``Combination`` are).
+
+        Raises:
+            UserError: they do not fit together.
+        """
+        return None
+
+    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+        """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""
+        return self.model_dump(mode="json")
+
+    def in_peft(self) -> dict[str, Any]:
+        """Those of these entries that do not depend on the base: an ``adapter_config.json`` beside ours agrees."""
+        return {"peft_type": self.peft_type, **self.model_dump(mode="json", exclude=set(self.not_in_peft))}
+
+    @classmethod
+    def renamed(cls, entries: Mapping[str, Any]) -> frozenset[str]:
+        """Keys that an ``adapter_config.json`` with these entries holds otherwise, so that peft reads the function."""
+        return frozenset()
+
+    @classmethod
+    def of_layout(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Where in an ``adapter_config.json`` of this method's layout the entries of ``in_peft`` stand."""
+        return entries
+
+    def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any] | None:
+        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose files are not laid out as PEFT's."""
+        return None
+
+    @classmethod
+    def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
+        """The configuration from an ``adapter_config.json`` that is laid out that way; None if it is none of these."""
+        return None
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+        """Read the method's entries of an ``adapter_config.json`` (the common ones are already taken out).
+
+        ``keys`` are the tensor names of the adapter's file: what was really tuned. Entries that Weft does not know are
+        dropped when they are empty or off, else refused. What is not there has PEFT's default, not ours.
+        """
+        known = {k: v for k, v in entries.items() if k in cls.model_fields}
+        for key in entries.keys() - known.keys() - cls.harmless_keys:
+            if entries[key] not in (None, False, [], {}, "", 0, "none"):
+                raise UserError(
+                    f"adapter_config.json: {key!r} is {entries[key]!r}, which changes what a {cls.peft_type} adapter "
+                    "computes and which Weft does not know; the adapter would answer differently, so it is not loaded."
+                )
+        for key, default in cls.peft_defaults.items():
+            if default is None and known.get(key) is None:
+                raise UserError(f"adapter_config.json: {key!r} is not there, and PEFT has no default for it.")
+        return cls(**{**cls.peft_defaults, **known})
 
 
 class Adapter(nn.Module):
@@ -38,7 +200,7 @@ class Adapter(nn.Module):
         self.head: nn.Module | None = None
         # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
         self.provenance: Mapping[str, Any] | None = None
-        # How the base was kept that it was trained on (``weft.core.weights.how_kept``); None: as the one it is on now.
+        # How the base was kept that it was trained on (``weft.methods.own_weights.how_kept``); None: as the one it is on now.
         self.trained_on: Mapping[str, Any] | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
@@ -71,7 +233,7 @@ class Adapter(nn.Module):
     def merges(self) -> Mapping[str, Sequence[nn.Module]]:
         """Module path -> the layers that a merge writes into the module's weights, in the order in which they act.
 
-        Each must be ``weft.core.merging.Mergeable``, and all sites among them, or the adapter cannot be merged.
+        Each must be ``weft.merge.weights.Mergeable``, and all sites among them, or the adapter cannot be merged.
         """
         return {}
 
@@ -146,101 +308,3 @@ class Adapter(nn.Module):
     def num_trainable(self) -> int:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-
-def master_dtype(base: torch.dtype) -> torch.dtype:
-    """Adapters are kept in float32 whatever the base computes in, except beside a float64 base."""
-    return torch.float64 if base == torch.float64 else torch.float32
-
-
-def checked(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor ``key``, which must have this shape."""
-    if key not in tensors:
-        raise UserError(f"the adapter's file has no tensor '{key}'.{nearest(key, tensors)}")
-    value = tensors[key]
-    if tuple(value.shape) != shape:
-        why = "Was the adapter made for another base?"
-        if not value.numel():
-            why = "A tensor of no elements was saved of a model in shards (ZeRO-3, FSDP) that were not gathered before."
-        raise UserError(
-            f"tensor '{key}' has shape {tuple(value.shape)}; this base and configuration need {shape}. {why}"
-        )
-    return value
-
-
-def copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy a file's tensors into ``own``, which must have the same names and shapes.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or is not one of ``own``.
-    """
-    for key, parameter in own.items():
-        parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
-    # What is left over would silently be ignored.
-    foreign = sorted(set(tensors) - set(own))
-    if foreign:
-        raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
-
-
-class SiteAdapter(Adapter):
-    """An adapter whose parameters hang on base modules: one small module per site, which is its site function.
-
-    A parameter ``part`` at module ``path`` is stored as ``base_model.model.<path>.<part, '_' as the method says>``.
-    ``own``: base tensors that are trained whole beside them (``weft.core.weights``: ``modules_to_save``, biases).
-    """
-
-    prefix = "base_model.model."
-
-    def __init__(
-        self,
-        config: MethodConfig,
-        name: str,
-        layers: Mapping[str, nn.Module],
-        own: Mapping[str, nn.Module] | None = None,
-    ) -> None:
-        super().__init__(config, name)
-        self.paths = list(layers)
-        self.layers = nn.ModuleList(layers.values())
-        self.own_paths = list(own or {})
-        self.own = nn.ModuleList((own or {}).values())
-
-    def stored_name(self, part: str) -> str:
-        """What the file calls the parameter ``part`` of a layer."""
-        return part
-
-    def sites(self) -> Mapping[str, SiteFunction]:
-        functions: dict[str, SiteFunction] = dict(zip(self.paths, self.layers, strict=True))
-        for path, weights in zip(self.own_paths, self.own, strict=True):
-            # A layer may take the base's bias apart, so it comes before the own bias is put in.
-            functions[path] = in_order([functions[path], weights]) if path in functions else weights
-        return functions
-
-    def merges(self) -> Mapping[str, Sequence[nn.Module]]:
-        layers: dict[str, list[nn.Module]] = {path: [m] for path, m in zip(self.paths, self.layers, strict=True)}
-        for path, weights in zip(self.own_paths, self.own, strict=True):
-            layers.setdefault(path, []).append(weights)
-        return layers
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        layers = {
-            f"{self.prefix}{path}.{self.stored_name(part)}": parameter
-            for path, layer in zip(self.paths, self.layers, strict=True)
-            for part, parameter in layer.named_parameters()
-        }
-        # peft wraps the modules it tunes, and calls what was there the base layer.
-        return layers | {
-            f"{self.prefix}{path}.{'base_layer.' if path in self.paths else ''}{part}": parameter
-            for path, weights in zip(self.own_paths, self.own, strict=True)
-            for part, parameter in weights.named_parameters()
-        }
-
-
-def in_order(functions: Sequence[SiteFunction]) -> SiteFunction:
-    """One site function that applies several, each to what the one before gave."""
-
-    def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        for function in functions:
-            y = function(x, y, segment)
-        return y
-
-    return run

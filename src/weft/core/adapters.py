@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core import files
+from weft.files import adapter_folder as files
 from weft.core.adapter import Adapter, master_dtype
 from weft.core.added import check_added, check_numbers
 from weft.core.architecture import Architecture
 from weft.core.body import body_of, head_logits, head_modules
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.combined import Combined, CombinedConfig
-from weft.core.compose import Combination, Source
-from weft.core.compose import combine as compose
+from weft.combine.rules import Combination, Source
+from weft.combine.rules import combine as compose
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.foreign import without_tables
+from weft.files.peft_config import without_tables
 from weft.core.heads import ClassificationHead, ClassificationTask
-from weft.core.merging import Merged, check_mergeable, merge_weights
+from weft.merge.weights import Merged, check_mergeable, merge_weights
 from weft.core.route import KeyValueCache, Route, Router, Segment
 from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
 from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream, build_stream, run_stream
-from weft.core.weights import how_kept
+from weft.methods.own_weights import how_kept
 from weft.errors import UserError
 from weft.libraries import cache_arguments, growing_cache, keys_values, output_cache
-from weft.ops.merge import MajoritySign
+from weft.ops.combine import MajoritySign
 
 # On a model whose attention and sites already obey a router: a second one would be asked by nobody.
 _OPEN = "_weft_open"
@@ -223,7 +223,7 @@ class Adapters:
         """A new adapter ``name`` made of trained ones of one kind; PEFT's ``add_weighted_adapter`` and its names.
 
         ``weights``: one per adapter; default: the same share for each (1 where virtual tokens are put together).
-        What each setting means, and which rule works for which method: ``weft.core.compose``, docs/cli.md.
+        What each setting means, and which rule works for which method: ``weft.combine.rules``, docs/cli.md.
 
         Raises:
             UserError: the adapters do not fit together, or their method has no such rule.

@@ -13,7 +13,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, InputFunction, ParameterFunction, Run, SiteFunction, in_order
-from weft.core.compose import ON_PRODUCTS, Combination, Source, combine
+from weft.combine.rules import ON_PRODUCTS, Combination, Source, combine
 from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates, Segment
 from weft.errors import UserError

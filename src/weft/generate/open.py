@@ -16,7 +16,7 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, OWN_CONFIG, base_of, merged_from, provenance_of, trained_on, weights_path
+from weft.files.adapter_folder import CONFIG, OWN_CONFIG, base_of, merged_from, provenance_of, trained_on, weights_path
 from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
@@ -27,7 +27,7 @@ from weft.models.load import load_tokenizer
 from weft.models.quantize import Quantization
 from weft.train.config import RunConfig, read_run_config
 from weft.train.run import base_fingerprint
-from weft.train.store import RUN_FILE, RunStore
+from weft.files.run_folder import RUN_FILE, RunStore
 
 BASE = "base"
 # Where neither the user nor the model sets a limit.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
+from weft.merge.weights import MergedModule
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
 from weft.methods.low_rank import LowRankConfig, check_rank, find_targets

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import Architecture, is_linear, linear_shape
-from weft.core.compose import ON_CHANGES
+from weft.combine.rules import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
+from weft.merge.weights import MergedModule
 from weft.core.route import Segment
 from weft.errors import UserError, nearest
 

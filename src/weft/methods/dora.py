@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.core.config import BuildContext
-from weft.core.merging import MergedModule
+from weft.merge.weights import MergedModule
 from weft.core.route import Segment, seeded_dropout
-from weft.core.weights import dense_weight
+from weft.methods.own_weights import dense_weight
 from weft.ops.lowrank import low_rank, low_rank_merged, row_norms
 
 

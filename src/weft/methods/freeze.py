@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from weft.core.compose import ON_CHANGES
+from weft.combine.rules import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
 from weft.errors import UserError, nearest
 from weft.methods.full import WeightDeltas

@@ -13,9 +13,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from weft.core.adapter import SiteAdapter
-from weft.core.compose import ON_CHANGES
+from weft.combine.rules import ON_CHANGES
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.weights import delta_layers
+from weft.methods.own_weights import delta_layers
 from weft.errors import UserError
 
 

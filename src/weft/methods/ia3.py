@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, InputFunction, SiteAdapter, SiteFunction
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
+from weft.merge.weights import MergedModule
 from weft.core.route import Segment
 from weft.errors import UserError
 from weft.patterns import pattern

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import Architecture
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.weights import OwnWeights, weight_parts
+from weft.methods.own_weights import OwnWeights, weight_parts
 from weft.errors import UserError, nearest
 from weft.patterns import pattern
 

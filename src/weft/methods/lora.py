@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, ParameterFunction, SiteAdapter, checked, copy_into
 from weft.core.architecture import Architecture, linear_shape
-from weft.core.compose import ON_PRODUCTS, Combination, Source
+from weft.combine.rules import ON_PRODUCTS, Combination, Source
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
+from weft.merge.weights import MergedModule
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
 from weft.methods.dora import LoraEmbedding, VariantLinear

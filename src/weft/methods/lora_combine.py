@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.core.compose import Combination, Source
+from weft.combine.rules import Combination, Source
 from weft.core.config import MethodConfig
 from weft.errors import UserError
-from weft.ops.merge import truncated_svd, truncated_svd_of_product
+from weft.ops.combine import truncated_svd, truncated_svd_of_product
 
 _FACTOR = re.compile(
     r"(?P<head>(?:base_model\.model\.)?(?P<path>.+)\.lora_(?:embedding_)?)(?P<side>[AB])(?P<tail>\.weight)?"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from weft.core.architecture import linear_shape
 from weft.core.config import BuildContext
-from weft.core.weights import dense_weight
+from weft.methods.own_weights import dense_weight
 from weft.errors import UserError
 from weft.ops.lowrank import loftq_factors, principal_factors, sketched_factors
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, holds_experts, holds_layers, is_layer, is_linear
 from weft.core.config import BuildContext
-from weft.core.merging import LARGE
+from weft.merge.weights import LARGE
 from weft.core.site import plain_class
 from weft.errors import UserError, nearest
 from weft.ops.lowrank import low_rank_merged, stacked_low_rank_add

@@ -13,7 +13,7 @@ from weft.core.adapter import SiteAdapter
 from weft.core.architecture import Architecture, is_linear, linear_shape
 from weft.core.config import BuildContext, MethodConfig, SavesModules
 from weft.core.site import plain_class
-from weft.core.weights import OwnWeights, saved_biases, saved_modules
+from weft.methods.own_weights import OwnWeights, saved_biases, saved_modules
 from weft.errors import UserError
 from weft.foreign import expect
 from weft.patterns import pattern

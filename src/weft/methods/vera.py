@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, SiteAdapter
 from weft.core.architecture import Architecture, linear_shape
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
+from weft.merge.weights import MergedModule
 from weft.core.route import Segment, seeded_dropout
-from weft.core.shared import SharedSiteAdapter
+from weft.methods.shared import SharedSiteAdapter
 from weft.ops.lowrank import low_rank_merged
 
 

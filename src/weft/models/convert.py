@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.core.files import WEIGHTS as ADAPTER
-from weft.core.files import write_json
+from weft.files.adapter_folder import WEIGHTS as ADAPTER
+from weft.files.adapter_folder import write_json
 from weft.errors import UserError
 from weft.foreign import check_regular
 from weft.models.gate import PICKLES

@@ -16,7 +16,7 @@ from weft.errors import UserError
 from weft.train.job import Job
 from weft.train.memory import freed_memory_kept, peak_memory
 from weft.train.step import StepResult, evaluate, train_step
-from weft.train.store import RunStore
+from weft.files.run_folder import RunStore
 from weft.train.verify import verify_packing
 
 Event = Mapping[str, Any]

@@ -16,7 +16,7 @@ from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
-from weft.core.weights import how_kept
+from weft.methods.own_weights import how_kept
 from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
@@ -31,7 +31,7 @@ from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
 from weft.train.settings import RunConfig
-from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
+from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from weft.core.combined import CombinedConfig
 from weft.core.config import MethodConfig
-from weft.core.files import check_name, method_config
+from weft.files.adapter_folder import check_name, method_config
 from weft.data.settings import DataPaths, DataSettings, checked_paths
 from weft.errors import UserError
 from weft.models.hub import Hub

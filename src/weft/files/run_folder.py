@@ -22,7 +22,7 @@ from typing import IO, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.core.files import read_tensors
+from weft.files.adapter_folder import read_tensors
 from weft.errors import UserError
 from weft.foreign import check_regular, read_json
 

@@ -22,14 +22,14 @@ from weft.core.adapter import Adapter, checked
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.config import BuildContext, MethodConfig
-from weft.core.foreign import HEAD_MODULES, check_agreement, read_foreign, without_tables
+from weft.files.peft_config import HEAD_MODULES, check_agreement, read_foreign, without_tables
 from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask
 from weft.core.registry import METHODS as METHODS
 from weft.core.registry import method_config as method_config
 from weft.core.route import Router
-from weft.core.tensor_files import check_digests, check_values, save_tensors
-from weft.core.tensor_files import read_tensors as read_tensors
-from weft.core.tensor_names import in_file, normalised
+from weft.files.tensors import check_digests, check_values, save_tensors
+from weft.files.tensors import read_tensors as read_tensors
+from weft.files.tensor_names import in_file, normalised
 from weft.errors import UserError
 from weft.foreign import entry, expect, read_json
 from weft.libraries import paths_in_files

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.core.route import stable_seed
 from weft.errors import UserError, nearest
-from weft.ops.merge import MajoritySign, merge
+from weft.ops.combine import MajoritySign, merge
 
 if TYPE_CHECKING:
     from weft.core.config import MethodConfig
@@ -97,7 +97,7 @@ class Combination:
     def merge(
         self, tensors: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator, rule: str | None = None
     ) -> Tensor:
-        """``weft.ops.merge.merge`` with these settings."""
+        """``weft.ops.combine.merge`` with these settings."""
         return merge(
             rule or self.rule,
             tensors,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
 from weft.core.heads import ClassificationHead
-from weft.core.merging import Merged
-from weft.core.tensor_files import read_tensors
+from weft.merge.weights import Merged
+from weft.files.tensors import read_tensors
 from weft.errors import UserError
 from weft.models.truth import name_of
 

@@ -61,7 +61,7 @@ def page(title: str, views: Sequence[View]) -> str:
 
 
 def _view(view: View) -> Iterator[str]:
-    from weft.cli.preview_text import rows_of
+    from weft.preview.text import rows_of
 
     names = escape(", ".join(view.data_set.names))
     yield from _findings(view)
@@ -87,7 +87,7 @@ def _view(view: View) -> Iterator[str]:
 
 def _first_step(packing: dict[str, Any]) -> Iterator[str]:
     """The packs of the first step, to scale."""
-    from weft.cli.preview_text import step_in_words
+    from weft.preview.text import step_in_words
 
     yield f"<h2>Packs</h2><p>{escape(step_in_words(packing))}.</p>\n"
     packs = packing["first_step"]
@@ -108,7 +108,7 @@ def _first_step(packing: dict[str, Any]) -> Iterator[str]:
 
 
 def _findings(view: View) -> Iterator[str]:
-    from weft.cli.preview_text import count_of
+    from weft.preview.text import count_of
     from weft.data.auditing.audit import grouped
 
     errors = sum(finding.severity == "error" for finding in view.findings)
@@ -145,7 +145,7 @@ def _histogram(bars: Sequence[dict[str, Any]]) -> str:
 
 
 def _item(item: Item, view: View) -> str:
-    from weft.cli.preview_text import place_of
+    from weft.preview.text import place_of
     from weft.data.auditing.pieces import pieces
 
     label = f", label {escape(item.label)}" if item.label is not None else ""

@@ -23,7 +23,7 @@ from weft.errors import UserError
 
 if TYPE_CHECKING:
     from weft.core.adapters import Adapters
-    from weft.core.merging import MergedModule
+    from weft.merge.weights import MergedModule
 
 
 def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, is_layer, is_linear
-from weft.core.weights import dense_weight
+from weft.methods.own_weights import dense_weight
 from weft.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 import weft
-from weft.core import files
+from weft.files import adapter_folder as files
 from weft.core.heads import ClassificationHead
-from weft.core.merging import check_mergeable
-from weft.core.weights import dequantize_linears, how_kept
+from weft.merge.weights import check_mergeable
+from weft.methods.own_weights import dequantize_linears, how_kept
 from weft.data.provenance import file_names, template_of
 from weft.errors import UserError
 from weft.generate.open import Opened, open_target
-from weft.generate.proof import Expected, Proof, compare, fixed_prompts, routed_logits
+from weft.merge.proof import Expected, Proof, compare, fixed_prompts, routed_logits
 from weft.models.load import resolve_dtype
-from weft.models.merged import merged_model
+from weft.merge.model import merged_model
 from weft.models.quantize import Quantization
 from weft.train.config import read_run_config
 from weft.train.run import base_fingerprint
-from weft.train.store import RUN_FILE, RunStore
+from weft.files.run_folder import RUN_FILE, RunStore
 
 SHARD = "5GB"
 
