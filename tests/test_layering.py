@@ -10,10 +10,10 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "weft"
 ORDER = (
-    "ops", "core", "methods", "objectives", "models", "data", "train", "generate", "evaluate", "synthesize", "serve",
-    "cli",
+    "ops", "core", "combine", "methods", "objectives", "files", "models", "data", "train", "preview", "generate",
+    "merge", "evaluate", "synthesize", "serve", "cli", "api",
 )  # fmt: skip
-FREE = {"errors", "foreign", "patterns", "assets", "libraries"}  # anyone may use them, and they use nobody
+FREE = {"errors", "foreign", "patterns", "assets", "libraries", "version"}  # anyone may use them, and they use nobody
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

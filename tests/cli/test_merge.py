@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tests.contracts import kit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from weft.files.adapter_folder import merged_from, provenance_of
 from weft.data import Message
+from weft.files.adapter_folder import merged_from, provenance_of
+from weft.generate.open import open_target
 from weft.merge import folder as merging
 from weft.merge import proof as proofs
-from weft.generate.open import open_target
 
 ASKED = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"

@@ -27,9 +27,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from weft.core.adapter import Adapter
-from weft.core.adapters import Adapters
-from weft.core.config import MethodConfig
+from weft.api import Adapters
+from weft.core.adapter import Adapter, MethodConfig
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.methods import METHODS

@@ -7,8 +7,8 @@ from tests.contracts import kit
 from tests.contracts.test_together_equals_alone import assert_bitwise, job_config
 from torch import Tensor
 
+from weft.api import Adapters
 from weft.assets import EMBEDDED_MODELS, instructions_path
-from weft.core.adapters import Adapters
 from weft.data import Renderer, load_samples
 from weft.models import Base, load_base
 from weft.train import Job, Trainer

@@ -7,7 +7,7 @@ import torch
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import run_stream
 from weft.data import Sample
 from weft.models import describe

@@ -20,17 +20,17 @@ from tests.models.encoder_kit import make_encoder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from weft.core.adapter import Adapter, SiteAdapter
-from weft.core.adapters import Adapters
-from weft.core.config import BuildContext, MethodConfig
+from weft.api import Adapters
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.heads import ClassificationTask
 from weft.core.seq2seq import run_seq2seq, start_token
+from weft.core.site_adapter import SiteAdapter
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
+from weft.merge.model import merged_model
 from weft.methods import METHODS
 from weft.models import describe, load_base
-from weft.merge.model import merged_model
 from weft.train.step import logits_of
 
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "gemma", "gpt_neox", "opt", "mistral", "falcon"]

@@ -19,7 +19,7 @@ from tests.contracts import kit
 from tests.contracts.test_peft import TARGETS, edit, fresh_peft, peft_config, peft_logits
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import METHODS

@@ -14,10 +14,10 @@ from tests.contracts import kit
 from tests.contracts.test_peft import KINDS, LIMIT, TARGETS, common, edit, fresh_peft, peft_logits
 from torch import Tensor
 
-from weft.core.adapters import Adapters
-from weft.files.adapter_folder import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.models import describe
 
 # What is not called as in Llama.

@@ -10,11 +10,11 @@ import torch
 from tests.contracts import kit
 from torch import Tensor, nn
 
-from weft.core.adapters import Adapters
-from weft.files.adapter_folder import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
 from weft.train.step import Work, forward_losses

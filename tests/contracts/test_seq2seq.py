@@ -16,7 +16,7 @@ from tests.contracts import kit
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.seq2seq import Decoder, run_seq2seq
 from weft.core.stream import Part
 from weft.data import Sample

@@ -7,7 +7,7 @@ import torch
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
 

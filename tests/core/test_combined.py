@@ -14,18 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import weft
-from weft.core.adapter import Adapter
-from weft.core.adapters import Adapters
+from weft.api import Adapters
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.combined import Combined, CombinedConfig
-from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import stable_seed
 from weft.core.stream import Part
-from weft.methods.own_weights import OwnWeights
 from weft.data import Sample
 from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.libraries import cache_arguments, growing_cache
 from weft.methods import BitFitConfig, LoraConfig
+from weft.methods.own_weights import OwnWeights
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer, make_config
 from weft.train.config import method_of, read_run_config
@@ -312,7 +311,7 @@ class _Weights(MethodConfig):
     path: str = "model.layers.1.input_layernorm"
 
     def build(self, name: str, context: BuildContext) -> Adapter:
-        from weft.core.adapter import SiteAdapter
+        from weft.core.site_adapter import SiteAdapter
 
         module = context.model.get_submodule(self.path)
         return SiteAdapter(self, name, {self.path: OwnWeights(module, ["weight"], context)})

@@ -14,7 +14,7 @@ from peft.utils import merge_utils
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.combine.rules import ON_PRODUCTS, Combination
 from weft.core.route import stable_seed
 from weft.core.stream import Part

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.inserted import segment_part
 from weft.core.route import Route, Segment
 from weft.core.stream import Part

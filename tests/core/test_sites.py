@@ -11,8 +11,8 @@ import torch
 from tests.contracts import kit
 from torch import Tensor
 
+from weft.api import Adapters
 from weft.core.adapter import Adapter, InputFunction, SiteFunction
-from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.route import Segment
 from weft.core.stream import Part

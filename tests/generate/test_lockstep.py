@@ -11,7 +11,7 @@ import transformers
 from tests.contracts import kit
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.generate import Completion, Request, cache_proof, generate
 from weft.generate.lockstep import Group, select_rows

@@ -14,10 +14,10 @@ from tests.contracts import kit
 from tests.contracts.test_peft_lora import check_ours, our_logits
 from torch import Tensor
 
-from weft.core.adapters import Adapters
-from weft.files.adapter_folder import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.methods import AdaLoraConfig
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer

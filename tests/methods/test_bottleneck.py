@@ -17,10 +17,10 @@ from tests.contracts import kit
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from weft.core.adapters import Adapters
-from weft.files.adapter_folder import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.methods.bottleneck import Bottleneck, BottleneckConfig, from_adapterhub, to_adapterhub
 from weft.models import describe
 from weft.models.facts import FACTS

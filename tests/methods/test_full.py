@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from weft.core.adapters import Adapters
-from weft.files.adapter_folder import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
-from weft.methods.own_weights import WeightDelta
 from weft.data import Sample
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
+from weft.methods.own_weights import WeightDelta
 from weft.models import describe, load_base
 from weft.models.attached import prove_attached
 from weft.models.facts import FACTS
@@ -143,7 +143,7 @@ def test_a_small_change_of_a_bf16_norm_is_felt() -> None:
 
 
 def kit_context(model: nn.Module) -> Any:
-    from weft.core.config import BuildContext
+    from weft.core.adapter import BuildContext
 
     generator, cpu = torch.Generator(), torch.device("cpu")
     return BuildContext(model, None, generator, torch.float32, cpu)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tests.contracts import kit
 from torch import Tensor, nn
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError

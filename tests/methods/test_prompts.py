@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample

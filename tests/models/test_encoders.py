@@ -11,7 +11,7 @@ from tests.models import encoder_kit
 from tests.models.encoder_kit import make_encoder, save_bert, their_logits, token_types
 from torch import Tensor, nn
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.stream import Part
 from weft.errors import UserError

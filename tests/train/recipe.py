@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
+from weft.files.run_folder import RunStore
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
-from weft.files.run_folder import RunStore
 
 SETTINGS: list[dict[str, Any]] = [
     {"name": "lora", "method": "lora", "method_settings": {"r": 2, "lora_dropout": 0.2}, "steps": 14, "batch_size": 2,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.data import Sample
 from weft.errors import UserError
 from weft.models import describe

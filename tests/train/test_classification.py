@@ -14,13 +14,13 @@ from tests.models.encoder_kit import make_encoder, their_logits
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from weft.core.adapters import Adapters
-from weft.files.adapter_folder import read_tensors
+from weft.api import Adapters
 from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
 from weft.evaluate import predict
+from weft.files.adapter_folder import read_tensors
 from weft.generate import Request, generate
 from weft.methods import METHODS
 from weft.models import describe

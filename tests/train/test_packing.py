@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tests.data.planted import clean_rows
 
-from weft.train.config import load_config
 from weft.preview.examined import examine
 from weft.preview.packing import Packing
+from weft.train.config import load_config
 from weft.train.run import prepare
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.data import Sample
 from weft.models import describe
 from weft.train import Job, JobConfig

@@ -11,8 +11,8 @@ import torch
 from tests.contracts import kit
 from tests.train import recipe
 
+from weft.api import Adapters
 from weft.core import attention, stream
-from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.models import describe, load_base
 from weft.ops.attention import SequenceLayout, varlen_attention

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weft.core.config import MethodConfig
+from weft.core.adapter import MethodConfig
 from weft.methods import METHODS
 from weft.train.aliases import RENAMED, SWITCHES, VALUES
 from weft.train.settings import JobConfig, RunConfig

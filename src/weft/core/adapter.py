@@ -1,4 +1,4 @@
-"""A method: its configuration, and an adapter, the parameters of one named instance and what it computes at its sites."""
+"""A method's configuration, and an adapter: the parameters of one named instance and what it computes at its sites."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
 from weft.core.route import PrefixStates, Router, Segment
+from weft.core.tensors import copy_into
 from weft.errors import UserError
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
@@ -184,6 +185,12 @@ class MethodConfig(BaseModel):
         return cls(**{**cls.peft_defaults, **known})
 
 
+def check_name(name: str) -> None:
+    """An adapter's name is also a folder's: letters, digits, '.', '_', '-', not beginning with a dot."""
+    if not re.fullmatch(r"[A-Za-z0-9_\-\u4e00-\u9fff][\w.\-]{0,99}", name):
+        raise UserError(f"{name!r} is no name for an adapter: use letters, digits, '_', '-' and '.', at most 100.")
+
+
 class Adapter(nn.Module):
     """Base of all methods. A method overrides what it uses of the four kinds of site:
 
@@ -200,7 +207,7 @@ class Adapter(nn.Module):
         self.head: nn.Module | None = None
         # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
         self.provenance: Mapping[str, Any] | None = None
-        # How the base was kept that it was trained on (``weft.methods.own_weights.how_kept``); None: as the one it is on now.
+        # How the base was kept that it was trained on (``weft.methods.dense.how_kept``); None: as the one it is on now.
         self.trained_on: Mapping[str, Any] | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
@@ -233,7 +240,7 @@ class Adapter(nn.Module):
     def merges(self) -> Mapping[str, Sequence[nn.Module]]:
         """Module path -> the layers that a merge writes into the module's weights, in the order in which they act.
 
-        Each must be ``weft.merge.weights.Mergeable``, and all sites among them, or the adapter cannot be merged.
+        Each must be ``weft.methods.mergeable.Mergeable``, and all sites among them, or the adapter cannot be merged.
         """
         return {}
 

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.files import adapter_folder as files
-from weft.core.adapter import Adapter, master_dtype
-from weft.core.added import check_added, check_numbers
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, check_name
+from weft.core.added import check_added
 from weft.core.architecture import Architecture
 from weft.core.body import body_of, head_logits, head_modules
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.combined import Combined, CombinedConfig
-from weft.combine.rules import Combination, Source
-from weft.combine.rules import combine as compose
-from weft.core.config import BuildContext, MethodConfig
-from weft.files.peft_config import without_tables
 from weft.core.heads import ClassificationHead, ClassificationTask
-from weft.merge.weights import Merged, check_mergeable, merge_weights
 from weft.core.route import KeyValueCache, Route, Router, Segment
 from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
-from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
+from weft.core.site import attach, detach, mixes_rows, site_of, sites_in, without_sites
 from weft.core.stream import Part, Stream, build_stream, run_stream
-from weft.methods.own_weights import how_kept
+from weft.core.tensors import master_dtype
 from weft.errors import UserError
 from weft.libraries import cache_arguments, growing_cache, keys_values, output_cache
-from weft.ops.combine import MajoritySign
 
 # On a model whose attention and sites already obey a router: a second one would be asked by nobody.
 _OPEN = "_weft_open"
 
 
 class Adapters:
-    """Adds, removes, loads and saves adapters, and runs batches in which every sequence has its own.
+    """Adds and removes adapters, and runs batches in which every sequence has its own.
 
     The model is not wrapped: its modules, keys and parameters stay in place, frozen and in evaluation mode while
     ``Adapters`` is open. ``close()`` gives back exactly the model that came in.
@@ -139,7 +131,7 @@ class Adapters:
         Raises:
             UserError: the name is taken or no valid folder name, or the method finds nothing to tune.
         """
-        files.check_name(name)
+        check_name(name)
         if name in self._adapters:
             raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
         context = BuildContext(
@@ -164,11 +156,17 @@ class Adapters:
             adapter.head = ClassificationHead(classification, shape.head_kind, pooler, context)
         self._attach(name, adapter)
         try:
-            check_added(self, name, fresh=not blank)
+            if self.device.type != "meta":
+                check_added(adapter, self.architecture, self._run, padded=self.padded, fresh=not blank)
         except BaseException:
             self.remove(name)
             raise
         return adapter
+
+    def _run(self, parts: Sequence[Part], *, plain: bool = False) -> Tensor:
+        """Hidden states [N, d] of a small batch; ``plain``: as if there were no sites."""
+        with without_sites(self.model) if plain else contextlib.nullcontext():
+            return self.forward(self.stream(parts))
 
     def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
@@ -194,7 +192,7 @@ class Adapters:
         Raises:
             UserError: a name is missing, taken or given twice, or two of them have classification heads.
         """
-        files.check_name(name)
+        check_name(name)
         if name in self._adapters:
             raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
         parts = [self[part] for part in names]
@@ -207,35 +205,6 @@ class Adapters:
         adapter.hidden_size = self.architecture.hidden_size
         adapter.head = heads[0] if heads else None
         return self._attach(name, adapter)
-
-    def combine(
-        self,
-        name: str,
-        names: Sequence[str],
-        weights: Sequence[float] | None = None,
-        *,
-        combination_type: str = "linear",
-        density: float | None = None,
-        majority_sign_method: MajoritySign = "total",
-        svd_rank: int | None = None,
-        seed: int = 0,
-    ) -> Adapter:
-        """A new adapter ``name`` made of trained ones of one kind; PEFT's ``add_weighted_adapter`` and its names.
-
-        ``weights``: one per adapter; default: the same share for each (1 where virtual tokens are put together).
-        What each setting means, and which rule works for which method: ``weft.combine.rules``, docs/cli.md.
-
-        Raises:
-            UserError: the adapters do not fit together, or their method has no such rule.
-        """
-        headed = [part for part in names if self[part].head is not None]
-        if headed:
-            raise UserError(f"'{headed[0]}' has a classification head; heads trained apart cannot be made one.")
-        given = tuple(float(weight) for weight in weights or ())
-        how = Combination(given, combination_type, density, majority_sign_method, svd_rank, seed)
-        sources = [Source(part, self[part].config, self[part].tensors()) for part in names]
-        config, tensors = compose(sources, how)
-        return self._add_with(name, config, tensors)
 
     def remove(self, name: str) -> None:
         """Take the adapter away; modules that no adapter uses any more get their own class back.
@@ -263,51 +232,6 @@ class Adapters:
             disable_checkpointing(self.model.get_submodule(path))
         while self._undo:
             self._undo.pop()()
-
-    def merge(self, name: str, dtype: torch.dtype | None = None) -> Merged:
-        """The weights of a model that computes by itself what the base computes with adapter ``name``.
-
-        The base, which is only read, and the adapter stay what they are. A classification head is not among the
-        weights. ``dtype``: of all of them; default: each in the base's own.
-
-        Raises:
-            UserError: what the adapter, or a part of it, computes cannot be weights of the base.
-        """
-        adapter = self[name]
-        check_mergeable(adapter)
-        changes: Any = adapter.merges()
-        inserted: Any = adapter.inserted_blocks()
-        if inserted:
-            check_numbers(self)
-        return merge_weights(self.model, self.architecture, changes, inserted, dtype)
-
-    def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:
-        """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model."""
-        adapter = self[name]
-        if adapter.trained_on is None:
-            adapter.trained_on = how_kept(self)
-        files.save(adapter, self.architecture, Path(folder), base_name=base_name)
-
-    def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
-        """Add an adapter from a folder in PEFT's layout, ours or peft's."""
-        config, tensors, task = files.read(Path(folder), self.model)
-        provenance = files.provenance_of(Path(folder))
-        adapter = self._add_with(name, config, tensors, tokenizer=tokenizer, classification=task)
-        adapter.provenance = provenance
-        adapter.trained_on = files.trained_on(Path(folder)) or {}
-        return adapter
-
-    def _add_with(self, name: str, config: MethodConfig, tensors: Mapping[str, Tensor], **more: Any) -> Adapter:
-        """``add``, then the values of ``tensors``."""
-        adapter = self.add(name, config, blank=True, **more)
-        try:
-            with torch.no_grad():
-                own = files.stored_tensors(adapter).keys()
-                files.load_tensors(adapter, without_tables(own, tensors, self.model, self.architecture))
-        except BaseException:
-            self.remove(name)
-            raise
-        return adapter
 
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """Lay out a batch; rows of ``parts`` keep their order."""

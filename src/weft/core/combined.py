@@ -12,10 +12,9 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, InputFunction, ParameterFunction, Run, SiteFunction, in_order
-from weft.combine.rules import ON_PRODUCTS, Combination, Source, combine
-from weft.core.config import BuildContext, MethodConfig
+from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig, ParameterFunction, Run, SiteFunction
 from weft.core.route import PrefixStates, Segment
+from weft.core.site_adapter import in_order
 from weft.errors import UserError
 
 
@@ -24,7 +23,6 @@ class CombinedConfig(MethodConfig):
 
     method: ClassVar[str] = "combined"
     peft_type: ClassVar[str] = ""
-    combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS  # each part's method has its own say
 
     parts: tuple[SerializeAsAny[MethodConfig], ...] = Field(min_length=1)
 
@@ -33,25 +31,6 @@ class CombinedConfig(MethodConfig):
         for part in parts:
             part.hidden_size = context.architecture.hidden_size
         return Combined(self, name, parts)
-
-    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
-        """Part by part: the first parts of all adapters, the second ones …"""
-        configs: list[MethodConfig] = []
-        tensors: dict[str, Tensor] = {}
-        kinds = [[part.method for part in _parts_of(source)] for source in sources]
-        if any(kind != kinds[0] for kind in kinds):
-            raise UserError(f"the adapters are made of different methods: {', '.join('+'.join(k) for k in kinds)}.")
-        for index in range(len(self.parts)):
-            own = [Source(one.name, _parts_of(one)[index], part_tensors(one.tensors, index)) for one in sources]
-            config, found = combine(own, how)
-            configs.append(config)
-            tensors |= {f"{index}.{key}": tensor for key, tensor in found.items()}
-        return CombinedConfig(parts=tuple(configs)), tensors
-
-
-def _parts_of(source: Source) -> tuple[MethodConfig, ...]:
-    assert isinstance(source.config, CombinedConfig)
-    return source.config.parts
 
 
 def part_tensors(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

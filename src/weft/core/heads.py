@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from weft.core.config import BuildContext
+from weft.core.adapter import BuildContext
 from weft.errors import UserError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weft.core.config import MethodConfig
+from weft.core.adapter import MethodConfig
 from weft.errors import UserError, nearest
 
 # Filled by weft.methods: name -> configuration class.

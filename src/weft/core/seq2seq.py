@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter
+from weft.core.adapter import Adapter, MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.config import MethodConfig
 from weft.core.route import PrefixStates, Route, Segment
 from weft.core.stream import Part, Stream, embed, padded_prefix
 from weft.errors import UserError

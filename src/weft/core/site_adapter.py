@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, MethodConfig, SiteFunction
 from weft.core.route import Segment
-from weft.errors import UserError, nearest
 
 
 class SavesModules(MethodConfig):
@@ -26,7 +24,7 @@ class SiteAdapter(Adapter):
     """An adapter whose parameters hang on base modules: one small module per site, which is its site function.
 
     A parameter ``part`` at module ``path`` is stored as ``base_model.model.<path>.<part, '_' as the method says>``.
-    ``own``: base tensors that are trained whole beside them (``weft.methods.own_weights``: ``modules_to_save``, biases).
+    ``own``: base tensors that are trained whole beside them (``weft.methods.own_weights``).
     """
 
     prefix = "base_model.model."

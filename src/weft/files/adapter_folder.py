@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,21 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, checked
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, check_name
+from weft.core.adapters import Adapters
 from weft.core.architecture import Architecture
 from weft.core.combined import Combined, CombinedConfig
-from weft.core.config import BuildContext, MethodConfig
-from weft.files.peft_config import HEAD_MODULES, check_agreement, read_foreign, without_tables
 from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask
-from weft.core.registry import METHODS as METHODS
-from weft.core.registry import method_config as method_config
+from weft.core.registry import METHODS, method_config
 from weft.core.route import Router
-from weft.files.tensors import check_digests, check_values, save_tensors
-from weft.files.tensors import read_tensors as read_tensors
-from weft.files.tensor_names import in_file, normalised
+from weft.core.tensors import checked
 from weft.errors import UserError
+from weft.files.peft_config import HEAD_MODULES, check_agreement, read_foreign, without_tables
+from weft.files.tensor_names import in_file, normalised
+from weft.files.tensors import check_digests, check_values, read_tensors, save_tensors
 from weft.foreign import entry, expect, read_json
 from weft.libraries import paths_in_files
+from weft.methods.dense import how_kept
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "encoder.safetensors"
@@ -42,12 +41,6 @@ OWN_CONFIG = "weft.json"
 # Settings that are a side of the adapter's tensors, and up to where nobody minds.
 _SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers")
 _SMALL = 512
-
-
-def check_name(name: str) -> None:
-    """An adapter's name is also a folder's: letters, digits, '.', '_', '-', not beginning with a dot."""
-    if not re.fullmatch(r"[A-Za-z0-9_\-\u4e00-\u9fff][\w.\-]{0,99}", name):
-        raise UserError(f"{name!r} is no name for an adapter: use letters, digits, '_', '-' and '.', at most 100.")
 
 
 def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_name: str = "") -> None:
@@ -90,6 +83,47 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         own["base"] = adapter.trained_on
     own["sha256"] = digests
     write_json(folder / OWN_CONFIG, own)
+
+
+def save_adapter(adapters: Adapters, name: str, folder: Path, *, base_name: str = "") -> None:
+    """Write adapter ``name`` in PEFT's layout; ``base_name`` is what its config calls the base model.
+
+    Raises:
+        UserError: there is none, or a tensor is not finite.
+    """
+    adapter = adapters[name]
+    if adapter.trained_on is None:
+        adapter.trained_on = how_kept(adapters.model, adapters.dtype)
+    save(adapter, adapters.architecture, folder, base_name=base_name)
+
+
+def load_adapter(adapters: Adapters, name: str, folder: Path, *, tokenizer: Any = None) -> Adapter:
+    """Add an adapter from a folder in PEFT's layout, ours or peft's.
+
+    Raises:
+        UserError: as ``read`` and ``Adapters.add``; the base is then as it was before.
+    """
+    config, tensors, task = read(folder, adapters.model)
+    provenance = provenance_of(folder)
+    adapter = add_with_tensors(adapters, name, config, tensors, tokenizer=tokenizer, classification=task)
+    adapter.provenance = provenance
+    adapter.trained_on = trained_on(folder) or {}
+    return adapter
+
+
+def add_with_tensors(
+    adapters: Adapters, name: str, config: MethodConfig, tensors: Mapping[str, Tensor], **more: Any
+) -> Adapter:
+    """``Adapters.add`` with ``more``, then the values of ``tensors``."""
+    adapter = adapters.add(name, config, blank=True, **more)
+    try:
+        with torch.no_grad():
+            own = stored_tensors(adapter).keys()
+            load_tensors(adapter, without_tables(own, tensors, adapters.model, adapters.architecture))
+    except BaseException:
+        adapters.remove(name)
+        raise
+    return adapter
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.core.adapter import MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.config import MethodConfig
 from weft.core.heads import PREFIXES, ClassificationTask, task_of_tensors
 from weft.core.registry import METHODS
 from weft.errors import UserError

@@ -22,8 +22,8 @@ from typing import IO, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.files.adapter_folder import read_tensors
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.foreign import check_regular, read_json
 
 RUN_FILE = "run.json"

@@ -16,18 +16,27 @@ import torch
 
 from weft.assets import EMBEDDED_MODELS
 from weft.core.adapters import Adapters
-from weft.files.adapter_folder import CONFIG, OWN_CONFIG, base_of, merged_from, provenance_of, trained_on, weights_path
 from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
 from weft.errors import UserError
+from weft.files.adapter_folder import (
+    CONFIG,
+    OWN_CONFIG,
+    base_of,
+    load_adapter,
+    merged_from,
+    provenance_of,
+    trained_on,
+    weights_path,
+)
+from weft.files.run_folder import RUN_FILE, RunStore
 from weft.generate.engine import check_writes
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.models.quantize import Quantization
 from weft.train.config import RunConfig, read_run_config
 from weft.train.run import base_fingerprint
-from weft.files.run_folder import RUN_FILE, RunStore
 
 BASE = "base"
 # Where neither the user nor the model sets a limit.
@@ -195,7 +204,7 @@ def _open_adapter(
         notes.append(f"{folder} does not say which chat template it was trained with; the tokenizer's own is used.")
     opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
     name = re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
-    opened.adapters.load(name, folder, tokenizer=base.tokenizer)
+    load_adapter(opened.adapters, name, folder, tokenizer=base.tokenizer)
     opened.names = (name,)
     return opened
 
@@ -286,7 +295,7 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
     for name in names:
         folder = store.adapters / name
         if folder.is_dir():  # finished; if a file of it is gone, say that, and answer from nothing older
-            opened.adapters.load(name, folder, tokenizer=tokenizer)
+            load_adapter(opened.adapters, name, folder, tokenizer=tokenizer)
         else:
             unfinished.append(name)
     if not unfinished:

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import weft
-from weft.files import adapter_folder as files
 from weft.core.heads import ClassificationHead
-from weft.merge.weights import check_mergeable
-from weft.methods.own_weights import dequantize_linears, how_kept
 from weft.data.provenance import file_names, template_of
 from weft.errors import UserError
+from weft.files import adapter_folder as files
+from weft.files.run_folder import RUN_FILE, RunStore
 from weft.generate.open import Opened, open_target
-from weft.merge.proof import Expected, Proof, compare, fixed_prompts, routed_logits
-from weft.models.load import resolve_dtype
 from weft.merge.model import merged_model
+from weft.merge.proof import Expected, Proof, compare, fixed_prompts, routed_logits
+from weft.merge.weights import check_mergeable, merge_adapter
+from weft.methods.dense import dequantize_linears, how_kept
+from weft.models.load import resolve_dtype
 from weft.models.quantize import Quantization
 from weft.train.config import read_run_config
 from weft.train.run import base_fingerprint
-from weft.files.run_folder import RUN_FILE, RunStore
+from weft.version import __version__
 
 SHARD = "5GB"
 
@@ -191,7 +191,7 @@ def _write(opened: Opened, folder: Path, part: Path, dtype: torch.dtype | None) 
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
         _recast(opened, folder, dtype)
         adapter = adapters[name]
-    new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
+    new = merged_model(adapters.model, adapters.architecture, merge_adapter(adapters, name, dtype), adapter.head)
     written: torch.dtype = new.dtype
     entries = _entries(opened, folder, new)
     _save(opened, new, part)
@@ -222,7 +222,7 @@ def _recast(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
     name = opened.names[0]
     nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
     opened.adapters.remove(name)
-    opened.adapters.load(name, folder, tokenizer=opened.base.tokenizer)
+    files.load_adapter(opened.adapters, name, folder, tokenizer=opened.base.tokenizer)
 
 
 def _entries(opened: Opened, folder: Path, new: Any) -> dict[str, Any]:
@@ -234,9 +234,9 @@ def _entries(opened: Opened, folder: Path, new: Any) -> dict[str, Any]:
         "adapter_sha256": {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*.safetensors"))},
         "method": "+".join(part.method for part in parts),
         "base": base_fingerprint(opened.base) | {"model": file_names(opened.base.name)},
-        "quantization": how_kept(opened.adapters)["quantization"],
+        "quantization": how_kept(opened.adapters.model, opened.adapters.dtype)["quantization"],
         "dtype": str(new.dtype).removeprefix("torch."),
-        "weft_version": weft.__version__,
+        "weft_version": __version__,
     }
     if isinstance(adapter.head, ClassificationHead):
         found["labels"] = list(adapter.head.task.labels)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
 from weft.core.heads import ClassificationHead
-from weft.merge.weights import Merged
-from weft.files.tensors import read_tensors
 from weft.errors import UserError
+from weft.files.tensors import read_tensors
+from weft.merge.weights import Merged
 from weft.models.truth import name_of
 
 

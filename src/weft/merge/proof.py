@@ -16,8 +16,8 @@ from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import run_seq2seq, start_token
 from weft.core.stream import Part
 from weft.data import Message, Renderer, Sample, unlabelled_sample
-from weft.models import gate
 from weft.merge.model import check_as_written
+from weft.models import gate
 from weft.train.step import logits_of
 
 # A model that is written in 32 bits must give the numbers of base and adapter in 32 bits (of a quantised base: of its

@@ -12,90 +12,17 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import Architecture, is_layer, is_linear
-from weft.methods.own_weights import dense_weight
+from weft.core.adapter import Adapter
+from weft.core.adapters import Adapters
+from weft.core.architecture import Architecture, is_layer
 from weft.errors import UserError
-
-if TYPE_CHECKING:
-    from weft.core.adapter import Adapter
-
-# Matrices with more entries than this are worked out in single precision (a table of 150,000 tokens in double
-# precision would take 5 GB a copy).
-LARGE = 2**27
-
-
-class MergedModule:
-    """The tensors of one module of the base while a merge changes them.
-
-    Attributes:
-        weight: of a linear [out, in], whatever its layout; of an embedding [rows, d]; of a norm as it is.
-        bias: None where the module has none; ``add_bias`` makes one.
-        base_weight, base_bias: what they are in the base.
-    """
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self.module, self.linear = module, is_linear(module)
-        weight = dense_weight(module, dtype) if self.linear else module.get_parameter("weight").to(dtype)
-        self.base_weight = weight.detach()
-        bias = module._parameters.get("bias")
-        self.base_bias = None if bias is None else bias.detach().to(dtype)
-        self.weight, self.bias = self.base_weight, self.base_bias
-        self._input_scale: Tensor | None = None
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """A tensor of the adapter in the precision of the merge."""
-        return tensor.detach().to(self.weight)
-
-    def add_bias(self, change: Tensor) -> None:
-        """``y + change``."""
-        change = self.cast(change)
-        self.bias = change if self.bias is None else self.bias + change
-
-    def scale_input(self, scale: Tensor) -> None:
-        """``f(scale * x)``; all else that is done here is done to what goes in then."""
-        scale = self.cast(scale)
-        self._input_scale = scale if self._input_scale is None else self._input_scale * scale
-
-    def laid_out(self, tensor: Tensor) -> Tensor:
-        """A matrix in the module's own layout as ``weight``, or ``weight`` in the module's: Conv1D keeps [in, out]."""
-        return tensor.t() if self.linear and not isinstance(self.module, nn.Linear) else tensor
-
-    def tensors(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> dict[str, Tensor]:
-        """The module's tensors as it keeps them, rounded; in the CPU's memory, for the base fills the GPU's."""
-        weight = self.weight if self._input_scale is None else self.weight * self._input_scale
-        found = {"weight": self.laid_out(weight).to(weight_dtype).cpu().contiguous()}
-        return found if self.bias is None else {**found, "bias": self.bias.to(bias_dtype).cpu().contiguous()}
-
-
-@runtime_checkable
-class Mergeable(Protocol):
-    """A layer of an adapter whose effect can be written into the weights of the module it sits on."""
-
-    def merge_into(self, merged: MergedModule) -> None:
-        """Change ``merged`` so that the module computes with it what it and this layer compute together."""
-
-
-@runtime_checkable
-class MergeableParameter(Protocol):
-    """A layer of an adapter that changes one parameter of a module which is no linear, norm or embedding."""
-
-    parameter: str
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """The parameter as the module computes with it, in its own dtype."""
-
-
-@runtime_checkable
-class MergedBlock(Protocol):
-    """A block of an adapter's own that can become one of the model's."""
-
-    def merged_tensors(self) -> Mapping[str, Tensor]:
-        """Its state dict, in the base's dtypes."""
+from weft.merge.blocks import check_numbers
+from weft.methods.mergeable import LARGE, Mergeable, MergeableParameter, MergedBlock, MergedModule
 
 
 @dataclass(frozen=True)
@@ -114,6 +41,24 @@ class Merged:
     blocks: tuple[int, ...]
     added: tuple[str, ...]
     untied: bool
+
+
+def merge_adapter(adapters: Adapters, name: str, dtype: torch.dtype | None = None) -> Merged:
+    """The weights of a model that computes by itself what the base computes with adapter ``name``.
+
+    The base, which is only read, and the adapter stay what they are. A classification head is not among the
+    weights. ``dtype``: of all of them; default: each in the base's own.
+
+    Raises:
+        UserError: what the adapter, or a part of it, computes cannot be weights of the base.
+    """
+    adapter = adapters[name]
+    check_mergeable(adapter)
+    changes: Any = adapter.merges()
+    inserted: Any = adapter.inserted_blocks()
+    if inserted:
+        check_numbers(adapters)
+    return merge_weights(adapters.model, adapters.architecture, changes, inserted, dtype)
 
 
 def check_mergeable(adapter: Adapter) -> None:

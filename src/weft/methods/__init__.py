@@ -1,7 +1,7 @@
 """The methods, one file each. A new method is its file and one line here."""
 
-from weft.core.config import MethodConfig
-from weft.files.adapter_folder import METHODS as METHODS
+from weft.core.adapter import MethodConfig
+from weft.core.registry import METHODS as METHODS
 from weft.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from weft.methods.bitfit import BitFitConfig as BitFitConfig
 from weft.methods.bottleneck import BottleneckConfig as BottleneckConfig

@@ -23,13 +23,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture, linear_shape
-from weft.core.config import BuildContext, MethodConfig
-from weft.merge.weights import MergedModule
 from weft.core.route import Segment, seeded_dropout
+from weft.core.site_adapter import SiteAdapter
+from weft.core.tensors import checked, copy_into
 from weft.errors import UserError
 from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
+from weft.methods.mergeable import MergedModule
 from weft.ops.lowrank import low_rank_add, low_rank_merged
 
 

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
-from weft.core.architecture import Architecture, is_linear, linear_shape
 from weft.combine.rules import ON_CHANGES
-from weft.core.config import BuildContext, MethodConfig
-from weft.merge.weights import MergedModule
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
+from weft.core.architecture import Architecture, is_linear, linear_shape
 from weft.core.route import Segment
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
+from weft.methods.mergeable import MergedModule
 
 
 class BitFitConfig(MethodConfig):

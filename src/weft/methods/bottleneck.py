@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2CLS, get_activation
 
-from weft.core.adapter import Adapter, SiteAdapter, SiteFunction
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, SiteFunction
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
 from weft.methods.adapterhub import adapterhub_settings
 

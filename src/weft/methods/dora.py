@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.core.config import BuildContext
-from weft.merge.weights import MergedModule
+from weft.core.adapter import BuildContext
 from weft.core.route import Segment, seeded_dropout
-from weft.methods.own_weights import dense_weight
+from weft.methods.dense import dense_weight
+from weft.methods.mergeable import MergedModule
 from weft.ops.lowrank import low_rank, low_rank_merged, row_norms
 
 

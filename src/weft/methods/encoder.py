@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, copy_into
-from weft.core.config import BuildContext, MethodConfig
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
+from weft.core.tensors import copy_into
 from weft.errors import UserError
 
 KEY = "prompt_embeddings"

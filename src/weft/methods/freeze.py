@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from weft.combine.rules import ON_CHANGES
-from weft.core.config import BuildContext, MethodConfig
+from weft.core.adapter import BuildContext, MethodConfig
 from weft.errors import UserError, nearest
 from weft.methods.full import WeightDeltas
 from weft.patterns import pattern as regular

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from weft.core.adapter import SiteAdapter
 from weft.combine.rules import ON_CHANGES
-from weft.core.config import BuildContext, MethodConfig
-from weft.methods.own_weights import delta_layers
+from weft.core.adapter import BuildContext, MethodConfig
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
+from weft.methods.own_weights import delta_layers
 
 
 class FullConfig(MethodConfig):

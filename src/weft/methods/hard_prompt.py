@@ -10,9 +10,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from weft.core.adapter import Adapter, Run
+from weft.core.adapter import Adapter, BuildContext, Run
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext
 from weft.errors import UserError
 from weft.methods.encoder import KEY, text_ids
 from weft.methods.prompt_tuning import SoftPromptConfig, embedded, embedding_width, virtual_places

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, InputFunction, SiteAdapter, SiteFunction
+from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig, SiteFunction
 from weft.core.architecture import Architecture, linear_shape
-from weft.core.config import BuildContext, MethodConfig
-from weft.merge.weights import MergedModule
 from weft.core.route import Segment
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
+from weft.methods.mergeable import MergedModule
 from weft.patterns import pattern
 
 # The linear that gives the keys and the one that gives the values. Keys alone are not what the paper scales (Zaya's

@@ -14,12 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointed
-from weft.core.config import BuildContext, MethodConfig
 from weft.core.inserted import copy_block
 from weft.core.route import Router
 from weft.core.site import Site, detach
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
 
 

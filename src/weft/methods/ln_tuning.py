@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext, MethodConfig
-from weft.methods.own_weights import OwnWeights, weight_parts
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
+from weft.methods.own_weights import OwnWeights, weight_parts
 from weft.patterns import pattern
 
 _STORED = "ln_tuning_layers"

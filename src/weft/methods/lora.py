@@ -13,12 +13,12 @@ from typing import Any, ClassVar, cast
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, ParameterFunction, SiteAdapter, checked, copy_into
-from weft.core.architecture import Architecture, linear_shape
 from weft.combine.rules import ON_PRODUCTS, Combination, Source
-from weft.core.config import BuildContext, MethodConfig
-from weft.merge.weights import MergedModule
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, ParameterFunction
+from weft.core.architecture import Architecture, linear_shape
 from weft.core.route import Segment, seeded_dropout
+from weft.core.site_adapter import SiteAdapter
+from weft.core.tensors import checked, copy_into
 from weft.errors import UserError
 from weft.methods.dora import LoraEmbedding, VariantLinear
 from weft.methods.lora_combine import combine_lora
@@ -33,6 +33,7 @@ from weft.methods.lora_parameters import (
     stored_paths,
 )
 from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
+from weft.methods.mergeable import MergedModule
 from weft.ops.lowrank import low_rank_add, low_rank_merged
 
 # PEFT's other ones (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from weft.combine.rules import Combination, Source
-from weft.core.config import MethodConfig
+from weft.core.adapter import MethodConfig
 from weft.errors import UserError
 from weft.ops.combine import truncated_svd, truncated_svd_of_product
 

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from weft.core.adapter import BuildContext
 from weft.core.architecture import linear_shape
-from weft.core.config import BuildContext
-from weft.methods.own_weights import dense_weight
 from weft.errors import UserError
+from weft.methods.dense import dense_weight
 from weft.ops.lowrank import loftq_factors, principal_factors, sketched_factors
 
-if TYPE_CHECKING:
-    from weft.methods.lora import LoraConfig
+
+class LoraSettings(Protocol):
+    """What of a LoRA's configuration its first values and adapted parameters depend on (``LoraConfig`` has them)."""
+
+    init_lora_weights: bool | str
+    target_parameters: list[str] | None
+    lora_dropout: float
+    use_dora: bool
+
+    @property
+    def pissa(self) -> bool: ...
+
+    def rank(self, path: str) -> int: ...
+
+    def scaling(self, path: str) -> float: ...
 
 
-def drawn_factors(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
+def drawn_factors(config: LoraSettings, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
     """A [r, in] Kaiming-uniform (or Gaussian), B [out, r] zero (``init_lora_weights: false``: Gaussian)."""
     inputs, outputs = linear_shape(base)
     r = config.rank(path)
@@ -33,7 +46,7 @@ def drawn_factors(config: LoraConfig, path: str, base: nn.Module, context: Build
     return a, b
 
 
-def pissa_factors(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
+def pissa_factors(config: LoraSettings, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
     """The principal part of the weight (Meng et al. 2024): scaling * B A holds its r largest singular values."""
     weight, r, scaling = dense_weight(base, context.dtype), config.rank(path), config.scaling(path)
     _, _, iterations = str(config.init_lora_weights).partition("_niter_")
@@ -43,7 +56,7 @@ def pissa_factors(config: LoraConfig, path: str, base: nn.Module, context: Build
 
 
 def loftq_initial_factors(
-    config: LoraConfig, path: str, base: nn.Module, context: BuildContext
+    config: LoraSettings, path: str, base: nn.Module, context: BuildContext
 ) -> tuple[Tensor, Tensor]:
     """The best rank-r part of what NF4 took from the weight (Li et al. 2023).
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from weft.core.adapter import BuildContext
 from weft.core.architecture import Architecture, holds_experts, holds_layers, is_layer, is_linear
-from weft.core.config import BuildContext
-from weft.merge.weights import LARGE
 from weft.core.site import plain_class
 from weft.errors import UserError, nearest
+from weft.methods.lora_init import LoraSettings
+from weft.methods.mergeable import LARGE
 from weft.ops.lowrank import low_rank_merged, stacked_low_rank_add
 from weft.patterns import pattern
-
-if TYPE_CHECKING:
-    from weft.methods.lora import LoraConfig
 
 
 def names_parameter(names: Sequence[str] | None, key: str) -> bool:
@@ -32,7 +30,7 @@ def names_parameter(names: Sequence[str] | None, key: str) -> bool:
     return any(key == name or key.endswith(f".{name}") for name in names or ())
 
 
-def find_parameters(config: LoraConfig, context: BuildContext) -> tuple[list[str], list[tuple[str, str]]]:
+def find_parameters(config: LoraSettings, context: BuildContext) -> tuple[list[str], list[tuple[str, str]]]:
     """The linear modules whose weight ``target_parameters`` names, and (module path, parameter) of all else it names.
 
     Raises:
@@ -96,7 +94,7 @@ def _check(key: str, module: nn.Module, parameter: Tensor, context: BuildContext
         )
 
 
-def _check_settings(config: LoraConfig, key: str) -> None:
+def _check_settings(config: LoraSettings, key: str) -> None:
     wrong = {
         "lora_dropout": config.lora_dropout,
         "use_dora": config.use_dora,
@@ -113,7 +111,7 @@ def _check_settings(config: LoraConfig, key: str) -> None:
 class LoraParameter(nn.Module):
     """A and B of one parameter [E, out, in] (``transposed``: [E, in, out]) or [out, in]."""
 
-    def __init__(self, config: LoraConfig, path: str, name: str, context: BuildContext) -> None:
+    def __init__(self, config: LoraSettings, path: str, name: str, context: BuildContext) -> None:
         super().__init__()
         module = context.model.get_submodule(path)
         base, key = module.get_parameter(name), f"{path}.{name}"
@@ -147,7 +145,7 @@ class LoraParameter(nn.Module):
         return added.to(weight.dtype)
 
 
-def _drawn(config: LoraConfig, r: int, rows: int, columns: int, inputs: int, context: BuildContext) -> Tensor:
+def _drawn(config: LoraSettings, r: int, rows: int, columns: int, inputs: int, context: BuildContext) -> Tensor:
     """A, as ``lora_init.drawn_factors`` draws it for a linear module."""
     if config.init_lora_weights == "gaussian":
         return context.normal(rows, columns, std=1.0 / r)

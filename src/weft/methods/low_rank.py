@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from weft.core.adapter import SiteAdapter
+from weft.core.adapter import BuildContext, MethodConfig
 from weft.core.architecture import Architecture, is_linear, linear_shape
-from weft.core.config import BuildContext, MethodConfig, SavesModules
 from weft.core.site import plain_class
-from weft.methods.own_weights import OwnWeights, saved_biases, saved_modules
+from weft.core.site_adapter import SavesModules, SiteAdapter
 from weft.errors import UserError
 from weft.foreign import expect
+from weft.methods.own_weights import OwnWeights, saved_biases, saved_modules
 from weft.patterns import pattern
 
 

@@ -11,9 +11,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter
+from weft.core.adapter import Adapter, BuildContext
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext
 from weft.core.route import stable_seed
 from weft.methods.encoder import RowEncoder, drawn, linear, normal_rows, orthogonal, sampled_ids
 from weft.methods.prompt_tuning import PromptTuning, SoftPromptConfig, embedded, embedding_width

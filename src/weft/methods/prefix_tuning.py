@@ -14,9 +14,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from weft.core.adapter import Adapter
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import PrefixStates
 from weft.errors import UserError
 from weft.libraries import cache_name

@@ -10,9 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, Run
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, Run
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext, MethodConfig
 from weft.errors import UserError
 from weft.methods.encoder import EncodedRows, RowEncoder, repeated, sampled_ids, text_ids
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from weft.core.adapter import SiteAdapter
-from weft.core.config import MethodConfig
+from weft.core.adapter import MethodConfig
+from weft.core.site_adapter import SiteAdapter
 
 
 class SharedSiteAdapter(SiteAdapter):

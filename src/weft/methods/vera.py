@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture, linear_shape
-from weft.core.config import BuildContext, MethodConfig
-from weft.merge.weights import MergedModule
 from weft.core.route import Segment, seeded_dropout
+from weft.core.site_adapter import SiteAdapter
+from weft.methods.mergeable import MergedModule
 from weft.methods.shared import SharedSiteAdapter
 from weft.ops.lowrank import low_rank_merged
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
 from weft.core.route import stable_seed
 from weft.core.site import mixes_rows, without_sites
+from weft.core.site_adapter import SiteAdapter
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import trial

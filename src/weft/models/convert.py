@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weft.errors import UserError
 from weft.files.adapter_folder import WEIGHTS as ADAPTER
 from weft.files.adapter_folder import write_json
-from weft.errors import UserError
 from weft.foreign import check_regular
 from weft.models.gate import PICKLES
 from weft.models.originals import weight_map

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from weft.models import reach
 from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationTask
-from weft.models.reach import LeftOut
 from weft.data import Mixture, Renderer, Sample, Source, parse_sources
 from weft.data.auditing.base import Facts, Item, Split
 from weft.data.auditing.items import TOO_LONG, read_items, read_labelled_items
@@ -19,10 +17,11 @@ from weft.data.load import held_by_chance
 from weft.data.reading.files import Place
 from weft.data.sources import content_key, held_by_hash
 from weft.errors import UserError
-from weft.models import Base
+from weft.models import Base, reach
 from weft.models.load import load_tokenizer, sketch_base
-from weft.train.batches import Batches
+from weft.models.reach import LeftOut
 from weft.preview.packing import Packing
+from weft.train.batches import Batches
 from weft.train.reader import check_evaluated, data_files, token_key
 from weft.train.run import make_renderer
 from weft.train.settings import JobConfig, RunConfig

@@ -7,9 +7,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weft.cli.preview import View
     from weft.data.auditing.base import Item
     from weft.data.auditing.pieces import Piece
+    from weft.preview.view import View
 
 _LISTED = 50  # findings of a check
 _PACKS = 16  # of the first step
@@ -108,8 +108,8 @@ def _first_step(packing: dict[str, Any]) -> Iterator[str]:
 
 
 def _findings(view: View) -> Iterator[str]:
-    from weft.preview.text import count_of
     from weft.data.auditing.audit import grouped
+    from weft.preview.text import count_of
 
     errors = sum(finding.severity == "error" for finding in view.findings)
     if not view.findings:
@@ -145,8 +145,8 @@ def _histogram(bars: Sequence[dict[str, Any]]) -> str:
 
 
 def _item(item: Item, view: View) -> str:
-    from weft.preview.text import place_of
     from weft.data.auditing.pieces import pieces
+    from weft.preview.text import place_of
 
     label = f", label {escape(item.label)}" if item.label is not None else ""
     parts = [f"<h3>{escape(item.source)}{label}</h3>"]

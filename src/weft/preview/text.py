@@ -12,10 +12,10 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from weft.cli.preview import View
     from weft.data.auditing.base import Item
     from weft.data.auditing.pieces import Piece
     from weft.data.rendering.sample import Sample
+    from weft.preview.view import View
 
 _LISTED = 3  # findings of a check that are shown
 _WIDEST = 120  # tokens in longer lines are hard to follow

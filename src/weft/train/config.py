@@ -13,13 +13,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 import weft.methods
-from weft.files.adapter_folder import method_config
+from weft.core.registry import method_config
 from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError, nearest
+from weft.files.run_folder import RUN_FILE
 from weft.foreign import parse_yaml, read_json, read_yaml
 from weft.train.aliases import AUTO, translate
 from weft.train.settings import JobConfig, RunConfig, method_names, method_of, own_settings, settings_of
-from weft.files.run_folder import RUN_FILE
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter
 from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
-from weft.files.tensors import digest
 from weft.data import Mixture, Sample
+from weft.files.tensors import digest
 from weft.train.batches import Batches
 from weft.train.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.train.settings import JobConfig

@@ -16,13 +16,15 @@ from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
-from weft.methods.own_weights import how_kept
 from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.settings import DataSettings
 from weft.data.views import Chain, Samples
 from weft.errors import UserError
+from weft.files.adapter_folder import save_adapter
+from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
+from weft.methods.dense import how_kept
 from weft.models import Base, load_base
 from weft.models.attached import prove_attached
 from weft.models.load import resolve_model, sketch_base
@@ -31,7 +33,6 @@ from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
 from weft.train.settings import RunConfig
-from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
@@ -260,13 +261,14 @@ def _train(
     result = trainer.run()
     if result.completed:
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
+        kept = how_kept(setup.adapters.model, setup.adapters.dtype) | {k: v for k, v in base.items() if k != "model"}
         for job in setup.jobs:
             if job.progress.ended == "failed":
                 shutil.rmtree(store.adapters / job.name, ignore_errors=True)
                 continue
             job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
-            job.adapter.trained_on = how_kept(setup.adapters) | {k: v for k, v in base.items() if k != "model"}
-            setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
+            job.adapter.trained_on = dict(kept)
+            save_adapter(setup.adapters, job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from weft.core.adapter import MethodConfig, check_name
 from weft.core.combined import CombinedConfig
-from weft.core.config import MethodConfig
-from weft.files.adapter_folder import check_name, method_config
+from weft.core.registry import method_config
 from weft.data.settings import DataPaths, DataSettings, checked_paths
 from weft.errors import UserError
 from weft.models.hub import Hub
