@@ -10,8 +10,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "weft"
 ORDER = (
-    "ops", "core", "combine", "methods", "objectives", "files", "models", "data", "train", "preview", "generate",
-    "merge", "evaluate", "synthesize", "serve", "cli", "api",
+    "ops", "core", "combine", "methods", "objectives", "files", "models", "merge", "adapters", "data", "train",
+    "preview", "generate", "export", "evaluate", "synthesize", "serve", "cli", "api",
 )  # fmt: skip
 FREE = {"errors", "foreign", "patterns", "assets", "libraries", "version"}  # anyone may use them, and they use nobody
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -211,7 +211,7 @@ def test_loaders_and_parsers_are_where_they_belong() -> None:
         ("models/gate.py", "AutoConfig.from_pretrained(p)"),
         ("models/gate.py", "auto.from_config(c, trust_remote_code=flag)"),
         ("models/hub_datasets.py", "datasets.load_dataset(p)"),
-        ("core/files.py", "json.loads(t)"),
+        ("files/adapter_folder.py", "json.loads(t)"),
         ("cli/train.py", "json.load(f)"),
         ("train/config.py", "yaml.load(t, Loader=L)"),
         ("data/x.py", "tokenizer.apply_chat_template(m)"),

@@ -148,8 +148,8 @@ def settings(model: Path, data: Path, folder: Path, *methods: dict[str, Any], **
 def test_the_others_keep_their_results(tiny_llama_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Bit for bit: the failed one is not kept, and neither is what an earlier version had kept of it."""
     from weft.errors import UserError
+    from weft.export.folder import merge_folder
     from weft.generate.open import open_target
-    from weft.merge.folder import merge_folder
 
     good, bad = {"name": "good"}, {"name": "bad", "method": "ln_tuning", "learning_rate": 1e-12}
     train(settings(tiny_llama_dir, tiny_data, tmp_path / "alone", good, exact=True))

@@ -174,7 +174,7 @@ def _methods() -> Iterator[Check]:
 
 def train_one_step(method: str) -> str:
     """One optimizer step of a method on a model of two tiny blocks; says whether the loss went down."""
-    from weft.core.adapters import Adapters
+    from weft.adapters import Adapters
     from weft.data import Sample
     from weft.methods import METHODS
     from weft.models import describe

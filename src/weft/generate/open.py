@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 import torch
 
+from weft.adapters import Adapters
 from weft.assets import EMBEDDED_MODELS
-from weft.core.adapters import Adapters
 from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
@@ -24,7 +24,6 @@ from weft.files.adapter_folder import (
     CONFIG,
     OWN_CONFIG,
     base_of,
-    load_adapter,
     merged_from,
     provenance_of,
     trained_on,
@@ -204,7 +203,7 @@ def _open_adapter(
         notes.append(f"{folder} does not say which chat template it was trained with; the tokenizer's own is used.")
     opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
     name = re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
-    load_adapter(opened.adapters, name, folder, tokenizer=base.tokenizer)
+    opened.adapters.load(name, folder, tokenizer=base.tokenizer)
     opened.names = (name,)
     return opened
 
@@ -295,7 +294,7 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
     for name in names:
         folder = store.adapters / name
         if folder.is_dir():  # finished; if a file of it is gone, say that, and answer from nothing older
-            load_adapter(opened.adapters, name, folder, tokenizer=tokenizer)
+            opened.adapters.load(name, folder, tokenizer=tokenizer)
         else:
             unfinished.append(name)
     if not unfinished:

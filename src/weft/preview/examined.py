@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from weft.core.adapters import Adapters
+from weft.adapters import Adapters
 from weft.core.heads import ClassificationTask
 from weft.data import Mixture, Renderer, Sample, Source, parse_sources
 from weft.data.auditing.base import Facts, Item, Split

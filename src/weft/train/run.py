@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from weft.core.adapters import Adapters
+from weft.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import check_job
@@ -22,7 +22,6 @@ from weft.data.provenance import Provenance, TokenizerFacts, file_names, templat
 from weft.data.settings import DataSettings
 from weft.data.views import Chain, Samples
 from weft.errors import UserError
-from weft.files.adapter_folder import save_adapter
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
 from weft.methods.dense import how_kept
 from weft.models import Base, load_base
@@ -268,7 +267,7 @@ def _train(
                 continue
             job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
             job.adapter.trained_on = dict(kept)
-            save_adapter(setup.adapters, job.name, store.adapters / job.name, base_name=resolve_model(config.model))
+            setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from weft.core.heads import ClassificationHead
 from weft.data.provenance import file_names, template_of
 from weft.errors import UserError
+from weft.export.proof import Expected, Proof, compare, fixed_prompts, routed_logits
 from weft.files import adapter_folder as files
 from weft.files.run_folder import RUN_FILE, RunStore
 from weft.generate.open import Opened, open_target
 from weft.merge.model import merged_model
-from weft.merge.proof import Expected, Proof, compare, fixed_prompts, routed_logits
-from weft.merge.weights import check_mergeable, merge_adapter
+from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears, how_kept
 from weft.models.load import resolve_dtype
 from weft.models.quantize import Quantization
@@ -191,7 +191,7 @@ def _write(opened: Opened, folder: Path, part: Path, dtype: torch.dtype | None) 
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
         _recast(opened, folder, dtype)
         adapter = adapters[name]
-    new = merged_model(adapters.model, adapters.architecture, merge_adapter(adapters, name, dtype), adapter.head)
+    new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
     entries = _entries(opened, folder, new)
     _save(opened, new, part)
@@ -222,7 +222,7 @@ def _recast(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
     name = opened.names[0]
     nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
     opened.adapters.remove(name)
-    files.load_adapter(opened.adapters, name, folder, tokenizer=opened.base.tokenizer)
+    opened.adapters.load(name, folder, tokenizer=opened.base.tokenizer)
 
 
 def _entries(opened: Opened, folder: Path, new: Any) -> dict[str, Any]:
