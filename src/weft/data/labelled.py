@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import Any, NoReturn
 
 from weft.data.formats.examples import Message
-from weft.data.formats.labels import LABELS, TEXTS, label_name, text_of
+from weft.data.formats.labels import LABELS, TEXTS, in_order, label_name, text_of
 from weft.data.problems import Problem, Problems, about_record
 from weft.data.reading.records import Record, first_rows, iter_items
 from weft.data.rendering.render import Renderer
@@ -25,7 +25,6 @@ from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
 from weft.errors import UserError, nearest
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
 _PEEK = 50  # rows that a table without a header, and the columns, are recognised from
 logger = logging.getLogger(__name__)
@@ -347,10 +346,3 @@ def _several(names: Mapping[str, str], refused: int) -> tuple[str, ...]:
             f"{left_out}"
         )
     return in_order(names)
-
-
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes by number if all are numbers, else by code point."""
-    names = tuple(names)
-    numeric = all(_NUMBER.fullmatch(name) for name in names)
-    return tuple(sorted(names, key=lambda name: (float(name) if numeric else 0.0, name)))

@@ -16,7 +16,8 @@ from weft.core.architecture import Architecture
 from weft.core.heads import ClassificationTask
 from weft.data import Mixture, Problems, Renderer, Sample, Source, load_labelled, parse_sources
 from weft.data.formats.detect import EmptyAnswerError
-from weft.data.load import Recipe, held_by_chance, iter_samples
+from weft.data.load import held_by_chance
+from weft.data.pipeline import Fold, TextRecipe, outcomes
 from weft.data.reading.files import Place, Shards, find_files, unique
 from weft.data.sources import held_by_hash
 from weft.data.store import MEMORY, SampleStore
@@ -158,30 +159,25 @@ class Reader:
 
     def _texts(self, source: Source) -> _Loaded:
         config = self.config
-        recipe = Recipe(
-            self.renderer,
-            source.format or config.data_format,
-            source.columns or config.columns,
-            self.architecture.task,
+        recipe = TextRecipe(
+            renderer=self.renderer,
+            format=source.format or config.data_format,
+            columns=source.columns or config.columns,
+            task=self.architecture.task,
+            empty_answers=config.empty_answers,
             keyed=config.eval_split is not None,
         )
         key = (source.path, recipe.format, json.dumps(recipe.columns), source.limit)
         if key not in self.files:
             self.problems.begin()
-            store, keys = self.stores[0], _Keys()
-            start = len(store)
-            for made in iter_samples(
-                self.places[source.path],
-                recipe,
-                problems=self.problems,
-                limit=source.limit or config.limit,
-                empty_answers=config.empty_answers,
-                data_workers=config.data_workers,
-            ):
-                for sample in made.samples:
-                    store.append(sample)
-                    if recipe.keyed:
-                        keys.append(made.key)
+            store, keys, place = self.stores[0], _Keys(), self.places[source.path]
+            start, fold = len(store), Fold(place, recipe, self.problems)
+            read = outcomes(place, recipe, limit=source.limit or config.limit, workers=config.data_workers)
+            for sample, said in fold.samples(read):
+                store.append(sample)
+                if recipe.keyed:
+                    keys.append(said)
+            recipe.end(fold)
             self.files[key] = _Loaded(store.part(slice(start, None)), keys)
         return self.files[key]
 

@@ -12,14 +12,14 @@ from typing import Any, Literal
 from weft.data.auditing.base import Item, Split, short
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, Tokenised
-from weft.data.labelled import given_labels, in_order, iter_labelled
+from weft.data.formats.labels import in_order
+from weft.data.labelled import given_labels, iter_labelled
+from weft.data.pipeline import EMPTY, TOO_LONG
 from weft.data.problems import Problem, about_record
 from weft.data.reading.records import Record, iter_items
 from weft.data.rendering.render import Renderer, Task
 from weft.data.rendering.sample import TooLongError
 from weft.errors import UserError
-
-EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
 
 
 def read_items(
