@@ -289,10 +289,12 @@ class Fold:
         """The classes: those of the recipe, or those that were met, in their order."""
         return self.recipe.labels or in_order(self.classes)
 
-    def numbered(self, samples: Iterable[Sample]) -> Iterable[Sample]:
-        """Samples that ``samples`` gave, with the numbers that their classes have in ``names``."""
-        places = {name: place for place, name in enumerate(self.names)}
-        final = [places[name] for name in self._numbers]
-        if final == list(range(len(final))):
-            return samples
-        return (sample if sample.label is None else replace(sample, label=final[sample.label]) for sample in samples)
+    @property
+    def settled(self) -> bool:
+        """Whether classes have had their final numbers from the first."""
+        return tuple(self._numbers) == self.names
+
+    def numbered(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Labelled samples that ``samples`` gave, with the numbers that their classes have in ``names``."""
+        final = [self.names.index(name) for name in self._numbers]
+        return (replace(sample, label=final[sample.label or 0]) for sample in samples)
