@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from weft.adapters import Adapters
 from weft.core.heads import ClassificationTask
-from weft.data import Mixture, Renderer, Sample, Source, parse_sources
+from weft.data import Renderer, Sample
 from weft.data.auditing.base import Facts, Item, Split
-from weft.data.auditing.items import TOO_LONG, read_items, read_labelled_items
-from weft.data.load import held_by_chance
-from weft.data.reading.files import Place
-from weft.data.sources import content_key, held_by_hash
+from weft.data.auditing.items import collect
+from weft.data.views import Array
 from weft.errors import UserError
 from weft.models import Base, reach
 from weft.models.load import load_tokenizer, sketch_base
 from weft.models.reach import LeftOut
 from weft.preview.packing import Packing
 from weft.train.batches import Batches
-from weft.train.reader import check_evaluated, data_files, token_key
+from weft.train.reader import JobData, Loaded, Read, Reader, data_files
 from weft.train.run import make_renderer
 from weft.train.settings import JobConfig, RunConfig
 
@@ -89,8 +90,8 @@ def examine(config: RunConfig) -> list[Examined]:
         columns = (job.labels, job.text_columns, job.label_column) if job.task == "sequence_classification" else None
         key = (repr(job.data or config.data), repr(job.eval_data or config.eval_data), job.task, repr(columns))
         groups.setdefault(key, []).append(job)
-    reader = _Reader(config, outline, places, renderer, unlimited)
-    return [reader.group(jobs) for jobs in groups.values()]
+    reader = Reader(config, renderer, outline, places, watched=True)
+    return [_Group(config, outline, reader, unlimited, jobs).examined() for jobs in groups.values()]
 
 
 def _outline(config: RunConfig) -> _Outline:
@@ -104,161 +105,95 @@ def _outline(config: RunConfig) -> _Outline:
     return _Outline(base.tokenizer, known.max_length, known.task, known.bidirectional, base)
 
 
-class _Reader:
-    def __init__(
-        self, config: RunConfig, outline: _Outline, places: dict[str, Place], renderer: Renderer, unlimited: Renderer
-    ) -> None:
-        self.config, self.outline, self.places = config, outline, places
-        self.renderer, self.unlimited = renderer, unlimited
-        self.not_reached: dict[str, LeftOut] = {}
+class _Group:
+    """Jobs with the same data."""
 
-    def group(self, jobs: list[JobConfig]) -> Examined:
-        config, job = self.config, jobs[0]
-        held = job.eval_data or config.eval_data
-        sources, left_out, classes = self._read(job.data or config.data, job, "train", None)
-        evaluated: list[Item] = []
+    def __init__(
+        self, config: RunConfig, outline: _Outline, reader: Reader, unlimited: Renderer, jobs: list[JobConfig]
+    ) -> None:
+        self.config, self.outline, self.reader, self.unlimited, self.jobs = config, outline, reader, unlimited, jobs
+        self.left_out, self.not_reached = Counter[str](), dict[str, LeftOut]()
+
+    def examined(self) -> Examined:
+        config, reader, job = self.config, self.reader, self.jobs[0]
+        read = reader.read(job)
+        classes = read.sources[0].names
+        sources = [self._items(part, "train", classes) for part in read.sources]
+        evaluated = [item for part in read.evaluated or () for item in self._items(part, "eval", classes)]
+        held = self._held_out(read, sources)
+        data = reader.data(job, read, reader.sides(read, held))
+        train: list[Item] = []
+        for items, marks in zip(sources, held, strict=True):
+            train += _parted(items, marks, evaluated)
         # A source of which nothing is left ends the training, whatever is to become of bad records.
-        whole = _something_of_each(sources)
-        if held is not None:
-            check_evaluated(parse_sources(held))
-            more, skipped, _ = self._read(held, job, "eval", classes)
-            evaluated, left_out = [item for source in more for item in source], left_out + skipped
-            whole = whole and _something_of_each(more)
-        else:
-            sources, evaluated = self._hold_out(sources)
-        items = [*(item for source in sources for item in source), *evaluated]
-        own = self.outline.tokenizer.chat_template if config.chat_template else None
+        whole = all(len(part.samples) for part in (*read.sources, *(read.evaluated or ())))
         task = "seq2seq" if self.outline.task == "seq2seq" else "causal_lm"
+        own = self.outline.tokenizer.chat_template if config.chat_template else None
         skips = config.on_bad_record != "error" and whole
-        facts = Facts(self.renderer, task, own or None, self.renderer.max_length, skips_bad_records=skips)
-        trained = [[sample for item in source for sample in item.samples] for source in sources]
+        facts = Facts(reader.renderer, task, own or None, reader.renderer.max_length, skips_bad_records=skips)
         windows: list[Item] = []
         if job.task != "sequence_classification" and config.documents == "joined":
-            trained = [list(self.renderer.join(samples)) for samples in trained]
-            windows = [Item("train", s.source, samples=(s,), length=len(s.input_ids)) for t in trained for s in t]
-        packings = self._packings(jobs, trained, classes) if whole or all(trained) else []
-        names = tuple(job.name for job in jobs)
-        missed = {name: self.not_reached[name] for name in names if name in self.not_reached}
-        return Examined(names, items, facts, packings, windows, left_out, missed)
+            windows = [Item("train", s.source, samples=(s,), length=len(s.input_ids)) for s in data.train]
+        # Where nothing is left, training would end at what is wrong with the records.
+        packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
+        names = tuple(job.name for job in self.jobs)
+        return Examined(names, [*train, *evaluated], facts, packings, windows, self.left_out, self.not_reached)
 
-    def _hold_out(self, sources: list[list[Item]]) -> tuple[list[list[Item]], list[Item]]:
-        """What training trains on, by source, and what it evaluates on.
-
-        A text in several windows may be on both sides, and is two Items then.
-        """
-        items = [item for source in sources for item in source]
-        pairs = [(item, sample) for item in items for sample in item.samples]
-        try:
-            if self.config.eval_split is not None:
-                held = held_by_hash((_key(item) for item, _ in pairs), self.config.eval_split)
-            else:
-                held = held_by_chance(len(pairs), self.config.eval_size, seed=0)
-        except UserError:
-            if self.config.on_bad_record != "error" or not any(item.problem for item in items):
-                raise
-            return sources, []  # training would end at these records first
-        out = {id(sample) for (_, sample), one in zip(pairs, held, strict=True) if one}
-        evaluated = []
-        train: list[list[Item]] = []
-        for source in sources:
-            train.append([])
-            for item in source:
-                mine = tuple(sample for sample in item.samples if id(sample) in out)
-                rest = tuple(sample for sample in item.samples if id(sample) not in out)
-                if mine and rest:  # the texts of the record are looked at once
-                    train[-1].append(replace(item, samples=rest, length=_tokens(rest)))
-                    evaluated.append(Item("eval", item.source, samples=mine, length=_tokens(mine), torn=True))
-                elif mine:
-                    evaluated.append(replace(item, split="eval"))
-                else:
-                    train[-1].append(item)
-        return train, evaluated
-
-    def _packings(
-        self, jobs: list[JobConfig], sources: list[list[Sample]], classes: ClassificationTask | None
-    ) -> list[Packing]:
-        """How the jobs pack the samples of these sources; those that do it alike come together."""
-        samples = [sample for source in sources for sample in source]
-        weights = tuple(
-            source.weight for source in parse_sources(jobs[0].data or self.config.data) if source.weight is not None
+    def _items(self, part: Loaded, split: Split, classes: Sequence[str]) -> list[Item]:
+        renderer, task = self.reader.renderer, self.outline.task
+        items, left_out = collect(
+            part.outcomes, renderer, unlimited=self.unlimited, split=split, task=task, classes=classes
         )
-        if not samples:
-            return []  # training would end at what is wrong with the records
-        mixture = Mixture(tuple(map(len, sources)), weights or None)
+        if not items:  # here training ends as well
+            told = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+            raise UserError(f"{part.path}: no record is left: {told}.")
+        self.left_out += left_out
+        return items
+
+    def _held_out(self, read: Read, sources: Sequence[Sequence[Item]]) -> list[Array]:
+        try:
+            return self.reader.split(read)
+        except UserError:
+            if self.config.on_bad_record != "error" or not any(item.problem for items in sources for item in items):
+                raise
+            return [np.zeros(len(part.samples), bool) for part in read.sources]  # training ends at these records first
+
+    def _packings(self, data: JobData) -> list[Packing]:
+        """How the jobs pack what they train on; those that do it alike come together."""
         alike: dict[Any, list[JobConfig]] = {}
-        for job in jobs:
+        for job in self.jobs:
             keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
-            virtual, missed = self.outline.adapter(job, classes)
+            virtual, missed = self.outline.adapter(job, data.classes)
             if missed is not None:
                 self.not_reached[job.name] = missed
             alike.setdefault((*keys, virtual), []).append(job)
         return [
             Packing(
                 tuple(job.name for job in same),
-                samples,
-                Batches(same[0], samples, virtual=key[-1], mixture=mixture),
+                data.train,
+                Batches(same[0], data.train, virtual=key[-1], mixture=data.mixture),
             )
             for key, same in alike.items()
         ]
 
-    def _read(
-        self, data: Any, job: JobConfig, split: Split, classes: ClassificationTask | None
-    ) -> tuple[list[list[Item]], Counter[str], ClassificationTask | None]:
-        """The records of each source, how many were left out, the classes."""
-        items: list[list[Item]] = []
-        left_out = Counter[str]()
-        for source in parse_sources(data):
-            found, skipped, classes = self._source(source, job, split, classes)
-            if not found:  # here training ends as well
-                told = ", ".join(f"{count:,} {why}" for why, count in skipped.items())
-                raise UserError(f"{source.path}: no record is left: {told}.")
-            items.append(found)
-            left_out += skipped
-        return items, left_out, classes
 
-    def _source(
-        self, source: Source, job: JobConfig, split: Split, classes: ClassificationTask | None
-    ) -> tuple[list[Item], Counter[str], ClassificationTask | None]:
-        path, config = self.places[source.path], self.config
-        if job.task != "sequence_classification":
-            items, skipped = read_items(
-                path,
-                self.renderer,
-                unlimited=self.unlimited,
-                split=split,
-                format=source.format or config.data_format,
-                columns=source.columns or config.columns,
-                limit=source.limit or config.limit,
-                empty_answers=config.empty_answers,
-                task=self.outline.task,
-            )
-            return items, skipped, None
-        labels = classes.labels if classes is not None else tuple(job.labels) if job.labels else None
-        items, dropped, names = read_labelled_items(
-            path,
-            self.renderer,
-            split=split,
-            labels=labels,
-            text_columns=job.text_columns,
-            label_column=job.label_column,
-            limit=source.limit or config.limit,
-            encoder=self.outline.bidirectional,
-        )
-        return (
-            items,
-            Counter({TOO_LONG: dropped} if dropped else {}),
-            ClassificationTask(names) if len(names) > 1 else None,
-        )
+def _parted(items: Sequence[Item], held: Array, evaluated: list[Item]) -> Iterator[Item]:
+    """Those to train on; the others, of which ``held`` marks the samples, go to ``evaluated``.
 
-
-def _something_of_each(sources: Sequence[Sequence[Item]]) -> bool:
-    return all(any(item.samples for item in source) for source in sources)
+    A text in several windows may be on both sides, and is two Items then.
+    """
+    at = 0
+    for item in items:
+        marks, at = held[at : at + len(item.samples)], at + len(item.samples)
+        if not marks.any():
+            yield item
+        elif marks.all():
+            evaluated.append(replace(item, split="eval"))
+        else:  # the texts of the record are looked at once
+            mine, rest = (tuple(compress(item.samples, side)) for side in (marks, ~marks))
+            evaluated.append(Item("eval", item.source, samples=mine, length=_tokens(mine), torn=True))
+            yield replace(item, samples=rest, length=_tokens(rest))
 
 
 def _tokens(samples: Sequence[Sample]) -> int:
     return sum(len(sample.input_ids) for sample in samples)
-
-
-def _key(item: Item) -> str:
-    """What training splits by: a hash of what a record says, or of a labelled text's tokens."""
-    return content_key(item.example) if item.example is not None else token_key(item.samples[0])

@@ -27,7 +27,8 @@ class View:
     @functools.cached_property
     def _numbers(self) -> dict[int, int]:
         """By identity, the number of every sample that is trained on."""
-        return {id(sample): number for number, sample in enumerate(self.data_set.packings[0].samples)}
+        items = self.data_set.windows or [item for item in self.data_set.items if item.split == "train"]
+        return {id(sample): number for number, sample in enumerate(sample for item in items for sample in item.samples)}
 
     def place(self, sample: Sample) -> Place | None:
         """Where the first jobs' first epoch has a sample; None: nowhere (it is held out, or a mixture's later one)."""

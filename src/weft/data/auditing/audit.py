@@ -46,7 +46,7 @@ def audit(
     """What is wrong with the records, errors first, by check in the order of CHECKS.
 
     Args:
-        items: the records (``weft.data.auditing.items.read_items``), training and evaluation together.
+        items: the records (``weft.data.auditing.items.collect``), training and evaluation together.
         facts: the renderer, and what else checks need to know.
         ignore: codes of checks to leave out.
         only: codes of the only checks to make.

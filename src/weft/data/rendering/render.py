@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Task = Literal["causal_lm", "seq2seq"]
 Example = SFT
-Outcome = tuple[Sample, ...] | UserError  # of one example: its samples (none if it was dropped), or what is wrong
+Rendered = tuple[Sample, ...] | UserError  # of one example: its samples (none if it was dropped), or what is wrong
 
 _AFTER_ANSWER = re.compile(f"(?:\\s|{re.escape(SOFT)})*$")
 _CHUNK = 512
@@ -164,7 +164,7 @@ class Renderer:
             found += outcome
         return found
 
-    def outcomes(self, examples: Iterable[Example], task: Task = "causal_lm") -> Iterator[Outcome]:
+    def outcomes(self, examples: Iterable[Example], task: Task = "causal_lm") -> Iterator[Rendered]:
         """For each example in order its samples, none if it was dropped, or the UserError that tells what is wrong.
 
         Reads ahead by a few hundred examples, which the tokenizer gets at once. ``documents: joined`` is not done
@@ -219,7 +219,7 @@ class Renderer:
         except UserError as error:
             return error
 
-    def _dropped(self, error: UserError) -> Outcome:
+    def _dropped(self, error: UserError) -> Rendered:
         return () if isinstance(error, TooLongError) and self.truncation == "drop" else error
 
     def _finish(self, script: Script, example: Example, known: Known | None = None) -> tuple[Sample, ...]:
