@@ -13,7 +13,8 @@ ORDER = (
     "ops", "core", "methods", "objectives", "models", "data", "train", "generate", "evaluate", "synthesize", "serve",
     "cli",
 )  # fmt: skip
-FREE = {"errors", "foreign", "patterns", "assets", "libraries"}  # anyone may use them, and they use nobody
+# Anyone may use them, and they use nobody.
+FREE = {"errors", "extensions", "foreign", "patterns", "assets", "libraries"}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weft.core.adapters import Adapters
     from weft.core.stream import Part
-    from weft.data import Message, Renderer
+    from weft.data import Message, Renderer, register_format
     from weft.errors import UserError
+    from weft.extensions import load_extension
     from weft.generate import Request, generate
     from weft.generate.open import Opened, open_target
     from weft.generate.sampling import Sampling
-    from weft.methods import BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+    from weft.methods import (
+        BitFitConfig,
+        BottleneckConfig,
+        LoraConfig,
+        PrefixTuningConfig,
+        PromptTuningConfig,
+        register_method,
+    )
     from weft.models import describe, load_base
+    from weft.objectives import register_objective
     from weft.train import RunConfig, load_config, make_config
+    from weft.train.callbacks import register_callback
     from weft.train.run import train
 
 __version__ = "0.1.0"
@@ -41,8 +51,13 @@ _HOMES: dict[str, str | None] = {
     "generate": None,
     "load_base": "weft.models",
     "load_config": "weft.train",
+    "load_extension": "weft.extensions",
     "make_config": "weft.train",
     "open_target": "weft.generate.open",
+    "register_callback": "weft.train.callbacks",
+    "register_format": "weft.data",
+    "register_method": "weft.methods",
+    "register_objective": "weft.objectives",
     "train": None,
 }
 
@@ -65,8 +80,13 @@ __all__ = [
     "generate",
     "load_base",
     "load_config",
+    "load_extension",
     "make_config",
     "open_target",
+    "register_callback",
+    "register_format",
+    "register_method",
+    "register_objective",
     "train",
 ]
 
