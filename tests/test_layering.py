@@ -13,7 +13,8 @@ ORDER = (
     "ops", "core", "combine", "methods", "objectives", "files", "models", "merge", "adapters", "data", "train",
     "preview", "generate", "export", "evaluate", "synthesize", "serve", "cli", "api",
 )  # fmt: skip
-FREE = {"errors", "foreign", "patterns", "assets", "libraries", "version"}  # anyone may use them, and they use nobody
+# Anyone may use them, and they use nobody.
+FREE = {"errors", "extensions", "foreign", "patterns", "assets", "libraries", "version"}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -31,8 +31,13 @@ __all__ = [  # noqa: F405, RUF100
     "generate",
     "load_base",
     "load_config",
+    "load_extension",
     "make_config",
     "open_target",
+    "register_callback",
+    "register_format",
+    "register_method",
+    "register_objective",
     "train",
 ]
 # Packages that can be called.

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from weft.adapters import Adapters
 from weft.core.stream import Part
-from weft.data import Message, Renderer
+from weft.data import Message, Renderer, register_format
 from weft.errors import UserError
+from weft.extensions import load_extension
 from weft.generate import Request
 from weft.generate.open import Opened, open_target
 from weft.generate.sampling import Sampling
-from weft.methods import BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from weft.methods import (
+    BitFitConfig,
+    BottleneckConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    register_method,
+)
 from weft.models import describe, load_base
+from weft.objectives import register_objective
 from weft.train import RunConfig, load_config, make_config
+from weft.train.callbacks import register_callback
 
 __all__ = [
     "Adapters",
@@ -31,6 +41,11 @@ __all__ = [
     "describe",
     "load_base",
     "load_config",
+    "load_extension",
     "make_config",
     "open_target",
+    "register_callback",
+    "register_format",
+    "register_method",
+    "register_objective",
 ]

@@ -56,6 +56,7 @@ RUN_KEYS: dict[str, str] = {
     "logging_steps": "a line of metrics every so many steps of a job",
     "save_steps": "a checkpoint every so many steps; there is always one at the end and when the run is stopped",
     "save_total_limit": "how many checkpoints to keep",
+    "callbacks": "names of callbacks, which hear every event of the run ([extending.md](extending.md))",
 }
 JOB_KEYS: dict[str, str] = {
     "name": "name of the adapter and of its folder",
@@ -80,6 +81,9 @@ JOB_KEYS: dict[str, str] = {
     "`auto`: `batch_size` times `max_length` ([data.md](data.md))",
     "gradient_accumulation_steps": "makes a step of that many batches; what goes through the model at once stays as "
     "large as one of them",
+    "objective": "what is minimised instead of the likelihood of the answers: the name of an extension's objective "
+    "([extending.md](extending.md)); evaluation stays the likelihood",
+    "objective_settings": "settings of the objective",
     "optimizer": "torch's own",
     "learning_rate": "default: the usual one of the method (below); of several methods in one job each its own",
     "adam_betas": "AdamW's decay rates; `adam_beta1` and `adam_beta2` set one",

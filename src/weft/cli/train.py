@@ -17,6 +17,7 @@ import typer
 from weft.cli import common
 from weft.cli.progress import Reporter, make_reporter
 from weft.errors import UserError
+from weft.extensions import loaded_files
 from weft.foreign import json_lines
 
 if TYPE_CHECKING:
@@ -292,13 +293,17 @@ def _show(summary: Mapping[str, Any]) -> None:
     if summary["completed"]:
         for job in summary["jobs"]:
             print(f"{job['name']} -> {job['folder'] or 'failed, and is not kept: ' + str(job['reason'])}")
-        where = shlex.quote(summary["output_dir"])
+        where = _with_extensions(shlex.quote(summary["output_dir"]))
         if all(job["folder"] is None for job in summary["jobs"]):
             return
         print(f"classify:  weft generate {where} --prompt TEXT" if classifies else f"talk to it:  weft chat {where}")
     else:
-        again = f"weft train {shlex.quote(summary['output_dir'])} --resume"
+        again = _with_extensions(f"weft train {shlex.quote(summary['output_dir'])} --resume")
         print(f"saved at step {summary['steps']}. Go on with:  {again}")
+
+
+def _with_extensions(words: str) -> str:
+    return " ".join([words, *(f"--extension {shlex.quote(str(file))}" for file in loaded_files())])
 
 
 def _loss(value: float | None) -> str:

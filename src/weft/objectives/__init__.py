@@ -2,5 +2,17 @@
 
 from weft.objectives.classification import class_metrics, classification
 from weft.objectives.likelihood import Head, Supervised, likelihood, likelihood_of_logits
+from weft.objectives.registry import OBJECTIVES, Objective, make_objective, register_objective
 
-__all__ = ["Head", "Supervised", "class_metrics", "classification", "likelihood", "likelihood_of_logits"]
+__all__ = [
+    "OBJECTIVES",
+    "Head",
+    "Objective",
+    "Supervised",
+    "class_metrics",
+    "classification",
+    "likelihood",
+    "likelihood_of_logits",
+    "make_objective",
+    "register_objective",
+]

@@ -38,6 +38,13 @@ class Supervised:
     sequence: Tensor
     num_sequences: int
 
+    def per_sequence(self, losses: Tensor) -> Tensor:
+        """The weighted sum [num_sequences] of the losses [S] of each sequence's tokens."""
+        weighted = losses * self.weights.to(losses.dtype)
+        return torch.zeros(self.num_sequences, dtype=losses.dtype, device=losses.device).index_add(
+            0, self.sequence, weighted
+        )
+
 
 def likelihood(hidden: Tensor, head: Head, batch: Supervised) -> Tensor:
     """Weighted sum of the token losses of each sequence, [num_sequences] (float32, or float64 for float64 input).
@@ -50,17 +57,10 @@ def likelihood(hidden: Tensor, head: Head, batch: Supervised) -> Tensor:
     losses = linear_cross_entropy(
         hidden, head.weight, batch.targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale
     )
-    return _per_sequence(losses, batch)
+    return batch.per_sequence(losses)
 
 
 def likelihood_of_logits(logits: Tensor, batch: Supervised) -> Tensor:
     """The same from logits [S, vocabulary], for an adapter that changes the head and so shares it with nobody."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return _per_sequence(F.cross_entropy(wide, batch.targets, reduction="none"), batch)
-
-
-def _per_sequence(losses: Tensor, batch: Supervised) -> Tensor:
-    weighted = losses * batch.weights.to(losses.dtype)
-    return torch.zeros(batch.num_sequences, dtype=losses.dtype, device=losses.device).index_add(
-        0, batch.sequence, weighted
-    )
+    return batch.per_sequence(F.cross_entropy(wide, batch.targets, reduction="none"))

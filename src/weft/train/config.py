@@ -221,7 +221,13 @@ def _plain(annotation: Any) -> str:
 
 
 def _unknown(where: str, keys: list[str], known: set[str] | frozenset[str]) -> str:
-    return "\n".join(f"{where}: unknown key '{key}'.{nearest(str(key), known)}" for key in keys)
+    return "\n".join(f"{where}: unknown key '{key}'.{_instead(str(key), known)}" for key in keys)
+
+
+def _instead(key: str, known: set[str] | frozenset[str]) -> str:
+    if key in ("extension", "extensions"):
+        return " No file can name code to run: give --extension FILE.py on the command line (docs/extending.md)."
+    return nearest(key, known)
 
 
 def _explain(error: ValidationError, where: str, known: set[str] | frozenset[str]) -> str:
@@ -229,7 +235,7 @@ def _explain(error: ValidationError, where: str, known: set[str] | frozenset[str
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key '{key}'.{nearest(key, known)}")
+            lines.append(_unknown(where, [key], known))
         elif item["type"] == "missing":
             lines.append(f"{where}: '{key}' is missing.")
         else:

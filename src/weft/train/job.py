@@ -69,6 +69,7 @@ class Job:
         self.config, self.adapter = config, adapter
         self.samples, self.eval_samples = samples, eval_samples
         self.name = config.name
+        self.objective = config.own_objective()
         self.batches = Batches(config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture)
         self.total_steps = self.batches.total_steps
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)

@@ -28,6 +28,8 @@ from weft.models import Base, load_base
 from weft.models.attached import prove_attached
 from weft.models.load import resolve_model, sketch_base
 from weft.train.batches import Batches
+from weft.train.callbacks import CALLBACKS, Listeners
+from weft.train.config import read_run_config
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
@@ -47,6 +49,7 @@ _FREE_KEYS = frozenset(
         "data_workers",
         "bad_records_file",
         "audit",
+        "callbacks",
     }
 )
 
@@ -156,6 +159,7 @@ def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Rende
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
     for job in config.jobs:
         check_job(job.name, job.task, sketch.architecture)
+        job.own_objective()
         method = job.method_config()
         for part in method.parts if isinstance(method, CombinedConfig) else (method,):
             part.check_quantization(config.quantization)
@@ -217,14 +221,16 @@ def train(
     store = RunStore(config.output_dir)
     _check_report(config)
     # Before the base is loaded, which may take minutes.
+    callbacks = [CALLBACKS.find(name) for name in config.callbacks]
     _check_folder(store, config)
     setup = prepare(config)
     # Told before the folder is touched: from then on a signal may only stop the run where it can be resumed.
     on_ready(setup)
+    listeners = Listeners([callback(setup) for callback in callbacks], on_event, should_stop)
     begun = (store.folder / RUN_FILE).is_file()
     store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     try:
-        return _train(config, setup, store, on_event, should_stop, on_trained)
+        return _train(config, setup, store, listeners, on_trained)
     finally:
         store.release()
         setup.adapters.close()
@@ -234,8 +240,7 @@ def _train(
     config: RunConfig,
     setup: Setup,
     store: RunStore,
-    on_event: Callable[[Event], None],
-    should_stop: Callable[[], bool],
+    listeners: Listeners,
     on_trained: Callable[[Setup], None],
 ) -> TrainResult:
     trainer = Trainer(
@@ -246,8 +251,8 @@ def _train(
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         verify_packing=config.verify_packing,
-        on_event=on_event,
-        should_stop=should_stop,
+        on_event=listeners.tell,
+        should_stop=listeners.stop,
     )
     if config.resume:
         trainer.resume()
@@ -315,7 +320,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
         return
     if (folder / RUN_FILE).is_file():
         if config.resume:
-            _same_run(config, store.read_run())
+            _same_run(config, read_run_config(folder))
         elif not config.overwrite_output_dir:
             raise UserError(
                 f"{folder} already holds a run. Go on with it (resume: true, or --resume), take another output_dir, or "
@@ -339,10 +344,10 @@ def base_fingerprint(base: Base) -> dict[str, Any]:
     return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
 
 
-def _same_run(config: RunConfig, stored: dict[str, Any]) -> None:
+def _same_run(config: RunConfig, begun: RunConfig) -> None:
     """A run is resumed as it was begun: any other setting would make it another run."""
-    old, new = stored.get("config", {}), config.model_dump(mode="json")
-    changed = [key for key in new if key not in _FREE_KEYS and old.get(key) != new[key]]
+    old, new = begun.model_dump(mode="json"), config.model_dump(mode="json")
+    changed = [key for key in new if key not in _FREE_KEYS and old[key] != new[key]]
     if changed:
-        lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
+        lines = "\n".join(f"  {key}: {old[key]!r} -> {new[key]!r}" for key in changed)
         raise UserError(f"cannot resume: the configuration has changed since the run began:\n{lines}")

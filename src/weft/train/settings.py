@@ -16,6 +16,7 @@ from weft.errors import UserError
 from weft.models.hub import Hub
 from weft.models.load import Shape
 from weft.models.quantize import Quantization
+from weft.objectives import Objective, make_objective
 from weft.train.aliases import translate
 
 
@@ -39,6 +40,8 @@ class JobConfig(BaseModel):
     batch_tokens: int | None = Field(default=None, gt=0)
     pack_tokens: int | None = Field(default=None, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
+    objective: str | None = None
+    objective_settings: dict[str, Any] = {}
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float | None = Field(default=None, gt=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -80,6 +83,10 @@ class JobConfig(BaseModel):
         if self.batch_tokens is not None and self.pack_tokens is not None:
             raise ValueError("batch_tokens and pack_tokens exclude each other: what goes through the model at once "
                              "is already limited by batch_tokens")  # fmt: skip
+        if self.objective is not None and self.task == "sequence_classification":
+            raise ValueError("objective is for tasks that write; a classification has its own")
+        if self.objective_settings and self.objective is None:
+            raise ValueError("objective_settings need an objective")
         method = self.method_config()
         for part in method.parts if isinstance(method, CombinedConfig) else (method,):
             if self.task not in part.tasks:
@@ -90,6 +97,14 @@ class JobConfig(BaseModel):
     def method_config(self) -> MethodConfig:
         """The method's own configuration."""
         return method_of(self.method, self.method_settings)
+
+    def own_objective(self) -> Objective | None:
+        """What the job minimises, if it names something; None: the likelihood, or the loss of its task.
+
+        Raises:
+            UserError: there is no such objective, or it has no such setting.
+        """
+        return None if self.objective is None else make_objective(self.objective, self.objective_settings)
 
     def planned_steps(self, samples: int) -> tuple[int, int]:
         """(optimizer steps per epoch, of the whole job) with that many samples in batches of ``batch_size``."""
@@ -117,6 +132,7 @@ class RunConfig(DataSettings):
     logging_steps: int = Field(default=10, gt=0)
     save_steps: int | None = Field(default=None, gt=0)
     save_total_limit: int = Field(default=2, gt=0)
+    callbacks: list[str] = []
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:

@@ -20,20 +20,24 @@ from weft.core.seq2seq import run_seq2seq
 from weft.core.stream import Part, Stream
 from weft.data import Sample
 from weft.data.batch import supervise
-from weft.objectives import Head, class_metrics, classification, likelihood, likelihood_of_logits
+from weft.objectives import Head, Objective, class_metrics, classification, likelihood, likelihood_of_logits
 from weft.train.batches import size
 from weft.train.job import Job
 
 
 @dataclass(frozen=True)
 class Work:
-    """One adapter's samples in one forward pass; ``divisor`` is the loss weight of its whole optimizer step."""
+    """One adapter's samples in one forward pass; ``divisor`` is the loss weight of its whole optimizer step.
+
+    ``objective``: what is minimised instead of the likelihood.
+    """
 
     adapter: str | None
     samples: Sequence[Sample]
     seed: int | None = None
     divisor: float = 1.0
     neftune_alpha: float = 0.0
+    objective: Objective | None = None
 
 
 def model_head(adapters: Adapters) -> Head:
@@ -60,10 +64,10 @@ def sequence_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
     for index, w in enumerate(work):
         if w.adapter is not None and adapters[w.adapter].head is not None:
             losses[index] = _class_losses(adapters, hidden, stream, w, sequences[index])
-        elif adapters.changes_head(w.adapter) or adapters.architecture.head_form is None:
+        elif w.objective or adapters.changes_head(w.adapter) or adapters.architecture.head_form is None:
             batch = supervise(stream, w.samples, sequences[index])
             logits = adapters.logits(hidden.index_select(0, batch.rows), [(w.adapter, len(batch.rows))])
-            losses[index] = likelihood_of_logits(logits, batch)
+            losses[index] = (w.objective or likelihood_of_logits)(logits, batch)
         elif adapters.exact:
             # By itself: the same shapes and alignment as if no other job were there.
             losses[index] = _token_losses(adapters, hidden, stream, w.samples, sequences[index])
@@ -160,7 +164,10 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
     for index in range(max(len(micros) for micros in batches.values())):
         present = [job for job in jobs if index < len(batches[job.name])]
         work = [
-            Work(j.name, batches[j.name][index], j.dropout_seed(index), weight[j.name], j.config.neftune_noise_alpha)
+            Work(
+                j.name, batches[j.name][index], j.dropout_seed(index), weight[j.name], j.config.neftune_noise_alpha,
+                j.objective,
+            )
             for j in present
         ]
         losses = forward_losses(adapters, work)
