@@ -1,9 +1,8 @@
-"""An adapter: the parameters of one named instance of a method, and what it computes at its sites."""
+"""An adapter: the parameters of one named instance of a method, and its functions at its sites."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,14 @@ SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
 InputFunction = Callable[[Tensor, Segment], Tensor]
 # A parameter of a base module -> what the module computes with instead, of the same shape.
 ParameterFunction = Callable[[Tensor], Tensor]
-# (place, count): that many virtual tokens stand before the sequence's own token ``place``.
+# (place, count): so many virtual tokens stand before the sequence's own token ``place``.
 Run = tuple[int, int]
 
 
 class Adapter(nn.Module):
-    """Base of all methods. A method overrides what it uses of the four kinds of site:
+    """The base class of all methods. A method overrides the functions of those kinds of site that it uses:
 
-    *linear* and *hidden* sites by ``sites``, *virtual tokens* by ``virtual_tokens``, *prefix* by ``prefix_states``.
+    ``sites`` for *linear* and *hidden* ones, ``virtual_tokens`` for *virtual tokens*, ``prefix_states`` for a *prefix*.
     An adapter lives beside the model, not inside it: the base keeps its modules, keys and parameters.
     """
 
@@ -33,39 +32,39 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
-        # A classification job's own head (``weft.core.heads``); None: the base's. Not on the class, where it would hide
-        # the module that is put here later.
+        # A classification job's own head (``weft.core.heads``); None: the base's. On the class it would hide the module
+        # that is put here later.
         self.head: nn.Module | None = None
-        # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
-        self.provenance: Mapping[str, Any] | None = None
-        # How the base was kept that it was trained on (``weft.core.weights.how_kept``); None: as the one it is on now.
-        self.trained_on: Mapping[str, Any] | None = None
+        # The way its data was read and rendered (``weft.data.provenance``), as JSON; None: it is not known.
+        self.provenance: Mapping[str, object] | None = None
+        # The dtype and quantization of the base in training (``weft.core.weights.how_kept``); None: those of now.
+        self.trained_on: Mapping[str, object] | None = None
 
-    # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
+    # Every batch asks for these lengths, so they are plain numbers that a method fills in once.
     num_virtual_tokens: int = 0
     num_prefix_tokens: int = 0
-    # Of the base; the default learning rate depends on it.
+    # The width of the base, on which the default learning rate depends.
     hidden_size: int = 2048
 
     @property
     def begins_as_identity(self) -> bool:
-        """Whether a fresh adapter promises to give what the base gives: not if it puts something before the text."""
+        """Whether a fresh adapter promises the base's results. With tokens or keys before the text it does not."""
         return self.config.begins_as_identity and not (self.num_virtual_tokens or self.num_prefix_tokens)
 
     def sites(self) -> Mapping[str, SiteFunction]:
-        """Module path -> what happens to that module's output."""
+        """Module path -> the function that changes the module's output."""
         return {}
 
     def input_sites(self) -> Mapping[str, InputFunction]:
-        """Module path -> what happens to that module's input."""
+        """Module path -> the function that changes the module's input."""
         return {}
 
     def parameter_sites(self) -> Mapping[str, Mapping[str, ParameterFunction]]:
-        """Module path -> the names of its own parameters -> what each becomes for the adapter's rows."""
+        """Module path -> the names of its own parameters -> the function that changes each for the adapter's rows."""
         return {}
 
     def inserted_blocks(self) -> Mapping[str, Sequence[nn.Module]]:
-        """Block path -> blocks that run after it, called as it is called."""
+        """Block path -> the blocks that run after it, with the same arguments."""
         return {}
 
     def merges(self) -> Mapping[str, Sequence[nn.Module]]:
@@ -76,16 +75,18 @@ class Adapter(nn.Module):
         return {}
 
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
-        """Where the virtual tokens stand in a sequence of ``length`` own tokens, in the order of ``virtual_tokens``.
+        """The places of the virtual tokens in a sequence of ``length`` own tokens, in the order of ``virtual_tokens``.
 
-        ``answer`` is the place of the first answer token (None: the text has none; generation: the prompt's end),
-        ``slots`` the places that the template names.
+        ``answer`` is the place of the first answer token (in generation the prompt's end; None: the text has none),
+        ``slots`` are the places that the template names.
         """
         return ((0, self.num_virtual_tokens),)
 
     def virtual_tokens(self, seed: int | None = None) -> Tensor:
-        """Learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences; ``seed`` fixes what is
-        drawn for them (None: nothing)."""
+        """The learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences.
+
+        ``seed`` fixes the random numbers in them (None: there are none).
+        """
         raise NotImplementedError
 
     def prefix_states(self) -> PrefixStates:
@@ -93,34 +94,37 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's tensors under the names that ``adapter_model.safetensors`` gives them."""
+        """The adapter's tensors, in their own shapes, under their names in ``adapter_model.safetensors``."""
         raise NotImplementedError
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """The same under the names of the folder's layout, where that is another one than PEFT's."""
+        """The tensors in their names and shapes of the folder's layout, where that is another one than PEFT's."""
         return self.tensors()
 
     def extra_tensors(self) -> Mapping[str, Tensor]:
-        """What training needs to go on but inference does not (an encoder); a file of its own beside the other."""
+        """Tensors, in their own shapes, that training needs to go on and inference does not (an encoder's).
+
+        They get a file of their own beside the other.
+        """
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of an ``adapter_model.safetensors``, and the extra ones if they were there.
 
         Raises:
-            UserError: a tensor is missing, has another shape, or is not one of this adapter's.
+            UserError: A tensor is missing, has another shape, or is not one of this adapter's.
         """
         copy_into(self.tensors(), tensors)
 
     def stored_config(self) -> MethodConfig:
-        """The configuration that is saved: the adapter's own, with what training has found out."""
+        """The configuration that is saved: the adapter's own, with what training has found."""
         return self.config
 
     def begin_training(self, total_steps: int) -> None:
-        """Told once before the first step (or the first after a resume), with the length of the whole run.
+        """Prepare for a run of ``total_steps``: before the first step, and before the first after a resume.
 
         Raises:
-            UserError: the method's schedule does not fit into the run.
+            UserError: The method's schedule does not fit into the run.
         """
 
     def penalty(self) -> Tensor | None:
@@ -128,11 +132,13 @@ class Adapter(nn.Module):
         return None
 
     def after_step(self, step: int) -> None:
-        """Called after optimizer step ``step`` (from 1), while the gradients are still there. What changes here and is
-        needed to go on must be a buffer: checkpoints hold parameters and buffers."""
+        """React to the optimizer's step ``step`` (from 1), while the gradients are still there.
+
+        A value that changes here and is needed to go on must be a buffer: checkpoints hold parameters and buffers.
+        """
 
     def learning_rate_factor(self, parameter: str) -> float:
-        """What the learning rate is multiplied by for one parameter, named as ``named_parameters`` does."""
+        """The factor of the learning rate for one parameter, named as ``named_parameters`` does."""
         return 1.0
 
     def scaled_learning_rate(self, parameter: str, rate: float) -> float:
@@ -144,17 +150,21 @@ class Adapter(nn.Module):
         return self.config.learning_rate(self.hidden_size)
 
     def num_trainable(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained numbers."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
 def master_dtype(base: torch.dtype) -> torch.dtype:
-    """Adapters are kept in float32 whatever the base computes in, except beside a float64 base."""
+    """The dtype of adapters beside a base of dtype ``base``: float32, except beside a float64 base."""
     return torch.float64 if base == torch.float64 else torch.float32
 
 
 def checked(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor ``key``, which must have this shape."""
+    """The tensor ``key``, of shape ``shape``.
+
+    Raises:
+        UserError: It is missing or has another shape.
+    """
     if key not in tensors:
         raise UserError(f"the adapter's file has no tensor '{key}'.{nearest(key, tensors)}")
     value = tensors[key]
@@ -172,11 +182,11 @@ def copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copy a file's tensors into ``own``, which must have the same names and shapes.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or is not one of ``own``.
+        UserError: A tensor is missing, has another shape, or is not one of ``own``.
     """
     for key, parameter in own.items():
         parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
-    # What is left over would silently be ignored.
+    # A tensor that is left over would silently be ignored.
     foreign = sorted(set(tensors) - set(own))
     if foreign:
         raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
@@ -185,8 +195,8 @@ def copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
 class SiteAdapter(Adapter):
     """An adapter whose parameters hang on base modules: one small module per site, which is its site function.
 
-    A parameter ``part`` at module ``path`` is stored as ``base_model.model.<path>.<part, '_' as the method says>``.
-    ``own``: base tensors that are trained whole beside them (``weft.core.weights``: ``modules_to_save``, biases).
+    The parameter ``part`` at module ``path`` is stored as ``base_model.model.<path>.<stored_name(part)>``. ``own`` are
+    base tensors that are trained whole beside them (``weft.core.weights``: ``modules_to_save``, biases).
     """
 
     prefix = "base_model.model."
@@ -205,7 +215,7 @@ class SiteAdapter(Adapter):
         self.own = nn.ModuleList((own or {}).values())
 
     def stored_name(self, part: str) -> str:
-        """What the file calls the parameter ``part`` of a layer."""
+        """The file's name for the parameter ``part`` of a layer."""
         return part
 
     def sites(self) -> Mapping[str, SiteFunction]:
@@ -227,7 +237,7 @@ class SiteAdapter(Adapter):
             for path, layer in zip(self.paths, self.layers, strict=True)
             for part, parameter in layer.named_parameters()
         }
-        # peft wraps the modules it tunes, and calls what was there the base layer.
+        # peft wraps the modules it tunes, and calls the module inside the base layer.
         return layers | {
             f"{self.prefix}{path}.{'base_layer.' if path in self.paths else ''}{part}": parameter
             for path, weights in zip(self.own_paths, self.own, strict=True)
@@ -236,7 +246,7 @@ class SiteAdapter(Adapter):
 
 
 def in_order(functions: Sequence[SiteFunction]) -> SiteFunction:
-    """One site function that applies several, each to what the one before gave."""
+    """One site function that applies several, each to the result of the one before."""
 
     def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         for function in functions:

@@ -32,7 +32,7 @@ from weft.errors import UserError
 from weft.libraries import cache_arguments, growing_cache, keys_values, output_cache
 from weft.ops.merge import MajoritySign
 
-# On a model whose attention and sites already obey a router: a second one would be asked by nobody.
+# The mark of a model whose attention and sites already obey a router: no site would ask a second one.
 _OPEN = "_weft_open"
 
 
@@ -43,11 +43,11 @@ class Adapters:
     ``Adapters`` is open. ``close()`` gives back exactly the model that came in.
 
     Args:
-        model: a transformers model.
-        architecture: where its parts are (``weft.models.describe``).
-        padded: run padded batches through the model's own attention. Default: only if the model can do nothing else.
-        exact: one matrix product per adapter, so that an adapter's numbers do not depend on its neighbours to the bit.
-        checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        model: A transformers model.
+        architecture: The places of its parts (``weft.models.describe``).
+        padded: Run padded batches through the model's own attention. Default: only if the model can do nothing else.
+        exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
+        checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Adapters:
             raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
         if not self.padded and architecture.install_attention is None:
             raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
-        # Of a quantised base: module path -> the weight [out, in] before (LoftQ asks for it).
+        # For LoftQ on a quantised base: module path -> the weight [out, in] before quantisation.
         self.original_weight: Callable[[str], Tensor] | None = None
         self._adapters: dict[str, Adapter] = {}
         model.__dict__[_OPEN] = True
@@ -82,8 +82,8 @@ class Adapters:
                 if install is not None:
                     self._undo.append(install(model, self.router))
             if exact:
-                # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
-                # summed, must not depend on which methods the neighbours use.
+                # Sites are needed also where no adapter sits now: the shape of the graph, and with it the order in
+                # which gradients are summed, must not depend on which methods the neighbours use.
                 for path in apart:
                     attach(model.get_submodule(path), path, self.router)
                 for path in (*shape.experts, *shape.routers):
@@ -99,19 +99,19 @@ class Adapters:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base computes in."""
+        """The dtype in which the base computes."""
         weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
         return weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
+        """The device of the base."""
         weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
         return weight.device
 
     @property
     def names(self) -> list[str]:
-        """The adapters that are there, in the order they came."""
+        """The names of the adapters, in the order they came."""
         return list(self._adapters)
 
     def __getitem__(self, name: str) -> Adapter:
@@ -134,10 +134,10 @@ class Adapters:
     ) -> Adapter:
         """Make a new adapter; its initial values come from a generator seeded with ``seed`` alone.
 
-        ``classification`` gives it a head of its own. ``blank``: values do not matter, they will be loaded.
+        ``classification`` gives it a head of its own. ``blank`` says that values will be loaded, so none are computed.
 
         Raises:
-            UserError: the name is taken or no valid folder name, or the method finds nothing to tune.
+            UserError: The name is taken or no valid folder name, or the method finds nothing to tune.
         """
         files.check_name(name)
         if name in self._adapters:
@@ -173,7 +173,7 @@ class Adapters:
     def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
         parameters = adapter.parameter_sites()
-        # All become sites before any is given its function: a module that cannot leaves nothing half attached.
+        # All become sites before one gets its function: a module that cannot leaves no adapter half attached.
         at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks, *parameters)}
         for path, function in sites.items():
             at[path].functions[name] = [function]
@@ -187,12 +187,12 @@ class Adapters:
         return adapter
 
     def stack(self, name: str, names: Sequence[str]) -> Adapter:
-        """A new name under which several adapters act on the same rows, in this order; nothing is copied.
+        """Let several adapters act on the same rows, in this order, under a new name; nothing is copied.
 
         They stay what they are and can be used by themselves; training the stack trains them.
 
         Raises:
-            UserError: a name is missing, taken or given twice, or two of them have classification heads.
+            UserError: A name is missing, taken or given twice, or two of them have classification heads.
         """
         files.check_name(name)
         if name in self._adapters:
@@ -220,13 +220,13 @@ class Adapters:
         svd_rank: int | None = None,
         seed: int = 0,
     ) -> Adapter:
-        """A new adapter ``name`` made of trained ones of one kind; PEFT's ``add_weighted_adapter`` and its names.
+        """Make a new adapter ``name`` of trained ones of one kind, as PEFT's ``add_weighted_adapter`` does.
 
-        ``weights``: one per adapter; default: the same share for each (1 where virtual tokens are put together).
-        What each setting means, and which rule works for which method: ``weft.core.compose``, docs/cli.md.
+        ``weights`` has one entry per adapter; by default each has the same share (1 where virtual tokens are put
+        together). ``weft.core.compose`` and docs/cli.md explain each setting, and which rule works for which method.
 
         Raises:
-            UserError: the adapters do not fit together, or their method has no such rule.
+            UserError: The adapters do not fit together, or their method has no such rule.
         """
         headed = [part for part in names if self[part].head is not None]
         if headed:
@@ -241,7 +241,7 @@ class Adapters:
         """Take the adapter away; modules that no adapter uses any more get their own class back.
 
         Raises:
-            UserError: there is none, or a stack still uses it.
+            UserError: There is no such adapter, or a stack still uses it.
         """
         adapter = self[name]
         for other, stack in self._adapters.items():
@@ -254,7 +254,7 @@ class Adapters:
         del self._adapters[name]
 
     def close(self) -> None:
-        """Remove every adapter and every trace: the model is again the one that was loaded."""
+        """Remove every adapter and every trace of it: the model is again the one that was loaded."""
         for name in reversed(self.names):  # a stack came after its parts
             self.remove(name)
         for module, _ in list(sites_in(self.model)):
@@ -267,11 +267,11 @@ class Adapters:
     def merge(self, name: str, dtype: torch.dtype | None = None) -> Merged:
         """The weights of a model that computes by itself what the base computes with adapter ``name``.
 
-        The base, which is only read, and the adapter stay what they are. A classification head is not among the
-        weights. ``dtype``: of all of them; default: each in the base's own.
+        The base and the adapter are only read. A classification head is not among the weights. ``dtype`` is that of
+        all weights; by default each has the base's own.
 
         Raises:
-            UserError: what the adapter, or a part of it, computes cannot be weights of the base.
+            UserError: The effect of the adapter, or of a part of it, cannot be weights of the base.
         """
         adapter = self[name]
         check_mergeable(adapter)
@@ -282,14 +282,14 @@ class Adapters:
         return merge_weights(self.model, self.architecture, changes, inserted, dtype)
 
     def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:
-        """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model."""
+        """Write the adapter in PEFT's layout; ``base_name`` is its config's name for the base model."""
         adapter = self[name]
         if adapter.trained_on is None:
             adapter.trained_on = how_kept(self)
         files.save(adapter, self.architecture, Path(folder), base_name=base_name)
 
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
-        """Add an adapter from a folder in PEFT's layout, ours or peft's."""
+        """Add an adapter from a folder in PEFT's layout, which Weft or peft wrote."""
         config, tensors, task = files.read(Path(folder), self.model)
         provenance = files.provenance_of(Path(folder))
         adapter = self._add_with(name, config, tensors, tokenizer=tokenizer, classification=task)
@@ -298,7 +298,7 @@ class Adapters:
         return adapter
 
     def _add_with(self, name: str, config: MethodConfig, tensors: Mapping[str, Tensor], **more: Any) -> Adapter:
-        """``add``, then the values of ``tensors``."""
+        """Add an adapter, and load the values of ``tensors``."""
         adapter = self.add(name, config, blank=True, **more)
         try:
             with torch.no_grad():
@@ -329,7 +329,8 @@ class Adapters:
     def logits(self, hidden: Tensor, rows: Sequence[tuple[str | None, int]] = ()) -> Tensor:
         """The head's logits [n, vocabulary] for hidden states [n, d].
 
-        ``rows``: (adapter, how many rows) in order, where adapters may have changed the head; left out: the base's own.
+        ``rows`` names (adapter, number of rows) in order, where adapters may have changed the head; by default the
+        logits are the base's own.
         """
         route = Route(tuple(Segment(name, count, count) for name, count in rows if count), exact=self.exact)
         touched = any(site_of(module) is not None for module in head_modules(self.model, self.architecture))
@@ -337,7 +338,7 @@ class Adapters:
             return head_logits(self.model, self.architecture, hidden)
 
     def changes_head(self, name: str | None) -> bool:
-        """Whether the adapter gives other logits than the base for the same hidden state."""
+        """Whether the adapter's logits differ from the base's for the same hidden state."""
         sites = (site_of(module) for module in head_modules(self.model, self.architecture))
         return any(site is not None and (name in site.functions or name in site.inputs) for site in sites)
 
@@ -349,7 +350,7 @@ class Adapters:
 
     @torch.no_grad()
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
+        """The plain base's keys and values [kv_heads, n, head_dim] of one text, per layer."""
         if self.architecture.task == "seq2seq":
             return prompt_keys_values(self.model, input_ids.to(self.device))
         if self.padded:
@@ -366,7 +367,7 @@ class Adapters:
 
 
 class _Recorder:
-    """Stands where a cache would and keeps what the layers show it."""
+    """A stand-in for a cache that keeps the keys and values of one pass."""
 
     prefilled = False
 
@@ -389,7 +390,7 @@ def is_open(model: nn.Module) -> bool:
 
 
 def _freeze(model: nn.Module) -> Callable[[], None]:
-    """No gradients for the base and no dropout in it; returns the function that restores both."""
+    """Switch off gradients and dropout of the base; returns the function that restores both."""
     trained = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What is checked of an adapter as soon as it is added: what costs little and would else be wrong without a word.
+"""The checks of an adapter as soon as it is added: cheap ones, for faults that would else be silent.
 
 ``weft.models.attached`` proves more, when a run is prepared.
 """
@@ -26,10 +26,10 @@ _UNITS = 64
 
 @torch.no_grad()
 def check_added(adapters: Adapters, name: str, *, fresh: bool) -> None:
-    """Check adapter ``name``; ``fresh``: its values are those it begins with, and not to be loaded yet.
+    """Check adapter ``name``; ``fresh`` says that its values are its first ones, and none will be loaded.
 
     Raises:
-        UserError: it would not begin as it promises, or would change the plain base's rows beside it.
+        UserError: It would not begin as it promises, or would change the plain base's rows beside it.
     """
     adapter, shape = adapters[name], adapters.architecture
     if adapters.device.type == "meta" or shape.memory_linears:
@@ -48,10 +48,10 @@ def check_added(adapters: Adapters, name: str, *, fresh: bool) -> None:
 
 @torch.no_grad()
 def check_numbers(adapters: Adapters) -> None:
-    """Whether blocks may get other numbers, as they do when new ones are merged in between.
+    """Refuse a model whose blocks cannot get other numbers, as they do when new ones are merged in between.
 
     Raises:
-        UserError: what a block computes depends on its number (GPT-2's scale by layer, DiffLlama's lambda).
+        UserError: A block's results depend on its number (GPT-2's scale by layer, DiffLlama's lambda).
     """
     model, shape = adapters.model, adapters.architecture
 
@@ -79,7 +79,7 @@ def check_numbers(adapters: Adapters) -> None:
 
 
 def _counts_blocks(model: Any, settings: Callable[..., list[Any]], block: str) -> bool:
-    """Whether a block of a model with one block more has other settings: MiniCPM scales by how many there are."""
+    """Whether a block has other settings in a model with one more block: MiniCPM scales by the number of blocks."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers += 1
@@ -100,7 +100,7 @@ def _near(hidden: Tensor) -> Tensor:
 
 
 def _check_inserted(adapters: Adapters, name: str) -> None:
-    """New blocks are the identity, as zeros in their last linears promise."""
+    """Refuse new blocks that are not the identity, as zeros in their last linears promise."""
     before, after = (adapters.forward(adapters.stream([Part(who, [_TEXT])])) for who in (None, name))
     if not adapters[name].begins_as_identity or bool(((after - before)[-len(_TEXT) :].abs() <= _near(before)).all()):
         return
@@ -113,7 +113,7 @@ def _check_inserted(adapters: Adapters, name: str) -> None:
 
 
 def _check_beside(adapters: Adapters, name: str) -> None:
-    """In a padded batch learned keys of some rows are masked for the others; not every model heeds the mask there."""
+    """Refuse a model that ignores the mask by which a padded batch hides some rows' learned keys from the others."""
     parts: list[Any] = [Part(name, [_TEXT]), Part(None, [_TEXT])]
     try:
         with without_sites(adapters.model):

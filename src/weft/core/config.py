@@ -1,4 +1,4 @@
-"""What every method's configuration has in common."""
+"""The base class of every method's configuration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a method may look at while it makes an adapter.
+    """Everything that a method may use while it makes an adapter.
 
     ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
-    ``blank``: the values will be loaded, or the model is on the meta device and only its shapes are asked, so none
-    that cost a tokenizer, a pass of the base or a look at its weights may be made. ``original_weight`` gives the
-    weight [out, in] that a quantised module was made from, by the module's path.
+    ``blank`` says that the values will be loaded, or that the model is on the meta device and only shapes are asked:
+    the method must not compute values that cost a tokenizer, a pass of the base or a look at its weights.
+    ``original_weight`` gives the weight [out, in] from which a quantised module was made, by the module's path.
     """
 
     model: nn.Module
@@ -47,43 +47,43 @@ class BuildContext:
         return self.blank and self.device.type != "meta"
 
     def normal(self, *shape: int, std: float) -> Tensor:
-        """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""
+        """Gaussian numbers of shape ``shape`` from the adapter's own generator, on the CPU whatever the device is."""
         values = torch.randn(*shape, generator=self.generator, dtype=torch.float32) * std
         return values.to(self.device, self.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
-        """Zeros in the adapter's dtype."""
+        """Zeros of shape ``shape`` in the adapter's dtype."""
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
 
 class MethodConfig(BaseModel):
     """The settings of one method: frozen, checked on construction, with PEFT's field names.
 
-    A subclass names itself (``method``), says what PEFT calls it (``peft_type``) and builds its adapter.
+    A subclass gives its name (``method``) and PEFT's (``peft_type``), and builds its adapter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: ClassVar[str]
     peft_type: ClassVar[str]
-    # What the folder's file of tensors is called.
+    # The name of the folder's file of tensors.
     weights_file: ClassVar[str] = "adapter_model.safetensors"
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
-    # What a field means that PEFT's file leaves out, where that is not our own default (None: PEFT needs it).
+    # PEFT's default for a field that its file leaves out, where it is not ours (None: PEFT has none).
     peft_defaults: ClassVar[Mapping[str, Any]] = {}
-    # Fields that PEFT's file does not have, or has in other words: paths instead of names.
+    # Fields that PEFT's file does not have, or has in another form: paths instead of names.
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
-    # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
+    # The rates for models of width 2048 and more, and of 128 and less; in between the width's logarithm decides.
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = None
-    # How trained adapters become a new one (``weft.core.compose``); ``whole_values``: the tensors are values that take
-    # the place of the base's and not changes, so they can be averaged but not added.
+    # The rules by which trained adapters become a new one (``weft.core.compose``). ``whole_values``: the tensors take
+    # the place of the base's and are no changes, so they can be averaged but not added.
     combination_types: ClassVar[tuple[str, ...]] = ("linear",)
     whole_values: ClassVar[bool] = False
-    # What to do where an adapter cannot become weights of the base (``weft.core.merging``).
+    # The advice where an adapter cannot become weights of the base (``weft.core.merging``).
     instead_of_merging: ClassVar[str] = "Serve the adapter beside its base instead (weft chat, weft generate)."
-    # What the method can be used for.
+    # The tasks that the method can be used for.
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
 
     @classmethod
@@ -94,12 +94,12 @@ class MethodConfig(BaseModel):
 
     @property
     def begins_as_identity(self) -> bool:
-        """Whether a fresh adapter of these settings promises to give what the base gives."""
+        """Whether a fresh adapter of these settings promises the base's results."""
         return True
 
     @classmethod
     def learning_rate(cls, hidden_size: int) -> float:
-        """The rate that is used when the job names none: small models want larger steps."""
+        """The rate of a job that names none: small models want larger steps."""
         large, small = cls.default_learning_rate, cls.small_learning_rate
         if small is None:
             return large
@@ -107,25 +107,28 @@ class MethodConfig(BaseModel):
         return float(f"{large ** (1 - share) * small**share:.2g}")
 
     def check_quantization(self, quantization: str | None) -> None:
-        """Refuse, before weights are loaded, what does not go with a base quantised like that (None: not at all).
+        """Refuse, before weights are loaded, a quantisation of the base that these settings cannot use (None: none).
 
         Raises:
-            UserError: it does not.
+            UserError: They cannot use it.
         """
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         """Make the adapter ``name``; draws its initial values from ``context.generator`` only.
 
         Raises:
-            UserError: the method finds nothing to tune in this model.
+            UserError: The method finds nothing to tune in this model.
         """
         raise NotImplementedError
 
     def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
-        """Configuration and tensors of a new adapter made of ``sources``, of which this is the first's configuration.
+        """Combine ``sources``, of which this is the first's configuration.
+
+        Returns:
+            The configuration of the new adapter, and its tensors in the shapes of its file.
 
         Raises:
-            UserError: they do not fit together.
+            UserError: They do not fit together.
         """
         return combine_like_tensors(sources, how)
 
@@ -134,34 +137,37 @@ class MethodConfig(BaseModel):
         return self.model_dump(mode="json")
 
     def in_peft(self) -> dict[str, Any]:
-        """Those of these entries that do not depend on the base: an ``adapter_config.json`` beside ours agrees."""
+        """Those of these entries that do not depend on the base. An ``adapter_config.json`` beside ours must agree."""
         return {"peft_type": self.peft_type, **self.model_dump(mode="json", exclude=set(self.not_in_peft))}
 
     @classmethod
     def renamed(cls, entries: Mapping[str, Any]) -> frozenset[str]:
-        """Keys that an ``adapter_config.json`` with these entries holds otherwise, so that peft reads the function."""
+        """Keys whose values differ in an ``adapter_config.json`` with these entries, so that peft computes the same."""
         return frozenset()
 
     @classmethod
     def of_layout(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Where in an ``adapter_config.json`` of this method's layout the entries of ``in_peft`` stand."""
+        """The part of an ``adapter_config.json`` of this method's layout in which the entries of ``in_peft`` stand."""
         return entries
 
     def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any] | None:
-        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose files are not laid out as PEFT's."""
+        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose layout is not PEFT's; else None."""
         return None
 
     @classmethod
     def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
-        """The configuration from an ``adapter_config.json`` that is laid out that way; None if it is none of these."""
+        """The configuration from an ``adapter_config.json`` in such a layout; None if it is in another."""
         return None
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
         """Read the method's entries of an ``adapter_config.json`` (the common ones are already taken out).
 
-        ``keys`` are the tensor names of the adapter's file: what was really tuned. Entries that Weft does not know are
-        dropped when they are empty or off, else refused. What is not there has PEFT's default, not ours.
+        ``keys`` are the names of the file's tensors, which show what was really tuned. Entries that Weft does not know
+        are dropped if they are empty or off, else refused. A missing entry has PEFT's default, not ours.
+
+        Raises:
+            UserError: Weft does not know an entry, or one without a default is missing.
         """
         known = {k: v for k, v in entries.items() if k in cls.model_fields}
         for key in entries.keys() - known.keys() - cls.harmless_keys:
@@ -177,10 +183,10 @@ class MethodConfig(BaseModel):
 
 
 class SavesModules(MethodConfig):
-    """Of a method that can train whole base modules beside its own parameters: endings of their paths, as in PEFT
-    (``norm`` is every ``input_layernorm`` too; ``model.norm`` is one).
+    """Settings of a method that can train whole base modules beside its own parameters.
 
-    The adapter hands ``weft.core.weights.saved_modules`` of them to ``SiteAdapter``.
+    ``modules_to_save`` holds endings of their paths, as in PEFT: ``norm`` names every ``input_layernorm`` too,
+    ``model.norm`` names one. The adapter hands ``weft.core.weights.saved_modules`` of them to ``SiteAdapter``.
     """
 
     modules_to_save: list[str] | None = None

@@ -1,9 +1,9 @@
-"""Merging: what an adapter computes at a module, written into the module's own tensors.
+"""Merging: writing the effect of an adapter at a module into the module's own tensors.
 
-A linear, a norm or an embedding ``f(x; W, b)`` with a site on it is often again such a module, with other tensors:
+A linear, a norm or an embedding ``f(x; W, b)`` with a site on it is often such a module again, with other tensors:
 ``W x + b + s B A x = (W + s B A) x + b``. A layer of a method that knows these tensors has a ``merge_into``
-(``Mergeable``); what has none cannot be merged. They are worked out in double precision, of a quantised module from
-the weights that training saw, the dequantised ones, and rounded once. The base itself is only read.
+(``Mergeable``); a layer without it cannot be merged. The tensors are computed in double precision and rounded once. For
+a quantised module they start from the dequantised weights, which training saw. The base itself is only read.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from weft.errors import UserError
 if TYPE_CHECKING:
     from weft.core.adapter import Adapter
 
-# Matrices with more entries than this are worked out in single precision (a table of 150,000 tokens in double
-# precision would take 5 GB a copy).
+# Matrices with more entries than this are computed in single precision (a table of 150,000 tokens in double precision
+# would take 5 GB a copy).
 LARGE = 2**27
 
 
@@ -33,9 +33,10 @@ class MergedModule:
     """The tensors of one module of the base while a merge changes them.
 
     Attributes:
-        weight: of a linear [out, in], whatever its layout; of an embedding [rows, d]; of a norm as it is.
-        bias: None where the module has none; ``add_bias`` makes one.
-        base_weight, base_bias: what they are in the base.
+        weight: [out, in] of a linear, whatever its layout; [rows, d] of an embedding; [d] of a norm.
+        bias: [out]; None where the module has none; ``add_bias`` makes one.
+        base_weight: The weight in the base.
+        base_bias: The bias in the base.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -48,25 +49,25 @@ class MergedModule:
         self._input_scale: Tensor | None = None
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """A tensor of the adapter in the precision of the merge."""
+        """A tensor of the adapter, of any shape, in the precision of the merge."""
         return tensor.detach().to(self.weight)
 
     def add_bias(self, change: Tensor) -> None:
-        """``y + change``."""
+        """Make the output ``y + change``, of change [out]."""
         change = self.cast(change)
         self.bias = change if self.bias is None else self.bias + change
 
     def scale_input(self, scale: Tensor) -> None:
-        """``f(scale * x)``; all else that is done here is done to what goes in then."""
+        """Make the module ``f(scale * x)``, of scale [in]; all other changes see the scaled input."""
         scale = self.cast(scale)
         self._input_scale = scale if self._input_scale is None else self._input_scale * scale
 
     def laid_out(self, tensor: Tensor) -> Tensor:
-        """A matrix in the module's own layout as ``weight``, or ``weight`` in the module's: Conv1D keeps [in, out]."""
+        """A matrix of the module's layout in that of ``weight``, or the other way round: Conv1D keeps [in, out]."""
         return tensor.t() if self.linear and not isinstance(self.module, nn.Linear) else tensor
 
     def tensors(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> dict[str, Tensor]:
-        """The module's tensors as it keeps them, rounded; in the CPU's memory, for the base fills the GPU's."""
+        """The module's tensors in its own layout and shapes, rounded; on the CPU, because the base fills the GPU."""
         weight = self.weight if self._input_scale is None else self.weight * self._input_scale
         found = {"weight": self.laid_out(weight).to(weight_dtype).cpu().contiguous()}
         return found if self.bias is None else {**found, "bias": self.bias.to(bias_dtype).cpu().contiguous()}
@@ -77,7 +78,7 @@ class Mergeable(Protocol):
     """A layer of an adapter whose effect can be written into the weights of the module it sits on."""
 
     def merge_into(self, merged: MergedModule) -> None:
-        """Change ``merged`` so that the module computes with it what it and this layer compute together."""
+        """Change ``merged`` so that the module with it gives the result of the module and this layer together."""
 
 
 @runtime_checkable
@@ -87,7 +88,7 @@ class MergeableParameter(Protocol):
     parameter: str
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The parameter as the module computes with it, in its own dtype."""
+        """The parameter with which the module computes, in weight's shape and dtype."""
 
 
 @runtime_checkable
@@ -95,19 +96,19 @@ class MergedBlock(Protocol):
     """A block of an adapter's own that can become one of the model's."""
 
     def merged_tensors(self) -> Mapping[str, Tensor]:
-        """Its state dict, in the base's dtypes."""
+        """Its state dict, in the base's shapes and dtypes."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The weights of a model that computes without an adapter what the base computes with it.
+    """The weights of a model that gives without the adapter the base's results with it.
 
     Attributes:
-        tensors: a state dict. What the adapter leaves alone is the base's own tensor, no copy: do not write to it. What
-            it changes is on the CPU.
-        blocks: for each of the new model's blocks the number of the base's block that it is, or was copied from.
-        added: names of tensors that the base has no place for (biases), beside those of new blocks.
-        untied: tensors that are one in the base are no longer equal (a head and its table of embeddings).
+        tensors: A state dict. Tensors that the adapter does not change are the base's own and no copies: do not write
+            to them. Tensors that it changes are on the CPU.
+        blocks: For each of the new model's blocks the number of the base's block that it is, or was copied from.
+        added: Names of tensors that the base has no place for (biases), beside those of new blocks.
+        untied: Tensors that are one in the base are no longer equal (a head and its table of embeddings).
     """
 
     tensors: dict[str, Tensor]
@@ -117,10 +118,10 @@ class Merged:
 
 
 def check_mergeable(adapter: Adapter) -> None:
-    """Refuse an adapter whose effect is not one of the base's weights.
+    """Refuse an adapter whose effect cannot be weights of the base.
 
     Raises:
-        UserError: says which of its methods it is, why, and what to do instead.
+        UserError: It cannot; the message says which of its methods, why, and what to do instead.
     """
     parts = getattr(adapter, "parts", None)
     for part in parts or [adapter]:
@@ -158,12 +159,15 @@ def merge_weights(
     inserted: Mapping[str, Sequence[MergedBlock]],
     dtype: torch.dtype | None = None,
 ) -> Merged:
-    """Work out the weights of ``model`` with ``changes`` at its modules and new blocks after its own.
+    """Compute the weights of ``model`` with ``changes`` at its modules and new blocks after its own.
 
     Args:
-        changes: module path -> what is done there, in order.
-        inserted: block path -> the blocks after it.
-        dtype: of all tensors; None: each one's own, of quantised ones that of the embeddings.
+        changes: Module path -> the changes there, in order.
+        inserted: Block path -> the blocks after it.
+        dtype: The dtype of all tensors; None: each one's own, and that of the embeddings for quantised ones.
+
+    Raises:
+        UserError: Two modules share a tensor, and the adapter changes them in different ways.
     """
     at = {id(model.get_submodule(path)): found for path, found in changes.items()}
     _share_with_copies_of_the_table(model, at)
@@ -207,8 +211,8 @@ def merge_weights(
 def _follow_ties(
     model: nn.Module, rename: Callable[[str], str], owners: Mapping[int, Sequence[str]], tensors: dict[str, Tensor]
 ) -> None:
-    """A tensor that a layer shares with a module that is none (BERT's head holds its output layer's bias) is changed
-    there too: that module only holds it."""
+    """Change a tensor also where a module that is no layer holds it beside its layer (BERT's head holds the output
+    layer's bias)."""
     layers = {rename(path) for path, module in model.named_modules(remove_duplicate=False) if is_layer(module)}
     for keys in owners.values():
         of_layers = [key for key in keys if key.rpartition(".")[0] in layers]
@@ -243,7 +247,7 @@ def _tensors_of(
 
 
 def _share_with_copies_of_the_table(model: nn.Module, at: dict[int, Sequence[Mergeable]]) -> None:
-    """An encoder-decoder's stacks have each a table that is tied to the shared one; adapters sit on that alone."""
+    """Change the tables of an encoder-decoder's stacks too: they are tied to the shared one, where adapters sit."""
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     for module in model.modules():
         tied = isinstance(module, nn.Embedding) and module.weight is table.weight
@@ -252,7 +256,7 @@ def _share_with_copies_of_the_table(model: nn.Module, at: dict[int, Sequence[Mer
 
 
 def _tie(tensors: dict[str, Tensor], keys: Sequence[str]) -> bool:
-    """Whether the values of what is one tensor in the base are still equal; those that are become one again."""
+    """Whether the tensors that are one in the base are still equal; equal ones become one again."""
     different: list[Tensor] = []
     for key in keys:
         same = next((one for one in different if _equal(tensors[key], one)), None)
@@ -264,7 +268,7 @@ def _tie(tensors: dict[str, Tensor], keys: Sequence[str]) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    # What is changed is on the CPU, what is not where the base is.
+    # Changed tensors are on the CPU, the others on the base's device.
     return a is b or torch.equal(a.cpu(), b.cpu())
 
 
@@ -276,7 +280,7 @@ def _moved(path: str, by: int) -> str:
 def _new_numbers(
     shape: Architecture, inserted: Mapping[str, Sequence[MergedBlock]]
 ) -> tuple[functools.partial[str], tuple[int, ...]]:
-    """The path of a module in a model with the new blocks, and which block each of its blocks comes from."""
+    """The function from a module's path to its path in a model with the new blocks, and the origin of each block."""
     moved: dict[str, str] = {}
     blocks: list[int] = []
     for number, path in enumerate(shape.blocks):

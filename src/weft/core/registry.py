@@ -10,7 +10,11 @@ METHODS: dict[str, type[MethodConfig]] = {}
 
 
 def method_config(method: str) -> type[MethodConfig]:
-    """The configuration class of a method by its name; UserError lists the methods."""
+    """The configuration class of a method by its name.
+
+    Raises:
+        UserError: There is no such method; the message lists those there are.
+    """
     if method not in METHODS:
         raise UserError(f"no method named {method!r}.{nearest(method, METHODS)} Methods: {', '.join(sorted(METHODS))}.")
     return METHODS[method]
