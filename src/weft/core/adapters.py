@@ -20,6 +20,7 @@ from weft.core.combined import Combined, CombinedConfig
 from weft.core.compose import Combination, Source
 from weft.core.compose import combine as compose
 from weft.core.config import BuildContext, MethodConfig
+from weft.core.embeddings import input_embeddings
 from weft.core.foreign import without_tables
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.merging import Merged, check_mergeable, merge_weights
@@ -100,13 +101,13 @@ class Adapters:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the base computes."""
-        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        weight = input_embeddings(self.model).weight
         return weight.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the base."""
-        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        weight = input_embeddings(self.model).weight
         return weight.device
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, HeadForm
+from weft.core.embeddings import output_head
 from weft.libraries import cache_name
 
 
@@ -84,7 +85,9 @@ def head_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor
     form = shape.head_form
     if form is None:
         return own_logits(model, shape, hidden)
-    return scaled(model.get_output_embeddings()(hidden), form)  # type: ignore[operator]
+    head = output_head(model)
+    assert head is not None
+    return scaled(head(hidden), form)
 
 
 def scaled(logits: Tensor, form: HeadForm) -> Tensor:
@@ -96,7 +99,7 @@ def scaled(logits: Tensor, form: HeadForm) -> Tensor:
 
 def head_modules(model: nn.Module, shape: Architecture) -> list[nn.Module]:
     """The modules that turn hidden states into logits: the output layer, and those that the model puts around it."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = output_head(model)
     if shape.head_form is not None or head is None:
         return [] if head is None else [head]
     body = set(body_of(model, shape).modules())

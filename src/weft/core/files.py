@@ -235,7 +235,7 @@ def _labels(own: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
 
 
 def _check_sizes(entries: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse ranks and lengths far beyond any side of the file's tensors, which would take memory before a comparison."""
+    """Refuse ranks and lengths far beyond any side of the file's tensors, before they take memory."""
     largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
     pattern = entries.get("rank_pattern")
     given = {key: entries.get(key) for key in _SIZES} | (pattern if isinstance(pattern, dict) else {})

@@ -12,12 +12,13 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, is_layer, is_linear
+from weft.core.embeddings import input_embeddings
 from weft.core.weights import dense_weight
 from weft.errors import UserError
 
@@ -172,7 +173,7 @@ def merge_weights(
     at = {id(model.get_submodule(path)): found for path, found in changes.items()}
     _share_with_copies_of_the_table(model, at)
     rename, blocks = _new_numbers(shape, inserted)
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     of_base = table.weight.dtype if dtype is None else dtype
     done: dict[int, dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
@@ -248,7 +249,7 @@ def _tensors_of(
 
 def _share_with_copies_of_the_table(model: nn.Module, at: dict[int, Sequence[Mergeable]]) -> None:
     """Change the tables of an encoder-decoder's stacks too: they are tied to the shared one, where adapters sit."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     for module in model.modules():
         tied = isinstance(module, nn.Embedding) and module.weight is table.weight
         if tied and id(table) in at:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture
 from weft.core.config import MethodConfig
+from weft.core.embeddings import input_embeddings, stacks
 from weft.core.route import PrefixStates, Route, Segment
 from weft.core.stream import Part, Stream, embed, padded_prefix
 from weft.errors import UserError
@@ -42,7 +43,7 @@ class Memory:
 def encode(adapters: Adapters, parts: Sequence[Part]) -> Memory:
     """Run the encoder over the parts' sequences, each with its adapter's virtual tokens."""
     stream = adapters.stream(parts)
-    encoder = adapters.model.get_encoder()  # type: ignore[operator]
+    encoder, _ = stacks(adapters.model)
     with adapters.router.use(stream.route):
         hidden, mask, _ = _pad(embed(adapters.model, stream, cast(Any, adapters)), stream.lengths)
         states = encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
@@ -91,7 +92,7 @@ class Decoder:
         model, route = self.adapters.model, replace(self._route, segments=segments, prefixes={})
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         with self.adapters.router.use(route):
-            hidden = model.get_input_embeddings()(tokens)  # type: ignore[operator]
+            hidden = input_embeddings(model)(tokens)
             return _decode(model, self.memory, hidden[:, None], self._mask, self._cache)[:, 0]
 
     def keep(self, rows: Tensor) -> None:
@@ -168,7 +169,7 @@ def _prefix_mask(stream: Stream, like: Tensor) -> Tensor:
 
 
 def _decode(model: nn.Module, memory: Memory, hidden: Tensor, mask: Tensor, past: Any) -> Tensor:
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    _, decoder = stacks(model)
     return decoder(
         inputs_embeds=hidden,
         attention_mask=mask,

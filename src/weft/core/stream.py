@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, Run
 from weft.core.architecture import Architecture
 from weft.core.body import accepted, body_of, held, takes_cache
+from weft.core.embeddings import input_embeddings
 from weft.core.route import PrefixStates, Route, Router, Segment, stable_seed
 from weft.errors import UserError
 from weft.libraries import cache_arguments, fixed_cache
@@ -168,7 +169,7 @@ def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int]
 
 def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:
     """Token embeddings [N, d] with the adapters' virtual tokens in their rows."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     hidden = table(stream.input_ids)
     hidden = _noise(hidden, stream)
     for group, rows in stream.virtual_rows.items():
@@ -224,7 +225,7 @@ def run_body(model: nn.Module, shape: Architecture, embeds: Tensor, ids: Tensor,
     more = accepted(body, **arguments)
     if not shape.by_ids:
         return body(inputs_embeds=embeds, **more)
-    with held(model.get_input_embeddings(), embeds):  # type: ignore[operator]
+    with held(input_embeddings(model), embeds):
         return body(input_ids=ids, **more)
 
 
