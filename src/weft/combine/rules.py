@@ -1,7 +1,7 @@
-"""Trained adapters of one kind become a new one: what ``Adapters.combine`` and ``weft combine`` do.
+"""The combination of trained adapters of one kind into a new one (``Adapters.combine``, ``weft combine``).
 
-It works on what the adapters' files hold, configurations and tensors, so no base is needed. A method says by
-``combination_types`` which rules make sense for its tensors, and may override ``MethodConfig.combine``.
+It works on the configurations and tensors in the adapters' files, so it needs no base. A method names the rules that
+make sense for its tensors in ``combination_types``, and may override ``MethodConfig.combine``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ON_CHANGES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 ON_PRODUCTS = (
     *ON_CHANGES, "cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
 )  # fmt: skip
-# Settings that say how an adapter began, how it was trained, or where it sits (which its tensors say too).
+# Settings of an adapter's beginning, of its training, or of its place (which its tensors show too).
 _MAY_DIFFER = re.compile("init|dropout|encoder|projection|seed|target|layers|leave_out|add_missing|loraplus")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter: its name, its configuration and what its file holds."""
+    """One adapter: its name, its configuration and the tensors of its file."""
 
     name: str
     config: MethodConfig
@@ -41,13 +41,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Combination:
-    """How to combine, with the names of PEFT's ``add_weighted_adapter``.
+    """The settings of a combination, with the names of PEFT's ``add_weighted_adapter``.
 
     Attributes:
-        weights: one per adapter; none: the same share for each, or 1 where virtual tokens are put together.
-        density: share of the entries that pruning keeps, in (0, 1]; for ``ties``, ``dare_…`` and ``magnitude_prune``.
-        svd_rank: rank of what the ``svd`` rules give; default: the largest of the adapters' ranks.
-        seed: DARE's draws come from it, the tensor's name and nothing else.
+        weights: One per adapter; empty: the same share for each, or 1 where virtual tokens are put together.
+        density: The share of the entries that pruning keeps, in (0, 1]; for ``ties``, ``dare_…``, ``magnitude_prune``.
+        svd_rank: The rank of the ``svd`` rules' result; default: the largest of the adapters' ranks.
+        seed: DARE's draws depend on it and the tensor's name alone.
     """
 
     weights: tuple[float, ...] = ()
@@ -80,7 +80,7 @@ class Combination:
 
     @property
     def rule(self) -> str:
-        """The rule for the entries, without what is done to the product: ``ties`` of ``ties_svd``."""
+        """The rule for the entries, without the step for products: ``ties`` of ``ties_svd``."""
         return "linear" if self.combination_type == "svd" else self.combination_type.removesuffix("_svd")
 
     @property
@@ -108,10 +108,10 @@ class Combination:
 
 @torch.no_grad()
 def combine(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of the new adapter; the old ones stay what they are.
+    """The configuration and the tensors of the new adapter, in the shapes of its file; the old ones do not change.
 
     Raises:
-        UserError: the adapters are of several kinds, do not fit together, or their method cannot do this.
+        UserError: The adapters are of several kinds, do not fit together, or their method cannot do this.
     """
     if not sources:
         raise UserError("there is nothing to combine: name one adapter or more.")
@@ -158,9 +158,12 @@ def _combine_parts(
 
 
 def combine_like_tensors(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """Tensor by tensor: each name must be in every adapter, with one shape.
+    """Combine tensor by tensor: each name must be in every adapter, with one shape.
 
     ``cat`` puts virtual tokens one after the other (dimension 0).
+
+    Raises:
+        UserError: Names, shapes or settings differ, or the weights do not suit the rule.
     """
     first = sources[0]
     _check_same_settings(sources, but=("num_virtual_tokens",) if how.combination_type == "cat" else ())

@@ -29,12 +29,12 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a method may look at while it makes an adapter.
+    """Everything that a method may use while it makes an adapter.
 
     ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
-    ``blank``: the values will be loaded, or the model is on the meta device and only its shapes are asked, so none
-    that cost a tokenizer, a pass of the base or a look at its weights may be made. ``original_weight`` gives the
-    weight [out, in] that a quantised module was made from, by the module's path.
+    ``blank`` says that the values will be loaded, or that the model is on the meta device and only shapes are asked:
+    the method must not compute values that cost a tokenizer, a pass of the base or a look at its weights.
+    ``original_weight`` gives the weight [out, in] from which a quantised module was made, by the module's path.
     """
 
     model: nn.Module
@@ -101,12 +101,12 @@ class MethodConfig(BaseModel):
 
     @property
     def begins_as_identity(self) -> bool:
-        """Whether a fresh adapter of these settings promises to give what the base gives."""
+        """Whether a fresh adapter of these settings promises the base's results."""
         return True
 
     @classmethod
     def learning_rate(cls, hidden_size: int) -> float:
-        """The rate that is used when the job names none: small models want larger steps."""
+        """The rate of a job that names none: small models want larger steps."""
         large, small = cls.default_learning_rate, cls.small_learning_rate
         if small is None:
             return large
@@ -143,34 +143,37 @@ class MethodConfig(BaseModel):
         return self.model_dump(mode="json")
 
     def in_peft(self) -> dict[str, Any]:
-        """Those of these entries that do not depend on the base: an ``adapter_config.json`` beside ours agrees."""
+        """Those of these entries that do not depend on the base. An ``adapter_config.json`` beside ours must agree."""
         return {"peft_type": self.peft_type, **self.model_dump(mode="json", exclude=set(self.not_in_peft))}
 
     @classmethod
     def renamed(cls, entries: Mapping[str, Any]) -> frozenset[str]:
-        """Keys that an ``adapter_config.json`` with these entries holds otherwise, so that peft reads the function."""
+        """Keys whose values differ in an ``adapter_config.json`` with these entries, so that peft computes the same."""
         return frozenset()
 
     @classmethod
     def of_layout(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Where in an ``adapter_config.json`` of this method's layout the entries of ``in_peft`` stand."""
+        """The part of an ``adapter_config.json`` of this method's layout in which the entries of ``in_peft`` stand."""
         return entries
 
     def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any] | None:
-        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose files are not laid out as PEFT's."""
+        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose layout is not PEFT's; else None."""
         return None
 
     @classmethod
     def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
-        """The configuration from an ``adapter_config.json`` that is laid out that way; None if it is none of these."""
+        """The configuration from an ``adapter_config.json`` in such a layout; None if it is in another."""
         return None
 
     @classmethod
     def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
         """Read the method's entries of an ``adapter_config.json`` (the common ones are already taken out).
 
-        ``keys`` are the tensor names of the adapter's file: what was really tuned. Entries that Weft does not know are
-        dropped when they are empty or off, else refused. What is not there has PEFT's default, not ours.
+        ``keys`` are the names of the file's tensors, which show what was really tuned. Entries that Weft does not know
+        are dropped if they are empty or off, else refused. A missing entry has PEFT's default, not ours.
+
+        Raises:
+            UserError: Weft does not know an entry, or one without a default is missing.
         """
         known = {k: v for k, v in entries.items() if k in cls.model_fields}
         for key in entries.keys() - known.keys() - cls.harmless_keys:
@@ -245,16 +248,18 @@ class Adapter(nn.Module):
         return {}
 
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
-        """Where the virtual tokens stand in a sequence of ``length`` own tokens, in the order of ``virtual_tokens``.
+        """The places of the virtual tokens in a sequence of ``length`` own tokens, in the order of ``virtual_tokens``.
 
-        ``answer`` is the place of the first answer token (None: the text has none; generation: the prompt's end),
-        ``slots`` the places that the template names.
+        ``answer`` is the place of the first answer token (in generation the prompt's end; None: the text has none),
+        ``slots`` are the places that the template names.
         """
         return ((0, self.num_virtual_tokens),)
 
     def virtual_tokens(self, seed: int | None = None) -> Tensor:
-        """Learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences; ``seed`` fixes what is
-        drawn for them (None: nothing)."""
+        """The learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences.
+
+        ``seed`` fixes the random numbers in them (None: there are none).
+        """
         raise NotImplementedError
 
     def prefix_states(self) -> PrefixStates:
@@ -262,34 +267,37 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's tensors under the names that ``adapter_model.safetensors`` gives them."""
+        """The adapter's tensors, in their own shapes, under their names in ``adapter_model.safetensors``."""
         raise NotImplementedError
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """The same under the names of the folder's layout, where that is another one than PEFT's."""
+        """The tensors in their names and shapes of the folder's layout, where that is another one than PEFT's."""
         return self.tensors()
 
     def extra_tensors(self) -> Mapping[str, Tensor]:
-        """What training needs to go on but inference does not (an encoder); a file of its own beside the other."""
+        """Tensors, in their own shapes, that training needs to go on and inference does not (an encoder's).
+
+        They get a file of their own beside the other.
+        """
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of an ``adapter_model.safetensors``, and the extra ones if they were there.
 
         Raises:
-            UserError: a tensor is missing, has another shape, or is not one of this adapter's.
+            UserError: A tensor is missing, has another shape, or is not one of this adapter's.
         """
         copy_into(self.tensors(), tensors)
 
     def stored_config(self) -> MethodConfig:
-        """The configuration that is saved: the adapter's own, with what training has found out."""
+        """The configuration that is saved: the adapter's own, with what training has found."""
         return self.config
 
     def begin_training(self, total_steps: int) -> None:
-        """Told once before the first step (or the first after a resume), with the length of the whole run.
+        """Prepare for a run of ``total_steps``: before the first step, and before the first after a resume.
 
         Raises:
-            UserError: the method's schedule does not fit into the run.
+            UserError: The method's schedule does not fit into the run.
         """
 
     def penalty(self) -> Tensor | None:
@@ -297,11 +305,13 @@ class Adapter(nn.Module):
         return None
 
     def after_step(self, step: int) -> None:
-        """Called after optimizer step ``step`` (from 1), while the gradients are still there. What changes here and is
-        needed to go on must be a buffer: checkpoints hold parameters and buffers."""
+        """React to the optimizer's step ``step`` (from 1), while the gradients are still there.
+
+        A value that changes here and is needed to go on must be a buffer: checkpoints hold parameters and buffers.
+        """
 
     def learning_rate_factor(self, parameter: str) -> float:
-        """What the learning rate is multiplied by for one parameter, named as ``named_parameters`` does."""
+        """The factor of the learning rate for one parameter, named as ``named_parameters`` does."""
         return 1.0
 
     def scaled_learning_rate(self, parameter: str, rate: float) -> float:

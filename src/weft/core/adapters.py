@@ -15,6 +15,7 @@ from weft.core.architecture import Architecture
 from weft.core.body import body_of, head_logits, head_modules
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.combined import Combined, CombinedConfig
+from weft.core.embeddings import input_embeddings
 from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.route import KeyValueCache, Route, Router, Segment
 from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
@@ -24,7 +25,7 @@ from weft.core.tensors import master_dtype
 from weft.errors import UserError
 from weft.libraries import cache_arguments, growing_cache, keys_values, output_cache
 
-# On a model whose attention and sites already obey a router: a second one would be asked by nobody.
+# The mark of a model whose attention and sites already obey a router: no site would ask a second one.
 _OPEN = "_weft_open"
 
 
@@ -35,11 +36,11 @@ class Adapters:
     ``Adapters`` is open. ``close()`` gives back exactly the model that came in.
 
     Args:
-        model: a transformers model.
-        architecture: where its parts are (``weft.models.describe``).
-        padded: run padded batches through the model's own attention. Default: only if the model can do nothing else.
-        exact: one matrix product per adapter, so that an adapter's numbers do not depend on its neighbours to the bit.
-        checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        model: A transformers model.
+        architecture: The places of its parts (``weft.models.describe``).
+        padded: Run padded batches through the model's own attention. Default: only if the model can do nothing else.
+        exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
+        checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Adapters:
             raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
         if not self.padded and architecture.install_attention is None:
             raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
-        # Of a quantised base: module path -> the weight [out, in] before (LoftQ asks for it).
+        # For LoftQ on a quantised base: module path -> the weight [out, in] before quantisation.
         self.original_weight: Callable[[str], Tensor] | None = None
         self._adapters: dict[str, Adapter] = {}
         model.__dict__[_OPEN] = True
@@ -74,8 +75,8 @@ class Adapters:
                 if install is not None:
                     self._undo.append(install(model, self.router))
             if exact:
-                # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
-                # summed, must not depend on which methods the neighbours use.
+                # Sites are needed also where no adapter sits now: the shape of the graph, and with it the order in
+                # which gradients are summed, must not depend on which methods the neighbours use.
                 for path in apart:
                     attach(model.get_submodule(path), path, self.router)
                 for path in (*shape.experts, *shape.routers):
@@ -91,19 +92,19 @@ class Adapters:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base computes in."""
-        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        """The dtype in which the base computes."""
+        weight = input_embeddings(self.model).weight
         return weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
-        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        """The device of the base."""
+        weight = input_embeddings(self.model).weight
         return weight.device
 
     @property
     def names(self) -> list[str]:
-        """The adapters that are there, in the order they came."""
+        """The names of the adapters, in the order they came."""
         return list(self._adapters)
 
     def __getitem__(self, name: str) -> Adapter:
@@ -126,10 +127,10 @@ class Adapters:
     ) -> Adapter:
         """Make a new adapter; its initial values come from a generator seeded with ``seed`` alone.
 
-        ``classification`` gives it a head of its own. ``blank``: values do not matter, they will be loaded.
+        ``classification`` gives it a head of its own. ``blank`` says that values will be loaded, so none are computed.
 
         Raises:
-            UserError: the name is taken or no valid folder name, or the method finds nothing to tune.
+            UserError: The name is taken or no valid folder name, or the method finds nothing to tune.
         """
         check_name(name)
         if name in self._adapters:
@@ -171,7 +172,7 @@ class Adapters:
     def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
         parameters = adapter.parameter_sites()
-        # All become sites before any is given its function: a module that cannot leaves nothing half attached.
+        # All become sites before one gets its function: a module that cannot leaves no adapter half attached.
         at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks, *parameters)}
         for path, function in sites.items():
             at[path].functions[name] = [function]
@@ -185,12 +186,12 @@ class Adapters:
         return adapter
 
     def stack(self, name: str, names: Sequence[str]) -> Adapter:
-        """A new name under which several adapters act on the same rows, in this order; nothing is copied.
+        """Let several adapters act on the same rows, in this order, under a new name; nothing is copied.
 
         They stay what they are and can be used by themselves; training the stack trains them.
 
         Raises:
-            UserError: a name is missing, taken or given twice, or two of them have classification heads.
+            UserError: A name is missing, taken or given twice, or two of them have classification heads.
         """
         check_name(name)
         if name in self._adapters:
@@ -210,7 +211,7 @@ class Adapters:
         """Take the adapter away; modules that no adapter uses any more get their own class back.
 
         Raises:
-            UserError: there is none, or a stack still uses it.
+            UserError: There is no such adapter, or a stack still uses it.
         """
         adapter = self[name]
         for other, stack in self._adapters.items():
@@ -223,7 +224,7 @@ class Adapters:
         del self._adapters[name]
 
     def close(self) -> None:
-        """Remove every adapter and every trace: the model is again the one that was loaded."""
+        """Remove every adapter and every trace of it: the model is again the one that was loaded."""
         for name in reversed(self.names):  # a stack came after its parts
             self.remove(name)
         for module, _ in list(sites_in(self.model)):
@@ -253,7 +254,8 @@ class Adapters:
     def logits(self, hidden: Tensor, rows: Sequence[tuple[str | None, int]] = ()) -> Tensor:
         """The head's logits [n, vocabulary] for hidden states [n, d].
 
-        ``rows``: (adapter, how many rows) in order, where adapters may have changed the head; left out: the base's own.
+        ``rows`` names (adapter, number of rows) in order, where adapters may have changed the head; by default the
+        logits are the base's own.
         """
         route = Route(tuple(Segment(name, count, count) for name, count in rows if count), exact=self.exact)
         touched = any(site_of(module) is not None for module in head_modules(self.model, self.architecture))
@@ -261,7 +263,7 @@ class Adapters:
             return head_logits(self.model, self.architecture, hidden)
 
     def changes_head(self, name: str | None) -> bool:
-        """Whether the adapter gives other logits than the base for the same hidden state."""
+        """Whether the adapter's logits differ from the base's for the same hidden state."""
         sites = (site_of(module) for module in head_modules(self.model, self.architecture))
         return any(site is not None and (name in site.functions or name in site.inputs) for site in sites)
 
@@ -273,7 +275,7 @@ class Adapters:
 
     @torch.no_grad()
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
+        """The plain base's keys and values [kv_heads, n, head_dim] of one text, per layer."""
         if self.architecture.task == "seq2seq":
             return prompt_keys_values(self.model, input_ids.to(self.device))
         if self.padded:
@@ -290,7 +292,7 @@ class Adapters:
 
 
 class _Recorder:
-    """Stands where a cache would and keeps what the layers show it."""
+    """A stand-in for a cache that keeps the keys and values of one pass."""
 
     prefilled = False
 
@@ -313,7 +315,7 @@ def is_open(model: nn.Module) -> bool:
 
 
 def _freeze(model: nn.Module) -> Callable[[], None]:
-    """No gradients for the base and no dropout in it; returns the function that restores both."""
+    """Switch off gradients and dropout of the base; returns the function that restores both."""
     trained = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     model.requires_grad_(False)

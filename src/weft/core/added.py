@@ -1,4 +1,4 @@
-"""What is checked of an adapter as soon as it is added: what costs little and would else be wrong without a word.
+"""The checks of an adapter as soon as it is added: cheap ones, for faults that would else be silent.
 
 ``weft.models.attached`` proves more, when a run is prepared.
 """
@@ -54,7 +54,7 @@ def _near(hidden: Tensor) -> Tensor:
 
 
 def _check_inserted(adapter: Adapter, shape: Architecture, run: Run) -> None:
-    """New blocks are the identity, as zeros in their last linears promise."""
+    """Refuse new blocks that are not the identity, as zeros in their last linears promise."""
     before, after = (run([Part(who, [_TEXT])]) for who in (None, adapter.name))
     if not adapter.begins_as_identity or bool(((after - before)[-len(_TEXT) :].abs() <= _near(before)).all()):
         return
@@ -67,7 +67,7 @@ def _check_inserted(adapter: Adapter, shape: Architecture, run: Run) -> None:
 
 
 def _check_beside(adapter: Adapter, shape: Architecture, run: Run) -> None:
-    """In a padded batch learned keys of some rows are masked for the others; not every model heeds the mask there."""
+    """Refuse a model that ignores the mask by which a padded batch hides some rows' learned keys from the others."""
     parts = [Part(adapter.name, [_TEXT]), Part(None, [_TEXT])]
     try:
         alone = run(parts[1:], plain=True)

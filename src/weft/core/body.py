@@ -1,8 +1,8 @@
-"""The base without its head: calling it, and asking the model's own code for what stands after it.
+"""The base without its head, and the way from its hidden states to logits by the model's own code.
 
-All models are ``logits = head(body(embeddings))``. What else happens before or after differs: a scale, a soft cap, a
-dense layer and a norm before the output layer, inputs per layer that are looked up by token id. Nothing of it is
-written again here. Where it has to happen, the model's own forward runs with one of its parts held.
+All models are ``logits = head(body(embeddings))``. They differ in the rest: a scale, a soft cap, a dense layer and a
+norm before the output layer, inputs per layer that are looked up by token id. None of it is written again here. Where
+it is needed, the model's own forward runs with one of its parts held.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, HeadForm
+from weft.core.embeddings import output_head
 from weft.libraries import cache_name
 
 
@@ -36,7 +37,7 @@ def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
 
 
 def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that the module's forward takes: a state-space model has no positions, for one."""
+    """Those of the arguments that the module's forward takes; a state-space model, for one, takes no positions."""
     names, anything = _parameters(type(module).forward)
     return {name: value for name, value in arguments.items() if anything or name in names}
 
@@ -55,7 +56,7 @@ def held(module: nn.Module, answer: Any) -> Iterator[None]:
 
 
 class _Output:
-    """What a body returns, to the code that comes after it: the hidden states, and nothing else."""
+    """The output of a body for the code that comes after it: the hidden states, and None for everything else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -84,19 +85,21 @@ def head_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor
     form = shape.head_form
     if form is None:
         return own_logits(model, shape, hidden)
-    return scaled(model.get_output_embeddings()(hidden), form)  # type: ignore[operator]
+    head = output_head(model)
+    assert head is not None
+    return scaled(head(hidden), form)
 
 
 def scaled(logits: Tensor, form: HeadForm) -> Tensor:
-    """What an output layer gives, multiplied and capped."""
+    """The result of an output layer, [n, vocabulary], multiplied and capped."""
     if form.scale != 1.0:
         logits = logits * form.scale
     return logits if form.softcap is None else torch.tanh(logits / form.softcap) * form.softcap
 
 
 def head_modules(model: nn.Module, shape: Architecture) -> list[nn.Module]:
-    """The modules that turn hidden states into logits: the output layer, and what the model puts around it."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    """The modules that turn hidden states into logits: the output layer, and those that the model puts around it."""
+    head = output_head(model)
     if shape.head_form is not None or head is None:
         return [] if head is None else [head]
     body = set(body_of(model, shape).modules())

@@ -1,7 +1,7 @@
 """Gradient checkpointing of whole blocks, under the route of their own forward.
 
-transformers' own checkpointing recomputes under whatever route is current at the time of the backward pass; with a
-second forward in between (a reference model, say) every gradient would be silently wrong.
+transformers' own checkpointing recomputes under the route that is current in the backward pass. With a second forward
+in between (a reference model, say) every gradient would silently be wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _checkpointed_class(base_class: Any) -> Any:
 
 
 def enable_checkpointing(block: nn.Module, router: Router) -> None:
-    """Keep only the block's input; its inside is computed again in the backward pass."""
+    """Keep only the block's input; the backward pass computes the rest again."""
     if _ROUTER not in block.__dict__:
         block.__dict__[_ROUTER], block.__dict__[_CLASS] = router, type(block)
         block.__class__ = _checkpointed_class(cast(Any, type(block)))

@@ -1,6 +1,6 @@
 """Several methods in one adapter: LoRA with BitFit, a prefix with bottleneck adapters (as in MAM, He et al. 2022) …
 
-Each keeps its own configuration and file; at a module where two of them act, they act in the order they are named in.
+Each keeps its own configuration and file. Where two of them act at one module, they act in the order of their names.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class CombinedConfig(MethodConfig):
 
 
 def part_tensors(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """The tensors of one part, under its own names."""
+    """The tensors of one part, of any shape, under its own names."""
     prefix = f"{index}."
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 class Combined(Adapter):
-    """One adapter made of several: of its own (a job with several methods) or of others' (``Adapters.stack``)."""
+    """One adapter made of several parts: its own (a job with several methods) or others (``Adapters.stack``)."""
 
     def __init__(self, config: CombinedConfig, name: str, parts: Sequence[Adapter]) -> None:
         super().__init__(config, name)
@@ -51,7 +51,7 @@ class Combined(Adapter):
         inserting = [part.config.method for part in self.parts if part.inserted_blocks()]
         prefixed = [part.config.method for part in self.parts if part.num_prefix_tokens]
         if inserting and prefixed:
-            # They have learned keys for the base's layers; a new one in between would attend to none.
+            # There are learned keys for the base's layers only; a new layer in between would attend to none.
             raise UserError(
                 f"method {prefixed[0]}+{inserting[0]}: {prefixed[0]} has no keys and values for the blocks that "
                 f"{inserting[0]} inserts. Make two jobs of them, or take prompt_tuning or bottleneck beside "
@@ -90,7 +90,7 @@ class Combined(Adapter):
         for part in self.parts:
             for path, layers in part.merges().items():
                 groups.setdefault(path, []).append(layers)
-        # As in ``_in_order``: what puts its own weights in the base's place comes first.
+        # As in ``_in_order``, layers that put their own weights in the base's place come first.
         return {
             path: [layer for first in (True, False) for layers in found for layer in layers
                    if first == (len(layers) == 1 and getattr(layer, "replaces_output", False))]
@@ -143,7 +143,7 @@ class Combined(Adapter):
         return self.parts[int(index)].default_learning_rate(name)
 
     def learning_rate_factor(self, parameter: str) -> float:
-        """``part_modules.<index>.<name>``."""
+        """The factor of the part's own parameter; ``parameter`` is ``part_modules.<index>.<name>``."""
         if not parameter.startswith("part_modules."):
             return 1.0
         _, index, name = parameter.split(".", 2)
@@ -157,7 +157,7 @@ class Combined(Adapter):
 
 
 def _in_order(path: str, functions: Sequence[SiteFunction]) -> SiteFunction:
-    """What puts its own weights in the base's place comes first, for it forgets the output that it is given."""
+    """A function that puts its own weights in the base's place comes first, because it ignores the output it gets."""
     replacing = [function for function in functions if getattr(function, "replaces_output", False)]
     if len(replacing) > 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Cutting what a module is called with into one part per group of segments, and joining what it gives."""
+"""The cut of a module's arguments into one part per group of segments, and the join of its results."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from weft.errors import UserError
 
 @dataclass(frozen=True)
 class Groups:
-    """Where the segments' rows lie in a module's first input: along ``dim``, ``sizes`` of them per group."""
+    """The place of the segments' rows in a module's first input: along ``dim``, ``sizes`` of them per group."""
 
     dim: int
     sizes: tuple[int, ...]
 
     @property
     def total(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return sum(self.sizes)
 
     @classmethod
@@ -31,7 +31,7 @@ class Groups:
         [B, T, d] or [B T, d].
 
         Raises:
-            UserError: x has other rows than the text's tokens, so nobody can say whose they are.
+            UserError: x has other rows than the text's tokens, so it is not known whose they are.
         """
         units = sum(route.sizes)
         if route.padded:
@@ -51,7 +51,7 @@ class Groups:
         return cls(dim, tuple(each * sum(route.sizes[i] for i in group) for group in groups))
 
     def split(self, value: Any) -> list[Any]:
-        """Of a tensor with these rows each group's, of everything else all of it for each group."""
+        """Each group's rows of a tensor that has these rows; of any other value the whole for each group."""
         if isinstance(value, tuple):
             return list(zip(*map(self.split, value), strict=True)) if value else [value] * len(self.sizes)
         # A vector may be one entry per expert, and parameters are the model's own.
@@ -61,10 +61,10 @@ class Groups:
         return list(value.split(self.sizes, fits[0])) if fits else [value] * len(self.sizes)
 
     def join(self, parts: Sequence[Any], path: str) -> Any:
-        """One result of the groups' results.
+        """Join the groups' results into one.
 
         Raises:
-            UserError: they hold something that is neither rows nor the same for all.
+            UserError: They hold something that is neither rows nor the same for all.
         """
         first = parts[0]
         if isinstance(first, tuple):

@@ -27,7 +27,7 @@ class ClassificationTask:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Names under which PEFT's files keep the last linear and a dense layer before it, and what stands between."""
+    """PEFT's names for the last linear and a dense layer before it, and the activation between them."""
 
     last: str
     dense: str | None = None
@@ -42,15 +42,15 @@ KINDS: dict[str, _Kind] = {
     "gelu_classifier": _Kind("classifier.out_proj", "classifier.dense", functional.gelu),
     "pre_classifier": _Kind("classifier", "pre_classifier", functional.relu),
 }
-# Before the module's path in PEFT's files; methods that wrap no module of the model (prompts, prefixes) have the short.
+# The start of every name in PEFT's files; the short one is of methods that wrap no module (prompts, prefixes).
 PREFIXES = ("base_model.model.", "base_model.")
 
 
 class ClassificationHead(nn.Module):
     """``score(h)`` of the hidden state that stands for a sequence: transformers' ``...ForSequenceClassification``.
 
-    Decoders: one linear map without a bias, named ``score``, on the last token. Encoders with a dense layer of their
-    own in the head or a pooler in the base are described by ``kind``:
+    A decoder has one linear map without a bias, named ``score``, on the last token. ``kind`` describes encoders with a
+    dense layer of their own in the head, or with a pooler in the base:
 
     - ``score``: W h
     - ``classifier``: W tanh(W_p h + b_p) + b with the base's pooler W_p, frozen (BERT)
@@ -81,7 +81,7 @@ class ClassificationHead(nn.Module):
         return functional.linear(hidden, self.weight, self.bias if kind.bias else None)
 
     def stored(self, prefix: str = "base_model.model.") -> Mapping[str, Tensor]:
-        """The tensors under the names that PEFT's files give them."""
+        """The tensors, in their own shapes, under their names in PEFT's files."""
         kind = KINDS[self.kind]
         names = {"weight": f"{kind.last}.weight", "bias": f"{kind.last}.bias",
                  "dense_weight": f"{kind.dense}.weight", "dense_bias": f"{kind.dense}.bias"}  # fmt: skip
@@ -89,7 +89,10 @@ class ClassificationHead(nn.Module):
 
 
 def task_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[ClassificationTask | None, list[str]]:
-    """Of a file that peft wrote: the classes of the head in it, which has no names for them, and the head's tensors."""
+    """The head in a file that peft wrote: its classes, which have no names there, and the names of its tensors.
+
+    The number of classes is the first side of the head's weight, [labels, d].
+    """
     parts = {kind.last for kind in KINDS.values()} | {kind.dense for kind in KINDS.values() if kind.dense}
     keys = [
         key for key in tensors if any(key.rpartition(".")[0] == prefix + part for part in parts for prefix in PREFIXES)

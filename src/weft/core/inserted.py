@@ -1,4 +1,4 @@
-"""Blocks that an adapter inserts into the base: copying one, and calling it with one segment's part of a batch."""
+"""Blocks that an adapter inserts into the base: the copy of one, and its call with one segment's part of a batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from weft.core.route import Route
 
 
 def segment_part(value: Any, index: int, route: Route, hidden: Tensor) -> Any:
-    """What segment ``index`` is given of one of a block's arguments; ``hidden`` [1, N, d], padded [B, T, d].
+    """The part of one of a block's arguments for segment ``index``; ``hidden`` is [1, N, d], padded [B, T, d].
 
-    Of tensors its rows, without the columns of neighbours' prefixes; instead of the cache, which belongs to the base's
-    layers, the one that the route has for the inserted ones, if any; of everything else all.
+    It is the segment's rows of a tensor, without the columns of neighbours' prefixes. The cache belongs to the base's
+    layers, so inserted blocks get the route's cache for them, if any. Any other value goes to every segment whole.
     """
     if isinstance(value, tuple):
         return tuple(segment_part(inner, index, route, hidden) for inner in value)
@@ -28,7 +28,7 @@ def segment_part(value: Any, index: int, route: Route, hidden: Tensor) -> Any:
     dim = next((i for i in range(min(2, value.dim())) if value.shape[i] == total), None)
     if len(route.segments) == 1 or dim is None:
         return value
-    # A copy: how a kernel rounds may depend on where its rows begin in memory.
+    # A copy, because a kernel's rounding may depend on the place of its rows in memory.
     return value.split(route.sizes, dim)[index].clone(memory_format=torch.contiguous_format)
 
 
@@ -48,7 +48,7 @@ def _padded_part(value: Tensor, index: int, route: Route, hidden: Tensor) -> Ten
 
 
 def copy_block(block: nn.Module, shared: tuple[type, ...]) -> nn.Module:
-    """A deep copy, except of the model's configuration and of what is one of the ``shared`` types (routers, sites)."""
+    """A deep copy that shares the model's configuration and every object of the ``shared`` types (routers, sites)."""
     memo: dict[int, Any] = {}
     for module in block.modules():
         for key, value in module.__dict__.items():

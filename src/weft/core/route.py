@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to which adapter, and where the current route sits.
+"""The route: which rows of a batch belong to which adapter. The router holds the current one.
 
 A batch is sorted by adapter, so the rows of one adapter are one *segment*: a contiguous slice of the token stream, or,
 on the padded path, a contiguous slice of the batch. The sites read the route from one shared ``Router``. It is a plain
@@ -24,17 +24,21 @@ PrefixStates = Sequence[tuple[Tensor, Tensor]]
 
 
 class KeyValueCache(Protocol):
-    """What attention needs of a cache while generating (``weft.generate.cache`` has the one we use)."""
+    """A cache as attention needs it while generating (``weft.generate.cache`` has ours)."""
 
     @property
     def prefilled(self) -> bool:
-        """Whether the prompts are in; from then on every row of the stream is one new token."""
+        """Whether the prompts are stored; from then on every row of the stream is one new token."""
 
     def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
         """Store the prompts' keys and values, [kv_heads, N, head_dim], after the prefixes of ``route``."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store one token per row; returns the layer's keys, values [B, kv_heads, T, head_dim] and lengths [B]."""
+        """Store one token per row, k and v [kv_heads, B, head_dim].
+
+        Returns:
+            The layer's keys and values, [B, kv_heads, T, head_dim] each, and how many of them each row has, [B].
+        """
 
     def part(self, first: int, count: int) -> KeyValueCache:
         """A view of ``count`` rows from row ``first``, for layers that only these rows pass through."""
@@ -44,10 +48,10 @@ class KeyValueCache(Protocol):
 class Segment:
     """The rows of one adapter.
 
-    ``seed`` fixes every random number drawn for these rows in this pass (None: nothing is drawn, as in evaluation), so
-    that neither a neighbour nor a recomputation can change it. ``lengths`` are its sequences', virtual tokens included.
-    ``neftune_alpha`` is the strength of the noise on its embeddings (0: none). ``call`` (``weft.core.rows``): what the
-    module at hand was called with beside the rows, for functions that run it again; None: nothing.
+    ``seed`` fixes every random number of these rows in this pass, so that neither a neighbour nor a recomputation can
+    change it (None: no number is drawn, as in evaluation). ``lengths`` are its sequences', virtual tokens included.
+    ``neftune_alpha`` is the strength of the noise on its embeddings (0: no noise). ``call`` (``weft.core.rows``) holds
+    the arguments of the module at hand beside the rows, for functions that run it again (None: it has none).
     """
 
     adapter: str | None
@@ -62,7 +66,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Route:
-    """Where every row of one forward pass goes.
+    """The adapter of every row of one forward pass.
 
     ``padded`` says that module inputs are [B, T, d] with one sequence per row of dimension 0, else [1, N, d].
     ``exact`` asks for one matrix product per segment, so that shapes (and hence bits) do not depend on neighbours.
@@ -81,10 +85,10 @@ class Route:
     _alone: dict[int, Route] = field(default_factory=dict, repr=False)
 
     def dim(self, x: Tensor) -> int | None:
-        """The dimension of a module's input along which the segments lie; None: none does.
+        """The dimension of a module's input along which the segments lie; None if it has no such dimension.
 
         In the stream it is the one that counts the tokens: [1, N, d], [N, d], or, for norms of single heads,
-        [1, N, heads, d] and [1, heads, N, d], where the outer one in memory is the tokens' if both have the same size.
+        [1, N, heads, d] and [1, heads, N, d]. If both have the same size, the tokens' is the outer one in memory.
         """
         if self.padded:
             return 0
@@ -94,7 +98,7 @@ class Route:
         return max((i for i in range(dims) if x.shape[i] == tokens), key=x.stride, default=None)
 
     def alone(self, index: int) -> Route:
-        """The route of segment ``index`` with nobody beside it, for what is computed for its rows only."""
+        """The route of segment ``index`` alone, for work on its rows only."""
         if index not in self._alone:
             segment = self.segments[index]
             first = sum(s.sequences for s in self.segments[:index])
@@ -112,7 +116,7 @@ class Route:
 
     @property
     def sizes(self) -> list[int]:
-        """How far each segment reaches along ``dim``."""
+        """The length of each segment along ``dim``."""
         return [s.sequences if self.padded else s.tokens for s in self.segments]
 
 
@@ -123,7 +127,7 @@ def stable_seed(*parts: object) -> int:
 
 
 def seeded_dropout(x: Tensor, p: float, segment: Segment, site: str) -> Tensor:
-    """Inverted dropout whose mask depends on the segment's seed and the site only."""
+    """Inverted dropout of x, [1, N, d] or padded [B, T, d], by a mask that only the segment's seed and the site fix."""
     if p <= 0.0 or segment.seed is None:
         return x
     generator = torch.Generator(device=x.device)
@@ -154,5 +158,5 @@ class Router:
             self.current = before
 
     def contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """For ``torch.utils.checkpoint(context_fn=...)``: recomputation runs under the route of the forward."""
+        """The contexts for ``torch.utils.checkpoint``, by which recomputation runs under the route of the forward."""
         return contextlib.nullcontext(), self.use(self.current)

@@ -1,12 +1,12 @@
 """Encoder-decoders (T5 and its kin): two padded batches, the encoder's [B, Te] and the decoder's [B, Td].
 
-The rows of both are sorted by adapter, and each has a route of its own, for an adapter's random numbers depend on the
+The rows of both are sorted by adapter. Each has a route of its own, because an adapter's random numbers depend on the
 lengths of the rows that it sees. The linears of cross-attention that read the encoder's states run under the encoder's
 route, in the middle of the decoder (``Route.elsewhere``).
 
 As in PEFT, virtual tokens stand at the head of the encoder's input, and learned keys and values before those of the
-decoder's self-attention. Of the pairs of keys and values that a file holds, PEFT 0.21 gives layer ``i`` of ``n`` the
-pair ``2 i mod n``; so do we, or a file would mean two things.
+decoder's self-attention. PEFT 0.21 gives layer ``i`` of ``n`` the pair ``2 i mod n`` of a file's keys and values. So do
+we, or a file would mean two things.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, MethodConfig
 from weft.core.architecture import Architecture
+from weft.core.embeddings import input_embeddings, stacks
 from weft.core.route import PrefixStates, Route, Segment
 from weft.core.stream import Part, Stream, embed, padded_prefix
 from weft.errors import UserError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the encoder gave: ``states`` [B, Te, d], ``mask`` [B, Te] (1: a token), and the batch it was given."""
+    """The encoder's result: ``states`` [B, Te, d], ``mask`` [B, Te] (1: a token), and its batch."""
 
     states: Tensor
     mask: Tensor
@@ -41,7 +42,7 @@ class Memory:
 def encode(adapters: Adapters, parts: Sequence[Part]) -> Memory:
     """Run the encoder over the parts' sequences, each with its adapter's virtual tokens."""
     stream = adapters.stream(parts)
-    encoder = adapters.model.get_encoder()  # type: ignore[operator]
+    encoder, _ = stacks(adapters.model)
     with adapters.router.use(stream.route):
         hidden, mask, _ = _pad(embed(adapters.model, stream, cast(Any, adapters)), stream.lengths)
         states = encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
@@ -49,11 +50,11 @@ def encode(adapters: Adapters, parts: Sequence[Part]) -> Memory:
 
 
 def run_seq2seq(adapters: Adapters, parts: Sequence[Part], targets: Sequence[Sequence[int]]) -> tuple[Stream, Tensor]:
-    """One pass over both stacks, the decoder seeing each target's predecessors.
+    """Run one pass over both stacks, in which the decoder sees the tokens before each target.
 
     Args:
-        parts: the encoder's sequences, by adapter.
-        targets: what the decoder is to write, one per sequence in the parts' order.
+        parts: The encoder's sequences, by adapter.
+        targets: The text that the decoder is to write, one per sequence in the parts' order.
 
     Returns:
         The decoder's batch, whose ``rows`` hold one row per target, and its last hidden states [N, d].
@@ -71,10 +72,10 @@ def run_seq2seq(adapters: Adapters, parts: Sequence[Part], targets: Sequence[Seq
 
 
 class Decoder:
-    """Writes one token per row and step; every row stands at the same place, so nothing is padded but prefixes."""
+    """A decoder that writes one token per row and step. All rows are of one length, so only prefixes are padded."""
 
     def __init__(self, adapters: Adapters, parts: Sequence[Part]) -> None:
-        """``parts``: the prompts, which go through the encoder here."""
+        """Send the prompts, ``parts``, through the encoder."""
         self.adapters, self.memory = adapters, encode(adapters, parts)
         first = start_token(adapters.model)
         stream = _decoder_stream(adapters.architecture, self.memory, [(first,)] * len(self.memory.states))
@@ -85,12 +86,12 @@ class Decoder:
         self.first_tokens = stream.input_ids
 
     def step(self, tokens: Tensor, counts: Sequence[tuple[str | None, int]]) -> Tensor:
-        """Hidden states [B, d] after the tokens [B]; ``counts``: (adapter, rows) in order."""
+        """The hidden states [B, d] after the tokens [B]; ``counts`` holds (adapter, rows) in order."""
         segments = tuple(Segment(name, n, n, lengths=(1,) * n, padded=True) for name, n in counts)
         model, route = self.adapters.model, replace(self._route, segments=segments, prefixes={})
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         with self.adapters.router.use(route):
-            hidden = model.get_input_embeddings()(tokens)  # type: ignore[operator]
+            hidden = input_embeddings(model)(tokens)
             return _decode(model, self.memory, hidden[:, None], self._mask, self._cache)[:, 0]
 
     def keep(self, rows: Tensor) -> None:
@@ -102,10 +103,10 @@ class Decoder:
 
 
 def start_token(model: nn.Module) -> int:
-    """What the decoder's input begins with.
+    """The token with which the decoder's input begins.
 
     Raises:
-        UserError: the model's configuration names none.
+        UserError: The model's configuration names none.
     """
     for config in (model.config, getattr(model, "generation_config", None)):
         found = getattr(config, "decoder_start_token_id", None)
@@ -115,7 +116,7 @@ def start_token(model: nn.Module) -> int:
 
 
 def _decoder_stream(architecture: Architecture, memory: Memory, inputs: Sequence[Sequence[int]]) -> Stream:
-    """The decoder's batch; rows and seeds are the encoder's, prefixes move here from there."""
+    """The decoder's batch. Rows and seeds are the encoder's; the prefixes move from there to here."""
     source = memory.stream.route
     segments: list[Segment] = []
     rows: list[range] = []
@@ -146,12 +147,12 @@ def _by_layer(states: PrefixStates, architecture: Architecture) -> PrefixStates:
 
 
 def _pair(layer: int, layers: int) -> int:
-    """Which of a file's pairs of keys and values a decoder's layer gets."""
+    """The number of the pair of keys and values in a file that a decoder's layer gets."""
     return 2 * layer % layers
 
 
 def _pad(hidden: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, d] as [B, T, d] with zeros on the right, its mask [B, T], and where the N rows are in [B * T]."""
+    """[N, d] as [B, T, d] with zeros on the right, its mask [B, T], and the places of the N rows in [B * T]."""
     count, width = len(lengths), max(lengths)
     rows = torch.cat([torch.arange(i * width, i * width + n, device=hidden.device) for i, n in enumerate(lengths)])
     padded = hidden.new_zeros(count * width, hidden.shape[-1]).index_copy(0, rows, hidden)
@@ -167,7 +168,7 @@ def _prefix_mask(stream: Stream, like: Tensor) -> Tensor:
 
 
 def _decode(model: nn.Module, memory: Memory, hidden: Tensor, mask: Tensor, past: Any) -> Tensor:
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    _, decoder = stacks(model)
     return decoder(
         inputs_embeds=hidden,
         attention_mask=mask,
@@ -195,7 +196,7 @@ def check_task(config: MethodConfig, architecture: Architecture) -> None:
     """Refuse a method that is not made for encoder-decoders on one.
 
     Raises:
-        UserError: names the method and what it is made for.
+        UserError: The message names the method and the tasks it is made for.
     """
     if architecture.task != "seq2seq":
         return
@@ -208,10 +209,10 @@ def check_task(config: MethodConfig, architecture: Architecture) -> None:
 
 
 def check_job(name: str, task: str, architecture: Architecture) -> None:
-    """Refuse a job that the base cannot do; ``causal_lm``, the default, is whatever writing the base was made for.
+    """Refuse a job that the base cannot do; ``causal_lm``, the default, means the writing that the base was made for.
 
     Raises:
-        UserError: ``seq2seq`` without an encoder-decoder, or classification with one.
+        UserError: The task is ``seq2seq`` without an encoder-decoder, or classification with one.
     """
     kind = architecture.model_type
     if task == "seq2seq" and architecture.task != "seq2seq":
@@ -230,7 +231,7 @@ def check_sites(adapter: Adapter, architecture: Architecture) -> None:
     """Refuse an adapter that sits where an encoder-decoder has no rows of one sequence each.
 
     Raises:
-        UserError: it adds blocks, or touches more than linears, norms, the shared embeddings and the head.
+        UserError: It adds blocks, or touches more than linears, norms, the shared embeddings and the head.
     """
     if architecture.task != "seq2seq":
         return

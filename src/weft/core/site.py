@@ -27,7 +27,7 @@ _SITE = "_weft_site"
 
 
 class _OwnMemory(torch.autograd.Function):
-    """The identity, but what comes out, forward and backward, is a fresh contiguous tensor."""
+    """The identity, whose results, forward and backward, are fresh contiguous tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -39,11 +39,11 @@ class _OwnMemory(torch.autograd.Function):
 
 
 class Site:
-    """What hangs on one swapped module: the shared router and, per adapter, what it does here.
+    """One swapped module: the shared router, and the functions of each adapter here.
 
     ``inputs`` change the rows that go in, ``functions`` those that come out (in order), ``inserted`` are blocks that
-    run after this one. ``parameters`` change the module's own parameters for the adapter's rows: of what is no linear
-    (experts held as one tensor, routers), what the module computes with them is its own affair.
+    run after this one. ``parameters`` change the module's own parameters for the adapter's rows, where the module is no
+    linear (experts held as one tensor, routers) and what it computes with them is its own affair.
     """
 
     def __init__(self, path: str, router: Router, base_class: type[nn.Module]) -> None:
@@ -56,9 +56,9 @@ class Site:
         self.functions: dict[str, list[SiteFunction]] = {}
         self.inserted: dict[str, list[nn.Module]] = {}
         self.parameters: dict[str, Mapping[str, ParameterFunction]] = {}
-        # In exact mode, of a module that mixes rows by its parameters (experts): it sees each segment by itself.
+        # A module that mixes rows by its parameters (experts) sees each segment by itself in exact mode.
         self.alone_if_exact = False
-        # Each segment's rows by themselves, whatever the route says: the module mixes rows (``mixes_rows``).
+        # A module that mixes rows in any case (``mixes_rows``) sees each segment by itself under every route.
         self.apart = False
 
     @property
@@ -72,7 +72,11 @@ class Site:
             found.pop(adapter, None)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's forward under the current route."""
+        """The module's forward under the current route.
+
+        Raises:
+            UserError: The module is called without rows of the text.
+        """
         route = self.router.current
         if route is None or (self.pools and (route.padded or route.layout is not None)):
             return self.base_class.forward(module, *args, **kwargs)
@@ -91,7 +95,11 @@ class Site:
         return self.apply(module, x, call, route)
 
     def apply(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
-        """Run the base module on the rows x, then each segment's own functions on that segment's rows."""
+        """Run the base module on x, [1, N, in] or padded [B, T, in], then each segment's functions on its rows.
+
+        Returns:
+            [1, N, out] or [B, T, out].
+        """
         if (route.exact or self.apart) and x.is_floating_point():
             return self._apply_exactly(module, x, call, route)
         if any(segment.adapter in self.inputs for segment in route.segments):
@@ -113,8 +121,11 @@ class Site:
         return rows.join([self._change(i, xs[i], ys[i], calls[i], route) for i in range(len(xs))])
 
     def _apply_exactly(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
-        """One matrix product per segment, each on memory of its own: kernels choose their blocking by row count and by
-        alignment, forward and backward, and so would round differently beside a neighbour."""
+        """Compute one matrix product per segment, each on memory of its own.
+
+        Kernels choose their blocking by row count and by alignment, forward and backward, and so would round
+        differently beside a neighbour.
+        """
         pieces, rows = [], self._rows(x, route)
         for index, piece in enumerate(rows.cut(x)):
             own = self._prepare(index, _OwnMemory.apply(piece), route)
@@ -140,7 +151,7 @@ class Site:
         return y
 
     def _run_block(self, module: nn.Module, x: Any, call: Call, route: Route) -> Any:
-        """The block, then each segment's inserted blocks on its rows alone, called with its part of the arguments."""
+        """Run the block, then each segment's inserted blocks on its rows alone, with its part of the arguments."""
         out = call.run(self.base_class.forward, module, x)
         if not any(segment.adapter in self.inserted for segment in route.segments):
             return out
@@ -161,7 +172,7 @@ class Site:
         return type(out)([y, *out[1:]]) if isinstance(out, (tuple, list)) else y
 
     def _run_changed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
-        """The module once per segment whose adapter changes its parameters, and once for all others in between."""
+        """Run the module once per segment whose adapter changes its parameters, and once for all others in between."""
         alone = [route.exact or segment.adapter in self.parameters for segment in route.segments]
         groups: list[range] = []
         for index, by_itself in enumerate(alone):
@@ -179,7 +190,7 @@ class Site:
                 own = [_OwnMemory.apply(v) if torch.is_tensor(v) and v.is_floating_point() else v for v in own]
             named = dict(zip(kwargs, own[len(args) :], strict=True))
             changed = self.parameters.get(route.segments[group.start].adapter or "", {})
-            # What lies inside sees rows sorted by expert: no route tells whose they are, and they are one group's now.
+            # Modules inside see rows sorted by expert. No route tells whose they are, and they are one group's now.
             with _shadowed(module, changed), self.router.use(None):
                 parts.append(self.base_class.forward(module, *own[: len(args)], **named))
         return parts[0] if len(parts) == 1 else rows.join(parts, self.path)
@@ -187,7 +198,7 @@ class Site:
 
 @contextlib.contextmanager
 def _shadowed(module: nn.Module, functions: Mapping[str, ParameterFunction]) -> Iterator[None]:
-    """Let the module see what ``functions`` make of its parameters; the parameters themselves stay what they are."""
+    """Let the module see the results of ``functions`` as its parameters; the parameters themselves do not change."""
     try:
         for name, function in functions.items():
             # An entry of the instance is found before nn.Module looks among its parameters.
@@ -212,7 +223,7 @@ def _routed_class(base_class: Any) -> Any:
 
 
 def mixes_rows(module: nn.Module) -> bool:
-    """Whether what the module gives for one row depends on the others: LLM.int8 takes a feature out of the int8 product
+    """Whether the module's result for one row depends on the others: LLM.int8 takes a feature out of the int8 product
     if any row of the batch has an outlier there."""
     return type(module).__name__.removeprefix("Routed") == "Linear8bitLt"
 
@@ -232,7 +243,7 @@ def attach(module: nn.Module, path: str, router: Router) -> Site:
     """Turn ``module`` into a site (or return the one it already is).
 
     Raises:
-        UserError: the module's ``forward`` was replaced on the instance, which would shadow the site.
+        UserError: The module's ``forward`` was replaced on the instance, which would hide the site.
     """
     site = site_of(module)
     if site is not None:
@@ -269,7 +280,7 @@ def replace_class(module: nn.Module, base_class: type[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def without_sites(model: nn.Module) -> Iterator[None]:
-    """Inside, every site is the module that it was: no adapter acts, and nothing of the swap either."""
+    """Inside, every site is the module that it was: neither an adapter nor the swap has an effect."""
     swapped: list[tuple[nn.Module, Any]] = [(module, type(module)) for module, _ in sites_in(model)]
     for module, _ in swapped:
         module.__class__ = plain_class(module)

@@ -43,7 +43,7 @@ class SiteAdapter(Adapter):
         self.own = nn.ModuleList((own or {}).values())
 
     def stored_name(self, part: str) -> str:
-        """What the file calls the parameter ``part`` of a layer."""
+        """The file's name for the parameter ``part`` of a layer."""
         return part
 
     def sites(self) -> Mapping[str, SiteFunction]:
@@ -65,7 +65,7 @@ class SiteAdapter(Adapter):
             for path, layer in zip(self.paths, self.layers, strict=True)
             for part, parameter in layer.named_parameters()
         }
-        # peft wraps the modules it tunes, and calls what was there the base layer.
+        # peft wraps the modules it tunes, and calls the module inside the base layer.
         return layers | {
             f"{self.prefix}{path}.{'base_layer.' if path in self.paths else ''}{part}": parameter
             for path, weights in zip(self.own_paths, self.own, strict=True)
@@ -74,7 +74,7 @@ class SiteAdapter(Adapter):
 
 
 def in_order(functions: Sequence[SiteFunction]) -> SiteFunction:
-    """One site function that applies several, each to what the one before gave."""
+    """One site function that applies several, each to the result of the one before."""
 
     def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         for function in functions:

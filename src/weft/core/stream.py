@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, Run
 from weft.core.architecture import Architecture
 from weft.core.body import accepted, body_of, held, takes_cache
+from weft.core.embeddings import input_embeddings
 from weft.core.route import PrefixStates, Route, Router, Segment, stable_seed
 from weft.errors import UserError
 from weft.libraries import cache_arguments, fixed_cache
@@ -22,9 +23,9 @@ from weft.ops.attention import SequenceLayout
 class Part:
     """The sequences (token ids) of one adapter in a batch; ``adapter`` None is the plain base.
 
-    ``answers`` and ``slots``: per sequence, where its answer begins and the places its template names, for adapters
-    whose virtual tokens stand there (``Adapter.places``). ``neftune_alpha``: noise on the embeddings in training.
-    ``token_types``: per sequence, the segment of each token (BERT); nothing, or an empty sequence: all 0.
+    ``answers`` and ``slots`` hold, per sequence, the place where its answer begins and the places its template names,
+    for adapters whose virtual tokens stand there (``Adapter.places``). ``neftune_alpha`` is the noise on the embeddings
+    in training. ``token_types`` holds, per sequence, the segment of each token (BERT); left out or empty: all are 0.
     """
 
     adapter: str | None
@@ -41,12 +42,13 @@ class Stream:
     """A batch, laid out.
 
     Attributes:
-        input_ids, position_ids: [N] int64; rows of virtual tokens hold id 0, their embedding is put in later.
-        rows: stream row of every own token, one tuple per sequence.
-        virtual_rows: for each segment with virtual tokens, the rows they take, [sequences * num_virtual_tokens].
-        prefix_length: learned keys that each sequence sees before its own.
-        route: where each row goes.
-        token_types: [N] int64, or None: all 0. Virtual tokens have type 0, as in PEFT.
+        input_ids: [N] int64. Rows of virtual tokens hold id 0; their embedding is put in later.
+        position_ids: [N] int64.
+        rows: The stream row of every own token, one tuple per sequence.
+        virtual_rows: For each segment with virtual tokens, the rows they take, [sequences * num_virtual_tokens].
+        prefix_length: The number of learned keys that each sequence sees before its own.
+        route: The adapter of each row.
+        token_types: [N] int64, or None if all are 0. Virtual tokens have type 0, as in PEFT.
     """
 
     input_ids: Tensor
@@ -145,13 +147,13 @@ def _token_types(
 
 
 def _answer(part: Part, index: int, adapter: Adapter) -> int | None:
-    """Where the answer of a sequence begins: what is classified is said at the end."""
+    """The place where the answer of a sequence begins: a class is named at the end."""
     answer = part.answers[index] if part.answers else None
     return len(part.sequences[index]) if answer is None and adapter.head is not None else answer
 
 
 def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:
-    """Rows, from ``start``, of a sequence's own tokens and of its virtual tokens in the order of ``runs``."""
+    """Rows, from ``start``, of a sequence's own tokens, and those of its virtual tokens in the order of ``runs``."""
     own: list[int] = []
     taken: dict[int, range] = {}
     row = start
@@ -167,7 +169,7 @@ def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int]
 
 def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:
     """Token embeddings [N, d] with the adapters' virtual tokens in their rows."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     hidden = table(stream.input_ids)
     hidden = _noise(hidden, stream)
     for group, rows in stream.virtual_rows.items():
@@ -203,7 +205,7 @@ def _noise(hidden: Tensor, stream: Stream) -> Tensor:
 def run_stream(
     model: nn.Module, router: Router, stream: Stream, adapters: Mapping[str, Adapter], shape: Architecture
 ) -> Tensor:
-    """One pass of the base (without its head) over the stream; last hidden states [N, d]."""
+    """Run the base (without its head) over the stream; returns its last hidden states, [N, d]."""
     with router.use(stream.route):
         hidden = embed(model, stream, adapters)
         if stream.route.padded:
@@ -218,17 +220,17 @@ def run_stream(
 
 
 def run_body(model: nn.Module, shape: Architecture, embeds: Tensor, ids: Tensor, **arguments: Any) -> Any:
-    """The body over embeddings [B, T, d] of the tokens ``ids`` [B, T], with those of the arguments that it takes."""
+    """Run the body over embeddings [B, T, d] of the tokens ``ids`` [B, T], with those arguments that it takes."""
     body = body_of(model, shape)
     more = accepted(body, **arguments)
     if not shape.by_ids:
         return body(inputs_embeds=embeds, **more)
-    with held(model.get_input_embeddings(), embeds):  # type: ignore[operator]
+    with held(input_embeddings(model), embeds):
         return body(input_ids=ids, **more)
 
 
 def _run_padded(model: nn.Module, stream: Stream, hidden: Tensor, shape: Architecture) -> Tensor:
-    """The same pass as a padded batch, for models whose attention only knows [B, T]; right padding."""
+    """Run the same pass as a batch padded on the right, for models whose attention only knows [B, T]."""
     body = body_of(model, shape)
     count, width = len(stream.lengths), max(stream.lengths)
     rows = torch.cat(
@@ -236,7 +238,7 @@ def _run_padded(model: nn.Module, stream: Stream, hidden: Tensor, shape: Archite
     )
 
     def batch(values: Tensor) -> Tensor:
-        """[N, ...] as [B, T, ...], zeros where nothing is."""
+        """[N, ...] as [B, T, ...], with zeros as padding."""
         empty = values.new_zeros(count * width, *values.shape[1:])
         return empty.index_copy(0, rows, values).view(count, width, *values.shape[1:])
 
@@ -253,7 +255,7 @@ def _run_padded(model: nn.Module, stream: Stream, hidden: Tensor, shape: Archite
         columns = torch.arange(longest, device=hidden.device)[None]
         mask = torch.cat([(columns >= longest - seen).to(mask.dtype), mask], dim=1)
         if shape.bidirectional:
-            # Encoders make their own of [B, T] masks without thinking of what stands before the text.
+            # Encoders make their own mask of one [B, T], and forget the keys before the text.
             mask = hidden.new_zeros(mask.shape).masked_fill(mask == 0, torch.finfo(hidden.dtype).min)
             mask = mask[:, None, None].expand(-1, 1, width, -1)
     more |= cache_arguments(type(body).forward, past)
@@ -263,8 +265,8 @@ def _run_padded(model: nn.Module, stream: Stream, hidden: Tensor, shape: Archite
 
 
 def padded_prefix(stream: Stream, longest: int, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Per layer every row's learned keys and values [B, kv_heads, longest, head_dim], right-aligned; what is not there
-    is masked by the caller."""
+    """Per layer every row's learned keys and values, [B, kv_heads, longest, head_dim], aligned to the right. The caller
+    masks the rest."""
     pairs: list[tuple[Tensor, Tensor]] = []
     layers = len(next(iter(stream.route.prefixes.values())))
     some_key, some_value = next(iter(stream.route.prefixes.values()))[0]

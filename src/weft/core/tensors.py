@@ -34,11 +34,11 @@ def copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copy a file's tensors into ``own``, which must have the same names and shapes.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or is not one of ``own``.
+        UserError: A tensor is missing, has another shape, or is not one of ``own``.
     """
     for key, parameter in own.items():
         parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
-    # What is left over would silently be ignored.
+    # A tensor that is left over would silently be ignored.
     foreign = sorted(set(tensors) - set(own))
     if foreign:
         raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")

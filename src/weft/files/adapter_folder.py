@@ -1,8 +1,8 @@
 """Adapter folders in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What PEFT's configuration has no word for lies beside it in ``weft.json`` (the method's own configuration, whole, how
-the data was rendered, the SHA-256 of every tensor), so that our folders load in peft and nothing is lost when we read
-them back.
+PEFT's configuration has no place for some of an adapter's facts. They lie beside it in ``weft.json``: the method's own
+configuration, whole, the way its data was rendered, the SHA-256 of every tensor. So our folders load in peft, and
+nothing is lost when we read them back.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         if extra := adapter.extra_tensors():
             digests[EXTRA] = save_tensors(extra, folder / EXTRA)
         for other in {WEIGHTS, EXTRA, *(cls.weights_file for cls in METHODS.values())} - digests.keys():
-            (folder / other).unlink(missing_ok=True)  # of an adapter that was here before
+            (folder / other).unlink(missing_ok=True)  # the file of an earlier adapter in this folder
     if adapter.head is not None:
         own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
     if adapter.provenance is not None:
@@ -130,7 +130,7 @@ def add_with_tensors(
 def assemble(
     name: str, config: MethodConfig, tensors: Mapping[str, Tensor], model: nn.Module, architecture: Architecture
 ) -> Adapter:
-    """An adapter with these values, beside a model of which only the shapes count: it may lie on the meta device."""
+    """An adapter with these values, beside a model whose shapes alone count: it may lie on the meta device."""
     widest = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda d: d.itemsize)
     context = BuildContext(
         model,
@@ -147,7 +147,7 @@ def assemble(
 
 
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """All that the adapter's file holds: the method's tensors and those of a classification head."""
+    """All tensors in the adapter's file, in their own shapes: the method's and those of a classification head."""
     tensors = dict(adapter.file_tensors())
     if isinstance(adapter.head, ClassificationHead):
         tensors |= _stored_head(adapter)
@@ -161,7 +161,7 @@ def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
 
 @torch.no_grad()
 def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Take over what ``read`` gave."""
+    """Take over the tensors that ``read`` gave, each of the shape of the adapter's own."""
     rest = dict(tensors)
     if isinstance(adapter.head, ClassificationHead):
         for key, parameter in _stored_head(adapter).items():
@@ -187,7 +187,7 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
 
 
 def weights_path(folder: Path) -> Path:
-    """The file of tensors in an adapter's folder; PEFT's name, if there is none."""
+    """The path of the file of tensors in an adapter's folder; under PEFT's name if there is no file."""
     names = dict.fromkeys((WEIGHTS, *(cls.weights_file for cls in METHODS.values())))
     return next((folder / name for name in names if (folder / name).is_file()), folder / WEIGHTS)
 
@@ -195,12 +195,12 @@ def weights_path(folder: Path) -> Path:
 def read(
     folder: Path, model: nn.Module | None = None
 ) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
-    """Read an adapter folder: the method's configuration, the tensors and the classes, if it classifies.
+    """Read an adapter folder: the method's configuration, the tensors in the file's shapes, and the classes, if any.
 
-    ``model``: the base; where a file of others calls its modules by a longer path, they get the base's own.
+    ``model`` is the base. Where another program's file gives its modules a longer path, they get the base's own.
 
     Raises:
-        UserError: a file is missing or broken, or holds what Weft does not know; two files disagree; a tensor is not
+        UserError: A file is missing or broken, or holds something unknown to Weft; two files disagree; a tensor is not
             the one that was saved, not finite, or not of floating point.
     """
     if not folder.is_dir():
@@ -223,7 +223,7 @@ def read(
             _check_sizes(settings, tensors, str(path))
             config = method_config(method)(**settings)
             check_agreement(path, config, folder / CONFIG, entries)
-            if (folder / EXTRA).is_file():  # inference can do without
+            if (folder / EXTRA).is_file():  # inference does not need it
                 tensors |= _checked_tensors(folder / EXTRA, own)
             renamed = expect(own.get("renamed", {}), dict, f"{path}: renamed")
             names = {key: expect(name, str, f"{path}: renamed: {key}") for key, name in renamed.items()}
@@ -255,7 +255,7 @@ def _checked_tensors(path: Path, own: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def read_own(folder: Path) -> dict[str, Any]:
-    """``weft.json``; empty if the folder has none. What is there and cannot be read is an error."""
+    """``weft.json``; empty if the folder has none. A file that cannot be read is an error."""
     return read_json(folder / OWN_CONFIG) if os.path.lexists(folder / OWN_CONFIG) else {}
 
 
@@ -265,7 +265,7 @@ def _labels(own: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
 
 
 def _check_sizes(entries: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse ranks and lengths far beyond any side of the file's tensors: they would be allocated before compared."""
+    """Refuse ranks and lengths far beyond any side of the file's tensors, before they take memory."""
     largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
     pattern = entries.get("rank_pattern")
     given = {key: entries.get(key) for key in _SIZES} | (pattern if isinstance(pattern, dict) else {})
@@ -275,28 +275,28 @@ def _check_sizes(entries: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
 
 
 def base_of(folder: Path) -> str | None:
-    """What the adapter in ``folder`` calls its base; of several methods in one, what the first does."""
+    """The name of the base in the adapter's ``folder``; of several methods in one adapter, the first one's."""
     parts = _parts(read_own(folder))
     named = read_json(folder / parts[0] / CONFIG if parts else folder / CONFIG).get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
 
 
 def provenance_of(folder: Path) -> dict[str, Any] | None:
-    """How the adapter's data was read and rendered (``weft.data.provenance``); None if the folder does not say.
+    """The way the adapter's data was read and rendered (``weft.data.provenance``); None if the folder does not say.
 
     Raises:
-        UserError: the file that should say so is damaged.
+        UserError: The file that should say so is damaged.
     """
     return _section(folder, "data")
 
 
 def trained_on(folder: Path) -> dict[str, Any] | None:
-    """How the base was kept that the adapter was trained on (``dtype``, ``quantization``); None if nothing says so."""
+    """The ``dtype`` and ``quantization`` of the base in the adapter's training; None if the folder does not say."""
     return _section(folder, "base")
 
 
 def merged_from(folder: Path) -> dict[str, Any] | None:
-    """Of a model's folder that ``weft merge`` wrote: what it was made of; None of any other."""
+    """The origin of a model's folder that ``weft merge`` wrote; None for any other folder."""
     return _section(folder, "merged") if (folder / "config.json").is_file() else None
 
 
@@ -329,5 +329,5 @@ def _weights_of(folder: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file as all of an adapter's folder are: sorted keys, two spaces."""
+    """Write a JSON file in the form of all files of an adapter's folder: sorted keys, two spaces."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

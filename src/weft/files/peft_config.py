@@ -1,4 +1,4 @@
-"""What PEFT's ``adapter_config.json`` says to us: folders that others wrote, and ours where both files must agree."""
+"""The reading of PEFT's ``adapter_config.json``: in folders of other programs, and in ours, where both files agree."""
 
 from __future__ import annotations
 
@@ -34,10 +34,13 @@ COMMON_KEYS = (
 def read_foreign(
     path: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
-    """The adapter of a folder that peft wrote, or AdapterHub, from its ``adapter_config.json`` (at ``path``).
+    """The adapter of a folder that peft or AdapterHub wrote, from its ``adapter_config.json`` (at ``path``).
+
+    Returns:
+        The method's configuration, the tensors in the file's shapes, and the classes, if any.
 
     Raises:
-        UserError: its kind is not known, or a key changes what it computes in a way that is not.
+        UserError: Its kind is not known, or a key changes its results in an unknown way.
     """
     for cls in METHODS.values():
         if (config := cls.from_layout(entries)) is not None:
@@ -60,12 +63,12 @@ def read_foreign(
 
 
 def check_agreement(own: Path, config: MethodConfig, path: Path, entries: Mapping[str, Any]) -> None:
-    """Whether ``weft.json`` (``own``, which says ``config``) and ``adapter_config.json`` beside it say the same.
+    """Compare ``config`` of ``weft.json`` (``own``) with the ``entries`` of ``adapter_config.json`` beside it.
 
-    Keys that mean the same in both are compared; one that ``adapter_config.json`` lacks has PEFT's default.
+    Only keys that mean the same in both count; one that ``adapter_config.json`` lacks has PEFT's default.
 
     Raises:
-        UserError: they do not; shows both values of every key.
+        UserError: They disagree; the message shows both values of every key.
     """
     cls, lines = type(config), []
     theirs = cls.of_layout(entries)
@@ -104,7 +107,7 @@ def _shown(value: Any) -> str:
 
 
 def _same_targets(config: MethodConfig, mine: str | Collection[str], theirs: Any) -> bool:
-    """Whether PEFT's targets can be ours: it has paths where we have an expression, names of layers, or all of them."""
+    """Whether PEFT's targets can be ours. It has paths where we have an expression, names of layers, or all of them."""
     if mine in ("all-linear", theirs):
         return True
     if not isinstance(theirs, (list, tuple)) or not all(isinstance(name, str) for name in theirs):
@@ -128,13 +131,13 @@ def _same_targets(config: MethodConfig, mine: str | Collection[str], theirs: Any
 def without_tables(
     own: Collection[str], tensors: Mapping[str, Tensor], model: nn.Module, shape: Architecture
 ) -> dict[str, Tensor]:
-    """``tensors`` without the base's own table of embeddings and output layer.
+    """``tensors`` without the base's own table of embeddings and output layer, [V, d] each.
 
-    peft adds them where they were tuned or the vocabulary was resized (``save_embedding_layers``). ``own``: the names
-    of the adapter's tensors, which stay.
+    peft adds them where they were tuned or the vocabulary was resized (``save_embedding_layers``). ``own`` are the
+    names of the adapter's tensors, which stay.
 
     Raises:
-        UserError: a table is another one than the base's, or the base's has another number of rows.
+        UserError: A table is not the base's, or the base's has another number of rows.
     """
     rest = dict(tensors)
     for path in dict.fromkeys(path for path in (shape.embeddings, shape.head) if path):

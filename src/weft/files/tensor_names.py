@@ -1,4 +1,4 @@
-"""Names of tensors in files that others wrote, brought to those that PEFT's ``save_pretrained`` gives."""
+"""From the names of tensors in others' files to those that PEFT's ``save_pretrained`` gives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from weft.errors import UserError
 from weft.foreign import expect
 
 PREFIX = "base_model.model."
-# What torch.compile, FSDP and activation checkpointing put between a module's name and its parent's.
+# The words that torch.compile, FSDP and activation checkpointing put between a module's name and its parent's.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
-# What DistributedDataParallel puts before everything inside it.
+# The word that DistributedDataParallel puts before every name inside it.
 _PARALLEL = re.compile(rf"^(?:module\.)*({re.escape(PREFIX)})?(?:module\.)*")
-# Where a model of texts and images keeps its language model, and what may stand there that is no part of it.
+# The names under which a model of texts and images keeps its language model.
 _LANGUAGE_MODELS = ("language_model", "text_model")
 _PARTS = (
     "lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l|vera_lambda_b|vera_lambda_d|"
@@ -26,15 +26,15 @@ _PARTS = (
 _NAMED = re.compile(rf"\.({_PARTS})\.(?!weight$|bias$)([^.]+)(?=$|\.weight$|\.bias$)")
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
 _PROMPT = re.compile(r"^prompt_encoder\.([^.]+)\.embedding\.weight$")
-# Everything from here on is the method's, and no module of the base.
+# The rest of a name from here on is the method's, and no module of the base.
 _OWN = re.compile(rf"\.(({_PARTS})(\..*)?|(base_layer\.)?(weight|bias))$")
 
 
 def in_file(tensors: Mapping[str, Tensor], file_paths: Mapping[str, str | None]) -> dict[str, str]:
-    """The names that a LoRA file must give to some of its tensors (``Architecture.file_paths``) -> their own.
+    """The names that a LoRA file must give to some tensors, of any shape (``Architecture.file_paths``) -> their own.
 
     Raises:
-        UserError: no name leads to a tensor's module.
+        UserError: No name leads to a tensor's module.
     """
     found: dict[str, str] = {}
     for key in tensors if file_paths else ():
@@ -54,14 +54,15 @@ def normalised(
     modules: Collection[str] | None = None,
     others: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors under PEFT's names: without an adapter's name (``.default``) in them, ``_orig_mod.``,
-    ``_fsdp_wrapped_module.``, ``module.`` and, where the base's ``modules`` are so called, ``language_model.``.
+    """The tensors, of any shape, under PEFT's names.
 
-    ``others``: paths that files may give to some modules -> the modules' own.
+    An adapter's name (``.default``), ``_orig_mod.``, ``_fsdp_wrapped_module.``, ``module.`` and, where the base's
+    ``modules`` have no such prefix, ``language_model.`` are left out. ``others`` maps paths that files may give to some
+    modules to the modules' own.
 
     Raises:
-        UserError: two become one, they are of several adapters, or what is left out could be meant by a pattern of
-            ``entries`` (``adapter_config.json``).
+        UserError: Two names become one, the tensors are of several adapters, or a pattern in ``entries``
+            (``adapter_config.json``) may mean a part that is left out.
     """
     names: dict[str, str] = {}
     adapters: dict[str, str] = {}
@@ -98,10 +99,10 @@ def normalised(
 
 
 def _placed(plain: str, key: str, modules: Collection[str]) -> str:
-    """``plain`` without the prefix of a language model inside another model, if that is what this base's module lacks.
+    """``plain`` without the prefix of a language model inside another model, if this base's module has no prefix.
 
     Raises:
-        UserError: the module is not in this base either way.
+        UserError: This base has the module neither with nor without it.
     """
     path = _OWN.sub("", plain).removeprefix(PREFIX)
     parts = plain.removeprefix(PREFIX).split(".")

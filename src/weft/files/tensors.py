@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, never pickle. What an adapter's may hold, and the SHA-256 of each tensor in it."""
+"""Files of tensors: safetensors, never pickle. Checks of an adapter's tensors, and the SHA-256 of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or UserError if it is truncated or broken."""
+    """All tensors of a safetensors file, of any shape.
+
+    Raises:
+        UserError: The file is truncated or broken.
+    """
     check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -29,7 +33,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, str]:
-    """Write an adapter's tensors; returns the ``digest`` of each."""
+    """Write an adapter's tensors, of any shape; returns the ``digest`` of each."""
     # A copy each: two names may share one tensor, which safetensors refuses.
     written = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     save_file(written, path, metadata={"format": "pt"})
@@ -45,10 +49,10 @@ def digest(tensor: Tensor) -> str:
 
 
 def check_digests(path: Path, tensors: Mapping[str, Tensor], stated: Any, beside: Path) -> None:
-    """Compare a file's tensors with the SHA-256 of each that the file ``beside`` states.
+    """Compare a file's tensors, of any shape, with the SHA-256 of each that the file ``beside`` states.
 
     Raises:
-        UserError: a tensor is another one, is missing, or was not there.
+        UserError: A tensor has changed, is missing, or is new.
     """
     if not isinstance(stated, dict) or not all(isinstance(value, str) for value in stated.values()):
         raise UserError(f"{beside}: sha256 of {path.name} must be a JSON object, the SHA-256 of each tensor by name.")
@@ -68,10 +72,10 @@ def check_digests(path: Path, tensors: Mapping[str, Tensor], stated: Any, beside
 
 
 def check_values(tensors: Mapping[str, Tensor], where: object) -> None:
-    """Whether these can be an adapter's: floating point, and every number finite.
+    """Refuse tensors, of any shape, that cannot be an adapter's: they must be of floating point and finite.
 
     Raises:
-        UserError: a tensor is not; names it, how many of its numbers are not finite, and where the first is.
+        UserError: A tensor is not; the message says how many of its numbers are not finite, and where the first is.
     """
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import input_embeddings
 from weft.core.stream import Part
 from weft.generate.lockstep import Group
 
@@ -100,7 +101,7 @@ def _probes(
     adapters: Adapters, name: str | None, prompt: Sequence[int], slots: Sequence[int]
 ) -> list[tuple[list[list[int]], int]]:
     """(two texts, tokens of each that are the prompt)."""
-    tokens = int(adapters.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    tokens = int(input_embeddings(adapters.model).weight.shape[0])
     learned = learned_tokens(adapters, name)
     longest = (adapters.architecture.max_length or MANY) - sum(learned) - _FOLLOWING
     # Shorter and longer than the kernel of a convolution, and longer than a window that is small.

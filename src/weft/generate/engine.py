@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import input_embeddings
 from weft.core.route import Route, Segment
 from weft.core.seq2seq import Decoder
 from weft.core.stream import Part, Stream
@@ -83,7 +84,7 @@ def goes_on(adapters: Adapters) -> bool:
     A layer that attends twice in one pass, or that is run several times, would overwrite its own keys.
     """
     if adapters not in _GOES_ON:
-        vocabulary = int(adapters.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        vocabulary = int(input_embeddings(adapters.model).weight.shape[0])
         texts = [[(7 * i + n) % vocabulary for i in range(n)] for n in (4, 9)]
         room = adapters.architecture.max_length
         if room is not None and room < 9 + _STEPS:

@@ -17,10 +17,10 @@ _TEXT = [1, 2, 3, 1]
 
 @torch.no_grad()
 def check_numbers(adapters: Adapters) -> None:
-    """Whether blocks may get other numbers, as they do when new ones are merged in between.
+    """Refuse a model whose blocks cannot get other numbers, as they do when new ones are merged in between.
 
     Raises:
-        UserError: what a block computes depends on its number (GPT-2's scale by layer, DiffLlama's lambda).
+        UserError: A block's results depend on its number (GPT-2's scale by layer, DiffLlama's lambda).
     """
     model, shape = adapters.model, adapters.architecture
 
@@ -48,7 +48,7 @@ def check_numbers(adapters: Adapters) -> None:
 
 
 def _counts_blocks(model: Any, settings: Callable[..., list[Any]], block: str) -> bool:
-    """Whether a block of a model with one block more has other settings: MiniCPM scales by how many there are."""
+    """Whether a block has other settings in a model with one more block: MiniCPM scales by the number of blocks."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers += 1

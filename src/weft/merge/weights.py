@@ -1,9 +1,9 @@
-"""Merging: what an adapter computes at a module, written into the module's own tensors.
+"""Merging: writing the effect of an adapter at a module into the module's own tensors.
 
-A linear, a norm or an embedding ``f(x; W, b)`` with a site on it is often again such a module, with other tensors:
+A linear, a norm or an embedding ``f(x; W, b)`` with a site on it is often such a module again, with other tensors:
 ``W x + b + s B A x = (W + s B A) x + b``. A layer of a method that knows these tensors has a ``merge_into``
-(``Mergeable``); what has none cannot be merged. They are worked out in double precision, of a quantised module from
-the weights that training saw, the dequantised ones, and rounded once. The base itself is only read.
+(``Mergeable``); a layer without it cannot be merged. The tensors are computed in double precision and rounded once. For
+a quantised module they start from the dequantised weights, which training saw. The base itself is only read.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
 from weft.core.architecture import Architecture, is_layer
+from weft.core.embeddings import input_embeddings
 from weft.errors import UserError
 from weft.merge.blocks import check_numbers
 from weft.methods.mergeable import LARGE, Mergeable, MergeableParameter, MergedBlock, MergedModule
@@ -62,10 +63,10 @@ def merge_adapter(adapters: Adapters, name: str, dtype: torch.dtype | None = Non
 
 
 def check_mergeable(adapter: Adapter) -> None:
-    """Refuse an adapter whose effect is not one of the base's weights.
+    """Refuse an adapter whose effect cannot be weights of the base.
 
     Raises:
-        UserError: says which of its methods it is, why, and what to do instead.
+        UserError: It cannot; the message says which of its methods, why, and what to do instead.
     """
     parts = getattr(adapter, "parts", None)
     for part in parts or [adapter]:
@@ -103,17 +104,20 @@ def merge_weights(
     inserted: Mapping[str, Sequence[MergedBlock]],
     dtype: torch.dtype | None = None,
 ) -> Merged:
-    """Work out the weights of ``model`` with ``changes`` at its modules and new blocks after its own.
+    """Compute the weights of ``model`` with ``changes`` at its modules and new blocks after its own.
 
     Args:
-        changes: module path -> what is done there, in order.
-        inserted: block path -> the blocks after it.
-        dtype: of all tensors; None: each one's own, of quantised ones that of the embeddings.
+        changes: Module path -> the changes there, in order.
+        inserted: Block path -> the blocks after it.
+        dtype: The dtype of all tensors; None: each one's own, and that of the embeddings for quantised ones.
+
+    Raises:
+        UserError: Two modules share a tensor, and the adapter changes them in different ways.
     """
     at = {id(model.get_submodule(path)): found for path, found in changes.items()}
     _share_with_copies_of_the_table(model, at)
     rename, blocks = _new_numbers(shape, inserted)
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     of_base = table.weight.dtype if dtype is None else dtype
     done: dict[int, dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
@@ -152,8 +156,8 @@ def merge_weights(
 def _follow_ties(
     model: nn.Module, rename: Callable[[str], str], owners: Mapping[int, Sequence[str]], tensors: dict[str, Tensor]
 ) -> None:
-    """A tensor that a layer shares with a module that is none (BERT's head holds its output layer's bias) is changed
-    there too: that module only holds it."""
+    """Change a tensor also where a module that is no layer holds it beside its layer (BERT's head holds the output
+    layer's bias)."""
     layers = {rename(path) for path, module in model.named_modules(remove_duplicate=False) if is_layer(module)}
     for keys in owners.values():
         of_layers = [key for key in keys if key.rpartition(".")[0] in layers]
@@ -188,8 +192,8 @@ def _tensors_of(
 
 
 def _share_with_copies_of_the_table(model: nn.Module, at: dict[int, Sequence[Mergeable]]) -> None:
-    """An encoder-decoder's stacks have each a table that is tied to the shared one; adapters sit on that alone."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    """Change the tables of an encoder-decoder's stacks too: they are tied to the shared one, where adapters sit."""
+    table = input_embeddings(model)
     for module in model.modules():
         tied = isinstance(module, nn.Embedding) and module.weight is table.weight
         if tied and id(table) in at:
@@ -197,7 +201,7 @@ def _share_with_copies_of_the_table(model: nn.Module, at: dict[int, Sequence[Mer
 
 
 def _tie(tensors: dict[str, Tensor], keys: Sequence[str]) -> bool:
-    """Whether the values of what is one tensor in the base are still equal; those that are become one again."""
+    """Whether the tensors that are one in the base are still equal; equal ones become one again."""
     different: list[Tensor] = []
     for key in keys:
         same = next((one for one in different if _equal(tensors[key], one)), None)
@@ -209,7 +213,7 @@ def _tie(tensors: dict[str, Tensor], keys: Sequence[str]) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    # What is changed is on the CPU, what is not where the base is.
+    # Changed tensors are on the CPU, the others on the base's device.
     return a is b or torch.equal(a.cpu(), b.cpu())
 
 
@@ -221,7 +225,7 @@ def _moved(path: str, by: int) -> str:
 def _new_numbers(
     shape: Architecture, inserted: Mapping[str, Sequence[MergedBlock]]
 ) -> tuple[functools.partial[str], tuple[int, ...]]:
-    """The path of a module in a model with the new blocks, and which block each of its blocks comes from."""
+    """The function from a module's path to its path in a model with the new blocks, and the origin of each block."""
     moved: dict[str, str] = {}
     blocks: list[int] = []
     for number, path in enumerate(shape.blocks):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
+from weft.core.embeddings import input_embeddings
 from weft.core.tensors import copy_into
 from weft.errors import UserError
 
@@ -129,7 +130,7 @@ def normal_rows(count: int, width: int, context: BuildContext) -> nn.Parameter:
 
 def real_tokens(context: BuildContext) -> Tensor:
     """Ids of the vocabulary that stand for text: no special tokens, no rows that only fill up the table."""
-    rows = context.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    rows = input_embeddings(context.model).weight.shape[0]
     tokenizer: Any = context.tokenizer
     known = len(tokenizer) if hasattr(tokenizer, "__len__") else rows
     special = set(getattr(tokenizer, "all_special_ids", ()))

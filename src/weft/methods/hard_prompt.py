@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weft.core.adapter import Adapter, BuildContext, Run
 from weft.core.architecture import Architecture
+from weft.core.embeddings import input_embeddings
 from weft.errors import UserError
 from weft.methods.encoder import KEY, text_ids
 from weft.methods.prompt_tuning import SoftPromptConfig, embedded, embedding_width, virtual_places
@@ -65,7 +66,7 @@ class HardPrompt(Adapter):
         super().__init__(config, name)
         self.position = config.virtual_position
         ids = config.prompt_ids or []
-        table = context.model.get_input_embeddings().weight  # type: ignore[operator]
+        table = input_embeddings(context.model).weight
         stray = [i for i in ids if not 0 <= i < len(table)]
         if stray:
             raise UserError(f"prompt_ids: {stray[0]} is no token; this base has 0 to {len(table) - 1}.")

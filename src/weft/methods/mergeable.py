@@ -20,9 +20,10 @@ class MergedModule:
     """The tensors of one module of the base while a merge changes them.
 
     Attributes:
-        weight: of a linear [out, in], whatever its layout; of an embedding [rows, d]; of a norm as it is.
-        bias: None where the module has none; ``add_bias`` makes one.
-        base_weight, base_bias: what they are in the base.
+        weight: [out, in] of a linear, whatever its layout; [rows, d] of an embedding; [d] of a norm.
+        bias: [out]; None where the module has none; ``add_bias`` makes one.
+        base_weight: The weight in the base.
+        base_bias: The bias in the base.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -35,25 +36,25 @@ class MergedModule:
         self._input_scale: Tensor | None = None
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """A tensor of the adapter in the precision of the merge."""
+        """A tensor of the adapter, of any shape, in the precision of the merge."""
         return tensor.detach().to(self.weight)
 
     def add_bias(self, change: Tensor) -> None:
-        """``y + change``."""
+        """Make the output ``y + change``, of change [out]."""
         change = self.cast(change)
         self.bias = change if self.bias is None else self.bias + change
 
     def scale_input(self, scale: Tensor) -> None:
-        """``f(scale * x)``; all else that is done here is done to what goes in then."""
+        """Make the module ``f(scale * x)``, of scale [in]; all other changes see the scaled input."""
         scale = self.cast(scale)
         self._input_scale = scale if self._input_scale is None else self._input_scale * scale
 
     def laid_out(self, tensor: Tensor) -> Tensor:
-        """A matrix in the module's own layout as ``weight``, or ``weight`` in the module's: Conv1D keeps [in, out]."""
+        """A matrix of the module's layout in that of ``weight``, or the other way round: Conv1D keeps [in, out]."""
         return tensor.t() if self.linear and not isinstance(self.module, nn.Linear) else tensor
 
     def tensors(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> dict[str, Tensor]:
-        """The module's tensors as it keeps them, rounded; in the CPU's memory, for the base fills the GPU's."""
+        """The module's tensors in its own layout and shapes, rounded; on the CPU, because the base fills the GPU."""
         weight = self.weight if self._input_scale is None else self.weight * self._input_scale
         found = {"weight": self.laid_out(weight).to(weight_dtype).cpu().contiguous()}
         return found if self.bias is None else {**found, "bias": self.bias.to(bias_dtype).cpu().contiguous()}
@@ -64,7 +65,7 @@ class Mergeable(Protocol):
     """A layer of an adapter whose effect can be written into the weights of the module it sits on."""
 
     def merge_into(self, merged: MergedModule) -> None:
-        """Change ``merged`` so that the module computes with it what it and this layer compute together."""
+        """Change ``merged`` so that the module with it gives the result of the module and this layer together."""
 
 
 @runtime_checkable
@@ -74,7 +75,7 @@ class MergeableParameter(Protocol):
     parameter: str
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The parameter as the module computes with it, in its own dtype."""
+        """The parameter with which the module computes, in weight's shape and dtype."""
 
 
 @runtime_checkable

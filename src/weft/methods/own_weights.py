@@ -1,8 +1,8 @@
-"""Site functions that give an adapter base weights of its own, while the base's stay as they are.
+"""Site functions that give an adapter weights of its own in the place of the base's, which stay as they are.
 
-``WeightDelta`` holds the change of a module's tensors (full fine-tuning), ``OwnWeights`` whole tensors that take the
-place of the base's (``modules_to_save``, layer-norm tuning: PEFT's files hold them whole, and only a whole tensor
-survives saving to the bit).
+``WeightDelta`` holds the change of a module's tensors (full fine-tuning). ``OwnWeights`` holds whole tensors that take
+the place of the base's (``modules_to_save``, layer-norm tuning): PEFT's files hold them whole, and only a whole tensor
+survives saving to the bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:
     """The names of a module's own trainable tensors: ``weight``, ``bias``.
 
     Raises:
-        UserError: it is no linear, norm or embedding, so what its tensors do is not known.
+        UserError: It is no linear, norm or embedding, so the role of its tensors is not known.
     """
     parts = tuple(name for name, p in module.named_parameters(recurse=False) if p is not None)
     known = is_linear(module) or is_norm(module) or isinstance(module, nn.Embedding)
@@ -42,7 +42,7 @@ def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:
 
 
 class _Shell:
-    """Runs a base module's own forward with other tensors in it; the module itself is not touched."""
+    """A copy of a base module that runs its forward with other tensors; the module itself is not touched."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -60,11 +60,11 @@ class _Shell:
 class WeightDelta(nn.Module):
     """``y = f(x; W + ΔW, b + Δb)`` with the changes in the adapter's own dtype; they begin at zero.
 
-    Every f here is linear in its weights (Gemma's norms: up to a constant), so what is computed is f(x; W, b) plus a
-    correction. It is exactly zero in the beginning, whatever the dtypes, small changes are not rounded away beside a
-    bf16 weight, and what other methods of the same job did to y stays.
+    Every f here is linear in its weights (Gemma's norms: up to a constant), so y is f(x; W, b) plus a correction. The
+    correction is exactly zero in the beginning, in any dtype. It is not rounded away beside a bf16 weight, and it keeps
+    the changes that other methods of the same job made to y.
 
-    ``shared``: changes by the ``id`` of the base's tensor, for modules that are tied (a head and its embedding).
+    ``shared`` holds changes by the ``id`` of the base's tensor, for modules that are tied (a head and its embedding).
     """
 
     weight_delta: Tensor | None
@@ -91,6 +91,11 @@ class WeightDelta(nn.Module):
             self.register_parameter(f"{part}_delta", known[id(tensor)])
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """y [..., out] with the change for x [..., in] (ids [...] of an embedding).
+
+        Raises:
+            UserError: An embedding gets no ids.
+        """
         base: Any = self.base
         if self.weight_delta is None:
             return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
@@ -104,7 +109,7 @@ class WeightDelta(nn.Module):
                     f"module '{site.path if site else ''}' ({plain_class(base).__name__}) is not asked with ids, so "
                     "its weights cannot be trained. Take another method, such as lora."
                 )
-            # The row of padding_idx learns nothing, in torch's own training neither.
+            # The row of padding_idx learns nothing, as in torch's own training.
             change = F.embedding(x + getattr(base, "offset", 0), weight, padding_idx=base.padding_idx)
             scale = getattr(base, "embed_scale", None)
             y = y + (change if scale is None else change * torch.as_tensor(scale).to(change))
@@ -149,7 +154,7 @@ def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, Wei
     """A ``WeightDelta`` per module that holds one of the parameters ``names``, by module path; tied ones share theirs.
 
     Raises:
-        UserError: no module of a known kind holds a parameter (experts that are fused into one tensor, say).
+        UserError: No module of a known kind holds a parameter (experts that are fused into one tensor, say).
     """
     model = context.model
     wanted = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in names}
@@ -163,7 +168,7 @@ def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, Wei
         if not parts:
             continue
         if context.architecture.unreachable.get(path) == NEVER_CALLED and all(id(own[p]) not in shared for p in parts):
-            idle |= {id(own[part]) for part in parts}  # it plays no part in what the model gives
+            idle |= {id(own[part]) for part in parts}  # it plays no part in the model's answer
             continue
         try:
             context.architecture.check_reachable(path)
@@ -187,16 +192,17 @@ class OwnWeights(nn.Module):
         for part in parts:
             base = module.get_parameter(part).detach()
             value = torch.empty(base.shape, dtype=context.dtype, device=context.device) if context.blank else base
-            # Contiguous, for torch's fused AdamW wants a restored state to lie as the parameter does.
+            # Contiguous, because torch's fused AdamW wants a restored state in the parameter's memory order.
             own = value.to(context.device, context.dtype, copy=True, memory_format=torch.contiguous_format)
             self.register_parameter(part, nn.Parameter(own))
 
     @property
     def replaces_output(self) -> bool:
-        """Whether what the module gave plays no part: another method's change must come after."""
+        """Whether the module's own output plays no part, so that another method's change must come after."""
         return set(self._parameters) != {"bias"}
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """f(x; W', b') of x [..., in] (ids [...] of an embedding), [..., out] as y."""
         base: Any = self.base
         if set(self._parameters) == {"bias"}:
             bias = self.get_parameter("bias")
@@ -216,10 +222,10 @@ class OwnWeights(nn.Module):
 
 
 def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[str, OwnWeights]:
-    """``modules_to_save``: whole weights for the named modules, or for all that is inside them; a path for each.
+    """Whole weights, by path, for the modules that ``modules_to_save`` names, or for all modules inside them.
 
     Raises:
-        UserError: a name matches no module, or one whose weights cannot be trained.
+        UserError: A name matches no module, or one whose weights cannot be trained.
     """
     own: dict[str, OwnWeights] = {}
     for path, module in modules_named(context.model, names or (), "modules_to_save").items():
@@ -237,9 +243,9 @@ def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[st
 def saved_biases(
     bias: str, context: BuildContext, targets: Collection[str], besides: Collection[str] = ()
 ) -> dict[str, OwnWeights]:
-    """PEFT's ``bias``: own biases for every module that has one ("all"), for the targets ("..._only"), or none.
+    """Own biases by PEFT's ``bias``: for every module that has one ("all"), for the targets ("..._only"), or none.
 
-    ``besides``: modules that are trained whole already.
+    ``besides`` are modules that are trained whole already.
     """
     if bias == "none":
         return {}
@@ -253,11 +259,12 @@ def saved_biases(
 
 
 def modules_named(model: nn.Module, names: Sequence[str], key: str) -> dict[str, nn.Module]:
-    """Modules whose path ends with one of ``names``, at a dot or not, as PEFT's ``modules_to_save`` matches; a path
-    for each: ``norm`` is every ``input_layernorm`` too.
+    """Modules, by path, whose path ends with one of ``names``, at a dot or not, as in PEFT's ``modules_to_save``.
+
+    So ``norm`` names every ``input_layernorm`` too.
 
     Raises:
-        UserError: a name matches no module.
+        UserError: A name matches no module.
     """
     paths = {path: module for path, module in model.named_modules() if path}
     found: dict[str, nn.Module] = {}

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, Run
 from weft.core.architecture import Architecture
+from weft.core.embeddings import input_embeddings
 from weft.errors import UserError
 from weft.methods.encoder import EncodedRows, RowEncoder, repeated, sampled_ids, text_ids
 
@@ -141,14 +142,14 @@ def virtual_places(position: Position, count: int, answer: int | None, slots: Se
 
 def embedded(ids: Tensor, context: BuildContext) -> Tensor:
     """The base's own embeddings [n, d] of token ids, scaled as the base scales them."""
-    table: Any = context.model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(context.model)
     with torch.no_grad():
         return table(ids.to(table.weight.device))
 
 
 def embedding_width(context: BuildContext) -> int:
     """How wide the base's embeddings are."""
-    table: nn.Embedding = context.model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(context.model)
     return table.weight.shape[1]
 
 
@@ -157,7 +158,7 @@ def _initial_prompt(config: PromptTuningConfig, context: BuildContext) -> Tensor
     if context.blank:
         return context.zeros(n, width)
     if config.prompt_tuning_init == "RANDOM":
-        std = embedded(torch.arange(context.model.get_input_embeddings().weight.shape[0]), context).float().std()  # type: ignore[operator]
+        std = embedded(torch.arange(input_embeddings(context.model).weight.shape[0]), context).float().std()
         return context.normal(n, width, std=float(std))
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
         return embedded(sampled_ids(n, context), context)

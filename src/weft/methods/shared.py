@@ -1,4 +1,4 @@
-"""Tensors that all layers of an adapter share and nobody trains: random projections, tables, bases."""
+"""Frozen tensors that all layers of an adapter share: random projections, tables, bases."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from weft.core.site_adapter import SiteAdapter
 class SharedSiteAdapter(SiteAdapter):
     """A ``SiteAdapter`` with frozen tensors beside its layers, given by name.
 
-    They are buffers: a checkpoint holds them, and with ``stored`` so does the adapter's file, as ``base_model.<name>``.
-    Loading copies into them, so that layers which keep a reference see the file's values.
+    They are buffers. A checkpoint holds them, and with ``stored`` the adapter's file holds them as
+    ``base_model.<name>``. Loading copies into them, so that layers with a reference see the file's values.
     """
 
     def __init__(

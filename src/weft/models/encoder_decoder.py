@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from weft.core.architecture import Architecture, HeadForm, is_activation, is_linear, is_norm
+from weft.core.embeddings import input_embeddings, output_head, stacks
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
 
@@ -44,8 +45,8 @@ def describe_encoder_decoder(model: Any) -> Architecture:
         )
     start_token(model)
     paths = {id(module): path for path, module in model.named_modules()}
-    stacks = [_blocks(stack, paths[id(stack)]) for stack in (model.get_encoder(), model.get_decoder())]
-    blocks = (*stacks[0], *stacks[1])
+    of_encoder, of_decoder = (_blocks(stack, paths[id(stack)]) for stack in stacks(model))
+    blocks = (*of_encoder, *of_decoder)
     linears = tuple(
         f"{block}.{path}"
         for block in blocks
@@ -57,7 +58,7 @@ def describe_encoder_decoder(model: Any) -> Architecture:
     return Architecture(
         model_type=config.model_type,
         hidden_size=config.d_model,
-        num_layers=len(stacks[1]),
+        num_layers=len(of_decoder),
         num_heads=config.num_heads,
         num_kv_heads=config.num_heads,
         head_dim=config.d_kv,
@@ -67,8 +68,8 @@ def describe_encoder_decoder(model: Any) -> Architecture:
         attention_output=tuple(path for path in linears if path.endswith(facts.attention_output)),
         mlp_output=tuple(path for path in linears if path.endswith(facts.mlp_output)),
         activations=tuple(path for path, module in model.named_modules() if is_activation(module)),
-        embeddings=paths[id(model.get_input_embeddings())],
-        head=paths[id(model.get_output_embeddings())],
+        embeddings=paths[id(input_embeddings(model))],
+        head=paths[id(output_head(model))],
         memory_linears=tuple(path for path in linears if path.endswith(facts.memory)),
         peft_task="SEQ_2_SEQ_LM",
         head_form=HeadForm(config.d_model**-0.5 if scaled else 1.0),

@@ -19,6 +19,7 @@ from weft.core.architecture import (
     is_router,
     linear_shape,
 )
+from weft.core.embeddings import input_embeddings, output_head
 from weft.errors import UserError
 from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
@@ -161,9 +162,9 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
         max_length=int(limit) - first if limit else None,
         install_attention=facts.install if facts else install_interface,
         head_form=_head_form(config),
-        embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
-        embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
-        head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
+        embedding_size=int(input_embeddings(model).weight.shape[1]),
+        embeddings=_path_of(model, input_embeddings(model)),
+        head=_path_of(model, output_head(model)),
         bidirectional=encoder,
         head_kind=facts.head if facts else "score",
         pooler=pooler,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
 from weft.core.body import accepted, body_of, own_logits, scaled
+from weft.core.embeddings import input_embeddings, output_head
 from weft.core.seq2seq import run_seq2seq
 from weft.core.stream import Part
 from weft.errors import UserError
@@ -245,7 +246,7 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
 
 def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
     """The form of the head that gives what the model's own code gives, for small and large hidden states; or None."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = output_head(model)
     if shape.bidirectional or head is None:
         return shape.head_form
     if not is_linear(head):
@@ -321,7 +322,7 @@ def _ways(model: nn.Module, shape: Architecture) -> Iterator[Architecture]:
 
 def _takes_embeddings(model: nn.Module, shape: Architecture) -> bool:
     """Whether the body runs on embeddings that are no token's: Gemma 4 looks for the tokens that they belong to."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     body = body_of(model, shape)
     rows = torch.randn(1, 3, table.weight.shape[1], generator=torch.Generator().manual_seed(0))
     try:

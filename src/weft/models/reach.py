@@ -1,4 +1,4 @@
-"""What methods on linear modules do not reach: experts that are held as parameters."""
+"""Experts that are held as parameters, which methods on linear modules do not reach."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class LeftOut:
     """Parameters of the base that an adapter on linears leaves as they are.
 
     Attributes:
-        methods: the adapter's methods that work on linears.
-        names: the parameters, as their blocks name them.
-        share: of all the base's parameters.
-        to_include: what ``target_parameters`` of lora would be to include them; empty: nothing can.
+        methods: The adapter's methods that work on linears.
+        names: The parameters, as their blocks name them.
+        share: Their share of all the base's parameters.
+        to_include: The ``target_parameters`` of lora that would include them; empty: no setting can.
     """
 
     methods: tuple[str, ...]
@@ -41,12 +41,12 @@ class LeftOut:
         return f"{told}To adapt them too, set {key}" + ("." if "lora" in self.methods else " of method lora.")
 
     def json(self) -> dict[str, Any]:
-        """The same for machines."""
+        """The names, the share and the remedy as JSON."""
         return {"names": list(self.names), "share": self.share, "target_parameters": list(self.to_include)}
 
 
 def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> LeftOut | None:
-    """What an adapter on linears does not reach of the experts; None: nothing, or it is none of these methods."""
+    """The experts that an adapter on linears does not reach; None if it reaches all or has no such method."""
     parts: Sequence[Adapter] = getattr(adapter, "parts", [adapter])
     methods = tuple(part.config.method for part in parts if hasattr(part.config, "target_modules"))
     reached = {(path, name) for path, found in adapter.parameter_sites().items() for name in found}
@@ -67,7 +67,7 @@ def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> 
 
 
 def unquantized(model: nn.Module, architecture: Architecture) -> str | None:
-    """What to say of a quantised base whose experts are not; None: nothing."""
+    """A message about a quantised base whose experts are not quantised; None for any other base."""
     quantized = any(hasattr(p, "quant_state") or hasattr(p, "SCB") for p in model.parameters())
     own = [p for path in architecture.experts for p in model.get_submodule(path).parameters(recurse=False)]
     if not (quantized and own):
@@ -80,6 +80,6 @@ def unquantized(model: nn.Module, architecture: Architecture) -> str | None:
 
 
 def _size(parameter: Any) -> int:
-    """How many numbers it is; 4-bit ones lie two in a byte."""
+    """The number of entries; 4-bit ones lie two in a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weft.core.architecture import NEVER_CALLED, Architecture, is_linear, linear_shape
 from weft.core.body import accepted
+from weft.core.embeddings import input_embeddings, output_head
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
 
@@ -32,7 +33,7 @@ def sequences_for(model: nn.Module, shape: Architecture, learned: int = 0) -> li
     # A window of a few tokens is exceeded by all but the shortest.
     # MPT calls its limit otherwise.
     limit = shape.max_length or getattr(text, "max_seq_len", None) or longest + learned
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     vocabulary = min(table.weight.shape[0], getattr(text, "vocab_size", None) or table.weight.shape[0])
     barred = {getattr(text, "pad_token_id", None)}
     ids = [token for token in range(vocabulary) if token not in barred]
@@ -48,7 +49,7 @@ def _small(model: nn.Module) -> bool:
 @torch.no_grad()
 def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[int]]) -> Tensor:
     """The model's own logits [B, T, vocabulary] for sequences of one length; of an encoder its hidden states."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     run = model.base_model if shape.bidirectional else model
     assert isinstance(run, nn.Module)
     ids = torch.tensor(batch, device=table.weight.device)
@@ -60,7 +61,7 @@ def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[i
 @torch.no_grad()
 def own_pair(model: nn.Module, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
     """An encoder-decoder's own logits [B, T, vocabulary] of targets of one length, for sources of one length."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     begin = start_token(model)
     ids = torch.tensor(sources, device=table.weight.device)
     before = torch.tensor([[begin, *target[:-1]] for target in targets], device=ids.device)
@@ -248,12 +249,14 @@ def fewer_words(model: nn.Module) -> Iterator[bool]:
     Of a model of 8 billion parameters, the vocabulary holds twice as many as the two blocks that are tried, and one row
     is treated as the next.
     """
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    plain = isinstance(table, nn.Embedding) and type(head) is nn.Linear
-    rows = table.weight.shape[0] if plain else 0
-    alike = [p for p in model.parameters() if p.ndim and p.shape[0] == rows]
-    own = {id(p): p for p in (table.weight, *head.parameters())} if plain else {}
-    if rows <= _WORDS or _small(model) or {id(p) for p in alike} != own.keys():
+    table, head = input_embeddings(model), output_head(model)
+    if not isinstance(table, nn.Embedding) or head is None or type(head) is not nn.Linear:
+        yield False
+        return
+    rows = len(table.weight)
+    alike = {id(p) for p in model.parameters() if p.ndim and p.shape[0] == rows}
+    own = {id(p): p for p in (table.weight, *head.parameters())}
+    if rows <= _WORDS or _small(model) or alike != own.keys():
         yield False
         return
     words = (table.num_embeddings, table.padding_idx, head.out_features)

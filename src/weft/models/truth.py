@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
+from weft.core.embeddings import input_embeddings
 from weft.core.site import mixes_rows
 from weft.errors import UserError
 from weft.models import trial
@@ -103,7 +104,7 @@ def limit_of_narrow(model: nn.Module, own: Tensor, rounding: float) -> float:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """What it computes in; some models (Mamba) give logits in float32 whatever that is."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     dtype: torch.dtype = table.weight.dtype
     return dtype
 

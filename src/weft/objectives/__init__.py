@@ -1,4 +1,4 @@
-"""What is learned: functions from hidden states and a batch to a loss per sequence."""
+"""Objectives: functions from hidden states and a batch to a loss per sequence."""
 
 from weft.objectives.classification import class_metrics, classification
 from weft.objectives.likelihood import Head, Supervised, likelihood, likelihood_of_logits

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of the supervised tokens: instruction tuning and continued pre-training alike."""
+"""Negative log-likelihood of the supervised tokens: the objective of instruction tuning and of pre-training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from weft.ops.loss import linear_cross_entropy
 
 @dataclass(frozen=True)
 class Head:
-    """The base's output layer, frozen: logits are ``scale * (h Wᵀ + b)``, soft-capped if the architecture does so."""
+    """The base's output layer, frozen: logits are ``scale * (h Wᵀ + b)``, soft-capped if the architecture does so.
+
+    Attributes:
+        weight: [V, d].
+        bias: [V].
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -28,7 +33,7 @@ class Supervised:
     Attributes:
         rows: [S] int64, the stream row whose hidden state predicts the token.
         targets: [S] int64.
-        weights: [S] float, what each token's loss counts.
+        weights: [S] float, the factor of each token's loss.
         sequence: [S] int64, which of the ``num_sequences`` sequences it belongs to.
     """
 
@@ -50,9 +55,9 @@ def likelihood(hidden: Tensor, head: Head, batch: Supervised) -> Tensor:
     """Weighted sum of the token losses of each sequence, [num_sequences] (float32, or float64 for float64 input).
 
     Args:
-        hidden: [S, d], the hidden states at ``batch.rows``: the head never sees a token that nothing is learned from.
+        hidden: [S, d], the hidden states at ``batch.rows``. The head sees no token from which nothing is learned.
 
-    Never a mean: how many tokens a job's whole batch has is known to the step, which divides once.
+    It is never a mean: only the step knows how many tokens a job's whole batch has, and it divides once.
     """
     losses = linear_cross_entropy(
         hidden, head.weight, batch.targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale
@@ -61,6 +66,6 @@ def likelihood(hidden: Tensor, head: Head, batch: Supervised) -> Tensor:
 
 
 def likelihood_of_logits(logits: Tensor, batch: Supervised) -> Tensor:
-    """The same from logits [S, vocabulary], for an adapter that changes the head and so shares it with nobody."""
+    """``likelihood`` from logits [S, V], for an adapter that changes the head and so shares it with nobody."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return batch.per_sequence(F.cross_entropy(wide, batch.targets, reduction="none"))

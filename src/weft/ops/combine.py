@@ -1,4 +1,4 @@
-"""Several tensors of one meaning become one: weighted sums, TIES and DARE. Each is ``(tensors, weights, …) -> tensor``.
+"""Rules that combine several tensors of one shape into one: weighted sums, TIES and DARE.
 
 TIES (Yadav et al. 2023): keep each tensor's largest entries, elect a sign per entry, average what agrees with it.
 DARE (Yu et al. 2023): drop entries at random and divide the rest by the share that is kept. The order of weighting,
@@ -17,12 +17,12 @@ MajoritySign = Literal["total", "frequency"]
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i t_i, of tensors of one shape."""
+    """sum_i w_i t_i, of the shape that all tensors have."""
     return _weighted(torch.stack(list(tensors)), weights).sum(0)
 
 
 def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """Zeros but for the ``density`` share of entries that are largest in magnitude."""
+    """The tensor with zeros for all but the ``density`` share of entries that are largest in magnitude; same shape."""
     if density >= 1:
         return tensor
     flat, count = tensor.reshape(-1), int(density * tensor.numel())
@@ -31,8 +31,11 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def drop_at_random(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Every entry stays with probability ``density``, divided by it: the expectation is the tensor itself. Drawn on the
-    generator's device (the CPU), so that the result does not depend on where the tensor is."""
+    """Keep every entry with probability ``density`` and divide it by that: the expectation is the tensor itself.
+
+    The result has the tensor's shape. The draw is on the CPU, the generator's device, so that it does not depend on
+    the tensor's.
+    """
     if density >= 1:
         return tensor
     kept = torch.bernoulli(torch.full(tensor.shape, density, dtype=torch.float32), generator=generator)
@@ -40,10 +43,10 @@ def drop_at_random(tensor: Tensor, density: float, generator: torch.Generator) -
 
 
 def agreeing_mean(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign: MajoritySign) -> Tensor:
-    """Per entry the weighted sum of those tensors that have its elected sign, over their number.
+    """Per entry the weighted sum of those tensors that have its elected sign, over their number; of their own shape.
 
-    The sign is that of the entries' sum (``total``) or of the sum of their signs (``frequency``), before weighting;
-    zero counts as plus. A tensor whose entry is zero agrees with nobody.
+    The elected sign is that of the entries' sum (``total``) or of the sum of their signs (``frequency``), before
+    weighting; zero counts as plus. A tensor whose entry is zero agrees with nobody.
     """
     stacked = torch.stack(list(tensors))
     signs = stacked.sign()
@@ -66,12 +69,12 @@ def merge(
     majority_sign: MajoritySign = "total",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One of ``linear``, ``ties``, ``dare_linear``, ``dare_ties`` and ``magnitude_prune``.
+    """Combine tensors of any one shape by ``linear``, ``ties``, ``dare_linear``, ``dare_ties`` or ``magnitude_prune``.
 
     Args:
-        tensors: all of one shape; their dtype is the result's.
-        density: share of the entries that are kept; every rule but ``linear`` needs it.
-        generator: on the CPU; DARE draws from it, tensor after tensor.
+        tensors: All of one shape and dtype, which the result has too.
+        density: The share of the entries that is kept. Every rule but ``linear`` needs it.
+        generator: On the CPU. DARE draws from it, tensor after tensor.
     """
     kept = list(tensors)
     if rule.startswith("dare"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import output_head
 from weft.core.route import Route, Segment
 from weft.core.seq2seq import run_seq2seq
 from weft.core.stream import Part, Stream
@@ -42,9 +43,10 @@ class Work:
 
 def model_head(adapters: Adapters) -> Head:
     """The frozen output layer of the base, which is one by form (``HeadForm``)."""
-    head = adapters.model.get_output_embeddings()  # type: ignore[operator]
+    head = output_head(adapters.model)
     form = adapters.architecture.head_form
     assert form is not None
+    assert head is not None
     return Head(head.weight, getattr(head, "bias", None), form.softcap, form.scale)
 
 

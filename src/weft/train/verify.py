@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import input_embeddings
 from weft.core.site import sites_in
 from weft.core.stream import Part
 from weft.data import Sample
@@ -61,7 +62,7 @@ def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
     packs = {job.name: _shortest(max(job.micro_batches(), key=len)) for job in jobs if job.active}
     if sum(len(samples) for samples in packs.values()) < 2:
         return Proof()  # nothing is packed
-    vocabulary = adapters.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = input_embeddings(adapters.model).weight.shape[0]
     _check_positions(adapters, packs)
     together = _last_losses(adapters, packs)
     others = {name: [*(_changed(s, vocabulary) for s in samples[:-1]), samples[-1]] for name, samples in packs.items()}
