@@ -28,7 +28,7 @@ from benchmarks.architecture_truth import (
     relative,
     rounding,
 )
-from tests.contracts.kit import NOT_IDENTITY, NOT_MERGEABLE, SETTINGS, UNTRAINED
+from tests.kit import NOT_IDENTITY, NOT_MERGEABLE, SETTINGS, UNTRAINED
 from torch import Tensor, nn
 
 from weft import load_base

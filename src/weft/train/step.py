@@ -167,7 +167,11 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
         present = [job for job in jobs if index < len(batches[job.name])]
         work = [
             Work(
-                j.name, batches[j.name][index], j.dropout_seed(index), weight[j.name], j.config.neftune_noise_alpha,
+                j.name,
+                batches[j.name][index],
+                j.dropout_seed(index),
+                weight[j.name],
+                j.config.neftune_noise_alpha,
                 j.objective,
             )
             for j in present
