@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from weft.core.config import MethodConfig
+from weft.core.adapter import MethodConfig
 from weft.methods import METHODS
 
 ALL = sorted(METHODS)
