@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,6 +76,68 @@ def test_imports_go_up_only() -> None:
 )
 def test_the_check_sees(path: str, source: str) -> None:
     assert wrong_imports(SOURCE / path, source)
+
+
+def module_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules of ``sources`` that it imports, in functions and under TYPE_CHECKING as well."""
+    graph: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        names = ["weft", *path.removesuffix(".py").split("/")]
+        module = ".".join(names[:-1] if names[-1] == "__init__" else names)
+        graph[module] = {name for _, name in imported_names(ast.parse(source), ".".join(names[:-1]))}
+    return {
+        module: {found for found in map(_known(graph), names) if found} - {module} for module, names in graph.items()
+    }
+
+
+def imported_names(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """As ``imports``, with the imported name behind the module's."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            one = ast.ImportFrom(node.module, [], node.level)
+            for alias in node.names:
+                one.names, one.lineno = [alias], node.lineno
+                yield from ((line, f"{base}.{alias.name}".replace(f"{alias.name}.{alias.name}", alias.name))
+                            for line, base in imports(ast.Module([one], []), package))  # fmt: skip
+        elif isinstance(node, ast.Import):
+            yield from imports(ast.Module([node], []), package)
+
+
+def _known(graph: dict[str, set[str]]) -> Callable[[str], str | None]:
+    def known(name: str) -> str | None:
+        return next((found for found in (name, name.rpartition(".")[0]) if found in graph), None)
+
+    return known
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        found, wanted = set(), [start]
+        while wanted:
+            new = graph[wanted.pop()] - found
+            found |= new
+            wanted += new
+        return found
+
+    reach = {module: reached(module) for module in graph}
+    groups = {frozenset(other for other in reach[module] if module in reach[other]) for module in graph}
+    return [set(group) for group in groups if group]
+
+
+def test_no_two_files_import_each_other() -> None:
+    assert circles(module_graph({path.relative_to(SOURCE).as_posix(): path.read_text() for path in FILES})) == []
+
+
+def test_the_circle_check_sees() -> None:
+    sources = {
+        "a/x.py": "from weft.a import y",
+        "a/y.py": "def f():\n    from ..b.z import name",
+        "b/z.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import weft.a.x",
+        "b/w.py": "import weft.b.z",
+    }
+    assert circles(module_graph(sources)) == [{"weft.a.x", "weft.a.y", "weft.b.z"}]
 
 
 # The one reviewed exception, behind a command that the user names: torch's reader of tensors alone.
