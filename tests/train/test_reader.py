@@ -77,7 +77,7 @@ def listed(made: RunConfig, renderer: Renderer, paths: list[str]) -> tuple[list[
     found = [[one for one in outcomes(path, keyed) if isinstance(one, Kept)] for path in paths]
     pairs = [(number, sample, one.key) for number, part in enumerate(found) for one in part for sample in one.samples]
     if made.eval_split is not None:
-        sides = split_by_hash(pairs, [key for _, _, key in pairs], made.eval_split)
+        sides = split_by_hash(pairs, [f"{key:016x}" for _, _, key in pairs], made.eval_split)
     else:
         sides = split_holdout(pairs, made.eval_size, seed=0)
     numbers = range(len(paths))

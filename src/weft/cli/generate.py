@@ -207,9 +207,9 @@ def _rendered(opened: Opened, prompt: Prompt, system: str | None, raw: bool) -> 
 
 
 def _read(path: Path) -> list[Prompt]:
-    from weft.data import read_records
+    from weft.data.pipeline import read_all
 
-    prompts = [_prompt(record) for record in read_records(path)]
+    prompts = read_all(path, _prompt)
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
     return prompts

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from weft.data.formats.examples import Message
 from weft.data.formats.labels import LABELS, TEXTS, label_name, text_of
@@ -22,6 +22,7 @@ from weft.data.problems import Problem, Problems
 from weft.data.reading.rows import Record
 from weft.data.rendering.render import Renderer
 from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
+from weft.data.sources import number_of
 from weft.errors import UserError, nearest
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -63,7 +64,7 @@ class ClassRecipe(Recipe):
         """The columns of a table whose first ``rows`` do not name them."""
         return _missing_header(rows(), {*(self.text_columns or ()), self.label_column})
 
-    def maker(self, head: Sequence[Record]) -> ClassRecipe:
+    def begun(self, head: Sequence[Record]) -> Self:
         """The recipe with the columns that these records have. Raises UserError where they are not clear."""
         texts, label = _columns(head, self.text_columns, self.label_column)
         if self.encodes and len(texts) > 2:
@@ -101,7 +102,7 @@ class ClassRecipe(Recipe):
             if isinstance(error, TooLongError) and self.renderer.truncation == "drop":
                 return LeftOut(source=source, label=name, why=TOO_LONG)
             return self.refused(error, kind, record)
-        key = hashlib.sha256(repr(sample.input_ids).encode()).hexdigest() if self.keyed else ""
+        key = number_of(hashlib.sha256(repr(sample.input_ids).encode()).hexdigest()) if self.keyed else 0
         return Kept(source=source, label=name, samples=(sample,), key=key)
 
     def end(self, fold: Fold) -> None:

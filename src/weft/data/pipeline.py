@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT
-from weft.data.formats.labels import in_order
+from weft.data.formats.labels import ordered
 from weft.data.problems import Problem, Problems, about_record
-from weft.data.reading.records import first_rows, iter_items
+from weft.data.reading.records import first_rows, iter_items, iter_records
 from weft.data.reading.rows import Record
 from weft.data.rendering.render import Rendered, Renderer, Task
 from weft.data.rendering.sample import Sample, TooLongError
-from weft.data.sources import content_key
-from weft.data.workers import Maker
-from weft.data.workers import in_order as made_in_order
+from weft.data.sources import content_key, number_of
+from weft.data.workers import in_order
 from weft.errors import UserError, nearest
 
+T = TypeVar("T")
 Path = str | os.PathLike[str]
 EmptyAnswers = Literal["error", "skip"]
 EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
@@ -43,13 +43,11 @@ logger = logging.getLogger(__name__)
 class Outcome:
     """What became of the record at ``source``.
 
-    ``label`` is the name of its class, where it has one. ``record`` and ``example``, what was read and what that says,
-    are there where a recipe is ``watched``.
+    ``label`` is the name of its class, where it has one. ``example``, of a ``watched`` recipe, is what the record says.
     """
 
     source: str
     label: str | None = None
-    record: Record | None = None
     example: SFT | None = None
 
 
@@ -58,7 +56,7 @@ class Kept(Outcome):
     """The record became samples (a long text several). ``key``, of a ``keyed`` recipe, is a hash of what it says."""
 
     samples: tuple[Sample, ...] = ()
-    key: str = ""
+    key: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +68,11 @@ class LeftOut(Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused(Outcome):
-    """The record cannot be used."""
+    """The record cannot be used. ``fields``, of a ``watched`` recipe, are its own."""
 
     problem: Problem
     too_long: bool = False
+    fields: Mapping[str, Any] | None = None
 
 
 class Behind(Record):
@@ -106,8 +105,12 @@ class Recipe:
         """The columns of a table whose first ``rows`` do not name them."""
         return None
 
-    def maker(self, head: Sequence[Record]) -> Maker[Record | Problem, Outcome]:
-        """What makes the outcomes of a file that begins with these records. Raises UserError for wrong settings."""
+    def begun(self, head: Sequence[Record]) -> Self:
+        """The recipe for a file that begins with these records. Raises UserError for settings that do not fit it."""
+        return self
+
+    def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
+        """The outcome of each. Raises UserError for settings that are wrong."""
         raise NotImplementedError
 
     def end(self, fold: Fold) -> None:
@@ -119,7 +122,7 @@ class Recipe:
         problem = about_record(error, record.source, kind)
         if problem is None:
             raise error
-        seen: dict[str, Any] = {"record": record, "example": example} if self.watched else {}
+        seen: dict[str, Any] = {"fields": record.fields, "example": example} if self.watched else {}
         return Refused(source=record.source, problem=problem, too_long=isinstance(error, TooLongError), **seen)
 
 
@@ -136,8 +139,8 @@ def outcomes(path: Path, recipe: Recipe, *, limit: int | None = None, workers: i
             yield Refused(source=item.place, problem=item)
             continue
         head = [item, *islice(items, _PEEK - 1)]
-        maker = recipe.maker([one for one in head if isinstance(one, Record)])
-        yield from made_in_order(_marked(chain(head, items), limit), maker, workers, _characters)
+        begun = recipe.begun([one for one in head if isinstance(one, Record)])
+        yield from in_order(_marked(chain(head, items), limit), begun, workers, _characters)
 
 
 def _marked(items: Iterable[Record | Problem], limit: int | None) -> Iterator[Record | Problem]:
@@ -164,66 +167,48 @@ def _characters(value: Any) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExampleRecipe(Recipe):
-    """Conversations and texts as they stand: what was kept has an ``example``, and no samples."""
+class TextRecipe(Recipe):
+    """Conversations and texts, to learn what they say; the fields are arguments of ``load_samples``."""
 
+    renderer: Renderer
     format: str | None = None
     columns: Mapping[str, str] | None = None
+    task: Task = "causal_lm"
     empty_answers: EmptyAnswers = "error"
 
     def __post_init__(self) -> None:
         if self.empty_answers not in get_args(EmptyAnswers):
             raise UserError(f"empty_answers is {self.empty_answers!r}; expected 'error' or 'skip'.")
-
-    def maker(self, head: Sequence[Record]) -> Maker[Record | Problem, Outcome]:
-        """Records are made one like the other."""
-        return self
-
-    def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
-        """The outcome of each. Raises UserError for settings that are wrong."""
-        return [self._recognised(item) for item in items]
-
-    def _recognised(self, item: Record | Problem) -> Outcome:
-        if isinstance(item, Problem):
-            return Refused(source=item.place, problem=item)
-        try:
-            example = to_example(item, format=self.format, columns=self.columns)
-        except UserError as error:
-            empty = isinstance(error, EmptyAnswerError)
-            if empty and self.empty_answers == "skip":
-                return LeftOut(source=item.source, why=EMPTY)
-            return self.refused(error, "empty_answer" if empty else "format", item)
-        return Kept(source=item.source, record=item, example=example)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRecipe(ExampleRecipe):
-    """Conversations and texts, rendered to samples."""
-
-    renderer: Renderer
-    task: Task = "causal_lm"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
         if self.task not in get_args(Task):
             known = get_args(Task)
             raise UserError(f"task is {self.task!r}; expected {' or '.join(known)}.{nearest(str(self.task), known)}")
 
     def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
         """The outcome of each. Raises UserError for settings that are wrong."""
-        found = super().make(items)
-        examples = [one.example for one in found if isinstance(one, Kept) and one.example]
-        rendered = self.renderer.outcomes(examples, self.task)
-        return [self._rendered(one, next(rendered)) if isinstance(one, Kept) else one for one in found]
+        found = [self._recognised(item) for item in items]
+        read = [one for one in found if not isinstance(one, Outcome)]
+        rendered = self.renderer.outcomes((example for _, example in read), self.task)
+        return [one if isinstance(one, Outcome) else self._rendered(*one, next(rendered)) for one in found]
 
-    def _rendered(self, read: Kept, made: Rendered) -> Outcome:
-        assert read.record is not None
+    def _recognised(self, item: Record | Problem) -> tuple[Record, SFT] | Outcome:
+        if isinstance(item, Problem):
+            return Refused(source=item.place, problem=item)
+        try:
+            return item, to_example(item, format=self.format, columns=self.columns)
+        except EmptyAnswerError as error:
+            if self.empty_answers == "skip":
+                return LeftOut(source=item.source, why=EMPTY)
+            return self.refused(error, "empty_answer", item)
+        except UserError as error:
+            return self.refused(error, "format", item)
+
+    def _rendered(self, record: Record, example: SFT, made: Rendered) -> Outcome:
         if isinstance(made, UserError):
-            return self.refused(made, "render", read.record, read.example)
+            return self.refused(made, "render", record, example)
         if not made:
-            return LeftOut(source=read.source, why=TOO_LONG)
-        key = content_key(read.example) if self.keyed else ""
-        return replace(read, samples=made, key=key) if self.watched else Kept(source=read.source, samples=made, key=key)
+            return LeftOut(source=record.source, why=TOO_LONG)
+        key = number_of(content_key(example)) if self.keyed else 0
+        return Kept(source=record.source, samples=made, key=key, example=example if self.watched else None)
 
     def end(self, fold: Fold) -> None:
         """Log how many records were left out or cut. Raises UserError where no sample is left."""
@@ -261,7 +246,7 @@ class Fold:
         self.classes: dict[str, str] = {}
         self._numbers = {name: number for number, name in enumerate(recipe.labels or ())}
 
-    def samples(self, found: Iterable[Outcome]) -> Iterator[tuple[Sample, str]]:
+    def samples(self, found: Iterable[Outcome]) -> Iterator[tuple[Sample, int]]:
         """The samples of what was kept, each with the record's key; their classes wait for ``numbered``.
 
         Raises:
@@ -287,7 +272,7 @@ class Fold:
     @property
     def names(self) -> tuple[str, ...]:
         """The classes: those of the recipe, or those that were met, in their order."""
-        return self.recipe.labels or in_order(self.classes)
+        return self.recipe.labels or ordered(self.classes)
 
     @property
     def settled(self) -> bool:
@@ -298,3 +283,12 @@ class Fold:
         """Labelled samples that ``samples`` gave, with the numbers that their classes have in ``names``."""
         final = [self.names.index(name) for name in self._numbers]
         return (replace(sample, label=final[sample.label or 0]) for sample in samples)
+
+
+def read_all(path: Path, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
+    """What ``read`` makes of every record, for what is not learned (prompts, questions).
+
+    Raises:
+        UserError: of the first record that cannot be used.
+    """
+    return [read(record) for record in iter_records(path, limit=limit)]

@@ -241,17 +241,22 @@ def split_by_hash(samples: Sequence[T], keys: Sequence[str], share: float) -> tu
     The same record is always on the same side, in whatever order and company it comes. Raises UserError when nothing
     would be left on one side.
     """
-    held = held_by_hash(keys, share)
+    held = held_by_hash(map(number_of, keys), share)
     train = [sample for sample, out in zip(samples, held, strict=True) if not out]
     return train, [sample for sample, out in zip(samples, held, strict=True) if out]
 
 
-def held_by_hash(keys: Iterable[str], share: float) -> bytearray:
-    """Which samples ``split_by_hash`` holds out: 1 for each that it does. Raises UserError as that."""
+def number_of(key: str) -> int:
+    """What a split looks at of a hash: its first 64 bits."""
+    return int(key[:16], 16)
+
+
+def held_by_hash(numbers: Iterable[int], share: float) -> bytearray:
+    """Which samples ``split_by_hash`` holds out, by ``number_of`` their keys: 1 for each. Raises UserError as that."""
     if not 0 < share < 1:
         raise UserError(f"eval_split is {share:g}; expected a share between 0 and 1, such as 0.05.")
     bound = int(share * 2**64)
-    held = bytearray(int(key[:16], 16) < bound for key in keys)
+    held = bytearray(number < bound for number in numbers)
     if not 0 < held.count(1) < len(held):
         side = "evaluate" if not held.count(1) else "train"
         raise UserError(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from weft.core.adapters import Adapters
-from weft.data import Conversation, Message, Renderer, read_records, to_example
+from weft.data import Conversation, Message, Record, Renderer, to_example
+from weft.data.pipeline import read_all
 from weft.errors import UserError
 from weft.generate import Request, generate
 
@@ -34,15 +35,15 @@ class Answer:
 
 def read_questions(path: str | Path, *, limit: int | None = None) -> list[Question]:
     """Questions with references from a data file: the last assistant turn of each record is the reference."""
-    questions = []
-    for record in read_records(path, limit=limit):
-        example = to_example(record)
-        if not isinstance(example, Conversation) or example.messages[-1].role != "assistant":
-            raise UserError(f"{record.source}: an exact-match question needs an answer as its last turn.")
-        *before, last = example.messages
-        task = str(record.fields.get("task", ""))
-        questions.append(Question(tuple(before), last.content, record.source, task))
-    return questions
+    return read_all(path, _question, limit=limit)
+
+
+def _question(record: Record) -> Question:
+    example = to_example(record)
+    if not isinstance(example, Conversation) or example.messages[-1].role != "assistant":
+        raise UserError(f"{record.source}: an exact-match question needs an answer as its last turn.")
+    *before, last = example.messages
+    return Question(tuple(before), last.content, record.source, str(record.fields.get("task", "")))
 
 
 def answer_questions(

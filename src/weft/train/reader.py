@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +21,7 @@ from weft.data.reading.files import Place, Shards, find_files, unique
 from weft.data.rendering.render import Task
 from weft.data.sources import held_by_hash
 from weft.data.store import MEMORY, SampleStore
-from weft.data.views import Array, chained, picked
+from weft.data.views import Array, Samples, chained
 from weft.errors import UserError
 from weft.models.hub import fetch_dataset, is_dataset_id
 from weft.train.settings import JobConfig, RunConfig
@@ -45,8 +45,8 @@ class Loaded:
     """
 
     path: str
-    samples: Sequence[Sample]
-    keys: Iterable[str]
+    samples: Samples
+    keys: Sequence[int]
     names: tuple[str, ...]
     outcomes: Sequence[Outcome]
 
@@ -66,8 +66,8 @@ class Read(NamedTuple):
 class Sides(NamedTuple):
     """The samples to train on and to evaluate on, by source."""
 
-    train: list[Sequence[Sample]]
-    held: list[Sequence[Sample]]
+    train: list[Samples]
+    held: list[Samples]
 
 
 def data_files(config: RunConfig) -> dict[str, Place]:
@@ -93,19 +93,6 @@ def _place(path: str, config: RunConfig) -> Place:
     if not Path(path).exists() and not any(mark in path for mark in "*?["):
         raise UserError(f"no data file at {path}.")
     return Path(path)
-
-
-class _Keys:
-    """Hashes of samples, of which only what a split looks at is kept: 8 bytes each."""
-
-    def __init__(self) -> None:
-        self.numbers = array("Q")
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{number:016x}" for number in self.numbers)
-
-    def append(self, key: str) -> None:
-        self.numbers.append(int(key[:16], 16))
 
 
 class Base(Protocol):
@@ -173,11 +160,11 @@ class Reader:
     def sides(self, read: Read, held: Sequence[Array]) -> Sides:
         """What to train on and to evaluate on, where some samples of the sources are held out."""
         pairs = [(part.samples, out) for part, out in zip(read.sources, held, strict=True)]
-        train = [picked(samples, ~out) for samples, out in pairs]
+        train = [samples.picked(~out) for samples, out in pairs]
         if read.evaluated is not None:
             evaluated = [part.samples for part in read.evaluated]
         else:
-            evaluated = [picked(samples, out) for samples, out in pairs]
+            evaluated = [samples.picked(out) for samples, out in pairs]
         if read.sources[0].names or self.renderer.limit.documents != "joined":
             return Sides(train, evaluated)
         # After the split: no window holds text of both sides.
@@ -191,12 +178,12 @@ class Reader:
         classes = ClassificationTask(names) if names else None
         return JobData(chained(sides.train), chained(sides.held), classes, mixture)
 
-    def _stored(self, samples: Iterable[Sample]) -> Sequence[Sample]:
+    def _stored(self, samples: Iterable[Sample]) -> Samples:
         store = self.stores[1]
         start = len(store)
         for sample in samples:
             store.append(sample)
-        return store.part(slice(start, None))
+        return store[start:]
 
     def _recipe(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
         config, keyed = self.config, self.config.eval_split is not None
@@ -226,7 +213,7 @@ class Reader:
         key = (source.path, repr(recipe), limit)
         if key not in self.files:
             self.problems.begin()
-            store, keys, fold = self.stores[0], _Keys(), Fold(place, recipe, self.problems)
+            store, keys, fold = self.stores[0], array("Q"), Fold(place, recipe, self.problems)
             start = len(store)
             workers = 0 if self.watched else self.config.data_workers
             found: Iterable[Outcome] = outcomes(place, recipe, limit=limit, workers=workers)
@@ -237,7 +224,7 @@ class Reader:
                     keys.append(said)
             if not self.watched:
                 recipe.end(fold)
-            samples: Sequence[Sample] = store.part(slice(start, None))
+            samples = store[start:]
             if not fold.settled:
                 samples = self._stored(fold.numbered(samples))
             self.files[key] = Loaded(source.path, samples, keys, fold.names, seen)

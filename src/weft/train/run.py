@@ -20,7 +20,7 @@ from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.settings import DataSettings
-from weft.data.views import Chain, Samples
+from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
 from weft.methods.dense import how_kept
@@ -88,7 +88,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         loaded = [read.job(job) for job in config.jobs]
     except UserError as error:
         raise _reported(config, read.problems, error) from None
-    audit_before_training(renderer, Chain(d.train for d in loaded), Chain(d.held for d in loaded), config.audit)
+    audit_before_training(renderer, chained([d.train for d in loaded]), chained([d.held for d in loaded]), config.audit)
     _check(config, sketch, loaded)
     if base is None:
         base = load_base(
@@ -183,7 +183,7 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
                 Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
             )
             learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
-            _check_lengths(job.name, learned, Chain((data.train, data.held)), sketch)
+            _check_lengths(job.name, learned, chained([data.train, data.held]), sketch)
     finally:
         adapters.close()
 

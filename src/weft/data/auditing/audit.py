@@ -20,7 +20,7 @@ from weft.data.auditing import tokens as audit_tokens
 from weft.data.auditing import whole as audit_whole
 from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records
 from weft.data.rendering.render import Renderer, Sample
-from weft.data.views import Chain, distinct, sizes
+from weft.data.views import chained, distinct, sizes
 from weft.errors import UserError, nearest
 
 _CHECKERS = (audit_tokens, audit_text, audit_whole, audit_template)  # importing them fills CHECKS
@@ -153,7 +153,7 @@ def _parts(
     train: Sequence[Sample], held: Sequence[Sample], size: int
 ) -> Iterator[tuple[Sequence[Sample], Sequence[Sample]]]:
     """Some samples to train on and to evaluate on after the other, ``size`` tokens or one sample more; one at least."""
-    ends, count = np.cumsum(sizes(Chain((train, held)))), len(train)
+    ends, count = np.cumsum(sizes(chained([train, held]))), len(train)
     start = 0
     while start < len(ends) or not start:
         before = ends[start - 1] if start else 0

@@ -40,8 +40,8 @@ def collect(
         items.append(item)
         if isinstance(one, Refused):
             item.problem = _code(one, item), _told(one.problem)
-            if one.record and not one.example:
-                item.shown = short(json.dumps(one.record.fields, ensure_ascii=False, default=str))
+            if one.fields is not None and not one.example:
+                item.shown = short(json.dumps(one.fields, ensure_ascii=False, default=str))
         elif isinstance(one, Kept):
             item.samples, item.length = one.samples, sum(len(sample.input_ids) for sample in one.samples)
         if isinstance(one.example, Tokenised) and (item.samples or (item.problem and item.problem[0] == "too-long")):

@@ -57,7 +57,7 @@ def label_name(record: Record, column: str) -> str:
     return name
 
 
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
     """Names of classes by number if all are numbers, else by code point."""
     names = tuple(names)
     numeric = all(_NUMBER.fullmatch(name) for name in names)
