@@ -228,7 +228,7 @@ LOADERS = {
     "from_config": {"models/gate.py"},
     "load_dataset": {"models/hub_datasets.py"},
 }
-# Where the bytes of a foreign file become values; elsewhere the text is a record's or Weft's own.
+# Where the bytes of a foreign file become values (elsewhere the text is a record's or Weft's own), and where code runs.
 PARSERS = {
     "json.load": {"foreign.py"},
     "json.loads": {"foreign.py", "data/formats/fields.py", "data/rendering/fingerprint.py"},
@@ -236,6 +236,11 @@ PARSERS = {
     "yaml.load": {"foreign.py"},
     "yaml.safe_load": set(),
     "apply_chat_template": set(),
+    # Code of a user's own: of a file that the command line or a program names, never of one that another file names.
+    "exec_module": {"extensions.py"},
+    "spec_from_file_location": {"extensions.py"},
+    "load_extension": {"cli/main.py", "data/workers.py"},
+    "import_module": {"__init__.py", "cli/main.py"},
     "Environment": set(),
 }
 
@@ -255,7 +260,7 @@ def wrong_loaders(path: str, tree: ast.AST) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: {called} without trust_remote_code=False"
         for parser in (called, name):
             if parser in PARSERS and path not in PARSERS[parser]:
-                yield f"{path}:{node.lineno}: {called}: foreign files are read by weft.foreign"
+                yield f"{path}:{node.lineno}: {called} belongs into {', '.join(PARSERS[parser]) or 'no file'}"
 
 
 def test_loaders_and_parsers_are_where_they_belong() -> None:
@@ -279,6 +284,10 @@ def test_loaders_and_parsers_are_where_they_belong() -> None:
         ("train/config.py", "yaml.load(t, Loader=L)"),
         ("data/x.py", "tokenizer.apply_chat_template(m)"),
         ("data/x.py", "jinja2.Environment()"),
+        ("train/config.py", "load_extension(values['extension'])"),
+        ("core/files.py", "extensions.load_extension(own['extension'])"),
+        ("core/files.py", "importlib.import_module(own['method'])"),
+        ("models/load.py", "spec.loader.exec_module(module)"),
     ],
 )
 def test_the_loader_check_sees(path: str, source: str) -> None:

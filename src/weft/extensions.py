@@ -29,7 +29,7 @@ HOW_TO_LOAD = (
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Added = TypeVar("_Added")
-_loaded: dict[Path, str] = {}  # the files, and the names of their modules
+_loaded: list[Path] = []
 _installed_searched = False
 
 
@@ -122,7 +122,7 @@ def load_extension(file: str | os.PathLike[str]) -> None:
         place = f"{file}:{lines[-1]}" if lines else str(file)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{place}: the extension cannot be loaded: {kind}{error}") from error
-    _loaded[path] = name
+    _loaded.append(path)
 
 
 def loaded_files() -> tuple[Path, ...]:

@@ -23,24 +23,16 @@ def register_callback(name: str) -> Callable[[_Made], _Made]:
     return CALLBACKS.register(name, lambda callback: callback)
 
 
-class Listeners:
-    """Everybody who hears the events of a run: the callbacks and ``on_event``."""
+def with_callbacks(
+    callbacks: Sequence[Callable[[Event], bool | None]],
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+) -> tuple[Callable[[Event], None], Callable[[], bool]]:
+    """``on_event`` and ``should_stop`` of a run that the callbacks hear and may stop."""
+    asked: list[bool] = []
 
-    def __init__(
-        self,
-        callbacks: Sequence[Callable[[Event], bool | None]],
-        on_event: Callable[[Event], None],
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self._callbacks, self._on_event, self._should_stop = callbacks, on_event, should_stop
-        self._asked = False
+    def tell(event: Event) -> None:
+        on_event(event)
+        asked.extend(True for callback in callbacks if callback(event) is True)
 
-    def tell(self, event: Event) -> None:
-        """Pass an event on."""
-        self._on_event(event)
-        for callback in self._callbacks:
-            self._asked = callback(event) is True or self._asked
-
-    def stop(self) -> bool:
-        """Whether the run is to save and stop."""
-        return self._should_stop() or self._asked
+    return tell, lambda: should_stop() or bool(asked)

@@ -28,7 +28,7 @@ from weft.models import Base, load_base
 from weft.models.attached import prove_attached
 from weft.models.load import resolve_model, sketch_base
 from weft.train.batches import Batches
-from weft.train.callbacks import CALLBACKS, Listeners
+from weft.train.callbacks import CALLBACKS, with_callbacks
 from weft.train.config import read_run_config
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
@@ -226,11 +226,11 @@ def train(
     setup = prepare(config)
     # Told before the folder is touched: from then on a signal may only stop the run where it can be resumed.
     on_ready(setup)
-    listeners = Listeners([callback(setup) for callback in callbacks], on_event, should_stop)
+    on_event, should_stop = with_callbacks([callback(setup) for callback in callbacks], on_event, should_stop)
     begun = (store.folder / RUN_FILE).is_file()
     store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     try:
-        return _train(config, setup, store, listeners, on_trained)
+        return _train(config, setup, store, on_event, should_stop, on_trained)
     finally:
         store.release()
         setup.adapters.close()
@@ -240,7 +240,8 @@ def _train(
     config: RunConfig,
     setup: Setup,
     store: RunStore,
-    listeners: Listeners,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
     on_trained: Callable[[Setup], None],
 ) -> TrainResult:
     trainer = Trainer(
@@ -251,8 +252,8 @@ def _train(
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         verify_packing=config.verify_packing,
-        on_event=listeners.tell,
-        should_stop=listeners.stop,
+        on_event=on_event,
+        should_stop=should_stop,
     )
     if config.resume:
         trainer.resume()
