@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from weft.core.embeddings import config_of
 from weft.core.site import plain_class, without_sites
 from weft.core.stream import Part
 from weft.errors import UserError
@@ -55,7 +56,7 @@ def check_numbers(adapters: Adapters) -> None:
     """
     model, shape = adapters.model, adapters.architecture
 
-    def settings(path: str, of: Any = model) -> list[Any]:
+    def settings(path: str, of: nn.Module = model) -> list[object]:
         return [{k: v for k, v in vars(m).items() if type(v) is float} for m in of.get_submodule(path).modules()]
 
     numbered = [m for m in model.modules() if type(vars(m).get("layer_idx")) is int]
@@ -78,9 +79,9 @@ def check_numbers(adapters: Adapters) -> None:
         )
 
 
-def _counts_blocks(model: Any, settings: Callable[..., list[Any]], block: str) -> bool:
+def _counts_blocks(model: nn.Module, settings: Callable[..., list[object]], block: str) -> bool:
     """Whether a block has other settings in a model with one more block: MiniCPM scales by the number of blocks."""
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(config_of(model))
     text = config.get_text_config()
     text.num_hidden_layers += 1
     for name in ("layer_types", "mlp_layer_types"):
@@ -114,7 +115,7 @@ def _check_inserted(adapters: Adapters, name: str) -> None:
 
 def _check_beside(adapters: Adapters, name: str) -> None:
     """Refuse a model that ignores the mask by which a padded batch hides some rows' learned keys from the others."""
-    parts: list[Any] = [Part(name, [_TEXT]), Part(None, [_TEXT])]
+    parts = [Part(name, [_TEXT]), Part(None, [_TEXT])]
     try:
         with without_sites(adapters.model):
             alone = adapters.forward(adapters.stream(parts[1:]))
