@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
         weft.load_extension(file)
     from tests.contracts import kit
 
-    from weft.core.merging import check_mergeable
+    from weft.merge.weights import check_mergeable
 
     model = kit.make_model("llama")
     adapters = weft.Adapters(model, weft.describe(model))

@@ -181,9 +181,7 @@ def test_a_method_inherits_the_contracts() -> None:
 # ------------------------------------------------------------------------------------------------------- an objective
 
 
-def test_an_objective_in_a_run(
-    run: Callable[..., Run], tiny_llama_dir: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_an_objective_in_a_run(run: Callable[..., Run], tiny_llama_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
     first = {}
     for name, more in {
         "plain": [],

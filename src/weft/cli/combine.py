@@ -141,7 +141,7 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
     return [Found(folder, run if inside else None)]
 
 
-def _common_provenance(found: Sequence[Found]) -> dict[str, Any] | None:
+def _common_provenance(found: Sequence[Found]) -> dict[str, object] | None:
     """How the adapters' data was read and rendered, as far as that was the same; tells where it was not."""
     from weft.data import provenance
     from weft.files.adapter_folder import OWN_CONFIG, provenance_of

@@ -229,9 +229,9 @@ def _prompt(record: Record) -> Prompt:
             messages.pop()
         return Prompt(messages, record.source)
     for name in ("prompt", "instruction", "question", "text"):
-        if isinstance(fields.get(name), str):
+        if isinstance(text := fields.get(name), str):
             extra = fields.get("input") if name == "instruction" else None
-            return Prompt(f"{fields[name]}\n{extra}" if extra else fields[name], record.source)
+            return Prompt(f"{text}\n{extra}" if extra else text, record.source)
     raise UserError(
         f"{record.source}: no prompt in this record. It needs a field prompt, instruction, question, text or messages; "
         f"it has {', '.join(map(repr, fields)) or 'none'}."

@@ -188,7 +188,7 @@ def config_markdown() -> str:
     return "\n".join(parts)
 
 
-def _table(fields: Mapping[str, Any], meanings: Mapping[str, str], derived: Mapping[str, str]) -> str:
+def _table(fields: Mapping[str, object], meanings: Mapping[str, str], derived: Mapping[str, str]) -> str:
     lines = ["| key | type | default | |", "|---|---|---|---|"]
     for key in meanings:
         field = fields[key]
@@ -213,7 +213,7 @@ def _default(field: Any) -> str:
     return "" if field.default is None else f"`{_yaml(field.default)}`"
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(list(value)) if isinstance(value, tuple) else str(value)

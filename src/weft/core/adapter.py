@@ -78,7 +78,7 @@ class MethodConfig(BaseModel):
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
     # What a field means that PEFT's file leaves out, where that is not our own default (None: PEFT needs it).
-    peft_defaults: ClassVar[Mapping[str, Any]] = {}
+    peft_defaults: ClassVar[Mapping[str, object]] = {}
     # Fields that PEFT's file does not have, or has in other words: paths instead of names.
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
     # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
@@ -94,7 +94,7 @@ class MethodConfig(BaseModel):
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if "num_virtual_tokens" in cls.model_fields and cls.combination_types == ("linear",):
             cls.combination_types = (*cls.combination_types, "cat")
@@ -138,35 +138,35 @@ class MethodConfig(BaseModel):
         """
         return None
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""
         return self.model_dump(mode="json")
 
-    def in_peft(self) -> dict[str, Any]:
+    def in_peft(self) -> dict[str, object]:
         """Those of these entries that do not depend on the base. An ``adapter_config.json`` beside ours must agree."""
         return {"peft_type": self.peft_type, **self.model_dump(mode="json", exclude=set(self.not_in_peft))}
 
     @classmethod
-    def renamed(cls, entries: Mapping[str, Any]) -> frozenset[str]:
+    def renamed(cls, entries: Mapping[str, object]) -> frozenset[str]:
         """Keys whose values differ in an ``adapter_config.json`` with these entries, so that peft computes the same."""
         return frozenset()
 
     @classmethod
-    def of_layout(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    def of_layout(cls, entries: Mapping[str, object]) -> Mapping[str, object]:
         """The part of an ``adapter_config.json`` of this method's layout in which the entries of ``in_peft`` stand."""
         return entries
 
-    def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any] | None:
+    def own_layout(self, name: str, architecture: Architecture) -> dict[str, object] | None:
         """The whole ``adapter_config.json`` of adapter ``name``, for methods whose layout is not PEFT's; else None."""
         return None
 
     @classmethod
-    def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
+    def from_layout(cls, entries: dict[str, object]) -> MethodConfig | None:
         """The configuration from an ``adapter_config.json`` in such a layout; None if it is in another."""
         return None
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
         """Read the method's entries of an ``adapter_config.json`` (the common ones are already taken out).
 
         ``keys`` are the names of the file's tensors, which show what was really tuned. Entries that Weft does not know

@@ -31,19 +31,19 @@ def body_of(model: nn.Module, shape: Architecture) -> nn.Module:
 
 
 @functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+def _parameters(forward: Callable[..., object]) -> tuple[frozenset[str], bool]:
     found = inspect.signature(forward).parameters.values()
     return frozenset(p.name for p in found), any(p.kind is p.VAR_KEYWORD for p in found)
 
 
-def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
+def accepted(module: nn.Module, **arguments: object) -> dict[str, object]:
     """Those of the arguments that the module's forward takes; a state-space model, for one, takes no positions."""
     names, anything = _parameters(type(module).forward)
     return {name: value for name, value in arguments.items() if anything or name in names}
 
 
 @contextlib.contextmanager
-def held(module: nn.Module, answer: Any) -> Iterator[None]:
+def held(module: nn.Module, answer: object) -> Iterator[None]:
     """Inside, the module answers every call with ``answer`` and does not run."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = lambda *args, **kwargs: answer
@@ -61,12 +61,12 @@ class _Output:
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         return None
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Any) -> object:
         return (self.last_hidden_state,)[key]
 
 

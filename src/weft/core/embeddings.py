@@ -1,13 +1,18 @@
-"""Typed access to the parts that a transformers model finds by itself: its embeddings, its head and its stacks."""
+"""Typed access to what a transformers model says of itself: its embeddings, head, stacks and configuration."""
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class _Pretrained(Protocol):
+    config: PreTrainedConfig
+
     def get_input_embeddings(self) -> nn.Embedding: ...
 
     def get_output_embeddings(self) -> nn.Linear | None: ...
@@ -31,3 +36,8 @@ def stacks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The encoder and the decoder of an encoder-decoder."""
     pretrained = cast(_Pretrained, model)
     return pretrained.get_encoder(), pretrained.get_decoder()
+
+
+def config_of(model: nn.Module) -> PreTrainedConfig:
+    """The model's configuration."""
+    return cast(_Pretrained, model).config

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from weft.core.route import Route
 
 
-def segment_part(value: Any, index: int, route: Route, hidden: Tensor) -> Any:
+def segment_part(value: object, index: int, route: Route, hidden: Tensor) -> object:
     """The part of one of a block's arguments for segment ``index``; ``hidden`` is [1, N, d], padded [B, T, d].
 
     It is the segment's rows of a tensor, without the columns of neighbours' prefixes. The cache belongs to the base's

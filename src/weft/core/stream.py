@@ -244,7 +244,7 @@ def _run_padded(model: nn.Module, stream: Stream, hidden: Tensor, shape: Archite
 
     mask = batch(torch.ones_like(stream.input_ids))
     past, longest = None, max(stream.prefix_length)
-    more = {} if stream.token_types is None else {"token_type_ids": batch(stream.token_types)}
+    more: dict[str, object] = {} if stream.token_types is None else {"token_type_ids": batch(stream.token_types)}
     if longest:
         if not takes_cache(body):
             kind = type(body).__name__

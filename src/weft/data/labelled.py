@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 from weft.data.formats.examples import Message
 from weft.data.formats.labels import LABELS, TEXTS, label_name, text_of
@@ -209,7 +209,7 @@ def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample
 def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
     """One text or a pair as the tokenizer itself encodes it; a cut takes from the longer of the two."""
     tokenizer, limit = renderer.tokenizer, renderer.max_length
-    options: dict[str, Any] = {"split_special_tokens": True, "verbose": False}  # a typed [SEP] is ordinary text
+    options: dict[str, object] = {"split_special_tokens": True, "verbose": False}  # a typed [SEP] is ordinary text
     encoded = tokenizer(*texts, **options)
     length = len(encoded["input_ids"])
     if limit is not None and length > limit:

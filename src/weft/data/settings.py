@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -12,7 +12,7 @@ from weft.data.sources import parse_sources
 from weft.models.hub import Hub
 
 
-def checked_paths(data: Any) -> Any:
+def checked_paths(data: object) -> object:
     """``data`` as it stands, if ``parse_sources`` can read it. Raises UserError."""
     if data is not None:
         parse_sources(data)
@@ -20,7 +20,7 @@ def checked_paths(data: Any) -> Any:
 
 
 # One path, or several with their shares; see ``weft.data.sources``.
-DataPaths = str | list[str | dict[str, Any]]
+DataPaths = str | list[str | dict[str, object]]
 
 
 class DataSettings(BaseModel):
@@ -42,7 +42,7 @@ class DataSettings(BaseModel):
     data_workers: int = Field(default=0, ge=0)
     chat_template: str | None = None
     allow_unknown_markers: bool = False
-    template_kwargs: dict[str, Any] = {}
+    template_kwargs: dict[str, object] = {}
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     max_length: int | None = Field(default=None, gt=1)
     truncation: Literal["refuse", "drop", "left", "right", "middle"] = "refuse"
@@ -60,7 +60,7 @@ class DataSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _older_words(cls, values: Any) -> Any:
+    def _older_words(cls, values: object) -> object:
         """Runs of before there was ``truncation`` are still to be read."""
         if isinstance(values, Mapping) and isinstance(values.get("truncate"), bool):
             values = dict(values)

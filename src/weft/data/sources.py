@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from weft.errors import UserError, nearest
 
@@ -34,7 +34,7 @@ class Source:
     limit: int | None = None
 
 
-def parse_sources(data: Any) -> tuple[Source, ...]:
+def parse_sources(data: object) -> tuple[Source, ...]:
     """What ``data`` of a configuration means: a path, a list of paths and mappings, or ``0.7*a.jsonl + 0.3*b.jsonl``.
 
     Raises UserError for anything else, and for weights that are not positive, not given to all, or do not sum to 1
@@ -75,7 +75,7 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def _source(item: Any, number: int) -> Source:
+def _source(item: object, number: int) -> Source:
     where = f"data: entry {number}"
     if isinstance(item, str):
         if len(_PLUS.split(item)) > 1 and not Path(item).exists():
@@ -189,7 +189,7 @@ def _part(size: int, count: int, seed: int, number: int, epoch: int) -> tuple[in
     return part if len(part) == count else part + _pass(size, count, seed, number, turn + 1)[: count - len(part)]
 
 
-def _shuffled(size: int, *seed: Any) -> list[int]:
+def _shuffled(size: int, *seed: object) -> list[int]:
     import torch  # here, for reading data needs none of it, and importing it takes seconds
 
     from weft.core.route import stable_seed
@@ -220,12 +220,12 @@ def _pass(size: int, count: int, seed: int, number: int, turn: int) -> tuple[int
 # --------------------------------------------------------------------------------------------------------------- split
 
 
-def content_key(example: Any) -> str:
+def content_key(example: object) -> str:
     """A hash of what an example says, wherever it stands and whatever format it came in."""
     return hashlib.sha256(json.dumps(_plain(example), sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON of a dataclass, without its source and whatever is empty (so that a new field changes no hash)."""
     if dataclasses.is_dataclass(value):
         pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))

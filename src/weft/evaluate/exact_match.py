@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from weft.core.adapters import Adapters
 from weft.data import Conversation, Message, Record, Renderer, to_example
 from weft.data.pipeline import read_all
 from weft.errors import UserError
 from weft.generate import Request, generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ def answer_questions(
     return answers
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of an answer, without control tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def fold(text: str) -> str:

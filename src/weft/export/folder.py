@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from weft.train.config import read_run_config
 from weft.train.run import base_fingerprint
 from weft.version import __version__
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SHARD = "5GB"
 
 
@@ -37,7 +40,7 @@ class Result:
     """A merged model's folder, how it compares, and what the user should know."""
 
     folder: Path
-    entries: Mapping[str, Any]
+    entries: Mapping[str, object]
     proof: Proof
     notes: tuple[str, ...]
     bytes: int
@@ -95,7 +98,7 @@ def merge_folder(
         shutil.rmtree(part, ignore_errors=True)
         raise
     kwargs = (written.data or {}).get("template_kwargs")
-    if kwargs:
+    if isinstance(kwargs, dict) and kwargs:
         notes.append(
             f"training gave the chat template {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}; Weft "
             "does so with this folder too, other tools must be told."
@@ -177,8 +180,8 @@ def _open(folder: Path, model: str | None, device: str, quantization: Quantizati
 
 @dataclass(frozen=True)
 class _Written:
-    entries: dict[str, Any]
-    data: Mapping[str, Any] | None
+    entries: dict[str, object]
+    data: Mapping[str, object] | None
     expected: list[Expected]
 
 
@@ -225,7 +228,7 @@ def _recast(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
     opened.adapters.load(name, folder, tokenizer=opened.base.tokenizer)
 
 
-def _entries(opened: Opened, folder: Path, new: Any) -> dict[str, Any]:
+def _entries(opened: Opened, folder: Path, new: PreTrainedModel) -> dict[str, object]:
     """The section ``merged`` of weft.json: what was made of what. Of files on this machine only the names."""
     adapter = opened.adapters[opened.names[0]]
     parts = getattr(adapter.config, "parts", (adapter.config,))
@@ -248,7 +251,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _save(opened: Opened, new: Any, part: Path) -> None:
+def _save(opened: Opened, new: PreTrainedModel, part: Path) -> None:
     """The model, and the tokenizer with the chat template of training."""
     tokenizer = opened.base.tokenizer
     made = template_of(opened.renderer)

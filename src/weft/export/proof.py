@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import config_of
 from weft.core.heads import ClassificationHead
 from weft.core.seq2seq import run_seq2seq, start_token
 from weft.core.stream import Part
@@ -124,7 +124,7 @@ class Proof:
             )
         return found
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """For weft.json."""
         return asdict(self)
 
@@ -186,8 +186,9 @@ def compare(folder: Path, expected: Sequence[Expected], device: torch.device) ->
     import transformers
 
     config = gate.load_config(folder)
+    assert config.architectures is not None
     auto = getattr(transformers, config.architectures[0])
-    model = gate.load_weights(auto, folder, config, dtype="auto").to(device).eval()
+    model = nn.Module.to(gate.load_weights(auto, folder, config, dtype="auto"), device).eval()
     check_as_written(model, folder)
     totals = _Totals()
     for one in expected:
@@ -202,7 +203,7 @@ def compare(folder: Path, expected: Sequence[Expected], device: torch.device) ->
     return proof
 
 
-def _own_rounding(model: Any, prompts: Sequence[list[int]], device: torch.device) -> float:
+def _own_rounding(model: nn.Module, prompts: Sequence[list[int]], device: torch.device) -> float:
     """The largest relative difference of a model's logits in 32 bits from its own in 64. Changes the model's dtype."""
     single = [_plain_logits(model, ids, device) for ids in prompts]
     model.to(torch.float64)
@@ -212,10 +213,10 @@ def _own_rounding(model: Any, prompts: Sequence[list[int]], device: torch.device
     return found
 
 
-def _plain_logits(model: Any, ids: list[int], device: torch.device) -> Tensor:
+def _plain_logits(model: nn.Module, ids: list[int], device: torch.device) -> Tensor:
     inputs = torch.tensor([ids], device=device)
     more = {}
-    if model.config.is_encoder_decoder:
+    if config_of(model).is_encoder_decoder:
         start = torch.full((1, 1), start_token(model), device=device)
         more = {"decoder_input_ids": torch.cat([start, inputs[:, :-1]], dim=1)}
     logits: Tensor = model(input_ids=inputs, **more).logits.cpu().double()

@@ -51,7 +51,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
     """
     check_values({**stored_tensors(adapter), **adapter.extra_tensors()}, f"adapter '{adapter.name}' is not saved")
     folder.mkdir(parents=True, exist_ok=True)
-    own: dict[str, Any] = {"method": adapter.config.method}
+    own: dict[str, object] = {"method": adapter.config.method}
     digests: dict[str, dict[str, str]] = {}
     if isinstance(adapter, Combined):
         names = [f"{i}-{part.config.method}" for i, part in enumerate(adapter.parts, 1)]
@@ -75,8 +75,8 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
             digests[EXTRA] = save_tensors(extra, folder / EXTRA)
         for other in {WEIGHTS, EXTRA, *(cls.weights_file for cls in METHODS.values())} - digests.keys():
             (folder / other).unlink(missing_ok=True)  # the file of an earlier adapter in this folder
-    if adapter.head is not None:
-        own["labels"] = list(adapter.head.task.labels)  # type: ignore[union-attr, arg-type]
+    if isinstance(adapter.head, ClassificationHead):
+        own["labels"] = list(adapter.head.task.labels)
     if adapter.provenance is not None:
         own["data"] = adapter.provenance
     if adapter.trained_on:
@@ -170,7 +170,7 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     adapter.load_tensors(rest)
 
 
-def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) -> dict[str, Any]:
+def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) -> dict[str, object]:
     config, head = adapter.stored_config(), adapter.head
     entries = {
         "peft_type": config.peft_type,
@@ -182,7 +182,8 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
         **config.to_peft(architecture),
     }
     if isinstance(head, ClassificationHead):
-        entries["modules_to_save"] = [*(entries.get("modules_to_save") or []), *HEAD_MODULES]
+        saved = entries.get("modules_to_save")
+        entries["modules_to_save"] = [*(saved if isinstance(saved, list) else []), *HEAD_MODULES]
     return entries
 
 
@@ -237,7 +238,7 @@ def read(
         raise UserError(f"{folder}: the adapter's configuration cannot be used: {error}") from error
 
 
-def _digests(own: Mapping[str, Any]) -> dict[str, Any]:
+def _digests(own: Mapping[str, object]) -> dict[str, object]:
     """The SHA-256 of each file's tensors; empty in folders of earlier versions."""
     found = own.get("sha256", {})
     if not isinstance(found, dict):
@@ -245,26 +246,26 @@ def _digests(own: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _checked_tensors(path: Path, own: Mapping[str, Any]) -> dict[str, Tensor]:
+def _checked_tensors(path: Path, own: Mapping[str, object]) -> dict[str, Tensor]:
     """The tensors of a file, if they are those that were saved, finite, and of floating point."""
     tensors = read_tensors(path)
-    if path.name in _digests(own):
-        check_digests(path, tensors, own["sha256"][path.name], path.with_name(OWN_CONFIG))
+    if path.name in (digests := _digests(own)):
+        check_digests(path, tensors, digests[path.name], path.with_name(OWN_CONFIG))
     check_values(tensors, path)
     return tensors
 
 
-def read_own(folder: Path) -> dict[str, Any]:
+def read_own(folder: Path) -> dict[str, object]:
     """``weft.json``; empty if the folder has none. A file that cannot be read is an error."""
     return read_json(folder / OWN_CONFIG) if os.path.lexists(folder / OWN_CONFIG) else {}
 
 
-def _labels(own: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+def _labels(own: Mapping[str, object], folder: Path) -> tuple[str, ...]:
     where = f"{folder / OWN_CONFIG}: labels"
     return tuple(expect(label, str, where) for label in expect(own["labels"], list, where))
 
 
-def _check_sizes(entries: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+def _check_sizes(entries: Mapping[str, object], tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuse ranks and lengths far beyond any side of the file's tensors, before they take memory."""
     largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
     pattern = entries.get("rank_pattern")
@@ -308,7 +309,7 @@ def _section(folder: Path, key: str) -> dict[str, Any] | None:
     return section
 
 
-def _parts(own: Mapping[str, Any]) -> list[str]:
+def _parts(own: Mapping[str, object]) -> list[str]:
     """The folders of an adapter's parts."""
     parts = own.get("parts", [])
     if not isinstance(parts, list) or ("parts" in own and not parts):
@@ -328,6 +329,6 @@ def _weights_of(folder: Path) -> Path:
     return path
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a JSON file in the form of all files of an adapter's folder: sorted keys, two spaces."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

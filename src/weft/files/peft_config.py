@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ COMMON_KEYS = (
 
 
 def read_foreign(
-    path: Path, entries: dict[str, Any], tensors: dict[str, Tensor]
+    path: Path, entries: dict[str, object], tensors: dict[str, Tensor]
 ) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
     """The adapter of a folder that peft or AdapterHub wrote, from its ``adapter_config.json`` (at ``path``).
 
@@ -52,17 +51,19 @@ def read_foreign(
     if peft_type not in by_type:
         raise UserError(f"{path}: peft_type is {peft_type!r}; Weft loads {', '.join(sorted(by_type))}.")
     rest = {key: value for key, value in entries.items() if key not in COMMON_KEYS}
-    rows, virtual = tensors.get("prompt_embeddings"), entries.get("num_virtual_tokens")
-    if rows is not None and entries.get("num_transformer_submodules") == 2 and len(rows) == 2 * (virtual or 0):
+    rows, virtual = tensors.get("prompt_embeddings"), entries.get("num_virtual_tokens") or 0
+    two = entries.get("num_transformer_submodules") == 2
+    if rows is not None and two and isinstance(virtual, int) and len(rows) == 2 * virtual:
         # Of an encoder-decoder's two sets of virtual tokens peft only ever uses the encoder's.
         tensors = {**tensors, "prompt_embeddings": rows[:virtual]}
     task, of_head = task_of_tensors(tensors) if entries.get("task_type") == "SEQ_CLS" else (None, [])
     if task is not None:
-        rest["modules_to_save"] = [m for m in rest.get("modules_to_save") or () if m not in HEAD_MODULES] or None
+        saved = expect(rest.get("modules_to_save") or [], list, f"{path}: modules_to_save")
+        rest["modules_to_save"] = [m for m in saved if m not in HEAD_MODULES] or None
     return by_type[peft_type].from_peft(rest, [key for key in tensors if key not in of_head]), tensors, task
 
 
-def check_agreement(own: Path, config: MethodConfig, path: Path, entries: Mapping[str, Any]) -> None:
+def check_agreement(own: Path, config: MethodConfig, path: Path, entries: Mapping[str, object]) -> None:
     """Compare ``config`` of ``weft.json`` (``own``) with the ``entries`` of ``adapter_config.json`` beside it.
 
     Only keys that mean the same in both count; one that ``adapter_config.json`` lacks has PEFT's default.
@@ -93,20 +94,20 @@ def check_agreement(own: Path, config: MethodConfig, path: Path, entries: Mappin
         )
 
 
-def _empty(value: Any) -> bool:
+def _empty(value: object) -> bool:
     return value is None or (isinstance(value, (list, dict, set, str)) and not value)
 
 
-def _set(value: Any) -> set[str]:
+def _set(value: object) -> set[str]:
     return set(map(str, value)) if isinstance(value, (list, tuple)) else set()
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(sorted(value) if isinstance(value, set) else value)
     return text if len(text) <= 200 else f"{text[:200]} …"
 
 
-def _same_targets(config: MethodConfig, mine: str | Collection[str], theirs: Any) -> bool:
+def _same_targets(config: MethodConfig, mine: str | Collection[str], theirs: object) -> bool:
     """Whether PEFT's targets can be ours. It has paths where we have an expression, names of layers, or all of them."""
     if mine in ("all-linear", theirs):
         return True

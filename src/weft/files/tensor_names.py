@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -50,7 +49,7 @@ def in_file(tensors: Mapping[str, Tensor], file_paths: Mapping[str, str | None])
 
 def normalised(
     tensors: Mapping[str, Tensor],
-    entries: Mapping[str, Any],
+    entries: Mapping[str, object],
     modules: Collection[str] | None = None,
     others: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:

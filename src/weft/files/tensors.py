@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +47,7 @@ def digest(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def check_digests(path: Path, tensors: Mapping[str, Tensor], stated: Any, beside: Path) -> None:
+def check_digests(path: Path, tensors: Mapping[str, Tensor], stated: object, beside: Path) -> None:
     """Compare a file's tensors, of any shape, with the SHA-256 of each that the file ``beside`` states.
 
     Raises:

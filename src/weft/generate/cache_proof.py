@@ -188,11 +188,11 @@ def learned_tokens(adapters: Adapters, name: str | None) -> tuple[int, int]:
     return (0, 0) if adapter is None else (adapter.num_virtual_tokens, adapter.num_prefix_tokens)
 
 
-def _windows(config: Any) -> list[int]:
+def _windows(config: object) -> list[int]:
     names = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
     return [n for name in names if isinstance(n := getattr(config, name, None), int) and n > 0]
 
 
-def _grows_only(cache: Any) -> bool:
+def _grows_only(cache: object) -> bool:
     """Whether all that is kept of a text is every token's key and value, as a cache of an inserted block does."""
     return {type(layer).__name__ for layer in getattr(cache, "layers", [None])} == {"DynamicLayer"}

@@ -48,7 +48,8 @@ class Group:
         self._counts: Counts = [(s.adapter, s.sequences) for s in stream.route.segments]
         self._inserted = _inserted_caches(adapters, self._counts)
         self._next = int(stream.position_ids[-1]) + 1
-        self._name, self._cache, self._jitter = cache_name, None, jitter
+        self._name, self._jitter = cache_name, jitter
+        self._cache: object = None
         self.hidden = self._run(replace(stream, route=replace(stream.route, inserted=self._inserted)))
 
     def step(self, tokens: Tensor, counts: Counts) -> Tensor:
@@ -79,7 +80,7 @@ class Group:
         return self._name
 
     @property
-    def cache(self) -> Any:
+    def cache(self) -> object:
         """What the model keeps of the rows."""
         return self._cache
 
@@ -92,7 +93,7 @@ class Group:
             if self._jitter:
                 up = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) < 0.5
                 hidden = hidden + torch.where(up.to(hidden.device), hidden, -hidden) * self._jitter
-            given: dict[str, Any] = {} if self._cache is None else {self.cache_name: self._cache}
+            given: dict[str, object] = {} if self._cache is None else {self.cache_name: self._cache}
             # No mask: every row is whole, and a model makes the causal one by itself.
             out = run_body(
                 adapters.model,
@@ -119,12 +120,12 @@ class NoCacheError(Exception):
     """The model keeps nothing from which it could go on."""
 
 
-def _inserted_caches(adapters: Adapters, counts: Counts) -> dict[str | None, Any]:
+def _inserted_caches(adapters: Adapters, counts: Counts) -> dict[str | None, object]:
     """Adapter -> a cache for the blocks that it inserts, which have no place in the base's."""
     return {name: growing_cache() for name, _ in counts if name is not None and adapters[name].inserted_blocks()}
 
 
-def select_rows(cache: Any, rows: Tensor) -> Any:
+def select_rows(cache: object, rows: Tensor) -> Any:
     """The cache with these rows [n] only; transformers' own are changed in place."""
     if hasattr(cache, "reorder_cache"):
         # Putting rows into another order may leave some out; not every kind of layer can select.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -271,7 +271,7 @@ def _renderer_of_run(
     return make_renderer(Provenance.read(section, str(saved[0] / OWN_CONFIG)), base.tokenizer, chat_template)
 
 
-def _base_of(config: RunConfig, recorded: dict[str, Any]) -> str:
+def _base_of(config: RunConfig, recorded: dict[str, object]) -> str:
     """The configuration's own word may be a path relative to where the run was started."""
     path = recorded.get("model")
     if config.model not in EMBEDDED_MODELS and isinstance(path, str) and Path(path).is_dir():
@@ -279,7 +279,7 @@ def _base_of(config: RunConfig, recorded: dict[str, Any]) -> str:
     return config.model
 
 
-def _same_base(base: Base, recorded: dict[str, Any], folder: Path) -> None:
+def _same_base(base: Base, recorded: dict[str, object], folder: Path) -> None:
     found = base_fingerprint(base)
     if any(found[key] != recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors")):
         raise UserError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from torch import nn
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import config_of
 from weft.core.stream import Part
 from weft.errors import UserError
 
@@ -24,7 +25,7 @@ def check_numbers(adapters: Adapters) -> None:
     """
     model, shape = adapters.model, adapters.architecture
 
-    def settings(path: str, of: Any = model) -> list[Any]:
+    def settings(path: str, of: nn.Module = model) -> list[object]:
         return [{k: v for k, v in vars(m).items() if type(v) is float} for m in of.get_submodule(path).modules()]
 
     numbered = [m for m in model.modules() if type(vars(m).get("layer_idx")) is int]
@@ -47,9 +48,9 @@ def check_numbers(adapters: Adapters) -> None:
         )
 
 
-def _counts_blocks(model: Any, settings: Callable[..., list[Any]], block: str) -> bool:
+def _counts_blocks(model: nn.Module, settings: Callable[..., list[object]], block: str) -> bool:
     """Whether a block has other settings in a model with one more block: MiniCPM scales by the number of blocks."""
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(config_of(model))
     text = config.get_text_config()
     text.num_hidden_layers += 1
     for name in ("layer_types", "mlp_layer_types"):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
+from weft.core.embeddings import config_of
 from weft.core.heads import ClassificationHead
 from weft.errors import UserError
 from weft.files.tensors import read_tensors
 from weft.merge.weights import Merged
 from weft.models.truth import name_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn.Module | None = None) -> Any:
@@ -28,7 +32,7 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn
     Raises:
         UserError: the architecture has no place for a tensor, or no such class.
     """
-    config: Any = copy.deepcopy(model.config)
+    config = copy.deepcopy(config_of(model))
     config._attn_implementation = "eager"  # the base's may be Weft's own; not saved
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -76,12 +80,12 @@ def check_as_written(model: nn.Module, folder: Path) -> None:
             )
 
 
-def _empty(cls: Any, config: Any) -> Any:
+def _empty(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     with torch.device("meta"):
         return cls(config).eval()
 
 
-def _put_in(new: Any, tensors: dict[str, Tensor], merged: Merged) -> None:
+def _put_in(new: PreTrainedModel, tensors: dict[str, Tensor], merged: Merged) -> None:
     known = new.state_dict()
     strange = sorted(set(tensors) - set(known))
     if strange:
@@ -99,7 +103,7 @@ def _put_in(new: Any, tensors: dict[str, Tensor], merged: Merged) -> None:
     new.tie_weights()
 
 
-def _set_layers(config: Any, blocks: Sequence[int]) -> None:
+def _set_layers(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
     """More layers: their number, and lists with an entry for each."""
     text = config.get_text_config()
     before = max(blocks) + 1
@@ -109,7 +113,7 @@ def _set_layers(config: Any, blocks: Sequence[int]) -> None:
     text.num_hidden_layers = len(blocks)
 
 
-def _with_biases(config: Any, cls: Any, added: Collection[str]) -> Any:
+def _with_biases(config: PreTrainedConfig, cls: type[PreTrainedModel], added: Collection[str]) -> Any:
     """The configuration with those switches on that give the modules a bias (Llama: attention_bias, mlp_bias).
 
     Raises:
@@ -134,7 +138,7 @@ def _with_biases(config: Any, cls: Any, added: Collection[str]) -> Any:
     return changed
 
 
-def _no_place(config: Any, keys: Sequence[str]) -> str:
+def _no_place(config: PreTrainedConfig, keys: Sequence[str]) -> str:
     last = sorted({".".join(key.split(".")[-2:]) for key in keys})
     return (
         f"cannot be merged: {config.model_type} models have no place for {', '.join(last)} ({keys[0]}, for one), and "
@@ -144,7 +148,7 @@ def _no_place(config: Any, keys: Sequence[str]) -> str:
 
 
 def _classifier(
-    config: Any, shape: Architecture, tensors: Mapping[str, Tensor], head: nn.Module
+    config: PreTrainedConfig, shape: Architecture, tensors: Mapping[str, Tensor], head: nn.Module
 ) -> tuple[Any, dict[str, Tensor]]:
     """transformers' class for classification, and its tensors: the body's and the head's."""
     from transformers import AutoModelForSequenceClassification

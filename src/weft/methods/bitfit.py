@@ -17,9 +17,12 @@ from weft.methods.mergeable import MergedModule
 
 
 class BitFitConfig(MethodConfig):
-    """``target_modules``: which biases (default: all that are there, norms' and the head's too): last parts of module
-    paths (``query``, ``q_proj``) or the groups ``attention``, ``mlp`` (their linear modules) and ``norm``.
-    ``add_missing``: also give a bias to the linear and norm modules of the blocks that have none."""
+    """BitFit's settings.
+
+    ``target_modules`` names the biases by last parts of module paths (``query``, ``q_proj``) or by the groups
+    ``attention``, ``mlp`` (their linear modules) and ``norm``. By default it means every bias, norms' and the head's
+    too. ``add_missing`` also gives a bias to the linear and norm modules of the blocks that have none.
+    """
 
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
@@ -42,6 +45,7 @@ class BiasDelta(nn.Module):
         self.bias_delta = nn.Parameter(context.zeros(size))
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """``y + Δb`` of y [..., out]."""
         return y + self.bias_delta.to(y.dtype)
 
     def merge_into(self, merged: MergedModule) -> None:
@@ -50,7 +54,7 @@ class BiasDelta(nn.Module):
 
 
 class BitFit(SiteAdapter):
-    """A bias change on every module that has a bias (or is given one)."""
+    """A bias change on every module that has a bias or gets one."""
 
     def __init__(self, config: BitFitConfig, name: str, context: BuildContext) -> None:
         sizes = _bias_sizes(config, context)
@@ -58,7 +62,7 @@ class BitFit(SiteAdapter):
 
 
 def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
-    """Module path -> length of its bias."""
+    """Module path -> the length of its bias."""
     shape = context.architecture
     blocks = tuple(f"{path}." for path in shape.blocks)
     wanted = config.target_modules
@@ -92,7 +96,7 @@ def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
 
 
 def _group(path: str, shape: Architecture) -> tuple[str, ...]:
-    """``norm``, ``attention`` or ``mlp``, of modules that are one of these."""
+    """The groups of a module: ``norm``, ``attention``, ``mlp`` or none."""
     if path in shape.norms:
         return ("norm",)
     if path not in shape.linears:

@@ -35,7 +35,7 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
             replace_class(module, nn.Linear)
 
 
-def how_kept(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+def how_kept(model: nn.Module, dtype: torch.dtype) -> dict[str, object]:
     """What a merge has to know of the base of a training: ``dtype`` and ``quantization`` (nf4, fp4, int8, or None)."""
     parameters: list[Any] = list(model.parameters())
     kinds = {str(p.quant_type) for p in parameters if hasattr(p, "quant_state")}

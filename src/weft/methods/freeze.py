@@ -18,12 +18,12 @@ _DEFAULT_LAYERS = 2
 
 
 class FreezeConfig(MethodConfig):
-    """What is trained is all that one of these keys names.
+    """The choice of the trained parameters: all that one of these keys names.
 
-    ``num_layers_trainable``: k > 0 means the last k blocks, k < 0 the first -k, 0 none (2 if nothing else is chosen);
-    ``trainable_modules``: of these blocks only parameters with such a part in their path (``mlp``, ``q_proj``);
-    ``name_patterns``: parts of a parameter's path (``lm_head``, ``mlp.up_proj``) or regular expressions over all of it;
-    ``train_norms``, ``train_embeddings``, ``train_head``: these too, wherever they are.
+    ``num_layers_trainable``: k > 0 names the last k blocks, k < 0 the first -k, 0 none (default 2, if no other key is
+    set). ``trainable_modules`` keeps, of these blocks, parameters with such a part in their path (``mlp``, ``q_proj``).
+    ``name_patterns`` holds parts of a parameter's path (``lm_head``, ``mlp.up_proj``) or regular expressions over all
+    of it. ``train_norms``, ``train_embeddings`` and ``train_head`` name these wherever they are.
     """
 
     method: ClassVar[str] = "freeze"
@@ -97,7 +97,7 @@ class FreezeConfig(MethodConfig):
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Every parameter, a tied one under each of its names."""
+    """The names of all parameters; a tied one has several."""
     return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 

@@ -1,4 +1,4 @@
-"""How LoRA's A and B begin: drawn, from the base's weight (PiSSA), or from what quantisation lost of it (LoftQ)."""
+"""LoRA's first A and B: random, from the base's weight (PiSSA), or from the part that quantisation lost (LoftQ)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def drawn_factors(config: LoraSettings, path: str, base: nn.Module, context: Bui
 
 
 def pissa_factors(config: LoraSettings, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
-    """The principal part of the weight (Meng et al. 2024): scaling * B A holds its r largest singular values."""
+    """A [r, in] and B [out, r] of the weight's principal part (Meng et al. 2024): its r largest singular values."""
     weight, r, scaling = dense_weight(base, context.dtype), config.rank(path), config.scaling(path)
     _, _, iterations = str(config.init_lora_weights).partition("_niter_")
     if iterations:
@@ -58,13 +58,13 @@ def pissa_factors(config: LoraSettings, path: str, base: nn.Module, context: Bui
 def loftq_initial_factors(
     config: LoraSettings, path: str, base: nn.Module, context: BuildContext
 ) -> tuple[Tensor, Tensor]:
-    """The best rank-r part of what NF4 took from the weight (Li et al. 2023).
+    """A [r, in] and B [out, r] nearest to the part of the weight that NF4 lost (Li et al. 2023).
 
     LoftQ alternates between quantising W - B A and decomposing the rest. Here the quantised base is shared and never
-    written, so Q = q(W) stays what it is and one decomposition is already the best there is.
+    written, so Q = q(W) is fixed, and one decomposition gives the best result.
 
     Raises:
-        UserError: the module is not quantised to 4 bits, or the weight it was made from is not at hand.
+        UserError: The module is not quantised to 4 bits, or its weight before quantisation is not at hand.
     """
     try:
         from bitsandbytes.nn import Linear4bit

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +66,7 @@ class WeightDelta(nn.Module):
     ``shared`` holds changes by the ``id`` of the base's tensor, for modules that are tied (a head and its embedding).
     """
 
+    base: nn.Module
     weight_delta: Tensor | None
     bias_delta: Tensor | None
 
@@ -96,7 +96,7 @@ class WeightDelta(nn.Module):
         Raises:
             UserError: An embedding gets no ids.
         """
-        base: Any = self.base
+        base = self.base
         if self.weight_delta is None:
             return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
         if is_norm(base):
@@ -186,6 +186,8 @@ def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, Wei
 class OwnWeights(nn.Module):
     """``y = f(x; W', b')`` with W' (and b') whole, in the adapter's own dtype; they begin as the base's."""
 
+    base: nn.Module
+
     def __init__(self, module: nn.Module, parts: Sequence[str], context: BuildContext) -> None:
         super().__init__()
         self.__dict__["base"] = module
@@ -203,10 +205,10 @@ class OwnWeights(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         """f(x; W', b') of x [..., in] (ids [...] of an embedding), [..., out] as y."""
-        base: Any = self.base
+        base = self.base
         if set(self._parameters) == {"bias"}:
             bias = self.get_parameter("bias")
-            return y + (bias - base.bias.to(bias.dtype)).to(y.dtype)
+            return y + (bias - base.get_parameter("bias").to(bias.dtype)).to(y.dtype)
         own = {part: value.to(base.get_parameter(part).dtype) for part, value in self.named_parameters()}
         return _Shell(base)(x, own, segment).to(y.dtype)
 

@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -130,7 +129,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     return dict(_tensors(found, path, size))
 
 
-def _tensors(found: Any, path: Path, size: int) -> Iterator[tuple[str, Tensor]]:
+def _tensors(found: object, path: Path, size: int) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(found, Mapping) or not found:
         raise UserError(f"{path} holds {type(found).__name__}; expected tensors by name.")
     total = 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from weft.core.architecture import Architecture, HeadForm, is_activation, is_linear, is_norm
-from weft.core.embeddings import input_embeddings, output_head, stacks
+from weft.core.embeddings import config_of, input_embeddings, output_head, stacks
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ _T5 = StackFacts(
 ENCODER_DECODERS: dict[str, StackFacts] = {"t5": _T5, "mt5": _T5, "umt5": _T5}
 
 
-def describe_encoder_decoder(model: Any) -> Architecture:
+def describe_encoder_decoder(model: nn.Module) -> Architecture:
     """The ``Architecture`` of an encoder-decoder: the encoder's blocks and then the decoder's.
 
     ``num_layers`` is the decoder's: learned keys and values stand there.
@@ -36,7 +39,7 @@ def describe_encoder_decoder(model: Any) -> Architecture:
     Raises:
         UserError: the model type is not one that Weft knows, or nothing says what the decoder begins with.
     """
-    config = model.config
+    config = config_of(model)
     facts = ENCODER_DECODERS.get(config.model_type)
     if facts is None:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -19,12 +19,15 @@ from weft.core.architecture import (
     is_router,
     linear_shape,
 )
-from weft.core.embeddings import input_embeddings, output_head
+from weft.core.embeddings import config_of, input_embeddings, output_head
 from weft.errors import UserError
 from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
 from weft.models.encoder_decoder import describe_encoder_decoder
 from weft.models.interface import install_bidirectional, install_interface
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _is_pair(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def _first_position(model: nn.Module, text: Any, facts: Facts | None, limit: int | None) -> int:
+def _first_position(model: nn.Module, text: PreTrainedConfig, facts: Facts | None, limit: int | None) -> int:
     """RoBERTa and its kin count positions from behind the pad token, which has a row in their table of positions."""
     if facts is not None:
         return int(text.pad_token_id) + 1 if facts.padding_first else 0
@@ -113,7 +116,7 @@ def _first_position(model: nn.Module, text: Any, facts: Facts | None, limit: int
 
 
 def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architecture:
-    config: Any = model.config
+    config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     facts = FACTS.get(config.model_type) or ENCODERS.get(config.model_type)
     encoder = facts is not None and facts.encoder
@@ -174,13 +177,13 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
     )
 
 
-def _head_form(config: Any) -> HeadForm:
+def _head_form(config: object) -> HeadForm:
     """What configurations say of the logits: a soft cap (Gemma 2), factors (Cohere, Granite)."""
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return HeadForm(factor, getattr(config, "final_logit_softcapping", None))
 
 
-def _path_of(model: nn.Module, wanted: Any) -> str:
+def _path_of(model: nn.Module, wanted: object) -> str:
     return next((path for path, module in model.named_modules() if module is wanted), "")
 
 
@@ -190,7 +193,7 @@ def _pooler(model: nn.Module) -> str | None:
     return _path_of(model, found) if found is not None else None
 
 
-def _falcon_kv_heads(config: Any) -> int | None:
+def _falcon_kv_heads(config: object) -> int | None:
     """Falcon's keys as its cache holds them: one head in the 7B; the new architecture repeats them per query."""
     few = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     return 1 if few else None

@@ -40,7 +40,7 @@ class LeftOut:
         key = f"target_parameters: [{', '.join(self.to_include)}]"
         return f"{told}To adapt them too, set {key}" + ("." if "lora" in self.methods else " of method lora.")
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> dict[str, object]:
         """The names, the share and the remedy as JSON."""
         return {"names": list(self.names), "share": self.share, "target_parameters": list(self.to_include)}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from weft.data import Sample
 from weft.train.batches import Batches, size
@@ -47,7 +46,7 @@ class Packing:
                     begin = end
         return found
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         """As JSON holds them; ``padding`` is what the batches would hold if each were padded to its longest."""
         packs = [pack for step in self.epoch for pack in step]
         largest = max(map(self.batches.tokens, packs))
@@ -66,7 +65,7 @@ class Packing:
             "first_step": [[self._entry(index) for index in pack] for pack in self.epoch[0]],
         }
 
-    def _entry(self, index: int) -> dict[str, Any]:
+    def _entry(self, index: int) -> dict[str, object]:
         place = self.places[index]
         sample = self.samples[index]
         return {"source": sample.source, "tokens": size(sample), "begin": place.begin, "end": place.end}

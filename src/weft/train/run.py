@@ -335,7 +335,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
         )
 
 
-def base_fingerprint(base: Base) -> dict[str, Any]:
+def base_fingerprint(base: Base) -> dict[str, object]:
     """Enough of the base to notice that it is another one: its name, its size, a hash of its smallest tensors."""
     digest = hashlib.sha256()
     tensors = base.model.state_dict()

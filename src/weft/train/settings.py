@@ -27,7 +27,7 @@ class JobConfig(BaseModel):
 
     name: str
     method: str
-    method_settings: dict[str, Any] = {}
+    method_settings: dict[str, object] = {}
     data: DataPaths | None = None
     eval_data: DataPaths | None = None
     task: Literal["causal_lm", "seq2seq", "sequence_classification"] = "causal_lm"
@@ -62,7 +62,7 @@ class JobConfig(BaseModel):
 
     @field_validator("labels", mode="before")
     @classmethod
-    def _names_of_labels(cls, value: Any) -> Any:
+    def _names_of_labels(cls, value: object) -> object:
         if isinstance(value, (list, tuple)):
             if any(isinstance(name, bool) for name in value):
                 raise ValueError("YAML reads no and yes as switches; put the labels in quotes")
@@ -154,14 +154,14 @@ class RunConfig(DataSettings):
 
 
 def settings_of(
-    part: str, cls: type[MethodConfig], settings: Mapping[str, Any], where: str = "configuration"
-) -> dict[str, Any]:
+    part: str, cls: type[MethodConfig], settings: Mapping[str, object], where: str = "configuration"
+) -> dict[str, object]:
     """Of the settings of a job with several methods, those of one: what stands under its name wins."""
     own = own_settings(part, settings.get(part, {}), where)
     return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
 
 
-def own_settings(part: str, own: Any, where: str) -> dict[str, Any]:
+def own_settings(part: str, own: object, where: str) -> dict[str, object]:
     """What stands under a method's name, in our words."""
     if not isinstance(own, Mapping):
         raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from weft.data.formats import answers, judged, turns, verbatim
 from weft.data.formats.examples import Conversation, Example, LabelledAnswer
@@ -54,10 +54,10 @@ class Format:
     shapes: tuple[tuple[str, ...], ...]
     optional: tuple[str, ...]
     what: str
-    example: dict[str, Any]
+    example: dict[str, object]
     read: Reader | None = None
     judge: Callable[[Conversation, Record, str], LabelledAnswer] | None = None
-    when: Callable[[Mapping[str, Any], tuple[str, ...]], bool] | None = None
+    when: Callable[[Mapping[str, object], tuple[str, ...]], bool] | None = None
     copies: tuple[str, ...] = ()
     fields: str = ""
 
@@ -102,15 +102,15 @@ _CLASSES = tuple(
 )
 
 
-def _is_verdict(fields: Mapping[str, Any], shape: tuple[str, ...]) -> bool:
+def _is_verdict(fields: Mapping[str, object], shape: tuple[str, ...]) -> bool:
     return shape == ("kto_tag",) or judged.verdict(fields[shape[0]]) is not None
 
 
-def _is_list(fields: Mapping[str, Any], shape: tuple[str, ...]) -> bool:
+def _is_list(fields: Mapping[str, object], shape: tuple[str, ...]) -> bool:
     return isinstance(fields[shape[1]], list)
 
 
-def _is_class(fields: Mapping[str, Any], shape: tuple[str, ...]) -> bool:
+def _is_class(fields: Mapping[str, object], shape: tuple[str, ...]) -> bool:
     return isinstance(fields[shape[-1]], (str, int, float)) and all(isinstance(fields[x], str) for x in shape[:-1])
 
 
