@@ -50,8 +50,8 @@ def compare_exactly(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
 def test_together_equals_alone(name: str) -> None:
-    compare(name, 10)
-    compare_exactly(name, 4)
+    compare(name, 4)
+    compare_exactly(name, 2)
 
 
 @pytest.mark.slow

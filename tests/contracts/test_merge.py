@@ -86,9 +86,14 @@ def check_merged(base: Any, adapters: Adapters, name: str, folder: Path, what: s
     return merged
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=["fp64", "fp32"])
-@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
-@pytest.mark.parametrize("method", sorted(set(kit.ALL) - kit.NOT_MERGEABLE))
+@pytest.mark.parametrize(
+    ("method", "kind", "dtype"),
+    kit.in_turn(
+        sorted(set(kit.ALL) - kit.NOT_MERGEABLE),
+        [k if k in FAST else pytest.param(k, marks=pytest.mark.slow, id=k) for k in KINDS],
+        [pytest.param(torch.float64, id="fp64"), pytest.param(torch.float32, id="fp32")],
+    ),
+)
 def test_merged_is_routed(method: str, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if method == "bitfit" and kind == "mistral":
         pytest.skip("has no bias and no switch for one")
@@ -158,9 +163,10 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("variant", [*VARIANTS, *MORE])
-@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize(
+    ("kind", "variant", "tied"),
+    kit.in_turn(FAST, [*VARIANTS, *MORE], [pytest.param(False, id="untied"), pytest.param(True, id="tied")]),
+)
 def test_loras_family(kind: str, variant: str, tied: bool, tmp_path: Path) -> None:
     """Embeddings and heads too, where both are one tensor in the base: then they are two in the merged model."""
     base = loaded_from(kit.make_model(kind, tie_word_embeddings=tied), tmp_path / "base")
@@ -185,10 +191,11 @@ COMBINED = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bloom"])
-@pytest.mark.parametrize("methods", COMBINED)
-@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
-def test_several_methods_in_one(methods: str, kind: str, dora: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("methods", "dora", "kind"),
+    kit.in_turn(COMBINED, [pytest.param(False, id=""), pytest.param(True, id="dora")], ["gpt2", "bloom"]),
+)
+def test_several_methods_in_one(methods: str, dora: bool, kind: str, tmp_path: Path) -> None:
     """In the order in which they act; also methods that look at the base's own bias (DoRA)."""
     base = kit.make_model(kind, torch.float64)
     adapters = Adapters(base, describe(base))

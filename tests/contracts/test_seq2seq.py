@@ -294,8 +294,7 @@ def test_peft_to_ours_and_back(kind: str, method: str, more: dict[str, int], tmp
     kit.measured(f"{kind} {method} {more}, peft - ours", kit.difference(ours, their_logits(again, data)), LIMIT)
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "kind"), kit.in_turn(["lora", "prompt_tuning", "prefix_tuning"], KINDS))
 def test_greedy_generation_is_that_of_peft_in_transformers(kind: str, method: str, tmp_path: Path) -> None:
     theirs = fresh_peft(kind, method)
     theirs.save_pretrained(tmp_path)

@@ -220,6 +220,7 @@ def test_each_part_loads_in_peft_by_itself(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, both, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("padded", [False, True], ids=["cache", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
 def test_generation_is_teacher_forcing(kind: str, padded: bool) -> None:

@@ -109,6 +109,7 @@ CASES = [(kind, ALIKE) for kind in ON_PRODUCTS] + [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 @pytest.mark.parametrize(("kind", "configs"), CASES, ids=[f"{k}-{len({x['r'] for x in c})}" for k, c in CASES])
 def test_as_add_weighted_adapter(

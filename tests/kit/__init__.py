@@ -3,6 +3,7 @@ own (``tests.kit.tokenizers``)."""
 
 from tests.kit.adapters import gradients, hidden_of, open_with_all, parameters, randomize
 from tests.kit.figures import difference, measured, sha256
+from tests.kit.grids import in_turn
 from tests.kit.methods import (
     ALL,
     DROPOUT,
@@ -31,6 +32,7 @@ __all__ = [
     "difference",
     "gradients",
     "hidden_of",
+    "in_turn",
     "make_model",
     "measured",
     "method_config",

@@ -97,8 +97,10 @@ def merge(model: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
     return {n: tensors[n] for n, p in model.named_parameters() if tensors[n].data_ptr() != p.data_ptr()}
 
 
-@pytest.mark.parametrize("kind", sorted(FACTS))
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    kit.in_turn(sorted(FACTS), [pytest.param(True, id="tied"), pytest.param(False, id="untied")]),
+)
 def test_routed_is_merged(kind: str, tied: bool) -> None:
     """The adapter's logits are those of a model whose tensors are W + ΔW: every kind of module, Gemma's 1 + W too."""
     model = make(kind, tie_word_embeddings=tied).double()
@@ -117,9 +119,14 @@ def test_routed_is_merged(kind: str, tied: bool) -> None:
     kit.measured(f"{kind}: routed - merged", kit.difference(found, wanted), 2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", sorted(FACTS))
-@pytest.mark.parametrize("method", ["full", "freeze", "llama_pro", "bitfit"])
+@pytest.mark.parametrize(
+    ("method", "kind", "dtype"),
+    kit.in_turn(
+        ["full", "freeze", "llama_pro", "bitfit"],
+        sorted(FACTS),
+        [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")],
+    ),
+)
 def test_begins_as_the_base_to_the_bit(method: str, kind: str, dtype: torch.dtype) -> None:
     model = make(kind).to(dtype)
     adapters = Adapters(model, describe(model))
