@@ -16,8 +16,8 @@ from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, forward_losses
 
 KINDS = ["llama", "gpt2", "bloom"]
 

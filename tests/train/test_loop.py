@@ -12,8 +12,8 @@ from tests.contracts import kit
 
 from weft.core.adapters import Adapters
 from weft.models import describe
+from weft.objectives.passes import evaluate_loss
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import evaluate_loss
 from weft.train.store import RunStore
 
 

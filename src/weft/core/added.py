@@ -32,7 +32,7 @@ def check_added(adapters: Adapters, name: str, *, fresh: bool) -> None:
         UserError: it would not begin as it promises, or would change the plain base's rows beside it.
     """
     adapter, shape = adapters[name], adapters.architecture
-    if adapters.device.type == "meta" or shape.memory_linears:
+    if adapters.device.type == "meta":
         return
     if shape.by_ids and adapter.num_virtual_tokens:
         raise UserError(
@@ -42,7 +42,7 @@ def check_added(adapters: Adapters, name: str, *, fresh: bool) -> None:
         )
     if fresh and adapter.inserted_blocks():
         _check_inserted(adapters, name)
-    if fresh and adapter.num_prefix_tokens and adapters.padded:
+    if fresh and adapter.num_prefix_tokens and adapters.layout.masks_prefixes:
         _check_beside(adapters, name)
 
 
@@ -51,7 +51,7 @@ def check_numbers(adapters: Adapters) -> None:
     """Whether blocks may get other numbers, as they do when new ones are merged in between.
 
     Raises:
-        UserError: what a block computes depends on its number (GPT-2's scale by layer, DiffLlama's lambda).
+        UserError: what a block computes depends on its number (a scale by layer, for one).
     """
     model, shape = adapters.model, adapters.architecture
 
@@ -79,7 +79,7 @@ def check_numbers(adapters: Adapters) -> None:
 
 
 def _counts_blocks(model: Any, settings: Callable[..., list[Any]], block: str) -> bool:
-    """Whether a block of a model with one block more has other settings: MiniCPM scales by how many there are."""
+    """Whether a block of a model with one block more has other settings: some scale by how many there are."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers += 1

@@ -5,8 +5,8 @@ Each keeps its own configuration and file; at a module where two of them act, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field, SerializeAsAny
@@ -28,6 +28,9 @@ class CombinedConfig(MethodConfig):
 
     parts: tuple[SerializeAsAny[MethodConfig], ...] = Field(min_length=1)
 
+    def methods(self) -> tuple[MethodConfig, ...]:
+        return self.parts
+
     def build(self, name: str, context: BuildContext) -> Adapter:
         parts = [part.build(name, context) for part in self.parts]
         for part in parts:
@@ -38,20 +41,15 @@ class CombinedConfig(MethodConfig):
         """Part by part: the first parts of all adapters, the second ones …"""
         configs: list[MethodConfig] = []
         tensors: dict[str, Tensor] = {}
-        kinds = [[part.method for part in _parts_of(source)] for source in sources]
+        kinds = [[part.method for part in source.config.methods()] for source in sources]
         if any(kind != kinds[0] for kind in kinds):
             raise UserError(f"the adapters are made of different methods: {', '.join('+'.join(k) for k in kinds)}.")
         for index in range(len(self.parts)):
-            own = [Source(one.name, _parts_of(one)[index], part_tensors(one.tensors, index)) for one in sources]
+            own = [Source(one.name, one.config.methods()[index], part_tensors(one.tensors, index)) for one in sources]
             config, found = combine(own, how)
             configs.append(config)
             tensors |= {f"{index}.{key}": tensor for key, tensor in found.items()}
         return CombinedConfig(parts=tuple(configs)), tensors
-
-
-def _parts_of(source: Source) -> tuple[MethodConfig, ...]:
-    assert isinstance(source.config, CombinedConfig)
-    return source.config.parts
 
 
 def part_tensors(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -65,8 +63,7 @@ class Combined(Adapter):
 
     def __init__(self, config: CombinedConfig, name: str, parts: Sequence[Adapter]) -> None:
         super().__init__(config, name)
-        self.parts = list(parts)
-        self.part_modules = nn.ModuleList(self.parts)
+        self.part_modules = nn.ModuleList(parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
         self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
         inserting = [part.config.method for part in self.parts if part.inserted_blocks()]
@@ -78,6 +75,10 @@ class Combined(Adapter):
                 f"{inserting[0]} inserts. Make two jobs of them, or take prompt_tuning or bottleneck beside "
                 f"{inserting[0]}."
             )
+
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        return tuple(cast(Iterable[Adapter], self.part_modules))
 
     @property
     def begins_as_identity(self) -> bool:

@@ -130,7 +130,7 @@ def combine(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, 
         known = ", ".join(type(first).combination_types)
         reason = f"what works: {known}" if known else "its tensors have no meaning of their own that could be added"
         raise UserError(f"combination_type {how.combination_type} does not work for {first.method}; {reason}.")
-    if not how.weights and not hasattr(first, "parts"):  # of several methods each has its own default
+    if not how.weights and first.methods()[0] is first:  # of several methods each has its own default
         whole = how.combination_type == "cat" and "num_virtual_tokens" in type(first).model_fields
         how = replace(how, weights=(1.0 if whole else 1.0 / count,) * count)
     return first.combine(sources, how)

@@ -92,6 +92,10 @@ class MethodConfig(BaseModel):
         if "num_virtual_tokens" in cls.model_fields and cls.combination_types == ("linear",):
             cls.combination_types = (*cls.combination_types, "cat")
 
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The configurations of its methods, in order: itself, if it is one only."""
+        return (self,)
+
     @property
     def begins_as_identity(self) -> bool:
         """Whether a fresh adapter of these settings promises to give what the base gives."""

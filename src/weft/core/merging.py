@@ -122,12 +122,11 @@ def check_mergeable(adapter: Adapter) -> None:
     Raises:
         UserError: says which of its methods it is, why, and what to do instead.
     """
-    parts = getattr(adapter, "parts", None)
-    for part in parts or [adapter]:
+    for part in adapter.parts:
         reason = _no_weights(part)
         if reason:
-            method = part.config.method
-            named = f" ({'+'.join(p.config.method for p in parts)}: its part {method})" if parts else f" ({method})"
+            method, every = part.config.method, "+".join(p.config.method for p in adapter.parts)
+            named = f" ({method})" if part is adapter else f" ({every}: its part {method})"
             raise UserError(
                 f"adapter '{adapter.name}'{named} cannot be merged: {reason}. {part.config.instead_of_merging}"
             )
@@ -207,7 +206,7 @@ def merge_weights(
 def _follow_ties(
     model: nn.Module, rename: Callable[[str], str], owners: Mapping[int, Sequence[str]], tensors: dict[str, Tensor]
 ) -> None:
-    """A tensor that a layer shares with a module that is none (BERT's head holds its output layer's bias) is changed
+    """A tensor that a layer shares with a module that is none (a head that holds its output layer's bias) is changed
     there too: that module only holds it."""
     layers = {rename(path) for path, module in model.named_modules(remove_duplicate=False) if is_layer(module)}
     for keys in owners.values():

@@ -63,7 +63,7 @@ class _Shell:
 class WeightDelta(nn.Module):
     """``y = f(x; W + ΔW, b + Δb)`` with the changes in the adapter's own dtype; they begin at zero.
 
-    Every f here is linear in its weights (Gemma's norms: up to a constant), so what is computed is f(x; W, b) plus a
+    Every f here is linear in its weights (some norms: up to a constant), so what is computed is f(x; W, b) plus a
     correction. It is exactly zero in the beginning, whatever the dtypes, small changes are not rounded away beside a
     bf16 weight, and what other methods of the same job did to y stays.
 

@@ -122,10 +122,8 @@ def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
 def _check(context: BuildContext) -> None:
     """Whether a block with zeros in its last linears is the identity, and can be trained."""
     shape = context.architecture
-    config: Any = context.model.config
     # A norm after the sum changes what the zeros leave alone.
-    after = getattr(config, "apply_residual_connection_post_layernorm", False)
-    if shape.bidirectional or after or not getattr(config, "do_layer_norm_before", True):
+    if shape.norms_sums:
         raise UserError(
             f"llama_pro: this {shape.model_type} model normalises after the residual sum, so no block of it can begin "
             "as the identity. Take another method (bottleneck, for one)."

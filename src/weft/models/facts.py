@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -164,7 +165,11 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
         embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
         embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
         head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
+        rows_named={path: "position_ids" for path, module in modules if _asked_by_name(module)},
         bidirectional=encoder,
+        norms_sums=encoder
+        or bool(getattr(config, "apply_residual_connection_post_layernorm", False))
+        or not getattr(config, "do_layer_norm_before", True),
         head_kind=facts.head if facts else "score",
         pooler=pooler,
         peft_task="FEATURE_EXTRACTION" if encoder else "CAUSAL_LM",
@@ -177,6 +182,12 @@ def _head_form(config: Any) -> HeadForm:
     """What configurations say of the logits: a soft cap (Gemma 2), factors (Cohere, Granite)."""
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return HeadForm(factor, getattr(config, "final_logit_softcapping", None))
+
+
+def _asked_by_name(module: nn.Module) -> bool:
+    """OPT's table of positions is called with a mask first, and the positions by name."""
+    names = list(inspect.signature(type(module).forward).parameters)
+    return isinstance(module, nn.Embedding) and "position_ids" in names[2:]
 
 
 def _path_of(model: nn.Module, wanted: Any) -> str:

@@ -1,6 +1,6 @@
 """What is learned: functions from hidden states and a batch to a loss per sequence."""
 
-from weft.objectives.classification import class_metrics, classification
-from weft.objectives.likelihood import Head, Supervised, likelihood, likelihood_of_logits
+from weft.objectives.classification import class_metrics
+from weft.objectives.likelihood import likelihood
 
-__all__ = ["Head", "Supervised", "class_metrics", "classification", "likelihood", "likelihood_of_logits"]
+__all__ = ["class_metrics", "likelihood"]
