@@ -41,7 +41,7 @@ from weft.generate import Request, generate
 from weft.merge.model import check_as_written, merged_model
 from weft.methods import METHODS
 from weft.models.attached import prove_attached
-from weft.train.step import Work, sequence_losses
+from weft.objectives.passes import Work, sequence_losses
 
 BASE = "base"
 # Beside LoRA as it comes: LoRA on every linear of the blocks by name, which peft must understand as we do.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -307,3 +308,57 @@ def test_files_and_functions_stay_small() -> None:
                 if lines > 70:
                     long.append(f"{path.relative_to(SOURCE)}:{node.lineno}: {node.name} has {lines} lines")
     assert long == []
+
+
+# Questions of the kind of a thing, which the thing itself answers (DESIGN.md, section 2): the layout, the head, and the
+# record of an architecture know; no one else asks. Those who turn a job's settings into data may.
+QUESTIONS = re.compile(
+    r"""\btask\s*[!=]=\s*["']|["']\s*[!=]=\s*\w*\.?task\b|\.bidirectional\b|\.memory_linears\b|\.padded\b"""
+    r"""|\bhead\s+is\s+(not\s+)?None|isinstance\([^()]*Head\)"""
+)
+ANSWERING = {"architecture", "head", "heads", "layout", "route", "seq2seq", "stream"}
+ASKING = 5
+
+
+def asks(source: str) -> list[int]:
+    """Lines with such a question."""
+    return [number for number, line in enumerate(source.splitlines(), 1) if QUESTIONS.search(line)]
+
+
+def test_few_ask_what_kind_a_thing_is() -> None:
+    answering = {SOURCE / "core" / f"{name}.py" for name in ANSWERING} | set((SOURCE / "models").rglob("*.py"))
+    asking = {str(path.relative_to(SOURCE)): asks(path.read_text()) for path in FILES if path not in answering}
+    found = {path: lines for path, lines in asking.items() if lines}
+    assert len(found) <= ASKING, found
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['if architecture.task == "seq2seq":', "if shape.bidirectional:", "if adapter.head is not None:",
+     "isinstance(adapter.head, ClassificationHead)", "if adapters.padded:", 'job.task != "sequence_classification"'],
+)  # fmt: skip
+def test_the_question_is_seen(source: str) -> None:
+    assert asks(source)
+    assert not asks("tasks: frozenset = frozenset({'seq2seq'})  # question.task == task")
+
+
+# What is special about an architecture stands in its record under models/.
+NAMES = re.compile(
+    r"\b(gpt-?2|gpt-?neo\w*|gpt-?j|opt|opt-\w+|bloom|m?t5|umt5|m?bart|(ro|camem|distil)?bert|electra|llama|mamba\d?|falcon"
+    r"|gemma\d?|qwen\d?|mistral|mixtral|phi\d?|phi-moe|minicpm|diffllama|granite|cohere|stablelm|starcoder\d?|olmo\d?"
+    r"|mpt|rwkv|jamba|deepseek\w*|xlnet|pythia)\b",
+    re.IGNORECASE,
+)
+
+
+def test_core_names_no_architecture() -> None:
+    found = [
+        f"{path.relative_to(SOURCE)}:{number}: {line.strip()}"
+        for path in FILES
+        if path.relative_to(SOURCE).parts[0] == "core"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if NAMES.search(line)
+    ]
+    assert found == []
+    assert NAMES.search("# OPT flattens its batch")
+    assert NAMES.search('if model_type == "t5":')

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from weft.api import Adapters
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.heads import ClassificationTask
-from weft.core.seq2seq import run_seq2seq, start_token
+from weft.core.seq2seq import start_token
 from weft.core.site_adapter import SiteAdapter
 from weft.core.stream import Part
 from weft.data import Sample
@@ -31,7 +31,7 @@ from weft.errors import UserError
 from weft.merge.model import merged_model
 from weft.methods import METHODS
 from weft.models import describe, load_base
-from weft.train.step import logits_of
+from weft.objectives.passes import logits_of
 
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "gemma", "gpt_neox", "opt", "mistral", "falcon"]
 FAST = ("llama", "gpt2", "bloom", "qwen2")
@@ -290,7 +290,7 @@ def test_encoder_decoders(kind: str, method: str, tmp_path: Path) -> None:
     merged = loaded_from(merged_model(base, adapters.architecture, weights), tmp_path / "merged")
     for ids, target in zip(kit.texts(3), kit.texts(3, seed=5), strict=True):
         with torch.no_grad():
-            _, hidden = run_seq2seq(adapters, [Part("it", [ids])], [target])
+            _, hidden = adapters.run([Part("it", [ids], targets=[target])])
             routed = adapters.logits(hidden, [("it", len(hidden))])
             begun = torch.tensor([[start_token(base), *target[:-1]]])
             plain = merged(input_ids=torch.tensor([ids]), decoder_input_ids=begun).logits[0]

@@ -14,8 +14,8 @@ from weft.core import stream as stream_module
 from weft.data import Sample
 from weft.data.pack import fill, pack, pack_in_order
 from weft.models import describe
+from weft.objectives.passes import Work, sequence_losses
 from weft.train.batches import size
-from weft.train.step import Work, sequence_losses
 
 CAPACITY = 64
 

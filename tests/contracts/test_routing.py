@@ -17,8 +17,8 @@ from weft.data import Sample
 from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, forward_losses
 
 KINDS = ["llama", "gpt2", "bloom"]
 

@@ -26,9 +26,10 @@ from weft.libraries import cache_arguments, growing_cache
 from weft.methods import BitFitConfig, LoraConfig
 from weft.methods.own_weights import OwnWeights
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer, make_config
 from weft.train.config import method_of, read_run_config
-from weft.train.step import Work, forward_losses, train_step
+from weft.train.step import train_step
 
 # method -> the job's settings
 JOBS: dict[str, dict[str, Any]] = {

@@ -41,6 +41,9 @@ class Config:
     def __init__(self, make: Any) -> None:
         self.make = make
 
+    def methods(self) -> tuple[Any, ...]:
+        return ()
+
     def build(self, name: str, context: Any) -> Adapter:
         adapter: Adapter = self.make()
         adapter.name = name

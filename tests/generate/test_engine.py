@@ -12,7 +12,7 @@ from tests import kit
 from weft.api import Adapters
 from weft.generate import Request, generate
 from weft.generate.cache import KeyValueCache
-from weft.generate.engine import goes_on
+from weft.generate.ways import goes_on
 from weft.models import describe
 
 

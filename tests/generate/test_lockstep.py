@@ -172,7 +172,8 @@ def test_logits_of_a_mixed_group(kind: str, models: dict[str, Adapters]) -> None
             group.keep(torch.tensor(keep))
             left = [left[i] for i in keep]
         counts = [(name, count) for name in names if (count := sum(flat[row][0] == name for row in left))]
-        hidden = group.step(torch.tensor([flat[row][1][place] for row in left]), counts)
+        group.step(torch.tensor([flat[row][1][place] for row in left]), counts)
+        hidden = group.hidden
 
 
 def whole(adapters: Adapters, name: str | None, text: Sequence[int]) -> torch.Tensor:

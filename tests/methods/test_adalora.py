@@ -333,7 +333,7 @@ def test_what_a_loaded_adapter_has_dropped_stays_dropped_when_it_trains_on(tmp_p
 
 
 def test_it_begins_as_the_identity_and_learns() -> None:
-    from weft.train.step import evaluate_loss
+    from weft.objectives.passes import evaluate_loss
 
     adapters = open_llama()
     job = make_job(adapters, steps=60)

@@ -24,7 +24,7 @@ from weft.files.adapter_folder import read_tensors
 from weft.methods.bottleneck import Bottleneck, BottleneckConfig, from_adapterhub, to_adapterhub
 from weft.models import describe
 from weft.models.facts import FACTS
-from weft.train.step import Work, forward_losses
+from weft.objectives.passes import Work, forward_losses
 
 VECTORS = Path(__file__).parent / "vectors"
 FOLDERS = sorted(path.parent for path in VECTORS.glob("*/*/adapter_config.json"))

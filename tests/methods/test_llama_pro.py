@@ -24,8 +24,8 @@ from weft.generate import Request, generate
 from weft.methods.llama_pro import LlamaProConfig
 from weft.models import describe
 from weft.models.facts import sketch
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, forward_losses
 
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "falcon"]
 CONFIG = LlamaProConfig(num_new_blocks=2)

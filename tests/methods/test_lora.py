@@ -18,6 +18,7 @@ from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
 from weft.methods import BitFitConfig, LoraConfig
 from weft.models import describe
+from weft.objectives.passes import evaluate_loss
 from weft.ops.lowrank import (
     loftq_factors,
     low_rank_add,
@@ -28,7 +29,6 @@ from weft.ops.lowrank import (
     sketched_factors,
 )
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import evaluate_loss
 
 D = torch.float64
 

@@ -20,8 +20,8 @@ from weft.errors import UserError
 from weft.methods import LoraConfig
 from weft.methods.dense import dense_weight
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, forward_losses
 
 D = torch.float64
 

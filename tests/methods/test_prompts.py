@@ -21,8 +21,8 @@ from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.methods.encoder import EncodedRows
 from weft.models import describe
+from weft.objectives.passes import Work, evaluate_loss, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, evaluate_loss, forward_losses
 
 IDS = [11, 12, 13, 14, 15]
 

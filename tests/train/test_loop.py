@@ -13,8 +13,8 @@ from tests.contracts import kit
 from weft.api import Adapters
 from weft.files.run_folder import RunStore
 from weft.models import describe
+from weft.objectives.passes import evaluate_loss
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import evaluate_loss
 
 
 def make(model: Any, *given: dict[str, Any], count: int = 8, evaluate: int = 3) -> tuple[Adapters, list[Job]]:

@@ -139,7 +139,7 @@ def _answer(
     from weft.generate import generate as run
     from weft.generate.text import decode
 
-    classifiers = [name for name in who if name is not None and opened.adapters[name].head is not None]
+    classifiers = [name for name in who if name is not None and not opened.adapters.head(name).writes]
     if classifiers:
         labelled = {name: _classify(opened, prompts, name) for name in classifiers}
         others = [name for name in who if name not in labelled]

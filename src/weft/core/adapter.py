@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
+from weft.core.head import Head, TokenHead
 from weft.core.route import PrefixStates, Router, Segment
 from weft.core.tensors import copy_into
 from weft.errors import UserError
@@ -98,6 +99,10 @@ class MethodConfig(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         if "num_virtual_tokens" in cls.model_fields and cls.combination_types == ("linear",):
             cls.combination_types = (*cls.combination_types, "cat")
+
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The configurations of its methods, in order: itself, if it is one only."""
+        return (self,)
 
     @property
     def begins_as_identity(self) -> bool:
@@ -205,9 +210,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
-        # A classification job's own head (``weft.core.heads``); None: the base's. Not on the class, where it would hide
-        # the module that is put here later.
-        self.head: nn.Module | None = None
+        # What it answers with: the base's output layer, or a head of its own (``weft.core.heads``). Not on the class,
+        # where it would hide the module that is put here later.
+        self.head: Head = TokenHead()
         # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
         self.provenance: Mapping[str, Any] | None = None
         # How the base was kept that it was trained on (``weft.methods.dense.how_kept``); None: as the one it is on now.
@@ -218,6 +223,11 @@ class Adapter(nn.Module):
     num_prefix_tokens: int = 0
     # Of the base; the default learning rate depends on it.
     hidden_size: int = 2048
+
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        """The methods in it, in order: itself, if it is one only."""
+        return (self,)
 
     @property
     def begins_as_identity(self) -> bool:

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, check_name
 from weft.core.added import check_added
 from weft.core.architecture import Architecture
-from weft.core.body import body_of, head_logits, head_modules
+from weft.core.body import head_logits, head_modules
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.embeddings import input_embeddings
+from weft.core.head import Head, TokenHead, losses_of_logits
 from weft.core.heads import ClassificationHead, ClassificationTask
-from weft.core.route import KeyValueCache, Route, Router, Segment
-from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
+from weft.core.layout import Counts, Layout, Packed, Padded
+from weft.core.route import Route, Router, Segment, StreamRoute
+from weft.core.seq2seq import EncoderDecoder
 from weft.core.site import attach, detach, mixes_rows, site_of, sites_in, without_sites
-from weft.core.stream import Part, Stream, build_stream, run_stream
+from weft.core.stream import Part, Stream
 from weft.core.tensors import master_dtype
 from weft.errors import UserError
-from weft.libraries import cache_arguments, growing_cache, keys_values, output_cache
+from weft.ops.loss import linear_cross_entropy
 
 # The mark of a model whose attention and sites already obey a router: no site would ask a second one.
 _OPEN = "_weft_open"
@@ -57,21 +59,18 @@ class Adapters:
         self.model = model
         self.architecture = architecture
         self.router = Router()
-        self.padded = architecture.install_attention is None if padded is None else padded
         self.exact = exact
-        if self.padded and exact:
-            raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
-        if not self.padded and architecture.install_attention is None:
-            raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
-        # For LoftQ on a quantised base: module path -> the weight [out, in] before quantisation.
-        self.original_weight: Callable[[str], Tensor] | None = None
         self._adapters: dict[str, Adapter] = {}
+        kind = _kind_of_layout(architecture, padded, exact)
+        self.layout: Layout = kind(model, architecture, self.router, self._adapters, exact)
+        # Of a quantised base: module path -> the weight [out, in] before (LoftQ asks for it).
+        self.original_weight: Callable[[str], Tensor] | None = None
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
         shape, apart = architecture, (*architecture.linears, *architecture.norms, *architecture.activations)
         self._exact_paths = frozenset((*apart, *shape.experts, *shape.routers))
         try:
-            for install in (None if self.padded else shape.install_attention, shape.install_tables):
+            for install in (self.layout.attention, shape.install_tables):
                 if install is not None:
                     self._undo.append(install(model, self.router))
             if exact:
@@ -147,9 +146,10 @@ class Adapters:
             self.router,
             self.original_weight,
         )
-        check_task(config, self.architecture)
+        self.layout.check_config(config)
         adapter = config.build(name, context)
-        check_sites(adapter, self.architecture)
+        if reason := self.layout.refusal(adapter):
+            raise UserError(reason)
         adapter.hidden_size = self.architecture.hidden_size
         if classification is not None:
             shape = self.architecture
@@ -158,7 +158,7 @@ class Adapters:
         self._attach(name, adapter)
         try:
             if self.device.type != "meta":
-                check_added(adapter, self.architecture, self._run, padded=self.padded, fresh=not blank)
+                check_added(adapter, self.architecture, self._run, padded=self.layout.masks_prefixes, fresh=not blank)
         except BaseException:
             self.remove(name)
             raise
@@ -174,6 +174,8 @@ class Adapters:
         parameters = adapter.parameter_sites()
         # All become sites before one gets its function: a module that cannot leaves no adapter half attached.
         at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks, *parameters)}
+        for path, site in at.items():
+            site.rows_name = self.architecture.rows_named.get(path)
         for path, function in sites.items():
             at[path].functions[name] = [function]
         for path, prepare in inputs.items():
@@ -199,12 +201,12 @@ class Adapters:
         parts = [self[part] for part in names]
         if len(set(names)) < max(len(names), 1):
             raise UserError(f"a stack needs adapters to apply, each once, not {list(names)}.")
-        heads = [part.head for part in parts if part.head is not None]
+        heads = [part.head for part in parts if part.head.labels]
         if len(heads) > 1:
             raise UserError(f"{', '.join(names)}: more than one of them has a classification head of its own.")
         adapter = Combined(CombinedConfig(parts=tuple(part.config for part in parts)), name, parts)
         adapter.hidden_size = self.architecture.hidden_size
-        adapter.head = heads[0] if heads else None
+        adapter.head = heads[0] if heads else TokenHead()
         return self._attach(name, adapter)
 
     def remove(self, name: str) -> None:
@@ -215,7 +217,7 @@ class Adapters:
         """
         adapter = self[name]
         for other, stack in self._adapters.items():
-            if isinstance(stack, Combined) and adapter in stack.parts:
+            if stack is not adapter and adapter in stack.parts:
                 raise UserError(f"'{name}' is part of the stack '{other}'; remove that first.")
         for module, site in list(sites_in(self.model)):
             site.remove(name)
@@ -236,31 +238,54 @@ class Adapters:
 
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """Lay out a batch; rows of ``parts`` keep their order."""
-        return build_stream(
-            parts,
-            self._adapters,
-            device=self.device,
-            padded=self.padded,
-            exact=self.exact,
-            cache=cache,
-            first_position=self.architecture.first_position,
-            token_types=self.architecture.token_types,
-        )
+        return self.layout.stream(parts, cache=cache)
 
     def forward(self, stream: Stream) -> Tensor:
         """Last hidden states [N, d] of the stream, before the head."""
-        return run_stream(self.model, self.router, stream, self._adapters, self.architecture)
+        return self.layout.forward(stream)
 
-    def logits(self, hidden: Tensor, rows: Sequence[tuple[str | None, int]] = ()) -> Tensor:
+    def run(self, parts: Sequence[Part]) -> tuple[Stream, Tensor]:
+        """One pass: the batch of what answers, whose ``rows`` are those of each sequence, and its last hidden states
+        [N, d]."""
+        return self.layout.run(parts)
+
+    def head(self, name: str | None) -> Head:
+        """What adapter ``name`` answers with (None: the base)."""
+        return TokenHead() if name is None else self[name].head
+
+    def logits(self, hidden: Tensor, rows: Counts = ()) -> Tensor:
         """The head's logits [n, vocabulary] for hidden states [n, d].
 
         ``rows`` names (adapter, number of rows) in order, where adapters may have changed the head; by default the
         logits are the base's own.
         """
-        route = Route(tuple(Segment(name, count, count) for name, count in rows if count), exact=self.exact)
+        route = self.rows_route(rows)
         touched = any(site_of(module) is not None for module in head_modules(self.model, self.architecture))
         with self.router.use(route if rows and touched else None):
             return head_logits(self.model, self.architecture, hidden)
+
+    def losses(self, hidden: Tensor, targets: Tensor, rows: Counts) -> Tensor:
+        """``-log p(target)`` [n] of the base's head after hidden states [n, d]; ``rows`` as in ``logits``.
+
+        Logits are never held where the head is one matrix that no adapter changes.
+        """
+        form = self.architecture.head_form
+        if form is None or any(self.changes_head(name) for name, _ in rows):
+            return losses_of_logits(self.logits(hidden, rows), targets)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        bias = getattr(head, "bias", None)
+        return linear_cross_entropy(
+            hidden, head.weight, targets, bias=bias, softcap=form.softcap, logit_scale=form.scale
+        )
+
+    def rows_route(self, rows: Counts) -> Route:
+        """The route of single rows, each a hidden state that a head is asked about."""
+        segments = (Segment(name, count, count, lengths=(1,) * count) for name, count in rows if count)
+        return StreamRoute(tuple(segments), exact=self.exact)
+
+    def shares_head(self, name: str | None) -> bool:
+        """Whether the adapter answers with the base's own head, as it is."""
+        return self.head(name) == TokenHead() and not self.changes_head(name)
 
     def changes_head(self, name: str | None) -> bool:
         """Whether the adapter's logits differ from the base's for the same hidden state."""
@@ -275,38 +300,19 @@ class Adapters:
 
     @torch.no_grad()
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The plain base's keys and values [kv_heads, n, head_dim] of one text, per layer."""
-        if self.architecture.task == "seq2seq":
-            return prompt_keys_values(self.model, input_ids.to(self.device))
-        if self.padded:
-            body: Any = body_of(self.model, self.architecture)
-            # An encoder makes no cache by itself, but fills one that it is given.
-            given = growing_cache() if self.architecture.bidirectional else None
-            how = {"use_cache": True} if given is None else cache_arguments(body.forward, given)
-            out = body(input_ids=input_ids[None].to(self.device), **how)
-            filled = keys_values(output_cache(out) if given is None else given)
-            return [(keys[0], values[0]) for keys, values in filled]
-        recorder = _Recorder()
-        self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
-        return recorder.layers
+        """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
+        return self.layout.keys_values(input_ids.to(self.device))
 
 
-class _Recorder:
-    """A stand-in for a cache that keeps the keys and values of one pass."""
-
-    prefilled = False
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
-        self.layers.append((k, v))
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise AssertionError("a recorder sees one pass only")
-
-    def part(self, first: int, count: int) -> KeyValueCache:
-        raise AssertionError("a recorder sees the plain base only")
+def _kind_of_layout(shape: Architecture, padded: bool | None, exact: bool) -> type[Layout]:
+    only = shape.install_attention is None
+    if not (only if padded is None else padded):
+        if only:
+            raise UserError(f"{shape.model_type} models can only run padded batches; leave out padded=False.")
+        return Packed
+    if exact:
+        raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
+    return EncoderDecoder if shape.stacks > 1 else Padded
 
 
 def is_open(model: nn.Module) -> bool:

@@ -34,8 +34,6 @@ def check_added(adapter: Adapter, shape: Architecture, run: Run, *, padded: bool
     Raises:
         UserError: it would not begin as it promises, or would change the plain base's rows beside it.
     """
-    if shape.memory_linears:
-        return
     if shape.by_ids and adapter.num_virtual_tokens:
         raise UserError(
             f"{adapter.config.method}: this {shape.model_type} model also looks its tokens up by id inside (scaled "

@@ -61,21 +61,27 @@ class Architecture:
     max_length: int | None = None
     # The table of token embeddings and the linear that gives the logits (which may share one tensor).
     embeddings: str = ""
-    # The width of that table's rows, where it is not the blocks' (OPT-350m: 512 and 1024); 0: it is the same.
+    # Width of that table's rows, where it is not the blocks'; 0: the same.
     embedding_size: int = 0
     head: str = ""
-    # Every token sees the whole sequence (BERT), not only the tokens before it.
+    # Every token sees the whole sequence (an encoder), not only what stands before it.
     bidirectional: bool = False
-    # The kind of a classification head on this model (``weft.core.heads``), and the path of the base's own pooler.
+    # Norms stand after the sum of a sub-layer and what it was given, not before the sub-layer.
+    norms_sums: bool = False
+    # Of a classification head on this model (``weft.core.heads``), and where the base's own pooler is.
     head_kind: str = "score"
     pooler: str | None = None
-    # PEFT's name for the task of a job without a head of its own.
+    # Modules that are not called with their rows first -> the argument that holds the rows (tables of positions that
+    # are called with a mask first).
+    rows_named: Mapping[str, str] = field(default_factory=dict)
+    # What PEFT calls the task of a job without a head of its own.
     peft_task: str = "CAUSAL_LM"
-    # Positions begin here (RoBERTa: 2).
+    # Positions begin here (behind the pad token's id, for one).
     first_position: int = 0
     # The linears of a decoder that read the encoder's states; empty where there is no encoder.
     memory_linears: tuple[str, ...] = ()
     # The number of segments that the embeddings tell apart (BERT: 2); 0: the model has no such embedding.
+    # How many kinds of segment the embeddings tell apart; 0: the model is not told.
     token_types: int = 0
     # The module that the model's forward calls for its hidden states; "": ``model.base_model``.
     body: str = ""
@@ -100,6 +106,16 @@ class Architecture:
     def task(self) -> Literal["causal_lm", "seq2seq"]:
         """The task that the base was made for: ``seq2seq`` for an encoder-decoder, else ``causal_lm``."""
         return "seq2seq" if self.memory_linears else "causal_lm"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the base writes text: an encoder does not."""
+        return not self.bidirectional
+
+    @property
+    def stacks(self) -> int:
+        """How many stacks of blocks a text goes through: two in an encoder-decoder."""
+        return 2 if self.memory_linears else 1
 
     def check_reachable(self, path: str) -> None:
         """Refuse a module on which an adapter would do nothing.
@@ -168,9 +184,9 @@ def _matches(path: str, wanted: str | list[str]) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a matrix product over its last dimension: nn.Linear and its kin, or GPT-2's Conv1D."""
+    """Whether the module is a matrix product over its last dimension: nn.Linear and its kin, or Conv1D."""
     if any("Router" in kind.__name__ and "forward" in vars(kind) for kind in type(module).__mro__):
-        return False  # Phi-MoE's and Llama 4's are made from nn.Linear, but give experts and their weights
+        return False  # some are nn.Linear by birth, but give experts and their weights
     return isinstance(module, nn.Linear) or type(module).__name__.removeprefix("Routed") == "Conv1D"
 
 

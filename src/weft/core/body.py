@@ -98,10 +98,10 @@ def scaled(logits: Tensor, form: HeadForm) -> Tensor:
 
 
 def head_modules(model: nn.Module, shape: Architecture) -> list[nn.Module]:
-    """The modules that turn hidden states into logits: the output layer, and those that the model puts around it."""
-    head = output_head(model)
-    if shape.head_form is not None or head is None:
-        return [] if head is None else [head]
+    """The modules that turn hidden states into logits: the output layer, and what the model puts around it."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    if shape.head_form is not None or output is None:
+        return [] if output is None else [output]
     body = set(body_of(model, shape).modules())
     return [module for module in model.modules() if module not in body and module is not model]
 

@@ -5,8 +5,8 @@ Each keeps its own configuration and file. Where two of them act at one module, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field, SerializeAsAny
@@ -26,6 +26,9 @@ class CombinedConfig(MethodConfig):
 
     parts: tuple[SerializeAsAny[MethodConfig], ...] = Field(min_length=1)
 
+    def methods(self) -> tuple[MethodConfig, ...]:
+        return self.parts
+
     def build(self, name: str, context: BuildContext) -> Adapter:
         parts = [part.build(name, context) for part in self.parts]
         for part in parts:
@@ -44,8 +47,7 @@ class Combined(Adapter):
 
     def __init__(self, config: CombinedConfig, name: str, parts: Sequence[Adapter]) -> None:
         super().__init__(config, name)
-        self.parts = list(parts)
-        self.part_modules = nn.ModuleList(self.parts)
+        self.part_modules = nn.ModuleList(parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
         self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
         inserting = [part.config.method for part in self.parts if part.inserted_blocks()]
@@ -57,6 +59,10 @@ class Combined(Adapter):
                 f"{inserting[0]} inserts. Make two jobs of them, or take prompt_tuning or bottleneck beside "
                 f"{inserting[0]}."
             )
+
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        return tuple(cast(Iterable[Adapter], self.part_modules))
 
     @property
     def begins_as_identity(self) -> bool:

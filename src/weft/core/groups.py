@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from weft.core.route import Route
 from weft.errors import UserError
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The place of the segments' rows in a module's first input: along ``dim``, ``sizes`` of them per group."""
+    """Where groups of segments lie in a module's first input (``Route.groups``): along ``dim``, ``sizes`` rows each."""
 
     dim: int
     sizes: tuple[int, ...]
@@ -24,31 +23,6 @@ class Groups:
     def total(self) -> int:
         """The number of rows."""
         return sum(self.sizes)
-
-    @classmethod
-    def of(cls, x: Tensor, route: Route, groups: Sequence[range], path: str) -> Groups:
-        """The rows of ``groups`` of consecutive segments in x: the stream [1, N, d] or [N, d], or padded
-        [B, T, d] or [B T, d].
-
-        Raises:
-            UserError: x has other rows than the text's tokens, so it is not known whose they are.
-        """
-        units = sum(route.sizes)
-        if route.padded:
-            width = max(max(segment.lengths) for segment in route.segments)
-            flat = x.dim() == 2 and x.is_floating_point()
-            known = {units: 1, units * width: width} if flat else {units: 1}
-            dim, each = 0, known.get(x.shape[0], 0)
-        else:
-            dims = [i for i in range(x.dim() - x.is_floating_point()) if x.shape[i] == units]
-            dim, each = (max(dims, key=x.stride), 1) if dims else (0, 0)
-        if not each:
-            raise UserError(
-                f"module '{path}' is called with rows {list(x.shape)} that are not the text's tokens one by one; which "
-                "adapter they belong to is not known, so its parameters cannot be adapted. Leave them out of "
-                "target_parameters."
-            )
-        return cls(dim, tuple(each * sum(route.sizes[i] for i in group) for group in groups))
 
     def split(self, value: Any) -> list[Any]:
         """Each group's rows of a tensor that has these rows; of any other value the whole for each group."""

@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.route import Route
-from weft.errors import UserError
-
 
 @dataclass(frozen=True)
 class Call:
@@ -55,7 +52,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call
 
 @dataclass(frozen=True)
 class Rows:
-    """The place of a route's segments in a tensor: along ``dim``, ``sizes`` rows each.
+    """Where the segments of a route lie in a tensor (``Route.rows``): along ``dim``, ``sizes`` rows each.
 
     ``per_row`` is not 0 where a module sees a flattened batch, with so many rows for each of the route's. ``repeated``
     says that one row stands for the whole padded batch.
@@ -65,41 +62,6 @@ class Rows:
     sizes: Sequence[int]
     per_row: int = 0
     repeated: bool = False
-
-    @classmethod
-    def of(cls, x: Tensor, route: Route, path: str) -> Rows:
-        """The rows of a module's input x, [1, N, d], [N, d] or padded [B, T, d], under a route.
-
-        Raises:
-            UserError: The module at ``path`` gets other rows than the batch has (an expert's, say).
-        """
-        total, sizes = sum(route.sizes), route.sizes
-        flat = route.padded and x.dim() == 2 and x.is_floating_point() and x.shape[0] % total == 0
-        if flat:
-            # OPT flattens its batch before the MLP, gated norms see every head as a row.
-            return cls(0, sizes, x.shape[0] // total)
-        if len(route.segments) == 1 and not route.exact:
-            return cls(0, [x.shape[0]])
-        if route.padded and x.dim() == 1 and x.shape[0] != sum(s.tokens for s in route.segments):
-            # BART's positions: one row for the whole batch, without a dimension for it.
-            raise UserError(
-                f"module '{path}' is asked once for a whole batch, not for its rows; no adapter can sit on it. Leave "
-                "it out, or take another method, such as lora."
-            )
-        if x.dim() == 1 and not x.is_floating_point():
-            return cls(0, [s.tokens for s in route.segments])  # token ids are one flat stream on the padded path too
-        if not route.padded:
-            dim = route.dim(x)
-            if dim is not None:
-                return cls(dim, sizes)
-        elif x.shape[0] == total:
-            return cls(0, sizes)
-        elif x.shape[0] == 1:
-            return cls(0, sizes, repeated=True)
-        raise UserError(
-            f"module '{path}' is given {tuple(x.shape)} in a batch of {total} rows: which of them belong to which "
-            "adapter is not known. Leave it out of target_modules, or train this adapter in a run of its own."
-        )
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
         """The segments' parts of ``x``, whose rows have the shape these were made of; the parts are never flattened."""

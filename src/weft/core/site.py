@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import InputFunction, ParameterFunction, SiteFunction
-from weft.core.groups import Groups
-from weft.core.inserted import segment_part
 from weft.core.route import Route, Router
-from weft.core.rows import Call, Rows, split_call
+from weft.core.rows import Call, split_call
 from weft.errors import UserError
 
 _SITE = "_weft_site"
@@ -50,6 +48,8 @@ class Site:
         self.path = path
         # A pooler sees one row per sequence: a job's head calls it under a route of such rows (full fine-tuning).
         self.pools = "pooler" in path.split(".")
+        # The argument that holds the module's rows, if it is not the first (``Architecture.rows_named``).
+        self.rows_name: str | None = None
         self.router = router
         self.base_class = base_class
         self.inputs: dict[str, InputFunction] = {}
@@ -78,7 +78,7 @@ class Site:
             UserError: The module is called without rows of the text.
         """
         route = self.router.current
-        if route is None or (self.pools and (route.padded or route.layout is not None)):
+        if route is None or (self.pools and route.whole):
             return self.base_class.forward(module, *args, **kwargs)
         route = route.elsewhere.get(self.path, route)
         if self.parameters or (self.alone_if_exact and route.exact):
@@ -86,12 +86,11 @@ class Site:
         x, call = split_call(args, kwargs)
         if self.inserted:
             return self._run_block(module, x, call, route)
-        if not torch.is_tensor(x) or "position_ids" in kwargs:
-            # OPT asks its table of positions with a mask first and the positions by name.
-            y = self.base_class.forward(module, *args, **kwargs)
-            if not torch.is_tensor(kwargs.get("position_ids")):
-                raise UserError(f"module '{self.path}' is not called with rows of the text; no adapter can sit on it.")
-            return self._change_all(kwargs["position_ids"], y, Call(), route)
+        rows = kwargs.get(self.rows_name) if self.rows_name else x
+        if not torch.is_tensor(rows):
+            raise UserError(f"module '{self.path}' is not called with rows of the text; no adapter can sit on it.")
+        if self.rows_name:
+            return self._change_all(rows, self.base_class.forward(module, *args, **kwargs), Call(), route)
         return self.apply(module, x, call, route)
 
     def apply(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
@@ -103,30 +102,24 @@ class Site:
         if (route.exact or self.apart) and x.is_floating_point():
             return self._apply_exactly(module, x, call, route)
         if any(segment.adapter in self.inputs for segment in route.segments):
-            rows = self._rows(x, route)
+            rows = route.rows(x, self.path)
             pieces = [self._prepare(i, piece, route) for i, piece in enumerate(rows.cut(x))]
             x = rows.join(pieces)
         return self._change_all(x, call.run(self.base_class.forward, module, x), call, route)
-
-    def _rows(self, x: Tensor, route: Route) -> Rows:
-        return Rows.of(x, route, self.path)
 
     def _change_all(self, x: Tensor, y: Tensor, call: Call, route: Route) -> Tensor:
         if not any(segment.adapter in self.functions for segment in route.segments):
             return y
         # split's backward is one concatenation, where slicing would write one zero-padded tensor per segment.
-        rows = self._rows(x, route)
+        rows = route.rows(x, self.path)
         xs, ys = rows.cut(x), rows.cut(y)
         calls = [call.part(rows, x, i) for i in range(len(xs))] if call else [call] * len(xs)
         return rows.join([self._change(i, xs[i], ys[i], calls[i], route) for i in range(len(xs))])
 
     def _apply_exactly(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
-        """Compute one matrix product per segment, each on memory of its own.
-
-        Kernels choose their blocking by row count and by alignment, forward and backward, and so would round
-        differently beside a neighbour.
-        """
-        pieces, rows = [], self._rows(x, route)
+        """One matrix product per segment, each on memory of its own: kernels choose their blocking by row count and by
+        alignment, forward and backward, and so would round differently beside a neighbour."""
+        pieces, rows = [], route.rows(x, self.path)
         for index, piece in enumerate(rows.cut(x)):
             own = self._prepare(index, _OwnMemory.apply(piece), route)
             part = call.part(rows, x, index)
@@ -156,13 +149,13 @@ class Site:
         if not any(segment.adapter in self.inserted for segment in route.segments):
             return out
         y = out[0] if isinstance(out, (tuple, list)) else out
-        lie, pieces = self._rows(y, route), []
+        lie, pieces = route.rows(y, self.path), []
         for index, rows in enumerate(lie.cut(y)):
             blocks = self.inserted.get(route.segments[index].adapter or "", [])
             if blocks:
                 rows = _OwnMemory.apply(rows)
-                own = [segment_part(value, index, route, y) for value in call.args]
-                named = {key: segment_part(value, index, route, y) for key, value in call.kwargs.items()}
+                own = [route.part(value, index, y) for value in call.args]
+                named = {key: route.part(value, index, y) for key, value in call.kwargs.items()}
             for block in blocks:
                 with self.router.use(route.alone(index)):
                     rows = block(rows, *own, **named)
@@ -181,7 +174,7 @@ class Site:
         if len(groups) == 1 and not alone[0]:
             return self.base_class.forward(module, *args, **kwargs)
         first = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-        rows = Groups.of(first, route, groups, self.path)
+        rows = route.groups(first, groups, self.path)
         pieces = [rows.split(value) for value in (*args, *kwargs.values())]
         parts = []
         for index, group in enumerate(groups):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weft.core.heads import ClassificationHead
 from weft.data.provenance import file_names, template_of
 from weft.errors import UserError
 from weft.export.proof import Expected, Proof, compare, fixed_prompts, routed_logits
@@ -231,18 +230,17 @@ def _recast(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
 def _entries(opened: Opened, folder: Path, new: PreTrainedModel) -> dict[str, object]:
     """The section ``merged`` of weft.json: what was made of what. Of files on this machine only the names."""
     adapter = opened.adapters[opened.names[0]]
-    parts = getattr(adapter.config, "parts", (adapter.config,))
     found = {
         "adapter": folder.resolve().name,
         "adapter_sha256": {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*.safetensors"))},
-        "method": "+".join(part.method for part in parts),
+        "method": "+".join(part.method for part in adapter.config.methods()),
         "base": base_fingerprint(opened.base) | {"model": file_names(opened.base.name)},
         "quantization": how_kept(opened.adapters.model, opened.adapters.dtype)["quantization"],
         "dtype": str(new.dtype).removeprefix("torch."),
         "weft_version": __version__,
     }
-    if isinstance(adapter.head, ClassificationHead):
-        found["labels"] = list(adapter.head.task.labels)
+    if adapter.head.labels:
+        found["labels"] = list(adapter.head.labels)
     return found
 
 
@@ -257,7 +255,7 @@ def _save(opened: Opened, new: PreTrainedModel, part: Path) -> None:
     made = template_of(opened.renderer)
     # To an encoder-decoder no template is something else than the plain one.
     if opened.renderer.chat_template is not None and not (
-        made["template_from"] == "plain" and opened.adapters.architecture.task == "seq2seq"
+        made["template_from"] == "plain" and opened.adapters.architecture.stacks > 1
     ):
         tokenizer.chat_template = opened.renderer.chat_template
     configured = getattr(opened.adapters.model, "generation_config", None)

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
 from weft.core.embeddings import config_of
-from weft.core.heads import ClassificationHead
-from weft.core.seq2seq import run_seq2seq, start_token
-from weft.core.stream import Part
+from weft.core.seq2seq import start_token
 from weft.data import Message, Renderer, Sample, unlabelled_sample
 from weft.merge.model import check_as_written
 from weft.models import gate
-from weft.train.step import logits_of
+from weft.objectives.passes import logits_of
 
 # A model that is written in 32 bits must give the numbers of base and adapter in 32 bits (of a quantised base: of its
 # dequantised weights). Written in 16 bits its weights are rounded, and running it rounds every number on the way, which
@@ -151,10 +149,10 @@ def fixed_prompts(adapters: Adapters, name: str, renderer: Renderer) -> list[lis
     """The fixed texts as adapter ``name`` is asked, cut where the model's positions end."""
     shape, found = adapters.architecture, []
     for text in fixed_texts():
-        if isinstance(adapters[name].head, ClassificationHead):
-            ids = unlabelled_sample(renderer, [text], "a fixed text", encoder=shape.bidirectional).input_ids
-        else:
+        if adapters.head(name).writes:
             ids = renderer.prompt([Message("user", text)], task=shape.task).ids
+        else:
+            ids = unlabelled_sample(renderer, [text], "a fixed text", encoder=not shape.writes).input_ids
         found.append(list(ids)[: shape.max_length])
     return found
 
@@ -162,18 +160,9 @@ def fixed_prompts(adapters: Adapters, name: str, renderer: Renderer) -> list[lis
 @torch.no_grad()
 def routed_logits(adapters: Adapters, name: str, prompts: Sequence[list[int]]) -> list[Tensor]:
     """The logits [positions, tokens or classes] of token ids that the base with adapter ``name`` gives."""
-    shape, found = adapters.architecture, []
-    for ids in prompts:
-        if isinstance(adapters[name].head, ClassificationHead):
-            logits = logits_of(adapters, name, [Sample(ids, [0.0] * len(ids), "a fixed text")])
-        elif shape.task == "seq2seq":
-            _, hidden = run_seq2seq(adapters, [Part(name, [ids])], [ids])
-            logits = adapters.logits(hidden, [(name, len(hidden))])
-        else:
-            hidden = adapters.forward(adapters.stream([Part(name, [ids])]))
-            logits = adapters.logits(hidden, [(name, len(hidden))])
-        found.append(logits.cpu())
-    return found
+    # What an encoder-decoder would write is here the text itself.
+    samples = [Sample(ids, [0.0] * len(ids), "a fixed text", target_ids=tuple(ids)) for ids in prompts]
+    return [logits_of(adapters, name, [sample]).cpu() for sample in samples]
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, check_name
 from weft.core.adapters import Adapters
 from weft.core.architecture import Architecture
-from weft.core.combined import Combined, CombinedConfig
-from weft.core.heads import PREFIXES, ClassificationHead, ClassificationTask
+from weft.core.combined import CombinedConfig
+from weft.core.heads import PREFIXES, ClassificationTask
 from weft.core.registry import METHODS, method_config
 from weft.core.route import Router
 from weft.core.tensors import checked
@@ -53,14 +53,14 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
     folder.mkdir(parents=True, exist_ok=True)
     own: dict[str, object] = {"method": adapter.config.method}
     digests: dict[str, dict[str, str]] = {}
-    if isinstance(adapter, Combined):
+    if adapter.parts[0] is not adapter:
         names = [f"{i}-{part.config.method}" for i, part in enumerate(adapter.parts, 1)]
         for name, part in zip(names, adapter.parts, strict=True):
             part.provenance = adapter.provenance or part.provenance
             part.trained_on = adapter.trained_on or part.trained_on
             save(part, architecture, folder / name, base_name=base_name)
-        if adapter.head is not None:
-            digests[WEIGHTS] = save_tensors(_stored_head(adapter), folder / WEIGHTS)
+        if own_head := _stored_head(adapter):
+            digests[WEIGHTS] = save_tensors(own_head, folder / WEIGHTS)
         own["parts"] = names
     else:
         own["config"] = adapter.stored_config().model_dump(mode="json")
@@ -75,8 +75,8 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
             digests[EXTRA] = save_tensors(extra, folder / EXTRA)
         for other in {WEIGHTS, EXTRA, *(cls.weights_file for cls in METHODS.values())} - digests.keys():
             (folder / other).unlink(missing_ok=True)  # the file of an earlier adapter in this folder
-    if isinstance(adapter.head, ClassificationHead):
-        own["labels"] = list(adapter.head.task.labels)
+    if adapter.head.labels:
+        own["labels"] = list(adapter.head.labels)
     if adapter.provenance is not None:
         own["data"] = adapter.provenance
     if adapter.trained_on:
@@ -147,15 +147,11 @@ def assemble(
 
 
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """All tensors in the adapter's file, in their own shapes: the method's and those of a classification head."""
-    tensors = dict(adapter.file_tensors())
-    if isinstance(adapter.head, ClassificationHead):
-        tensors |= _stored_head(adapter)
-    return tensors
+    """All that the adapter's file holds: the method's tensors and those of a classification head."""
+    return {**adapter.file_tensors(), **_stored_head(adapter)}
 
 
 def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
-    assert isinstance(adapter.head, ClassificationHead)
     return adapter.head.stored(PREFIXES[adapter.num_virtual_tokens + adapter.num_prefix_tokens > 0])
 
 
@@ -163,10 +159,9 @@ def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
 def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Take over the tensors that ``read`` gave, each of the shape of the adapter's own."""
     rest = dict(tensors)
-    if isinstance(adapter.head, ClassificationHead):
-        for key, parameter in _stored_head(adapter).items():
-            parameter.copy_(checked(tensors, key, tuple(parameter.shape)))
-            del rest[key]
+    for key, parameter in _stored_head(adapter).items():
+        parameter.copy_(checked(tensors, key, tuple(parameter.shape)))
+        del rest[key]
     adapter.load_tensors(rest)
 
 
@@ -174,14 +169,14 @@ def _peft_entries(adapter: Adapter, architecture: Architecture, base_name: str) 
     config, head = adapter.stored_config(), adapter.head
     entries = {
         "peft_type": config.peft_type,
-        "task_type": architecture.peft_task if head is None else "SEQ_CLS",
+        "task_type": head.peft_task or architecture.peft_task,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "revision": None,
         "auto_mapping": None,
         **config.to_peft(architecture),
     }
-    if isinstance(head, ClassificationHead):
+    if head.labels:
         saved = entries.get("modules_to_save")
         entries["modules_to_save"] = [*(saved if isinstance(saved, list) else []), *HEAD_MODULES]
     return entries

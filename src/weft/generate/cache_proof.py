@@ -152,7 +152,8 @@ def _try(
                 left = left[1:]
                 group.keep(torch.tensor(left, device=adapters.device))
             tokens = torch.tensor([texts[row][length + place] for row in left], device=adapters.device)
-            found.append((logits(group.step(tokens, [(name, len(left))])), wanted[left, place + 1]))
+            group.step(tokens, [(name, len(left))])
+            found.append((logits(group.hidden), wanted[left, place + 1]))
         if name is not None and adapters[name].inserted_blocks() and not _grows_only(group.cache):
             return Verdict(0, f"adapter '{name}' inserts blocks, and the model's layers keep more than keys and values")
         rough = Group(adapters, part(prompts), cache_name=cache_name, jitter=torch.finfo(adapters.dtype).eps)
@@ -171,9 +172,8 @@ def _try(
 def _whole(adapters: Adapters, name: str | None, texts: list[list[int]], length: int, slots: Sequence[int]) -> Tensor:
     """Logits [texts, following + 1, vocabulary] of passes over the texts, from the prompt's last token on."""
     cut = [text[:n] for text in texts for n in range(length, length + _FOLLOWING + 1)]
-    stream = adapters.stream([Part(name, cut, None, [length] * len(cut), [slots] * len(cut))])
-    last = torch.tensor(stream.lengths, device=adapters.device).cumsum(0) - 1
-    logits = adapters.logits(adapters.forward(stream)[last], [(name, len(cut))])
+    stream, hidden = adapters.run([Part(name, cut, None, [length] * len(cut), [slots] * len(cut))])
+    logits = adapters.logits(hidden[torch.tensor(stream.standing, device=hidden.device)], [(name, len(cut))])
     return logits.double().view(len(texts), _FOLLOWING + 1, -1)
 
 

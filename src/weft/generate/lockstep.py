@@ -12,24 +12,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
 from weft.core.body import body_of
-from weft.core.route import Route, Segment
+from weft.core.layout import Counts, Decoding
 from weft.core.stream import Part, Stream, embed, padded_prefix, run_body
 from weft.libraries import CACHE_NAMES, cache_name, growing_cache
 
 # What a model's output may call the cache; its forward takes it back under the same name.
 _NAMES = (*CACHE_NAMES, "cache_params", "state", "mems")
-# The adapters and how many rows of each, in order.
-Counts = Sequence[tuple[str | None, int]]
 
 
-class Group:
+@final
+class Group(Decoding):
     """Rows of one length under one cache; ``hidden`` [B, d] are the states after their last tokens."""
 
     def __init__(
@@ -52,19 +51,12 @@ class Group:
         self._cache: object = None
         self.hidden = self._run(replace(stream, route=replace(stream.route, inserted=self._inserted)))
 
-    def step(self, tokens: Tensor, counts: Counts) -> Tensor:
-        """Hidden states [B, d] after the next tokens [B]; ``counts``: (adapter, rows) in order."""
-        self._counts = counts
-        segments = tuple(Segment(name, n, n, lengths=(1,) * n, padded=True) for name, n in counts)
-        count, own = len(tokens), tuple(range(i, i + 1) for i in range(len(tokens)))
-        places = torch.full_like(tokens, self._next)
+    def step(self, tokens: Tensor, counts: Counts) -> None:
+        self._counts, places = counts, torch.full_like(tokens, self._next)
         self._next += 1
-        route = Route(segments, padded=True, inserted=self._inserted)
-        self.hidden = self._run(Stream(tokens, places, (1,) * count, own, {}, (0,) * count, route))
-        return self.hidden
+        self.hidden = self._run(self.adapters.layout.next_tokens(tokens, places, counts, inserted=self._inserted))
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these [n], in ascending order."""
         self._cache = select_rows(self._cache, rows)
         first = 0
         for name, count in self._counts:

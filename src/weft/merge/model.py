@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
 from weft.core.embeddings import config_of
-from weft.core.heads import ClassificationHead
+from weft.core.head import Head
 from weft.errors import UserError
 from weft.files.tensors import read_tensors
 from weft.merge.weights import Merged
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn.Module | None = None) -> Any:
+def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head) -> Any:
     """The model with these weights, without a copy of them; to be saved, not run (its buffers are on the meta device).
 
     Args:
         model: the base, which is only read.
-        head: of a classification job; the new model is then transformers' ``...ForSequenceClassification``.
+        head: the adapter's; with one that classifies the new model is transformers' ``...ForSequenceClassification``.
 
     Raises:
         UserError: the architecture has no place for a tensor, or no such class.
@@ -42,7 +42,7 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn
         _set_layers(config, merged.blocks)
     tensors = dict(merged.tensors)
     cls: Any = type(model)
-    if head is not None:
+    if head.labels:
         cls, tensors = _classifier(config, shape, tensors, head)
     elif shape.bidirectional:
         raise UserError(
@@ -148,19 +148,18 @@ def _no_place(config: PreTrainedConfig, keys: Sequence[str]) -> str:
 
 
 def _classifier(
-    config: PreTrainedConfig, shape: Architecture, tensors: Mapping[str, Tensor], head: nn.Module
+    config: Any, shape: Architecture, tensors: Mapping[str, Tensor], head: Head
 ) -> tuple[Any, dict[str, Tensor]]:
     """transformers' class for classification, and its tensors: the body's and the head's."""
     from transformers import AutoModelForSequenceClassification
 
-    assert isinstance(head, ClassificationHead)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(
             f"cannot be merged: the adapter classifies, and transformers has no classification model of the type "
             f"{config.model_type}. Serve the adapter beside its base instead."
         )
     cls = AutoModelForSequenceClassification._model_mapping[type(config)]
-    config.id2label = dict(enumerate(head.task.labels))
+    config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
     config.problem_type = "single_label_classification"
     body = {k: t for k, t in tensors.items() if not (shape.head and k.startswith(f"{shape.head}."))}

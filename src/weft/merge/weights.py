@@ -68,12 +68,11 @@ def check_mergeable(adapter: Adapter) -> None:
     Raises:
         UserError: It cannot; the message says which of its methods, why, and what to do instead.
     """
-    parts = getattr(adapter, "parts", None)
-    for part in parts or [adapter]:
+    for part in adapter.parts:
         reason = _no_weights(part)
         if reason:
-            method = part.config.method
-            named = f" ({'+'.join(p.config.method for p in parts)}: its part {method})" if parts else f" ({method})"
+            method, every = part.config.method, "+".join(p.config.method for p in adapter.parts)
+            named = f" ({method})" if part is adapter else f" ({every}: its part {method})"
             raise UserError(
                 f"adapter '{adapter.name}'{named} cannot be merged: {reason}. {part.config.instead_of_merging}"
             )

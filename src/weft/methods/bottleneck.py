@@ -291,8 +291,8 @@ class Bottleneck(SiteAdapter):
         places, shape = _places(config, context), context.architecture
         super().__init__(config, name, {place.path: BottleneckLayer(config, place, context) for place in places})
         self.settings, holders = config, _AROUND.get(shape.model_type, _PRE).holders
-        # In AdapterHub these modules hold the bottlenecks; every sub-layer of T5 is one.
-        at = [p.path.rsplit(".", 2)[0] if shape.task == "seq2seq" else shape.blocks[p.layer] for p in places]
+        # The modules that hold them in AdapterHub; every sub-layer of T5 is one.
+        at = [p.path.rsplit(".", 2)[0] if shape.stacks > 1 else shape.blocks[p.layer] for p in places]
         self.holders = [f"{path}.{holders[place.kind]}" for path, place in zip(at, places, strict=True)]
 
     def sites(self) -> Mapping[str, SiteFunction]:
@@ -374,9 +374,8 @@ def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: in
     if wanted is None:
         return Place(layer, kind, path)
     trouble = f"bottleneck: {wanted[0]} needs the residual stream before the {('attention', 'MLP')[kind]}, which "
-    around, block, settings = _AROUND.get(shape.model_type), shape.blocks[layer], context.model.config
-    normed = getattr(settings, "apply_residual_connection_post_layernorm", False)
-    if around is None or normed or not getattr(settings, "do_layer_norm_before", True):
+    around, block = _AROUND.get(shape.model_type), shape.blocks[layer]
+    if around is None or (shape.norms_sums and shape.writes):
         raise UserError(f"{trouble}is not known of this {shape.model_type} model; set it to {wanted[1]}.")
     if around.norms is None and c.residual_before_ln == "post_add":
         raise UserError(f"bottleneck: residual_before_ln is true or false in a {shape.model_type} model; 'post_add' "
@@ -403,7 +402,7 @@ def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: st
     return {
         "config": config.model_dump(mode="json", exclude={"architecture"})
         | factor
-        | ({"cross_adapter": config.mh_adapter} if architecture.task == "seq2seq" else {}),
+        | ({"cross_adapter": config.mh_adapter} if architecture.stacks > 1 else {}),
         "hidden_size": architecture.hidden_size,
         "model_type": architecture.model_type,
         "model_name": "",

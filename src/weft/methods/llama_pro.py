@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointed
-from weft.core.embeddings import config_of
 from weft.core.inserted import copy_block
 from weft.core.route import Router
 from weft.core.site import Site, detach
@@ -124,10 +123,8 @@ def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
 def _check(context: BuildContext) -> None:
     """Refuse a base on which a block with zeros in its last linears is not the identity, or cannot be trained."""
     shape = context.architecture
-    config = config_of(context.model)
-    # A norm after the sum changes the stream even if zeros are added.
-    after = getattr(config, "apply_residual_connection_post_layernorm", False)
-    if shape.bidirectional or after or not getattr(config, "do_layer_norm_before", True):
+    # A norm after the sum changes what the zeros leave alone.
+    if shape.norms_sums:
         raise UserError(
             f"llama_pro: this {shape.model_type} model normalises after the residual sum, so no block of it can begin "
             "as the identity. Take another method (bottleneck, for one)."

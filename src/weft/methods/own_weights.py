@@ -59,7 +59,7 @@ class _Shell:
 class WeightDelta(nn.Module):
     """``y = f(x; W + ΔW, b + Δb)`` with the changes in the adapter's own dtype; they begin at zero.
 
-    Every f here is linear in its weights (Gemma's norms: up to a constant), so y is f(x; W, b) plus a correction. The
+    Every f here is linear in its weights (some norms: up to a constant), so y is f(x; W, b) plus a correction. The
     correction is exactly zero in the beginning, in any dtype. It is not rounded away beside a bf16 weight, and it keeps
     the changes that other methods of the same job made to y.
 

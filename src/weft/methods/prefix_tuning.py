@@ -65,8 +65,8 @@ class DeepPromptConfig(MethodConfig):
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_layers": architecture.num_layers,
             # 2 makes PEFT give the keys to the decoder (see weft.core.seq2seq).
-            "num_transformer_submodules": 2 if architecture.task == "seq2seq" else 1,
-            # PEFT reads them so under grouped-query attention: as width and heads of keys, not of queries.
+            "num_transformer_submodules": architecture.stacks,
+            # PEFT's own reading under grouped-query attention: the width and heads of keys, not of queries.
             "num_attention_heads": architecture.num_kv_heads,
             "token_dim": architecture.num_kv_heads * architecture.head_dim,
             "encoder_hidden_size": architecture.hidden_size,
@@ -150,7 +150,7 @@ def _check_cache(method: str, context: BuildContext) -> None:
     reason = None
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     other = sorted(kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear"))
-    no_cache = cache_name(body.forward) is None or context.architecture.bidirectional
+    no_cache = cache_name(body.forward) is None or not context.architecture.writes
     if context.architecture.install_attention is None and no_cache:
         reason = "takes no cache of keys and values, which is where learned ones go in"
     if other:

@@ -130,8 +130,9 @@ def _check_gradients(adapters: Adapters, name: str, sequences: Sequence[Sequence
 def _places(adapter: Adapter) -> Mapping[str, str]:
     """Parameter -> path of the module that it acts on, where it acts on one."""
     found: dict[str, str] = {}
-    for index, part in enumerate(getattr(adapter, "parts", ())):
-        found |= {f"part_modules.{index}.{key}": path for key, path in _places(part).items()}
+    for index, part in enumerate(adapter.parts):
+        if part is not adapter:
+            found |= {f"part_modules.{index}.{key}": path for key, path in _places(part).items()}
     if not isinstance(adapter, SiteAdapter):
         return found
     for key, _ in adapter.named_parameters():

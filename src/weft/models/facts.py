@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from weft.core.architecture import (
     is_router,
     linear_shape,
 )
-from weft.core.embeddings import config_of, input_embeddings, output_head
+from weft.core.embeddings import config_of
 from weft.errors import UserError
 from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
@@ -165,10 +166,14 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
         max_length=int(limit) - first if limit else None,
         install_attention=facts.install if facts else install_interface,
         head_form=_head_form(config),
-        embedding_size=int(input_embeddings(model).weight.shape[1]),
-        embeddings=_path_of(model, input_embeddings(model)),
-        head=_path_of(model, output_head(model)),
+        embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
+        embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
+        head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
+        rows_named={path: "position_ids" for path, module in modules if _asked_by_name(module)},
         bidirectional=encoder,
+        norms_sums=encoder
+        or bool(getattr(config, "apply_residual_connection_post_layernorm", False))
+        or not getattr(config, "do_layer_norm_before", True),
         head_kind=facts.head if facts else "score",
         pooler=pooler,
         peft_task="FEATURE_EXTRACTION" if encoder else "CAUSAL_LM",
@@ -183,7 +188,13 @@ def _head_form(config: object) -> HeadForm:
     return HeadForm(factor, getattr(config, "final_logit_softcapping", None))
 
 
-def _path_of(model: nn.Module, wanted: object) -> str:
+def _asked_by_name(module: nn.Module) -> bool:
+    """OPT's table of positions is called with a mask first, and the positions by name."""
+    names = list(inspect.signature(type(module).forward).parameters)
+    return isinstance(module, nn.Embedding) and "position_ids" in names[2:]
+
+
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((path for path, module in model.named_modules() if module is wanted), "")
 
 

@@ -19,7 +19,7 @@ from transformers.activations import SiLUActivation
 from weft.core.adapter import SiteFunction
 from weft.core.attention import attend
 from weft.core.mixin import Mixin, mixed
-from weft.core.route import Route, Router, Segment
+from weft.core.route import Route, Router, Segment, StreamRoute
 from weft.core.site import Site, plain_class, replace_class, site_of
 from weft.libraries import given_cache
 from weft.methods.lora import LoraLinear
@@ -253,9 +253,9 @@ def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
         return torch.randn(1, 5, width, generator=generator).to(some.device, dtype)
 
     source: Any = module
-    more: dict[str, object] = {}
-    route = Route((Segment(None, 5, 1, lengths=(5,)),), SequenceLayout.build([5], device=some.device))
-    own = type(module)
+    more: dict[str, Any] = {}
+    route = StreamRoute((Segment(None, 5, 1, lengths=(5,)),), SequenceLayout.build([5], device=some.device))
+    own: Any = type(module)
     module.__dict__[_ROUTER] = router
     try:
         if mixin is _FusedAttention:

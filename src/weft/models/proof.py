@@ -24,7 +24,6 @@ from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
 from weft.core.body import accepted, body_of, own_logits, scaled
 from weft.core.embeddings import config_of, input_embeddings, output_head
-from weft.core.seq2seq import run_seq2seq
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import trial
@@ -231,7 +230,7 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
     truth = Truth(targets, outputs, limit_of(model, outputs, outputs[0], again))
     adapters = Adapters(model, shape)
     try:
-        _, hidden = run_seq2seq(adapters, [Part(None, sources)], targets)
+        _, hidden = adapters.run([Part(None, sources, targets=targets)])
         found = adapters.logits(hidden).split([len(target) for target in targets])
     finally:
         adapters.close()

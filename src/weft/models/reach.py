@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +45,8 @@ class LeftOut:
 
 
 def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> LeftOut | None:
-    """The experts that an adapter on linears does not reach; None if it reaches all or has no such method."""
-    parts: Sequence[Adapter] = getattr(adapter, "parts", [adapter])
-    methods = tuple(part.config.method for part in parts if hasattr(part.config, "target_modules"))
+    """What an adapter on linears does not reach of the experts; None: nothing, or it is none of these methods."""
+    methods = tuple(part.config.method for part in adapter.parts if hasattr(part.config, "target_modules"))
     reached = {(path, name) for path, found in adapter.parameter_sites().items() for name in found}
     names: dict[str, bool] = {}
     missed = 0

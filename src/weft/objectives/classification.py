@@ -1,25 +1,10 @@
-"""Sequence classification: cross-entropy of the class of a whole sequence, and its metrics."""
+"""What counts the success of sequence classification."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-
-def classification(logits: Tensor, labels: Tensor) -> Tensor:
-    """``-log softmax(logits)[label]`` per sequence, [n] (float32, or float64 for float64 input).
-
-    Args:
-        logits: [n, classes].
-        labels: [n] int64.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels, reduction="none")
 
 
 def class_metrics(predicted: Sequence[int], labels: Sequence[int]) -> dict[str, float]:

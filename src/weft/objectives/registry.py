@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from weft.core.head import Supervised
 from weft.errors import UserError
 from weft.extensions import Registry
-from weft.objectives.likelihood import Supervised
 
 # (logits [S, vocabulary] at the rows that are learned from, what is learned there) -> a loss per sequence
 # [num_sequences]: the sum over its tokens, which the step divides by the tokens of the job's whole batch. Keyword

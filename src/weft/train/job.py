@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
-from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
 from weft.data import Mixture, Sample
 from weft.files.tensors import digest
@@ -255,6 +254,6 @@ class Job:
                 digest.update(repr(sample.target_ids).encode())
             if sample.label is not None:
                 digest.update(repr((sample.label, sample.token_types)).encode())
-        if isinstance(self.adapter.head, ClassificationHead):
-            digest.update(repr(self.adapter.head.task.labels).encode())
+        if self.adapter.head.labels:
+            digest.update(repr(self.adapter.head.labels).encode())
         return digest.hexdigest()

@@ -13,9 +13,10 @@ import torch
 from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.files.run_folder import RunStore
+from weft.objectives.passes import evaluate
 from weft.train.job import Job
 from weft.train.memory import freed_memory_kept, peak_memory
-from weft.train.step import StepResult, evaluate, train_step
+from weft.train.step import StepResult, train_step
 from weft.train.verify import verify_packing
 from weft.version import __version__
 

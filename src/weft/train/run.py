@@ -13,9 +13,6 @@ from typing import Any
 import torch
 
 from weft.adapters import Adapters
-from weft.core.combined import CombinedConfig
-from weft.core.heads import ClassificationHead
-from weft.core.seq2seq import check_job
 from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
@@ -27,6 +24,7 @@ from weft.methods.dense import how_kept
 from weft.models import Base, load_base
 from weft.models.attached import prove_attached
 from weft.models.load import resolve_model, sketch_base
+from weft.models.tasks import check_job
 from weft.train.batches import Batches
 from weft.train.callbacks import CALLBACKS, with_callbacks
 from weft.train.config import read_run_config
@@ -158,17 +156,9 @@ def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Rende
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
     for job in config.jobs:
-        check_job(job.name, job.task, sketch.architecture)
-        job.own_objective()
-        method = job.method_config()
-        for part in method.parts if isinstance(method, CombinedConfig) else (method,):
+        check_job(job.name, job.task, config.model, sketch.architecture)
+        for part in job.method_config().methods():
             part.check_quantization(config.quantization)
-        if sketch.architecture.bidirectional and job.task == "causal_lm":
-            raise UserError(
-                f"job '{job.name}': task is causal_lm, but {config.model} is an encoder "
-                f"({sketch.architecture.model_type}) and writes no text. Set task: sequence_classification, or take "
-                "a base that writes."
-            )
 
 
 def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
@@ -257,7 +247,7 @@ def _train(
     )
     if config.resume:
         trainer.resume()
-    labels = {j.name: j.adapter.head.task.labels for j in setup.jobs if isinstance(j.adapter.head, ClassificationHead)}
+    labels = {job.name: job.adapter.head.labels for job in setup.jobs if job.adapter.head.labels}
     base = base_fingerprint(setup.base)
     store.write_run({"config": config.model_dump(mode="json"), "base": base, "labels": labels})
     if config.on_bad_record == "report":
@@ -283,7 +273,7 @@ def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance
     own, run = job.config, setup.config
     settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
     settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
-    if own.task == "sequence_classification":
+    if job.adapter.head.labels:
         settings |= {"text_columns": own.text_columns, "label_column": own.label_column}
     return Provenance(
         **template_of(setup.renderer),

@@ -83,12 +83,7 @@ class JobConfig(BaseModel):
         if self.batch_tokens is not None and self.pack_tokens is not None:
             raise ValueError("batch_tokens and pack_tokens exclude each other: what goes through the model at once "
                              "is already limited by batch_tokens")  # fmt: skip
-        if self.objective is not None and self.task == "sequence_classification":
-            raise ValueError("objective is for tasks that write; a classification has its own")
-        if self.objective_settings and self.objective is None:
-            raise ValueError("objective_settings need an objective")
-        method = self.method_config()
-        for part in method.parts if isinstance(method, CombinedConfig) else (method,):
+        for part in self.method_config().methods():
             if self.task not in part.tasks:
                 fitting = ", ".join(sorted(part.tasks))
                 raise ValueError(f"task {self.task}: method {part.method} is not for that; it is for {fitting}")

@@ -20,9 +20,8 @@ from weft.core.site import sites_in
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
-from weft.train.batches import size
+from weft.objectives.passes import Work, sequence_losses, size
 from weft.train.job import Job
-from weft.train.step import Work, loss_weight, sequence_losses
 
 _ADVICE = (
     "Please report this, with the versions that `weft doctor` prints. Until then batch_size: 1 without "
@@ -95,8 +94,6 @@ def _shortest(samples: Sequence[Sample]) -> list[Sample]:
 
 def _check_positions(adapters: Adapters, packs: dict[str, list[Sample]]) -> None:
     """Rotary angles hide positions that go on counting: only differences matter to them, until they run out."""
-    if adapters.architecture.task == "seq2seq":
-        return  # T5's are distances, made by its own code
     stream = adapters.stream([Part(name, [s.input_ids for s in samples]) for name, samples in packs.items()])
     begins = [end - length for end, length in zip(itertools.accumulate(stream.lengths), stream.lengths, strict=True)]
     samples = [(name, sample) for name, samples in packs.items() for sample in samples]
@@ -112,7 +109,8 @@ def _check_positions(adapters: Adapters, packs: dict[str, list[Sample]]) -> None
 def _last_losses(adapters: Adapters, packs: dict[str, list[Sample]]) -> dict[str, float]:
     """The mean loss of each job's last sequence, all in one pass."""
     losses = sequence_losses(adapters, [Work(name, samples) for name, samples in packs.items()])
-    return {n: float(loss[-1]) / loss_weight(packs[n][-1]) for n, loss in zip(packs, losses, strict=True)}
+    weights = [adapters.head(name).loss_weight(samples[-1]) for name, samples in packs.items()]
+    return {n: float(loss[-1]) / weight for n, loss, weight in zip(packs, losses, weights, strict=True)}
 
 
 def _changed(sample: Sample, vocabulary: int) -> Sample:
@@ -131,7 +129,6 @@ def _refuse(adapters: Adapters, name: str, sample: Sample, packed: float, other:
 
 
 def _backend(adapters: Adapters) -> str:
-    how = "in padded batches" if adapters.padded else "over the packed stream"
     attention = getattr(adapters.model.config, "_attn_implementation", None)
     kind = type(adapters.model).__name__
-    return f"The attention {attention!r} of {kind} {how} ({adapters.dtype}, {adapters.device.type})"
+    return f"The attention {attention!r} of {kind} {adapters.layout.words} ({adapters.dtype}, {adapters.device.type})"
