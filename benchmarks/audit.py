@@ -29,6 +29,7 @@ from weft.data.auditing.base import CHECKS, Facts, Item, Records
 from weft.data.auditing.duplicates import SHINGLE, near, normalise
 from weft.data.auditing.items import read_items
 from weft.data.auditing.statistics import statistics
+from weft.data.settings import ReadSettings
 from weft.models.load import load_tokenizer
 
 T = TypeVar("T")
@@ -126,7 +127,7 @@ def measure(records: int | None, tokenizer: Any, files: list[Path]) -> dict[str,
         for file in files:
             left = None if records is None else records - len(items)
             if left is None or left > 0:
-                items.extend(read_items(file, renderer, unlimited=unlimited, limit=left)[0])
+                items.extend(read_items(file, renderer, ReadSettings(limit=left), unlimited=unlimited)[0])
 
     begun = time.perf_counter()
     timed(times, "read and render", read)

@@ -11,6 +11,7 @@ from weft.data import Renderer
 from weft.data.auditing.audit import audit, findings_json, grouped
 from weft.data.auditing.base import CHECKS, Facts
 from weft.data.auditing.items import read_items
+from weft.data.settings import ReadSettings
 from weft.errors import UserError
 from weft.models.load import load_tokenizer
 
@@ -69,7 +70,7 @@ def test_silent_on_clean_data(name: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_silent_on_real_data(shared: Path, tokenizer: str, file: str, limit: int) -> None:
     renderer = Renderer(load_tokenizer(str(shared / "tokenizers" / tokenizer)))
-    items, _ = read_items(shared / file, renderer, limit=limit)
+    items, _ = read_items(shared / file, renderer, ReadSettings(limit=limit))
     assert [str(finding) for finding in audit(items, Facts(renderer))] == []
 
 

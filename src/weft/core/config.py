@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
@@ -183,4 +183,6 @@ class SavesModules(MethodConfig):
     The adapter hands ``weft.core.weights.saved_modules`` of them to ``SiteAdapter``.
     """
 
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[str] | None = Field(
+        None, description="endings of the paths of base modules that are trained whole beside it"
+    )

@@ -8,8 +8,8 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args
 
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT
@@ -18,25 +18,24 @@ from weft.data.reading.records import iter_items
 from weft.data.reading.rows import Record
 from weft.data.rendering.render import Outcome, Renderer, Task
 from weft.data.rendering.sample import Sample
+from weft.data.settings import EmptyAnswers, ReadSettings
 from weft.data.sources import content_key
 from weft.data.workers import in_order
 from weft.errors import UserError, nearest
 
 T = TypeVar("T")
-EmptyAnswers = Literal["error", "skip"]
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What becomes of every record: settings of ``load_samples`` that do not change from one to the next.
+    """What becomes of every record.
 
     ``keyed``: also hash what each record says (``content_key``).
     """
 
     renderer: Renderer
-    format: str | None = None
-    columns: Mapping[str, str] | None = None
+    settings: ReadSettings = field(default_factory=ReadSettings)
     task: Task = "causal_lm"
     keyed: bool = False
 
@@ -54,7 +53,7 @@ class Recipe:
 
     def _example(self, record: Record) -> SFT | Problem:
         try:
-            return to_example(record, format=self.format, columns=self.columns)
+            return to_example(record, format=self.settings.data_format, columns=self.settings.columns)
         except UserError as error:
             return _problem(error, record.source, "empty_answer" if isinstance(error, EmptyAnswerError) else "format")
 
@@ -103,50 +102,40 @@ def load_samples(
     problems = Problems(on_bad_record, errors={"empty_answer": EmptyAnswerError})
     if bad_records_file is not None and on_bad_record != "report":
         raise UserError("bad_records_file is for on_bad_record: report; nothing else writes it.")
-    recipe = Recipe(renderer, format, columns, task)
-    found = [
-        sample
-        for made in iter_samples(
-            path, recipe, limit=limit, empty_answers=empty_answers, problems=problems, data_workers=data_workers
-        )
-        for sample in made.samples
-    ]
+    settings = ReadSettings.model_construct(
+        data_format=format, columns=columns, limit=limit, empty_answers=empty_answers, data_workers=data_workers
+    )
+    made = iter_samples(path, Recipe(renderer, settings, task), problems=problems)
+    found = [sample for one in made for sample in one.samples]
     problems.check(str(path))
     if bad_records_file is not None:
         problems.write(bad_records_file)
     return list(renderer.join(found))
 
 
-def iter_samples(
-    path: str | os.PathLike[str],
-    recipe: Recipe,
-    *,
-    problems: Problems,
-    limit: int | None = None,
-    empty_answers: EmptyAnswers = "error",
-    data_workers: int = 0,
-) -> Iterator[Made]:
+def iter_samples(path: str | os.PathLike[str], recipe: Recipe, *, problems: Problems) -> Iterator[Made]:
     """What becomes of each record of a path; problems go to ``problems``, which the caller checks.
 
     Records left out and samples cut are counted in the log.
 
     Raises UserError where no sample is left, and whatever ``problems`` raises.
     """
-    if empty_answers not in get_args(EmptyAnswers):
-        raise UserError(f"empty_answers is {empty_answers!r}; expected 'error' or 'skip'.")
+    settings = recipe.settings
+    if settings.empty_answers not in get_args(EmptyAnswers):
+        raise UserError(f"empty_answers is {settings.empty_answers!r}; expected 'error' or 'skip'.")
     if recipe.task not in get_args(Task):
         raise UserError(
             f"task is {recipe.task!r}; expected {' or '.join(get_args(Task))}."
             f"{nearest(str(recipe.task), get_args(Task))}"
         )
     tally, first = Counter[str](), ""
-    for made in in_order(iter_items(path, limit=limit), recipe, data_workers, _characters):
+    for made in in_order(iter_items(path, limit=settings.limit), recipe, settings.data_workers, _characters):
         if not isinstance(made, Problem):
             tally["read"] += 1
             tally["dropped"] += not made.samples
             tally["cut"] += any(sample.cut for sample in made.samples)
             yield made
-        elif made.kind == "empty_answer" and empty_answers == "skip":
+        elif made.kind == "empty_answer" and settings.empty_answers == "skip":
             tally["empty"], first = tally["empty"] + 1, first or made.place
         else:
             problems.add(made)

@@ -254,12 +254,8 @@ def _renderer_of_run(
     saved = [store.adapters / name for name in names if (store.adapters / name / OWN_CONFIG).is_file()]
     section = provenance_of(saved[0]) if saved else None
     if section is None:
-        return Renderer(
-            base.tokenizer,
-            chat_template=chat_template or config.chat_template,
-            allow_unknown_markers=config.allow_unknown_markers,
-            template_kwargs=config.template_kwargs,
-        ), []
+        asked = {"chat_template": chat_template} if chat_template else {}
+        return config.unlimited().model_copy(update=asked).renderer(base.tokenizer), []
     return make_renderer(Provenance.read(section, str(saved[0] / OWN_CONFIG)), base.tokenizer, chat_template)
 
 

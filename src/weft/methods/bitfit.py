@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, SiteAdapter
@@ -17,9 +18,7 @@ from weft.errors import UserError, nearest
 
 
 class BitFitConfig(MethodConfig):
-    """``target_modules``: which biases (default: all that are there, norms' and the head's too): last parts of module
-    paths (``query``, ``q_proj``) or the groups ``attention``, ``mlp`` (their linear modules) and ``norm``.
-    ``add_missing``: also give a bias to the linear and norm modules of the blocks that have none."""
+    """Which biases are trained."""
 
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
@@ -27,8 +26,14 @@ class BitFitConfig(MethodConfig):
     small_learning_rate: ClassVar[float | None] = 3e-2
     combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
 
-    target_modules: list[str] | None = None
-    add_missing: bool = False
+    target_modules: list[str] | None = Field(
+        None,
+        description="which biases: last parts of module paths (`query`, `q_proj`) or the groups `attention`, `mlp` "
+        "(their linear modules) and `norm`; default: all that are there, norms' and the head's too",
+    )
+    add_missing: bool = Field(
+        False, description="also give a bias to the linear and norm modules of the blocks that have none"
+    )
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return BitFit(self, name, context)

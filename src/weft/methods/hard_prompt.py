@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from weft.core.adapter import Adapter, Run
@@ -19,16 +19,16 @@ from weft.methods.prompt_tuning import SoftPromptConfig, embedded, embedding_wid
 
 
 class HardPromptConfig(SoftPromptConfig):
-    """``prompt_text`` (or its token ids, ``prompt_ids``) and where it stands. As virtual tokens it takes its place
-    without the chat template, and the text around it is tokenised as if it were not there."""
+    """A text and where it stands. As virtual tokens it takes its place without the chat template, and the text around
+    it is tokenised as if it were not there."""
 
     method: ClassVar[str] = "hard_prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     combination_types: ClassVar[tuple[str, ...]] = ()  # it is its text
     instead_of_merging: ClassVar[str] = "Put its text into a system message (weft chat --system) or the chat template."
 
-    prompt_text: str | None = None
-    prompt_ids: list[int] | None = None
+    prompt_text: str | None = Field(None, description="the text")
+    prompt_ids: list[int] | None = Field(None, description="its token ids instead")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> HardPromptConfig:

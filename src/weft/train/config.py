@@ -18,7 +18,7 @@ from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError, nearest
 from weft.foreign import parse_yaml, read_json, read_yaml
 from weft.train.aliases import AUTO, translate
-from weft.train.settings import JobConfig, RunConfig, method_names, method_of, own_settings, settings_of
+from weft.train.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 from weft.train.store import RUN_FILE
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
@@ -191,7 +191,6 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str, max_length
     if merged.get("batch_tokens") == AUTO:
         merged["batch_tokens"] = _auto_tokens(merged.get("batch_size"), max_length, where)
     try:
-        method_of(method, settings)
         return JobConfig(**merged, method_settings=settings)
     except ValidationError as error:
         raise UserError(_explain(error, where, known)) from None

@@ -24,7 +24,6 @@ from weft.models.load import load_tokenizer, sketch_base
 from weft.train.batches import Batches
 from weft.train.packing import Packing
 from weft.train.reader import check_evaluated, data_files, token_key
-from weft.train.run import make_renderer
 from weft.train.settings import JobConfig, RunConfig
 
 
@@ -82,9 +81,8 @@ def examine(config: RunConfig) -> list[Examined]:
         UserError: the model's folder, a file or a setting cannot be used. A record that cannot is an Item that says so.
     """
     places, outline = data_files(config), _outline(config)
-    renderer = make_renderer(config, outline.tokenizer, outline.max_length)
-    whole = config.model_copy(update={"max_length": None, "documents": "separate"})
-    unlimited = make_renderer(whole, outline.tokenizer, None)
+    renderer = config.renderer(outline.tokenizer, outline.max_length)
+    unlimited = config.unlimited().renderer(outline.tokenizer)
     groups: dict[Any, list[JobConfig]] = {}
     for job in config.jobs:
         columns = (job.labels, job.text_columns, job.label_column) if job.task == "sequence_classification" else None
@@ -225,12 +223,9 @@ class _Reader:
             items, skipped = read_items(
                 path,
                 self.renderer,
+                config.of(source),
                 unlimited=self.unlimited,
                 split=split,
-                format=source.format or config.data_format,
-                columns=source.columns or config.columns,
-                limit=source.limit or config.limit,
-                empty_answers=config.empty_answers,
                 task=self.outline.task,
             )
             return items, skipped, None
@@ -242,7 +237,7 @@ class _Reader:
             labels=labels,
             text_columns=job.text_columns,
             label_column=job.label_column,
-            limit=source.limit or config.limit,
+            limit=config.of(source).limit,
             encoder=self.outline.bidirectional,
         )
         return (

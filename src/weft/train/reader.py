@@ -160,24 +160,16 @@ class Reader:
         config = self.config
         recipe = Recipe(
             self.renderer,
-            source.format or config.data_format,
-            source.columns or config.columns,
+            config.of(source),
             self.architecture.task,
             keyed=config.eval_split is not None,
         )
-        key = (source.path, recipe.format, json.dumps(recipe.columns), source.limit)
+        key = (source.path, recipe.settings.data_format, json.dumps(recipe.settings.columns), source.limit)
         if key not in self.files:
             self.problems.begin()
             store, keys = self.stores[0], _Keys()
             start = len(store)
-            for made in iter_samples(
-                self.places[source.path],
-                recipe,
-                problems=self.problems,
-                limit=source.limit or config.limit,
-                empty_answers=config.empty_answers,
-                data_workers=config.data_workers,
-            ):
+            for made in iter_samples(self.places[source.path], recipe, problems=self.problems):
                 for sample in made.samples:
                     store.append(sample)
                     if recipe.keyed:
@@ -200,7 +192,7 @@ class Reader:
                     labels=names,
                     text_columns=job.text_columns,
                     label_column=job.label_column,
-                    limit=source.limit or self.config.limit,
+                    limit=self.config.of(source).limit,
                     encoder=self.architecture.bidirectional,
                     problems=self.problems,
                 )

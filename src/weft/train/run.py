@@ -20,7 +20,7 @@ from weft.core.weights import how_kept
 from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
-from weft.data.settings import DataSettings
+from weft.data.settings import DataSettings, free_keys
 from weft.data.views import Chain, Samples
 from weft.errors import UserError
 from weft.models import Base, load_base
@@ -32,24 +32,6 @@ from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
 from weft.train.settings import RunConfig
 from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
-
-# What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
-_FREE_KEYS = frozenset(
-    {
-        "output_dir",
-        "overwrite_output_dir",
-        "resume",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "threads",
-        "verify_packing",
-        "data_workers",
-        "bad_records_file",
-        "audit",
-    }
-)
-
 
 _BAD_RECORDS = "bad_records.jsonl"
 _EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, _BAD_RECORDS}
@@ -78,7 +60,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     places = data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
     sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
-    renderer = make_renderer(config, sketch.tokenizer, sketch.architecture.max_length)
+    renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
     try:
@@ -129,28 +111,6 @@ def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserEr
 
 def _report_of(config: RunConfig) -> Path:
     return Path(config.bad_records_file or Path(config.output_dir) / _BAD_RECORDS)
-
-
-def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Renderer:
-    """What renders the run's data, for a base that has ``limit`` positions (None: any number).
-
-    Raises:
-        UserError: a setting asks for what the base or the tokenizer does not have.
-    """
-    length = config.max_length or limit
-    if limit is not None and length is not None and length > limit:
-        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
-    return Renderer(
-        tokenizer,
-        chat_template=config.chat_template,
-        allow_unknown_markers=config.allow_unknown_markers,
-        template_kwargs=config.template_kwargs,
-        train_on=config.train_on,
-        max_length=length,
-        truncation=config.truncation,
-        documents=config.documents,
-        window_overlap=config.window_overlap,
-    )
 
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
@@ -341,7 +301,8 @@ def base_fingerprint(base: Base) -> dict[str, Any]:
 def _same_run(config: RunConfig, stored: dict[str, Any]) -> None:
     """A run is resumed as it was begun: any other setting would make it another run."""
     old, new = stored.get("config", {}), config.model_dump(mode="json")
-    changed = [key for key in new if key not in _FREE_KEYS and old.get(key) != new[key]]
+    free = free_keys(RunConfig)
+    changed = [key for key in new if key not in free and old.get(key) != new[key]]
     if changed:
         lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
         raise UserError(f"cannot resume: the configuration has changed since the run began:\n{lines}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from weft.core.combined import CombinedConfig
 from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config
-from weft.data.settings import DataPaths, DataSettings, checked_paths
+from weft.data import Renderer
+from weft.data.rendering.render import RenderSettings
+from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
 from weft.errors import UserError
 from weft.models.hub import Hub
 from weft.models.load import Shape
@@ -24,37 +26,76 @@ class JobConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str
-    method: str
+    name: str = Field(description="name of the adapter and of its folder")
+    method: str = Field(description="one of the methods below; or several in one adapter, joined by `+` (above)")
     method_settings: dict[str, Any] = {}
-    data: DataPaths | None = None
-    eval_data: DataPaths | None = None
-    task: Literal["causal_lm", "seq2seq", "sequence_classification"] = "causal_lm"
-    labels: list[str] | None = None
-    text_columns: list[str] | None = None
-    label_column: str | None = None
-    steps: int | None = Field(default=None, gt=0)
-    epochs: float = Field(default=3, gt=0)
-    batch_size: int = Field(default=8, gt=0)
-    batch_tokens: int | None = Field(default=None, gt=0)
-    pack_tokens: int | None = Field(default=None, gt=0)
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float | None = Field(default=None, gt=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    seed: int = 0
-    eval_steps: int | None = Field(default=None, gt=0)
-    early_stopping_patience: int | None = Field(default=None, gt=0)
-    early_stopping_min_delta: float = Field(default=0.0, ge=0)
-    neftune_noise_alpha: float = Field(default=0.0, ge=0)
+    data: DataPaths | None = Field(None, description="training data of this job")
+    eval_data: DataPaths | None = Field(None, description="evaluation data of this job")
+    task: Literal["causal_lm", "seq2seq", "sequence_classification"] = Field(
+        "causal_lm",
+        description="`causal_lm` writes text, as the base does it (`seq2seq`: only on an encoder-decoder, T5 or mT5); "
+        "`sequence_classification` names the class of a text, through a head of the job's own (on a base that writes "
+        "or on an encoder)",
+    )
+    labels: list[str] | None = Field(
+        None, description="classification: names of the classes in order; default: those in the training data"
+    )
+    text_columns: list[str] | None = Field(
+        None,
+        description="classification: the columns with the text or the pair of texts, if their names are not usual ones "
+        "([data.md](data.md))",
+    )
+    label_column: str | None = Field(None, description="classification: the column with the label, likewise")
+    steps: int | None = Field(None, gt=0, description="optimizer steps; wins over `epochs`")
+    epochs: float = Field(3, gt=0, description="passes over the data")
+    batch_size: int = Field(8, gt=0, description="records per optimizer step, times `gradient_accumulation_steps`")
+    batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="instead of `batch_size`: a step is packs of whole records up to this many tokens; `auto`: "
+        "`batch_size` times `max_length` ([data.md](data.md))",
+    )
+    pack_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="the most tokens that go through the model at once: a step's records are packed into as few passes "
+        "as best fit finds; default: the tokens of the fullest batch of the first epoch ([data.md](data.md))",
+    )
+    gradient_accumulation_steps: int = Field(
+        1,
+        gt=0,
+        description="makes a step of that many batches; what goes through the model at once stays as large as one of "
+        "them",
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch's own")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="default: the usual one of the method (below); of several methods in one job each its own",
+    )
+    adam_betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="AdamW's decay rates; `adam_beta1` and `adam_beta2` set one"
+    )
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's ε")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of `sgd`")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for `adamw`")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="wins over `warmup_ratio`")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the job's gradients to this norm; 0: do not")
+    seed: int = Field(0, description="of the job's initial values, order and dropout")
+    eval_steps: int | None = Field(
+        None, gt=0, description="evaluate every so many steps, besides before the first and after the last"
+    )
+    early_stopping_patience: int | None = Field(
+        None, gt=0, description="end after so many evaluations without gain, with the best weights; needs `eval_steps`"
+    )
+    early_stopping_min_delta: float = Field(0.0, ge=0, description="how much lower a loss must be to count as gain")
+    neftune_noise_alpha: float = Field(
+        0.0, ge=0, description="NEFTune: strength of the noise on the embeddings in training; 5 is usual, 0: none"
+    )
 
+    _method: MethodConfig = PrivateAttr()
     _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     @field_validator("labels", mode="before")
@@ -80,16 +121,16 @@ class JobConfig(BaseModel):
         if self.batch_tokens is not None and self.pack_tokens is not None:
             raise ValueError("batch_tokens and pack_tokens exclude each other: what goes through the model at once "
                              "is already limited by batch_tokens")  # fmt: skip
-        method = self.method_config()
-        for part in method.parts if isinstance(method, CombinedConfig) else (method,):
-            if self.task not in part.tasks:
-                fitting = ", ".join(sorted(part.tasks))
-                raise ValueError(f"task {self.task}: method {part.method} is not for that; it is for {fitting}")
+        self._method = method = method_of(self.method, self.method_settings)
+        for one in method.parts if isinstance(method, CombinedConfig) else (method,):
+            if self.task not in one.tasks:
+                fitting = ", ".join(sorted(one.tasks))
+                raise ValueError(f"task {self.task}: method {one.method} is not for that; it is for {fitting}")
         return self
 
     def method_config(self) -> MethodConfig:
         """The method's own configuration."""
-        return method_of(self.method, self.method_settings)
+        return self._method
 
     def planned_steps(self, samples: int) -> tuple[int, int]:
         """(optimizer steps per epoch, of the whole job) with that many samples in batches of ``batch_size``."""
@@ -100,23 +141,59 @@ class JobConfig(BaseModel):
 class RunConfig(DataSettings):
     """A run: base, data, jobs, where it is written."""
 
-    model: str
-    jobs: tuple[JobConfig, ...] = Field(min_length=1)
-    output_dir: str = "runs/weft"
-    overwrite_output_dir: bool = False
-    resume: bool = False
-    hub: Hub = "huggingface"
-    shape: Shape = "full"
-    quantization: Quantization | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int | None = Field(default=None, gt=0)
-    exact: bool = False
-    verify_packing: bool = True
-    gradient_checkpointing: bool = False
-    logging_steps: int = Field(default=10, gt=0)
-    save_steps: int | None = Field(default=None, gt=0)
-    save_total_limit: int = Field(default=2, gt=0)
+    model: str = Field(
+        description="the base: a Hugging Face folder, a hub id, or an embedded model (`tiny-llama`, `tiny-bloom`)"
+    )
+    jobs: tuple[JobConfig, ...] = Field(
+        min_length=1,
+        description="one mapping per job; or leave it out, and `method: [lora, prefix_tuning]` makes one job per "
+        "method",
+    )
+    output_dir: Annotated[str, FREE] = Field("runs/weft", description="folder of the run")
+    overwrite_output_dir: Annotated[bool, FREE] = Field(
+        False, description="delete the run that is in `output_dir` (anything else there is never deleted)"
+    )
+    resume: Annotated[bool, FREE] = Field(
+        False, description="go on from the newest intact checkpoint in `output_dir`; begins anew if the run never began"
+    )
+    hub: Hub = Field(
+        "huggingface",
+        description="where an id of a model or a data set is looked up; `HF_ENDPOINT` names a mirror of Hugging Face",
+    )
+    shape: Shape = Field(
+        "full",
+        description="`tiny`: the same architecture with two layers of width 64 and random weights, to try a run in "
+        "seconds",
+    )
+    quantization: Quantization | None = Field(
+        None,
+        description="how the base's linears are kept: NF4 with double quantisation, or LLM.int8; needs `weft[quant]`",
+    )
+    dtype: str = Field(
+        "auto",
+        description="what the base computes in: `auto` (as its config says), `float32`, `bfloat16`, `float16`, "
+        "`float64`",
+    )
+    device: str = Field("auto", description="`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:0`")
+    threads: Annotated[int | None, FREE] = Field(None, gt=0, description="CPU threads of torch")
+    exact: bool = Field(
+        False, description="one matrix product per job: bit for bit what each job alone would give, and slower"
+    )
+    verify_packing: Annotated[bool, FREE] = Field(
+        True,
+        description="before the first step, prove on the first batch that a sequence's loss does not depend on its "
+        "neighbours ([data.md](data.md))",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the blocks in the backward pass: less memory, more time"
+    )
+    logging_steps: Annotated[int, FREE] = Field(10, gt=0, description="a line of metrics every so many steps of a job")
+    save_steps: Annotated[int | None, FREE] = Field(
+        None,
+        gt=0,
+        description="a checkpoint every so many steps; there is always one at the end and when the run is stopped",
+    )
+    save_total_limit: Annotated[int, FREE] = Field(2, gt=0, description="how many checkpoints to keep")
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
@@ -135,6 +212,17 @@ class RunConfig(DataSettings):
             if not classifies and any(getattr(job, key) is not None for job in self.jobs):
                 raise ValueError(f"{key} is for classification; add task: sequence_classification")
         return self
+
+    def renderer(self, tokenizer: Any, positions: int | None = None) -> Renderer:
+        """What renders the run's data, for a base that has ``positions`` (None: any number).
+
+        Raises:
+            UserError: a setting asks for what the base or the tokenizer does not have.
+        """
+        length = self.max_length or positions
+        if positions is not None and length is not None and length > positions:
+            raise UserError(f"max_length {length} is more than the {positions} positions that {self.model} has.")
+        return Renderer(tokenizer, part(RenderSettings, self, max_length=length))
 
 
 def settings_of(

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from weft.data.auditing.base import Item, Split, short
 from weft.data.formats.detect import EmptyAnswerError, to_example
@@ -17,6 +17,7 @@ from weft.data.problems import Problem, about_record
 from weft.data.reading.records import Record, iter_items
 from weft.data.rendering.render import Renderer, Task
 from weft.data.rendering.sample import TooLongError
+from weft.data.settings import ReadSettings
 from weft.errors import UserError
 
 EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
@@ -25,30 +26,28 @@ EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
 def read_items(
     path: str | os.PathLike[str],
     renderer: Renderer,
+    settings: ReadSettings | None = None,
     *,
     unlimited: Renderer | None = None,
     split: Split = "train",
-    format: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    limit: int | None = None,
-    empty_answers: Literal["error", "skip"] = "error",
     task: Task = "causal_lm",
 ) -> tuple[list[Item], Counter[str]]:
     """Every record of a file as an Item, and why how many were left out (``empty_answers``, ``truncation: drop``).
 
-    The other arguments are those of ``load_samples``. A record that training refuses is an Item with a ``problem``.
+    A record that training refuses is an Item with a ``problem``.
     ``unlimited`` is the same renderer without a ``max_length``: it tells how long a record is before it is cut.
     Raises UserError for a file that cannot be read, and if ``format`` or ``columns`` name what is not there.
     """
+    settings = settings or ReadSettings()
     items, left_out = [], Counter[str]()
-    for record in iter_items(path, limit=limit):
+    for record in iter_items(path, limit=settings.limit):
         if isinstance(record, Problem):
             items.append(Item(split, record.place, problem=("not-read", record.what)))
             continue
         try:
-            example = to_example(record, format=format, columns=columns)
+            example = to_example(record, format=settings.data_format, columns=settings.columns)
         except EmptyAnswerError as error:
-            if empty_answers == "skip":
+            if settings.empty_answers == "skip":
                 left_out[EMPTY] += 1
             else:
                 items.append(_refused(record, split, "empty-answer", error))
