@@ -22,7 +22,7 @@ def figures(source: Path) -> dict[str, tuple[str, Places]]:
     files = {path.relative_to(source).as_posix(): path.read_text() for path in sorted(source.rglob("*.py"))}
     files = {name: text for name, text in files.items() if not name.startswith("assets/")}
     trees = {name: ast.parse(text) for name, text in files.items()}
-    lines = {name: text.count("\n") for name, text in files.items()}
+    lines = {name: sum(bool(line.strip()) for line in text.split("\n")) for name, text in files.items()}
     total = sum(lines.values())
     kinds = [name for name, text in files.items() if _KINDS.search(text) and not name.startswith(_KNOWS)]
     ignored = [f"{n}:{i}" for n, text in files.items() for i, line in enumerate(text.split("\n"), 1)
@@ -30,7 +30,8 @@ def figures(source: Path) -> dict[str, tuple[str, Places]]:
     anything = [f"{n}:{node.lineno}" for n, tree in trees.items() for node in ast.walk(tree)
                 if isinstance(node, ast.Name) and node.id == "Any"]  # fmt: skip
     calls = [place for name, tree in trees.items() for place in _long_calls(name, tree)]
-    completed = [place for name, tree in trees.items() for place in _completed(name, tree)]
+    parts = {name: _parts(tree) for name, tree in trees.items()}
+    completed = [place for name, tree in trees.items() for place in _completed(name, tree, parts)]
     circles = [" <-> ".join(sorted(circle)) for circle in _circles(_imports(trees))]
     return {
         "source lines": (f"{total:,}", []),
@@ -38,7 +39,7 @@ def figures(source: Path) -> dict[str, tuple[str, Places]]:
         "files that ask which kind": (str(len(kinds)), kinds),
         "import circles": (str(len(circles)), circles),
         f"calls with {_MANY} positional arguments or more": (str(len(calls)), calls),
-        "attributes set on a fresh object": (str(len(completed)), completed),
+        "objects completed from another file": (str(len(completed)), completed),
         "type: ignore": (f"{len(ignored)} ({1000 * len(ignored) / total:.1f} per 1,000 lines)", ignored),
         "Any": (f"{len(anything)} ({1000 * len(anything) / total:.1f} per 1,000 lines)", anything),
     }
@@ -50,19 +51,27 @@ def _long_calls(name: str, tree: ast.AST) -> Iterator[str]:
             yield f"{name}:{node.lineno}: {ast.unparse(node.func)}"
 
 
-def _completed(name: str, tree: ast.AST) -> Iterator[str]:
-    """Assignments ``thing.part = value`` from outside the class of ``thing``, where a function got or made it."""
+def _parts(tree: ast.AST) -> set[str]:
+    """What the classes of a file say that their objects have."""
+    found = set()
+    for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        found |= {
+            one.target.id for one in cls.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+        }
+        found |= {one.attr for one in ast.walk(cls) if _is_set(one) and ast.unparse(one.value) == "self"}  # type: ignore
+    return found
+
+
+def _is_set(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+
+
+def _completed(name: str, tree: ast.AST, parts: dict[str, set[str]]) -> Iterator[str]:
+    """Where a part is put into an object whose class another file has, and this one has none with such a part."""
+    others = set().union(*(found for other, found in parts.items() if other != name)) - parts[name]
     for node in ast.walk(tree):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if _has_target(node) else []
-        for target in targets:
-            parts = target.elts if isinstance(target, ast.Tuple) else [target]
-            for part in parts:
-                if isinstance(part, ast.Attribute) and ast.unparse(part.value).split(".")[0] not in ("self", "cls"):
-                    yield f"{name}:{part.lineno}: {ast.unparse(part)}"
-
-
-def _has_target(node: ast.AST) -> bool:
-    return isinstance(node, ast.AnnAssign) and node.value is not None
+        if _is_set(node) and node.attr in others and ast.unparse(node.value).split(".")[0] not in ("self", "cls"):  # type: ignore
+            yield f"{name}:{node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
 
 
 def _imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:

@@ -202,8 +202,9 @@ def _make_layer(config: LoraConfig, path: str, base: nn.Module, context: BuildCo
     if not (config.pissa or config.use_dora):
         return LoraLinear(path, a, b, scaling, config.lora_dropout)
     return VariantLinear(
-        path, base, a, b, scaling, config.lora_dropout, context, pissa=config.pissa, dora=config.use_dora
-    )
+        path, base, a, b, scaling,
+        dropout=config.lora_dropout, context=context, pissa=config.pissa, dora=config.use_dora,
+    )  # fmt: skip
 
 
 class Lora(SiteAdapter):

@@ -95,7 +95,7 @@ class Vera(SharedSiteAdapter):
         paths = context.architecture.match(config.target_modules, config.layers_to_transform)
         modules = {path: context.model.get_submodule(path) for path in paths}
         a, b = _projections(config, list(modules.values()), context)
-        layers = {path: VeraLinear(config, path, module, a, b, context) for path, module in modules.items()}
+        layers = {path: VeraLinear(config, path, module, a, b=b, context=context) for path, module in modules.items()}
         super().__init__(config, name, layers, {"vera_A": a, "vera_B": b}, stored=config.save_projection)
 
 

@@ -92,7 +92,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     except BaseException:
         adapters.close()
         raise
-    return Setup(config, base, adapters, renderer, jobs, read.problems)
+    return Setup(config, base, adapters=adapters, renderer=renderer, jobs=jobs, problems=read.problems)
 
 
 def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
@@ -184,7 +184,7 @@ def train(
     begun = (store.folder / RUN_FILE).is_file()
     store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     try:
-        return _train(config, setup, store, on_event, should_stop, on_trained)
+        return _train(config, setup, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained)
     finally:
         store.release()
         setup.adapters.close()

@@ -274,13 +274,13 @@ class Renderer:
             return Draft(list(ids), [0.0, *weights[1:]], origins=[Origin(0, 0, 0, len(ids))])
         draft, at, text = Draft(), 0, script.text
         for span in script.spans:
-            self._add(draft, text, at, span.start, script.base, known)
+            self._add(draft, text, at, span.start, weight=script.base, known=known)
             if span.weight is None:
-                self._add(draft, text, span.start, span.end, 0.0, known)
+                self._add(draft, text, span.start, span.end, weight=0.0, known=known)
             else:
                 self._add_answer(draft, script, span, span.weight, known)
             at = span.end
-        self._add(draft, text, at, len(text), script.base, known)
+        self._add(draft, text, at, len(text), weight=script.base, known=known)
         if script.plain:
             draft.add([self.eos_token_id], 1.0)
         # What is plain cannot have written a BOS itself.
@@ -311,7 +311,7 @@ class Renderer:
             draft.add(ids, weight, (), (start, end, 0))
             draft.add([eos], weight, (), (end, end, 0))
             draft.answers.append((began, len(draft.ids)))
-            self._add(draft, script.text, end, stop, base, None)
+            self._add(draft, script.text, end, stop, weight=base, known=None)
         if inside:
             raise UserError(
                 f"{script.source}: the chat template puts {SOFT} inside the answer of {span.turn}, where the model "
