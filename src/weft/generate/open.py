@@ -222,15 +222,8 @@ def _open_run(folder: Path, asked: _Asked, wanted: Sequence[str] | None) -> Open
     recorded = store.read_run().get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
     source = asked.model or _base_of(config, recorded)
-    base = load_base(
-        source,
-        device=asked.device,
-        dtype=config.dtype if asked.dtype == "auto" else asked.dtype,
-        tokenizer=tokenizer,
-        shape=config.shape,
-        quantization=config.quantization,
-        hub=config.hub,
-    )
+    dtype = config.dtype if asked.dtype == "auto" else asked.dtype
+    base = config.model_copy(update={"model": source, "device": asked.device, "dtype": dtype}).base(tokenizer)
     if asked.model is None and asked.dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
     renderer, notes = _renderer_of_run(store, config, base, keep, asked.chat_template)

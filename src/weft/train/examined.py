@@ -20,7 +20,7 @@ from weft.data.reading.files import Place
 from weft.data.sources import content_key, held_by_hash
 from weft.errors import UserError
 from weft.models import Base
-from weft.models.load import load_tokenizer, sketch_base
+from weft.models.load import load_tokenizer
 from weft.train.batches import Batches
 from weft.train.packing import Packing
 from weft.train.reader import check_evaluated, data_files, token_key
@@ -98,7 +98,7 @@ def _outline(config: RunConfig) -> _Outline:
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
         return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", False)
-    base = sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
+    base = config.sketch()
     known = base.architecture
     return _Outline(base.tokenizer, known.max_length, known.task, known.bidirectional, base)
 

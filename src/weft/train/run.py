@@ -23,9 +23,9 @@ from weft.data.provenance import Provenance, TokenizerFacts, file_names, templat
 from weft.data.settings import DataSettings, free_keys
 from weft.data.views import Chain, Samples
 from weft.errors import UserError
-from weft.models import Base, load_base
+from weft.models import Base
 from weft.models.attached import prove_attached
-from weft.models.load import resolve_model, sketch_base
+from weft.models.load import resolve_model
 from weft.train.batches import Batches
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
@@ -59,7 +59,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         torch.set_num_threads(config.threads)
     places = data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
-    sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
+    sketch = base or config.sketch()
     renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
@@ -70,15 +70,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     audit_before_training(renderer, Chain(d.train for d in loaded), Chain(d.held for d in loaded), config.audit)
     _check(config, sketch, loaded)
     if base is None:
-        base = load_base(
-            config.model,
-            dtype=config.dtype,
-            device=config.device,
-            tokenizer=sketch.tokenizer,
-            shape=config.shape,
-            quantization=config.quantization,
-            hub=config.hub,
-        )
+        base = config.base(sketch.tokenizer)
     adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
     adapters.original_weight = base.original_weight
     try:

@@ -13,10 +13,11 @@ from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config
 from weft.data import Renderer
 from weft.data.rendering.render import RenderSettings
-from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
+from weft.data.settings import FREE, DataPaths, DataSettings, part
 from weft.errors import UserError
+from weft.models import Base, load_base
 from weft.models.hub import Hub
-from weft.models.load import Shape
+from weft.models.load import Shape, sketch_base
 from weft.models.quantize import Quantization
 from weft.train.aliases import translate
 
@@ -96,7 +97,6 @@ class JobConfig(BaseModel):
     )
 
     _method: MethodConfig = PrivateAttr()
-    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -212,6 +212,22 @@ class RunConfig(DataSettings):
             if not classifies and any(getattr(job, key) is not None for job in self.jobs):
                 raise ValueError(f"{key} is for classification; add task: sequence_classification")
         return self
+
+    def sketch(self) -> Base:
+        """The base's shapes and tokenizer. Raises UserError as ``load_base`` does."""
+        return sketch_base(self.model, dtype=self.dtype, shape=self.shape, hub=self.hub)
+
+    def base(self, tokenizer: Any = None) -> Base:
+        """The base. Raises UserError as ``load_base`` does."""
+        return load_base(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            tokenizer=tokenizer,
+            shape=self.shape,
+            quantization=self.quantization,
+            hub=self.hub,
+        )
 
     def renderer(self, tokenizer: Any, positions: int | None = None) -> Renderer:
         """What renders the run's data, for a base that has ``positions`` (None: any number).
