@@ -52,9 +52,7 @@ class ReadSettings(BaseModel):
         None, description="format of the records, if it should not be recognised ([data.md](data.md))"
     )
     columns: dict[str, str] | None = Field(
-        None,
-        description="what the format's fields are made of, `{field of the format: field in the data}`; also paths and "
-        "templates ([data.md](data.md))",
+        None, description="`{field of the format: field in the data}`; also paths and templates ([data.md](data.md))"
     )
     limit: int | None = Field(None, gt=0, description="read only this many records (of each source of `data`)")
     empty_answers: EmptyAnswers = Field("error", description="what to do with a record whose answer is empty")
@@ -67,9 +65,7 @@ class ReadSettings(BaseModel):
         None, description="the file for `on_bad_record: report`; default: `bad_records.jsonl` in the run's folder"
     )
     data_workers: Annotated[int, FREE] = Field(
-        0,
-        ge=0,
-        description="processes that render the records; the samples and their order are the same for any number",
+        0, ge=0, description="processes that render the records; any number gives the same samples"
     )
 
     def of(self, source: Source) -> ReadSettings:
@@ -93,15 +89,10 @@ class DataSettings(RenderSettings, ReadSettings):
     data_hub: Hub | None = Field(None, description="for data sets, if it is another one than `hub`")
     eval_data: DataPaths | None = Field(None, description="data to evaluate on; a job may have its own")
     eval_size: int = Field(
-        0,
-        ge=0,
-        description="without `eval_data`: how many records to hold out of the training data, the same for every job",
+        0, ge=0, description="without `eval_data`: how many records to hold out, the same for every job"
     )
     eval_split: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="without `eval_data`: the share of the records to hold out, chosen by the hash of their content",
+        None, gt=0, lt=1, description="without `eval_data`: the share of the records to hold out, by their content"
     )
     audit: Annotated[AuditMode, FREE] = Field(
         "error",

@@ -63,36 +63,25 @@ class BottleneckConfig(MethodConfig):
     mh_adapter: bool = Field(True, description="a layer after the attention")
     output_adapter: bool = Field(True, description="a layer after the MLP")
     reduction_factor: float | dict[str, float] | None = Field(
-        None,
-        description="the model's width over the layer's, also by block; default: 16, but a layer no narrower than 64 "
-        "(than half the model, if that is less)",
+        None, description="the model's width over the layer's, also by block; default: 16, but a width of 64 or more"
     )
     non_linearity: str = Field("swish", description="activation between the two projections")
     original_ln_before: bool = Field(
-        False,
-        description="the layer reads the sum with the residual, normed where a norm follows it",
+        False, description="the layer reads the sum with the residual, normed if a norm follows"
     )
-    original_ln_after: bool = Field(
-        True,
-        description="off: neither the residual nor a norm of the base comes after the layer",
-    )
+    original_ln_after: bool = Field(True, description="off: neither the residual nor a norm of the base comes after it")
     ln_before: bool = Field(False, description="a norm of its own before the layer")
     ln_after: bool = Field(False, description="a norm of its own after the layer")
     residual_before_ln: bool | Literal["post_add"] = Field(
-        True,
-        description="what the layer's output is added to: the sub-layer's output, the normed sum (`false`), or the "
-        "sum before the norm (`post_add`)",
+        True, description="added to the sub-layer's output (`true`), the normed sum (`false`) or the sum (`post_add`)"
     )
     adapter_residual_before_ln: bool = Field(False, description="the addition comes before `ln_after`")
     is_parallel: bool = Field(False, description="beside the sub-layer and not after it")
     scaling: float | Literal["learned", "channel"] = Field(
-        1.0,
-        description="what the layer's output is multiplied with: a number, one that is learned, or one for each "
-        "channel",
+        1.0, description="what the layer's output is multiplied with: a number, or learned (one, or per channel)"
     )
     init_weights: Literal["mam_adapter", "bert", "houlsby"] = Field(
-        "mam_adapter",
-        description="the first weights: `mam_adapter` begins as the identity, `bert` and `houlsby` near it",
+        "mam_adapter", description="`mam_adapter` begins as the identity, `bert` and `houlsby` near it"
     )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout inside the layer")
     leave_out: list[int] = Field([], description="numbers of the blocks that get no layer")

@@ -34,10 +34,7 @@ class LlamaProConfig(MethodConfig):
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
 
     num_new_blocks: int | None = Field(
-        None,
-        gt=0,
-        description="how many blocks, evenly spread; default: one for every four blocks, as in the paper, but no "
-        "fewer than four",
+        None, gt=0, description="how many, evenly spread; default: one for every four blocks, but no fewer than four"
     )
 
     def build(self, name: str, context: BuildContext) -> Adapter:

@@ -62,9 +62,7 @@ class LoraConfig(LowRankConfig):
     rank_pattern: dict[str, PositiveInt] = Field({}, description="other ranks, by module")
     alpha_pattern: dict[str, float] = Field({}, description="other `lora_alpha`, by module")
     target_parameters: list[str] | None = Field(
-        None,
-        description="names of parameters that no linear holds (`mlp.experts.gate_up_proj`), to be adapted beside "
-        "`target_modules`",
+        None, description="parameters that no linear holds (`mlp.experts.gate_up_proj`), to be adapted as well"
     )
     loraplus_lr_ratio: float | None = Field(None, gt=0, description="B's learning rate (and that of vectors) over A's")
     loraplus_lr_embedding: float = Field(

@@ -33,9 +33,7 @@ class LowRankConfig(SavesModules):
     takes_embeddings: ClassVar[bool] = False
 
     target_modules: str | list[str] = Field(
-        "all-linear",
-        description="last parts of module paths, an expression over whole paths, or `all-linear`: all linear modules "
-        "of the blocks",
+        "all-linear", description="last parts of paths, an expression over whole paths, or all linears of the blocks"
     )
     lora_alpha: float = Field(16, gt=0, description="the change is scaled by this over its rank")
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on what goes into A")

@@ -40,8 +40,7 @@ class DeepPromptConfig(MethodConfig):
     num_virtual_tokens: int = Field(20, gt=0, description="learned keys and values in each layer")
     prefix_init: Literal["activations", "random", "zero"] = Field(
         "activations",
-        description="where the first ones come from: `activations` takes those that the base itself computes for "
-        "sampled tokens, which trains far better than noise",
+        description="where the first ones come from; `activations`: what the base computes for sampled tokens",
     )
     prefix_init_text: str | None = Field(None, description="with `activations`: compute them for this text instead")
 

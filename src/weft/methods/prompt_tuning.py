@@ -32,8 +32,7 @@ class SoftPromptConfig(MethodConfig):
 
     virtual_position: Position = Field(
         "before",
-        description="where the learned tokens stand: before the text, `after` the prompt (right before the answer), "
-        "or at the `slots` that the template names",
+        description="before the text, `after` the prompt (right before the answer), or at the template's `slots`",
     )
 
     def in_peft(self) -> dict[str, Any]:

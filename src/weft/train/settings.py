@@ -42,9 +42,7 @@ class JobConfig(BaseModel):
         None, description="classification: names of the classes in order; default: those in the training data"
     )
     text_columns: list[str] | None = Field(
-        None,
-        description="classification: the columns with the text or the pair of texts, if their names are not usual ones "
-        "([data.md](data.md))",
+        None, description="classification: the columns with the text or the pair of texts, if not the usual ones"
     )
     label_column: str | None = Field(None, description="classification: the column with the label, likewise")
     steps: int | None = Field(None, gt=0, description="optimizer steps; wins over `epochs`")
@@ -53,26 +51,17 @@ class JobConfig(BaseModel):
     batch_tokens: int | None = Field(
         None,
         gt=0,
-        description="instead of `batch_size`: a step is packs of whole records up to this many tokens; `auto`: "
-        "`batch_size` times `max_length` ([data.md](data.md))",
+        description="instead of `batch_size`: so many tokens a step; `auto`: `batch_size` times `max_length`",
     )
     pack_tokens: int | None = Field(
-        None,
-        gt=0,
-        description="the most tokens that go through the model at once: a step's records are packed into as few passes "
-        "as best fit finds; default: the tokens of the fullest batch of the first epoch ([data.md](data.md))",
+        None, gt=0, description="the most tokens in one pass; default: those of the first epoch's fullest batch"
     )
     gradient_accumulation_steps: int = Field(
-        1,
-        gt=0,
-        description="makes a step of that many batches; what goes through the model at once stays as large as one of "
-        "them",
+        1, gt=0, description="makes a step of that many batches; a pass stays as large as one of them"
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch's own")
     learning_rate: float | None = Field(
-        None,
-        gt=0,
-        description="default: the usual one of the method (below); of several methods in one job each its own",
+        None, gt=0, description="default: the method's usual one (below); of several methods in one job each its own"
     )
     adam_betas: tuple[float, float] = Field(
         (0.9, 0.999), description="AdamW's decay rates; `adam_beta1` and `adam_beta2` set one"
@@ -146,8 +135,7 @@ class RunConfig(DataSettings):
     )
     jobs: tuple[JobConfig, ...] = Field(
         min_length=1,
-        description="one mapping per job; or leave it out, and `method: [lora, prefix_tuning]` makes one job per "
-        "method",
+        description="one mapping per job; or leave it out: `method: [lora, prefix_tuning]` makes one job each",
     )
     output_dir: Annotated[str, FREE] = Field("runs/weft", description="folder of the run")
     overwrite_output_dir: Annotated[bool, FREE] = Field(
@@ -157,22 +145,17 @@ class RunConfig(DataSettings):
         False, description="go on from the newest intact checkpoint in `output_dir`; begins anew if the run never began"
     )
     hub: Hub = Field(
-        "huggingface",
-        description="where an id of a model or a data set is looked up; `HF_ENDPOINT` names a mirror of Hugging Face",
+        "huggingface", description="where ids of models and data are looked up; `HF_ENDPOINT` names a mirror"
     )
     shape: Shape = Field(
-        "full",
-        description="`tiny`: the same architecture with two layers of width 64 and random weights, to try a run in "
-        "seconds",
+        "full", description="`tiny`: the same architecture, two layers of width 64, random; to try a run in seconds"
     )
     quantization: Quantization | None = Field(
-        None,
-        description="how the base's linears are kept: NF4 with double quantisation, or LLM.int8; needs `weft[quant]`",
+        None, description="how the linears are kept: NF4 (double quantisation), LLM.int8; needs `weft[quant]`"
     )
     dtype: str = Field(
         "auto",
-        description="what the base computes in: `auto` (as its config says), `float32`, `bfloat16`, `float16`, "
-        "`float64`",
+        description="what it computes in: `auto` (as its config says), `float32`, `bfloat16`, `float16`, `float64`",
     )
     device: str = Field("auto", description="`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:0`")
     threads: Annotated[int | None, FREE] = Field(None, gt=0, description="CPU threads of torch")
@@ -180,18 +163,14 @@ class RunConfig(DataSettings):
         False, description="one matrix product per job: bit for bit what each job alone would give, and slower"
     )
     verify_packing: Annotated[bool, FREE] = Field(
-        True,
-        description="before the first step, prove on the first batch that a sequence's loss does not depend on its "
-        "neighbours ([data.md](data.md))",
+        True, description="before the first step, prove that no sequence depends on its neighbours ([data.md](data.md))"
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute the blocks in the backward pass: less memory, more time"
     )
     logging_steps: Annotated[int, FREE] = Field(10, gt=0, description="a line of metrics every so many steps of a job")
     save_steps: Annotated[int | None, FREE] = Field(
-        None,
-        gt=0,
-        description="a checkpoint every so many steps; there is always one at the end and when the run is stopped",
+        None, gt=0, description="a checkpoint every so many steps, besides one at the end and when the run is stopped"
     )
     save_total_limit: Annotated[int, FREE] = Field(2, gt=0, description="how many checkpoints to keep")
 

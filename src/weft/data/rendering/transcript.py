@@ -107,9 +107,8 @@ class Turns:
         schemas = [self.encoder.guard(tool) for tool in example.tools]
         text = self._render(turns, schemas, generation, source)
         base = 1.0 if self.settings.train_on == "all" else 0.0
-        return Script(
-            text, tuple(self._spans(marked, turns, schemas, text, generation=generation, source=source)), base, source
-        )
+        spans = self._spans(marked, turns, schemas, text, generation=generation, source=source)
+        return Script(text, tuple(spans), base, source)
 
     def contents(self, script: Script, example: Conversation) -> list[tuple[int, int]] | None:
         """Where in the script's text contents of messages stand; None where the template does not let that be told.
