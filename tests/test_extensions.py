@@ -20,11 +20,12 @@ from torch.nn import functional as F
 import weft
 from weft import extensions
 from weft.cli.main import main
+from weft.core.head import losses_of_logits
 from weft.core.registry import METHODS
 from weft.data import FORMATS, Record, format_of, to_example
 from weft.data.formats import detect
 from weft.errors import UserError
-from weft.objectives import OBJECTIVES, Supervised, likelihood_of_logits, make_objective
+from weft.objectives import OBJECTIVES, Supervised, likelihood, make_objective
 from weft.train.callbacks import CALLBACKS
 from weft.train.run import prepare
 from weft.train.step import train_step
@@ -214,7 +215,7 @@ def test_an_objective_is_its_formula(tiny_llama_dir: Path, tiny_data: Path, tmp_
     losses = (1 - p) ** 2 * F.cross_entropy(logits, targets, reduction="none") * batch.weights
     torch.testing.assert_close(OBJECTIVES["focal"](logits, batch), torch.stack([losses[:2].sum(), losses[2:].sum()]))
     zero = make_objective("focal", {"gamma": 0})
-    torch.testing.assert_close(zero(logits, batch), likelihood_of_logits(logits, batch))
+    torch.testing.assert_close(zero(logits, batch), likelihood(losses_of_logits(logits, targets), batch))
 
     @weft.register_objective("mean")
     def mean(logits: torch.Tensor, batch: Supervised) -> torch.Tensor:

@@ -7,11 +7,17 @@ The command line prints a ``UserError`` as one message and leaves with exit code
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
     """The user gave something that cannot be used. The message says what, where, what was expected and what to do."""
+
+
+def check_word(key: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a value that is none of the ``known`` words. Raises UserError."""
+    if value not in known:
+        raise UserError(f"{key} is {value!r}; expected one of {', '.join(known)}.{nearest(str(value), known)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

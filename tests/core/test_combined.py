@@ -28,7 +28,8 @@ from weft.methods.own_weights import OwnWeights
 from weft.models import describe
 from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer, make_config
-from weft.train.config import method_of, read_run_config
+from weft.train.config import read_run_config
+from weft.train.settings import method_of
 from weft.train.step import train_step
 
 # method -> the job's settings

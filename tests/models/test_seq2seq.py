@@ -188,7 +188,7 @@ def test_training_from_the_command_line(weft: Callable[..., str], t5_dir: Path, 
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str) -> None:
-    monkeypatch.setattr("weft.train.run.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("weft.train.settings.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=message):
         prepare(build_config(values))
 

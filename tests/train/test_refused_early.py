@@ -36,7 +36,7 @@ def test_before_the_weights(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the weights are being loaded")
 
-    monkeypatch.setattr(run, "load_base", load)
+    monkeypatch.setattr("weft.train.settings.load_base", load)
     given = {"model": str(tiny_llama_dir), "data": str(tiny_data), "steps": 10, "jobs": [job]}
     with pytest.raises(UserError, match=message):
         run.prepare(make_config(given))

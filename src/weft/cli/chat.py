@@ -57,7 +57,7 @@ def chat(
     opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype, chat_template=template)
     sampling = Sampling(temperature, top_k, top_p, seed)
     names = [*(adapter or opened.names), None]
-    talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens, as_json)
+    talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens, as_json=as_json)
     for note in (*opened.notes, talk.introduction()):
         common.say(note)
     for line in _lines():

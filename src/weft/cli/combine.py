@@ -62,7 +62,7 @@ def combine(
     from weft.models.load import resolve_model, sketch_base
 
     given = _weights(weights)
-    how = Combination(given, combination_type, density, majority_sign_method, svd_rank, seed)  # type: ignore[arg-type]
+    how = Combination(given, combination_type, density, majority_sign_method, svd_rank=svd_rank, seed=seed)  # type: ignore[arg-type]
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already; it is left alone. Take another folder.")
     found = [one for source in sources for one in _find(source, adapter)]

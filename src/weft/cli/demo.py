@@ -69,7 +69,7 @@ def show(result: DemoResult, console: Console) -> None:
     for column in ("method", "trainable", "file", "exact match", "base text loss", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in result.rows:
-        table.add_row(
+        cells = (
             row.method,
             f"{row.trainable_parameters:,}",
             f"{row.file_bytes / 1024:.0f} KiB",
@@ -77,6 +77,7 @@ def show(result: DemoResult, console: Console) -> None:
             f"{row.base_text_loss_change:+.3f}",
             f"{row.seconds:.1f}",
         )
+        table.add_row(*cells)
     console.print(table)
     console.print(
         "exact match: greedy answers to held-out questions, base → adapter. base text loss: change of the loss per "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weft.data import Message, Record
     from weft.data import Prompt as Rendered
     from weft.generate.open import Opened
+    from weft.generate.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def generate(
     from weft.generate.open import open_target
     from weft.generate.sampling import Sampling
 
-    _check(prompt, input_file, adapter, all_adapters, output, overwrite)
+    _check(prompt, input_file, adapter, all_adapters, output=output, overwrite=overwrite)
     prompts = _read(input_file) if input_file else [Prompt(text, "--prompt") for text in prompt or ()]
     common.tell_hub(model or target)
     template = options.template_text(chat_template)
@@ -81,8 +82,9 @@ def generate(
     for note in opened.notes:
         common.say(note)
     who = _who(opened, adapter, all_adapters)
-    results = _answer(opened, prompts, who, system, max_new_tokens, Sampling(temperature, top_k, top_p, seed), raw,
-                      batch_size)  # fmt: skip
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    how = _How(system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size)
+    results = _answer(opened, prompts, who, how)
     if output is not None:
         _write(output, results)
     if as_json:
@@ -125,16 +127,18 @@ def _who(opened: Opened, adapter: list[str] | None, everyone: bool) -> list[str 
     return [first]
 
 
-def _answer(
-    opened: Opened,
-    prompts: Sequence[Prompt],
-    who: Sequence[str | None],
-    system: str | None,
-    max_new_tokens: int | None,
-    sampling: Any,
-    raw: bool,
-    batch_size: int,
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """How all prompts are answered."""
+
+    system: str | None
+    max_new_tokens: int | None
+    sampling: Sampling
+    raw: bool
+    batch_size: int
+
+
+def _answer(opened: Opened, prompts: Sequence[Prompt], who: Sequence[str | None], how: _How) -> list[dict[str, Any]]:
     from weft.generate import Request
     from weft.generate import generate as run
     from weft.generate.text import decode
@@ -143,17 +147,17 @@ def _answer(
     if classifiers:
         labelled = {name: _classify(opened, prompts, name) for name in classifiers}
         others = [name for name in who if name not in labelled]
-        more = _answer(opened, prompts, others, system, max_new_tokens, sampling, raw, batch_size) if others else []
+        more = _answer(opened, prompts, others, how) if others else []
         written = iter(more)
         return [labelled[n][i] if n in labelled else next(written) for i in range(len(prompts)) for n in who]
     requests, owners = [], []
     for prompt in prompts:
-        rendered = _rendered(opened, prompt, system, raw)
+        rendered = _rendered(opened, prompt, how.system, how.raw)
         for name in who:
-            count = opened.room(len(rendered.ids), name, max_new_tokens, what=prompt.source)
-            requests.append(Request(rendered.ids, name, count, sampling, rendered.slots))
+            count = opened.room(len(rendered.ids), name, how.max_new_tokens, what=prompt.source)
+            requests.append(Request(rendered.ids, name, count, how.sampling, rendered.slots))
             owners.append(prompt)
-    completions = run(opened.adapters, requests, stop_ids=opened.stop_ids, batch_size=batch_size)
+    completions = run(opened.adapters, requests, stop_ids=opened.stop_ids, batch_size=how.batch_size)
     return [
         {
             "prompt": prompt.shown(),

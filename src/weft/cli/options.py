@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from functools import cache
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import weft
 from weft.errors import UserError
 from weft.foreign import read_text
 
@@ -22,6 +27,27 @@ TopK = Annotated[int, typer.Option(min=0, help="Draw from this many likeliest to
 Seed = Annotated[int, typer.Option(help="Seed of the draws; every answer has its own generator.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0")]
 Dtype = Annotated[str, typer.Option(help="auto (as in training), float32, bfloat16, float16")]
+
+
+@cache
+def _sentences() -> dict[str, str]:
+    """The configuration's sentences by key, read and not imported, which would load torch."""
+    found = {}
+    for file in ("train/settings.py", "data/settings.py"):  # a run's key wins over a job's
+        for node in ast.walk(ast.parse((Path(weft.__file__).parent / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+                told = {one.arg: one.value for one in node.value.keywords}
+                if "description" in told:
+                    default = [str(one.value) for one in node.value.args if isinstance(one, ast.Constant) and one.value]
+                    text = ast.literal_eval(told["description"]) + "".join(f" (default: {one})" for one in default)
+                    found[ast.unparse(node.target)] = text
+    return found
+
+
+def meaning(key: str) -> str:
+    """The help of an option that is a key of the run's configuration."""
+    text = _sentences()[key]
+    return re.sub(r" \(\[.*?\]\(.*?\)\)|`", "", f"{text[0].upper()}{text[1:]}.")
 
 
 def template_text(given: str | None) -> str | None:

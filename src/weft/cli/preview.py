@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli import common
+from weft.cli.options import meaning
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def preview(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base: a folder, a hub id or an embedded model.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv or .txt.")] = None,
+    model: Annotated[str | None, typer.Option(help=meaning("model"))] = None,
+    data: Annotated[str | None, typer.Option(help=meaning("data"))] = None,
     samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 3,
     record: Annotated[
         list[str] | None, typer.Option(help="Show this record: its number, or file:line. May be repeated.")

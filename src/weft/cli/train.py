@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli import common
+from weft.cli.options import meaning
 from weft.cli.progress import Reporter, make_reporter
 from weft.errors import UserError
 from weft.extensions import loaded_files
@@ -77,16 +78,14 @@ def train(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base: a folder, a hub id or an embedded model.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv or .txt.")] = None,
+    model: Annotated[str | None, typer.Option(help=meaning("model"))] = None,
+    data: Annotated[str | None, typer.Option(help=meaning("data"))] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; repeat it to train several at once.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="Folder of the run (default: runs/weft).")] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="tiny: the base's architecture shrunk and random, to try a run in seconds.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    output_dir: Annotated[str | None, typer.Option(help=meaning("output_dir"))] = None,
+    shape: Annotated[str | None, typer.Option(help=meaning("shape"))] = None,
+    resume: Annotated[bool, typer.Option("--resume", help=meaning("resume"))] = False,
     overwrite_output_dir: Annotated[
-        bool, typer.Option("--overwrite-output-dir", help="Delete the run that is in the folder, and begin anew.")
+        bool, typer.Option("--overwrite-output-dir", help=meaning("overwrite_output_dir"))
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")] = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, MethodConfig, SiteFunction
@@ -17,7 +18,9 @@ class SavesModules(MethodConfig):
     The adapter hands ``weft.methods.own_weights.saved_modules`` of them to ``SiteAdapter``.
     """
 
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[str] | None = Field(
+        None, description="endings of the paths of base modules that are trained whole beside it"
+    )
 
 
 class SiteAdapter(Adapter):

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from weft.data.formats.detect import EmptyAnswerError
-from weft.data.pipeline import EmptyAnswers, Fold, TextRecipe, outcomes
+from weft.data.pipeline import Fold, TextRecipe, outcomes
 from weft.data.problems import OnBadRecord, Problems
 from weft.data.rendering.render import Renderer, Task
 from weft.data.rendering.sample import Sample
+from weft.data.settings import EmptyAnswers, ReadSettings
 from weft.errors import UserError
 
 T = TypeVar("T")
@@ -42,7 +43,10 @@ def load_samples(
     problems = Problems(on_bad_record, errors={"empty_answer": EmptyAnswerError})
     if bad_records_file is not None and on_bad_record != "report":
         raise UserError("bad_records_file is for on_bad_record: report; nothing else writes it.")
-    recipe = TextRecipe(renderer=renderer, format=format, columns=columns, task=task, empty_answers=empty_answers)
+    settings = ReadSettings.model_construct(
+        data_format=format, columns=dict(columns) if columns else None, empty_answers=empty_answers
+    )
+    recipe = TextRecipe(renderer=renderer, settings=settings, task=task)
     fold = Fold(path, recipe, problems)
     found = [sample for sample, _ in fold.samples(outcomes(path, recipe, limit=limit, workers=data_workers))]
     recipe.end(fold)

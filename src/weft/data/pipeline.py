@@ -10,10 +10,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT
@@ -23,13 +23,13 @@ from weft.data.reading.records import first_rows, iter_items, iter_records
 from weft.data.reading.rows import Record
 from weft.data.rendering.render import Rendered, Renderer, Task
 from weft.data.rendering.sample import Sample, TooLongError
+from weft.data.settings import EmptyAnswers, ReadSettings
 from weft.data.sources import content_key, number_of
 from weft.data.workers import in_order
 from weft.errors import UserError, nearest
 
 T = TypeVar("T")
 Path = str | os.PathLike[str]
-EmptyAnswers = Literal["error", "skip"]
 EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
 BEHIND = "behind the limit"
 _PEEK = 50  # records that a recipe sees before it makes any
@@ -168,17 +168,15 @@ def _characters(value: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TextRecipe(Recipe):
-    """Conversations and texts, to learn what they say; the fields are arguments of ``load_samples``."""
+    """Conversations and texts, to learn what they say."""
 
     renderer: Renderer
-    format: str | None = None
-    columns: Mapping[str, str] | None = None
+    settings: ReadSettings = field(default_factory=ReadSettings)
     task: Task = "causal_lm"
-    empty_answers: EmptyAnswers = "error"
 
     def __post_init__(self) -> None:
-        if self.empty_answers not in get_args(EmptyAnswers):
-            raise UserError(f"empty_answers is {self.empty_answers!r}; expected 'error' or 'skip'.")
+        if self.settings.empty_answers not in get_args(EmptyAnswers):
+            raise UserError(f"empty_answers is {self.settings.empty_answers!r}; expected 'error' or 'skip'.")
         if self.task not in get_args(Task):
             known = get_args(Task)
             raise UserError(f"task is {self.task!r}; expected {' or '.join(known)}.{nearest(str(self.task), known)}")
@@ -194,9 +192,9 @@ class TextRecipe(Recipe):
         if isinstance(item, Problem):
             return Refused(source=item.place, problem=item)
         try:
-            return item, to_example(item, format=self.format, columns=self.columns)
+            return item, to_example(item, format=self.settings.data_format, columns=self.settings.columns)
         except EmptyAnswerError as error:
-            if self.empty_answers == "skip":
+            if self.settings.empty_answers == "skip":
                 return LeftOut(source=item.source, why=EMPTY)
             return self.refused(error, "empty_answer", item)
         except UserError as error:

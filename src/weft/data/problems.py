@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
 
-from weft.errors import UserError, nearest
+from weft.errors import UserError, check_word
 
 OnBadRecord = Literal["error", "skip", "report"]
 SHOWN = 20
@@ -108,12 +108,7 @@ class Problems:
     def __init__(
         self, on_bad_record: OnBadRecord = "error", *, errors: Mapping[str, Callable[[str], UserError]] | None = None
     ) -> None:
-        if on_bad_record not in get_args(OnBadRecord):
-            known = get_args(OnBadRecord)
-            raise UserError(
-                f"on_bad_record is {on_bad_record!r}; expected one of {', '.join(known)}."
-                f"{nearest(str(on_bad_record), known)}"
-            )
+        check_word("on_bad_record", on_bad_record, get_args(OnBadRecord))
         self.on_bad_record = on_bad_record
         self._errors = dict(errors or {})
         self.first: list[Problem] = []

@@ -121,7 +121,7 @@ def template_of(renderer: Renderer) -> dict[str, Any]:
         origin = "tokenizer"
     else:
         found, origin = given, "plain" if not own and given == PLAIN_TEMPLATE else "configuration"
-    return {"chat_template": found, "template_from": origin, "template_kwargs": dict(renderer.template_kwargs)}
+    return {"chat_template": found, "template_from": origin, "template_kwargs": dict(renderer.settings.template_kwargs)}
 
 
 def make_renderer(

@@ -1,69 +1,105 @@
-"""The keys of a configuration that say which data is read, and what becomes of it."""
+"""The keys of a configuration that say which data is read, and what becomes of it.
+
+Each key stands where its sentence, its type and its allowed values are: here, or beside the code that honours it (the
+bases of ``RenderSettings``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from weft.data.rendering.templates import is_file_name, template_text
-from weft.data.sources import parse_sources
+from weft.data.auditing.audit import AuditMode
+from weft.data.problems import OnBadRecord
+from weft.data.rendering.render import RenderSettings
+from weft.data.sources import Source, parse_sources
 from weft.models.hub import Hub
 
+EmptyAnswers = Literal["error", "skip"]
+# Marks a key that may differ between a run and its resumption: where it is, how it reports, how it is asked to go on.
+FREE = object()
+S = TypeVar("S", bound=BaseModel)
 
-def checked_paths(data: object) -> object:
-    """``data`` as it stands, if ``parse_sources`` can read it. Raises UserError."""
+
+def _checked(data: Any) -> Any:
     if data is not None:
         parse_sources(data)
     return data
 
 
 # One path, or several with their shares; see ``weft.data.sources``.
-DataPaths = str | list[str | dict[str, object]]
+DataPaths = Annotated[str | list[str | dict[str, object]], BeforeValidator(_checked)]
 
 
-class DataSettings(BaseModel):
-    """Everything that decides which tokens are seen and learned; docs/data.md tells what each key does."""
+def free_keys(cls: type[BaseModel]) -> Collection[str]:
+    """The keys that are marked ``FREE``."""
+    return {key for key, field in cls.model_fields.items() if FREE in field.metadata}
+
+
+def part(cls: type[S], settings: BaseModel, **changes: Any) -> S:
+    """Those of the ``settings`` that ``cls`` has, which is one of their bases, with ``changes``."""
+    return cls.model_construct(**{key: getattr(settings, key) for key in cls.model_fields} | changes)
+
+
+class ReadSettings(BaseModel):
+    """The keys that say how the records of a file are read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: DataPaths
-    data_hub: Hub | None = None
-    eval_data: DataPaths | None = None
-    eval_size: int = Field(default=0, ge=0)
-    eval_split: float | None = Field(default=None, gt=0, lt=1)
-    data_format: str | None = None
-    columns: dict[str, str] | None = None
-    limit: int | None = Field(default=None, gt=0)
-    empty_answers: Literal["error", "skip"] = "error"
-    on_bad_record: Literal["error", "skip", "report"] = "error"
-    bad_records_file: str | None = None
-    data_workers: int = Field(default=0, ge=0)
-    chat_template: str | None = None
-    allow_unknown_markers: bool = False
-    template_kwargs: dict[str, object] = {}
-    train_on: Literal["answers", "last_answer", "all"] = "answers"
-    max_length: int | None = Field(default=None, gt=1)
-    truncation: Literal["refuse", "drop", "left", "right", "middle"] = "refuse"
-    documents: Literal["separate", "windows", "joined"] = "separate"
-    window_overlap: int = Field(default=1, ge=0)
-    audit: Literal["error", "warn", "off"] = "error"
+    data_format: str | None = Field(
+        None, description="format of the records, if it should not be recognised ([data.md](data.md))"
+    )
+    columns: dict[str, str] | None = Field(
+        None, description="`{field of the format: field in the data}`; also paths and templates ([data.md](data.md))"
+    )
+    limit: int | None = Field(None, gt=0, description="read only this many records (of each source of `data`)")
+    empty_answers: EmptyAnswers = Field("error", description="what to do with a record whose answer is empty")
+    on_bad_record: OnBadRecord = Field(
+        "error",
+        description="what to do with any other record that cannot be used: list up to 20 and end; leave out and log "
+        "how many; or write all of them to a file as well",
+    )
+    bad_records_file: Annotated[str | None, FREE] = Field(
+        None, description="the file for `on_bad_record: report`; default: `bad_records.jsonl` in the run's folder"
+    )
+    data_workers: Annotated[int, FREE] = Field(
+        0, ge=0, description="processes that render the records; any number gives the same samples"
+    )
 
-    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
+    def of(self, source: Source) -> ReadSettings:
+        """How one source is read: what it says itself wins."""
+        return part(
+            ReadSettings,
+            self,
+            data_format=source.format or self.data_format,
+            columns=source.columns or self.columns,
+            limit=source.limit or self.limit,
+        )
 
-    @field_validator("chat_template")
-    @classmethod
-    def _text_of_a_file(cls, value: str | None) -> str | None:
-        """A file's text and not its name: the run is to render alike when the file has moved or changed."""
-        return value if value is None or not is_file_name(value) else template_text(value).text
 
-    @model_validator(mode="before")
-    @classmethod
-    def _older_words(cls, values: object) -> object:
-        """Runs of before there was ``truncation`` are still to be read."""
-        if isinstance(values, Mapping) and isinstance(values.get("truncate"), bool):
-            values = dict(values)
-            if values.pop("truncate"):
-                values.setdefault("truncation", "right")
-        return values
+class DataSettings(RenderSettings, ReadSettings):
+    """Everything that decides which tokens are seen and learned; docs/data.md tells what each key does."""
+
+    data: DataPaths = Field(
+        description="training data: a file, a folder, a pattern, a hub's data set (`owner/name`, `owner/name:split`), "
+        "a list of them, or `0.7*a.jsonl + 0.3*b.jsonl`; a job may have its own ([data.md](data.md))"
+    )
+    data_hub: Hub | None = Field(None, description="for data sets, if it is another one than `hub`")
+    eval_data: DataPaths | None = Field(None, description="data to evaluate on; a job may have its own")
+    eval_size: int = Field(
+        0, ge=0, description="without `eval_data`: how many records to hold out, the same for every job"
+    )
+    eval_split: float | None = Field(
+        None, gt=0, lt=1, description="without `eval_data`: the share of the records to hold out, by their content"
+    )
+    audit: Annotated[AuditMode, FREE] = Field(
+        "error",
+        description="what to do before the first step if the rendered data would train wrongly (nothing to learn, an "
+        "end that is not learned, two BOS …): refuse, say so, or do not look ([data.md](data.md))",
+    )
+
+    def unlimited(self) -> Self:
+        """The same for records of any length: nothing is cut, nothing left out."""
+        return self.model_copy(update={"max_length": None, "documents": "separate"})

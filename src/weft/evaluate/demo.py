@@ -112,11 +112,11 @@ def run_demo(
             Measured(
                 job.name,
                 measure.parameters[job.name],
-                weights.stat().st_size if weights.is_file() else 0,
-                exact_match(measure.answers[None]),
-                exact_match(measure.answers[job.name]),
-                measure.text_losses[job.name] - measure.text_losses[None],
-                result.jobs[job.name]["seconds"],
+                file_bytes=weights.stat().st_size if weights.is_file() else 0,
+                exact_match_before=exact_match(measure.answers[None]),
+                exact_match_after=exact_match(measure.answers[job.name]),
+                base_text_loss_change=measure.text_losses[job.name] - measure.text_losses[None],
+                seconds=result.jobs[job.name]["seconds"],
             )
         )
     found.by_task = {name or "base": _by_task(answers) for name, answers in measure.answers.items()}

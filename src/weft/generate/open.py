@@ -140,24 +140,36 @@ def open_target(
     Raises:
         UserError: nothing usable is there, a file is damaged, or the base is not the one that was trained on.
     """
+    asked = _Asked(model=model, device=device, dtype=dtype, quantization=quantization, chat_template=chat_template)
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
-        return _open_run(folder, model, adapters, device, dtype, chat_template)
+        return _open_run(folder, asked, adapters)
     merged = merged_from(folder) is not None
     if not merged and any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
         run = folder.absolute().parent.parent
         if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
-            return _open_run(run, None, [folder.absolute().name], device, dtype, chat_template)
-        return _open_adapter(folder, model, device, dtype, quantization, chat_template)
+            return _open_run(run, asked, [folder.absolute().name])
+        return _open_adapter(folder, asked)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no run ({RUN_FILE}), no adapter ({CONFIG}) and no model (config.json). Give one of these, "
             "a hub id, or the name of an embedded model."
         )
-    return _open_model(model or str(target), device, dtype, chat_template)
+    return _open_model(model or str(target), asked)
 
 
-def _open_model(name: str, device: str, dtype: str, chat_template: str | None) -> Opened:
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What the user asks for instead of what the target says; see ``open_target``."""
+
+    model: str | None
+    device: str
+    dtype: str
+    quantization: Quantization | None
+    chat_template: str | None
+
+
+def _open_model(name: str, asked: _Asked) -> Opened:
     """A model alone; one that ``weft merge`` wrote says how to ask it."""
     folder = Path(name).expanduser()
     merged = merged_from(folder)
@@ -167,25 +179,18 @@ def _open_model(name: str, device: str, dtype: str, chat_template: str | None) -
             "Weft, ask the adapter that it was made of."
         )
     record = None if merged is None else Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
-    base = load_base(name, device=device, dtype=dtype)
-    renderer, notes = make_renderer(record, base.tokenizer, chat_template)
+    base = load_base(name, device=asked.device, dtype=asked.dtype)
+    renderer, notes = make_renderer(record, base.tokenizer, asked.chat_template)
     return Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
 
 
-def _open_adapter(
-    folder: Path,
-    model: str | None,
-    device: str,
-    dtype: str,
-    quantization: Quantization | None,
-    chat_template: str | None,
-) -> Opened:
+def _open_adapter(folder: Path, asked: _Asked) -> Opened:
     record = Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
-    source = model or base_of(folder)
+    source = asked.model or base_of(folder)
     if source is None:
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
     # Beside other weights than those it learned beside it would answer otherwise.
-    kept = quantization or (trained_on(folder) or {}).get("quantization")
+    kept = asked.quantization or (trained_on(folder) or {}).get("quantization")
     if kept not in (None, *get_args(Quantization)):
         raise UserError(
             f"{folder / OWN_CONFIG}: base.quantization is {kept!r}; expected null or one of "
@@ -194,12 +199,12 @@ def _open_adapter(
     # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
     tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
     try:
-        base = load_base(source, device=device, dtype=dtype, tokenizer=tokenizer, quantization=kept)
+        base = load_base(source, device=asked.device, dtype=asked.dtype, tokenizer=tokenizer, quantization=kept)
     except UserError as error:
-        hint = "" if model else f" ({CONFIG} names this base; --model takes another place)"
+        hint = "" if asked.model else f" ({CONFIG} names this base; --model takes another place)"
         raise UserError(f"{error}{hint}") from None
-    renderer, notes = make_renderer(record, base.tokenizer, chat_template)
-    if record is None and tokenizer is None and chat_template is None and (folder / OWN_CONFIG).is_file():
+    renderer, notes = make_renderer(record, base.tokenizer, asked.chat_template)
+    if record is None and tokenizer is None and asked.chat_template is None and (folder / OWN_CONFIG).is_file():
         notes.append(f"{folder} does not say which chat template it was trained with; the tokenizer's own is used.")
     opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
     name = re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
@@ -208,14 +213,7 @@ def _open_adapter(
     return opened
 
 
-def _open_run(
-    folder: Path,
-    model: str | None,
-    wanted: Sequence[str] | None,
-    device: str,
-    dtype: str,
-    chat_template: str | None,
-) -> Opened:
+def _open_run(folder: Path, asked: _Asked, wanted: Sequence[str] | None) -> Opened:
     config = read_run_config(folder)
     store = RunStore(folder)
     names = [job.name for job in config.jobs]
@@ -231,19 +229,12 @@ def _open_run(
     tokenizer = load_tokenizer(str(store.tokenizer)) if store.tokenizer.is_dir() else None
     recorded = store.read_run().get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
-    source = model or _base_of(config, recorded)
-    base = load_base(
-        source,
-        device=device,
-        dtype=config.dtype if dtype == "auto" else dtype,
-        tokenizer=tokenizer,
-        shape=config.shape,
-        quantization=config.quantization,
-        hub=config.hub,
-    )
-    if model is None and dtype == "auto" and recorded:
+    source = asked.model or _base_of(config, recorded)
+    dtype = config.dtype if asked.dtype == "auto" else asked.dtype
+    base = config.model_copy(update={"model": source, "device": asked.device, "dtype": dtype}).base(tokenizer)
+    if asked.model is None and asked.dtype == "auto" and recorded:
         _same_base(base, recorded, folder)
-    renderer, notes = _renderer_of_run(store, config, base, keep, chat_template)
+    renderer, notes = _renderer_of_run(store, config, base, keep, asked.chat_template)
     notes += [f"there is no adapter '{name}', for its job failed: {reason}" for name, reason in failed.items()]
     opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
     try:
@@ -262,12 +253,8 @@ def _renderer_of_run(
     saved = [store.adapters / name for name in names if (store.adapters / name / OWN_CONFIG).is_file()]
     section = provenance_of(saved[0]) if saved else None
     if section is None:
-        return Renderer(
-            base.tokenizer,
-            chat_template=chat_template or config.chat_template,
-            allow_unknown_markers=config.allow_unknown_markers,
-            template_kwargs=config.template_kwargs,
-        ), []
+        asked = {"chat_template": chat_template} if chat_template else {}
+        return config.unlimited().model_copy(update=asked).renderer(base.tokenizer), []
     return make_renderer(Provenance.read(section, str(saved[0] / OWN_CONFIG)), base.tokenizer, chat_template)
 
 

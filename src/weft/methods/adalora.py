@@ -35,11 +35,7 @@ from weft.ops.lowrank import low_rank_add, low_rank_merged
 
 
 class AdaLoraConfig(LowRankConfig):
-    """AdaLoRA's settings; PEFT's names and meanings.
-
-    ``tinit`` (default: a tenth of the run), ``tfinal`` (half of it), ``deltaT`` (a hundredth) and ``total_step`` (the
-    whole run) are in optimizer steps. ``rank_pattern`` holds the ranks of a trained adapter; no user sets it.
-    """
+    """AdaLoRA's settings; PEFT's names and meanings."""
 
     method: ClassVar[str] = "adalora"
     peft_type: ClassVar[str] = "ADALORA"
@@ -52,16 +48,22 @@ class AdaLoraConfig(LowRankConfig):
     }  # fmt: skip
     harmless_keys: ClassVar[frozenset[str]] = LowRankConfig.harmless_keys | {"r", "init_lora_weights", "alpha_pattern"}
 
-    init_r: int = Field(default=12, gt=0)
-    target_r: int = Field(default=8, gt=0)
-    tinit: int | None = Field(default=None, ge=0)
-    tfinal: int | None = Field(default=None, ge=0)
-    deltaT: int | None = Field(default=None, gt=0)  # noqa: N815
-    total_step: int | None = Field(default=None, gt=0)
-    beta1: float = Field(default=0.85, gt=0, lt=1)
-    beta2: float = Field(default=0.85, gt=0, lt=1)
-    orth_reg_weight: float = Field(default=0.5, ge=0)
-    rank_pattern: dict[str, list[bool]] | None = None
+    init_r: int = Field(12, gt=0, description="rank of every matrix at the start")
+    target_r: int = Field(8, gt=0, description="mean rank that is left at the end")
+    tinit: int | None = Field(None, ge=0, description="steps before ranks are taken away; default: a tenth of the run")
+    tfinal: int | None = Field(
+        None, ge=0, description="steps at the end with the ranks that are left; default: half of the run"
+    )
+    deltaT: int | None = Field(  # noqa: N815
+        None, gt=0, description="steps from one choice of ranks to the next; default: a hundredth of the run"
+    )
+    total_step: int | None = Field(None, gt=0, description="steps of the schedule of ranks; default: the whole run")
+    beta1: float = Field(0.85, gt=0, lt=1, description="decay of the mean of the sensitivities")
+    beta2: float = Field(0.85, gt=0, lt=1, description="decay of the mean of their uncertainty")
+    orth_reg_weight: float = Field(0.5, ge=0, description="weight of the loss that keeps P and Q orthogonal")
+    rank_pattern: dict[str, list[bool]] | None = Field(
+        None, description="which ranks a trained adapter has kept; not to be set"
+    )
 
     @field_validator("rank_pattern")
     @classmethod

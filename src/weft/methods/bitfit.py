@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from weft.combine.rules import ON_CHANGES
@@ -17,12 +18,7 @@ from weft.methods.mergeable import MergedModule
 
 
 class BitFitConfig(MethodConfig):
-    """BitFit's settings.
-
-    ``target_modules`` names the biases by last parts of module paths (``query``, ``q_proj``) or by the groups
-    ``attention``, ``mlp`` (their linear modules) and ``norm``. By default it means every bias, norms' and the head's
-    too. ``add_missing`` also gives a bias to the linear and norm modules of the blocks that have none.
-    """
+    """The choice of the trained biases."""
 
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
@@ -30,8 +26,14 @@ class BitFitConfig(MethodConfig):
     small_learning_rate: ClassVar[float | None] = 3e-2
     combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
 
-    target_modules: list[str] | None = None
-    add_missing: bool = False
+    target_modules: list[str] | None = Field(
+        None,
+        description="which biases: last parts of module paths (`query`, `q_proj`) or the groups `attention`, `mlp` "
+        "(their linear modules) and `norm`; default: all that are there, norms' and the head's too",
+    )
+    add_missing: bool = Field(
+        False, description="also give a bias to the linear and norm modules of the blocks that have none"
+    )
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return BitFit(self, name, context)

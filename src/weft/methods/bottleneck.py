@@ -46,13 +46,7 @@ _NOT_HERE = {
 
 
 class BottleneckConfig(MethodConfig):
-    """Settings with AdapterHub's names and meanings.
-
-    ``architecture`` chooses the defaults: ``houlsby``, ``pfeiffer``, ``parallel``, ``scaled_parallel``, or AdapterHub's
-    names for them. Two defaults are not AdapterHub's. Without a ``reduction_factor`` a layer is a sixteenth as wide as
-    the model, but at least 64 (or half the model, if that is less). ``init_weights`` is ``mam_adapter``, which begins
-    as the identity; ``bert`` and ``houlsby`` begin near it.
-    """
+    """Settings with AdapterHub's names and meanings; ``reduction_factor`` and ``init_weights`` have other defaults."""
 
     method: ClassVar[str] = "bottleneck"
     peft_type: ClassVar[str] = "BOTTLENECK"
@@ -62,22 +56,35 @@ class BottleneckConfig(MethodConfig):
 
     architecture: Literal[
         "houlsby", "pfeiffer", "parallel", "scaled_parallel", "double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn"
-    ] = "houlsby"
-    mh_adapter: bool = True
-    output_adapter: bool = True
-    reduction_factor: float | dict[str, float] | None = None
-    non_linearity: str = "swish"
-    original_ln_before: bool = False
-    original_ln_after: bool = True
-    ln_before: bool = False
-    ln_after: bool = False
-    residual_before_ln: bool | Literal["post_add"] = True
-    adapter_residual_before_ln: bool = False
-    is_parallel: bool = False
-    scaling: float | Literal["learned", "channel"] = 1.0
-    init_weights: Literal["mam_adapter", "bert", "houlsby"] = "mam_adapter"
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    leave_out: list[int] = []
+    ] = Field(
+        "houlsby",
+        description="a preset for the keys that are not given, or AdapterHub's name for it; `houlsby`: the defaults",
+    )
+    mh_adapter: bool = Field(True, description="a layer after the attention")
+    output_adapter: bool = Field(True, description="a layer after the MLP")
+    reduction_factor: float | dict[str, float] | None = Field(
+        None, description="the model's width over the layer's, also by block; default: 16, but a width of 64 or more"
+    )
+    non_linearity: str = Field("swish", description="activation between the two projections")
+    original_ln_before: bool = Field(
+        False, description="the layer reads the sum with the residual, normed if a norm follows"
+    )
+    original_ln_after: bool = Field(True, description="off: neither the residual nor a norm of the base comes after it")
+    ln_before: bool = Field(False, description="a norm of its own before the layer")
+    ln_after: bool = Field(False, description="a norm of its own after the layer")
+    residual_before_ln: bool | Literal["post_add"] = Field(
+        True, description="added to the sub-layer's output (`true`), the normed sum (`false`) or the sum (`post_add`)"
+    )
+    adapter_residual_before_ln: bool = Field(False, description="the addition comes before `ln_after`")
+    is_parallel: bool = Field(False, description="beside the sub-layer and not after it")
+    scaling: float | Literal["learned", "channel"] = Field(
+        1.0, description="what the layer's output is multiplied with: a number, or learned (one, or per channel)"
+    )
+    init_weights: Literal["mam_adapter", "bert", "houlsby"] = Field(
+        "mam_adapter", description="`mam_adapter` begins as the identity, `bert` and `houlsby` near it"
+    )
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout inside the layer")
+    leave_out: list[int] = Field([], description="numbers of the blocks that get no layer")
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import ClassVar
 
+from pydantic import Field
 from torch import nn
 
 from weft.combine.rules import ON_CHANGES
@@ -18,13 +19,7 @@ _DEFAULT_LAYERS = 2
 
 
 class FreezeConfig(MethodConfig):
-    """The choice of the trained parameters: all that one of these keys names.
-
-    ``num_layers_trainable``: k > 0 names the last k blocks, k < 0 the first -k, 0 none (default 2, if no other key is
-    set). ``trainable_modules`` keeps, of these blocks, parameters with such a part in their path (``mlp``, ``q_proj``).
-    ``name_patterns`` holds parts of a parameter's path (``lm_head``, ``mlp.up_proj``) or regular expressions over all
-    of it. ``train_norms``, ``train_embeddings`` and ``train_head`` name these wherever they are.
-    """
+    """The choice of the trained parameters: all that one of these keys names."""
 
     method: ClassVar[str] = "freeze"
     peft_type: ClassVar[str] = "FREEZE"
@@ -33,12 +28,18 @@ class FreezeConfig(MethodConfig):
     combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
 
-    num_layers_trainable: int | None = None
-    trainable_modules: list[str] = []
-    name_patterns: list[str] = []
-    train_norms: bool = False
-    train_embeddings: bool = False
-    train_head: bool = False
+    num_layers_trainable: int | None = Field(
+        None, description="k > 0: the last k blocks, k < 0: the first -k, 0: none; default: 2 if nothing else is chosen"
+    )
+    trainable_modules: list[str] = Field(
+        [], description="of these blocks only parameters with such a part in their path (`mlp`, `q_proj`)"
+    )
+    name_patterns: list[str] = Field(
+        [], description="parts of a parameter's path (`lm_head`, `mlp.up_proj`) or regular expressions over all of it"
+    )
+    train_norms: bool = Field(False, description="all norms too, wherever they are")
+    train_embeddings: bool = Field(False, description="the embeddings too")
+    train_head: bool = Field(False, description="the head too")
 
     def build(self, name: str, context: BuildContext) -> WeightDeltas:
         chosen = self._of_blocks(context) | self._by_name(context) | self._by_kind(context)

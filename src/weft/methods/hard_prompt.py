@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from weft.core.adapter import Adapter, BuildContext, Run
@@ -19,7 +19,7 @@ from weft.methods.prompt_tuning import SoftPromptConfig, embedded, embedding_wid
 
 
 class HardPromptConfig(SoftPromptConfig):
-    """``prompt_text`` (or its token ids, ``prompt_ids``) and its place.
+    """A text and its place.
 
     Its tokens are virtual: the chat template does not see them, and the text around them is tokenised without them.
     """
@@ -29,8 +29,8 @@ class HardPromptConfig(SoftPromptConfig):
     combination_types: ClassVar[tuple[str, ...]] = ()  # texts cannot be averaged
     instead_of_merging: ClassVar[str] = "Put its text into a system message (weft chat --system) or the chat template."
 
-    prompt_text: str | None = None
-    prompt_ids: list[int] | None = None
+    prompt_text: str | None = Field(None, description="the text")
+    prompt_ids: list[int] | None = Field(None, description="its token ids instead")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> HardPromptConfig:

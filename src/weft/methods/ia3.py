@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig, SiteFunction
@@ -28,11 +28,7 @@ _FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "W_pack")
 
 
 class IA3Config(MethodConfig):
-    """Settings with PEFT's names.
-
-    ``feedforward_modules`` are those of ``target_modules`` whose input is scaled instead of the output. The default is
-    keys and values (where one linear gives queries too, all of its output) and the MLP's last linear.
-    """
+    """Settings with PEFT's names."""
 
     method: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
@@ -41,9 +37,15 @@ class IA3Config(MethodConfig):
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules", "feedforward_modules"})
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "exclude_modules"})
 
-    target_modules: str | list[str] | None = None
-    feedforward_modules: str | list[str] | None = None
-    init_ia3_weights: bool = True
+    target_modules: str | list[str] | None = Field(
+        None,
+        description="last parts of paths, or an expression over whole paths; default: keys and values (where one "
+        "linear gives queries too, all of its output) and the MLP's last linear",
+    )
+    feedforward_modules: str | list[str] | None = Field(
+        None, description="those of `target_modules` whose input is scaled instead of the output"
+    )
+    init_ia3_weights: bool = Field(True, description="begin at 1, as the base; off: at random")
 
     @model_validator(mode="after")
     def _subset(self) -> IA3Config:

@@ -24,8 +24,7 @@ from weft.errors import UserError
 
 
 class LlamaProConfig(MethodConfig):
-    """``num_new_blocks`` is their number, evenly spread. The default is one for every four blocks, as in the paper, but
-    at least four."""
+    """The number of the added blocks."""
 
     method: ClassVar[str] = "llama_pro"
     peft_type: ClassVar[str] = "LLAMA_PRO"
@@ -34,7 +33,9 @@ class LlamaProConfig(MethodConfig):
     whole_values: ClassVar[bool] = True
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
 
-    num_new_blocks: int | None = Field(default=None, gt=0)
+    num_new_blocks: int | None = Field(
+        None, gt=0, description="how many, evenly spread; default: one for every four blocks, but no fewer than four"
+    )
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return LlamaPro(self, name, context)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
 from weft.core.site_adapter import SiteAdapter
@@ -16,7 +18,7 @@ _STORED = "ln_tuning_layers"
 
 
 class LNTuningConfig(MethodConfig):
-    """``target_modules``: last parts of the norms' paths, or an expression over whole paths. Default: every norm."""
+    """The choice of the trained norms."""
 
     method: ClassVar[str] = "ln_tuning"
     peft_type: ClassVar[str] = "LN_TUNING"
@@ -26,7 +28,9 @@ class LNTuningConfig(MethodConfig):
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules"})
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
-    target_modules: str | list[str] | None = None
+    target_modules: str | list[str] | None = Field(
+        None, description="last parts of the norms' paths, or an expression over whole paths; default: every norm"
+    )
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return LNTuning(self, name, context)

@@ -41,14 +41,7 @@ _INITS_THAT_KEEP_THE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
 
 
 class LoraConfig(LowRankConfig):
-    """LoRA's settings; PEFT's names and meanings.
-
-    ``init_lora_weights`` is true (A Kaiming-uniform, B zero), gaussian, pissa, pissa_niter_<power iterations> (a faster
-    SVD), loftq (for a base quantised to 4 bits), or false (both random). ``loraplus_lr_ratio`` is B's learning rate
-    (and that of vectors) over A's; ``loraplus_lr_embedding`` is then the rate of LoRA on embeddings.
-    ``target_parameters`` names parameters that no linear holds (mlp.experts.gate_up_proj), to be adapted beside
-    ``target_modules``.
-    """
+    """LoRA's settings; PEFT's names and meanings."""
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
@@ -59,15 +52,23 @@ class LoraConfig(LowRankConfig):
     takes_embeddings: ClassVar[bool] = True
     combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS
 
-    r: int = Field(default=8, gt=0)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | str = True
-    rank_pattern: dict[str, PositiveInt] = {}
-    alpha_pattern: dict[str, float] = {}
-    target_parameters: list[str] | None = None
-    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
-    loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
+    r: int = Field(8, gt=0, description="rank of the change")
+    use_rslora: bool = Field(False, description="scale by `lora_alpha` / √r instead of `lora_alpha` / r")
+    use_dora: bool = Field(False, description="learn the direction of the weight and its length apart (DoRA)")
+    init_lora_weights: bool | str = Field(
+        True,
+        description="`true` (A Kaiming-uniform, B zero), `gaussian`, `pissa`, `pissa_niter_<power iterations>` (a "
+        "faster SVD), `loftq` (a base quantised to 4 bits), or `false` (both random)",
+    )
+    rank_pattern: dict[str, PositiveInt] = Field({}, description="other ranks, by module")
+    alpha_pattern: dict[str, float] = Field({}, description="other `lora_alpha`, by module")
+    target_parameters: list[str] | None = Field(
+        None, description="parameters that no linear holds (`mlp.experts.gate_up_proj`), to be adapted as well"
+    )
+    loraplus_lr_ratio: float | None = Field(None, gt=0, description="B's learning rate (and that of vectors) over A's")
+    loraplus_lr_embedding: float = Field(
+        1e-6, gt=0, description="with `loraplus_lr_ratio`: the learning rate of LoRA on embeddings"
+    )
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -201,8 +202,9 @@ def _make_layer(config: LoraConfig, path: str, base: nn.Module, context: BuildCo
     if not (config.pissa or config.use_dora):
         return LoraLinear(path, a, b, scaling, config.lora_dropout)
     return VariantLinear(
-        path, base, a, b, scaling, config.lora_dropout, context, pissa=config.pissa, dora=config.use_dora
-    )
+        path, base, a, b, scaling,
+        dropout=config.lora_dropout, context=context, pissa=config.pissa, dora=config.use_dora,
+    )  # fmt: skip
 
 
 class Lora(SiteAdapter):

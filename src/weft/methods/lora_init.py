@@ -18,11 +18,14 @@ from weft.ops.lowrank import loftq_factors, principal_factors, sketched_factors
 class LoraSettings(Protocol):
     """What of a LoRA's configuration its first values and adapted parameters depend on (``LoraConfig`` has them)."""
 
-    init_lora_weights: bool | str
-    target_parameters: list[str] | None
-    lora_dropout: float
-    use_dora: bool
-
+    @property
+    def init_lora_weights(self) -> bool | str: ...
+    @property
+    def target_parameters(self) -> list[str] | None: ...
+    @property
+    def lora_dropout(self) -> float: ...
+    @property
+    def use_dora(self) -> bool: ...
     @property
     def pissa(self) -> bool: ...
 

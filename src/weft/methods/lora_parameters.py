@@ -121,7 +121,7 @@ class LoraParameter(nn.Module):
         count, r = (len(base) if base.dim() == 3 else 1), config.rank(key)
         if not 1 <= r <= min(inputs, outputs) and not context.loading:
             raise UserError(f"the rank of '{key}' is {r}, but there it can be 1 to {min(inputs, outputs)}.")
-        self.lora_A = nn.Parameter(_drawn(config, r, r * count, inputs, inputs, context))
+        self.lora_A = nn.Parameter(_drawn(config, r, r * count, inputs, inputs=inputs, context=context))
         if config.init_lora_weights:
             b = context.zeros(outputs, r * count)
         else:

@@ -32,12 +32,18 @@ class LowRankConfig(SavesModules):
     peft_defaults: ClassVar[Mapping[str, object]] = {"lora_alpha": 8}
     takes_embeddings: ClassVar[bool] = False
 
-    target_modules: str | list[str] = "all-linear"
-    lora_alpha: float = Field(default=16, gt=0)
-    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    layers_to_transform: list[int] | None = None
-    layers_pattern: str | list[str] | None = None
-    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: str | list[str] = Field(
+        "all-linear", description="last parts of paths, an expression over whole paths, or all linears of the blocks"
+    )
+    lora_alpha: float = Field(16, gt=0, description="the change is scaled by this over its rank")
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on what goes into A")
+    layers_to_transform: list[int] | None = Field(
+        None, description="numbers of the blocks that are adapted; default: all"
+    )
+    layers_pattern: str | list[str] | None = Field(
+        None, description="name of the list of blocks in the modules' paths, if it is not a usual one"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
 
     @field_validator("layers_to_transform", mode="before")
     @classmethod

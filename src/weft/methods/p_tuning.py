@@ -19,11 +19,7 @@ from weft.methods.prompt_tuning import PromptTuning, SoftPromptConfig, embedded,
 
 
 class PTuningConfig(SoftPromptConfig):
-    """Settings with PEFT's names.
-
-    ``encoder_num_layers`` and ``encoder_dropout`` (between its layers) are the LSTM's. ``encoder_hidden_size`` is by
-    default the rows' width, for the MLP twice that. Training begins at embeddings of sampled vocabulary.
-    """
+    """Settings with PEFT's names. Training begins at embeddings of sampled vocabulary."""
 
     method: ClassVar[str] = "p_tuning"
     peft_type: ClassVar[str] = "P_TUNING"
@@ -32,11 +28,15 @@ class PTuningConfig(SoftPromptConfig):
 
     not_in_peft: ClassVar[frozenset[str]] = SoftPromptConfig.not_in_peft | {"encoder_hidden_size"}
 
-    num_virtual_tokens: int = Field(default=50, gt=0)
-    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
-    encoder_hidden_size: int | None = Field(default=None, gt=0)
-    encoder_num_layers: int = Field(default=2, gt=0)
-    encoder_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    num_virtual_tokens: int = Field(50, gt=0, description="learned tokens")
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
+        "MLP", description="network that the rows come from"
+    )
+    encoder_hidden_size: int | None = Field(
+        None, gt=0, description="its width; default: the rows', for the MLP twice that"
+    )
+    encoder_num_layers: int = Field(2, gt=0, description="layers of the LSTM")
+    encoder_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout between the LSTM's layers")
 
     @model_validator(mode="after")
     def _what_is_the_lstms(self) -> PTuningConfig:

@@ -24,11 +24,7 @@ from weft.methods.encoder import EncodedRows, RowEncoder, linear, normal_rows, r
 
 
 class DeepPromptConfig(MethodConfig):
-    """Settings with PEFT's names, and ``prefix_init``, the source of the first keys and values.
-
-    ``activations`` takes the base's own for sampled tokens (or for ``prefix_init_text``), which trains far better than
-    noise.
-    """
+    """Settings with PEFT's names, and the source of the first keys and values."""
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     default_learning_rate: ClassVar[float] = 1e-2
@@ -41,9 +37,12 @@ class DeepPromptConfig(MethodConfig):
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"prefix_init", "prefix_init_text", "encoder_hidden_size"})
     peft_defaults: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": None}
 
-    num_virtual_tokens: int = Field(default=20, gt=0)
-    prefix_init: Literal["activations", "random", "zero"] = "activations"
-    prefix_init_text: str | None = None
+    num_virtual_tokens: int = Field(20, gt=0, description="learned keys and values in each layer")
+    prefix_init: Literal["activations", "random", "zero"] = Field(
+        "activations",
+        description="where the first ones come from; `activations`: what the base computes for sampled tokens",
+    )
+    prefix_init_text: str | None = Field(None, description="with `activations`: compute them for this text instead")
 
     @model_validator(mode="after")
     def _text_goes_with_activations(self) -> DeepPromptConfig:
@@ -83,8 +82,8 @@ class PrefixTuningConfig(DeepPromptConfig):
 
     method: ClassVar[str] = "prefix_tuning"
 
-    prefix_projection: bool = False
-    encoder_hidden_size: int | None = Field(default=None, gt=0)
+    prefix_projection: bool = Field(False, description="learn them through a network")
+    encoder_hidden_size: int | None = Field(None, gt=0, description="width of that network")
 
     def encoder(self, context: BuildContext) -> RowEncoder | None:
         return PrefixEncoder(self, context) if self.prefix_projection else None

@@ -20,11 +20,7 @@ Position = Literal["before", "after", "slots"]
 
 
 class SoftPromptConfig(MethodConfig):
-    """The common settings of methods with virtual tokens.
-
-    ``virtual_position`` is their place: before the text, ``after`` the prompt (right before the answer), or at the
-    ``slots`` that the template names.
-    """
+    """The common settings of methods with virtual tokens."""
 
     harmless_keys: ClassVar[frozenset[str]] = frozenset(
         {"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "tokenizer_kwargs",
@@ -34,7 +30,10 @@ class SoftPromptConfig(MethodConfig):
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"virtual_position"})
     peft_defaults: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": None}
 
-    virtual_position: Position = "before"
+    virtual_position: Position = Field(
+        "before",
+        description="before the text, `after` the prompt (right before the answer), or at the template's `slots`",
+    )
 
     def in_peft(self) -> dict[str, object]:
         return {**super().in_peft(), "peft_type": self._stored_type()}
@@ -69,9 +68,11 @@ class PromptTuningConfig(SoftPromptConfig):
     }  # fmt: skip
     peft_defaults: ClassVar[Mapping[str, object]] = {**SoftPromptConfig.peft_defaults, "prompt_tuning_init": "RANDOM"}
 
-    num_virtual_tokens: int = Field(default=50, gt=0)
-    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "SAMPLE_VOCAB"
-    prompt_tuning_init_text: str | None = None
+    num_virtual_tokens: int = Field(50, gt=0, description="learned tokens")
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = Field(
+        "SAMPLE_VOCAB", description="where their first values come from; sampled vocabulary is better than random"
+    )
+    prompt_tuning_init_text: str | None = Field(None, description="with `TEXT`: the text")
 
     @model_validator(mode="after")
     def _text_goes_with_text(self) -> PromptTuningConfig:

@@ -20,8 +20,7 @@ from weft.ops.lowrank import low_rank_merged
 
 
 class VeraConfig(MethodConfig):
-    """Settings with PEFT's names. ``projection_prng_key`` is the seed of A and B. With ``save_projection: false`` the
-    file does not hold them, and loading draws them again."""
+    """Settings with PEFT's names."""
 
     method: ClassVar[str] = "vera"
     peft_type: ClassVar[str] = "VERA"
@@ -32,14 +31,16 @@ class VeraConfig(MethodConfig):
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules", "layers_to_transform"})
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "layers_pattern", "exclude_modules"})
 
-    r: int = Field(default=256, gt=0)
-    target_modules: str | list[str] = "all-linear"
-    projection_prng_key: int = Field(default=0, ge=0, lt=2**63)
-    save_projection: bool = True
-    vera_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    d_initial: float = 0.1
-    init_weights: bool = True
-    layers_to_transform: list[int] | None = None
+    r: int = Field(256, gt=0, description="rank of A and B")
+    target_modules: str | list[str] = Field("all-linear", description="as for `lora`")
+    projection_prng_key: int = Field(0, ge=0, lt=2**63, description="seed of A and B")
+    save_projection: bool = Field(True, description="off: the file leaves A and B out, and they are drawn again")
+    vera_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on what goes into A")
+    d_initial: float = Field(0.1, description="first value of λ_d")
+    init_weights: bool = Field(True, description="begin as the base; off: λ_d at random, λ_b at 1")
+    layers_to_transform: list[int] | None = Field(
+        None, description="numbers of the blocks that are adapted; default: all"
+    )
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return Vera(self, name, context)
@@ -95,7 +96,7 @@ class Vera(SharedSiteAdapter):
         paths = context.architecture.match(config.target_modules, config.layers_to_transform)
         modules = {path: context.model.get_submodule(path) for path in paths}
         a, b = _projections(config, list(modules.values()), context)
-        layers = {path: VeraLinear(config, path, module, a, b, context) for path, module in modules.items()}
+        layers = {path: VeraLinear(config, path, module, a, b=b, context=context) for path, module in modules.items()}
         super().__init__(config, name, layers, {"vera_A": a, "vera_B": b}, stored=config.save_projection)
 
 

@@ -74,7 +74,8 @@ def finding_of(proved: Architecture) -> Finding:
         way = "fused"
     return Finding(
         proved.blocks, way, {path: mixin.__name__ for path, mixin in fused.items()}, tuple(tables), proved.by_ids,
-        proved.body, proved.head_form, dict(proved.unreachable), proved.padded_because,
+        body=proved.body, head_form=proved.head_form, unreachable=dict(proved.unreachable),
+        padded_because=proved.padded_because,
     )  # fmt: skip
 
 

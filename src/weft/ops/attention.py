@@ -124,7 +124,7 @@ class _Scores:
         """
         if self.slopes is None and self.softcap is None and self.sinks is None:
             scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=self.scale)
-            self.hide(scores, bucket, before, i0, i1, j0)
+            self.hide(scores, bucket, before, i0, i1=i1, j0=j0)
             return scores.softmax(-1), None
         tanh = None
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -134,7 +134,7 @@ class _Scores:
             scores = tanh * self.softcap
         if self.slopes is not None:
             scores.unflatten(0, (-1, self.kv_heads)).add_(self.bias(before + i0, before + i1, j0, wide))
-        self.hide(scores, bucket, before, i0, i1, j0)
+        self.hide(scores, bucket, before, i0, i1=i1, j0=j0)
         if self.sinks is None:
             return scores.softmax(-1).to(q.dtype), tanh
         # The backward formula needs no term for the sink: its value, and so its d_out . v, is zero.
@@ -147,7 +147,7 @@ class _Scores:
         per_kv, before = q.shape[1] // length, k.shape[1] - length
         for i0, i1, j0, j1 in self.chunks(length, before):
             rows, keys = slice(i0 * per_kv, i1 * per_kv), slice(j0, j1)
-            p, _ = self.probabilities(q[:, rows], k[:, keys], bucket, before, i0, i1, j0)
+            p, _ = self.probabilities(q[:, rows], k[:, keys], bucket, before, i0=i0, i1=i1, j0=j0)
             out[:, rows].baddbmm_(p, v[:, keys], beta=0)
 
     def backward(
@@ -156,17 +156,16 @@ class _Scores:
         k: Tensor,
         v: Tensor,
         d_out: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
+        gradients: tuple[Tensor, Tensor, Tensor],
         bucket: Bucket,
         d_sinks: Tensor | None = None,
     ) -> None:
-        """Fill dq, dk and dv of one bucket, and add to d_sinks [H]; shapes as in ``forward``.
+        """Fill ``gradients`` (dq, dk, dv) of one bucket, and add to d_sinks [H]; shapes as in ``forward``.
 
         dP = dO V^T;  dS = P * (dP - rowsum(P * dP));  dQ = scale dS K;  dK = scale dS^T Q;  dV = P^T dO.
         A sink has probability 1 - rowsum(P) and value zero:  dz = -(1 - rowsum(P)) rowsum(P * dP).
         """
+        dq, dk, dv = gradients
         length = bucket.length
         per_kv, before = q.shape[1] // length, k.shape[1] - length
         chunks = list(self.chunks(length, before))
@@ -177,7 +176,7 @@ class _Scores:
         for i0, i1, j0, j1 in chunks:
             rows, keys = slice(i0 * per_kv, i1 * per_kv), slice(j0, j1)
             q_c, d_out_c, k_c = q[:, rows], d_out[:, rows], k[:, keys]
-            p, tanh = self.probabilities(q_c, k_c, bucket, before, i0, i1, j0)
+            p, tanh = self.probabilities(q_c, k_c, bucket, before, i0=i0, i1=i1, j0=j0)
             dv[:, keys].baddbmm_(p.transpose(1, 2), d_out_c, beta=beta)
             dp = torch.bmm(d_out_c, v[:, keys].transpose(1, 2))
             if d_sinks is not None:
@@ -281,11 +280,11 @@ class _VarlenAttention(torch.autograd.Function):
             q_b, do_b, dq_b = (_block(x, bucket, kv_heads, heads) for x in (q_rows, do_rows, dq_rows))
             k_b, v_b, dk_b, dv_b = (_block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows, dk_rows, dv_rows))
             if (at := slots.get(bucket.group)) is None:
-                scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_b, dv_b, bucket, d_sinks)
+                scores.backward(q_b, k_b, v_b, do_b, (dq_b, dk_b, dv_b), bucket=bucket, d_sinks=d_sinks)
                 continue
             k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
             dk_all, dv_all = torch.empty_like(k_b), torch.empty_like(v_b)
-            scores.backward(q_b, k_b, v_b, do_b, dq_b, dk_all, dv_all, bucket, d_sinks)
+            scores.backward(q_b, k_b, v_b, do_b, (dq_b, dk_all, dv_all), bucket=bucket, d_sinks=d_sinks)
             for place, d_all, d_own in ((at, dk_all, dk_b), (at + 1, dv_all, dv_b)):
                 before = prefix[at].shape[1]
                 d_own.copy_(d_all[:, before:])
@@ -346,7 +345,9 @@ def varlen_attention(
             raise ValueError(f"group {group} has a prefix, but the layout was built without it in prefix_groups")
         slots[group] = len(rows)
         rows += [keys.to(k.dtype), values.to(v.dtype)]
-    scores = _Scores(layout, k.shape[0], float(scale), sliding_window, softcap, alibi_slopes, causal, sinks)
+    scores = _Scores(
+        layout, k.shape[0], float(scale), sliding_window, softcap, slopes=alibi_slopes, causal=causal, sinks=sinks
+    )
     return _VarlenAttention.apply(q, k, v, scores, slots, sinks, *rows)
 
 

@@ -95,11 +95,11 @@ class SequenceLayout:
             pools.setdefault(g if separate_groups or g in prefix_groups else None, []).append(s)
         buckets, row = [], 0
         for members in (part for pool in pools.values() for part in _split_by_length(pool, lengths)):
-            bucket = _make_bucket(members, lengths, groups, starts, row, device)
+            bucket = _make_bucket(members, lengths, groups, starts=starts, row=row, device=device)
             buckets.append(bucket)
             row += bucket.tokens.numel()
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-        return cls(lengths, groups, cu_seqlens, tuple(buckets), separate_groups, frozenset(prefix_groups))
+        return cls(lengths, groups, cu_seqlens, tuple(buckets), separate_groups, prefix_groups=frozenset(prefix_groups))
 
     def head_index(self, kv_heads: int, per_kv: int) -> HeadIndex:
         """Index tensors for ``kv_heads * per_kv`` heads. The first call makes them."""
@@ -153,4 +153,5 @@ def _make_bucket(
     last = first + torch.tensor(own)[:, None] - 1
     tokens = torch.minimum(first + torch.arange(length), last).to(device)
     of_groups = {groups[s] for s in members}
-    return Bucket(tuple(members), own, length, of_groups.pop() if len(of_groups) == 1 else None, row, tokens)
+    group = of_groups.pop() if len(of_groups) == 1 else None
+    return Bucket(tuple(members), own, length, group, row, tokens=tokens)

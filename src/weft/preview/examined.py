@@ -19,12 +19,11 @@ from weft.data.auditing.items import collect
 from weft.data.views import Array
 from weft.errors import UserError
 from weft.models import Base, reach
-from weft.models.load import load_tokenizer, sketch_base
+from weft.models.load import load_tokenizer
 from weft.models.reach import LeftOut
 from weft.preview.packing import Packing
 from weft.train.batches import Batches
 from weft.train.reader import JobData, Loaded, Read, Reader, data_files
-from weft.train.run import make_renderer
 from weft.train.settings import JobConfig, RunConfig
 
 
@@ -82,9 +81,8 @@ def examine(config: RunConfig) -> list[Examined]:
         UserError: the model's folder, a file or a setting cannot be used. A record that cannot is an Item that says so.
     """
     places, outline = data_files(config), _outline(config)
-    renderer = make_renderer(config, outline.tokenizer, outline.max_length)
-    whole = config.model_copy(update={"max_length": None, "documents": "separate"})
-    unlimited = make_renderer(whole, outline.tokenizer, None)
+    renderer = config.renderer(outline.tokenizer, outline.max_length)
+    unlimited = config.unlimited().renderer(outline.tokenizer)
     groups: dict[Any, list[JobConfig]] = {}
     for job in config.jobs:
         columns = (job.labels, job.text_columns, job.label_column) if job.task == "sequence_classification" else None
@@ -100,7 +98,7 @@ def _outline(config: RunConfig) -> _Outline:
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
         return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", False)
-    base = sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
+    base = config.sketch()
     known = base.architecture
     return _Outline(base.tokenizer, known.max_length, known.task, known.bidirectional, base)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import UserError
@@ -69,14 +70,33 @@ VALUES: dict[str, dict[Any, Any]] = {
 }
 
 
-def _targets(value: object) -> tuple[str, Any]:
+Meaning = Callable[[Any], tuple[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A key of another tool that is a choice here.
+
+    ``means`` makes (our key, our value) of its value, or None where that changes nothing; ``told`` is its line in the
+    reference.
+    """
+
+    means: Meaning
+    told: str
+
+
+def _on(key: str, value: Any, told: str | None = None) -> Switch:
+    return Switch(lambda on: (key, value) if on else None, told or f"`{key}: {value}` if on")
+
+
+def _targets(value: Any) -> tuple[str, Any]:
     """LLaMA-Factory writes ``q_proj,v_proj``; here a string is a regular expression over whole paths."""
     if isinstance(value, str) and value not in ("all", "all-linear"):
         return "target_modules", [name.strip() for name in value.split(",") if name.strip()]
     return "target_modules", value
 
 
-def _names(key: str) -> Callable[[Any], tuple[str, Any] | None]:
+def _names(key: str) -> Switch:
     """LLaMA-Factory writes ``mlp,self_attn``, and ``all`` for no choice."""
 
     def split(value: object) -> tuple[str, Any] | None:
@@ -84,7 +104,7 @@ def _names(key: str) -> Callable[[Any], tuple[str, Any] | None]:
             value = [name.strip() for name in value.split(",") if name.strip()]
         return None if value in (None, [], ["all"]) else (key, value)
 
-    return split
+    return Switch(split, f"`{key}`; names separated by commas")
 
 
 def _resume(value: object) -> tuple[str, Any]:
@@ -96,17 +116,16 @@ def _resume(value: object) -> tuple[str, Any]:
     return "resume", bool(value)
 
 
-def _only_off(key: str) -> Callable[[Any], None]:
+def _only_off(key: str) -> Switch:
     """A feature that is not here: switching it off changes nothing, switching it on cannot be obeyed."""
 
     def check(value: object) -> None:
         if value not in (None, False, 0, "none", [], ["none"]):
             raise UserError(f"{key}: {value!r} is not in this version of Weft; leave it out.")
 
-    return check
+    return Switch(check, "nothing if off; not in this version if on")
 
 
-_NOT_HERE = ("report_to",)
 _BITS = {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None}
 
 
@@ -126,43 +145,45 @@ def _loss_scale(value: object) -> tuple[str, Any] | None:
     return _LOSS_SCALES[value]
 
 
-def _packing(on: object) -> tuple[str, Any] | None:
-    return ("batch_tokens", AUTO) if on else None
-
-
-# A switch elsewhere that is a choice here: key -> its value -> (our key, our value), None where it changes nothing.
-SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
-    "bf16": lambda on: ("dtype", "bfloat16") if on else None,
-    "fp16": lambda on: ("dtype", "float16") if on else None,
-    "use_peft": lambda on: ("method", "lora") if on else None,
-    "train_on_inputs": lambda on: ("train_on", "all") if on else None,
-    "train_on_prompt": lambda on: ("train_on", "all") if on else None,
-    "truncate": lambda on: ("truncation", "right") if on else None,
-    "completion_only_loss": lambda on: None if on or on is None else ("train_on", "all"),
-    "assistant_only_loss": lambda on: None if on else ("train_on", "all"),
-    "mask_history": lambda on: ("train_on", "last_answer") if on else None,
-    "loss_scale": _loss_scale,
-    "resume_from_checkpoint": _resume,
-    "load_in_4bit": lambda on: ("quantization", "nf4") if on else None,
-    "load_in_8bit": lambda on: ("quantization", "int8") if on else None,
-    "quantization_bit": _bits,
-    "quant_bits": _bits,
-    "use_modelscope": lambda on: ("hub", "modelscope") if on else None,
+# Elsewhere these make packs of max_length tokens, and a batch is batch_size of them.
+_PACKING = _on(
+    "batch_tokens", AUTO, "`batch_tokens: auto` if on: packs of `batch_size` times `max_length` tokens, as there"
+)
+_ALL_IF_OFF = "`train_on: all` if off"
+_QUANTISED = Switch(_bits, "`quantization`: 4 → `nf4`, 8 → `int8`")
+SWITCHES: dict[str, Switch] = {
+    "bf16": _on("dtype", "bfloat16"),
+    "fp16": _on("dtype", "float16"),
+    "use_peft": _on("method", "lora"),
+    "train_on_inputs": _on("train_on", "all"),
+    "train_on_prompt": _on("train_on", "all"),
+    "truncate": _on("truncation", "right"),
+    "completion_only_loss": Switch(lambda on: None if on or on is None else ("train_on", "all"), _ALL_IF_OFF),
+    "assistant_only_loss": Switch(lambda on: None if on else ("train_on", "all"), _ALL_IF_OFF),
+    "mask_history": _on("train_on", "last_answer"),
+    "loss_scale": Switch(_loss_scale, "`train_on`: `default` → `answers`, `last_round` → `last_answer`, `all` → `all`"),
+    "resume_from_checkpoint": Switch(_resume, "`resume`; a path is refused, a run goes on from its newest checkpoint"),
+    "load_in_4bit": _on("quantization", "nf4"),
+    "load_in_8bit": _on("quantization", "int8"),
+    "quantization_bit": _QUANTISED,
+    "quant_bits": _QUANTISED,
+    "use_modelscope": _on("hub", "modelscope"),
     # transformers' -1 says that num_train_epochs counts.
-    "max_steps": lambda count: None if count in (None, -1, 0) else ("steps", count),
-    "lora_target": _targets,
-    "lora_target_modules": _targets,
+    "max_steps": Switch(
+        lambda count: None if count in (None, -1, 0) else ("steps", count), "`steps`; -1 changes nothing"
+    ),
+    "lora_target": Switch(_targets, "`target_modules`; names separated by commas, or `all`"),
+    "lora_target_modules": Switch(_targets, "`target_modules`"),
     "freeze_trainable_modules": _names("trainable_modules"),
     "name_module_trainable": _names("trainable_modules"),
     "freeze_extra_modules": _names("name_patterns"),
-    "lora_target_linear": lambda on: ("target_modules", "all-linear") if on else None,
+    "lora_target_linear": _on("target_modules", "all-linear"),
     # Batches here never hold padding, whatever this says.
-    "padding_free": lambda on: None,
-    # Elsewhere these make packs of max_length tokens, and a batch is batch_size of them.
-    "packing": _packing,
-    "sample_packing": _packing,
-    "neat_packing": _packing,
-    **{key: _only_off(key) for key in _NOT_HERE},
+    "padding_free": Switch(lambda on: None, "nothing: no pad token is ever computed"),
+    "packing": _PACKING,
+    "sample_packing": _PACKING,
+    "neat_packing": _PACKING,
+    "report_to": _only_off("report_to"),
 }
 
 
@@ -179,7 +200,7 @@ def translate(given: Mapping[str, object], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: key {key!r} is not a string.")
         name, meaning = RENAMED.get(key, key), value
         if key in SWITCHES:
-            pair = SWITCHES[key](value)
+            pair = SWITCHES[key].means(value)
             if pair is None:
                 continue
             name, meaning = pair

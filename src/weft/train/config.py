@@ -19,7 +19,7 @@ from weft.errors import UserError, nearest
 from weft.files.run_folder import RUN_FILE
 from weft.foreign import parse_yaml, read_json, read_yaml
 from weft.train.aliases import AUTO, translate
-from weft.train.settings import JobConfig, RunConfig, method_names, method_of, own_settings, settings_of
+from weft.train.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)
@@ -192,7 +192,6 @@ def _job(given: dict[str, object], defaults: dict[str, object], where: str, max_
     if merged.get("batch_tokens") == AUTO:
         merged["batch_tokens"] = _auto_tokens(merged.get("batch_size"), max_length, where)
     try:
-        method_of(method, settings)
         return JobConfig(**merged, method_settings=settings)
     except ValidationError as error:
         raise UserError(_explain(error, where, known)) from None

@@ -186,7 +186,7 @@ class Reader:
         return store[start:]
 
     def _recipe(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
-        config, keyed = self.config, self.config.eval_split is not None
+        keyed = self.config.eval_split is not None
         if job.task == "sequence_classification":
             return ClassRecipe(
                 renderer=self.renderer,
@@ -199,17 +199,15 @@ class Reader:
             )
         return TextRecipe(
             renderer=self.renderer,
-            format=source.format or config.data_format,
-            columns=source.columns or config.columns,
+            settings=self.config.of(source),
             task=self.base.task,
-            empty_answers=config.empty_answers,
             keyed=keyed,
             watched=self.watched,
         )
 
     def _source(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Loaded:
         recipe, place = self._recipe(source, job, labels), self.places[source.path]
-        limit = source.limit or self.config.limit
+        limit = self.config.of(source).limit
         key = (source.path, repr(recipe), limit)
         if key not in self.files:
             self.problems.begin()

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,14 +15,14 @@ from weft.adapters import Adapters
 from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
-from weft.data.settings import DataSettings
+from weft.data.settings import DataSettings, free_keys
 from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
 from weft.methods.dense import how_kept
-from weft.models import Base, load_base
+from weft.models import Base
 from weft.models.attached import prove_attached
-from weft.models.load import resolve_model, sketch_base
+from weft.models.load import resolve_model
 from weft.models.tasks import check_job
 from weft.train.batches import Batches
 from weft.train.callbacks import CALLBACKS, with_callbacks
@@ -32,25 +31,6 @@ from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
 from weft.train.settings import RunConfig
-
-# What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
-_FREE_KEYS = frozenset(
-    {
-        "output_dir",
-        "overwrite_output_dir",
-        "resume",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "threads",
-        "verify_packing",
-        "data_workers",
-        "bad_records_file",
-        "audit",
-        "callbacks",
-    }
-)
-
 
 _BAD_RECORDS = "bad_records.jsonl"
 _EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, _BAD_RECORDS}
@@ -78,8 +58,8 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         torch.set_num_threads(config.threads)
     places = data_files(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
-    sketch = base or sketch_base(config.model, dtype=config.dtype, shape=config.shape, hub=config.hub)
-    renderer = make_renderer(config, sketch.tokenizer, sketch.architecture.max_length)
+    sketch = base or config.sketch()
+    renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
     _check_tasks(config, sketch)
     read = Reader(config, renderer, sketch.architecture, places)
     try:
@@ -89,15 +69,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     audit_before_training(renderer, chained([d.train for d in loaded]), chained([d.held for d in loaded]), config.audit)
     _check(config, sketch, loaded)
     if base is None:
-        base = load_base(
-            config.model,
-            dtype=config.dtype,
-            device=config.device,
-            tokenizer=sketch.tokenizer,
-            shape=config.shape,
-            quantization=config.quantization,
-            hub=config.hub,
-        )
+        base = config.base(sketch.tokenizer)
     adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
     adapters.original_weight = base.original_weight
     try:
@@ -111,7 +83,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     except BaseException:
         adapters.close()
         raise
-    return Setup(config, base, adapters, renderer, jobs, read.problems)
+    return Setup(config, base, adapters=adapters, renderer=renderer, jobs=jobs, problems=read.problems)
 
 
 def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
@@ -130,28 +102,6 @@ def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserEr
 
 def _report_of(config: RunConfig) -> Path:
     return Path(config.bad_records_file or Path(config.output_dir) / _BAD_RECORDS)
-
-
-def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Renderer:
-    """What renders the run's data, for a base that has ``limit`` positions (None: any number).
-
-    Raises:
-        UserError: a setting asks for what the base or the tokenizer does not have.
-    """
-    length = config.max_length or limit
-    if limit is not None and length is not None and length > limit:
-        raise UserError(f"max_length {length} is more than the {limit} positions that {config.model} has.")
-    return Renderer(
-        tokenizer,
-        chat_template=config.chat_template,
-        allow_unknown_markers=config.allow_unknown_markers,
-        template_kwargs=config.template_kwargs,
-        train_on=config.train_on,
-        max_length=length,
-        truncation=config.truncation,
-        documents=config.documents,
-        window_overlap=config.window_overlap,
-    )
 
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
@@ -220,7 +170,7 @@ def train(
     begun = (store.folder / RUN_FILE).is_file()
     store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     try:
-        return _train(config, setup, store, on_event, should_stop, on_trained)
+        return _train(config, setup, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained)
     finally:
         store.release()
         setup.adapters.close()
@@ -338,7 +288,8 @@ def base_fingerprint(base: Base) -> dict[str, object]:
 def _same_run(config: RunConfig, begun: RunConfig) -> None:
     """A run is resumed as it was begun: any other setting would make it another run."""
     old, new = begun.model_dump(mode="json"), config.model_dump(mode="json")
-    changed = [key for key in new if key not in _FREE_KEYS and old[key] != new[key]]
+    free = free_keys(RunConfig)
+    changed = [key for key in new if key not in free and old[key] != new[key]]
     if changed:
         lines = "\n".join(f"  {key}: {old[key]!r} -> {new[key]!r}" for key in changed)
         raise UserError(f"cannot resume: the configuration has changed since the run began:\n{lines}")

@@ -68,11 +68,11 @@ def _findings(records: Records, ignore: Collection[str], only: Collection[str] |
 
 
 def _finding(check: Check, hit: Hit, skips_bad_records: bool = False) -> Finding:
+    severity, message = check.severity, hit.message
     source, split = (hit.item.source, hit.item.split) if hit.item is not None else ("", None)
     if skips_bad_records and hit.item is not None and hit.item.problem is not None:
-        message = f"left out (on_bad_record): {hit.message}"
-        return Finding(check.code, "warning", source, split, message, hit.shown, check.mend)
-    return Finding(check.code, check.severity, source, split, hit.message, hit.shown, check.mend)
+        severity, message = "warning", f"left out (on_bad_record): {hit.message}"
+    return Finding(check.code, severity, source, split, message=message, shown=hit.shown, mend=check.mend)
 
 
 def grouped(findings: Iterable[Finding]) -> list[Group]:

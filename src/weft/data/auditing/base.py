@@ -207,7 +207,8 @@ def over(
 
     def register(run: Callable[[Records], Iterator[Hit]]) -> Callable[[Records], Iterator[Hit]]:
         assert code not in CHECKS, code
-        CHECKS[code] = Check(code, severity, mend, run, (run.__doc__ or "").strip().split("\n")[0], early, once)
+        about = (run.__doc__ or "").strip().split("\n")[0]
+        CHECKS[code] = Check(code, severity, mend, run, about, early=early, once=once)
         return run
 
     return register

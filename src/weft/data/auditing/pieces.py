@@ -39,7 +39,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> lis
     tokens = tokenizer.convert_ids_to_tokens([int(number) for number in ids])
     texts = decoded(tokenizer, ids)
     return [
-        Piece(place, int(number), str(token), text or "", float(weight), number in special, part)
+        Piece(place, int(number), str(token), text or "", float(weight), special=number in special, part=part)
         for place, (number, token, weight, (text, part)) in enumerate(zip(ids, tokens, weights, texts, strict=True))
     ]
 

@@ -150,7 +150,7 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
                 tools=list(_tools(item)) or None,
                 chat_template=template,
                 add_generation_prompt=True,
-                **facts.renderer.template_kwargs,
+                **facts.renderer.settings.template_kwargs,
             )
             served = facts.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # a template is a program, and this one is not the run's

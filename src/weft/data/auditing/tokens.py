@@ -162,7 +162,7 @@ def pad_learned(records: Records) -> Iterator[Hit]:
 def prompt_learned(records: Records) -> Iterator[Hit]:
     """The question is learned as well, though only answers are to be."""
     tokens, facts = records.tokens, records.facts
-    if facts.renderer.train_on == "all" or facts.task == "seq2seq":
+    if facts.renderer.settings.train_on == "all" or facts.task == "seq2seq":
         return
     # Samples with a second token before their answer, which is learned: few, if any.
     second = np.flatnonzero((tokens.begins > 1) & (tokens.lengths > 1))
@@ -263,7 +263,7 @@ def _ends_to_look_at(records: Records) -> tuple[Array, Array]:
     tokens, eos = records.tokens, records.facts.special("eos")
     ends, owners = tokens.stretches()
     wrong = tokens.ids[ends] != (-1 if eos is None else eos)
-    if records.facts.renderer.train_on == "all":
+    if records.facts.renderer.settings.train_on == "all":
         # What the template writes after an answer is learned too, so the end may stand inside a stretch: of each
         # sample the last answer is looked at, and whatever follows it.
         final = np.append(owners[1:] != owners[:-1], True)[: len(owners)]

@@ -14,15 +14,9 @@ if TYPE_CHECKING:
 
 def fingerprint(renderer: Renderer) -> dict[str, Any]:
     """See ``Renderer.fingerprint``."""
-    limit = renderer.limit
     fields: dict[str, Any] = {
         "template": {"name": renderer.template.name or "custom", "sha256": _sum(renderer.template.text)},
-        "template_kwargs": renderer.template_kwargs,
-        "train_on": renderer.train_on,
-        "max_length": limit.max_length,
-        "truncation": limit.truncation,
-        "documents": limit.documents,
-        "window_overlap": limit.overlap,
+        **renderer.settings.model_dump(exclude={"chat_template", "allow_unknown_markers"}),
         "tokenizer": {"vocab_size": len(renderer.tokenizer), "sha256": tokenizer_hash(renderer.tokenizer)},
     }
     # Plain data only, so that what is read back from a file compares equal.

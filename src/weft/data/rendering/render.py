@@ -8,9 +8,9 @@ generation time, whatever the tokenizer would have merged across the seam.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from weft.data.formats.examples import SFT, Conversation, Message, PlainText
 from weft.data.formats.verbatim import token_weights
@@ -20,9 +20,17 @@ from weft.data.rendering.sample import Draft, Origin, Prompt, Sample, TooLongErr
 from weft.data.rendering.seq2seq import seq2seq_sample, seq2seq_source
 from weft.data.rendering.templates import find_template
 from weft.data.rendering.tokens import SOFT, Encoder, Known
-from weft.data.rendering.transcript import Script, Span, TrainOn, Turns
-from weft.data.rendering.truncation import Documents, Limit, Truncation, fit, joined, windows, without_oldest_round
-from weft.errors import UserError, nearest
+from weft.data.rendering.transcript import Script, Span, Turns, TurnSettings
+from weft.data.rendering.truncation import (
+    Limit,
+    Truncation,
+    fit,
+    in_todays_words,
+    joined,
+    windows,
+    without_oldest_round,
+)
+from weft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,57 +43,50 @@ _AFTER_ANSWER = re.compile(f"(?:\\s|{re.escape(SOFT)})*$")
 _CHUNK = 512
 
 
+class RenderSettings(Limit, TurnSettings):
+    """The keys that decide which tokens an example becomes and which of them are learned."""
+
+
 class Renderer:
     """Renders conversations and text for one tokenizer. Holds no state that changes; see docs/data.md.
 
-    ``chat_template`` (a name, a ``.jinja`` file or Jinja text) replaces the tokenizer's own; ``template_kwargs`` go to
-    it as variables. ``train_on``: "answers" (every assistant turn), "last_answer", or "all" (every token but the
-    first); a message's own ``train`` wins. ``max_length`` is in tokens; ``truncation`` says what becomes of longer
-    samples (``truncate=True`` is "right"), ``documents`` and ``window_overlap`` what becomes of long plain text.
+    ``keys`` are those of ``RenderSettings``, by name; they win over ``settings``.
+    Raises UserError for a value that cannot be used, TypeError for a key that is not there.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        *,
-        chat_template: str | None = None,
-        allow_unknown_markers: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-        train_on: TrainOn = "answers",
-        max_length: int | None = None,
-        truncation: Truncation = "refuse",
-        truncate: bool | None = None,
-        documents: Documents = "separate",
-        window_overlap: int = 1,
+        settings: RenderSettings | None = None,
+        **keys: Any,
     ) -> None:
-        if train_on not in get_args(TrainOn):
-            known = get_args(TrainOn)
-            hint = nearest(str(train_on), known)
-            raise UserError(f"train_on is {train_on!r}; expected one of {', '.join(known)}.{hint}")
-        if truncate is not None:
-            if truncation not in ("refuse", "right"):
-                raise UserError(f"truncate is an older word for truncation, which is {truncation!r}. Drop `truncate`.")
-            truncation = "right" if truncate else truncation
+        keys = {key: value for key, value in in_todays_words(keys).items() if value is not None}
+        if unknown := keys.keys() - RenderSettings.model_fields.keys():
+            raise TypeError(f"a Renderer has no setting {', '.join(sorted(unknown))}")
+        self.settings = (settings or RenderSettings()).model_copy(update=keys)
+        self.limit.check()
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
-        self.template = find_template(chat_template, tokenizer, self.encoder, allow_unknown_markers)
+        self.template = find_template(self.settings, tokenizer, self.encoder)
         self.chat_template = None if self.template.origin == "own" else self.template.text
-        self.template_kwargs = dict(template_kwargs or {})
-        self.train_on = train_on
-        self.limit = Limit(max_length, truncation, documents, window_overlap)
-        self.turns = Turns(tokenizer, self.encoder, self.chat_template, self.template_kwargs, train_on)
+        self.turns = Turns(tokenizer, self.encoder, self.chat_template, self.settings)
 
     # -- what it is set to
 
     @property
+    def limit(self) -> Limit:
+        """How long a sample may be."""
+        return self.settings
+
+    @property
     def max_length(self) -> int | None:
         """The longest sample in tokens; None: any."""
-        return self.limit.max_length
+        return self.settings.max_length
 
     @property
     def truncation(self) -> Truncation:
         """What becomes of longer samples."""
-        return self.limit.truncation
+        return self.settings.truncation
 
     @property
     def eos_token_id(self) -> int:
@@ -237,8 +238,8 @@ class Renderer:
         length = len(draft.ids)
         if not any(draft.weights):
             raise UserError(
-                f"{source}: nothing of this record would be learned (train_on: {self.train_on}). It needs an assistant "
-                "turn that follows another turn and is not marked as untrained."
+                f"{source}: nothing of this record would be learned (train_on: {self.settings.train_on}). It needs an "
+                "assistant turn that follows another turn and is not marked as untrained."
             )
         if not self.limit.exceeded(length) or (script.plain and self.limit.documents != "separate"):
             return example, script, draft
@@ -281,13 +282,13 @@ class Renderer:
             return Draft(list(ids), [0.0, *weights[1:]], origins=[Origin(0, 0, 0, len(ids))])
         draft, at, text = Draft(), 0, script.text
         for span in script.spans:
-            self._add(draft, text, at, span.start, script.base, known)
+            self._add(draft, text, at, span.start, weight=script.base, known=known)
             if span.weight is None:
-                self._add(draft, text, span.start, span.end, 0.0, known)
+                self._add(draft, text, span.start, span.end, weight=0.0, known=known)
             else:
                 self._add_answer(draft, script, span, span.weight, known)
             at = span.end
-        self._add(draft, text, at, len(text), script.base, known)
+        self._add(draft, text, at, len(text), weight=script.base, known=known)
         if script.plain:
             draft.add([self.eos_token_id], 1.0)
         # What is plain cannot have written a BOS itself.
@@ -318,7 +319,7 @@ class Renderer:
             draft.add(ids, weight, (), (start, end, 0))
             draft.add([eos], weight, (), (end, end, 0))
             draft.answers.append((began, len(draft.ids)))
-            self._add(draft, script.text, end, stop, base, None)
+            self._add(draft, script.text, end, stop, weight=base, known=None)
         if inside:
             raise UserError(
                 f"{script.source}: the chat template puts {SOFT} inside the answer of {span.turn}, where the model "

@@ -10,7 +10,9 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from weft.errors import UserError, nearest
 from weft.foreign import read_text
@@ -111,14 +113,35 @@ class Template:
     origin: Literal["asked", "own", "fallback"] = "asked"
 
 
-def find_template(
-    wanted: str | None, tokenizer: PreTrainedTokenizerBase, encoder: Encoder, allow_unknown_markers: bool = False
-) -> Template:
-    """The template that ``wanted`` means (a name, a ``.jinja`` file, or Jinja text); None: the tokenizer's own.
+class TemplateSettings(BaseModel):
+    """The keys about the chat template."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    chat_template: str | None = Field(
+        None, description="a name ([data.md](data.md)), a `.jinja` file or Jinja text, instead of the tokenizer's own"
+    )
+    allow_unknown_markers: bool = Field(
+        False, description="take a named template although the tokenizer has no tokens for its markers"
+    )
+    template_kwargs: dict[str, Any] = Field(
+        {}, description="variables for the chat template, such as `{enable_thinking: false}`"
+    )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _text_of_a_file(cls, value: str | None) -> str | None:
+        """A file's text and not its name: the run is to render alike when the file has moved or changed."""
+        return value if value is None or not is_file_name(value) else template_text(value).text
+
+
+def find_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Template:
+    """The template that ``chat_template`` means (a name, a ``.jinja`` file, or Jinja text); None: the tokenizer's own.
 
     Raises UserError for an unknown name, a file that cannot be read, and a named template whose markers are no tokens
     of the tokenizer (unless ``allow_unknown_markers``: they are then tokenised like other text).
     """
+    wanted = settings.chat_template
     if wanted is None:
         own = tokenizer.chat_template
         if not own:
@@ -128,7 +151,7 @@ def find_template(
         return Template("", text, "own")
     template = template_text(wanted)
     named = TEMPLATES.get(template.name)
-    if named is not None and not allow_unknown_markers:
+    if named is not None and not settings.allow_unknown_markers:
         missing = [marker for marker in named.markers if not encoder.spells(marker)]
         if missing:
             raise UserError(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pydantic import Field
 
 from weft.data.formats.detect import Conversation, Message, PlainText
 from weft.data.rendering.sandbox import render_chat
+from weft.data.rendering.templates import TemplateSettings
 from weft.data.rendering.tokens import Encoder
-from weft.errors import UserError
+from weft.errors import UserError, check_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +23,15 @@ if TYPE_CHECKING:
 _BEGIN, _END = "\ufdd2", "\ufdd3"
 
 TrainOn = Literal["answers", "last_answer", "all"]
+
+
+class TurnSettings(TemplateSettings):
+    """The keys that decide what text a conversation becomes and which of it is learned.
+
+    ``train_on``: every assistant turn, the last one, or every token but the first. A message's own ``train`` wins.
+    """
+
+    train_on: TrainOn = Field("answers", description="which tokens are learned ([data.md](data.md))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +88,10 @@ class Turns:
         tokenizer: PreTrainedTokenizerBase,
         encoder: Encoder,
         template: str | None,
-        template_kwargs: Mapping[str, Any],
-        train_on: TrainOn,
+        settings: TurnSettings,
     ) -> None:
-        self.tokenizer, self.encoder = tokenizer, encoder
-        self.template, self.template_kwargs = template, dict(template_kwargs)
-        self.train_on = train_on
+        check_word("train_on", settings.train_on, get_args(TrainOn))
+        self.tokenizer, self.encoder, self.template, self.settings = tokenizer, encoder, template, settings
 
     def plain(self, example: PlainText) -> Script:
         """Text as it stands."""
@@ -96,8 +106,9 @@ class Turns:
         turns = [self._turn(message) for message in messages]
         schemas = [self.encoder.guard(tool) for tool in example.tools]
         text = self._render(turns, schemas, generation, source)
-        base = 1.0 if self.train_on == "all" else 0.0
-        return Script(text, tuple(self._spans(marked, turns, schemas, text, generation, source)), base, source)
+        base = 1.0 if self.settings.train_on == "all" else 0.0
+        spans = self._spans(marked, turns, schemas, text, generation=generation, source=source)
+        return Script(text, tuple(spans), base, source)
 
     def contents(self, script: Script, example: Conversation) -> list[tuple[int, int]] | None:
         """Where in the script's text contents of messages stand; None where the template does not let that be told.
@@ -164,7 +175,7 @@ class Turns:
 
     def _marked(self, messages: Sequence[Message], generation: bool, source: str) -> list[tuple[int, float | None]]:
         """Turns to be told apart from the text around them: (index, its weight if it is learned)."""
-        default = self.train_on == "all"
+        default = self.settings.train_on == "all"
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         last = None if generation or not answers else answers[-1]
         marked: list[tuple[int, float | None]] = []
@@ -181,14 +192,14 @@ class Turns:
                 if asked:
                     raise UserError(
                         f"{source}: turn {index + 1} ({message.role}) asks for {asked}; with `train_on: "
-                        f"{self.train_on}` only assistant turns can be switched one by one."
+                        f"{self.settings.train_on}` only assistant turns can be switched one by one."
                     )
                 continue
             trained = message.train
             if trained and index == 0:
                 raise UserError(f"{source}: turn 1 is an assistant turn to be trained, but nothing comes before it.")
             if trained is None:  # a greeting has no prompt, so it cannot be an answer
-                trained = index > 0 and (self.train_on != "last_answer" or index == last)
+                trained = index > 0 and (self.settings.train_on != "last_answer" or index == last)
                 if index == 0:
                     continue
             trained = trained and scale > 0
@@ -210,7 +221,7 @@ class Turns:
                 tools=schemas or None,
                 chat_template=self.template,
                 add_generation_prompt=generation,
-                **self.template_kwargs,
+                **self.settings.template_kwargs,
             )
         except UserError as error:
             raise UserError(f"{source}: {error}.") from error

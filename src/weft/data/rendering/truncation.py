@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weft.data.formats.detect import Conversation
 from weft.data.rendering.sample import Draft, Sample, TooLongError
 from weft.data.rendering.transcript import Script, learnable
-from weft.errors import UserError, nearest
+from weft.errors import UserError, check_word
 
 Truncation = Literal["refuse", "drop", "left", "right", "middle"]
 Documents = Literal["separate", "windows", "joined"]
@@ -19,27 +21,61 @@ Documents = Literal["separate", "windows", "joined"]
 _CHARACTERS = 1000
 
 
-@dataclass(frozen=True)
-class Limit:
-    """How long a sample may be, and what to do about a longer one. ``overlap`` is that of windows, in tokens."""
+def in_todays_words(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of an earlier version under their names of today: ``truncate: true`` was ``truncation: right``.
 
-    max_length: int | None = None
-    truncation: Truncation = "refuse"
-    documents: Documents = "separate"
-    overlap: int = 1
+    Raises:
+        UserError: ``truncation`` stands beside it and says something else.
+    """
+    keys = dict(keys)
+    if isinstance(keys.get("truncate"), bool):
+        cut, given = keys.pop("truncate"), keys.get("truncation", "right")
+        if given not in ("refuse", "right"):
+            raise UserError(f"truncate is an older word for truncation, which is {given!r}. Drop `truncate`.")
+        keys |= {"truncation": "right"} if cut else {}
+    return keys
 
-    def __post_init__(self) -> None:
-        _check("truncation", self.truncation, get_args(Truncation))
-        _check("documents", self.documents, get_args(Documents))
+
+class Limit(BaseModel):
+    """The keys that say how long a sample may be and what becomes of a longer one, and what follows from them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_length: int | None = Field(
+        None, gt=1, description="longest sequence in tokens; default: what the model can take"
+    )
+    truncation: Truncation = Field(
+        "refuse", description="what becomes of longer records: refused, left out, or cut at an end ([data.md](data.md))"
+    )
+    documents: Documents = Field(
+        "separate", description="plain text: a sample each, longer ones in windows, or all joined and cut into windows"
+    )
+    window_overlap: int = Field(
+        1, ge=0, description="tokens that a window repeats from the one before, as context that is not learned again"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_words(cls, values: object) -> object:
+        return in_todays_words(values) if isinstance(values, Mapping) else values
+
+    def check(self) -> None:
+        """Refuse keys that do not go together, once the longest sequence of the model is known.
+
+        Raises:
+            UserError: they do not.
+        """
+        check_word("truncation", self.truncation, get_args(Truncation))
+        check_word("documents", self.documents, get_args(Documents))
         limit = self.max_length
         if limit is not None and limit < 2:
             raise UserError(f"max_length is {limit}; expected 2 tokens or more (the first is never learned).")
         if self.documents != "separate" and limit is None:
             raise UserError(f"documents: {self.documents} cuts text into windows of `max_length` tokens; set that.")
-        if self.overlap < 0 or (limit is not None and self.overlap > limit - 1):
+        if self.window_overlap < 0 or (limit is not None and self.window_overlap > limit - 1):
             raise UserError(
-                f"window_overlap is {self.overlap}; expected 0 or more, and less than max_length ({limit}), or a "
-                "window would hold nothing new."
+                f"window_overlap is {self.window_overlap}; expected 0 or more, and less than max_length ({limit}), or "
+                "a window would hold nothing new."
             )
 
     def exceeded(self, length: int) -> bool:
@@ -126,13 +162,13 @@ def without_oldest_round(example: Conversation) -> Conversation | None:
 def windows(sample: Sample, limit: Limit) -> Iterator[Sample]:
     """A long text as several samples of at most ``max_length`` tokens.
 
-    Each begins with the last ``overlap`` tokens of the one before, as context that is not learned twice.
+    Each begins with the last ``window_overlap`` tokens of the one before, as context that is not learned twice.
     """
     size = limit.max_length
     if size is None or len(sample.input_ids) <= size:
         yield sample
         return
-    for start, stop, new in _windows(len(sample.input_ids), size, limit.overlap):
+    for start, stop, new in _windows(len(sample.input_ids), size, limit.window_overlap):
         weights = [0.0] * (new - start) + sample.weights[new:stop]
         weights[0] = 0.0
         if any(weights):
@@ -145,7 +181,7 @@ def joined(samples: Iterable[Sample], limit: Limit, *, bos: Sequence[int]) -> It
     Every text ends with its end-of-sequence token already; the first token of the next is learned too, unless it is a
     BOS. Conversations (samples with an answer) pass through as they are.
     """
-    size, overlap = limit.max_length or 0, limit.overlap
+    size, overlap = limit.max_length or 0, limit.window_overlap
     ids: list[int] = []
     weights: list[float] = []
     begins: list[tuple[int, str]] = []  # where in ``ids`` which document begins
@@ -182,8 +218,3 @@ def _windows(length: int, size: int, overlap: int) -> Iterator[tuple[int, int, i
         stop = min(start + size, length)
         yield start, stop, new
         start, new = stop - overlap, stop
-
-
-def _check(key: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{key} is {value!r}; expected one of {', '.join(known)}.{nearest(str(value), known)}")
