@@ -76,10 +76,7 @@ def build_stream(
     token_types: int = 0,
     first_stands: bool = False,
 ) -> Stream:
-    """Lay the parts' sequences end to end, with each adapter's virtual tokens among them.
-
-    A sequence's last row stands for it, or the first (``first_stands``).
-    """
+    """Lay the parts' sequences, with virtual tokens among them, end to end; a first or last row stands for one."""
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from weft.data.auditing.audit import AuditMode
 from weft.data.problems import OnBadRecord
-from weft.data.rendering.render import RenderSettings
+from weft.data.rendering.drafts import RenderSettings
 from weft.data.sources import Source, parse_sources
 from weft.models.hub import Hub
 

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head) -> Any:
+def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head | None = None) -> Any:
     """The model with these weights, without a copy of them; to be saved, not run (its buffers are on the meta device).
 
     Args:
         model: the base, which is only read.
-        head: the adapter's; with one that classifies the new model is transformers' ``...ForSequenceClassification``.
+        head: the adapter's, or None; with one that classifies the new model is transformers' ``...ForSequenceClassification``.
 
     Raises:
         UserError: the architecture has no place for a tensor, or no such class.
@@ -42,9 +42,9 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: He
         _set_layers(config, merged.blocks)
     tensors = dict(merged.tensors)
     cls: Any = type(model)
-    if head.labels:
+    if head and head.labels:
         cls, tensors = _classifier(config, shape, tensors, head)
-    elif shape.bidirectional:
+    elif not shape.writes:
         raise UserError(
             "an encoder's adapter without a classification head has nothing to answer with; nothing to merge."
         )

@@ -85,7 +85,7 @@ def examine(config: RunConfig) -> list[Examined]:
     unlimited = config.unlimited().renderer(outline.tokenizer)
     groups: dict[Any, list[JobConfig]] = {}
     for job in config.jobs:
-        columns = (job.labels, job.text_columns, job.label_column) if job.task == "sequence_classification" else None
+        columns = (job.labels, job.text_columns, job.label_column) if job.classifies else None
         key = (repr(job.data or config.data), repr(job.eval_data or config.eval_data), job.task, repr(columns))
         groups.setdefault(key, []).append(job)
     reader = Reader(config, renderer, outline, places, watched=True)
@@ -130,7 +130,7 @@ class _Group:
         skips = config.on_bad_record != "error" and whole
         facts = Facts(reader.renderer, task, own or None, reader.renderer.max_length, skips_bad_records=skips)
         windows: list[Item] = []
-        if job.task != "sequence_classification" and config.documents == "joined":
+        if not job.classifies and config.documents == "joined":
             windows = [Item("train", s.source, samples=(s,), length=len(s.input_ids)) for s in data.train]
         # Where nothing is left, training would end at what is wrong with the records.
         packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []

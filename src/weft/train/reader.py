@@ -187,7 +187,7 @@ class Reader:
 
     def _recipe(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
         keyed = self.config.eval_split is not None
-        if job.task == "sequence_classification":
+        if job.classifies:
             return ClassRecipe(
                 renderer=self.renderer,
                 labels=labels,

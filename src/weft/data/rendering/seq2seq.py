@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from weft.data.formats.examples import SFT, Conversation, PlainText
+from weft.data.rendering.drafts import Drafter
 from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
 from weft.data.rendering.transcript import learnable
 from weft.errors import UserError
 
-if TYPE_CHECKING:
-    from weft.data.rendering.render import Renderer
 
-
-def seq2seq_sample(renderer: Renderer, example: SFT) -> Sample:
+def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
     """See ``Renderer.seq2seq``."""
     place = example.source
     if isinstance(example, PlainText):
@@ -50,7 +46,7 @@ def seq2seq_sample(renderer: Renderer, example: SFT) -> Sample:
     return Sample(draft.ids, draft.weights, place, slots=slots, target_ids=tuple(target), cut=cut)
 
 
-def seq2seq_source(renderer: Renderer, example: Conversation) -> Prompt:
+def seq2seq_source(renderer: Drafter, example: Conversation) -> Prompt:
     """The encoder's input, in the special tokens that its tokenizer puts around a text."""
     messages, source, encoder = example.messages, example.source, renderer.encoder
     if not messages:
