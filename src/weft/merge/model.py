@@ -27,7 +27,7 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: He
 
     Args:
         model: the base, which is only read.
-        head: the adapter's, or None; with one that classifies the new model is transformers' ``...ForSequenceClassification``.
+        head: the adapter's; with one that classifies the model is transformers' ``...ForSequenceClassification``.
 
     Raises:
         UserError: the architecture has no place for a tensor, or no such class.
