@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -242,6 +244,10 @@ def split_by_hash(samples: Sequence[T], keys: Sequence[str], share: float) -> tu
     would be left on one side.
     """
     held = held_by_hash(map(number_of, keys), share)
+    return _sides(samples, held)
+
+
+def _sides(samples: Sequence[T], held: bytearray) -> tuple[list[T], list[T]]:
     train = [sample for sample, out in zip(samples, held, strict=True) if not out]
     return train, [sample for sample, out in zip(samples, held, strict=True) if out]
 
@@ -263,4 +269,26 @@ def held_by_hash(numbers: Iterable[int], share: float) -> bytearray:
             f"eval_split {share:g} of {len(held)} samples leaves none to {side} on: each is held out by the hash of "
             "its content. Take another share, or eval_size for an exact number."
         )
+    return held
+
+
+def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T], list[T]]:
+    """Choose ``n_eval`` samples at random (the same ones for the same seed and count): ``(train, eval)``.
+
+    Both parts keep the order of ``samples``. Raises UserError when nothing would be left to train on.
+    """
+    held = held_by_chance(len(samples), n_eval, seed)
+    return _sides(samples, held)
+
+
+def held_by_chance(count: int, n_eval: int, seed: int) -> bytearray:
+    """Which of ``count`` samples ``split_holdout`` holds out: 1 for each that it does. Raises UserError as that."""
+    if not 0 <= n_eval < max(count, 1):
+        raise UserError(f"cannot hold out {n_eval} of {count} samples: expected 0 or more, and fewer than all.")
+    held = bytearray(count)
+    if n_eval:
+        order = array("q", range(count))  # a list would take five times the memory
+        random.Random(seed).shuffle(order)
+        for index in order[:n_eval]:
+            held[index] = 1
     return held
