@@ -13,7 +13,7 @@ from weft.core.config import MethodConfig
 from weft.core.files import check_name, method_config
 from weft.data import Renderer
 from weft.data.rendering.render import RenderSettings
-from weft.data.settings import FREE, DataPaths, DataSettings, part
+from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.hub import Hub
@@ -86,6 +86,7 @@ class JobConfig(BaseModel):
     )
 
     _method: MethodConfig = PrivateAttr()
+    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     @field_validator("labels", mode="before")
     @classmethod
