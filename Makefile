@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= tiny-llama
 
-.PHONY: help demo test test-slow test-newest test-oldest test-machines check lock bases bench malformed hostile clean
+.PHONY: help demo test-fast test test-slow test-newest test-oldest test-machines check breakages lock bases bench malformed hostile clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo           five methods at once on an embedded base (MODEL=tiny-llama or tiny-bloom)"
-	@echo "make test           the tests (six to ten minutes on two cores), with the locked versions"
+	@echo "make test-fast      the inner loop, a minute on two cores: ops, data, core, one contract per method"
+	@echo "                    (one test: .venv/bin/pytest tests/core/test_stream.py -k every_row)"
+	@echo "make test           the tests (six minutes on two cores), with the locked versions"
 	@echo "make test-slow      the long ones as well"
+	@echo "make breakages      break Weft in ten ways and show which tests see it (two minutes)"
 	@echo "make test-newest    the tests with the newest versions that pyproject.toml allows; writes a result file"
 	@echo "make test-oldest    and with the oldest (a CUDA build of torch on Linux: 5 GB)"
 	@echo "make test-machines  the numeric tests with 1, 2, 4 threads and with AVX2 and plain kernels; a result file"
@@ -57,7 +60,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
 demo: $(VENV)/.installed
 	$(BIN)/weft demo --model $(MODEL) --output-dir runs/demo
 
+FAST := tests/ops tests/data tests/core tests/test_layering.py tests/test_api.py tests/contracts/test_each_method.py \
+	tests/contracts/test_routing.py::test_a_sample_alone_has_the_loss_of_plain_cross_entropy \
+	tests/train/test_store.py "tests/train/test_resume.py::test_asked_to_stop_anywhere[4]"
+
 # One thread a process and two processes: small matrices gain nothing from a second thread.
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long" $(FAST)
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
@@ -69,6 +79,9 @@ test-newest test-oldest: test-%: .venv-%/.installed
 
 test-machines: $(VENV)/.installed-dev
 	$(BIN)/python tools/machines.py
+
+breakages: $(VENV)/.installed-dev
+	$(BIN)/python tools/breakages.py
 
 lock: .venv-lock/.installed
 	PATH="$(CURDIR)/.venv-lock/bin:$$PATH" .venv-lock/bin/python tools/lock.py

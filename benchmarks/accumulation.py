@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.data import Renderer, Sample, load_samples
 from weft.models import describe
 from weft.models.load import load_tokenizer

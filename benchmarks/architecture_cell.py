@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.architecture_truth import first_line
-from tests.contracts.kit import sha256
+from tests.kit import sha256
 from torch import nn
 
 from weft.errors import UserError

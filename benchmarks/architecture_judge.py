@@ -28,20 +28,20 @@ from benchmarks.architecture_truth import (
     relative,
     rounding,
 )
-from tests.contracts.kit import NOT_IDENTITY, NOT_MERGEABLE, SETTINGS, UNTRAINED
+from tests.kit import NOT_IDENTITY, NOT_MERGEABLE, SETTINGS, UNTRAINED
 from torch import Tensor, nn
 
 from weft import load_base
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.architecture import linear_shape
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
 from weft.generate import Request, generate
+from weft.merge.model import check_as_written, merged_model
 from weft.methods import METHODS
 from weft.models.attached import prove_attached
-from weft.models.merged import check_as_written, merged_model
-from weft.train.step import Work, sequence_losses
+from weft.objectives.passes import Work, sequence_losses
 
 BASE = "base"
 # Beside LoRA as it comes: LoRA on every linear of the blocks by name, which peft must understand as we do.

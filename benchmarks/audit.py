@@ -27,9 +27,9 @@ from weft.data import Renderer
 from weft.data.auditing.audit import audit, audit_before_training
 from weft.data.auditing.base import CHECKS, Facts, Item, Records
 from weft.data.auditing.duplicates import SHINGLE, near, normalise
-from weft.data.auditing.items import read_items
+from weft.data.auditing.items import collect
 from weft.data.auditing.statistics import statistics
-from weft.data.settings import ReadSettings
+from weft.data.pipeline import TextRecipe, outcomes
 from weft.models.load import load_tokenizer
 
 T = TypeVar("T")
@@ -127,7 +127,8 @@ def measure(records: int | None, tokenizer: Any, files: list[Path]) -> dict[str,
         for file in files:
             left = None if records is None else records - len(items)
             if left is None or left > 0:
-                items.extend(read_items(file, renderer, ReadSettings(limit=left), unlimited=unlimited)[0])
+                found = outcomes(file, TextRecipe(renderer=renderer, watched=True), limit=left)
+                items.extend(collect(found, renderer, unlimited=unlimited)[0])
 
     begun = time.perf_counter()
     timed(times, "read and render", read)

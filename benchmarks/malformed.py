@@ -24,7 +24,7 @@ from typing import Any
 
 from weft.data import Problems, Record, Renderer, iter_records
 from weft.data.formats.detect import EmptyAnswerError
-from weft.data.load import Recipe, iter_samples
+from weft.data.pipeline import Fold, TextRecipe, outcomes
 
 MAX_LENGTH = 600
 Bad = tuple[str, bytes]  # the kind of problem that is expected, and the row
@@ -274,9 +274,9 @@ def wrong(planted: Planted, renderer: Renderer) -> list[str]:
     extra = read.keys() - planted.good.keys() - {n for n, (kind, _) in planted.bad.items() if kind in _UNUSABLE}
     found += [f"{planted.path.name}:{line}: a malformed row was read" for line in extra]
     problems = Problems("report", errors={"empty_answer": EmptyAnswerError})
-    recipe = Recipe(renderer)
-    made = iter_samples(planted.path, recipe, problems=problems)
-    sources = [sample.source for one in made for sample in one.samples]
+    recipe = TextRecipe(renderer=renderer)
+    fold = Fold(planted.path, recipe, problems)
+    sources = [sample.source for sample, _ in fold.samples(outcomes(planted.path, recipe))]
     if sources != [f"{planted.path}:{line}" for line in planted.good]:
         found.append(f"{planted.path.name}: {len(sources)} samples, expected {len(planted.good)} in order")
     report = planted.path.with_suffix(".report")

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from weft.assets import EMBEDDED_MODELS, instructions_path
-from weft.core.files import weights_path
 from weft.evaluate.exact_match import exact_match
 from weft.evaluate.measure import Measure, training_bytes
+from weft.files.adapter_folder import weights_path
 from weft.methods import METHODS
 from weft.train import make_config
 from weft.train.run import prepare, train

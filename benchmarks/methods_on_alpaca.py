@@ -25,9 +25,9 @@ from methods import jobs_of
 from weft.data import load_samples
 from weft.evaluate.forgetting import text_loss
 from weft.methods import METHODS
+from weft.objectives.passes import evaluate_loss
 from weft.train import make_config
 from weft.train.run import Setup, train
-from weft.train.step import evaluate_loss
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 STEPS, BATCH_SIZE, DOCUMENTS = 240, 8, 40

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.generate import Completion, Request, cache_proof, generate
 from weft.methods import METHODS
 from weft.models import describe

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import speed_setting as setting
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.data import Sample
 from weft.models.facts import describe
 

@@ -20,6 +20,8 @@ import hypothesis
 import pytest
 from tests import deprecations
 
+import weft
+
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -37,6 +39,37 @@ deprecations.install()
 # How long an example takes says nothing: the machine may be busy.
 hypothesis.settings.register_profile("weft", deadline=None)
 hypothesis.settings.load_profile("weft")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--extension", action="append", default=[], help="a file whose methods inherit the contracts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Methods from outside come before the tests are made, and the kit hears what they do not promise."""
+    files = config.getoption("--extension")
+    if not files:
+        return
+    from weft.methods import METHODS
+
+    own = set(METHODS)
+    for file in files:
+        weft.load_extension(file)
+    from tests.contracts import kit
+
+    from weft.merge.weights import check_mergeable
+
+    model = kit.make_model("llama")
+    adapters = weft.Adapters(model, weft.describe(model))
+    for name in METHODS.keys() - own:
+        adapter = adapters.add(name, METHODS[name]())
+        if not adapter.begins_as_identity:
+            kit.NOT_IDENTITY.add(name)
+        try:
+            check_mergeable(adapter)
+        except weft.UserError:
+            kit.NOT_MERGEABLE.add(name)
+    adapters.close()
 
 
 @pytest.fixture(autouse=True, scope="module")

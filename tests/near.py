@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--near"):
         return
     import torch
-    from tests.contracts import kit
+    from tests import kit
 
     measured, close = kit.measured, torch.testing.assert_close
 

@@ -6,18 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import weft
 
 
 def test_all_is_sorted_and_importable() -> None:
-    assert weft.__all__ == sorted(weft.__all__)
-    for name in weft.__all__:
-        assert callable(getattr(weft, name))
-    assert set(weft.__all__) <= set(dir(weft))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        weft.nothing  # noqa: B018
+    assert weft.__all__ == [
+        "Adapters", "BitFitConfig", "BottleneckConfig", "LoraConfig", "Message", "Opened", "Part", "PrefixTuningConfig",
+        "PromptTuningConfig", "Renderer", "Request", "RunConfig", "Sampling", "UserError", "describe", "generate",
+        "load_base", "load_config", "load_extension", "make_config", "open_target", "register_callback",
+        "register_format", "register_method", "register_objective", "train",
+    ]  # fmt: skip
 
 
 def test_import_is_light() -> None:

@@ -5,48 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from weft.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from weft.core.adapters import Adapters
-    from weft.core.stream import Part
-    from weft.data import Message, Renderer
-    from weft.errors import UserError
-    from weft.generate import Request, generate
-    from weft.generate.open import Opened, open_target
-    from weft.generate.sampling import Sampling
-    from weft.methods import BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
-    from weft.models import describe, load_base
-    from weft.train import RunConfig, load_config, make_config
-    from weft.train.run import train
+    from weft.api import *  # noqa: F403
 
-__version__ = "0.1.0"
-
-# Where a name lives; None: it is a package that can be called. Imported when first used, so that
-# `import weft` and `weft --help` do not wait for torch.
-_HOMES: dict[str, str | None] = {
-    "Adapters": "weft.core.adapters",
-    "BitFitConfig": "weft.methods",
-    "BottleneckConfig": "weft.methods",
-    "LoraConfig": "weft.methods",
-    "Message": "weft.data",
-    "Opened": "weft.generate.open",
-    "Part": "weft.core.stream",
-    "PrefixTuningConfig": "weft.methods",
-    "PromptTuningConfig": "weft.methods",
-    "Renderer": "weft.data",
-    "Request": "weft.generate",
-    "RunConfig": "weft.train",
-    "Sampling": "weft.generate.sampling",
-    "UserError": "weft.errors",
-    "describe": "weft.models",
-    "generate": None,
-    "load_base": "weft.models",
-    "load_config": "weft.train",
-    "make_config": "weft.train",
-    "open_target": "weft.generate.open",
-    "train": None,
-}
-
-__all__ = [
+# Imported when first used, so that ``import weft`` and ``weft --help`` do not wait for torch. A test holds this list
+# and that of ``weft.api`` together.
+__all__ = [  # noqa: F405, RUF100
     "Adapters",
     "BitFitConfig",
     "BottleneckConfig",
@@ -65,19 +31,25 @@ __all__ = [
     "generate",
     "load_base",
     "load_config",
+    "load_extension",
     "make_config",
     "open_target",
+    "register_callback",
+    "register_format",
+    "register_method",
+    "register_objective",
     "train",
 ]
+# Packages that can be called.
+_CALLED = ("generate", "train")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'weft' has no attribute {name!r}")
-    home = _HOMES[name]
-    if home is None:
+    if name in _CALLED:
         return importlib.import_module(f"weft.{name}")
-    value = getattr(importlib.import_module(home), name)
+    if name not in __all__:
+        raise AttributeError(f"module 'weft' has no attribute {name!r}")
+    value = getattr(importlib.import_module("weft.api"), name)
     globals()[name] = value
     return value
 

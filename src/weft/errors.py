@@ -1,7 +1,7 @@
-"""The one exception that is addressed to the user.
+"""The one exception whose message is written for the user.
 
-The command line prints a ``UserError`` as one message and leaves with exit code 2; a program catches it as the
-``ValueError`` that it is. Anything else that escapes is a defect of Weft and keeps its traceback.
+The command line prints a ``UserError`` as one message and leaves with exit code 2. A program catches it as the
+``ValueError`` that it is. Any other exception that escapes is a defect of Weft and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used: says what, where, what was expected and what to do."""
+    """The user gave something that cannot be used. The message says what, where, what was expected and what to do."""
 
 
 def check_word(key: str, value: object, known: Sequence[str]) -> None:
@@ -21,6 +21,6 @@ def check_word(key: str, value: object, known: Sequence[str]) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
+    """``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string if none is close."""
     match = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""

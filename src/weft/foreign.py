@@ -84,7 +84,7 @@ def read_text(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> str:
 # ----------------------------------------------------------------------------------------------------------------- JSON
 
 
-def read_json(path: str | os.PathLike[str], *, infinities: bool = False, limit: int = JSON_LIMIT) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], *, infinities: bool = False, limit: int = JSON_LIMIT) -> dict[str, object]:
     """A JSON object from a file. ``infinities``: numbers may be infinite or NaN, which some writers say in JSON."""
     try:
         text = read_bytes(path, limit).decode("utf-8")
@@ -139,7 +139,7 @@ def parse_json(text: str | bytes, where: str, *, infinities: bool = False) -> An
     return value
 
 
-def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, object]]:
     """The objects of a file with one on each line that is not blank; only a line is in memory."""
     check_regular(path)
     with open(path, "rb") as file:
@@ -150,7 +150,7 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 yield expect(parse_json(line, f"{path}:{number}", infinities=True), dict, f"{path}:{number}")
 
 
-def _check_depth(value: Any, where: str) -> None:
+def _check_depth(value: object, where: str) -> None:
     level, depth = [value], 0
     while level:
         if depth > DEPTH:
@@ -169,7 +169,7 @@ def _too_deep(where: str) -> NoReturn:
     raise UserError(f"{where} is nested more than {DEPTH} deep, which no configuration is.")
 
 
-def expect(value: Any, kind: type[_Type] | tuple[type[_Type], ...], where: str) -> _Type:
+def expect(value: object, kind: type[_Type] | tuple[type[_Type], ...], where: str) -> _Type:
     """``value`` if it is of that type (true is no number here); UserError names the place and both types."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
@@ -179,14 +179,14 @@ def expect(value: Any, kind: type[_Type] | tuple[type[_Type], ...], where: str) 
     raise UserError(f"{where}: expected {wanted}, found {_json_type(value)}.")
 
 
-def entry(values: Mapping[str, Any], key: str, kind: type[_Type], where: str) -> _Type:
+def entry(values: Mapping[str, object], key: str, kind: type[_Type], where: str) -> _Type:
     """``values[key]`` if it is there and of that type; UserError otherwise."""
     if key not in values:
         raise UserError(f"{where}: '{key}' is missing.")
     return expect(values[key], kind, f"{where}: {key}")
 
 
-def _json_type(value: Any) -> str:
+def _json_type(value: object) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "an integer"}
     found = names.get(type(value), "a number" if isinstance(value, float) else "null")
     if found == "a string" or isinstance(value, (int, float)):
@@ -232,12 +232,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | os.PathLike[str]) -> Any:
+def read_yaml(path: str | os.PathLike[str]) -> object:
     """The value of a YAML (or JSON) file. Raises UserError with the place of what is wrong."""
     return parse_yaml(read_text(path, YAML_LIMIT), str(path))
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
     """The value of a YAML text; ``where`` names it in errors."""
     loader = None
     try:
@@ -269,7 +269,7 @@ def _yaml_line(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------- safetensors
 
 
-def check_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+def check_safetensors(path: str | os.PathLike[str]) -> dict[str, object]:
     """The header of a safetensors file (dtype, shape and place of each tensor), after its length is found possible.
 
     What it says of the tensors is for the library to check; it maps the file, so a lie costs no memory.

@@ -10,23 +10,27 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, cat
+from torch import Tensor, cat, nn
 
 from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 # The newest name first: where a library understands both, the older one is deprecated.
 CACHE_NAMES = ("cache", "past_key_values")
 
 
-def cache_name(forward: Callable[..., Any]) -> str | None:
+def cache_name(forward: Callable[..., object]) -> str | None:
     """The parameter of a model's (or an attention's) forward that takes its cache; None: it names none."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
-def cache_arguments(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
+def cache_arguments(forward: Callable[..., object], cache: object) -> dict[str, object]:
     """What to call ``forward`` with so that it uses ``cache``; None: so that it makes none.
 
     Raises:
@@ -41,18 +45,18 @@ def cache_arguments(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
     return {name: cache, "use_cache": True}
 
 
-def given_cache(arguments: Mapping[str, Any]) -> Any:
+def given_cache(arguments: Mapping[str, object]) -> object:
     """The cache among the keyword arguments of a call; None: there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
-def output_cache(output: Any) -> Any:
+def output_cache(output: Any) -> object:
     """The cache that a model's output holds."""
     fields = {field.name for field in dataclasses.fields(output)}
     return next((getattr(output, name) for name in CACHE_NAMES if name in fields), None)
 
 
-def keys_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
+def keys_values(cache: object) -> list[tuple[Tensor, Tensor]]:
     """Per layer the keys and values [B, kv_heads, n, head_dim] of a filled cache; of an encoder-decoder's, its own."""
     own = getattr(cache, "self_attention_cache", cache)
     if own is None or not hasattr(own, "layers"):
@@ -60,7 +64,7 @@ def keys_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in own.layers]
 
 
-def growing_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
+def growing_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
     """transformers' usual cache, filled with a pair of keys and values [B, kv_heads, n, head_dim] per layer."""
     from transformers.cache_utils import DynamicCache
 
@@ -70,12 +74,12 @@ def growing_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
     return cache
 
 
-def fixed_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+def fixed_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Cache:
     """A cache that keeps these pairs and nothing else: a checkpointed block shows its keys twice."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class PrefixLayer(DynamicLayer):
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        def update(self, key_states: Tensor, value_states: Tensor, *_: object, **more: object) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 return super().update(key_states, value_states)
             assert self.keys is not None
@@ -88,19 +92,19 @@ def fixed_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
     return cache
 
 
-def growing_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
+def growing_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> EncoderDecoderCache:
     """As ``growing_cache``, for the decoder of an encoder-decoder; what it sees of the encoder is kept once made."""
     from transformers.cache_utils import EncoderDecoderCache
 
     return EncoderDecoderCache(growing_cache(pairs), growing_cache())
 
 
-def fixed_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+def fixed_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> EncoderDecoderCache:
     """As ``fixed_cache``, for the decoder of an encoder-decoder; never anything of cross-attention."""
     from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
     class Passing(Cache):
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+        def update(self, key_states: Tensor, value_states: Tensor, *_: object, **kw: object) -> tuple[Tensor, Tensor]:
             return key_states, value_states
 
     cache = EncoderDecoderCache(fixed_cache(pairs), Passing(layer_class_to_replicate=DynamicLayer))
@@ -113,7 +117,7 @@ class _NeverUpdated(dict[int, bool]):
         pass
 
 
-def paths_in_files(model: Any, paths: Iterable[str]) -> dict[str, str | None]:
+def paths_in_files(model: nn.Module, paths: Iterable[str]) -> dict[str, str | None]:
     """Modules whose own path in a LoRA file leads elsewhere, and the path that leads to them; None: none does.
 
     transformers gives the tensors of some checkpoints other names as it loads them, and peft sends a LoRA file through
@@ -123,9 +127,10 @@ def paths_in_files(model: Any, paths: Iterable[str]) -> dict[str, str | None]:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+    pretrained = cast("PreTrainedModel", model)
+    if get_checkpoint_conversion_mapping(pretrained.config.model_type) is None:
         return {}
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    renamings = [one for one in get_model_conversion_mapping(pretrained) if isinstance(one, WeightRenaming)]
     back: list[Any] = [one.reverse_transform() for one in reversed(renamings)]
     found: dict[str, str | None] = {}
     end = ".lora_A.weight"

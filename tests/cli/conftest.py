@@ -33,6 +33,7 @@ def weft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def run(*words: object, stdin: str = "") -> Run:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         before = dict(os.environ)
+        capsys.readouterr()  # what the test itself has printed is not the command's
         try:
             code = main([str(word) for word in words])
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from weft.core.files import read, read_tensors
+from weft.files.adapter_folder import read, read_tensors
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +138,7 @@ def test_sources_that_do_not_fit(weft: Callable[..., Any], pair_dir: Path, tiny_
 def test_what_the_parents_have_in_common_travels(
     weft: Callable[..., Any], pair_dir: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    from weft.core.files import provenance_of
+    from weft.files.adapter_folder import provenance_of
 
     parents = [provenance_of(pair_dir / "adapters" / name) for name in "ab"]
     assert parents[0] == parents[1]

@@ -14,9 +14,11 @@ import pytest
 CONFIG = "model: {model}\ndata: {data}\nmethod: lora\n"
 
 
-@pytest.fixture
-def place(weft: Callable[..., Any], tmp_path: Path, tiny_llama_dir: Path, tiny_data: Path) -> dict[str, Path]:
-    """Paths that the cases below may name, with some damaged files made."""
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path, tiny_data: Path) -> dict[str, Path]:
+    """Paths that the cases below may name, with some damaged files made. Nothing of a user's is ever changed, so all
+    cases share them."""
+    tmp_path = tmp_path_factory.mktemp("place")
     model = tmp_path / "broken-model"
     shutil.copytree(tiny_llama_dir, model)
     weights = model / "model.safetensors"

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tests.contracts import kit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from weft.core.files import merged_from, provenance_of
 from weft.data import Message
-from weft.generate import merged as merging
-from weft.generate import proof as proofs
+from weft.export import folder as merging
+from weft.export import proof as proofs
+from weft.files.adapter_folder import merged_from, provenance_of
 from weft.generate.open import open_target
 
 ASKED = (
@@ -35,25 +35,37 @@ JOBS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_llama_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, far enough from its base to answer otherwise."""
+    return train(tmp_path_factory.mktemp("runs"), "configuration", tiny_llama_dir, tiny_data)
+
+
 @pytest.fixture(scope="module", params=["tokenizer", "configuration", "plain"])
-def trained(request: Any, tiny_llama_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, its template from one of the three places; far enough from its base to answer otherwise."""
+def trained_with(request: Any, trained: Path, tiny_llama_dir: Path, tiny_data: Path,
+                 tmp_path_factory: pytest.TempPathFactory) -> Path:  # fmt: skip
+    """The same, its template from one of the three places."""
+    if request.param == "configuration":
+        return trained
+    return train(tmp_path_factory.mktemp("runs"), request.param, tiny_llama_dir, tiny_data)
+
+
+def train(folder: Path, template: str, tiny_llama_dir: Path, tiny_data: Path) -> Path:
     from weft.cli.main import main
 
-    folder = tmp_path_factory.mktemp("runs")
     base = folder / "base"
     shutil.copytree(tiny_llama_dir, base)
     file = base / "generation_config.json"
     generation = json.loads(file.read_text())
     file.write_text(json.dumps(generation | {"eos_token_id": [generation["eos_token_id"], 5]}))
-    if request.param == "plain":
+    if template == "plain":
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.chat_template = None
         (base / "chat_template.jinja").unlink(missing_ok=True)
         tokenizer.save_pretrained(base)
     config = {"model": str(base), "data": str(tiny_data), "output_dir": str(folder / "run"), "steps": 8, "jobs": JOBS,
               "learning_rate": 0.05, "batch_size": 4}  # fmt: skip
-    if request.param == "configuration":
+    if template == "configuration":
         config["chat_template"] = ASKED
     (folder / "run.json").write_text(json.dumps(config))
     assert main(["train", str(folder / "run.json"), "--quiet"]) == 0
@@ -74,8 +86,16 @@ def may_differ(told: dict[str, Any]) -> float:
     return max(1e-5, proofs.ROUNDINGS * (told["proof"]["own_rounding"] or 0.0))
 
 
-@pytest.mark.parametrize("name", ["lora", "pro", "several"])
-def test_answers_and_renders_as_the_adapter(weft: Callable[..., Any], trained: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["pro", "several"])
+def test_answers_as_the_adapter(weft: Callable[..., Any], trained: Path, name: str) -> None:
+    check_answers(weft, trained, name)
+
+
+def test_answers_and_renders_as_the_adapter(weft: Callable[..., Any], trained_with: Path) -> None:
+    check_answers(weft, trained_with, "lora")
+
+
+def check_answers(weft: Callable[..., Any], trained: Path, name: str) -> None:
     """Token for token, greedily; prompts too, in Weft and by transformers alone."""
     adapter = trained / "adapters" / name
     result = weft("merge", "--adapter", adapter, "--output", "merged", "--json")
@@ -106,8 +126,9 @@ def test_answers_and_renders_as_the_adapter(weft: Callable[..., Any], trained: P
     assert model.generation_config.eos_token_id == generation["eos_token_id"]
 
 
-def test_a_template_on_the_command_line_and_another_tokenizer(weft: Callable[..., Any], trained: Path) -> None:
+def test_a_template_on_the_command_line_and_another_tokenizer(weft: Callable[..., Any], trained_with: Path) -> None:
     """The same warnings as of an adapter's folder."""
+    trained = trained_with
     assert weft("merge", "--adapter", trained / "adapters/lora", "-o", "merged").code == 0
     opened = open_target("merged", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     opened.close()
@@ -313,19 +334,22 @@ def test_in_sixteen_bits(weft: Callable[..., Any], trained: Path, monkeypatch: p
     assert (result.code, "does not answer as the adapter does" in result.err) == (2, True)
 
 
+@pytest.mark.parametrize("turn", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("base", ["tiny-llama", "tiny-bloom"])
-def test_trained_in_sixteen_bits(weft: Callable[..., Any], tiny_data: Path, base: str) -> None:
+def test_trained_in_sixteen_bits(weft: Callable[..., Any], tiny_data: Path, base: str, turn: int) -> None:
     """Written as it was trained by default; in 32 bits the same without another rounding. (BLOOM as transformers
     runs it is off by four times as much in bfloat16 as here, whatever its weights.)"""
     words = ["train", "--model", base, "--data", tiny_data, "--method", "lora", "--method", "llama_pro", "steps=3"]
     assert weft(*words, "dtype=bfloat16", "learning_rate=0.01", "--output-dir", "run", "--quiet").code == 0
-    for name in ("lora", "llama_pro"):
-        for dtype, exact in (("auto", False), ("float32", True)):
-            words = ["merge", "--adapter", f"run/adapters/{name}", "-o", f"{name}-{dtype}", "--dtype", dtype, "--json"]
-            result = weft(*words)
-            assert result.code == 0, result.err
-            told = json.loads(result.out)
-            assert (told["dtype"], told["proof"]["exact"]) == ("float32" if exact else "bfloat16", exact)
+    both = [("auto", False), ("float32", True)]
+    if (base == "tiny-bloom") != bool(turn):
+        both.reverse()
+    for name, (dtype, exact) in zip(("lora", "llama_pro"), both, strict=True):
+        words = ["merge", "--adapter", f"run/adapters/{name}", "-o", f"{name}-{dtype}", "--dtype", dtype, "--json"]
+        result = weft(*words)
+        assert result.code == 0, result.err
+        told = json.loads(result.out)
+        assert (told["dtype"], told["proof"]["exact"]) == ("float32" if exact else "bfloat16", exact)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -17,8 +17,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from weft.cli.preview import View, _settings, _views
-from weft.cli.preview_text import show
+from weft.cli.preview import _settings, _views
+from weft.preview.text import show
+from weft.preview.view import View
 
 ROWS = [
     {"instruction": "What colour is the sky over Oslo?", "output": "Blue, most days of the year."},

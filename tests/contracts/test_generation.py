@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generate import Request, generate
@@ -33,8 +33,10 @@ def teacher(adapters: Adapters, request: Request, answer: list[int]) -> list[int
         return logits.argmax(-1)[len(request.prompt) - 1 : -1].tolist()
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["cache", "padded"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    ("kind", "padded"),
+    kit.in_turn(["llama", "gpt2", "bloom"], [pytest.param(False, id="cache"), pytest.param(True, id="padded")]),
+)
 def test_greedy_equals_teacher_forcing_and_one_at_a_time(kind: str, padded: bool) -> None:
     adapters = kit.open_with_all(kit.make_model(kind, torch.float64), padded=padded)
     asked = requests()

@@ -7,12 +7,14 @@ import torch
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
-from weft.core.stream import run_stream
+from weft.api import Adapters
+from weft.core import layout
+from weft.core.stream import Part
 from weft.data import Sample
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig
-from weft.train.step import Work, forward_losses, train_step
+from weft.train.step import train_step
 
 PAIRS = [(method, kit.TRAINED[(i + 1) % len(kit.TRAINED)]) for i, method in enumerate(kit.TRAINED)]
 
@@ -67,21 +69,17 @@ def test_gradients_with_respect_to_a_neighbour_are_zero(kind: str) -> None:
 
 @pytest.mark.parametrize("padded", [False, True], ids=["stream", "padded"])
 def test_gradients_with_respect_to_a_neighbours_rows_are_zero(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weft.core import stream as stream_module
-
     adapters = kit.open_with_all(kit.make_model("gpt2", torch.float64), padded=padded)
     kept: list[Tensor] = []
-    plain = stream_module.embed
+    plain = layout.embed
 
     def embed(*args: object) -> Tensor:
         kept.append(plain(*args).requires_grad_())  # type: ignore[arg-type]
         return kept[-1]
 
-    monkeypatch.setattr(stream_module, "embed", embed)
-    parts = [stream_module.Part(name, kit.texts(2, seed=i)) for i, name in enumerate([*kit.ALL, None])]
-    stream = adapters.stream(parts)
-    named = {n: adapters[n] for n in kit.ALL}
-    hidden = run_stream(adapters.model, adapters.router, stream, named, adapters.architecture)
+    monkeypatch.setattr(layout, "embed", embed)
+    parts = [Part(name, kit.texts(2, seed=i)) for i, name in enumerate([*kit.ALL, None])]
+    stream, hidden = adapters.run(parts)
     sizes = [segment.tokens for segment in stream.route.segments]
     for index, rows in enumerate(hidden.split(sizes)):
         (grad,) = torch.autograd.grad(rows.square().sum(), kept[0], retain_graph=True)
@@ -149,9 +147,8 @@ def test_leak_3_a_neighbours_dropout_does_not_change_mine(method: str, padded: b
     adapters.close()
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "falcon"])
-@pytest.mark.parametrize("broken", kit.TRAINED)
-def test_nan_in_one_adapter_stays_there(kind: str, broken: str) -> None:
+@pytest.mark.parametrize(("broken", "kind"), kit.in_turn(kit.TRAINED, ["llama", "bloom", "falcon"]))
+def test_nan_in_one_adapter_stays_there(broken: str, kind: str) -> None:
     adapters = kit.open_with_all(kit.make_model(kind))
     data = {name: kit.samples(3, seed=i) for i, name in enumerate(kit.ALL)}
     healthy = losses_and_gradients(adapters, data)

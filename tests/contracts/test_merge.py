@@ -20,18 +20,18 @@ from tests.models.encoder_kit import make_encoder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from weft.core.adapter import Adapter, SiteAdapter
-from weft.core.adapters import Adapters
-from weft.core.config import BuildContext, MethodConfig
+from weft.api import Adapters
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.heads import ClassificationTask
-from weft.core.seq2seq import run_seq2seq, start_token
+from weft.core.seq2seq import start_token
+from weft.core.site_adapter import SiteAdapter
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
+from weft.merge.model import merged_model
 from weft.methods import METHODS
 from weft.models import describe, load_base
-from weft.models.merged import merged_model
-from weft.train.step import logits_of
+from weft.objectives.passes import logits_of
 
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "gemma", "gpt_neox", "opt", "mistral", "falcon"]
 FAST = ("llama", "gpt2", "bloom", "qwen2")
@@ -86,9 +86,14 @@ def check_merged(base: Any, adapters: Adapters, name: str, folder: Path, what: s
     return merged
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=["fp64", "fp32"])
-@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
-@pytest.mark.parametrize("method", sorted(set(kit.ALL) - kit.NOT_MERGEABLE))
+@pytest.mark.parametrize(
+    ("method", "kind", "dtype"),
+    kit.in_turn(
+        sorted(set(kit.ALL) - kit.NOT_MERGEABLE),
+        [k if k in FAST else pytest.param(k, marks=pytest.mark.slow, id=k) for k in KINDS],
+        [pytest.param(torch.float64, id="fp64"), pytest.param(torch.float32, id="fp32")],
+    ),
+)
 def test_merged_is_routed(method: str, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if method == "bitfit" and kind == "mistral":
         pytest.skip("has no bias and no switch for one")
@@ -158,9 +163,10 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("variant", [*VARIANTS, *MORE])
-@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize(
+    ("kind", "variant", "tied"),
+    kit.in_turn(FAST, [*VARIANTS, *MORE], [pytest.param(False, id="untied"), pytest.param(True, id="tied")]),
+)
 def test_loras_family(kind: str, variant: str, tied: bool, tmp_path: Path) -> None:
     """Embeddings and heads too, where both are one tensor in the base: then they are two in the merged model."""
     base = loaded_from(kit.make_model(kind, tie_word_embeddings=tied), tmp_path / "base")
@@ -185,10 +191,11 @@ COMBINED = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bloom"])
-@pytest.mark.parametrize("methods", COMBINED)
-@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
-def test_several_methods_in_one(methods: str, kind: str, dora: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("methods", "dora", "kind"),
+    kit.in_turn(COMBINED, [pytest.param(False, id=""), pytest.param(True, id="dora")], ["gpt2", "bloom"]),
+)
+def test_several_methods_in_one(methods: str, dora: bool, kind: str, tmp_path: Path) -> None:
     """In the order in which they act; also methods that look at the base's own bias (DoRA)."""
     base = kit.make_model(kind, torch.float64)
     adapters = Adapters(base, describe(base))
@@ -283,7 +290,7 @@ def test_encoder_decoders(kind: str, method: str, tmp_path: Path) -> None:
     merged = loaded_from(merged_model(base, adapters.architecture, weights), tmp_path / "merged")
     for ids, target in zip(kit.texts(3), kit.texts(3, seed=5), strict=True):
         with torch.no_grad():
-            _, hidden = run_seq2seq(adapters, [Part("it", [ids])], [target])
+            _, hidden = adapters.run([Part("it", [ids], targets=[target])])
             routed = adapters.logits(hidden, [("it", len(hidden))])
             begun = torch.tensor([[start_token(base), *target[:-1]]])
             plain = merged(input_ids=torch.tensor([ids]), decoder_input_ids=begun).logits[0]

@@ -26,15 +26,15 @@ from tests.contracts.moe import (
 )
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.combined import CombinedConfig
-from weft.core.files import read_json, read_tensors
-from weft.core.reach import left_out
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_json, read_tensors
 from weft.methods import METHODS
 from weft.models import describe
 from weft.models.interface import install_interface
+from weft.models.reach import left_out
 
 # Both sides compute in double precision, but for what the models themselves do in single (routers, norms: 3e-7 seen).
 LIMIT = 1e-5
@@ -352,8 +352,8 @@ def test_what_is_not_reached_is_said(method: str) -> None:
 def test_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
     """The linears are in NF4, the experts as they were; peft loads the file on such a base."""
     pytest.importorskip("bitsandbytes")
-    from weft.core.reach import unquantized
     from weft.models.load import load_base
+    from weft.models.reach import unquantized
 
     make_moe(kind, torch.float32, hidden_size=64).save_pretrained(tmp_path / "base")
     options = {"dtype": "float32", "device": "cpu", "tokenizer": object()}

@@ -9,13 +9,13 @@ import torch
 from tests.contracts import kit
 from torch import Tensor
 
+from weft.api import Adapters
 from weft.core import stream as stream_module
-from weft.core.adapters import Adapters
 from weft.data import Sample
 from weft.data.pack import fill, pack, pack_in_order
 from weft.models import describe
+from weft.objectives.passes import Work, sequence_losses
 from weft.train.batches import size
-from weft.train.step import Work, sequence_losses
 
 CAPACITY = 64
 

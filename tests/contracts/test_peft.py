@@ -13,11 +13,11 @@ import torch
 from tests.contracts import kit
 from torch import Tensor, nn
 
+from weft.api import Adapters
 from weft.core.adapter import Adapter
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.methods import METHODS
 from weft.models import describe
 

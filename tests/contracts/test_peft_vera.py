@@ -24,9 +24,9 @@ from tests.contracts.test_peft import (
     their_gradients,
 )
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.api import Adapters
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.models import describe
 
 WEIGHTS = "adapter_model.safetensors"

@@ -18,13 +18,13 @@ from tests.conftest import make_tokenizer
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
+from weft.merge.model import check_as_written
 from weft.methods import METHODS
 from weft.models import describe
-from weft.models.merged import check_as_written
 
 # Of the largest logit: both sides compute in float32.
 LIMIT = 1e-5

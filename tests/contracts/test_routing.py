@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 from tests.contracts import kit
 from torch import Tensor, nn
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, forward_losses
 
 KINDS = ["llama", "gpt2", "bloom"]
 
@@ -35,35 +36,44 @@ def test_begins_as_the_identity(kind: str, method: str) -> None:
     assert not torch.equal(kit.hidden_of(adapters, [Part(method, texts)])[0], plain[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.fixture(scope="module", params=KINDS)
+def opened(request: Any) -> Iterator[tuple[str, list[Adapters]]]:
+    """A model with all methods, and another in exact mode."""
+    found = [kit.open_with_all(kit.make_model(request.param), exact=exact) for exact in (False, True)]
+    yield request.param, found
+    for adapters in found:
+        adapters.close()
+
+
 @pytest.mark.parametrize("method", kit.ALL)
-def test_in_a_mixed_batch_as_alone(kind: str, method: str) -> None:
+def test_in_a_mixed_batch_as_alone(opened: tuple[str, list[Adapters]], method: str) -> None:
     """Values in float32 within rounding, in exact mode to the bit."""
-    for exact in (False, True):
-        adapters = kit.open_with_all(model := kit.make_model(kind), exact=exact)
+    kind, both = opened
+    for adapters in both:
         own = kit.texts(3, seed=1)
         alone = kit.hidden_of(adapters, [Part(method, own)])
         others = [Part(n, kit.texts(2, high=25, seed=i)) for i, n in enumerate([*kit.ALL, None]) if n != method]
         mixed = kit.hidden_of(adapters, [others[0], Part(method, own), *others[1:]])[2:5]
-        if exact:
+        if adapters.exact:
             assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
         else:
             kit.measured(f"{kind} {method} mixed - alone", kit.difference(alone, mixed), 1e-5)
-        adapters.close()
-        del model
 
 
+@pytest.mark.parametrize("neighbours", [3, pytest.param(len(kit.ALL), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_exact_mode_beside_any_neighbours(dtype: torch.dtype) -> None:
+def test_exact_mode_beside_any_neighbours(dtype: torch.dtype, neighbours: int) -> None:
     """Widths that are no multiple of a cache line, so that every row count gives another alignment: the loss and all
     gradients are the same bits whatever stands before."""
     widths = {"hidden_size": 44, "intermediate_size": 52, "head_dim": 12}
     model = kit.make_model("llama", dtype, **widths)
     adapters = kit.open_with_all(model, dropout=True, exact=True)
     own = {name: kit.samples(3, seed=i) for i, name in enumerate(kit.ALL)}
-    for name in kit.ALL:
+    for index, name in enumerate(kit.ALL):
         found = []
-        for seed in (None, *range(len(kit.ALL))):
+        # Each method is a neighbour of as many others.
+        step = len(kit.ALL) // neighbours
+        for seed in (None, *((index + 1 + step * i) % len(kit.ALL) for i in range(neighbours))):
             others = kit.ALL if seed is not None else []
             before = [Work(n, kit.samples(1 + seed % 3, seed=seed), 3) for n in others[seed or 0 :][:1] if n != name]
             *_, loss = forward_losses(adapters, [*before, Work(name, own[name], 5)])
@@ -129,8 +139,10 @@ def picture(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"exact": True}, {"checkpointing": True}, {"padded": True}], ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, "falcon"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    kit.in_turn([*KINDS, "falcon"], [{}, {"exact": True}, {"checkpointing": True}, {"padded": True}], take=2),
+)
 def test_after_close_the_model_is_what_it_was(kind: str, options: dict[str, bool]) -> None:
     """After training every method, in whatever state of flags the model came."""
     if kind == "falcon" and options.get("exact"):

@@ -16,8 +16,8 @@ from tests.contracts import kit
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
-from weft.core.adapters import Adapters
-from weft.core.seq2seq import Decoder, run_seq2seq
+from weft.api import Adapters
+from weft.core.seq2seq import Decoder, EncoderDecoder
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
@@ -25,8 +25,8 @@ from weft.generate import Request, generate
 from weft.libraries import cache_name
 from weft.methods import METHODS
 from weft.models import describe
+from weft.objectives.passes import Work, evaluate_loss, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, evaluate_loss, forward_losses
 
 KINDS = ["t5", "mt5"]
 LIMIT = 1e-5
@@ -86,7 +86,7 @@ def open_with_all(model: Any, *, dropout: bool = False, **options: Any) -> Adapt
 
 def logits_of(adapters: Adapters, name: str | None, data: list[Sample]) -> list[Tensor]:
     """Logits at every target of each sample."""
-    stream, hidden = run_seq2seq(adapters, [Part(name, [s.input_ids for s in data])], [s.target_ids for s in data])
+    stream, hidden = adapters.run([Work(name, data).part()])
     logits = adapters.logits(hidden, [(name, len(hidden))])
     return [logits[torch.tensor(list(rows))] for rows in stream.rows]
 
@@ -294,8 +294,7 @@ def test_peft_to_ours_and_back(kind: str, method: str, more: dict[str, int], tmp
     kit.measured(f"{kind} {method} {more}, peft - ours", kit.difference(ours, their_logits(again, data)), LIMIT)
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "kind"), kit.in_turn(["lora", "prompt_tuning", "prefix_tuning"], KINDS))
 def test_greedy_generation_is_that_of_peft_in_transformers(kind: str, method: str, tmp_path: Path) -> None:
     theirs = fresh_peft(kind, method)
     theirs.save_pretrained(tmp_path)
@@ -382,20 +381,24 @@ def test_the_cache_gives_the_hidden_states_of_one_pass() -> None:
     adapters = open_with_all(make_model("t5", torch.float64))
     names = [None, *fitting()]
     data = {name: samples(2, 1, 15, seed=i) for i, name in enumerate(names)}
-    parts = [Part(name, [s.input_ids for s in data[name]]) for name in names]
     answers = [(5 + i, 9, 40 + i, 7) for i in range(2 * len(names))]
+    parts = [
+        Part(name, [s.input_ids for s in data[name]], targets=answers[2 * i : 2 * i + 2])
+        for i, name in enumerate(names)
+    ]
+    layout = adapters.layout
+    assert isinstance(layout, EncoderDecoder)
     with torch.no_grad():
-        stream, hidden = run_seq2seq(adapters, parts, answers)
+        stream, hidden = adapters.run(parts)
         whole = hidden[torch.tensor([list(rows) for rows in stream.rows])]
-        decoder = Decoder(adapters, parts)
-        tokens, inputs = decoder.first_tokens, torch.tensor(answers)
+        decoder, inputs = Decoder(layout, parts), torch.tensor(answers)
         rows, counts = torch.arange(len(answers)), [(name, 2) for name in names]
         for place in range(4):
-            kit.measured(f"place {place}", kit.difference(decoder.step(tokens, counts), whole[rows, place]), 1e-10)
+            kit.measured(f"place {place}", kit.difference(decoder.hidden, whole[rows, place]), 1e-10)
             if place == 1:  # every second row, which leaves each adapter one
                 decoder.keep(torch.arange(1, len(rows), 2))
                 rows, counts = rows[1::2], [(name, 1) for name in names]
-            tokens = inputs[rows, place]
+            decoder.step(inputs[rows, place], counts)
 
 
 # -- what does not fit

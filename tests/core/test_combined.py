@@ -14,22 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import weft
-from weft.core.adapter import Adapter
-from weft.core.adapters import Adapters
+from weft.api import Adapters
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.combined import Combined, CombinedConfig
-from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import stable_seed
 from weft.core.stream import Part
-from weft.core.weights import OwnWeights
 from weft.data import Sample
 from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.libraries import cache_arguments, growing_cache
 from weft.methods import BitFitConfig, LoraConfig
+from weft.methods.own_weights import OwnWeights
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer, make_config
-from weft.train.config import method_of, read_run_config
-from weft.train.step import Work, forward_losses, train_step
+from weft.train.config import read_run_config
+from weft.train.settings import method_of
+from weft.train.step import train_step
 
 # method -> the job's settings
 JOBS: dict[str, dict[str, Any]] = {
@@ -221,6 +222,7 @@ def test_each_part_loads_in_peft_by_itself(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, both, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("padded", [False, True], ids=["cache", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
 def test_generation_is_teacher_forcing(kind: str, padded: bool) -> None:
@@ -312,7 +314,7 @@ class _Weights(MethodConfig):
     path: str = "model.layers.1.input_layernorm"
 
     def build(self, name: str, context: BuildContext) -> Adapter:
-        from weft.core.adapter import SiteAdapter
+        from weft.core.site_adapter import SiteAdapter
 
         module = context.model.get_submodule(self.path)
         return SiteAdapter(self, name, {self.path: OwnWeights(module, ["weight"], context)})

@@ -14,14 +14,14 @@ from peft.utils import merge_utils
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
-from weft.core.compose import ON_PRODUCTS, Combination
+from weft.api import Adapters
+from weft.combine.rules import ON_PRODUCTS, Combination
 from weft.core.route import stable_seed
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from weft.models import describe
-from weft.ops.merge import agreeing_mean, drop_at_random, keep_largest, merge, truncated_svd, truncated_svd_of_product
+from weft.ops.combine import agreeing_mean, drop_at_random, keep_largest, merge, truncated_svd, truncated_svd_of_product
 
 LIMIT = 1e-5
 SEED = 7
@@ -109,6 +109,7 @@ CASES = [(kind, ALIKE) for kind in ON_PRODUCTS] + [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 @pytest.mark.parametrize(("kind", "configs"), CASES, ids=[f"{k}-{len({x['r'] for x in c})}" for k, c in CASES])
 def test_as_add_weighted_adapter(

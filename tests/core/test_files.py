@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
-from weft.core.tensor_files import digest
+from weft.api import Adapters
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
+from weft.files.tensors import digest
 from weft.methods import METHODS
 from weft.models import describe
 

@@ -9,11 +9,12 @@ import torch
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part, embed
 from weft.models import describe
+from weft.objectives.passes import Work, evaluate_loss, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, evaluate_loss, forward_losses, train_step
+from weft.train.step import train_step
 
 ALPHA, D = 5.0, 32
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
-from weft.core.inserted import segment_part
-from weft.core.route import Route, Segment
+from weft.api import Adapters
+from weft.core.layout import Packed, Padded
+from weft.core.route import BatchRoute, Segment, StreamRoute
 from weft.core.stream import Part
 from weft.generate.cache import KeyValueCache
 from weft.models import describe
@@ -26,12 +26,13 @@ def adapters() -> Adapters:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
 def test_alone_is_what_a_stream_of_its_own_has(adapters: Adapters, exact: bool, padded: bool) -> None:
-    adapters.exact, adapters.padded = exact, padded
+    kind = Padded if padded else Packed
+    layout = kind(adapters.model, adapters.architecture, adapters.router, adapters._adapters, exact)
     names = ["lora", "prefix_tuning", None, "prompt_tuning"]
     parts = [Part(name, kit.texts(2 + i, seed=i), seed=5) for i, name in enumerate(names)]
-    route = adapters.stream(parts).route
+    route = layout.stream(parts).route
     for index, part in enumerate(parts):
-        alone, own = route.alone(index), adapters.stream([part]).route
+        alone, own = route.alone(index), layout.stream([part]).route
         assert route.alone(index) is alone
         assert alone.segments == own.segments == (route.segments[index],)
         assert (alone.padded, alone.exact, alone.cache) == (padded, exact, None)
@@ -57,7 +58,7 @@ def test_a_part_of_the_cache_holds_its_rows_alone() -> None:
     segments = tuple(
         Segment(n, sum(lengths[a:b]), b - a) for n, a, b in (("p", 0, 1), ("a", 1, 3), ("b", 3, 4), ("q", 4, 5))
     )
-    route = Route(segments, cache=cache)
+    route = StreamRoute(segments, cache=cache)
     begin = [0, 3, 9, 10]
     parts = {1: cache.part(1, 2), 2: cache.part(3, 1)}
     singles = {1: KeyValueCache(torch.tensor([2, 4]), torch.tensor([0, 0]), 4),
@@ -66,7 +67,7 @@ def test_a_part_of_the_cache_holds_its_rows_alone() -> None:
         assert not part.prefilled
         rows = k[:, begin[index] : begin[index] + segments[index].tokens]
         part.prefill(5, rows, rows * 2, route.alone(index))
-        singles[index].prefill(5, rows, rows * 2, Route((segments[index],)))
+        singles[index].prefill(5, rows, rows * 2, StreamRoute((segments[index],)))
     cache.prefilled = True
     assert parts[1].prefilled
     for step in range(3):
@@ -93,33 +94,33 @@ def segments(*sizes: tuple[int, ...]) -> tuple[Segment, ...]:
 def test_arguments_of_a_block_on_padded_batches() -> None:
     """Masks and ALiBi lose the columns of neighbours' prefixes, rotary angles of the same length do not."""
     prefix = [(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))]
-    route = Route(segments((5, 2), (4,), (1, 3, 5)), prefixes={1: prefix}, padded=True)
+    route = BatchRoute(segments((5, 2), (4,), (1, 3, 5)), prefixes={1: prefix})
     batch, width, heads = 6, 5, 2
     hidden = torch.zeros(batch, width, 8)
     mask = torch.arange(batch * width * 8).view(batch, 1, width, 8)
-    assert torch.equal(segment_part(mask, 2, route, hidden), mask[3:, :, :, 3:])
-    assert torch.equal(segment_part(mask.bool(), 0, route, hidden), mask.bool()[:2, :, :, 3:])
+    assert torch.equal(route.part(mask, 2, hidden), mask[3:, :, :, 3:])
+    assert torch.equal(route.part(mask.bool(), 0, hidden), mask.bool()[:2, :, :, 3:])
     shared = mask[:1]
-    assert torch.equal(segment_part(shared, 2, route, hidden), shared[..., 3:])
+    assert torch.equal(route.part(shared, 2, hidden), shared[..., 3:])
     angles = torch.rand(batch, width, 8)  # head_dim 8 = 3 + 5
-    assert torch.equal(segment_part(angles, 1, route, hidden), angles[2:3])
-    assert segment_part((angles[:1], angles), 1, route, hidden)[0].shape == (1, width, 8)
+    assert torch.equal(route.part(angles, 1, hidden), angles[2:3])
+    assert route.part((angles[:1], angles), 1, hidden)[0].shape == (1, width, 8)
     alibi = torch.rand(batch * heads, 1, 8)
-    assert torch.equal(segment_part(alibi, 2, route, hidden), alibi[6:, :, 3:])
+    assert torch.equal(route.part(alibi, 2, hidden), alibi[6:, :, 3:])
     positions = torch.arange(batch * width).view(batch, width)
-    assert torch.equal(segment_part(positions, 0, route, hidden), positions[:2])
-    assert segment_part(torch.arange(batch), 0, route, hidden).tolist() == list(range(batch))
+    assert torch.equal(route.part(positions, 0, hidden), positions[:2])
+    assert route.part(torch.arange(batch), 0, hidden).tolist() == list(range(batch))
     from transformers import DynamicCache
 
-    assert segment_part(DynamicCache(), 0, route, hidden) is None
-    assert segment_part("word", 0, route, hidden) == "word"
+    assert route.part(DynamicCache(), 0, hidden) is None
+    assert route.part("word", 0, hidden) == "word"
 
 
 def test_arguments_of_a_block_in_the_stream() -> None:
-    route = Route(segments((5, 2), (4,)))
+    route = StreamRoute(segments((5, 2), (4,)))
     hidden, cos = torch.zeros(1, 11, 8), torch.rand(1, 11, 4)
     for index, rows in enumerate((slice(0, 7), slice(7, 11))):
-        part = segment_part((cos, None, torch.arange(11)[None]), index, route, hidden)
+        part = route.part((cos, None, torch.arange(11)[None]), index, hidden)
         assert torch.equal(part[0], cos[:, rows])
         assert part[0].data_ptr() != cos[:, rows].data_ptr(), "where rows begin in memory must not depend on neighbours"
         assert part[1] is None

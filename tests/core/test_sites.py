@@ -11,8 +11,8 @@ import torch
 from tests.contracts import kit
 from torch import Tensor
 
+from weft.api import Adapters
 from weft.core.adapter import Adapter, InputFunction, SiteFunction
-from weft.core.adapters import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.route import Segment
 from weft.core.stream import Part
@@ -40,6 +40,9 @@ class Config:
 
     def __init__(self, make: Any) -> None:
         self.make = make
+
+    def methods(self) -> tuple[Any, ...]:
+        return ()
 
     def build(self, name: str, context: Any) -> Adapter:
         adapter: Adapter = self.make()

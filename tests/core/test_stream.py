@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contracts import kit
 
+from weft.api import Adapters
 from weft.core.adapter import Adapter
-from weft.core.adapters import Adapters
 from weft.core.stream import Part, _interleave, embed
 from weft.models import describe
 

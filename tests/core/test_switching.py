@@ -15,7 +15,7 @@ from tests.contracts import kit
 from tests.contracts.test_routing import picture
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.stream import Part
 from weft.errors import UserError

@@ -14,7 +14,8 @@ from tokenizers import AddedToken
 
 from weft.data import Renderer, Sample
 from weft.data.auditing.base import Facts, Item, Split
-from weft.data.auditing.items import read_items
+from weft.data.auditing.items import collect
+from weft.data.pipeline import TextRecipe, outcomes
 
 Row = dict[str, Any]
 PLACES = ["Oslo", "Lima", "Cairo", "Quito", "Hanoi", "Dakar", "Turin", "Perth", "Kyoto", "Accra", "Sofia", "Minsk"]
@@ -68,7 +69,8 @@ class DataSet:
             if rows:
                 path = folder / f"{split}.jsonl"
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-                items += read_items(path, renderer, unlimited=unlimited, split=split)[0]
+                found = outcomes(path, TextRecipe(renderer=renderer, watched=True))
+                items += collect(found, renderer, unlimited=unlimited, split=split)[0]
         if self.labels is not None:
             for item, label in zip(items, self.labels, strict=True):
                 item.label, item.samples = label, tuple(replace(s, label=0) for s in item.samples)

@@ -9,9 +9,9 @@ from tests.data.planted import BUGS, CLEAN, Bug, DataSet, clean_rows
 
 from weft.data import Renderer
 from weft.data.auditing.audit import audit, findings_json, grouped
-from weft.data.auditing.base import CHECKS, Facts
-from weft.data.auditing.items import read_items
-from weft.data.settings import ReadSettings
+from weft.data.auditing.base import CHECKS, Facts, Item
+from weft.data.auditing.items import collect
+from weft.data.pipeline import TextRecipe, outcomes
 from weft.errors import UserError
 from weft.models.load import load_tokenizer
 
@@ -62,6 +62,10 @@ def test_silent_on_clean_data(name: str, tmp_path: Path) -> None:
     assert [str(finding) for finding in audit(items, facts)] == []
 
 
+def read(path: Path, renderer: Renderer, limit: int | None = None) -> list[Item]:
+    return collect(outcomes(path, TextRecipe(renderer=renderer, watched=True), limit=limit), renderer)[0]
+
+
 @pytest.mark.parametrize("tokenizer", ["llama2", "minimind"])
 @pytest.mark.parametrize(
     ("file", "limit"),
@@ -70,17 +74,17 @@ def test_silent_on_clean_data(name: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_silent_on_real_data(shared: Path, tokenizer: str, file: str, limit: int) -> None:
     renderer = Renderer(load_tokenizer(str(shared / "tokenizers" / tokenizer)))
-    items, _ = read_items(shared / file, renderer, ReadSettings(limit=limit))
+    items = read(shared / file, renderer, limit=limit)
     assert [str(finding) for finding in audit(items, Facts(renderer))] == []
 
 
 def test_true_findings_in_real_data(shared: Path) -> None:
     """The identity set waits for its names to be filled in; alpaca_gpt4_zh holds copies."""
     renderer = Renderer(load_tokenizer(str(shared / "tokenizers" / "minimind")))
-    items, _ = read_items(shared / "sft" / "identity.json", renderer)
+    items = read(shared / "sft" / "identity.json", renderer)
     found = {group.check.code: len(group.findings) for group in grouped(audit(items, Facts(renderer)))}
     assert found["template-variable"] == 85
-    items, _ = read_items(shared / "sft" / "alpaca_gpt4_zh.json", renderer)
+    items = read(shared / "sft" / "alpaca_gpt4_zh.json", renderer)
     assert sum(finding.code == "duplicate" for finding in audit(items, Facts(renderer))) == 8
 
 

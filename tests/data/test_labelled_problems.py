@@ -15,7 +15,9 @@ from tests.contracts import kit
 from tests.data.kit import bert_tokenizer, byte_tokenizer
 
 from weft.data import Problems, Renderer, load_labelled
-from weft.data.auditing.items import read_labelled_items
+from weft.data.auditing.items import collect
+from weft.data.labelled import ClassRecipe, given_labels
+from weft.data.pipeline import TOO_LONG, Fold, outcomes
 from weft.data.problems import KINDS
 from weft.errors import UserError
 from weft.models import describe
@@ -229,18 +231,24 @@ def test_a_run_treats_them_as_it_is_told(tmp_path: Path, caplog: pytest.LogCaptu
 def test_an_audit_goes_on(tmp_path: Path) -> None:
     cases = [*LINES.values(), SCORE]
     path, places = write(tmp_path / "d.jsonl", [line for line, _, _ in cases])
-    items, dropped, names = read_labelled_items(path, RENDERER)
+    recipe = ClassRecipe(renderer=RENDERER, watched=True)
+    fold, found = Fold(path, recipe, Problems("skip")), list(outcomes(path, recipe))
+    assert list(fold.samples(found))
+    assert fold.names == ("neg", "pos")
+    items, left_out = collect(found, RENDERER, classes=fold.names)
     bad = [item for item in items if item.problem is not None]
     assert [int(item.source.removeprefix(f"{path}:").split(":")[0]) for item in bad] == places
     codes = ["too-long" if kind == "render" else "not-read" for _, kind, _ in cases]
     assert [item.problem[0] for item in bad if item.problem] == codes
     assert bad[-1].shown == '{"text": "a", "label": 0.5}'
     assert [(item.text, item.label) for item in items if item.samples][:2] == GOOD[:2]
-    assert (dropped, names) == (0, ("neg", "pos"))
+    assert left_out == {}
+    assert [item.samples[0].label for item in items if item.samples][:2] == [1, 0]
     short = Renderer(byte_tokenizer(), max_length=10, truncation="drop")
-    items, dropped, names = read_labelled_items(write(tmp_path / "e.jsonl", [])[0], short, labels=[" pos", "neg"])
-    assert names == ("pos", "neg")
-    assert (len(items), dropped) == (2, 3)
+    recipe = ClassRecipe(renderer=short, labels=given_labels([" pos", "neg"]), watched=True)
+    items, left_out = collect(outcomes(write(tmp_path / "e.jsonl", [])[0], recipe), short, classes=recipe.labels or ())
+    assert recipe.labels == ("pos", "neg")
+    assert (len(items), left_out) == (2, {TOO_LONG: 3})
 
 
 def test_through_the_command_line(

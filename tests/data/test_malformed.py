@@ -45,6 +45,7 @@ def test_the_check_sees(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("suffix", "before", "after"), [
     ("jsonl", b'{"text": "a"}\n{"text": "', b'"}\n{"text": "b"}\n'),
     ("json", b'[{"text": "a"},\n{"text": "', b'"},\n{"text": "b"}]\n'),
@@ -68,6 +69,7 @@ def test_a_record_beyond_the_limit_is_skipped(
     assert len(whole[1]) > 700_000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.gz", "jsonl.xz", "csv"])
 def test_memory_does_not_grow_with_a_line(suffix: str, tmp_path: Path) -> None:
     """A line of 160 MiB in a process of its own; benchmarks/malformed.py does it with 1 GiB."""

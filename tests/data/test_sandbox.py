@@ -196,6 +196,7 @@ def _stopped(template: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time is the process's own. Asked for are 5 s and 500 MB; a template alone takes less."""

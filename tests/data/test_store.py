@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from weft.data import Sample
 from weft.data.store import SampleStore
-from weft.data.views import Chain, Samples, View, chained, columns, distinct, lengths, picked, sizes
+from weft.data.views import Samples, View, chained, distinct, samples_of, sizes
 from weft.errors import UserError
 
 IDS = st.integers(-(2**31), 2**31 - 1)
@@ -114,7 +114,7 @@ def test_parts_are_what_lists_would_be(data: st.DataObject) -> None:
             found, expected = found[part], expected[part]
         elif how == "choice":
             wanted = data.draw(st.lists(st.booleans(), min_size=len(expected), max_size=len(expected)))
-            found = picked(found, np.array(wanted, bool))
+            found = samples_of(found).picked(np.array(wanted, bool))
             expected = [one for one, take in zip(expected, wanted, strict=True) if take]
         else:
             more: Any = [sample(99)] if how == "list" else store[3:7]
@@ -123,7 +123,7 @@ def test_parts_are_what_lists_would_be(data: st.DataObject) -> None:
     assert list(found) == expected
     assert [found[i] for i in range(-len(expected), len(expected))] == expected * 2
     assert sizes(found).tolist() == [len(one.input_ids) + len(one.target_ids) for one in expected]
-    for one, other in zip(columns(found), columns(expected), strict=True):
+    for one, other in zip(samples_of(found).columns(), samples_of(expected).columns(), strict=True):
         assert one.tolist() == other.tolist()
     assert (found == expected) is True
     assert found != [*expected, sample(0)]
@@ -135,9 +135,9 @@ def test_parts_are_what_lists_would_be(data: st.DataObject) -> None:
 def test_views_and_chains_make_nothing_until_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled([sample(number) for number in range(9)])
     monkeypatch.setattr(SampleStore, "sample", lambda *_: pytest.fail("made a sample"))
-    chain = chained([store[2:5], picked(store, np.arange(9) % 2 == 0)])
-    assert (len(chain), len(chain[1:4] if isinstance(chain, View) else chain)) == (8, 8)
-    assert lengths(chain)[0].tolist() == [5] * 8
+    chain = chained([store[2:5], store.picked(np.arange(9) % 2 == 0)])
+    assert (len(chain), len(chain[1:4])) == (8, 3)
+    assert chain.lengths()[0].tolist() == [5] * 8
     assert [len(part) for part in distinct(chain, store)] == [6, 3]
     assert bool(store[9:]) is False
 
@@ -146,11 +146,11 @@ def test_samples_given_twice_count_once() -> None:
     kept = [sample(number) for number in range(6)]
     store, other = filled(kept), filled(kept)
     listed = [sample(7), sample(7)]  # equal, but two
-    train = chained([store[:4], listed, store[2:], View(store, np.array([5, 5])), [listed[1]], listed])
+    train = chained([store[:4], listed, store[2:], View((store, np.array([5, 5]))), [listed[1]], listed])
     found, held = distinct(train, chained([store, other[1:3], [sample(8)]]))
     assert list(found) == [*kept[:4], *listed, *kept[4:]], "by place and by object"
     assert list(held) == [*kept[1:3], sample(8)]
-    twice, _ = distinct(View(store, np.array([3, 1, 3, 0, 1])), store)
+    twice, _ = distinct(View((store, np.array([3, 1, 3, 0, 1]))), store)
     assert list(twice) == [kept[3], kept[1], kept[0]]
 
 
@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_tokens() -> None:
 
 
 def test_what_they_have_in_common() -> None:
-    for one in (SampleStore(), SampleStore()[:], Chain([])):
+    for one in (SampleStore(), SampleStore()[:], chained([])):
         assert isinstance(one, Samples)
         assert (list(one), one == [], one != [sample(1)], one == 3) == ([], True, True, False)
         with pytest.raises(TypeError):

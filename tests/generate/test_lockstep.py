@@ -11,7 +11,7 @@ import transformers
 from tests.contracts import kit
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.generate import Completion, Request, cache_proof, generate
 from weft.generate.lockstep import Group, select_rows
@@ -172,7 +172,8 @@ def test_logits_of_a_mixed_group(kind: str, models: dict[str, Adapters]) -> None
             group.keep(torch.tensor(keep))
             left = [left[i] for i in keep]
         counts = [(name, count) for name in names if (count := sum(flat[row][0] == name for row in left))]
-        hidden = group.step(torch.tensor([flat[row][1][place] for row in left]), counts)
+        group.step(torch.tensor([flat[row][1][place] for row in left]), counts)
+        hidden = group.hidden
 
 
 def whole(adapters: Adapters, name: str | None, text: Sequence[int]) -> torch.Tensor:

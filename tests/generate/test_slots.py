@@ -14,10 +14,9 @@ from tests.conftest import make_tokenizer
 from tests.contracts import kit
 from torch import nn
 
+from weft.api import Adapters
 from weft.cli.chat import Conversation as Talk
-from weft.core.adapter import Adapter, Run
-from weft.core.adapters import Adapters
-from weft.core.config import BuildContext, MethodConfig
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, Run
 from weft.core.stream import Part
 from weft.data import SOFT, Conversation, Message, Renderer, Sample
 from weft.evaluate.exact_match import Question, answer_questions

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import kit
 from tests.hostile.corpus import CASES
 from tests.hostile.crew import run_cases
 from tests.hostile.judge import ROOT, Watch, faults
@@ -65,63 +67,78 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["code in config.json: auto_map, unknown type", "code in tokenizer_config.json of a adapter: auto_map, no class"],
+    ("name", "verb"),
+    kit.in_turn(
+        [
+            "code in config.json: auto_map, unknown type",
+            "code in tokenizer_config.json of a adapter: auto_map, no class",
+        ],
+        ["chat", "generate"],
+    ),
 )
-def test_yes_on_stdin_runs_nothing(name: str, good: Any, tmp_path: Path) -> None:
+def test_yes_on_stdin_runs_nothing(name: str, verb: str, good: Any, tmp_path: Path) -> None:
     """transformers asks on stdin whether to run a stranger's Python; ``printf 'y\\n' | weft chat ./m`` said yes."""
     case = next(case for case in CASES if case.id == name)
     folder = case.build(Place(tmp_path, good))[1]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    for verb in (["chat", str(folder)], ["generate", str(folder), "--prompt", "a"]):
-        result = subprocess.run(
-            [sys.executable, "-m", "weft.cli.main", *verb],
-            input="y\n" * 9, capture_output=True, text=True, cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}, timeout=120,
-        )  # fmt: skip
-        assert result.returncode == 2, result.stderr
-        assert result.stderr.startswith("error: ")
-        assert "Traceback" not in result.stderr
-        assert "[y/N]" not in result.stdout + result.stderr
+    result = subprocess.run(
+        [sys.executable, "-m", "weft.cli.main", verb, str(folder), *(["--prompt", "a"] if verb == "generate" else [])],
+        input="y\n" * 9, capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert "[y/N]" not in result.stdout + result.stderr
     assert not list(tmp_path.rglob(f"{CANARY}.txt"))
     assert not list(tmp_path.rglob(f"{CANARY}.sh"))
 
 
 PROBE = """
-import sys
+import json, sys
 from pathlib import Path
 from tests.hostile.judge import Watch
-folder = Path(sys.argv[1])
-watch = Watch()
-with watch.over(folder):
-    exec(sys.argv[2])
-print(len(watch.events))
+watch, counts = Watch(), []
+for number, code in enumerate(json.loads(sys.argv[2])):
+    folder = Path(sys.argv[1]) / str(number)
+    (folder / "out").mkdir(parents=True)
+    (folder / "a.json").write_text("{}")
+    with watch.over(folder):
+        exec(code)
+    counts.append(len(watch.events))
+print(json.dumps(counts))
 """
+# What is done, and how many events the hook sees at least; 0: none.
+DEEDS = [
+    ("open('/etc/hostname')", 1),
+    ("open(folder / 'canary.txt', 'w')", 1),
+    ("open(folder / 'out' / 'a.txt', 'w')", 0),
+    ("open(folder / 'a.json')", 0),
+    ("exec(compile('1', str(folder / 'm.py'), 'exec'))", 2),
+    ("import os; os.system('true')", 1),
+    ("import subprocess; subprocess.run(['true'])", 1),
+    ("import socket; socket.socket().connect_ex(('127.0.0.1', 9))", 1),
+    ("import pickle; pickle.loads(pickle.dumps(print))", 1),
+    ("import json; json.loads('1')", 0),
+]
 
 
-@pytest.mark.parametrize(
-    ("code", "events"),
-    [
-        ("open('/etc/hostname')", 1),
-        ("open(folder / 'canary.txt', 'w')", 1),
-        ("open(folder / 'out' / 'a.txt', 'w')", 0),
-        ("open(folder / 'a.json')", 0),
-        ("exec(compile('1', str(folder / 'm.py'), 'exec'))", 2),
-        ("import os; os.system('true')", 1),
-        ("import subprocess; subprocess.run(['true'])", 1),
-        ("import socket; socket.socket().connect_ex(('127.0.0.1', 9))", 1),
-        ("import pickle; pickle.loads(pickle.dumps(print))", 1),
-        ("import json; json.loads('1')", 0),
-    ],
-)
-def test_the_hook_sees(code: str, events: int, tmp_path: Path) -> None:
-    assert Watch  # it cannot be taken off again, so it is tried in processes of their own
-    (tmp_path / "a.json").write_text("{}")
-    (tmp_path / "out").mkdir()
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """How many events the hook saw of each deed. It cannot be taken off again, so it is tried in a process of its
+    own."""
+    assert Watch
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    codes = json.dumps([code for code, _ in DEEDS])
     result = subprocess.run(
-        [sys.executable, "-c", PROBE, str(tmp_path), code], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths}, timeout=60,
+        [sys.executable, "-c", PROBE, str(tmp_path_factory.mktemp("probe")), codes],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, timeout=60,
     )  # fmt: skip
-    found = int(result.stdout or -1)
-    assert found == events or (events and found >= events), result.stderr
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("number", range(len(DEEDS)), ids=[code for code, _ in DEEDS])
+def test_the_hook_sees(number: int, seen: list[int]) -> None:
+    events = DEEDS[number][1]
+    assert seen[number] >= events if events else seen[number] == 0

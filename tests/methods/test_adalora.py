@@ -14,10 +14,10 @@ from tests.contracts import kit
 from tests.contracts.test_peft_lora import check_ours, our_logits
 from torch import Tensor
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.methods import AdaLoraConfig
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
@@ -333,7 +333,7 @@ def test_what_a_loaded_adapter_has_dropped_stays_dropped_when_it_trains_on(tmp_p
 
 
 def test_it_begins_as_the_identity_and_learns() -> None:
-    from weft.train.step import evaluate_loss
+    from weft.objectives.passes import evaluate_loss
 
     adapters = open_llama()
     job = make_job(adapters, steps=60)

@@ -17,14 +17,14 @@ from tests.contracts import kit
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.methods.bottleneck import Bottleneck, BottleneckConfig, from_adapterhub, to_adapterhub
 from weft.models import describe
 from weft.models.facts import FACTS
-from weft.train.step import Work, forward_losses
+from weft.objectives.passes import Work, forward_losses
 
 VECTORS = Path(__file__).parent / "vectors"
 FOLDERS = sorted(path.parent for path in VECTORS.glob("*/*/adapter_config.json"))

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.api import Adapters
 from weft.core.stream import Part
-from weft.core.weights import WeightDelta
 from weft.data import Sample
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
+from weft.methods.own_weights import WeightDelta
 from weft.models import describe, load_base
 from weft.models.attached import prove_attached
 from weft.models.facts import FACTS
@@ -97,8 +97,10 @@ def merge(model: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
     return {n: tensors[n] for n, p in model.named_parameters() if tensors[n].data_ptr() != p.data_ptr()}
 
 
-@pytest.mark.parametrize("kind", sorted(FACTS))
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    kit.in_turn(sorted(FACTS), [pytest.param(True, id="tied"), pytest.param(False, id="untied")]),
+)
 def test_routed_is_merged(kind: str, tied: bool) -> None:
     """The adapter's logits are those of a model whose tensors are W + ΔW: every kind of module, Gemma's 1 + W too."""
     model = make(kind, tie_word_embeddings=tied).double()
@@ -117,9 +119,14 @@ def test_routed_is_merged(kind: str, tied: bool) -> None:
     kit.measured(f"{kind}: routed - merged", kit.difference(found, wanted), 2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", sorted(FACTS))
-@pytest.mark.parametrize("method", ["full", "freeze", "llama_pro", "bitfit"])
+@pytest.mark.parametrize(
+    ("method", "kind", "dtype"),
+    kit.in_turn(
+        ["full", "freeze", "llama_pro", "bitfit"],
+        sorted(FACTS),
+        [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")],
+    ),
+)
 def test_begins_as_the_base_to_the_bit(method: str, kind: str, dtype: torch.dtype) -> None:
     model = make(kind).to(dtype)
     adapters = Adapters(model, describe(model))
@@ -143,7 +150,7 @@ def test_a_small_change_of_a_bf16_norm_is_felt() -> None:
 
 
 def kit_context(model: nn.Module) -> Any:
-    from weft.core.config import BuildContext
+    from weft.core.adapter import BuildContext
 
     generator, cpu = torch.Generator(), torch.device("cpu")
     return BuildContext(model, None, generator, torch.float32, cpu)  # type: ignore[arg-type]

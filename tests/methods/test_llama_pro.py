@@ -14,18 +14,18 @@ from tests.models.test_facts import make
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.combined import CombinedConfig
-from weft.core.files import read_tensors
 from weft.core.site import site_of
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
 from weft.generate import Request, generate
 from weft.methods.llama_pro import LlamaProConfig
 from weft.models import describe
 from weft.models.facts import sketch
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, forward_losses
 
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "falcon"]
 CONFIG = LlamaProConfig(num_new_blocks=2)

@@ -12,12 +12,13 @@ from pydantic import ValidationError
 from tests.contracts import kit
 from torch import Tensor, nn
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.combined import CombinedConfig
 from weft.core.route import Segment, seeded_dropout
 from weft.errors import UserError
 from weft.methods import BitFitConfig, LoraConfig
 from weft.models import describe
+from weft.objectives.passes import evaluate_loss
 from weft.ops.lowrank import (
     loftq_factors,
     low_rank_add,
@@ -28,7 +29,6 @@ from weft.ops.lowrank import (
     sketched_factors,
 )
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import evaluate_loss
 
 D = torch.float64
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 import weft.models.fused
 import weft.models.proof
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
-from weft.core.weights import dense_weight
 from weft.errors import UserError
 from weft.methods import LoraConfig
+from weft.methods.dense import dense_weight
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, forward_losses
 
 D = torch.float64
 

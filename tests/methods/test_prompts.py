@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample
@@ -21,8 +21,8 @@ from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.methods.encoder import EncodedRows
 from weft.models import describe
+from weft.objectives.passes import Work, evaluate_loss, forward_losses
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import Work, evaluate_loss, forward_losses
 
 IDS = [11, 12, 13, 14, 15]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
-from weft.core.config import BuildContext
+from weft.api import Adapters
+from weft.core.adapter import BuildContext
 from weft.errors import UserError
 from weft.models import describe
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tests.contracts import kit
 from torch import Tensor, nn
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import describe

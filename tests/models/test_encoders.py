@@ -11,16 +11,17 @@ from tests.models import encoder_kit
 from tests.models.encoder_kit import make_encoder, save_bert, their_logits, token_types
 from torch import Tensor, nn
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.heads import ClassificationHead, ClassificationTask
+from weft.core.layout import Padded
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.models import describe, load_base
 from weft.models.facts import ENCODERS
 from weft.models.load import sketch_base
+from weft.objectives.passes import answer_logits
 from weft.train.run import base_fingerprint
-from weft.train.step import class_logits
 
 TASK = ClassificationTask(("bad", "good"))
 # Methods that no encoder can take, and what they say.
@@ -44,7 +45,7 @@ def classes(adapters: Adapters, parts: list[Part]) -> list[Tensor]:
     for part in parts:
         numbers = range(first, first + len(part.sequences))
         assert part.adapter is not None
-        found += list(class_logits(adapters, hidden, stream, part.adapter, numbers))
+        found += list(answer_logits(adapters, part.adapter, stream, hidden, numbers))
         first = numbers.stop
     return found
 
@@ -151,7 +152,7 @@ def test_a_prefix_that_a_padded_batch_would_lose_is_refused() -> None:
     model = make_encoder("distilbert")
     adapters = Adapters(model, describe(model))
     adapters.add("it", kit.method_config("prefix_tuning", prefix_init="random"), classification=TASK)
-    adapters.padded = True
+    adapters.layout = Padded(model, adapters.architecture, adapters.router, adapters._adapters, exact=False)
     with pytest.raises(UserError, match="takes no prefix in padded batches"):
         classes(adapters, [Part("it", kit.texts(2))])
     adapters.close()

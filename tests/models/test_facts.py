@@ -11,7 +11,7 @@ import torch
 from tests.contracts import kit
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generate import Request, generate

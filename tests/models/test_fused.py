@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 import weft.models.proof
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.methods import BitFitConfig, BottleneckConfig, LoraConfig
 from weft.models import describe

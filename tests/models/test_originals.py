@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from weft.core.weights import dense_weight
 from weft.errors import UserError
+from weft.methods.dense import dense_weight
 from weft.models.originals import OriginalWeights
 from weft.train import make_config
 from weft.train.run import prepare

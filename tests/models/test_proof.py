@@ -22,8 +22,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from weft.api import Adapters
 from weft.core import rows
-from weft.core.adapters import Adapters
 from weft.core.architecture import HeadForm
 from weft.core.stream import Part
 from weft.errors import UserError

@@ -23,7 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from weft.core.adapters import Adapters, is_open
+from weft.api import Adapters
+from weft.core.adapters import is_open
 from weft.core.architecture import HeadForm
 from weft.core.site import sites_in
 from weft.errors import UserError

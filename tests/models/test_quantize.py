@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import METHODS

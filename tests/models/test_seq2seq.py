@@ -13,11 +13,11 @@ import torch
 from tests.contracts import kit
 from tests.contracts.test_seq2seq import make_model
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.api import Adapters
 from weft.data import Message
 from weft.errors import UserError
 from weft.evaluate import Question, answer_questions
+from weft.files.adapter_folder import read_tensors
 from weft.generate import Request, generate
 from weft.generate.open import open_target
 from weft.methods import METHODS

@@ -16,7 +16,8 @@ from weft.models import describe, trial
 from weft.models.finding import Finding, finding_of
 
 # Mamba's residual stream is float32 in every dtype; xmod counts positions from behind the pad token.
-SOME = ("gemma2", "gpt_oss", "mamba", "mpt", "opt", "xmod")
+SOME = {"gemma2": torch.float32, "gpt_oss": torch.bfloat16, "mamba": torch.bfloat16, "mpt": torch.float32,
+        "opt": torch.bfloat16, "xmod": torch.float32}  # fmt: skip
 
 
 def build(name: str, dtype: torch.dtype) -> Any:
@@ -39,11 +40,14 @@ def verdict(model: nn.Module) -> Any:
         return str(error)[:90]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in SOME else pytest.mark.slow) for n in names() if n not in NOT_TINY],
-)
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=() if SOME.get(name) == dtype else pytest.mark.slow)
+        for name in names() if name not in NOT_TINY
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)  # fmt: skip
 def test_the_verdict_is_that_of_all_words(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         torch.manual_seed(0)

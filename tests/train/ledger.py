@@ -14,13 +14,13 @@ from tests.contracts import kit
 from tests.data.kit import byte_tokenizer
 
 import weft.train.loop
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.data import Renderer
+from weft.files.run_folder import RunStore
 from weft.models import describe
 from weft.train import Job, JobConfig, RunConfig, Trainer
 from weft.train.reader import Reader, data_files
 from weft.train.step import StepResult
-from weft.train.store import RunStore
 
 ROWS = {"mine.jsonl": 700, "general.jsonl": 650}
 EPOCHS = 4

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
+from weft.files.run_folder import RunStore
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
-from weft.train.store import RunStore
 
 SETTINGS: list[dict[str, Any]] = [
     {"name": "lora", "method": "lora", "method_settings": {"r": 2, "lora_dropout": 0.2}, "steps": 14, "batch_size": 2,
@@ -85,7 +85,7 @@ _DISK = ("replace", "fsync", "unlink", "rmdir", "mkdir")
 
 def at_the_disk(action: Callable[[int], None]) -> Callable[[], None]:
     """Call ``action(k)`` before the k-th call (from 1) that changes the disk; returns what undoes that."""
-    import weft.train.store as store
+    import weft.files.run_folder as store
 
     count = 0
     before = {name: getattr(os, name) for name in _DISK}

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.data import Sample
 from weft.errors import UserError
 from weft.models import describe
+from weft.objectives.passes import Work, forward_losses
 from weft.train import Job, JobConfig, Trainer
 from weft.train.batches import Batches, size
-from weft.train.step import Work, forward_losses, loss_weight, train_step
+from weft.train.step import train_step
 
 MODEL = kit.make_model("llama")
 
@@ -157,7 +158,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_own_tokens() -> None:
     config = config_of(batch_tokens=40, gradient_accumulation_steps=3, steps=5)
     job = Job(config, kit.randomize(adapters.add("one", config.method_config())), kit.samples(30))
     samples = [s for micro in job.micro_batches() for s in micro]
-    weight = sum(map(loss_weight, samples))
+    weight = sum(map(job.adapter.head.loss_weight, samples))
     wanted = sum(float(forward_losses(adapters, [Work("one", [s], divisor=weight)])[0].detach()) for s in samples)
     found = train_step(adapters, [job])["one"]
     assert found.tokens == sum(map(size, samples))

@@ -14,19 +14,19 @@ from tests.models.encoder_kit import make_encoder, their_logits
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from weft.core.adapters import Adapters
-from weft.core.files import read_tensors
+from weft.api import Adapters
 from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
 from weft.evaluate import predict
+from weft.files.adapter_folder import read_tensors
 from weft.generate import Request, generate
 from weft.methods import METHODS
 from weft.models import describe
 from weft.objectives import class_metrics
+from weft.objectives.passes import answer_logits, evaluate
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import class_logits, evaluate
 
 LIMIT = 1e-5
 TASK = ClassificationTask(("bad", "fair", "good"))
@@ -51,7 +51,7 @@ def base_and_classifier(kind: str) -> tuple[nn.Module, Any]:
 def our_logits(adapters: Adapters, name: str, texts: list[list[int]], types: list[list[int]] | None = None) -> Any:
     with torch.no_grad():
         stream = adapters.stream([Part(name, texts, token_types=types or ())])
-        return list(class_logits(adapters, adapters.forward(stream), stream, name, range(len(texts))))
+        return list(answer_logits(adapters, name, stream, adapters.forward(stream), range(len(texts))))
 
 
 def peft_config(kind: str, method: str) -> peft.PeftConfig:
@@ -98,10 +98,8 @@ def test_peft_to_ours(kind: str, method: str, tmp_path: Path) -> None:
     adapter = adapters.load("it", tmp_path)
     ours = our_logits(adapters, "it", texts, types)
     kit.measured(f"{kind} {method}: ours - peft", kit.difference(ours, wanted), LIMIT)
-    assert adapter.head is not None
-    assert adapter.head.task.labels == ("LABEL_0", "LABEL_1", "LABEL_2")  # type: ignore[union-attr]
+    assert adapter.head.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     plain = Adapters.add(adapters, "plain", kit.method_config("bitfit"), classification=TASK)
-    assert plain.head is not None
     plain.head.load_state_dict(adapter.head.state_dict())
     assert kit.difference(ours, our_logits(adapters, "plain", texts, types)) > 1e-3, "the method does nothing"
     adapters.close()
@@ -215,7 +213,7 @@ def test_the_gradient_is_that_of_the_mean_over_texts() -> None:
         for name, parameter in one.adapter.named_parameters():
             parameter.copy_(before[name])
     stream = adapters.stream([Part("it", [s.input_ids for s in order])])
-    logits = class_logits(adapters, adapters.forward(stream), stream, "it", range(7))
+    logits = answer_logits(adapters, "it", stream, adapters.forward(stream), range(7))
     loss = -logits.log_softmax(-1)[torch.arange(7), [s.label for s in order]].mean()
     loss.backward()
     for name, gradient in kit.gradients(one.adapter).items():

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import pytest
 from tests.models.encoder_kit import save_bert, write_reviews
 
-from weft.core.files import METHODS
 from weft.data import load_labelled
 from weft.errors import UserError
 from weft.evaluate import predict
 from weft.evaluate.classify import text_sample
+from weft.files.adapter_folder import METHODS
 from weft.generate import Request, generate
 from weft.generate.open import open_target
 from weft.methods import LoraConfig

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
+from weft.files.run_folder import RunStore
 from weft.models.facts import sketch
 from weft.train import Job, JobConfig, Trainer
 from weft.train.config import make_config
 from weft.train.run import train
-from weft.train.store import RunStore
 
 
 def run(model: Any, *given: dict[str, Any], **options: Any) -> tuple[Trainer, dict[str, Any], list[str]]:
@@ -148,7 +148,7 @@ def settings(model: Path, data: Path, folder: Path, *methods: dict[str, Any], **
 def test_the_others_keep_their_results(tiny_llama_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Bit for bit: the failed one is not kept, and neither is what an earlier version had kept of it."""
     from weft.errors import UserError
-    from weft.generate.merged import merge_folder
+    from weft.export.folder import merge_folder
     from weft.generate.open import open_target
 
     good, bad = {"name": "good"}, {"name": "bad", "method": "ln_tuning", "learning_rate": 1e-12}

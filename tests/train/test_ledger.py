@@ -15,7 +15,6 @@ from tests.train import ledger
 
 ROOT = Path(__file__).parents[2]
 KILLED = -9
-KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +58,12 @@ def test_workers_change_nothing(workers: int, unbroken: Any, tmp_path: Path) -> 
     assert ledger.epochs(tmp_path) == unbroken
 
 
-def test_kills_change_nothing(context: Any, unbroken: Any, tmp_path: Path) -> None:
-    """Twenty processes are killed one after another, at random steps; some have workers."""
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_change_nothing(kills: int, context: Any, unbroken: Any, tmp_path: Path) -> None:
+    """So many processes are killed one after another, at random steps; some have workers."""
     ledger.write_data(tmp_path)
     rng = random.Random(0)
-    for kill in range(KILLS):
+    for kill in range(kills):
         process = context.Process(
             target=ledger.child, args=(str(tmp_path), 2 if kill % 10 == 4 else 0, rng.randint(8, 14))
         )

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tests.contracts import kit
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
+from weft.files.run_folder import RunStore
 from weft.models import describe
+from weft.objectives.passes import evaluate_loss
 from weft.train import Job, JobConfig, Trainer
-from weft.train.step import evaluate_loss
-from weft.train.store import RunStore
 
 
 def make(model: Any, *given: dict[str, Any], count: int = 8, evaluate: int = 3) -> tuple[Adapters, list[Job]]:

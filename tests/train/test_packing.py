@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tests.data.planted import clean_rows
 
+from weft.preview.examined import examine
+from weft.preview.packing import Packing
 from weft.train.config import load_config
-from weft.train.examined import examine
-from weft.train.packing import Packing
 from weft.train.run import prepare
 
 

@@ -15,9 +15,9 @@ import pytest
 from tests.contracts import kit
 from tests.data.kit import byte_tokenizer
 
-from weft.data import Problems, Renderer, Sample, split_by_hash, split_holdout
+from weft.data import Renderer, Sample, split_by_hash, split_holdout
 from weft.data.auditing.audit import audit_before_training
-from weft.data.load import Recipe, iter_samples
+from weft.data.pipeline import Kept, TextRecipe, outcomes
 from weft.errors import UserError
 from weft.models import describe
 from weft.train import Job, JobConfig, RunConfig, load_config, make_config
@@ -73,11 +73,11 @@ def test_the_split_is_the_same_for_other_files(tmp_path: Path) -> None:
 
 def listed(made: RunConfig, renderer: Renderer, paths: list[str]) -> tuple[list[Sample], list[Sample]]:
     """What a job trains on and holds out, made of lists."""
-    keyed = Recipe(renderer, keyed=True)
-    found = [list(iter_samples(path, keyed, problems=Problems())) for path in paths]
+    keyed = TextRecipe(renderer=renderer, keyed=True)
+    found = [[one for one in outcomes(path, keyed) if isinstance(one, Kept)] for path in paths]
     pairs = [(number, sample, one.key) for number, part in enumerate(found) for one in part for sample in one.samples]
     if made.eval_split is not None:
-        sides = split_by_hash(pairs, [key for _, _, key in pairs], made.eval_split)
+        sides = split_by_hash(pairs, [f"{key:016x}" for _, _, key in pairs], made.eval_split)
     else:
         sides = split_holdout(pairs, made.eval_size, seed=0)
     numbers = range(len(paths))

@@ -60,10 +60,11 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         assert found[key] == wanted[key], key
 
 
-POINTS = 20
+# Six hold each case once: inside a save and in a forward pass, killed once and twice.
+POINTS = [pytest.param(point, marks=pytest.mark.slow if point >= 6 else ()) for point in range(20)]
 
 
-@pytest.mark.parametrize("point", range(POINTS))
+@pytest.mark.parametrize("point", POINTS)
 def test_kill_9(point: int, context: Any, unbroken: dict[str, Any], tmp_path: Path) -> None:
     """Half of the points lie inside a save. A third of the runs is killed a second time, after going on."""
     rng, where = random.Random(point), ("disk" if point % 2 else "forward")
@@ -88,7 +89,9 @@ def test_kill_9_at_any_time(point: int, context: Any, unbroken: dict[str, Any], 
     assert_same(recipe.outcome(folder), unbroken)
 
 
-@pytest.mark.parametrize("ask", [1, 2, 3, 4, 6, 8, 11, 14, 17, 20])
+@pytest.mark.parametrize(
+    "ask", [1, 4, 11, 20, *(pytest.param(ask, marks=pytest.mark.slow) for ask in (2, 3, 6, 8, 14, 17))]
+)
 def test_asked_to_stop_anywhere(ask: int, unbroken: dict[str, Any], tmp_path: Path) -> None:
     """It is asked after every step and before every evaluation; here it stops at the ``ask``-th and every 7th after."""
     asked, folder = 0, tmp_path / "run"

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from tests.contracts import kit
 from torch import Tensor
 
-from weft.core.adapters import Adapters
+from weft.api import Adapters
 from weft.data import Sample
 from weft.models import describe
+from weft.objectives.passes import Work, evaluate_loss, forward_losses
 from weft.train import Job, JobConfig
-from weft.train.step import Work, evaluate_loss, forward_losses, train_step
+from weft.train.step import train_step
 
 MODEL = kit.make_model("gpt2", torch.float64)
 

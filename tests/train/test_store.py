@@ -12,7 +12,7 @@ import torch
 from tests.train.recipe import at_the_disk
 
 from weft.errors import UserError
-from weft.train.store import RunStore
+from weft.files.run_folder import RunStore
 
 
 class CrashError(BaseException):

@@ -11,8 +11,9 @@ import torch
 from tests.contracts import kit
 from tests.train import recipe
 
+from weft.api import Adapters
 from weft.core import attention, stream
-from weft.core.adapters import Adapters
+from weft.core.layout import Padded
 from weft.errors import UserError
 from weft.models import describe, load_base
 from weft.ops.attention import SequenceLayout, varlen_attention
@@ -196,7 +197,7 @@ def test_positions_that_go_on_counting_are_caught(kind: str, monkeypatch: pytest
         return made
 
     adapters = open_model(kind)
-    monkeypatch.setattr("weft.core.adapters.build_stream", counting)
+    monkeypatch.setattr("weft.core.layout.build_stream", counting)
     with pytest.raises(UserError, match=r"positions begin at \d+ instead of 0"):
         verify_packing(adapters, jobs_of(adapters, ["lora"], batch_size=4))
     # Also by the loss alone, where positions are learned.
@@ -209,13 +210,13 @@ def test_positions_that_go_on_counting_are_caught(kind: str, monkeypatch: pytest
 
 def test_a_padded_model_that_ignores_its_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a padded batch that see each other, as after a reshape gone wrong."""
-    plain = stream._run_padded
+    plain = Padded.forward
 
-    def leaking(*args: Any) -> torch.Tensor:
-        hidden = plain(*args)
+    def leaking(self: Padded, made: stream.Stream) -> torch.Tensor:
+        hidden = plain(self, made)
         return hidden + 0.01 * hidden.mean()
 
-    monkeypatch.setattr(stream, "_run_padded", leaking)
+    monkeypatch.setattr(Padded, "forward", leaking)
     adapters = open_model("llama", padded=True)
     with pytest.raises(UserError, match="in padded batches"):
         verify_packing(adapters, jobs_of(adapters, ["lora"], batch_size=4))

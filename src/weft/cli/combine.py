@@ -56,9 +56,9 @@ def combine(
 
     weft combine runs/a runs/b --output both --weights 0.7,0.3 --type ties --density 0.5
     """
-    from weft.core import files
-    from weft.core.compose import Combination, Source
-    from weft.core.compose import combine as compose
+    from weft.combine.rules import Combination, Source
+    from weft.combine.rules import combine as compose
+    from weft.files import adapter_folder as files
     from weft.models.load import resolve_model, sketch_base
 
     given = _weights(weights)
@@ -115,9 +115,9 @@ def _weights(text: str | None) -> tuple[float, ...]:
 
 def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
     """The adapters that a folder stands for."""
-    from weft.core.files import CONFIG, OWN_CONFIG
+    from weft.files.adapter_folder import CONFIG, OWN_CONFIG
+    from weft.files.run_folder import RUN_FILE, RunStore
     from weft.train.config import read_run_config
-    from weft.train.store import RUN_FILE, RunStore
 
     folder = Path(source).expanduser()
     if (folder / RUN_FILE).is_file():
@@ -141,10 +141,10 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
     return [Found(folder, run if inside else None)]
 
 
-def _common_provenance(found: Sequence[Found]) -> dict[str, Any] | None:
+def _common_provenance(found: Sequence[Found]) -> dict[str, object] | None:
     """How the adapters' data was read and rendered, as far as that was the same; tells where it was not."""
-    from weft.core.files import OWN_CONFIG, provenance_of
     from weft.data import provenance
+    from weft.files.adapter_folder import OWN_CONFIG, provenance_of
 
     read = provenance.Provenance.read
     record, notes = provenance.common(
@@ -157,8 +157,8 @@ def _common_provenance(found: Sequence[Found]) -> dict[str, Any] | None:
 
 def _base(found: Sequence[Found]) -> str:
     """The one base that all adapters, or their runs, name."""
-    from weft.core.files import base_of
-    from weft.train.store import RunStore
+    from weft.files.adapter_folder import base_of
+    from weft.files.run_folder import RunStore
 
     bases = {one.name: base_of(one.folder) for one in found}
     for one in found:
@@ -180,9 +180,9 @@ def _base(found: Sequence[Found]) -> str:
 def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     """An adapter that leaves its run takes the tokenizer and the chat template along."""
     from weft.data.rendering.templates import template_text
+    from weft.files.run_folder import RunStore
     from weft.models.load import load_tokenizer
     from weft.train.config import read_run_config
-    from weft.train.store import RunStore
 
     run = next((one.run for one in found if one.run is not None and RunStore(one.run).tokenizer.is_dir()), None)
     if run is None:

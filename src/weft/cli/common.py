@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,12 +65,12 @@ def tell_hub(model: str) -> None:
         say(f"{model} is no folder here; looking for it in the Hugging Face cache and hub")
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """One JSON object on stdout. JSON knows no NaN, so what is not finite becomes null."""
     print(json.dumps(finite(value), ensure_ascii=False, indent=2), flush=True)
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """``value`` with every number that is not finite replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -101,6 +101,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def as_json_object(result: DemoResult) -> dict[str, Any]:
+def as_json_object(result: DemoResult) -> dict[str, object]:
     """The machine-readable result."""
     return asdict(result)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,7 +104,7 @@ def _dtypes() -> Iterator[Check]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         for name in ("float32", "bfloat16", "float16"):
-            yield _try("dtypes", f"{name} on {device}", lambda d=device, n=name: _product(d, n))  # type: ignore[misc]
+            yield _try("dtypes", f"{name} on {device}", partial(_product, device, name))
 
 
 def _product(device: str, dtype: str) -> str:
@@ -154,7 +155,7 @@ def _embedded() -> Iterator[Check]:
         if not (model_path(name) / "config.json").is_file():
             yield Check("embedded", name, ABSENT)
         else:
-            yield _try("embedded", name, lambda n=name: _load(n))  # type: ignore[misc]
+            yield _try("embedded", name, partial(_load, name))
 
 
 def _load(name: str) -> str:
@@ -169,23 +170,24 @@ def _methods() -> Iterator[Check]:
     from weft.methods import METHODS
 
     for method in (*METHODS, "lora+bitfit"):
-        yield _try("methods", method, lambda m=method: train_one_step(m))  # type: ignore[misc]
+        yield _try("methods", method, partial(train_one_step, method))
 
 
 def train_one_step(method: str) -> str:
     """One optimizer step of a method on a model of two tiny blocks; says whether the loss went down."""
-    from weft.core.adapters import Adapters
+    from weft.adapters import Adapters
     from weft.data import Sample
     from weft.methods import METHODS
     from weft.models import describe
+    from weft.objectives.passes import evaluate_loss
     from weft.train.job import Job
     from weft.train.settings import JobConfig
-    from weft.train.step import evaluate_loss, train_step
+    from weft.train.step import train_step
 
     model = _tiny_model()
     adapters = Adapters(model, describe(model))
     try:
-        settings: dict[str, Any] = {"num_virtual_tokens": 4, "add_missing": True, "prompt_ids": [5, 9]}
+        settings: dict[str, object] = {"num_virtual_tokens": 4, "add_missing": True, "prompt_ids": [5, 9]}
         settings |= {"init_r": 4, "target_r": 2}
         fields = {key for name in method.split("+") for key in METHODS[name].model_fields}
         settings = {key: value for key, value in settings.items() if key in fields}

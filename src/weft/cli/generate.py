@@ -143,7 +143,7 @@ def _answer(opened: Opened, prompts: Sequence[Prompt], who: Sequence[str | None]
     from weft.generate import generate as run
     from weft.generate.text import decode
 
-    classifiers = [name for name in who if name is not None and opened.adapters[name].head is not None]
+    classifiers = [name for name in who if name is not None and not opened.adapters.head(name).writes]
     if classifiers:
         labelled = {name: _classify(opened, prompts, name) for name in classifiers}
         others = [name for name in who if name not in labelled]
@@ -211,9 +211,9 @@ def _rendered(opened: Opened, prompt: Prompt, system: str | None, raw: bool) -> 
 
 
 def _read(path: Path) -> list[Prompt]:
-    from weft.data import read_records
+    from weft.data.pipeline import read_all
 
-    prompts = [_prompt(record) for record in read_records(path)]
+    prompts = read_all(path, _prompt)
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
     return prompts
@@ -233,9 +233,9 @@ def _prompt(record: Record) -> Prompt:
             messages.pop()
         return Prompt(messages, record.source)
     for name in ("prompt", "instruction", "question", "text"):
-        if isinstance(fields.get(name), str):
+        if isinstance(text := fields.get(name), str):
             extra = fields.get("input") if name == "instruction" else None
-            return Prompt(f"{fields[name]}\n{extra}" if extra else fields[name], record.source)
+            return Prompt(f"{text}\n{extra}" if extra else text, record.source)
     raise UserError(
         f"{record.source}: no prompt in this record. It needs a field prompt, instruction, question, text or messages; "
         f"it has {', '.join(map(repr, fields)) or 'none'}."

@@ -23,6 +23,7 @@ from weft.cli.merge import merge
 from weft.cli.preview import preview
 from weft.cli.train import train
 from weft.errors import UserError, nearest
+from weft.extensions import load_extension
 
 # What the machine refuses (disk full, no permission) is for the user to mend; any other OSError is a defect.
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -61,6 +62,10 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _weft(
+    extension: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.py", help="Load methods, objectives, formats, callbacks of your own; repeatable."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and other libraries' messages.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
@@ -84,13 +89,14 @@ _register()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; ``argv`` are the words after ``weft``."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Wherever it stands: people add it to the end of the line that has just failed.
+    # Both options wherever they stand: people add them to the end of the line that has just failed.
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not debug:
         common.quiet_libraries()
     common.show_warnings()
     try:
+        words = _load_extensions(words)
         _check_verb(words)
         code = typer.main.get_command(app).main(words, prog_name="weft", standalone_mode=False)
         return code if isinstance(code, int) else common.DONE
@@ -102,6 +108,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug and isinstance(error, Exception):
             traceback.print_exc()
         return _failure(error, as_json="--json" in words)
+
+
+def _load_extensions(words: Sequence[str]) -> list[str]:
+    """Load the files of every ``--extension FILE.py`` and give the words without them."""
+    rest, found = [], iter(words)
+    for word in found:
+        option, equals, file = word.partition("=")
+        if option != "--extension":
+            rest.append(word)
+            continue
+        load_extension(file if equals else next(found, ""))
+    return rest
 
 
 def _check_verb(words: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ def merge(
 
     weft merge --adapter runs/first/adapters/lora --output merged
     """
-    from weft.generate.merged import merge_folder
+    from weft.export.folder import merge_folder
 
     if quantization not in (None, "nf4", "fp4", "int8"):
         raise UserError(f"--quantization {quantization} is none of nf4, fp4, int8.")

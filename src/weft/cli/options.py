@@ -38,7 +38,7 @@ def _sentences() -> dict[str, str]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
                 told = {one.arg: one.value for one in node.value.keywords}
                 if "description" in told:
-                    default = [one.value for one in node.value.args if isinstance(one, ast.Constant) and one.value]
+                    default = [str(one.value) for one in node.value.args if isinstance(one, ast.Constant) and one.value]
                     text = ast.literal_eval(told["description"]) + "".join(f" (default: {one})" for one in default)
                     found[ast.unparse(node.target)] = text
     return found

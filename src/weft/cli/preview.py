@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import shlex
 import time
 from collections.abc import Sequence
@@ -17,10 +15,8 @@ from weft.cli.options import meaning
 from weft.errors import UserError
 
 if TYPE_CHECKING:
-    from weft.data.auditing.base import Finding, Item
-    from weft.data.rendering.sample import Sample
-    from weft.train.examined import Examined
-    from weft.train.packing import Place
+    from weft.data.auditing.base import Item
+    from weft.preview.view import View
     from weft.train.settings import RunConfig
 
 
@@ -58,8 +54,8 @@ def preview(
     settings = _settings(list(config or []), model, data)
     views = _views(settings, samples, record or (), ignore or ())
     if html is not None:
-        from weft.cli.preview_html import page
         from weft.data import parse_sources
+        from weft.preview.html import page
 
         named = (source.path for job in settings.jobs for source in parse_sources(job.data or settings.data))
         files = list(dict.fromkeys(named))
@@ -70,7 +66,7 @@ def preview(
         found = [view.json() for view in views]
         common.print_json({"model": settings.model, "ok": not failed, "seconds": seconds, "data": found})
     else:
-        from weft.cli.preview_text import show
+        from weft.preview.text import show
 
         for view in views:
             show(view, common.console(), tokens=tokens)
@@ -94,7 +90,8 @@ def _settings(words: list[str], model: str | None, data: str | None) -> RunConfi
 def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Sequence[str]) -> list[View]:
     from weft.data.auditing.audit import audit
     from weft.data.auditing.statistics import statistics
-    from weft.train.examined import examine
+    from weft.preview.examined import examine
+    from weft.preview.view import View
 
     if settings.shape == "full":
         common.tell_hub(settings.model)
@@ -110,56 +107,6 @@ def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Se
         items = data_set.items if records or not data_set.windows else data_set.windows
         views.append(View(data_set, findings, figures, chosen(items, samples, records)))
     return views
-
-
-class View:
-    """What there is to show of one data set."""
-
-    def __init__(
-        self, data_set: Examined, findings: Sequence[Finding], figures: dict[str, Any], shown: Sequence[Item]
-    ) -> None:
-        self.data_set, self.findings, self.figures, self.shown = data_set, list(findings), figures, list(shown)
-        self.packings = [packing.figures() for packing in data_set.packings]
-
-    @functools.cached_property
-    def _numbers(self) -> dict[int, int]:
-        """By identity, the number of every sample that is trained on."""
-        return {id(sample): number for number, sample in enumerate(self.data_set.packings[0].samples)}
-
-    def place(self, sample: Sample) -> Place | None:
-        """Where the first jobs' first epoch has a sample; None: nowhere (it is held out, or a mixture's later one)."""
-        packings = self.data_set.packings
-        number = self._numbers.get(id(sample)) if packings else None
-        return None if number is None else packings[0].places.get(number)
-
-    def json(self) -> dict[str, Any]:
-        """All of it as JSON holds it."""
-        from weft.data.auditing.audit import findings_json
-
-        return {
-            "jobs": list(self.data_set.names),
-            "statistics": self.figures,
-            "packing": self.packings,
-            "not_reached": {name: missed.json() for name, missed in self.data_set.not_reached.items()},
-            "findings": findings_json(self.findings),
-            "samples": [self._sample(item) for item in self.shown],
-        }
-
-    def _sample(self, item: Item) -> dict[str, Any]:
-        from weft.data.auditing.pieces import pieces
-
-        tokenizer = self.data_set.facts.tokenizer
-        found = [pieces(tokenizer, sample) for sample in item.samples]
-        keys = ("position", "id", "token", "text", "weight")
-        return {
-            "source": item.source,
-            "split": item.split,
-            "label": item.label,
-            "length": item.length,
-            "problem": item.problem[1] if item.problem else None,
-            "places": [dataclasses.asdict(place) if place else None for place in map(self.place, item.samples)],
-            "sequences": [[{key: getattr(piece, key) for key in keys} for piece in one] for one in found],
-        }
 
 
 def chosen(items: Sequence[Item], count: int, wanted: Sequence[str]) -> list[Item]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from weft.core.config import MethodConfig
+from weft.core.adapter import MethodConfig
 from weft.methods import METHODS
 from weft.train.aliases import RENAMED, SWITCHES, VALUES
 from weft.train.settings import JobConfig, RunConfig
@@ -96,7 +96,7 @@ def _default(field: Any) -> str:
     return "" if field.default is None else f"`{_yaml(field.default)}`"
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(list(value)) if isinstance(value, tuple) else str(value)

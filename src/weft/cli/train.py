@@ -18,10 +18,11 @@ from weft.cli import common
 from weft.cli.options import meaning
 from weft.cli.progress import Reporter, make_reporter
 from weft.errors import UserError
+from weft.extensions import loaded_files
 from weft.foreign import json_lines
 
 if TYPE_CHECKING:
-    from weft.core.reach import LeftOut
+    from weft.models.reach import LeftOut
     from weft.train.job import Job
     from weft.train.loop import TrainResult
     from weft.train.run import Setup
@@ -173,14 +174,14 @@ def _facts(setup: Setup) -> list[dict[str, Any]]:
 
 
 def _missed(setup: Setup, job: Job) -> LeftOut | None:
-    from weft.core.reach import left_out
+    from weft.models.reach import left_out
 
     return left_out(job.adapter, setup.base.model, setup.base.architecture)
 
 
 def _opening(setup: Setup, jobs: list[dict[str, Any]]) -> Iterator[str]:
     """PEFT's sentence for each job, and where it goes; what of the base it does not reach."""
-    from weft.core.reach import unquantized
+    from weft.models.reach import unquantized
 
     if told := unquantized(setup.base.model, setup.base.architecture):
         yield told
@@ -291,13 +292,17 @@ def _show(summary: Mapping[str, Any]) -> None:
     if summary["completed"]:
         for job in summary["jobs"]:
             print(f"{job['name']} -> {job['folder'] or 'failed, and is not kept: ' + str(job['reason'])}")
-        where = shlex.quote(summary["output_dir"])
+        where = _with_extensions(shlex.quote(summary["output_dir"]))
         if all(job["folder"] is None for job in summary["jobs"]):
             return
         print(f"classify:  weft generate {where} --prompt TEXT" if classifies else f"talk to it:  weft chat {where}")
     else:
-        again = f"weft train {shlex.quote(summary['output_dir'])} --resume"
+        again = _with_extensions(f"weft train {shlex.quote(summary['output_dir'])} --resume")
         print(f"saved at step {summary['steps']}. Go on with:  {again}")
+
+
+def _with_extensions(words: str) -> str:
+    return " ".join([words, *(f"--extension {shlex.quote(str(file))}" for file in loaded_files())])
 
 
 def _loss(value: float | None) -> str:

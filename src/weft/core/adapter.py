@@ -1,16 +1,22 @@
-"""An adapter: the parameters of one named instance of a method, and what it computes at its sites."""
+"""A method's configuration, and an adapter: the parameters of one named instance and what it computes at its sites."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from weft.core.config import MethodConfig
-from weft.core.route import PrefixStates, Segment
-from weft.errors import UserError, nearest
+from weft.core.architecture import Architecture
+from weft.core.head import Head, TokenHead
+from weft.core.route import PrefixStates, Router, Segment
+from weft.core.tensors import copy_into
+from weft.errors import UserError
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
@@ -20,6 +26,177 @@ InputFunction = Callable[[Tensor, Segment], Tensor]
 ParameterFunction = Callable[[Tensor], Tensor]
 # (place, count): that many virtual tokens stand before the sequence's own token ``place``.
 Run = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Everything that a method may use while it makes an adapter.
+
+    ``keys_values`` runs the plain base on token ids [n] and gives each layer's keys and values [kv_heads, n, head_dim].
+    ``blank`` says that the values will be loaded, or that the model is on the meta device and only shapes are asked:
+    the method must not compute values that cost a tokenizer, a pass of the base or a look at its weights.
+    ``original_weight`` gives the weight [out, in] from which a quantised module was made, by the module's path.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    generator: torch.Generator
+    dtype: torch.dtype
+    device: torch.device
+    tokenizer: Any = None
+    keys_values: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
+    blank: bool = False
+    router: Router | None = None
+    original_weight: Callable[[str], Tensor] | None = None
+
+    @property
+    def loading(self) -> bool:
+        """Whether a file's values will come: neither a new adapter nor a check of its configuration."""
+        return self.blank and self.device.type != "meta"
+
+    def normal(self, *shape: int, std: float) -> Tensor:
+        """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""
+        values = torch.randn(*shape, generator=self.generator, dtype=torch.float32) * std
+        return values.to(self.device, self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the adapter's dtype."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+
+class MethodConfig(BaseModel):
+    """The settings of one method: frozen, checked on construction, with PEFT's field names.
+
+    A subclass names itself (``method``), says what PEFT calls it (``peft_type``) and builds its adapter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    method: ClassVar[str]
+    peft_type: ClassVar[str]
+    # What the folder's file of tensors is called.
+    weights_file: ClassVar[str] = "adapter_model.safetensors"
+    # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
+    harmless_keys: ClassVar[frozenset[str]] = frozenset()
+    # What a field means that PEFT's file leaves out, where that is not our own default (None: PEFT needs it).
+    peft_defaults: ClassVar[Mapping[str, object]] = {}
+    # Fields that PEFT's file does not have, or has in other words: paths instead of names.
+    not_in_peft: ClassVar[frozenset[str]] = frozenset()
+    # For models of width 2048 and more, and for those of width 128 and less; in between by the width's logarithm.
+    default_learning_rate: ClassVar[float] = 1e-3
+    small_learning_rate: ClassVar[float | None] = None
+    # How trained adapters become a new one (``weft.combine.rules``); ``whole_values``: the tensors are values that take
+    # the place of the base's and not changes, so they can be averaged but not added.
+    combination_types: ClassVar[tuple[str, ...]] = ("linear",)
+    whole_values: ClassVar[bool] = False
+    # What to do where an adapter cannot become weights of the base (``weft.merge.weights``).
+    instead_of_merging: ClassVar[str] = "Serve the adapter beside its base instead (weft chat, weft generate)."
+    # What the method can be used for.
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "num_virtual_tokens" in cls.model_fields and cls.combination_types == ("linear",):
+            cls.combination_types = (*cls.combination_types, "cat")
+
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The configurations of its methods, in order: itself, if it is one only."""
+        return (self,)
+
+    @property
+    def begins_as_identity(self) -> bool:
+        """Whether a fresh adapter of these settings promises the base's results."""
+        return True
+
+    @classmethod
+    def learning_rate(cls, hidden_size: int) -> float:
+        """The rate of a job that names none: small models want larger steps."""
+        large, small = cls.default_learning_rate, cls.small_learning_rate
+        if small is None:
+            return large
+        share = min(max(math.log2(2048 / hidden_size) / 4, 0.0), 1.0)
+        return float(f"{large ** (1 - share) * small**share:.2g}")
+
+    def check_quantization(self, quantization: str | None) -> None:
+        """Refuse, before weights are loaded, what does not go with a base quantised like that (None: not at all).
+
+        Raises:
+            UserError: it does not.
+        """
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        """Make the adapter ``name``; draws its initial values from ``context.generator`` only.
+
+        Raises:
+            UserError: the method finds nothing to tune in this model.
+        """
+        raise NotImplementedError
+
+    def combine(self, sources: Sequence[Any], how: Any) -> tuple[MethodConfig, dict[str, Tensor]] | None:
+        """Configuration and tensors of a new adapter made of ``sources``, of which this is the first's configuration.
+
+        None: tensor by tensor, as most methods do (``weft.combine.rules``, where ``Source`` and ``Combination`` are).
+
+        Raises:
+            UserError: they do not fit together.
+        """
+        return None
+
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
+        """The entries of PEFT's ``adapter_config.json`` that this method adds to the common ones."""
+        return self.model_dump(mode="json")
+
+    def in_peft(self) -> dict[str, object]:
+        """Those of these entries that do not depend on the base. An ``adapter_config.json`` beside ours must agree."""
+        return {"peft_type": self.peft_type, **self.model_dump(mode="json", exclude=set(self.not_in_peft))}
+
+    @classmethod
+    def renamed(cls, entries: Mapping[str, object]) -> frozenset[str]:
+        """Keys whose values differ in an ``adapter_config.json`` with these entries, so that peft computes the same."""
+        return frozenset()
+
+    @classmethod
+    def of_layout(cls, entries: Mapping[str, object]) -> Mapping[str, object]:
+        """The part of an ``adapter_config.json`` of this method's layout in which the entries of ``in_peft`` stand."""
+        return entries
+
+    def own_layout(self, name: str, architecture: Architecture) -> dict[str, object] | None:
+        """The whole ``adapter_config.json`` of adapter ``name``, for methods whose layout is not PEFT's; else None."""
+        return None
+
+    @classmethod
+    def from_layout(cls, entries: dict[str, object]) -> MethodConfig | None:
+        """The configuration from an ``adapter_config.json`` in such a layout; None if it is in another."""
+        return None
+
+    @classmethod
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
+        """Read the method's entries of an ``adapter_config.json`` (the common ones are already taken out).
+
+        ``keys`` are the names of the file's tensors, which show what was really tuned. Entries that Weft does not know
+        are dropped if they are empty or off, else refused. A missing entry has PEFT's default, not ours.
+
+        Raises:
+            UserError: Weft does not know an entry, or one without a default is missing.
+        """
+        known = {k: v for k, v in entries.items() if k in cls.model_fields}
+        for key in entries.keys() - known.keys() - cls.harmless_keys:
+            if entries[key] not in (None, False, [], {}, "", 0, "none"):
+                raise UserError(
+                    f"adapter_config.json: {key!r} is {entries[key]!r}, which changes what a {cls.peft_type} adapter "
+                    "computes and which Weft does not know; the adapter would answer differently, so it is not loaded."
+                )
+        for key, default in cls.peft_defaults.items():
+            if default is None and known.get(key) is None:
+                raise UserError(f"adapter_config.json: {key!r} is not there, and PEFT has no default for it.")
+        return cls(**{**cls.peft_defaults, **known})
+
+
+def check_name(name: str) -> None:
+    """An adapter's name is also a folder's: letters, digits, '.', '_', '-', not beginning with a dot."""
+    if not re.fullmatch(r"[A-Za-z0-9_\-\u4e00-\u9fff][\w.\-]{0,99}", name):
+        raise UserError(f"{name!r} is no name for an adapter: use letters, digits, '_', '-' and '.', at most 100.")
 
 
 class Adapter(nn.Module):
@@ -33,12 +210,12 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
-        # A classification job's own head (``weft.core.heads``); None: the base's. Not on the class, where it would hide
-        # the module that is put here later.
-        self.head: nn.Module | None = None
+        # What it answers with: the base's output layer, or a head of its own (``weft.core.heads``). Not on the class,
+        # where it would hide the module that is put here later.
+        self.head: Head = TokenHead()
         # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
         self.provenance: Mapping[str, Any] | None = None
-        # How the base was kept that it was trained on (``weft.core.weights.how_kept``); None: as the one it is on now.
+        # How the base was kept that it was trained on (``weft.methods.dense.how_kept``); None: as the one it is on now.
         self.trained_on: Mapping[str, Any] | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
@@ -46,6 +223,11 @@ class Adapter(nn.Module):
     num_prefix_tokens: int = 0
     # Of the base; the default learning rate depends on it.
     hidden_size: int = 2048
+
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        """The methods in it, in order: itself, if it is one only."""
+        return (self,)
 
     @property
     def begins_as_identity(self) -> bool:
@@ -71,21 +253,23 @@ class Adapter(nn.Module):
     def merges(self) -> Mapping[str, Sequence[nn.Module]]:
         """Module path -> the layers that a merge writes into the module's weights, in the order in which they act.
 
-        Each must be ``weft.core.merging.Mergeable``, and all sites among them, or the adapter cannot be merged.
+        Each must be ``weft.methods.mergeable.Mergeable``, and all sites among them, or the adapter cannot be merged.
         """
         return {}
 
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
-        """Where the virtual tokens stand in a sequence of ``length`` own tokens, in the order of ``virtual_tokens``.
+        """The places of the virtual tokens in a sequence of ``length`` own tokens, in the order of ``virtual_tokens``.
 
-        ``answer`` is the place of the first answer token (None: the text has none; generation: the prompt's end),
-        ``slots`` the places that the template names.
+        ``answer`` is the place of the first answer token (in generation the prompt's end; None: the text has none),
+        ``slots`` are the places that the template names.
         """
         return ((0, self.num_virtual_tokens),)
 
     def virtual_tokens(self, seed: int | None = None) -> Tensor:
-        """Learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences; ``seed`` fixes what is
-        drawn for them (None: nothing)."""
+        """The learned rows [num_virtual_tokens, d] that stand in each of the adapter's sequences.
+
+        ``seed`` fixes the random numbers in them (None: there are none).
+        """
         raise NotImplementedError
 
     def prefix_states(self) -> PrefixStates:
@@ -93,34 +277,37 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The adapter's tensors under the names that ``adapter_model.safetensors`` gives them."""
+        """The adapter's tensors, in their own shapes, under their names in ``adapter_model.safetensors``."""
         raise NotImplementedError
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """The same under the names of the folder's layout, where that is another one than PEFT's."""
+        """The tensors in their names and shapes of the folder's layout, where that is another one than PEFT's."""
         return self.tensors()
 
     def extra_tensors(self) -> Mapping[str, Tensor]:
-        """What training needs to go on but inference does not (an encoder); a file of its own beside the other."""
+        """Tensors, in their own shapes, that training needs to go on and inference does not (an encoder's).
+
+        They get a file of their own beside the other.
+        """
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of an ``adapter_model.safetensors``, and the extra ones if they were there.
 
         Raises:
-            UserError: a tensor is missing, has another shape, or is not one of this adapter's.
+            UserError: A tensor is missing, has another shape, or is not one of this adapter's.
         """
         copy_into(self.tensors(), tensors)
 
     def stored_config(self) -> MethodConfig:
-        """The configuration that is saved: the adapter's own, with what training has found out."""
+        """The configuration that is saved: the adapter's own, with what training has found."""
         return self.config
 
     def begin_training(self, total_steps: int) -> None:
-        """Told once before the first step (or the first after a resume), with the length of the whole run.
+        """Prepare for a run of ``total_steps``: before the first step, and before the first after a resume.
 
         Raises:
-            UserError: the method's schedule does not fit into the run.
+            UserError: The method's schedule does not fit into the run.
         """
 
     def penalty(self) -> Tensor | None:
@@ -128,11 +315,13 @@ class Adapter(nn.Module):
         return None
 
     def after_step(self, step: int) -> None:
-        """Called after optimizer step ``step`` (from 1), while the gradients are still there. What changes here and is
-        needed to go on must be a buffer: checkpoints hold parameters and buffers."""
+        """React to the optimizer's step ``step`` (from 1), while the gradients are still there.
+
+        A value that changes here and is needed to go on must be a buffer: checkpoints hold parameters and buffers.
+        """
 
     def learning_rate_factor(self, parameter: str) -> float:
-        """What the learning rate is multiplied by for one parameter, named as ``named_parameters`` does."""
+        """The factor of the learning rate for one parameter, named as ``named_parameters`` does."""
         return 1.0
 
     def scaled_learning_rate(self, parameter: str, rate: float) -> float:
@@ -146,101 +335,3 @@ class Adapter(nn.Module):
     def num_trainable(self) -> int:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-
-def master_dtype(base: torch.dtype) -> torch.dtype:
-    """Adapters are kept in float32 whatever the base computes in, except beside a float64 base."""
-    return torch.float64 if base == torch.float64 else torch.float32
-
-
-def checked(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor ``key``, which must have this shape."""
-    if key not in tensors:
-        raise UserError(f"the adapter's file has no tensor '{key}'.{nearest(key, tensors)}")
-    value = tensors[key]
-    if tuple(value.shape) != shape:
-        why = "Was the adapter made for another base?"
-        if not value.numel():
-            why = "A tensor of no elements was saved of a model in shards (ZeRO-3, FSDP) that were not gathered before."
-        raise UserError(
-            f"tensor '{key}' has shape {tuple(value.shape)}; this base and configuration need {shape}. {why}"
-        )
-    return value
-
-
-def copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy a file's tensors into ``own``, which must have the same names and shapes.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or is not one of ``own``.
-    """
-    for key, parameter in own.items():
-        parameter.data.copy_(checked(tensors, key, tuple(parameter.shape)))
-    # What is left over would silently be ignored.
-    foreign = sorted(set(tensors) - set(own))
-    if foreign:
-        raise UserError(f"the adapter's file holds tensors that nothing here uses: {', '.join(foreign[:5])} ...")
-
-
-class SiteAdapter(Adapter):
-    """An adapter whose parameters hang on base modules: one small module per site, which is its site function.
-
-    A parameter ``part`` at module ``path`` is stored as ``base_model.model.<path>.<part, '_' as the method says>``.
-    ``own``: base tensors that are trained whole beside them (``weft.core.weights``: ``modules_to_save``, biases).
-    """
-
-    prefix = "base_model.model."
-
-    def __init__(
-        self,
-        config: MethodConfig,
-        name: str,
-        layers: Mapping[str, nn.Module],
-        own: Mapping[str, nn.Module] | None = None,
-    ) -> None:
-        super().__init__(config, name)
-        self.paths = list(layers)
-        self.layers = nn.ModuleList(layers.values())
-        self.own_paths = list(own or {})
-        self.own = nn.ModuleList((own or {}).values())
-
-    def stored_name(self, part: str) -> str:
-        """What the file calls the parameter ``part`` of a layer."""
-        return part
-
-    def sites(self) -> Mapping[str, SiteFunction]:
-        functions: dict[str, SiteFunction] = dict(zip(self.paths, self.layers, strict=True))
-        for path, weights in zip(self.own_paths, self.own, strict=True):
-            # A layer may take the base's bias apart, so it comes before the own bias is put in.
-            functions[path] = in_order([functions[path], weights]) if path in functions else weights
-        return functions
-
-    def merges(self) -> Mapping[str, Sequence[nn.Module]]:
-        layers: dict[str, list[nn.Module]] = {path: [m] for path, m in zip(self.paths, self.layers, strict=True)}
-        for path, weights in zip(self.own_paths, self.own, strict=True):
-            layers.setdefault(path, []).append(weights)
-        return layers
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        layers = {
-            f"{self.prefix}{path}.{self.stored_name(part)}": parameter
-            for path, layer in zip(self.paths, self.layers, strict=True)
-            for part, parameter in layer.named_parameters()
-        }
-        # peft wraps the modules it tunes, and calls what was there the base layer.
-        return layers | {
-            f"{self.prefix}{path}.{'base_layer.' if path in self.paths else ''}{part}": parameter
-            for path, weights in zip(self.own_paths, self.own, strict=True)
-            for part, parameter in weights.named_parameters()
-        }
-
-
-def in_order(functions: Sequence[SiteFunction]) -> SiteFunction:
-    """One site function that applies several, each to what the one before gave."""
-
-    def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        for function in functions:
-            y = function(x, y, segment)
-        return y
-
-    return run

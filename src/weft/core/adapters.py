@@ -3,51 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.core import files
-from weft.core.adapter import Adapter, master_dtype
-from weft.core.added import check_added, check_numbers
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, check_name
+from weft.core.added import check_added
 from weft.core.architecture import Architecture
-from weft.core.body import body_of, head_logits, head_modules
+from weft.core.body import head_logits, head_modules
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
 from weft.core.combined import Combined, CombinedConfig
-from weft.core.compose import Combination, Source
-from weft.core.compose import combine as compose
-from weft.core.config import BuildContext, MethodConfig
-from weft.core.foreign import without_tables
+from weft.core.embeddings import input_embeddings
+from weft.core.head import Head, TokenHead, losses_of_logits
 from weft.core.heads import ClassificationHead, ClassificationTask
-from weft.core.merging import Merged, check_mergeable, merge_weights
-from weft.core.route import KeyValueCache, Route, Router, Segment
-from weft.core.seq2seq import check_sites, check_task, prompt_keys_values
-from weft.core.site import attach, detach, mixes_rows, site_of, sites_in
-from weft.core.stream import Part, Stream, build_stream, run_stream
-from weft.core.weights import how_kept
+from weft.core.layout import Counts, Layout, Packed, Padded
+from weft.core.route import Route, Router, Segment, StreamRoute
+from weft.core.seq2seq import EncoderDecoder
+from weft.core.site import attach, detach, mixes_rows, site_of, sites_in, without_sites
+from weft.core.stream import Part, Stream
+from weft.core.tensors import master_dtype
 from weft.errors import UserError
-from weft.libraries import cache_arguments, growing_cache, keys_values, output_cache
-from weft.ops.merge import MajoritySign
+from weft.ops.loss import linear_cross_entropy
 
-# On a model whose attention and sites already obey a router: a second one would be asked by nobody.
+# The mark of a model whose attention and sites already obey a router: no site would ask a second one.
 _OPEN = "_weft_open"
 
 
 class Adapters:
-    """Adds, removes, loads and saves adapters, and runs batches in which every sequence has its own.
+    """Adds and removes adapters, and runs batches in which every sequence has its own.
 
     The model is not wrapped: its modules, keys and parameters stay in place, frozen and in evaluation mode while
     ``Adapters`` is open. ``close()`` gives back exactly the model that came in.
 
     Args:
-        model: a transformers model.
-        architecture: where its parts are (``weft.models.describe``).
-        padded: run padded batches through the model's own attention. Default: only if the model can do nothing else.
-        exact: one matrix product per adapter, so that an adapter's numbers do not depend on its neighbours to the bit.
-        checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        model: A transformers model.
+        architecture: The places of its parts (``weft.models.describe``).
+        padded: Run padded batches through the model's own attention. Default: only if the model can do nothing else.
+        exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
+        checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
     """
 
     def __init__(
@@ -64,26 +59,23 @@ class Adapters:
         self.model = model
         self.architecture = architecture
         self.router = Router()
-        self.padded = architecture.install_attention is None if padded is None else padded
         self.exact = exact
-        if self.padded and exact:
-            raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
-        if not self.padded and architecture.install_attention is None:
-            raise UserError(f"{architecture.model_type} models can only run padded batches; leave out padded=False.")
+        self._adapters: dict[str, Adapter] = {}
+        kind = _kind_of_layout(architecture, padded, exact)
+        self.layout: Layout = kind(model, architecture, self.router, self._adapters, exact)
         # Of a quantised base: module path -> the weight [out, in] before (LoftQ asks for it).
         self.original_weight: Callable[[str], Tensor] | None = None
-        self._adapters: dict[str, Adapter] = {}
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
         shape, apart = architecture, (*architecture.linears, *architecture.norms, *architecture.activations)
         self._exact_paths = frozenset((*apart, *shape.experts, *shape.routers))
         try:
-            for install in (None if self.padded else shape.install_attention, shape.install_tables):
+            for install in (self.layout.attention, shape.install_tables):
                 if install is not None:
                     self._undo.append(install(model, self.router))
             if exact:
-                # Also where no adapter sits now: the shape of the graph, and with it the order in which gradients are
-                # summed, must not depend on which methods the neighbours use.
+                # Sites are needed also where no adapter sits now: the shape of the graph, and with it the order in
+                # which gradients are summed, must not depend on which methods the neighbours use.
                 for path in apart:
                     attach(model.get_submodule(path), path, self.router)
                 for path in (*shape.experts, *shape.routers):
@@ -99,19 +91,19 @@ class Adapters:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base computes in."""
-        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        """The dtype in which the base computes."""
+        weight = input_embeddings(self.model).weight
         return weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
-        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        """The device of the base."""
+        weight = input_embeddings(self.model).weight
         return weight.device
 
     @property
     def names(self) -> list[str]:
-        """The adapters that are there, in the order they came."""
+        """The names of the adapters, in the order they came."""
         return list(self._adapters)
 
     def __getitem__(self, name: str) -> Adapter:
@@ -134,12 +126,12 @@ class Adapters:
     ) -> Adapter:
         """Make a new adapter; its initial values come from a generator seeded with ``seed`` alone.
 
-        ``classification`` gives it a head of its own. ``blank``: values do not matter, they will be loaded.
+        ``classification`` gives it a head of its own. ``blank`` says that values will be loaded, so none are computed.
 
         Raises:
-            UserError: the name is taken or no valid folder name, or the method finds nothing to tune.
+            UserError: The name is taken or no valid folder name, or the method finds nothing to tune.
         """
-        files.check_name(name)
+        check_name(name)
         if name in self._adapters:
             raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
         context = BuildContext(
@@ -154,9 +146,10 @@ class Adapters:
             self.router,
             self.original_weight,
         )
-        check_task(config, self.architecture)
+        self.layout.check_config(config)
         adapter = config.build(name, context)
-        check_sites(adapter, self.architecture)
+        if reason := self.layout.refusal(adapter):
+            raise UserError(reason)
         adapter.hidden_size = self.architecture.hidden_size
         if classification is not None:
             shape = self.architecture
@@ -164,17 +157,25 @@ class Adapters:
             adapter.head = ClassificationHead(classification, shape.head_kind, pooler, context)
         self._attach(name, adapter)
         try:
-            check_added(self, name, fresh=not blank)
+            if self.device.type != "meta":
+                check_added(adapter, self.architecture, self._run, padded=self.layout.masks_prefixes, fresh=not blank)
         except BaseException:
             self.remove(name)
             raise
         return adapter
 
+    def _run(self, parts: Sequence[Part], *, plain: bool = False) -> Tensor:
+        """Hidden states [N, d] of a small batch; ``plain``: as if there were no sites."""
+        with without_sites(self.model) if plain else contextlib.nullcontext():
+            return self.forward(self.stream(parts))
+
     def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
         parameters = adapter.parameter_sites()
-        # All become sites before any is given its function: a module that cannot leaves nothing half attached.
+        # All become sites before one gets its function: a module that cannot leaves no adapter half attached.
         at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks, *parameters)}
+        for path, site in at.items():
+            site.rows_name = self.architecture.rows_named.get(path)
         for path, function in sites.items():
             at[path].functions[name] = [function]
         for path, prepare in inputs.items():
@@ -187,65 +188,36 @@ class Adapters:
         return adapter
 
     def stack(self, name: str, names: Sequence[str]) -> Adapter:
-        """A new name under which several adapters act on the same rows, in this order; nothing is copied.
+        """Let several adapters act on the same rows, in this order, under a new name; nothing is copied.
 
         They stay what they are and can be used by themselves; training the stack trains them.
 
         Raises:
-            UserError: a name is missing, taken or given twice, or two of them have classification heads.
+            UserError: A name is missing, taken or given twice, or two of them have classification heads.
         """
-        files.check_name(name)
+        check_name(name)
         if name in self._adapters:
             raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
         parts = [self[part] for part in names]
         if len(set(names)) < max(len(names), 1):
             raise UserError(f"a stack needs adapters to apply, each once, not {list(names)}.")
-        heads = [part.head for part in parts if part.head is not None]
+        heads = [part.head for part in parts if part.head.labels]
         if len(heads) > 1:
             raise UserError(f"{', '.join(names)}: more than one of them has a classification head of its own.")
         adapter = Combined(CombinedConfig(parts=tuple(part.config for part in parts)), name, parts)
         adapter.hidden_size = self.architecture.hidden_size
-        adapter.head = heads[0] if heads else None
+        adapter.head = heads[0] if heads else TokenHead()
         return self._attach(name, adapter)
-
-    def combine(
-        self,
-        name: str,
-        names: Sequence[str],
-        weights: Sequence[float] | None = None,
-        *,
-        combination_type: str = "linear",
-        density: float | None = None,
-        majority_sign_method: MajoritySign = "total",
-        svd_rank: int | None = None,
-        seed: int = 0,
-    ) -> Adapter:
-        """A new adapter ``name`` made of trained ones of one kind; PEFT's ``add_weighted_adapter`` and its names.
-
-        ``weights``: one per adapter; default: the same share for each (1 where virtual tokens are put together).
-        What each setting means, and which rule works for which method: ``weft.core.compose``, docs/cli.md.
-
-        Raises:
-            UserError: the adapters do not fit together, or their method has no such rule.
-        """
-        headed = [part for part in names if self[part].head is not None]
-        if headed:
-            raise UserError(f"'{headed[0]}' has a classification head; heads trained apart cannot be made one.")
-        given = tuple(float(weight) for weight in weights or ())
-        how = Combination(given, combination_type, density, majority_sign_method, svd_rank, seed)
-        sources = [Source(part, self[part].config, self[part].tensors()) for part in names]
-        config, tensors = compose(sources, how)
-        return self._add_with(name, config, tensors)
 
     def remove(self, name: str) -> None:
         """Take the adapter away; modules that no adapter uses any more get their own class back.
 
         Raises:
-            UserError: there is none, or a stack still uses it.
+            UserError: There is no such adapter, or a stack still uses it.
         """
         adapter = self[name]
         for other, stack in self._adapters.items():
-            if isinstance(stack, Combined) and adapter in stack.parts:
+            if stack is not adapter and adapter in stack.parts:
                 raise UserError(f"'{name}' is part of the stack '{other}'; remove that first.")
         for module, site in list(sites_in(self.model)):
             site.remove(name)
@@ -254,7 +226,7 @@ class Adapters:
         del self._adapters[name]
 
     def close(self) -> None:
-        """Remove every adapter and every trace: the model is again the one that was loaded."""
+        """Remove every adapter and every trace of it: the model is again the one that was loaded."""
         for name in reversed(self.names):  # a stack came after its parts
             self.remove(name)
         for module, _ in list(sites_in(self.model)):
@@ -264,80 +236,59 @@ class Adapters:
         while self._undo:
             self._undo.pop()()
 
-    def merge(self, name: str, dtype: torch.dtype | None = None) -> Merged:
-        """The weights of a model that computes by itself what the base computes with adapter ``name``.
-
-        The base, which is only read, and the adapter stay what they are. A classification head is not among the
-        weights. ``dtype``: of all of them; default: each in the base's own.
-
-        Raises:
-            UserError: what the adapter, or a part of it, computes cannot be weights of the base.
-        """
-        adapter = self[name]
-        check_mergeable(adapter)
-        changes: Any = adapter.merges()
-        inserted: Any = adapter.inserted_blocks()
-        if inserted:
-            check_numbers(self)
-        return merge_weights(self.model, self.architecture, changes, inserted, dtype)
-
-    def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:
-        """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model."""
-        adapter = self[name]
-        if adapter.trained_on is None:
-            adapter.trained_on = how_kept(self)
-        files.save(adapter, self.architecture, Path(folder), base_name=base_name)
-
-    def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
-        """Add an adapter from a folder in PEFT's layout, ours or peft's."""
-        config, tensors, task = files.read(Path(folder), self.model)
-        provenance = files.provenance_of(Path(folder))
-        adapter = self._add_with(name, config, tensors, tokenizer=tokenizer, classification=task)
-        adapter.provenance = provenance
-        adapter.trained_on = files.trained_on(Path(folder)) or {}
-        return adapter
-
-    def _add_with(self, name: str, config: MethodConfig, tensors: Mapping[str, Tensor], **more: Any) -> Adapter:
-        """``add``, then the values of ``tensors``."""
-        adapter = self.add(name, config, blank=True, **more)
-        try:
-            with torch.no_grad():
-                own = files.stored_tensors(adapter).keys()
-                files.load_tensors(adapter, without_tables(own, tensors, self.model, self.architecture))
-        except BaseException:
-            self.remove(name)
-            raise
-        return adapter
-
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """Lay out a batch; rows of ``parts`` keep their order."""
-        return build_stream(
-            parts,
-            self._adapters,
-            device=self.device,
-            padded=self.padded,
-            exact=self.exact,
-            cache=cache,
-            first_position=self.architecture.first_position,
-            token_types=self.architecture.token_types,
-        )
+        return self.layout.stream(parts, cache=cache)
 
     def forward(self, stream: Stream) -> Tensor:
         """Last hidden states [N, d] of the stream, before the head."""
-        return run_stream(self.model, self.router, stream, self._adapters, self.architecture)
+        return self.layout.forward(stream)
 
-    def logits(self, hidden: Tensor, rows: Sequence[tuple[str | None, int]] = ()) -> Tensor:
+    def run(self, parts: Sequence[Part]) -> tuple[Stream, Tensor]:
+        """One pass: the batch of what answers, whose ``rows`` are those of each sequence, and its last hidden states
+        [N, d]."""
+        return self.layout.run(parts)
+
+    def head(self, name: str | None) -> Head:
+        """What adapter ``name`` answers with (None: the base)."""
+        return TokenHead() if name is None else self[name].head
+
+    def logits(self, hidden: Tensor, rows: Counts = ()) -> Tensor:
         """The head's logits [n, vocabulary] for hidden states [n, d].
 
-        ``rows``: (adapter, how many rows) in order, where adapters may have changed the head; left out: the base's own.
+        ``rows`` names (adapter, number of rows) in order, where adapters may have changed the head; by default the
+        logits are the base's own.
         """
-        route = Route(tuple(Segment(name, count, count) for name, count in rows if count), exact=self.exact)
+        route = self.rows_route(rows)
         touched = any(site_of(module) is not None for module in head_modules(self.model, self.architecture))
         with self.router.use(route if rows and touched else None):
             return head_logits(self.model, self.architecture, hidden)
 
+    def losses(self, hidden: Tensor, targets: Tensor, rows: Counts) -> Tensor:
+        """``-log p(target)`` [n] of the base's head after hidden states [n, d]; ``rows`` as in ``logits``.
+
+        Logits are never held where the head is one matrix that no adapter changes.
+        """
+        form = self.architecture.head_form
+        if form is None or any(self.changes_head(name) for name, _ in rows):
+            return losses_of_logits(self.logits(hidden, rows), targets)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        bias = getattr(head, "bias", None)
+        return linear_cross_entropy(
+            hidden, head.weight, targets, bias=bias, softcap=form.softcap, logit_scale=form.scale
+        )
+
+    def rows_route(self, rows: Counts) -> Route:
+        """The route of single rows, each a hidden state that a head is asked about."""
+        segments = (Segment(name, count, count, lengths=(1,) * count) for name, count in rows if count)
+        return StreamRoute(tuple(segments), exact=self.exact)
+
+    def shares_head(self, name: str | None) -> bool:
+        """Whether the adapter answers with the base's own head, as it is."""
+        return self.head(name) == TokenHead() and not self.changes_head(name)
+
     def changes_head(self, name: str | None) -> bool:
-        """Whether the adapter gives other logits than the base for the same hidden state."""
+        """Whether the adapter's logits differ from the base's for the same hidden state."""
         sites = (site_of(module) for module in head_modules(self.model, self.architecture))
         return any(site is not None and (name in site.functions or name in site.inputs) for site in sites)
 
@@ -350,37 +301,18 @@ class Adapters:
     @torch.no_grad()
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [kv_heads, n, head_dim] that the plain base gives for one text, per layer."""
-        if self.architecture.task == "seq2seq":
-            return prompt_keys_values(self.model, input_ids.to(self.device))
-        if self.padded:
-            body: Any = body_of(self.model, self.architecture)
-            # An encoder makes no cache by itself, but fills one that it is given.
-            given = growing_cache() if self.architecture.bidirectional else None
-            how = {"use_cache": True} if given is None else cache_arguments(body.forward, given)
-            out = body(input_ids=input_ids[None].to(self.device), **how)
-            filled = keys_values(output_cache(out) if given is None else given)
-            return [(keys[0], values[0]) for keys, values in filled]
-        recorder = _Recorder()
-        self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
-        return recorder.layers
+        return self.layout.keys_values(input_ids.to(self.device))
 
 
-class _Recorder:
-    """Stands where a cache would and keeps what the layers show it."""
-
-    prefilled = False
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
-        self.layers.append((k, v))
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise AssertionError("a recorder sees one pass only")
-
-    def part(self, first: int, count: int) -> KeyValueCache:
-        raise AssertionError("a recorder sees the plain base only")
+def _kind_of_layout(shape: Architecture, padded: bool | None, exact: bool) -> type[Layout]:
+    only = shape.install_attention is None
+    if not (only if padded is None else padded):
+        if only:
+            raise UserError(f"{shape.model_type} models can only run padded batches; leave out padded=False.")
+        return Packed
+    if exact:
+        raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
+    return EncoderDecoder if shape.stacks > 1 else Padded
 
 
 def is_open(model: nn.Module) -> bool:
@@ -389,7 +321,7 @@ def is_open(model: nn.Module) -> bool:
 
 
 def _freeze(model: nn.Module) -> Callable[[], None]:
-    """No gradients for the base and no dropout in it; returns the function that restores both."""
+    """Switch off gradients and dropout of the base; returns the function that restores both."""
     trained = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     model.requires_grad_(False)

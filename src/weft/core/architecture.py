@@ -1,11 +1,11 @@
-"""What Weft needs to know of a model's shape, as data."""
+"""The facts about a model's shape that Weft needs, as data."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, cast
 
 from torch import nn
 
@@ -13,17 +13,17 @@ from weft.core.route import Router
 from weft.errors import UserError, nearest
 from weft.patterns import pattern
 
-# (model, router) -> the function that undoes it.
+# (model, router) -> the function that undoes the installation.
 AttentionInstaller = Callable[[nn.Module, Router], Callable[[], None]]
 
 
-# Why nothing can sit on a module that plays no part in what the model gives for a text.
+# The reason why no adapter can sit on a module that plays no part in the model's answer to a text.
 NEVER_CALLED = "is never called"
 
 
 @dataclass(frozen=True)
 class HeadForm:
-    """Logits that are ``c tanh(s (W h + b) / c)``: ``scale`` s and ``softcap`` c (None: no cap), W the output layer."""
+    """Logits are ``c tanh(s (W h + b) / c)``: ``scale`` s and ``softcap`` c (None: no cap), W the output layer."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -31,10 +31,10 @@ class HeadForm:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the parts of one loaded model are; module paths as ``model.named_modules()`` gives them.
+    """The places of the parts of one loaded model, as the paths of ``model.named_modules()``.
 
-    ``attention_output`` and ``mlp_output`` are the last linear of each sub-layer: what they give is what the sub-layer
-    adds to the residual stream, so a bottleneck adapter sits on them.
+    ``attention_output`` and ``mlp_output`` are the last linear of each sub-layer. A bottleneck adapter sits on them,
+    because the sub-layer adds their output to the residual stream.
     """
 
     model_type: str
@@ -50,61 +50,78 @@ class Architecture:
     mlp_output: tuple[str, ...]
     # Element-wise functions that are modules: their last few elements take another code path than the rest.
     activations: tuple[str, ...] = ()
-    # Modules that hold the matrices of all experts as parameters and are called with the text's tokens; modules that
-    # choose among experts by a matrix of their own. No linears, so nothing that works on linears reaches them.
+    # ``experts`` hold the matrices of all experts as parameters and are called with the text's tokens; ``routers``
+    # choose among experts by a matrix of their own. Neither is a linear, so no method for linears reaches them.
     experts: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
-    # Linears with one output (the gate of a shared expert), which have no low-rank update worth the name.
+    # Linears with one output (the gate of a shared expert): a low-rank update of them saves nothing.
     single_outputs: frozenset[str] = frozenset()
-    # Last parts of the paths of all modules that are not in ``linears``; empty: not known.
+    # The last parts of the paths of all modules that are not in ``linears``; empty: they are not known.
     other_names: frozenset[str] = frozenset()
     max_length: int | None = None
     # The table of token embeddings and the linear that gives the logits (which may share one tensor).
     embeddings: str = ""
-    # Width of that table's rows, where it is not the blocks' (OPT-350m: 512 and 1024); 0: the same.
+    # Width of that table's rows, where it is not the blocks'; 0: the same.
     embedding_size: int = 0
     head: str = ""
-    # Every token sees the whole sequence (BERT), not only what stands before it.
+    # Every token sees the whole sequence (an encoder), not only what stands before it.
     bidirectional: bool = False
+    # Norms stand after the sum of a sub-layer and what it was given, not before the sub-layer.
+    norms_sums: bool = False
     # Of a classification head on this model (``weft.core.heads``), and where the base's own pooler is.
     head_kind: str = "score"
     pooler: str | None = None
+    # Modules that are not called with their rows first -> the argument that holds the rows (tables of positions that
+    # are called with a mask first).
+    rows_named: Mapping[str, str] = field(default_factory=dict)
     # What PEFT calls the task of a job without a head of its own.
     peft_task: str = "CAUSAL_LM"
-    # Positions begin here (RoBERTa: 2).
+    # Positions begin here (behind the pad token's id, for one).
     first_position: int = 0
-    # Of an encoder-decoder: the decoder's linears that are applied to what the encoder gives. Else empty.
+    # The linears of a decoder that read the encoder's states; empty where there is no encoder.
     memory_linears: tuple[str, ...] = ()
-    # How many kinds of segment the embeddings tell apart (BERT: 2); 0: the model is not told.
+    # The number of segments that the embeddings tell apart (BERT: 2); 0: the model has no such embedding.
+    # How many kinds of segment the embeddings tell apart; 0: the model is not told.
     token_types: int = 0
     # The module that the model's forward calls for its hidden states; "": ``model.base_model``.
     body: str = ""
-    # How the output layer becomes logits; None: by the model's own code (a dense layer and a norm before it, say).
+    # The way from the output layer to logits; None: the model's own code (a dense layer and a norm before it, say).
     head_form: HeadForm | None = HeadForm()
-    # The body looks its embeddings up by itself, for it also needs the ids (inputs per layer).
+    # The body looks its embeddings up by itself, because it also needs the ids (inputs per layer).
     by_ids: bool = False
     # Linear modules that no adapter can sit on -> why (their weight is read, they are never called).
     unreachable: Mapping[str, str] = field(default_factory=dict)
-    # Modules that a LoRA file must call otherwise for peft to find them (``paths_in_files``); None: no name does.
+    # Modules -> the path by which peft finds them in a LoRA file (``paths_in_files``); None: it finds them by none.
     file_paths: Mapping[str, str | None] = field(default_factory=dict)
-    # Makes the model attend along the packed stream; None: the model only works on padded batches, for the reason told.
+    # Makes the model attend along the packed stream. None: the model works on padded batches only, and
+    # ``padded_because`` says why.
     install_attention: AttentionInstaller | None = None
     padded_because: str = ""
-    # Makes modules of positions, whose tables depend on the whole pass, answer sequence by sequence.
+    # Makes modules of positions answer sequence by sequence, where their tables depend on the whole pass.
     install_tables: AttentionInstaller | None = None
     # (model, length, longer) -> whether those tables change while a text grows: keys in a cache keep the old ones.
     tables_move: Callable[[nn.Module, int, int], bool] | None = None
 
     @property
     def task(self) -> Literal["causal_lm", "seq2seq"]:
-        """How the base writes, if it does: ``seq2seq`` for an encoder-decoder."""
+        """The task that the base was made for: ``seq2seq`` for an encoder-decoder, else ``causal_lm``."""
         return "seq2seq" if self.memory_linears else "causal_lm"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the base writes text: an encoder does not."""
+        return not self.bidirectional
+
+    @property
+    def stacks(self) -> int:
+        """How many stacks of blocks a text goes through: two in an encoder-decoder."""
+        return 2 if self.memory_linears else 1
 
     def check_reachable(self, path: str) -> None:
         """Refuse a module on which an adapter would do nothing.
 
         Raises:
-            UserError: the trial of the base saw that the module is not called for what its weight says.
+            UserError: the trial of the base saw that the model does not compute with the module as its weight says.
         """
         if path in self.unreachable:
             raise UserError(f"module '{path}' of this {self.model_type} model {self.unreachable[path]}; no adapter can "
@@ -116,12 +133,12 @@ class Architecture:
         """Linear modules that ``target_modules`` names, by PEFT's rules.
 
         ``"all-linear"`` means every linear of the blocks; another string is a regular expression over the whole path;
-        a list holds last parts of paths. ``layers`` keeps those blocks only. ``more``: modules outside the blocks that
-        can be named too.
+        a list holds last parts of paths. ``layers`` keeps those blocks only. ``more`` are modules outside the blocks
+        that can be named too.
 
         Raises:
-            UserError: an entry of the list matches nothing (a typo would silently make a smaller adapter), or nothing
-                does; the message lists what could. Or a layer is not there.
+            UserError: An entry of the list, or the whole of it, matches no module (a typo would silently make a smaller
+                adapter); the message lists the modules that can match. Or there is no such layer.
         """
         wanted: str | list[str] = targets if isinstance(targets, str) else list(targets)
         if not isinstance(wanted, str):
@@ -146,7 +163,7 @@ class Architecture:
         return found
 
     def naming(self, paths: Sequence[str]) -> list[str]:
-        """``target_modules`` that means just these linears to PEFT: the last parts of their paths, else whole paths."""
+        """The ``target_modules`` by which PEFT finds just these linears: last parts of their paths, or whole paths."""
         names = {path.rsplit(".", 1)[-1] for path in paths}
         rest = {path.rsplit(".", 1)[-1] for path in {*self.linears, self.head} - set(paths)} | self.other_names
         return sorted(names) if self.other_names and not names & rest else list(paths)
@@ -167,9 +184,9 @@ def _matches(path: str, wanted: str | list[str]) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a matrix product over its last dimension: nn.Linear and its kin, or GPT-2's Conv1D."""
+    """Whether the module is a matrix product over its last dimension: nn.Linear and its kin, or Conv1D."""
     if any("Router" in kind.__name__ and "forward" in vars(kind) for kind in type(module).__mro__):
-        return False  # Phi-MoE's and Llama 4's are nn.Linear by birth, but give experts and their weights
+        return False  # some are nn.Linear by birth, but give experts and their weights
     return isinstance(module, nn.Linear) or type(module).__name__.removeprefix("Routed") == "Conv1D"
 
 
@@ -191,9 +208,9 @@ def holds_experts(path: str, module: nn.Module) -> bool:
 
 
 def is_experts(path: str, module: nn.Module) -> bool:
-    """Whether it does, and is called with the text's tokens and the experts that each one goes to.
+    """Whether the module holds experts, and is called with the text's tokens and the experts that each one goes to.
 
-    Others are called with rows that are sorted by expert already, or their parameters are read by another module.
+    Other modules are called with rows that are already sorted by expert, or another module reads their parameters.
     """
     stacked = any(p.dim() == 3 for p in module.parameters(recurse=False))
     given = inspect.signature(plain_forward(module)).parameters if stacked else ()
@@ -202,9 +219,8 @@ def is_experts(path: str, module: nn.Module) -> bool:
 
 def plain_forward(module: nn.Module) -> Callable[..., object]:
     """The forward of the module's own class, also where it is a site."""
-    kinds: list[Any] = [kind for kind in type(module).__mro__ if not kind.__name__.startswith("Routed")]
-    forward: Callable[..., object] = kinds[0].forward
-    return forward
+    own = next(kind for kind in type(module).__mro__ if not kind.__name__.startswith("Routed"))
+    return cast(type[nn.Module], own).forward
 
 
 def is_router(path: str, module: nn.Module) -> bool:

@@ -18,11 +18,11 @@ def attend(
     """Attention of layer ``layer`` for the stream that ``router`` describes.
 
     Args:
-        q: [heads, N, head_dim]; k, v: [kv_heads, N, head_dim], positions already applied.
+        q: [heads, N, head_dim], positions already applied, as in k.
+        k: [kv_heads, N, head_dim].
+        v: [kv_heads, N, head_dim]. Values may be narrower than keys (multi-head latent attention).
         causal: False where every token sees its whole sequence (encoders, which never decode).
         bias: ``alibi_slopes``, ``sliding_window``, ``softcap``, ``sinks`` as in ``varlen_attention``.
-
-    Values may be narrower than keys (multi-head latent attention).
 
     Returns:
         [N, heads, head_dim], where head_dim is that of the values.

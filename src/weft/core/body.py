@@ -1,8 +1,8 @@
-"""The base without its head: calling it, and asking the model's own code for what stands after it.
+"""The base without its head, and the way from its hidden states to logits by the model's own code.
 
-All models are ``logits = head(body(embeddings))``. What else happens before or after differs: a scale, a soft cap, a
-dense layer and a norm before the output layer, inputs per layer that are looked up by token id. Nothing of it is
-written again here. Where it has to happen, the model's own forward runs with one of its parts held.
+All models are ``logits = head(body(embeddings))``. They differ in the rest: a scale, a soft cap, a dense layer and a
+norm before the output layer, inputs per layer that are looked up by token id. None of it is written again here. Where
+it is needed, the model's own forward runs with one of its parts held.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture, HeadForm
+from weft.core.embeddings import output_head
 from weft.libraries import cache_name
 
 
@@ -30,19 +31,19 @@ def body_of(model: nn.Module, shape: Architecture) -> nn.Module:
 
 
 @functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+def _parameters(forward: Callable[..., object]) -> tuple[frozenset[str], bool]:
     found = inspect.signature(forward).parameters.values()
     return frozenset(p.name for p in found), any(p.kind is p.VAR_KEYWORD for p in found)
 
 
-def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that the module's forward takes: a state-space model has no positions, for one."""
+def accepted(module: nn.Module, **arguments: object) -> dict[str, object]:
+    """Those of the arguments that the module's forward takes; a state-space model, for one, takes no positions."""
     names, anything = _parameters(type(module).forward)
     return {name: value for name, value in arguments.items() if anything or name in names}
 
 
 @contextlib.contextmanager
-def held(module: nn.Module, answer: Any) -> Iterator[None]:
+def held(module: nn.Module, answer: object) -> Iterator[None]:
     """Inside, the module answers every call with ``answer`` and does not run."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = lambda *args, **kwargs: answer
@@ -55,17 +56,17 @@ def held(module: nn.Module, answer: Any) -> Iterator[None]:
 
 
 class _Output:
-    """What a body returns, to the code that comes after it: the hidden states, and nothing else."""
+    """The output of a body for the code that comes after it: the hidden states, and None for everything else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         return None
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Any) -> object:
         return (self.last_hidden_state,)[key]
 
 
@@ -84,11 +85,13 @@ def head_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor
     form = shape.head_form
     if form is None:
         return own_logits(model, shape, hidden)
-    return scaled(model.get_output_embeddings()(hidden), form)  # type: ignore[operator]
+    head = output_head(model)
+    assert head is not None
+    return scaled(head(hidden), form)
 
 
 def scaled(logits: Tensor, form: HeadForm) -> Tensor:
-    """What an output layer gives, multiplied and capped."""
+    """The result of an output layer, [n, vocabulary], multiplied and capped."""
     if form.scale != 1.0:
         logits = logits * form.scale
     return logits if form.softcap is None else torch.tanh(logits / form.softcap) * form.softcap
@@ -96,9 +99,9 @@ def scaled(logits: Tensor, form: HeadForm) -> Tensor:
 
 def head_modules(model: nn.Module, shape: Architecture) -> list[nn.Module]:
     """The modules that turn hidden states into logits: the output layer, and what the model puts around it."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if shape.head_form is not None or head is None:
-        return [] if head is None else [head]
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    if shape.head_form is not None or output is None:
+        return [] if output is None else [output]
     body = set(body_of(model, shape).modules())
     return [module for module in model.modules() if module not in body and module is not model]
 

@@ -1,26 +1,27 @@
 """Gradient checkpointing of whole blocks, under the route of their own forward.
 
-transformers' own checkpointing recomputes under whatever route is current at the time of the backward pass; with a
-second forward in between (a reference model, say) every gradient would be silently wrong.
+transformers' own checkpointing recomputes under the route that is current in the backward pass. With a second forward
+in between (a reference model, say) every gradient would silently be wrong.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from weft.core.mixin import Mixin, mixed
 from weft.core.route import Router
 
 _ROUTER = "_weft_checkpoint_router"
 _CLASS = "_weft_checkpoint_class"
 
 
-class _CheckpointedForward:
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+class _CheckpointedForward(Mixin):
+    def forward(self, hidden: torch.Tensor, *args: object, **kwargs: Any) -> Any:
         run = functools.partial(self.__dict__[_CLASS].forward, self)
         # Below the lowest adapter nothing needs a gradient: saving and recomputing there would be pure loss.
         if not (torch.is_grad_enabled() and hidden.requires_grad):
@@ -29,16 +30,11 @@ class _CheckpointedForward:
         return checkpoint(run, hidden, *args, use_reentrant=False, context_fn=router.contexts, **kwargs)
 
 
-@functools.cache
-def _checkpointed_class(base_class: Any) -> Any:
-    return type(f"Checkpointed{base_class.__name__}", (_CheckpointedForward, base_class), {"__module__": __name__})
-
-
 def enable_checkpointing(block: nn.Module, router: Router) -> None:
-    """Keep only the block's input; its inside is computed again in the backward pass."""
+    """Keep only the block's input; the backward pass computes the rest again."""
     if _ROUTER not in block.__dict__:
         block.__dict__[_ROUTER], block.__dict__[_CLASS] = router, type(block)
-        block.__class__ = _checkpointed_class(cast(Any, type(block)))
+        block.__class__ = mixed("Checkpointed", _CheckpointedForward, type(block))
 
 
 def is_checkpointed(block: nn.Module) -> bool:

@@ -1,21 +1,20 @@
 """Several methods in one adapter: LoRA with BitFit, a prefix with bottleneck adapters (as in MAM, He et al. 2022) …
 
-Each keeps its own configuration and file; at a module where two of them act, they act in the order they are named in.
+Each keeps its own configuration and file. Where two of them act at one module, they act in the order of their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, InputFunction, ParameterFunction, Run, SiteFunction, in_order
-from weft.core.compose import ON_PRODUCTS, Combination, Source, combine
-from weft.core.config import BuildContext, MethodConfig
+from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig, ParameterFunction, Run, SiteFunction
 from weft.core.route import PrefixStates, Segment
+from weft.core.site_adapter import in_order
 from weft.errors import UserError
 
 
@@ -24,9 +23,11 @@ class CombinedConfig(MethodConfig):
 
     method: ClassVar[str] = "combined"
     peft_type: ClassVar[str] = ""
-    combination_types: ClassVar[tuple[str, ...]] = ON_PRODUCTS  # each part's method has its own say
 
     parts: tuple[SerializeAsAny[MethodConfig], ...] = Field(min_length=1)
+
+    def methods(self) -> tuple[MethodConfig, ...]:
+        return self.parts
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         parts = [part.build(name, context) for part in self.parts]
@@ -34,50 +35,34 @@ class CombinedConfig(MethodConfig):
             part.hidden_size = context.architecture.hidden_size
         return Combined(self, name, parts)
 
-    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
-        """Part by part: the first parts of all adapters, the second ones …"""
-        configs: list[MethodConfig] = []
-        tensors: dict[str, Tensor] = {}
-        kinds = [[part.method for part in _parts_of(source)] for source in sources]
-        if any(kind != kinds[0] for kind in kinds):
-            raise UserError(f"the adapters are made of different methods: {', '.join('+'.join(k) for k in kinds)}.")
-        for index in range(len(self.parts)):
-            own = [Source(one.name, _parts_of(one)[index], part_tensors(one.tensors, index)) for one in sources]
-            config, found = combine(own, how)
-            configs.append(config)
-            tensors |= {f"{index}.{key}": tensor for key, tensor in found.items()}
-        return CombinedConfig(parts=tuple(configs)), tensors
-
-
-def _parts_of(source: Source) -> tuple[MethodConfig, ...]:
-    assert isinstance(source.config, CombinedConfig)
-    return source.config.parts
-
 
 def part_tensors(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """The tensors of one part, under its own names."""
+    """The tensors of one part, of any shape, under its own names."""
     prefix = f"{index}."
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 class Combined(Adapter):
-    """One adapter made of several: of its own (a job with several methods) or of others' (``Adapters.stack``)."""
+    """One adapter made of several parts: its own (a job with several methods) or others (``Adapters.stack``)."""
 
     def __init__(self, config: CombinedConfig, name: str, parts: Sequence[Adapter]) -> None:
         super().__init__(config, name)
-        self.parts = list(parts)
-        self.part_modules = nn.ModuleList(self.parts)
+        self.part_modules = nn.ModuleList(parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
         self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
         inserting = [part.config.method for part in self.parts if part.inserted_blocks()]
         prefixed = [part.config.method for part in self.parts if part.num_prefix_tokens]
         if inserting and prefixed:
-            # They have learned keys for the base's layers; a new one in between would attend to none.
+            # There are learned keys for the base's layers only; a new layer in between would attend to none.
             raise UserError(
                 f"method {prefixed[0]}+{inserting[0]}: {prefixed[0]} has no keys and values for the blocks that "
                 f"{inserting[0]} inserts. Make two jobs of them, or take prompt_tuning or bottleneck beside "
                 f"{inserting[0]}."
             )
+
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        return tuple(cast(Iterable[Adapter], self.part_modules))
 
     @property
     def begins_as_identity(self) -> bool:
@@ -111,7 +96,7 @@ class Combined(Adapter):
         for part in self.parts:
             for path, layers in part.merges().items():
                 groups.setdefault(path, []).append(layers)
-        # As in ``_in_order``: what puts its own weights in the base's place comes first.
+        # As in ``_in_order``, layers that put their own weights in the base's place come first.
         return {
             path: [layer for first in (True, False) for layers in found for layer in layers
                    if first == (len(layers) == 1 and getattr(layer, "replaces_output", False))]
@@ -164,7 +149,7 @@ class Combined(Adapter):
         return self.parts[int(index)].default_learning_rate(name)
 
     def learning_rate_factor(self, parameter: str) -> float:
-        """``part_modules.<index>.<name>``."""
+        """The factor of the part's own parameter; ``parameter`` is ``part_modules.<index>.<name>``."""
         if not parameter.startswith("part_modules."):
             return 1.0
         _, index, name = parameter.split(".", 2)
@@ -178,7 +163,7 @@ class Combined(Adapter):
 
 
 def _in_order(path: str, functions: Sequence[SiteFunction]) -> SiteFunction:
-    """What puts its own weights in the base's place comes first, for it forgets the output that it is given."""
+    """A function that puts its own weights in the base's place comes first, because it ignores the output it gets."""
     replacing = [function for function in functions if getattr(function, "replaces_output", False)]
     if len(replacing) > 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Cutting what a module is called with into one part per group of segments, and joining what it gives."""
+"""The cut of a module's arguments into one part per group of segments, and the join of its results."""
 
 from __future__ import annotations
 
@@ -7,51 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from weft.core.route import Route
 from weft.errors import UserError
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Where the segments' rows lie in a module's first input: along ``dim``, ``sizes`` of them per group."""
+    """Where groups of segments lie in a module's first input (``Route.groups``): along ``dim``, ``sizes`` rows each."""
 
     dim: int
     sizes: tuple[int, ...]
 
     @property
     def total(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return sum(self.sizes)
 
-    @classmethod
-    def of(cls, x: Tensor, route: Route, groups: Sequence[range], path: str) -> Groups:
-        """The rows of ``groups`` of consecutive segments in x: the stream [1, N, d] or [N, d], or padded
-        [B, T, d] or [B T, d].
-
-        Raises:
-            UserError: x has other rows than the text's tokens, so nobody can say whose they are.
-        """
-        units = sum(route.sizes)
-        if route.padded:
-            width = max(max(segment.lengths) for segment in route.segments)
-            flat = x.dim() == 2 and x.is_floating_point()
-            known = {units: 1, units * width: width} if flat else {units: 1}
-            dim, each = 0, known.get(x.shape[0], 0)
-        else:
-            dims = [i for i in range(x.dim() - x.is_floating_point()) if x.shape[i] == units]
-            dim, each = (max(dims, key=x.stride), 1) if dims else (0, 0)
-        if not each:
-            raise UserError(
-                f"module '{path}' is called with rows {list(x.shape)} that are not the text's tokens one by one; which "
-                "adapter they belong to is not known, so its parameters cannot be adapted. Leave them out of "
-                "target_parameters."
-            )
-        return cls(dim, tuple(each * sum(route.sizes[i] for i in group) for group in groups))
-
     def split(self, value: Any) -> list[Any]:
-        """Of a tensor with these rows each group's, of everything else all of it for each group."""
+        """Each group's rows of a tensor that has these rows; of any other value the whole for each group."""
         if isinstance(value, tuple):
             return list(zip(*map(self.split, value), strict=True)) if value else [value] * len(self.sizes)
         # A vector may be one entry per expert, and parameters are the model's own.
@@ -61,10 +35,10 @@ class Groups:
         return list(value.split(self.sizes, fits[0])) if fits else [value] * len(self.sizes)
 
     def join(self, parts: Sequence[Any], path: str) -> Any:
-        """One result of the groups' results.
+        """Join the groups' results into one.
 
         Raises:
-            UserError: they hold something that is neither rows nor the same for all.
+            UserError: They hold something that is neither rows nor the same for all.
         """
         first = parts[0]
         if isinstance(first, tuple):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from weft.core.config import BuildContext
+from weft.core.adapter import BuildContext
+from weft.core.head import Batch, Head, Sample, Supervised, losses_of_logits, supervised
 from weft.errors import UserError
 
 
@@ -27,7 +29,7 @@ class ClassificationTask:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Names under which PEFT's files keep the last linear and a dense layer before it, and what stands between."""
+    """PEFT's names for the last linear and a dense layer before it, and the activation between them."""
 
     last: str
     dense: str | None = None
@@ -42,25 +44,29 @@ KINDS: dict[str, _Kind] = {
     "gelu_classifier": _Kind("classifier.out_proj", "classifier.dense", functional.gelu),
     "pre_classifier": _Kind("classifier", "pre_classifier", functional.relu),
 }
-# Before the module's path in PEFT's files; methods that wrap no module of the model (prompts, prefixes) have the short.
+# The start of every name in PEFT's files; the short one is of methods that wrap no module (prompts, prefixes).
 PREFIXES = ("base_model.model.", "base_model.")
 
 
-class ClassificationHead(nn.Module):
+@final
+class ClassificationHead(nn.Module, Head):
     """``score(h)`` of the hidden state that stands for a sequence: transformers' ``...ForSequenceClassification``.
 
-    Decoders: one linear map without a bias, named ``score``, on the last token. Encoders with a dense layer of their
-    own in the head or a pooler in the base are described by ``kind``:
+    One linear map without a bias, named ``score``. Encoders with a dense layer of their own in the head or a pooler in
+    the base are described by ``kind``:
 
     - ``score``: W h
-    - ``classifier``: W tanh(W_p h + b_p) + b with the base's pooler W_p, frozen (BERT)
-    - ``dense_classifier``: W tanh(W_d h + b_d) + b, all trained (RoBERTa); ``gelu_classifier``, ``pre_classifier``: the
-      same with GELU (ELECTRA), with ReLU (DistilBERT)
+    - ``classifier``: W tanh(W_p h + b_p) + b with the base's pooler W_p, frozen
+    - ``dense_classifier``: W tanh(W_d h + b_d) + b, all trained; ``gelu_classifier``, ``pre_classifier``: the same with
+      GELU, with ReLU
     """
+
+    writes = False
+    peft_task = "SEQ_CLS"
 
     def __init__(self, task: ClassificationTask, kind: str, pooler: nn.Module | None, context: BuildContext) -> None:
         super().__init__()
-        self.task, self.kind = task, kind
+        self.labels, self.kind = task.labels, kind
         self.__dict__["pooler"] = pooler
         d, labels = context.architecture.hidden_size, len(task.labels)
         if KINDS[kind].dense:
@@ -80,8 +86,29 @@ class ClassificationHead(nn.Module):
             hidden = kind.activation(functional.linear(hidden, self.dense_weight, self.dense_bias))
         return functional.linear(hidden, self.weight, self.bias if kind.bias else None)
 
+    def rows(self, batch: Batch, sequences: Sequence[int]) -> list[int]:
+        return [batch.standing[number] for number in sequences]
+
+    def learned(self, batch: Batch, samples: Sequence[Sample], sequences: Sequence[int]) -> Supervised:
+        count, labels = len(samples), [-1 if sample.label is None else sample.label for sample in samples]
+        return supervised(
+            self.rows(batch, sequences), labels, [1.0] * count, range(count), count, batch.input_ids.device
+        )
+
+    def loss_weight(self, sample: Sample) -> float:
+        return 1.0
+
+    def logits(self, hidden: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        return self(hidden)
+
+    def losses(self, hidden: Tensor, targets: Tensor, base: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return losses_of_logits(self(hidden), targets)
+
+    def answer(self, place: int | None, length: int) -> int | None:
+        """What is classified is said at the end."""
+        return length if place is None else place
+
     def stored(self, prefix: str = "base_model.model.") -> Mapping[str, Tensor]:
-        """The tensors under the names that PEFT's files give them."""
         kind = KINDS[self.kind]
         names = {"weight": f"{kind.last}.weight", "bias": f"{kind.last}.bias",
                  "dense_weight": f"{kind.dense}.weight", "dense_bias": f"{kind.dense}.bias"}  # fmt: skip
@@ -89,7 +116,10 @@ class ClassificationHead(nn.Module):
 
 
 def task_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[ClassificationTask | None, list[str]]:
-    """Of a file that peft wrote: the classes of the head in it, which has no names for them, and the head's tensors."""
+    """The head in a file that peft wrote: its classes, which have no names there, and the names of its tensors.
+
+    The number of classes is the first side of the head's weight, [labels, d].
+    """
     parts = {kind.last for kind in KINDS.values()} | {kind.dense for kind in KINDS.values() if kind.dense}
     keys = [
         key for key in tensors if any(key.rpartition(".")[0] == prefix + part for part in parts for prefix in PREFIXES)

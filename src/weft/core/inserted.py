@@ -1,54 +1,15 @@
-"""Blocks that an adapter inserts into the base: copying one, and calling it with one segment's part of a batch."""
+"""Blocks that an adapter inserts into the base."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from weft.core.route import Route
-
-
-def segment_part(value: Any, index: int, route: Route, hidden: Tensor) -> Any:
-    """What segment ``index`` is given of one of a block's arguments; ``hidden`` [1, N, d], padded [B, T, d].
-
-    Of tensors its rows, without the columns of neighbours' prefixes; instead of the cache, which belongs to the base's
-    layers, the one that the route has for the inserted ones, if any; of everything else all.
-    """
-    if isinstance(value, tuple):
-        return tuple(segment_part(inner, index, route, hidden) for inner in value)
-    if not torch.is_tensor(value):
-        is_cache = type(value).__name__.endswith("Cache")
-        return route.inserted.get(route.segments[index].adapter) if is_cache else value
-    if route.padded:
-        return _padded_part(value, index, route, hidden)
-    total = hidden.shape[1]
-    dim = next((i for i in range(min(2, value.dim())) if value.shape[i] == total), None)
-    if len(route.segments) == 1 or dim is None:
-        return value
-    # A copy: how a kernel rounds may depend on where its rows begin in memory.
-    return value.split(route.sizes, dim)[index].clone(memory_format=torch.contiguous_format)
-
-
-def _padded_part(value: Tensor, index: int, route: Route, hidden: Tensor) -> Tensor:
-    batch, width = hidden.shape[:2]
-    if value.dim() < 2:
-        return value
-    rows, first = value.shape[0], sum(route.sizes[:index])
-    # BLOOM's ALiBi is [B * heads, 1, T].
-    each = rows // batch if value.dim() == 3 and rows % batch == 0 else int(rows == batch)
-    before = max((states[0][0].shape[1] for states in route.prefixes.values()), default=0)
-    # Not the angles of rotary positions [B, T, head_dim], whose last dimension may happen to be as long.
-    is_mask = value.dim() in (2, 4) or value.dtype == torch.bool or each > 1
-    if before and is_mask and value.shape[-1] == before + width:
-        value = value[..., before:]
-    return value[first * each : (first + route.sizes[index]) * each] if each else value
+from torch import nn
 
 
 def copy_block(block: nn.Module, shared: tuple[type, ...]) -> nn.Module:
-    """A deep copy, except of the model's configuration and of what is one of the ``shared`` types (routers, sites)."""
+    """A deep copy that shares the model's configuration and every object of the ``shared`` types (routers, sites)."""
     memo: dict[int, Any] = {}
     for module in block.modules():
         for key, value in module.__dict__.items():

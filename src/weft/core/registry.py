@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from weft.core.config import MethodConfig
-from weft.errors import UserError, nearest
+from collections.abc import Callable
+from typing import TypeVar
 
-# Filled by weft.methods: name -> configuration class.
-METHODS: dict[str, type[MethodConfig]] = {}
+from weft.core.adapter import MethodConfig
+from weft.extensions import Registry
+
+# Filled by weft.methods and by extensions: name -> configuration class.
+METHODS: Registry[type[MethodConfig]] = Registry("method")
+_Config = TypeVar("_Config", bound=type[MethodConfig])
 
 
 def method_config(method: str) -> type[MethodConfig]:
-    """The configuration class of a method by its name; UserError lists the methods."""
-    if method not in METHODS:
-        raise UserError(f"no method named {method!r}.{nearest(method, METHODS)} Methods: {', '.join(sorted(METHODS))}.")
-    return METHODS[method]
+    """The configuration class of a method by its name.
+
+    Raises:
+        UserError: there is no such method; lists the methods.
+    """
+    return METHODS.find(method)
+
+
+def register_method(name: str) -> Callable[[_Config], _Config]:
+    """A decorator of a ``MethodConfig``: its method can be trained, saved and loaded under this name.
+
+    A class that does not say what PEFT calls it is of a kind of its own, which PEFT does not load.
+
+    Raises:
+        UserError: the name is taken.
+    """
+
+    def entry(cls: _Config) -> _Config:
+        cls.method = name
+        if "peft_type" not in cls.__dict__:
+            cls.peft_type = name.upper()
+        return cls
+
+    return METHODS.register(name, entry)

@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to which adapter, and where the current route sits.
+"""The route: which rows of a batch belong to which adapter. The router holds the current one.
 
 A batch is sorted by adapter, so the rows of one adapter are one *segment*: a contiguous slice of the token stream, or,
 on the padded path, a contiguous slice of the batch. The sites read the route from one shared ``Router``. It is a plain
@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, final
 
 import torch
 from torch import Tensor
 
+from weft.core.groups import Groups
+from weft.core.rows import Rows
+from weft.errors import UserError
 from weft.ops.attention import SequenceLayout
 
 # Learned keys and values of one adapter: one pair per layer, each [kv_heads, prefix, head_dim].
@@ -24,17 +28,21 @@ PrefixStates = Sequence[tuple[Tensor, Tensor]]
 
 
 class KeyValueCache(Protocol):
-    """What attention needs of a cache while generating (``weft.generate.cache`` has the one we use)."""
+    """A cache as attention needs it while generating (``weft.generate.cache`` has ours)."""
 
     @property
     def prefilled(self) -> bool:
-        """Whether the prompts are in; from then on every row of the stream is one new token."""
+        """Whether the prompts are stored; from then on every row of the stream is one new token."""
 
     def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
         """Store the prompts' keys and values, [kv_heads, N, head_dim], after the prefixes of ``route``."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store one token per row; returns the layer's keys, values [B, kv_heads, T, head_dim] and lengths [B]."""
+        """Store one token per row, k and v [kv_heads, B, head_dim].
+
+        Returns:
+            The layer's keys and values, [B, kv_heads, T, head_dim] each, and how many of them each row has, [B].
+        """
 
     def part(self, first: int, count: int) -> KeyValueCache:
         """A view of ``count`` rows from row ``first``, for layers that only these rows pass through."""
@@ -44,10 +52,10 @@ class KeyValueCache(Protocol):
 class Segment:
     """The rows of one adapter.
 
-    ``seed`` fixes every random number drawn for these rows in this pass (None: nothing is drawn, as in evaluation), so
-    that neither a neighbour nor a recomputation can change it. ``lengths`` are its sequences', virtual tokens included.
-    ``neftune_alpha`` is the strength of the noise on its embeddings (0: none). ``call`` (``weft.core.rows``): what the
-    module at hand was called with beside the rows, for functions that run it again; None: nothing.
+    ``seed`` fixes every random number of these rows in this pass, so that neither a neighbour nor a recomputation can
+    change it (None: no number is drawn, as in evaluation). ``lengths`` are its sequences', virtual tokens included.
+    ``neftune_alpha`` is the strength of the noise on its embeddings (0: no noise). ``call`` (``weft.core.rows``) holds
+    the arguments of the module at hand beside the rows, for functions that run it again (None: it has none).
     """
 
     adapter: str | None
@@ -61,10 +69,9 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Route:
-    """Where every row of one forward pass goes.
+class Route(ABC):
+    """Where every row of one forward pass goes, and how what modules are given is cut into the segments.
 
-    ``padded`` says that module inputs are [B, T, d] with one sequence per row of dimension 0, else [1, N, d].
     ``exact`` asks for one matrix product per segment, so that shapes (and hence bits) do not depend on neighbours.
     """
 
@@ -72,7 +79,6 @@ class Route:
     layout: SequenceLayout | None = None
     prefixes: Mapping[int, PrefixStates] = field(default_factory=dict)
     cache: KeyValueCache | None = None
-    padded: bool = False
     exact: bool = False
     # Module path -> its own route: a decoder's cross-attention also takes the encoder's rows.
     elsewhere: Mapping[str, Route] = field(default_factory=dict)
@@ -80,21 +86,65 @@ class Route:
     inserted: Mapping[str | None, Any] = field(default_factory=dict)
     _alone: dict[int, Route] = field(default_factory=dict, repr=False)
 
-    def dim(self, x: Tensor) -> int | None:
-        """The dimension of a module's input along which the segments lie; None: none does.
+    # Whether module inputs are [B, T, d] with one sequence per row, else [1, N, d].
+    padded: ClassVar[bool]
 
-        In the stream it is the one that counts the tokens: [1, N, d], [N, d], or, for norms of single heads,
-        [1, N, heads, d] and [1, heads, N, d], where the outer one in memory is the tokens' if both have the same size.
+    @property
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """How far each segment reaches along the dimension in which they lie."""
+
+    @property
+    @abstractmethod
+    def whole(self) -> bool:
+        """Whether its rows are texts, and not single states that a head is asked about."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, path: str) -> Rows:
+        """Where the segments lie in what the module at ``path`` is given.
+
+        Raises:
+            UserError: it is given other rows than the batch has (an expert's, say).
         """
-        if self.padded:
-            return 0
-        tokens = sum(segment.tokens for segment in self.segments)
-        # An embedding's input has no last dimension of features.
-        dims = x.dim() - x.is_floating_point()
-        return max((i for i in range(dims) if x.shape[i] == tokens), key=x.stride, default=None)
+
+    @abstractmethod
+    def _unit(self, x: Tensor) -> tuple[int, int]:
+        """The dimension in which the segments lie, and how many rows stand for one of their ``sizes``; 0: unknown."""
+
+    def groups(self, x: Tensor, groups: Sequence[range], path: str) -> Groups:
+        """Where ``groups`` of consecutive segments lie in x, [1, N, d], [N, d], [B, T, d] or [B T, d].
+
+        Raises:
+            UserError: x has other rows than the text's tokens, so nobody can say whose they are.
+        """
+        dim, each = self._unit(x)
+        if not each:
+            raise UserError(
+                f"module '{path}' is called with rows {list(x.shape)} that are not the text's tokens one by one; which "
+                "adapter they belong to is not known, so its parameters cannot be adapted. Leave them out of "
+                "target_parameters."
+            )
+        return Groups(dim, tuple(each * sum(self.sizes[i] for i in group) for group in groups))
+
+    def part(self, value: Any, index: int, hidden: Tensor) -> Any:
+        """What segment ``index`` is given of one of a block's arguments; ``hidden`` [1, N, d], padded [B, T, d].
+
+        Of tensors its rows, without the columns of neighbours' prefixes; instead of the cache, which belongs to the
+        base's layers, the one that the route has for the inserted ones, if any; of everything else all.
+        """
+        if isinstance(value, tuple):
+            return tuple(self.part(inner, index, hidden) for inner in value)
+        if torch.is_tensor(value):
+            return self._rows_of(value, index, hidden)
+        is_cache = type(value).__name__.endswith("Cache")
+        return self.inserted.get(self.segments[index].adapter) if is_cache else value
+
+    @abstractmethod
+    def _rows_of(self, value: Tensor, index: int, hidden: Tensor) -> Tensor:
+        """``part`` of a tensor."""
 
     def alone(self, index: int) -> Route:
-        """The route of segment ``index`` with nobody beside it, for what is computed for its rows only."""
+        """The route of segment ``index`` alone, for work on its rows only."""
         if index not in self._alone:
             segment = self.segments[index]
             first = sum(s.sequences for s in self.segments[:index])
@@ -107,13 +157,106 @@ class Route:
                 )  # fmt: skip
             prefixes = {0: self.prefixes[index]} if index in self.prefixes else {}
             cache = None if self.cache is None else self.cache.part(first, segment.sequences)
-            self._alone[index] = Route((segment,), layout, prefixes, cache, self.padded, self.exact)
+            self._alone[index] = type(self)((segment,), layout, prefixes, cache, self.exact)
         return self._alone[index]
+
+    def _strange(self, x: Tensor, path: str) -> UserError:
+        return UserError(
+            f"module '{path}' is given {tuple(x.shape)} in a batch of {sum(self.sizes)} rows: which of them belong to "
+            "which adapter is not known. Leave it out of target_modules, or train this adapter in a run of its own."
+        )
+
+
+@final
+class StreamRoute(Route):
+    """Sequences end to end in one stream, [1, N, d]."""
+
+    padded = False
 
     @property
     def sizes(self) -> list[int]:
-        """How far each segment reaches along ``dim``."""
-        return [s.sequences if self.padded else s.tokens for s in self.segments]
+        return [segment.tokens for segment in self.segments]
+
+    @property
+    def whole(self) -> bool:
+        return self.layout is not None
+
+    def rows(self, x: Tensor, path: str) -> Rows:
+        if len(self.segments) == 1 and not self.exact:
+            return Rows(0, [x.shape[0]])
+        dim, each = self._unit(x)
+        if not each:
+            raise self._strange(x, path)
+        return Rows(dim, self.sizes)
+
+    def _unit(self, x: Tensor) -> tuple[int, int]:
+        """It is [1, N, d], [N, d], ids [N] or [1, N], or, for norms of single heads, [1, N, heads, d] and
+        [1, heads, N, d], where the outer one in memory is the tokens' if both have the same size."""
+        tokens = sum(self.sizes)
+        dims = range(x.dim() - x.is_floating_point())  # an embedding's input has no last dimension of features
+        dim = max((i for i in dims if x.shape[i] == tokens), key=x.stride, default=None)
+        return (0, 0) if dim is None else (dim, 1)
+
+    def _rows_of(self, value: Tensor, index: int, hidden: Tensor) -> Tensor:
+        dim = next((i for i in range(min(2, value.dim())) if value.shape[i] == hidden.shape[1]), None)
+        if len(self.segments) == 1 or dim is None:
+            return value
+        # A copy: how a kernel rounds may depend on where its rows begin in memory.
+        return value.split(self.sizes, dim)[index].clone(memory_format=torch.contiguous_format)
+
+
+@final
+class BatchRoute(Route):
+    """One sequence per row of a padded batch, [B, T, d]."""
+
+    padded = True
+
+    @property
+    def sizes(self) -> list[int]:
+        return [segment.sequences for segment in self.segments]
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def rows(self, x: Tensor, path: str) -> Rows:
+        sizes, tokens = self.sizes, [segment.tokens for segment in self.segments]
+        total = sum(sizes)
+        if x.dim() == 2 and x.is_floating_point() and x.shape[0] % total == 0:
+            # A batch that is flattened before the MLP; gated norms see every head as a row.
+            return Rows(0, sizes, x.shape[0] // total)
+        if len(self.segments) == 1 and not self.exact:
+            return Rows(0, [x.shape[0]])
+        if x.dim() == 1 and x.shape[0] != sum(tokens):
+            # Positions, for one: one row for the whole batch, without a dimension for it.
+            raise UserError(
+                f"module '{path}' is asked once for a whole batch, not for its rows; no adapter can sit on it. Leave "
+                "it out, or take another method, such as lora."
+            )
+        if x.dim() == 1 and not x.is_floating_point():
+            return Rows(0, tokens)  # token ids are one flat stream here too
+        if x.shape[0] not in (1, total):
+            raise self._strange(x, path)
+        return Rows(0, sizes, repeated=x.shape[0] != total)
+
+    def _unit(self, x: Tensor) -> tuple[int, int]:
+        rows, width = sum(self.sizes), max(max(segment.lengths) for segment in self.segments)
+        flat = {rows * width: width} if x.dim() == 2 and x.is_floating_point() else {}
+        return 0, ({rows: 1} | flat).get(x.shape[0], 0)
+
+    def _rows_of(self, value: Tensor, index: int, hidden: Tensor) -> Tensor:
+        batch, width = hidden.shape[:2]
+        if value.dim() < 2:
+            return value
+        rows, first = value.shape[0], sum(self.sizes[:index])
+        # A bias by head, as ALiBi, is [B * heads, 1, T].
+        each = rows // batch if value.dim() == 3 and rows % batch == 0 else int(rows == batch)
+        before = max((states[0][0].shape[1] for states in self.prefixes.values()), default=0)
+        # Not the angles of rotary positions [B, T, head_dim], whose last dimension may happen to be as long.
+        is_mask = value.dim() in (2, 4) or value.dtype == torch.bool or each > 1
+        if before and is_mask and value.shape[-1] == before + width:
+            value = value[..., before:]
+        return value[first * each : (first + self.sizes[index]) * each] if each else value
 
 
 def stable_seed(*parts: object) -> int:
@@ -123,7 +266,7 @@ def stable_seed(*parts: object) -> int:
 
 
 def seeded_dropout(x: Tensor, p: float, segment: Segment, site: str) -> Tensor:
-    """Inverted dropout whose mask depends on the segment's seed and the site only."""
+    """Inverted dropout of x, [1, N, d] or padded [B, T, d], by a mask that only the segment's seed and the site fix."""
     if p <= 0.0 or segment.seed is None:
         return x
     generator = torch.Generator(device=x.device)
@@ -154,5 +297,5 @@ class Router:
             self.current = before
 
     def contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """For ``torch.utils.checkpoint(context_fn=...)``: recomputation runs under the route of the forward."""
+        """The contexts for ``torch.utils.checkpoint``, by which recomputation runs under the route of the forward."""
         return contextlib.nullcontext(), self.use(self.current)

@@ -1,4 +1,4 @@
-"""How a module of the base was called, and how its rows are cut into the segments of a route."""
+"""The call of a module of the base, and the cut of its rows into the segments of a route."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.route import Route
-from weft.errors import UserError
-
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was called with beside its rows, so that the call can be made again with other rows.
+    """The arguments of a module beside its rows, so that the call can be made again with other rows.
 
-    ``name``: the rows came by this name, not by place.
+    ``name`` is the name by which the rows came; None: they came by place.
     """
 
     name: str | None = None
@@ -28,13 +25,13 @@ class Call:
         return bool(self.args or self.kwargs)
 
     def run(self, forward: Callable[..., Any], module: nn.Module, x: Any) -> Any:
-        """``forward`` of the module with the rows ``x`` and everything else as it came."""
+        """Run ``forward`` of the module with the rows ``x`` and all other arguments as they came."""
         if self.name is not None:
             return forward(module, *self.args, **{self.name: x}, **self.kwargs)
         return forward(module, x, *self.args, **self.kwargs)
 
     def part(self, rows: Rows, x: Tensor, index: int) -> Call:
-        """The call for the rows of segment ``index``: of tensors that lie as ``x`` does (a gate) its rows, else all."""
+        """The call for segment ``index``: its rows of tensors of x's shape but for the last side (a gate), else all."""
 
         def own(value: Any) -> Any:
             alike = torch.is_tensor(value) and value.dim() == x.dim() and value.shape[:-1] == x.shape[:-1]
@@ -44,7 +41,7 @@ class Call:
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
-    """A module's rows, the first of its arguments (or the first tensor by name), and the rest of the call."""
+    """Split a call into the rows, its first argument (or the first tensor by name), and the rest."""
     if args:
         return args[0], Call(None, args[1:], kwargs)
     name = next((name for name, value in kwargs.items() if torch.is_tensor(value)), None)
@@ -55,10 +52,10 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the segments of a route lie in a tensor: along ``dim``, ``sizes`` rows each.
+    """Where the segments of a route lie in a tensor (``Route.rows``): along ``dim``, ``sizes`` rows each.
 
-    ``per_row`` is not 0 where a module sees a flattened batch, so many rows for each of the route's. ``repeated``: one
-    row stands for the whole padded batch.
+    ``per_row`` is not 0 where a module sees a flattened batch, with so many rows for each of the route's. ``repeated``
+    says that one row stands for the whole padded batch.
     """
 
     dim: int
@@ -66,43 +63,8 @@ class Rows:
     per_row: int = 0
     repeated: bool = False
 
-    @classmethod
-    def of(cls, x: Tensor, route: Route, path: str) -> Rows:
-        """Of a module's input under a route.
-
-        Raises:
-            UserError: the module at ``path`` is given other rows than the batch has (an expert's, say).
-        """
-        total, sizes = sum(route.sizes), route.sizes
-        flat = route.padded and x.dim() == 2 and x.is_floating_point() and x.shape[0] % total == 0
-        if flat:
-            # OPT flattens its batch before the MLP, gated norms see every head as a row.
-            return cls(0, sizes, x.shape[0] // total)
-        if len(route.segments) == 1 and not route.exact:
-            return cls(0, [x.shape[0]])
-        if route.padded and x.dim() == 1 and x.shape[0] != sum(s.tokens for s in route.segments):
-            # BART's positions: one row for the whole batch, without a dimension for it.
-            raise UserError(
-                f"module '{path}' is asked once for a whole batch, not for its rows; no adapter can sit on it. Leave "
-                "it out, or take another method, such as lora."
-            )
-        if x.dim() == 1 and not x.is_floating_point():
-            return cls(0, [s.tokens for s in route.segments])  # token ids are one flat stream on the padded path too
-        if not route.padded:
-            dim = route.dim(x)
-            if dim is not None:
-                return cls(dim, sizes)
-        elif x.shape[0] == total:
-            return cls(0, sizes)
-        elif x.shape[0] == 1:
-            return cls(0, sizes, repeated=True)
-        raise UserError(
-            f"module '{path}' is given {tuple(x.shape)} in a batch of {total} rows: which of them belong to which "
-            "adapter is not known. Leave it out of target_modules, or train this adapter in a run of its own."
-        )
-
     def cut(self, x: Tensor) -> Sequence[Tensor]:
-        """The segments' parts of ``x``, a tensor that lies as the one this was made of; never flattened."""
+        """The segments' parts of ``x``, whose rows have the shape these were made of; the parts are never flattened."""
         if self.per_row:
             x = x.unflatten(0, (-1, self.per_row))
         elif self.repeated and x.shape[0] == 1:
@@ -110,6 +72,6 @@ class Rows:
         return x.split(list(self.sizes), self.dim) if len(self.sizes) > 1 else [x]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The parts as one tensor again, flattened if it was."""
+        """The parts as one tensor of the original shape, flattened if it was."""
         x = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), self.dim)
         return x.flatten(0, 1) if self.per_row else x

@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import InputFunction, ParameterFunction, SiteFunction
-from weft.core.groups import Groups
-from weft.core.inserted import segment_part
 from weft.core.route import Route, Router
-from weft.core.rows import Call, Rows, split_call
+from weft.core.rows import Call, split_call
 from weft.errors import UserError
 
 _SITE = "_weft_site"
 
 
 class _OwnMemory(torch.autograd.Function):
-    """The identity, but what comes out, forward and backward, is a fresh contiguous tensor."""
+    """The identity, whose results, forward and backward, are fresh contiguous tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -39,26 +37,28 @@ class _OwnMemory(torch.autograd.Function):
 
 
 class Site:
-    """What hangs on one swapped module: the shared router and, per adapter, what it does here.
+    """One swapped module: the shared router, and the functions of each adapter here.
 
     ``inputs`` change the rows that go in, ``functions`` those that come out (in order), ``inserted`` are blocks that
-    run after this one. ``parameters`` change the module's own parameters for the adapter's rows: of what is no linear
-    (experts held as one tensor, routers), what the module computes with them is its own affair.
+    run after this one. ``parameters`` change the module's own parameters for the adapter's rows, where the module is no
+    linear (experts held as one tensor, routers) and what it computes with them is its own affair.
     """
 
     def __init__(self, path: str, router: Router, base_class: type[nn.Module]) -> None:
         self.path = path
         # A pooler sees one row per sequence: a job's head calls it under a route of such rows (full fine-tuning).
         self.pools = "pooler" in path.split(".")
+        # The argument that holds the module's rows, if it is not the first (``Architecture.rows_named``).
+        self.rows_name: str | None = None
         self.router = router
         self.base_class = base_class
         self.inputs: dict[str, InputFunction] = {}
         self.functions: dict[str, list[SiteFunction]] = {}
         self.inserted: dict[str, list[nn.Module]] = {}
         self.parameters: dict[str, Mapping[str, ParameterFunction]] = {}
-        # In exact mode, of a module that mixes rows by its parameters (experts): it sees each segment by itself.
+        # A module that mixes rows by its parameters (experts) sees each segment by itself in exact mode.
         self.alone_if_exact = False
-        # Each segment's rows by themselves, whatever the route says: the module mixes rows (``mixes_rows``).
+        # A module that mixes rows in any case (``mixes_rows``) sees each segment by itself under every route.
         self.apart = False
 
     @property
@@ -72,9 +72,13 @@ class Site:
             found.pop(adapter, None)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's forward under the current route."""
+        """The module's forward under the current route.
+
+        Raises:
+            UserError: The module is called without rows of the text.
+        """
         route = self.router.current
-        if route is None or (self.pools and (route.padded or route.layout is not None)):
+        if route is None or (self.pools and route.whole):
             return self.base_class.forward(module, *args, **kwargs)
         route = route.elsewhere.get(self.path, route)
         if self.parameters or (self.alone_if_exact and route.exact):
@@ -82,32 +86,32 @@ class Site:
         x, call = split_call(args, kwargs)
         if self.inserted:
             return self._run_block(module, x, call, route)
-        if not torch.is_tensor(x) or "position_ids" in kwargs:
-            # OPT asks its table of positions with a mask first and the positions by name.
-            y = self.base_class.forward(module, *args, **kwargs)
-            if not torch.is_tensor(kwargs.get("position_ids")):
-                raise UserError(f"module '{self.path}' is not called with rows of the text; no adapter can sit on it.")
-            return self._change_all(kwargs["position_ids"], y, Call(), route)
+        rows = kwargs.get(self.rows_name) if self.rows_name else x
+        if not torch.is_tensor(rows):
+            raise UserError(f"module '{self.path}' is not called with rows of the text; no adapter can sit on it.")
+        if self.rows_name:
+            return self._change_all(rows, self.base_class.forward(module, *args, **kwargs), Call(), route)
         return self.apply(module, x, call, route)
 
     def apply(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
-        """Run the base module on the rows x, then each segment's own functions on that segment's rows."""
+        """Run the base module on x, [1, N, in] or padded [B, T, in], then each segment's functions on its rows.
+
+        Returns:
+            [1, N, out] or [B, T, out].
+        """
         if (route.exact or self.apart) and x.is_floating_point():
             return self._apply_exactly(module, x, call, route)
         if any(segment.adapter in self.inputs for segment in route.segments):
-            rows = self._rows(x, route)
+            rows = route.rows(x, self.path)
             pieces = [self._prepare(i, piece, route) for i, piece in enumerate(rows.cut(x))]
             x = rows.join(pieces)
         return self._change_all(x, call.run(self.base_class.forward, module, x), call, route)
-
-    def _rows(self, x: Tensor, route: Route) -> Rows:
-        return Rows.of(x, route, self.path)
 
     def _change_all(self, x: Tensor, y: Tensor, call: Call, route: Route) -> Tensor:
         if not any(segment.adapter in self.functions for segment in route.segments):
             return y
         # split's backward is one concatenation, where slicing would write one zero-padded tensor per segment.
-        rows = self._rows(x, route)
+        rows = route.rows(x, self.path)
         xs, ys = rows.cut(x), rows.cut(y)
         calls = [call.part(rows, x, i) for i in range(len(xs))] if call else [call] * len(xs)
         return rows.join([self._change(i, xs[i], ys[i], calls[i], route) for i in range(len(xs))])
@@ -115,7 +119,7 @@ class Site:
     def _apply_exactly(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
         """One matrix product per segment, each on memory of its own: kernels choose their blocking by row count and by
         alignment, forward and backward, and so would round differently beside a neighbour."""
-        pieces, rows = [], self._rows(x, route)
+        pieces, rows = [], route.rows(x, self.path)
         for index, piece in enumerate(rows.cut(x)):
             own = self._prepare(index, _OwnMemory.apply(piece), route)
             part = call.part(rows, x, index)
@@ -140,18 +144,18 @@ class Site:
         return y
 
     def _run_block(self, module: nn.Module, x: Any, call: Call, route: Route) -> Any:
-        """The block, then each segment's inserted blocks on its rows alone, called with its part of the arguments."""
+        """Run the block, then each segment's inserted blocks on its rows alone, with its part of the arguments."""
         out = call.run(self.base_class.forward, module, x)
         if not any(segment.adapter in self.inserted for segment in route.segments):
             return out
         y = out[0] if isinstance(out, (tuple, list)) else out
-        lie, pieces = self._rows(y, route), []
+        lie, pieces = route.rows(y, self.path), []
         for index, rows in enumerate(lie.cut(y)):
             blocks = self.inserted.get(route.segments[index].adapter or "", [])
             if blocks:
                 rows = _OwnMemory.apply(rows)
-                own = [segment_part(value, index, route, y) for value in call.args]
-                named = {key: segment_part(value, index, route, y) for key, value in call.kwargs.items()}
+                own = [route.part(value, index, y) for value in call.args]
+                named = {key: route.part(value, index, y) for key, value in call.kwargs.items()}
             for block in blocks:
                 with self.router.use(route.alone(index)):
                     rows = block(rows, *own, **named)
@@ -161,7 +165,7 @@ class Site:
         return type(out)([y, *out[1:]]) if isinstance(out, (tuple, list)) else y
 
     def _run_changed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
-        """The module once per segment whose adapter changes its parameters, and once for all others in between."""
+        """Run the module once per segment whose adapter changes its parameters, and once for all others in between."""
         alone = [route.exact or segment.adapter in self.parameters for segment in route.segments]
         groups: list[range] = []
         for index, by_itself in enumerate(alone):
@@ -170,7 +174,7 @@ class Site:
         if len(groups) == 1 and not alone[0]:
             return self.base_class.forward(module, *args, **kwargs)
         first = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-        rows = Groups.of(first, route, groups, self.path)
+        rows = route.groups(first, groups, self.path)
         pieces = [rows.split(value) for value in (*args, *kwargs.values())]
         parts = []
         for index, group in enumerate(groups):
@@ -179,7 +183,7 @@ class Site:
                 own = [_OwnMemory.apply(v) if torch.is_tensor(v) and v.is_floating_point() else v for v in own]
             named = dict(zip(kwargs, own[len(args) :], strict=True))
             changed = self.parameters.get(route.segments[group.start].adapter or "", {})
-            # What lies inside sees rows sorted by expert: no route tells whose they are, and they are one group's now.
+            # Modules inside see rows sorted by expert. No route tells whose they are, and they are one group's now.
             with _shadowed(module, changed), self.router.use(None):
                 parts.append(self.base_class.forward(module, *own[: len(args)], **named))
         return parts[0] if len(parts) == 1 else rows.join(parts, self.path)
@@ -187,7 +191,7 @@ class Site:
 
 @contextlib.contextmanager
 def _shadowed(module: nn.Module, functions: Mapping[str, ParameterFunction]) -> Iterator[None]:
-    """Let the module see what ``functions`` make of its parameters; the parameters themselves stay what they are."""
+    """Let the module see the results of ``functions`` as its parameters; the parameters themselves do not change."""
     try:
         for name, function in functions.items():
             # An entry of the instance is found before nn.Module looks among its parameters.
@@ -212,7 +216,7 @@ def _routed_class(base_class: Any) -> Any:
 
 
 def mixes_rows(module: nn.Module) -> bool:
-    """Whether what the module gives for one row depends on the others: LLM.int8 takes a feature out of the int8 product
+    """Whether the module's result for one row depends on the others: LLM.int8 takes a feature out of the int8 product
     if any row of the batch has an outlier there."""
     return type(module).__name__.removeprefix("Routed") == "Linear8bitLt"
 
@@ -232,7 +236,7 @@ def attach(module: nn.Module, path: str, router: Router) -> Site:
     """Turn ``module`` into a site (or return the one it already is).
 
     Raises:
-        UserError: the module's ``forward`` was replaced on the instance, which would shadow the site.
+        UserError: The module's ``forward`` was replaced on the instance, which would hide the site.
     """
     site = site_of(module)
     if site is not None:
@@ -269,7 +273,7 @@ def replace_class(module: nn.Module, base_class: type[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def without_sites(model: nn.Module) -> Iterator[None]:
-    """Inside, every site is the module that it was: no adapter acts, and nothing of the swap either."""
+    """Inside, every site is the module that it was: neither an adapter nor the swap has an effect."""
     swapped: list[tuple[nn.Module, Any]] = [(module, type(module)) for module, _ in sites_in(model)]
     for module, _ in swapped:
         module.__class__ = plain_class(module)

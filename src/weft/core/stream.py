@@ -1,9 +1,10 @@
-"""The padding-free stream: sequences of all adapters end to end, and a pass of the base over them."""
+"""The sequences of all adapters laid end to end, and their embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, Run
 from weft.core.architecture import Architecture
-from weft.core.body import accepted, body_of, held, takes_cache
-from weft.core.route import PrefixStates, Route, Router, Segment, stable_seed
+from weft.core.body import accepted, body_of, held
+from weft.core.embeddings import input_embeddings
+from weft.core.route import PrefixStates, Route, Segment, StreamRoute, stable_seed
 from weft.errors import UserError
-from weft.libraries import cache_arguments, fixed_cache
 from weft.ops.attention import SequenceLayout
 
 
@@ -24,7 +25,8 @@ class Part:
 
     ``answers`` and ``slots``: per sequence, where its answer begins and the places its template names, for adapters
     whose virtual tokens stand there (``Adapter.places``). ``neftune_alpha``: noise on the embeddings in training.
-    ``token_types``: per sequence, the segment of each token (BERT); nothing, or an empty sequence: all 0.
+    ``token_types``: per sequence, the segment of each token; nothing, or an empty sequence: all 0. ``targets``: per
+    sequence, what an encoder-decoder is to write.
     """
 
     adapter: str | None
@@ -34,6 +36,7 @@ class Part:
     slots: Sequence[Sequence[int]] = ()
     neftune_alpha: float = 0.0
     token_types: Sequence[Sequence[int]] = ()
+    targets: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Stream:
         virtual_rows: for each segment with virtual tokens, the rows they take, [sequences * num_virtual_tokens].
         prefix_length: learned keys that each sequence sees before its own.
         route: where each row goes.
+        standing: of each sequence the row whose hidden state stands for all of it.
         token_types: [N] int64, or None: all 0. Virtual tokens have type 0, as in PEFT.
     """
 
@@ -56,6 +60,7 @@ class Stream:
     virtual_rows: Mapping[int, Tensor]
     prefix_length: tuple[int, ...]
     route: Route
+    standing: tuple[int, ...]
     token_types: Tensor | None = None
 
 
@@ -64,13 +69,17 @@ def build_stream(
     adapters: Mapping[str, Adapter],
     *,
     device: torch.device,
-    padded: bool = False,
+    route: type[Route] = StreamRoute,
     exact: bool = False,
     cache: Any = None,
     first_position: int = 0,
     token_types: int = 0,
+    first_stands: bool = False,
 ) -> Stream:
-    """Lay the parts' sequences end to end, with each adapter's virtual tokens among them."""
+    """Lay the parts' sequences end to end, with each adapter's virtual tokens among them.
+
+    A sequence's last row stands for it, or the first (``first_stands``).
+    """
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
@@ -91,7 +100,8 @@ def build_stream(
             start, length = len(ids), virtual + len(sequence)
             own: Sequence[int] = range(start, start + length)
             if adapter is not None and virtual:
-                answer = _answer(part, index, adapter)
+                place = part.answers[index] if part.answers else None
+                answer = adapter.head.answer(place, len(sequence))
                 runs = adapter.places(len(sequence), answer, part.slots[index] if part.slots else ())
                 own, taken = _interleave(len(sequence), runs, start)
                 learned.extend(taken)
@@ -109,13 +119,12 @@ def build_stream(
             prefixes[group] = adapter.prefix_states()
         of_part = tuple(lengths[-len(part.sequences) :])
         tokens, alpha = len(ids) - begin, part.neftune_alpha
-        segments.append(Segment(part.adapter, tokens, len(part.sequences), part.seed, of_part, padded, alpha))
+        segments.append(Segment(part.adapter, tokens, len(part.sequences), part.seed, of_part, route.padded, alpha))
     layout = None
-    if not padded:
+    if not route.padded:
         layout = SequenceLayout.build(
             lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
         )
-    route = Route(tuple(segments), layout, prefixes, cache, padded, exact)
     return Stream(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
@@ -123,7 +132,8 @@ def build_stream(
         tuple(own_rows),
         virtual_rows,
         tuple(prefix_length),
-        route,
+        route(tuple(segments), layout, prefixes, cache, exact),
+        tuple(end - (length if first_stands else 1) for end, length in zip(accumulate(lengths), lengths, strict=True)),
         _token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
     )
 
@@ -144,14 +154,8 @@ def _token_types(
     return torch.tensor(found, device=device)
 
 
-def _answer(part: Part, index: int, adapter: Adapter) -> int | None:
-    """Where the answer of a sequence begins: what is classified is said at the end."""
-    answer = part.answers[index] if part.answers else None
-    return len(part.sequences[index]) if answer is None and adapter.head is not None else answer
-
-
 def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:
-    """Rows, from ``start``, of a sequence's own tokens and of its virtual tokens in the order of ``runs``."""
+    """Rows, from ``start``, of a sequence's own tokens, and those of its virtual tokens in the order of ``runs``."""
     own: list[int] = []
     taken: dict[int, range] = {}
     row = start
@@ -167,7 +171,7 @@ def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int]
 
 def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:
     """Token embeddings [N, d] with the adapters' virtual tokens in their rows."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     hidden = table(stream.input_ids)
     hidden = _noise(hidden, stream)
     for group, rows in stream.virtual_rows.items():
@@ -200,71 +204,19 @@ def _noise(hidden: Tensor, stream: Stream) -> Tensor:
     return torch.cat(pieces)
 
 
-def run_stream(
-    model: nn.Module, router: Router, stream: Stream, adapters: Mapping[str, Adapter], shape: Architecture
-) -> Tensor:
-    """One pass of the base (without its head) over the stream; last hidden states [N, d]."""
-    with router.use(stream.route):
-        hidden = embed(model, stream, adapters)
-        if stream.route.padded:
-            return _run_padded(model, stream, hidden, shape).to(hidden.dtype)
-        types = {} if stream.token_types is None else {"token_type_ids": stream.token_types[None]}
-        out = run_body(
-            model, shape, hidden[None], stream.input_ids[None], position_ids=stream.position_ids[None],
-            use_cache=False, **types,
-        )  # fmt: skip
-        # Mamba's residual stream is float32 in every dtype; its own head takes rows of the model's.
-        return out.last_hidden_state[0].to(hidden.dtype)
-
-
 def run_body(model: nn.Module, shape: Architecture, embeds: Tensor, ids: Tensor, **arguments: Any) -> Any:
-    """The body over embeddings [B, T, d] of the tokens ``ids`` [B, T], with those of the arguments that it takes."""
+    """Run the body over embeddings [B, T, d] of the tokens ``ids`` [B, T], with those arguments that it takes."""
     body = body_of(model, shape)
     more = accepted(body, **arguments)
     if not shape.by_ids:
         return body(inputs_embeds=embeds, **more)
-    with held(model.get_input_embeddings(), embeds):  # type: ignore[operator]
+    with held(input_embeddings(model), embeds):
         return body(input_ids=ids, **more)
 
 
-def _run_padded(model: nn.Module, stream: Stream, hidden: Tensor, shape: Architecture) -> Tensor:
-    """The same pass as a padded batch, for models whose attention only knows [B, T]; right padding."""
-    body = body_of(model, shape)
-    count, width = len(stream.lengths), max(stream.lengths)
-    rows = torch.cat(
-        [torch.arange(i * width, i * width + n, device=hidden.device) for i, n in enumerate(stream.lengths)]
-    )
-
-    def batch(values: Tensor) -> Tensor:
-        """[N, ...] as [B, T, ...], zeros where nothing is."""
-        empty = values.new_zeros(count * width, *values.shape[1:])
-        return empty.index_copy(0, rows, values).view(count, width, *values.shape[1:])
-
-    mask = batch(torch.ones_like(stream.input_ids))
-    past, longest = None, max(stream.prefix_length)
-    more = {} if stream.token_types is None else {"token_type_ids": batch(stream.token_types)}
-    if longest:
-        if not takes_cache(body):
-            kind = type(body).__name__
-            hint = "; leave out padded" if shape.bidirectional else ""
-            raise UserError(f"{kind} takes no prefix in padded batches: it knows no cache of keys and values{hint}.")
-        past = fixed_cache(padded_prefix(stream, longest, hidden))
-        seen = torch.tensor(stream.prefix_length, device=hidden.device)[:, None]
-        columns = torch.arange(longest, device=hidden.device)[None]
-        mask = torch.cat([(columns >= longest - seen).to(mask.dtype), mask], dim=1)
-        if shape.bidirectional:
-            # Encoders make their own of [B, T] masks without thinking of what stands before the text.
-            mask = hidden.new_zeros(mask.shape).masked_fill(mask == 0, torch.finfo(hidden.dtype).min)
-            mask = mask[:, None, None].expand(-1, 1, width, -1)
-    more |= cache_arguments(type(body).forward, past)
-    embeds, ids, positions = batch(hidden), batch(stream.input_ids), batch(stream.position_ids)
-    out = run_body(model, shape, embeds, ids, position_ids=positions, attention_mask=mask, **more)
-    return out.last_hidden_state.reshape(count * width, -1)[rows]
-
-
 def padded_prefix(stream: Stream, longest: int, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Per layer every row's learned keys and values [B, kv_heads, longest, head_dim], right-aligned; what is not there
-    is masked by the caller."""
+    """Per layer every row's learned keys and values, [B, kv_heads, longest, head_dim], aligned to the right. The caller
+    masks the rest."""
     pairs: list[tuple[Tensor, Tensor]] = []
     layers = len(next(iter(stream.route.prefixes.values())))
     some_key, some_value = next(iter(stream.route.prefixes.values()))[0]

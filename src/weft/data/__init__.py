@@ -18,6 +18,7 @@ from weft.data.formats.detect import (
     format_of,
     formats_table,
     known_formats,
+    register_format,
     to_example,
 )
 from weft.data.labelled import load_labelled, unlabelled_sample
@@ -67,6 +68,7 @@ __all__ = [
     "load_samples",
     "parse_sources",
     "read_records",
+    "register_format",
     "split_by_hash",
     "split_holdout",
     "to_example",

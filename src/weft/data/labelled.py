@@ -7,51 +7,123 @@ Problems, as everywhere.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, islice
-from typing import Any, NoReturn
+from typing import NoReturn, Self
 
 from weft.data.formats.examples import Message
 from weft.data.formats.labels import LABELS, TEXTS, label_name, text_of
-from weft.data.problems import Problem, Problems, about_record
-from weft.data.reading.records import Record, first_rows, iter_items
+from weft.data.pipeline import BEHIND, TOO_LONG, Behind, Fold, Kept, LeftOut, Outcome, Recipe, Refused, outcomes
+from weft.data.problems import Problem, Problems
+from weft.data.reading.rows import Record
 from weft.data.rendering.render import Renderer
 from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
+from weft.data.sources import number_of
 from weft.errors import UserError, nearest
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
-_PEEK = 50  # rows that a table without a header, and the columns, are recognised from
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    texts: tuple[str, ...]
-    label: str
+@dataclass(frozen=True, kw_only=True)
+class ClassRecipe(Recipe):
+    """Texts with a class each; the fields are arguments of ``load_labelled``.
 
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """What became of one record: the ``name`` of its class and a ``sample`` without its number, or a ``problem``.
-
-    ``dropped``: left out for its length. A record behind the limit has a name only. ``fields`` are those of a record
-    that was read and refused.
+    Without ``labels`` the classes are those of the whole file: of records behind the limit only they are looked at.
     """
 
-    source: str
-    name: str = ""
-    sample: Sample | None = None
-    dropped: bool = False
-    problem: Problem | None = None
-    too_long: bool = False
-    fields: Mapping[str, Any] | None = None
+    renderer: Renderer
+    text_columns: Sequence[str] | None = None
+    label_column: str | None = None
+    encoder: bool | None = None
+    as_chat: bool = False
+    pair_separator: str = "\n"
+
+    def __post_init__(self) -> None:
+        if self.encodes and self.as_chat:
+            raise UserError(
+                "as_chat and encoder exclude each other: an encoder's tokenizer has no chat template. Drop one."
+            )
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the tokenizer's own encoding of one or two texts is wanted."""
+        return bool(self.renderer.encoder.tail) and not self.as_chat if self.encoder is None else self.encoder
+
+    @property
+    def whole(self) -> bool:
+        """Whether records behind the limit count too."""
+        return self.labels is None
+
+    def header(self, rows: Callable[[], list[list[str]]]) -> Sequence[str] | None:
+        """The columns of a table whose first ``rows`` do not name them."""
+        return _missing_header(rows(), {*(self.text_columns or ()), self.label_column})
+
+    def begun(self, head: Sequence[Record]) -> Self:
+        """The recipe with the columns that these records have. Raises UserError where they are not clear."""
+        texts, label = _columns(head, self.text_columns, self.label_column)
+        if self.encodes and len(texts) > 2:
+            raise UserError(f"text_columns names {len(texts)} columns; an encoder takes one text or a pair of them.")
+        return replace(self, text_columns=texts, label_column=label)
+
+    def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
+        """The outcome of each. Raises UserError for settings that are wrong."""
+        return [
+            Refused(source=one.place, problem=one) if isinstance(one, Problem) else self._made(one) for one in items
+        ]
+
+    def _made(self, record: Record) -> Outcome:
+        source, columns, label = record.source, self.text_columns or (), self.label_column or ""
+        name, kind = None, "label"
+        try:
+            name = label_name(record, label)
+            _check_name(name, record, label, self.labels)
+            if isinstance(record, Behind):
+                return LeftOut(source=source, label=name, why=BEHIND)
+            kind = "format"
+            texts = [text_of(record, column) for column in columns]
+            if not any(text.strip() for text in texts):
+                raise UserError(f"{source}: {_quoted(columns)} is empty. Remove the record.")
+            kind = "render"
+            sample = unlabelled_sample(
+                self.renderer,
+                texts,
+                source,
+                encoder=self.encodes,
+                as_chat=self.as_chat,
+                pair_separator=self.pair_separator,
+            )
+        except UserError as error:
+            if isinstance(error, TooLongError) and self.renderer.truncation == "drop":
+                return LeftOut(source=source, label=name, why=TOO_LONG)
+            return self.refused(error, kind, record)
+        key = number_of(hashlib.sha256(repr(sample.input_ids).encode()).hexdigest()) if self.keyed else 0
+        return Kept(source=source, label=name, samples=(sample,), key=key)
+
+    def end(self, fold: Fold) -> None:
+        """Log what was left out. Raises UserError for a single class, and where no sample is left."""
+        path, long, problems = fold.path, fold.left_out[TOO_LONG], fold.problems
+        if long:
+            first = fold.first[TOO_LONG]
+            logger.warning("%s: left out %d records longer than max_length (the first: %s)", path, long, first)
+        if fold.refused and (not fold.kept or (problems.on_bad_record == "error" and self.labels is None)):
+            raise problems.error()
+        if self.labels is None and len(fold.classes) == 1:
+            ((name, source),) = fold.classes.items()
+            left_out = f" ({fold.refused} bad records were left out.)" if fold.refused else ""
+            raise UserError(
+                f"{source}: every record has the label '{name}', so there is nothing to tell apart. "
+                "Is it the right column (`label_column`)? List the classes in `labels` if the others occur elsewhere."
+                f"{left_out}"
+            )
+        if not fold.kept:
+            limit = self.renderer.max_length
+            raise UserError(f"{path}: every record is longer than max_length {limit}; nothing is left.")
 
 
 def load_labelled(
@@ -78,124 +150,21 @@ def load_labelled(
     not in ``labels``, a record longer than the renderer's ``max_length`` (unless it truncates).
     Raises UserError for columns that are not clear, a single class, and where no sample is left.
     """
-    mine = problems if problems is not None else Problems()
-    known = given_labels(labels)
-    kept: list[tuple[Sample, str]] = []
-    names: dict[str, str] = {}
-    dropped: list[str] = []
-    refused = 0
-    for one in iter_labelled(
-        path,
-        renderer,
-        labels=labels,
+    recipe = ClassRecipe(
+        renderer=renderer,
+        labels=given_labels(labels),
         text_columns=text_columns,
         label_column=label_column,
-        limit=limit,
         encoder=encoder,
         as_chat=as_chat,
         pair_separator=pair_separator,
-    ):
-        if one.problem is not None:
-            refused += 1
-            mine.add(one.problem)
-            continue
-        names.setdefault(one.name, one.source)
-        if one.sample is not None:
-            kept.append((one.sample, one.name))
-        elif one.dropped:
-            dropped.append(one.source)
+    )
+    fold = Fold(path, recipe, problems if problems is not None else Problems())
+    found = [sample for sample, _ in fold.samples(outcomes(path, recipe, limit=limit))]
     if problems is None:
-        mine.check(str(path))
-    if dropped:
-        logger.warning("%s: left out %d records longer than max_length (the first: %s)", path, len(dropped), dropped[0])
-    if refused and (not kept or (mine.on_bad_record == "error" and known is None)):
-        raise mine.error()
-    classes = known or _several(names, refused)
-    if not kept:
-        raise UserError(f"{path}: every record is longer than max_length {renderer.max_length}; nothing is left.")
-    number = {name: index for index, name in enumerate(classes)}
-    return [replace(sample, label=number[name]) for sample, name in kept], classes
-
-
-def iter_labelled(
-    path: str | os.PathLike[str],
-    renderer: Renderer,
-    *,
-    labels: Sequence[str] | None = None,
-    text_columns: Sequence[str] | None = None,
-    label_column: str | None = None,
-    limit: int | None = None,
-    encoder: bool | None = None,
-    as_chat: bool = False,
-    pair_separator: str = "\n",
-) -> Iterator[Labelled]:
-    """What becomes of each record of a file, in order; the arguments are those of ``load_labelled``.
-
-    Raises UserError for what is wrong with the settings: columns that are not there or not clear, options that exclude
-    each other.
-    """
-    own = bool(renderer.encoder.tail) and not as_chat if encoder is None else encoder
-    if own and as_chat:
-        raise UserError(
-            "as_chat and encoder exclude each other: an encoder's tokenizer has no chat template. Drop one."
-        )
-    known = given_labels(labels)
-    header = _missing_header(path, text_columns, label_column)
-    # Without `labels` the classes are those of the whole file.
-    items = iter_items(path, limit=None if known is None else limit, header=header)
-    head: list[Record | Problem] = []
-    for item in items:
-        if isinstance(item, Record):
-            head = [item, *islice(items, _PEEK - 1)]
-            break
-        yield Labelled(item.place, problem=item)
-    if not head:
-        return
-    columns = _columns([item for item in head if isinstance(item, Record)], text_columns, label_column)
-    if own and len(columns.texts) > 2:
-        raise UserError(
-            f"text_columns names {len(columns.texts)} columns; an encoder takes one text or a pair of them."
-        )
-    encode = partial(unlabelled_sample, renderer, encoder=own, as_chat=as_chat, pair_separator=pair_separator)
-    number = 0
-    for item in chain(head, items):
-        if isinstance(item, Problem):
-            yield Labelled(item.place, problem=item)
-        else:
-            number += 1
-            wanted = limit is None or number <= limit
-            yield _labelled(item, columns, known, encode if wanted else None, renderer.truncation)
-
-
-def _labelled(
-    record: Record,
-    columns: _Columns,
-    known: Sequence[str] | None,
-    encode: Callable[[list[str], str], Sample] | None,
-    truncation: str,
-) -> Labelled:
-    """One record; without ``encode`` its class only."""
-    source = record.source
-    kind = "label"
-    try:
-        name = label_name(record, columns.label)
-        _check_name(name, record, columns.label, known)
-        if encode is None:
-            return Labelled(source, name)
-        kind = "format"
-        texts = [text_of(record, column) for column in columns.texts]
-        if not any(text.strip() for text in texts):
-            raise UserError(f"{source}: {_quoted(columns.texts)} is empty. Remove the record.")
-        kind = "render"
-        return Labelled(source, name, encode(texts, source))
-    except UserError as error:
-        too_long = isinstance(error, TooLongError)
-        if too_long and truncation == "drop":
-            return Labelled(source, name, dropped=True)
-        problem = about_record(error, source, kind)
-        if problem is None:
-            raise
-        return Labelled(source, problem=problem, too_long=too_long, fields=record.fields)
+        fold.problems.check(str(path))
+    recipe.end(fold)
+    return list(fold.numbered(found)), fold.names
 
 
 def _check_name(name: str, record: Record, column: str, known: Sequence[str] | None) -> None:
@@ -240,7 +209,7 @@ def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample
 def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
     """One text or a pair as the tokenizer itself encodes it; a cut takes from the longer of the two."""
     tokenizer, limit = renderer.tokenizer, renderer.max_length
-    options: dict[str, Any] = {"split_special_tokens": True, "verbose": False}  # a typed [SEP] is ordinary text
+    options: dict[str, object] = {"split_special_tokens": True, "verbose": False}  # a typed [SEP] is ordinary text
     encoded = tokenizer(*texts, **options)
     length = len(encoded["input_ids"])
     if limit is not None and length > limit:
@@ -262,12 +231,8 @@ def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
-def _missing_header(
-    path: str | os.PathLike[str], text_columns: Sequence[str] | None, label_column: str | None
-) -> tuple[str, ...] | None:
+def _missing_header(rows: list[list[str]], named: set[str | None]) -> tuple[str, ...] | None:
     """The columns of a table without a header row, if it is one that can be told: CoLA's, or a text and a number."""
-    rows = first_rows(path, _PEEK)
-    named = {*(text_columns or ()), label_column}
     if not rows or named & set(rows[0]):
         return None
     rows = [row for row in rows if len(row) == len(rows[0])]  # the others are bad records
@@ -281,8 +246,13 @@ def _missing_header(
     return None
 
 
-def _columns(head: Sequence[Record], text_columns: Sequence[str] | None, label_column: str | None) -> _Columns:
-    """By the names of all fields of the first records: one of them alone may lack its text or its label."""
+def _columns(
+    head: Sequence[Record], text_columns: Sequence[str] | None, label_column: str | None
+) -> tuple[tuple[str, ...], str]:
+    """The columns of texts, and that of the label.
+
+    They are told by the names of all fields of the first records: one of them alone may lack its text or its label.
+    """
     record = Record({name: None for one in head for name in one.fields}, head[0].source)
     found = {name.strip().lower(): name for name in record.fields}
     for name in [*(text_columns or ()), *([label_column] if label_column else [])]:
@@ -308,7 +278,7 @@ def _columns(head: Sequence[Record], text_columns: Sequence[str] | None, label_c
         label_column = labels[0]
     if label_column in texts:
         _unclear(record, f"'{label_column}' cannot be both a text and the label.")
-    return _Columns(texts, label_column)
+    return texts, label_column
 
 
 def _unclear(record: Record, what: str) -> NoReturn:
@@ -334,23 +304,3 @@ def given_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
         raise UserError(f"labels is {labels!r}; expected a list of two names or more, each once.")
     return names
-
-
-def _several(names: Mapping[str, str], refused: int) -> tuple[str, ...]:
-    """The classes of a file, given with the place of the first record of each, in their order."""
-    if len(names) == 1:
-        ((name, source),) = names.items()
-        left_out = f" ({refused} bad records were left out.)" if refused else ""
-        raise UserError(
-            f"{source}: every record has the label '{name}', so there is nothing to tell apart. "
-            "Is it the right column (`label_column`)? List the classes in `labels` if the others occur elsewhere."
-            f"{left_out}"
-        )
-    return in_order(names)
-
-
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes by number if all are numbers, else by code point."""
-    names = tuple(names)
-    numeric = all(_NUMBER.fullmatch(name) for name in names)
-    return tuple(sorted(names, key=lambda name: (float(name) if numeric else 0.0, name)))

@@ -2,80 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-from weft.data.formats.detect import EmptyAnswerError, to_example
-from weft.data.formats.examples import SFT
-from weft.data.problems import OnBadRecord, Problem, Problems, about_record
-from weft.data.reading.records import iter_items
-from weft.data.reading.rows import Record
-from weft.data.rendering.render import Outcome, Renderer, Task
+from weft.data.formats.detect import EmptyAnswerError
+from weft.data.pipeline import Fold, TextRecipe, outcomes
+from weft.data.problems import OnBadRecord, Problems
+from weft.data.rendering.render import Renderer, Task
 from weft.data.rendering.sample import Sample
 from weft.data.settings import EmptyAnswers, ReadSettings
-from weft.data.sources import content_key
-from weft.data.workers import in_order
-from weft.errors import UserError, nearest
+from weft.errors import UserError
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What becomes of every record.
-
-    ``keyed``: also hash what each record says (``content_key``).
-    """
-
-    renderer: Renderer
-    settings: ReadSettings = field(default_factory=ReadSettings)
-    task: Task = "causal_lm"
-    keyed: bool = False
-
-    def make(self, items: Sequence[Record | Problem]) -> list[Made | Problem]:
-        """Of each record what it became, or what is wrong with it. Raises UserError for settings that are wrong."""
-        found: list[Made | Problem | None] = []
-        examples: list[SFT] = []
-        for item in items:
-            example = item if isinstance(item, Problem) else self._example(item)
-            found.append(example if isinstance(example, Problem) else None)
-            if not isinstance(example, Problem):
-                examples.append(example)
-        rendered = zip(examples, self.renderer.outcomes(examples, self.task), strict=True)
-        return [self._made(*next(rendered)) if one is None else one for one in found]
-
-    def _example(self, record: Record) -> SFT | Problem:
-        try:
-            return to_example(record, format=self.settings.data_format, columns=self.settings.columns)
-        except UserError as error:
-            return _problem(error, record.source, "empty_answer" if isinstance(error, EmptyAnswerError) else "format")
-
-    def _made(self, example: SFT, outcome: Outcome) -> Made | Problem:
-        if isinstance(outcome, UserError):
-            return _problem(outcome, example.source, "render")
-        return Made(outcome, content_key(example) if self.keyed else "")
-
-
-@dataclass(frozen=True)
-class Made:
-    """The samples of one record (a long text may become several, one that is dropped none), and its key."""
-
-    samples: tuple[Sample, ...]
-    key: str
-
-
-def _problem(error: UserError, source: str, kind: str) -> Problem:
-    problem = about_record(error, source, kind)
-    if problem is None:
-        raise error
-    return problem
 
 
 def load_samples(
@@ -103,72 +44,16 @@ def load_samples(
     if bad_records_file is not None and on_bad_record != "report":
         raise UserError("bad_records_file is for on_bad_record: report; nothing else writes it.")
     settings = ReadSettings.model_construct(
-        data_format=format, columns=columns, limit=limit, empty_answers=empty_answers, data_workers=data_workers
+        data_format=format, columns=dict(columns) if columns else None, empty_answers=empty_answers
     )
-    made = iter_samples(path, Recipe(renderer, settings, task), problems=problems)
-    found = [sample for one in made for sample in one.samples]
+    recipe = TextRecipe(renderer=renderer, settings=settings, task=task)
+    fold = Fold(path, recipe, problems)
+    found = [sample for sample, _ in fold.samples(outcomes(path, recipe, limit=limit, workers=data_workers))]
+    recipe.end(fold)
     problems.check(str(path))
     if bad_records_file is not None:
         problems.write(bad_records_file)
     return list(renderer.join(found))
-
-
-def iter_samples(path: str | os.PathLike[str], recipe: Recipe, *, problems: Problems) -> Iterator[Made]:
-    """What becomes of each record of a path; problems go to ``problems``, which the caller checks.
-
-    Records left out and samples cut are counted in the log.
-
-    Raises UserError where no sample is left, and whatever ``problems`` raises.
-    """
-    settings = recipe.settings
-    if settings.empty_answers not in get_args(EmptyAnswers):
-        raise UserError(f"empty_answers is {settings.empty_answers!r}; expected 'error' or 'skip'.")
-    if recipe.task not in get_args(Task):
-        raise UserError(
-            f"task is {recipe.task!r}; expected {' or '.join(get_args(Task))}."
-            f"{nearest(str(recipe.task), get_args(Task))}"
-        )
-    tally, first = Counter[str](), ""
-    for made in in_order(iter_items(path, limit=settings.limit), recipe, settings.data_workers, _characters):
-        if not isinstance(made, Problem):
-            tally["read"] += 1
-            tally["dropped"] += not made.samples
-            tally["cut"] += any(sample.cut for sample in made.samples)
-            yield made
-        elif made.kind == "empty_answer" and settings.empty_answers == "skip":
-            tally["empty"], first = tally["empty"] + 1, first or made.place
-        else:
-            problems.add(made)
-    _tell(path, tally, first, recipe.renderer)
-    if tally["read"] == tally["dropped"]:
-        if problems.count:
-            raise problems.error()
-        reason = f"longer than max_length {recipe.renderer.max_length}" if tally["dropped"] else "without an answer"
-        raise UserError(f"{path}: every record is {reason}, so there is nothing to learn.")
-
-
-def _characters(value: Any) -> int:
-    """How much text there is in a record, or a field of it, roughly."""
-    if isinstance(value, Record):
-        return sum(map(_characters, value.fields.values()))
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    if isinstance(value, list):
-        return 4 * len(value) if value and isinstance(value[0], int) else sum(map(_characters, value))
-    return 0
-
-
-def _tell(path: str | os.PathLike[str], tally: Counter[str], first: str, renderer: Renderer) -> None:
-    if tally["empty"]:
-        logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, tally["empty"], first)
-    if tally["dropped"]:
-        told = (path, tally["dropped"], tally["read"], renderer.max_length)
-        logger.warning("%s: left out %d of %d records: longer than max_length %s", *told)
-    if tally["cut"]:
-        told = (path, tally["cut"], tally["read"], renderer.max_length)
-        logger.warning("%s: %d of %d records cut to max_length %s (%s)", *told, renderer.truncation)
 
 
 def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T], list[T]]:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Literal, get_args
 
 from weft.errors import UserError, check_word
 
@@ -45,7 +45,7 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.place}: {self.what}"
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """As it stands in a report."""
         return {"file": self.path, "line": self.line, "column": self.column, "kind": self.kind, "message": self.what}
 
@@ -81,7 +81,7 @@ class BadRecordError(UserError):
         super().__init__(str(problem))
         self.problem = problem
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.problem,)
 
 

@@ -32,7 +32,7 @@ class TokenizerFacts(BaseModel):
     sha256: str
     kind: str
     tokens: int
-    special_tokens: dict[str, Any] = {}
+    special_tokens: dict[str, object] = {}
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
@@ -74,16 +74,16 @@ class Provenance(BaseModel):
 
     chat_template: Template | None = None
     template_from: Literal["tokenizer", "configuration", "plain"] | None = None
-    template_kwargs: dict[str, Any] | None = None
+    template_kwargs: dict[str, object] | None = None
     tokenizer: TokenizerFacts | None = None
     task: str | None = None
-    settings: dict[str, Any] | None = None
+    settings: dict[str, object] | None = None
     sha256: str | None = None
     records: int | None = None
     eval_records: int | None = None
     batch_size: int | None = None
     batch_tokens: int | None = None
-    parents: tuple[dict[str, Any], ...] = ()
+    parents: tuple[dict[str, object], ...] = ()
 
     @model_validator(mode="after")
     def _has_its_template(self) -> Provenance:
@@ -96,7 +96,7 @@ class Provenance(BaseModel):
         return self
 
     @classmethod
-    def read(cls, section: Mapping[str, Any] | None, where: str) -> Provenance | None:
+    def read(cls, section: Mapping[str, object] | None, where: str) -> Provenance | None:
         """Of what a folder holds; None where it holds nothing.
 
         Raises:
@@ -190,7 +190,7 @@ def common(records: Mapping[str, Provenance | None]) -> tuple[Provenance | None,
     return Provenance(**kept), shown
 
 
-def file_names(value: Any) -> Any:
+def file_names(value: object) -> Any:
     """Settings as they may be shown to others: of a file on this disk its name only."""
     if isinstance(value, Mapping):
         return {key: file_names(item) for key, item in value.items()}
@@ -203,13 +203,13 @@ def file_names(value: Any) -> Any:
     return value
 
 
-def _common_settings(values: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+def _common_settings(values: Sequence[Mapping[str, object]]) -> tuple[dict[str, object], list[str]]:
     keys = dict.fromkeys(key for settings in values for key in settings)
     same = {key: values[0].get(key) for key in keys if all(s.get(key) == values[0].get(key) for s in values)}
     return same, [f"settings.{key}" for key in keys if key not in same]
 
 
-def _parent(name: str, record: Provenance) -> dict[str, Any]:
+def _parent(name: str, record: Provenance) -> dict[str, object]:
     settings = record.settings or {}
     mine = {"data": settings.get("data"), "sha256": record.sha256, "records": record.records}
     return {"adapter": Path(name).name, **mine, **({"parents": list(record.parents)} if record.parents else {})}

@@ -19,7 +19,7 @@ from weft.models.hub import Hub
 
 EmptyAnswers = Literal["error", "skip"]
 # One path, or several with their shares; see ``weft.data.sources``.
-DataPaths = str | list[str | dict[str, Any]]
+DataPaths = str | list[str | dict[str, object]]
 # Marks a key that may differ between a run and its resumption: where it is, how it reports, how it is asked to go on.
 FREE = object()
 S = TypeVar("S", bound=BaseModel)

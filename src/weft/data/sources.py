@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from weft.errors import UserError, nearest
 
@@ -34,7 +34,7 @@ class Source:
     limit: int | None = None
 
 
-def parse_sources(data: Any) -> tuple[Source, ...]:
+def parse_sources(data: object) -> tuple[Source, ...]:
     """What ``data`` of a configuration means: a path, a list of paths and mappings, or ``0.7*a.jsonl + 0.3*b.jsonl``.
 
     Raises UserError for anything else, and for weights that are not positive, not given to all, or do not sum to 1
@@ -75,7 +75,7 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def _source(item: Any, number: int) -> Source:
+def _source(item: object, number: int) -> Source:
     where = f"data: entry {number}"
     if isinstance(item, str):
         if len(_PLUS.split(item)) > 1 and not Path(item).exists():
@@ -189,7 +189,7 @@ def _part(size: int, count: int, seed: int, number: int, epoch: int) -> tuple[in
     return part if len(part) == count else part + _pass(size, count, seed, number, turn + 1)[: count - len(part)]
 
 
-def _shuffled(size: int, *seed: Any) -> list[int]:
+def _shuffled(size: int, *seed: object) -> list[int]:
     import torch  # here, for reading data needs none of it, and importing it takes seconds
 
     from weft.core.route import stable_seed
@@ -220,12 +220,12 @@ def _pass(size: int, count: int, seed: int, number: int, turn: int) -> tuple[int
 # --------------------------------------------------------------------------------------------------------------- split
 
 
-def content_key(example: Any) -> str:
+def content_key(example: object) -> str:
     """A hash of what an example says, wherever it stands and whatever format it came in."""
     return hashlib.sha256(json.dumps(_plain(example), sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON of a dataclass, without its source and whatever is empty (so that a new field changes no hash)."""
     if dataclasses.is_dataclass(value):
         pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
@@ -241,17 +241,22 @@ def split_by_hash(samples: Sequence[T], keys: Sequence[str], share: float) -> tu
     The same record is always on the same side, in whatever order and company it comes. Raises UserError when nothing
     would be left on one side.
     """
-    held = held_by_hash(keys, share)
+    held = held_by_hash(map(number_of, keys), share)
     train = [sample for sample, out in zip(samples, held, strict=True) if not out]
     return train, [sample for sample, out in zip(samples, held, strict=True) if out]
 
 
-def held_by_hash(keys: Iterable[str], share: float) -> bytearray:
-    """Which samples ``split_by_hash`` holds out: 1 for each that it does. Raises UserError as that."""
+def number_of(key: str) -> int:
+    """What a split looks at of a hash: its first 64 bits."""
+    return int(key[:16], 16)
+
+
+def held_by_hash(numbers: Iterable[int], share: float) -> bytearray:
+    """Which samples ``split_by_hash`` holds out, by ``number_of`` their keys: 1 for each. Raises UserError as that."""
     if not 0 < share < 1:
         raise UserError(f"eval_split is {share:g}; expected a share between 0 and 1, such as 0.05.")
     bound = int(share * 2**64)
-    held = bytearray(int(key[:16], 16) < bound for key in keys)
+    held = bytearray(number < bound for number in numbers)
     if not 0 < held.count(1) < len(held):
         side = "evaluate" if not held.count(1) else "train"
         raise UserError(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from weft.data.rendering.sample import Sample
 from weft.data.spill import Bytes
-from weft.data.views import Array, Columns, Samples, View
+from weft.data.views import Array, Columns, Places, Samples
 
 _Rest = tuple[tuple[int, ...], int | None, tuple[int, ...], tuple[int, ...], int]
 
@@ -127,10 +127,10 @@ class SampleStore(Samples):
         slots, types = counted(_SLOTS), counted(_TYPES)
         return slots, label, targets, types, cut or 0
 
-    def columns_at(self, places: Iterable[int]) -> Columns:
-        """``columns`` of the samples at ``places``."""
+    def columns_at(self, places: Places) -> Columns:
+        """The tokens of the samples at ``places``."""
         ids, runs, lengths, answers, targets, labels = [], [], [], [], [], []
-        for index in places:
+        for index in map(int, places):
             data = self._bytes.read(self._ends[index - 1] if index else 0, self._ends[index])
             flags, count, answer, *_ = _HEAD.unpack_from(data)
             at = _HEAD.size + 4 * self._inputs[index]
@@ -150,18 +150,19 @@ class SampleStore(Samples):
             *(np.array(column, bool) for column in (targets, labels)),
         )
 
-    def lengths(self) -> tuple[Array, Array]:
-        """Of every sample the number of ``input_ids`` and of ``target_ids``."""
-        return self.lengths_at(slice(None))
-
-    def lengths_at(self, places: slice | Array) -> tuple[Array, Array]:
-        """``lengths`` of some."""
-        inputs, targets = (np.frombuffer(numbers, np.int32)[places] for numbers in (self._inputs, self._targets))
+    def lengths_at(self, places: Places) -> tuple[Array, Array]:
+        """Of the samples at ``places`` the number of ``input_ids`` and of ``target_ids``."""
+        chosen = slice(places.start, places.stop) if isinstance(places, range) else places
+        inputs, targets = (np.frombuffer(numbers, np.int32)[chosen] for numbers in (self._inputs, self._targets))
         return inputs.astype(np.int64), targets.astype(np.int64)  # copies: an array that is looked at cannot grow
 
-    def part(self, part: slice) -> View:
-        """Some of them."""
-        return View(self, range(len(self))[part])
+    def known_at(self, places: Places) -> tuple[int, Places]:
+        """A sample is told by its place in the store."""
+        return id(self), places
+
+    def parts(self) -> Sequence[tuple[SampleStore, Places]]:
+        """All of it."""
+        return [(self, range(len(self)))] if len(self) else []
 
     def _path(self, place: int, length: int) -> str:
         if len(self._read) >= _NAMES:

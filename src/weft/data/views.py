@@ -1,14 +1,13 @@
-"""Sequences of samples that are made when they are asked for: parts of a store, and several parts in a row.
+"""Sequences of samples that are made when they are asked for: places in stores, one part after the other.
 
-``View``s and ``Chain``s of them cost some bytes per sample, however long the samples are.
+They cost some bytes per sample, however long the samples are.
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
@@ -16,46 +15,8 @@ import numpy as np
 from weft.data.rendering.sample import Sample
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class Samples(Sequence[Sample]):
-    """A sequence of samples that knows how long they are without making them. Equal to any with equal samples."""
-
-    @abstractmethod
-    def lengths(self) -> tuple[Array, Array]:
-        """Of every sample the number of ``input_ids`` and of ``target_ids``."""
-
-    @abstractmethod
-    def sample(self, index: int) -> Sample:
-        """The sample at ``index``, 0 … len - 1."""
-
-    def part(self, part: slice) -> Sequence[Sample]:
-        """Some of them."""
-        return [self.sample(index) for index in range(*part.indices(len(self)))]
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(index, slice):
-            return self.part(index)
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return self.sample(place)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.sample, range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return False
-        return all(one == two for one, two in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
+Places = range | Array
+_NONE: Array = np.zeros(0, np.int64)
 
 
 class Columns(NamedTuple):
@@ -74,169 +35,168 @@ class Columns(NamedTuple):
 
 
 class Store(Protocol):
-    """What a view asks of its store."""
+    """Where samples lie."""
 
-    def __len__(self) -> int: ...
+    def sample(self, place: int, /) -> Sample: ...
 
-    def sample(self, index: int, /) -> Sample: ...
+    def lengths_at(self, places: Places, /) -> tuple[Array, Array]: ...
 
-    def lengths_at(self, places: slice | Array, /) -> tuple[Array, Array]: ...
+    def columns_at(self, places: Places, /) -> Columns: ...
 
-    def columns_at(self, places: Iterable[int], /) -> Columns: ...
+    def known_at(self, places: Places, /) -> tuple[int, Places]:
+        """What tells samples apart: numbers, and what they are numbers of."""
+        ...
+
+
+class Samples(Sequence[Sample]):
+    """Samples that lie in stores. Equal to any sequence with equal samples."""
+
+    @abstractmethod
+    def parts(self) -> Sequence[tuple[Store, Places]]:
+        """Stores and places in them, one part after the other."""
+
+    def __len__(self) -> int:
+        return sum(len(places) for _, places in self.parts())
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (store.sample(int(place)) for store, places in self.parts() for place in places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        if isinstance(index, slice):
+            return self._part(range(len(self))[index])
+        place = range(len(self))[index]
+        for store, places in self.parts():
+            if place < len(places):
+                return store.sample(int(places[place]))
+            place -= len(places)
+        raise AssertionError
+
+    def _part(self, part: range) -> Samples:
+        if part.step != 1:
+            return View(*(one for index in part for one in self[index : index + 1].parts()))
+        begins = itertools.accumulate((len(places) for _, places in self.parts()), initial=0)
+        return View(
+            *(
+                (store, places[max(part.start - begin, 0) : max(part.stop - begin, 0)])
+                for begin, (store, places) in zip(begins, self.parts(), strict=False)
+            )
+        )
+
+    def picked(self, wanted: Array) -> Samples:
+        """The samples at the places where ``wanted`` (bool, one per sample) says so."""
+        if wanted.all():
+            return self
+        cuts = np.split(wanted, np.cumsum([len(places) for _, places in self.parts()])[:-1])
+        return View(
+            *((store, np.asarray(places)[cut]) for (store, places), cut in zip(self.parts(), cuts, strict=True))
+        )
+
+    def lengths(self) -> tuple[Array, Array]:
+        """Of every sample the number of ``input_ids`` and of ``target_ids``, without making any of a store."""
+        found = [store.lengths_at(places) for store, places in self.parts()] or [(_NONE, _NONE)]
+        return np.concatenate([one for one, _ in found]), np.concatenate([other for _, other in found])
+
+    def columns(self) -> Columns:
+        """The tokens of all samples as arrays, without making any of a store."""
+        found = [store.columns_at(places) for store, places in self.parts()] or [Listed(()).columns_at(range(0))]
+        return Columns(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        return all(one == two for one, two in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class View(Samples):
-    """Some samples of a store, in the order of ``places``."""
+    """Some samples of some stores."""
 
-    def __init__(self, store: Store, places: range | Array) -> None:
-        self.store = store
-        if not isinstance(places, range):
-            places = places.astype(np.int32 if len(store) < 2**31 else np.int64)
-        self.places = places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def sample(self, index: int) -> Sample:
-        """The sample at ``index``, 0 … len - 1."""
-        return self.store.sample(int(self.places[index]))
-
-    def part(self, part: slice) -> View:
-        """Some of them."""
-        return View(self.store, self.places[part])
-
-    def lengths(self) -> tuple[Array, Array]:
-        """Of every sample the number of ``input_ids`` and of ``target_ids``."""
-        if isinstance(self.places, range) and self.places.step == 1:
-            return self.store.lengths_at(slice(self.places.start, self.places.stop))
-        return self.store.lengths_at(_numbers(self.places))
-
-
-class Chain(Samples):
-    """Several sequences of samples, one after the other."""
-
-    def __init__(self, parts: Iterable[Sequence[Sample]]) -> None:
-        self.parts = tuple(parts)
-        self._ends = list(itertools.accumulate(map(len, self.parts)))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __iter__(self) -> Iterator[Sample]:
-        return itertools.chain.from_iterable(self.parts)
-
-    def sample(self, index: int) -> Sample:
-        """The sample at ``index``, 0 … len - 1."""
-        number = bisect_right(self._ends, index)
-        return self.parts[number][index - self._ends[number] + len(self.parts[number])]
-
-    def part(self, part: slice) -> Sequence[Sample]:
-        """Some of them."""
-        start, stop, step = part.indices(len(self))
-        if step != 1:
-            return super().part(part)
-        begins = [0, *self._ends]
-        found = [
-            one[max(start - begin, 0) : max(stop - begin, 0)] for one, begin in zip(self.parts, begins, strict=False)
+    def __init__(self, *parts: tuple[Store, Places]) -> None:
+        self._parts = [
+            (store, places if isinstance(places, range) else places.astype(np.int32 if places.max() < 2**31 else int))
+            for store, places in parts
+            if len(places)
         ]
-        return Chain(one for one in found if len(one))
 
-    def lengths(self) -> tuple[Array, Array]:
-        """Of every sample the number of ``input_ids`` and of ``target_ids``."""
-        found = [lengths(part) for part in self.parts] or [lengths(())]
-        return np.concatenate([one for one, _ in found]), np.concatenate([other for _, other in found])
+    def parts(self) -> Sequence[tuple[Store, Places]]:
+        """Stores and places in them, one part after the other."""
+        return self._parts
 
 
-def chained(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
-    """``parts`` one after the other; a single one as it is."""
-    return parts[0] if len(parts) == 1 else Chain(parts)
+class Listed:
+    """A list as a store."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def sample(self, place: int) -> Sample:
+        """The sample at a place."""
+        return self.samples[place]
+
+    def lengths_at(self, places: Places) -> tuple[Array, Array]:
+        """Of the samples at ``places`` the number of ``input_ids`` and of ``target_ids``."""
+        samples = [self.samples[place] for place in places]
+        inputs = np.fromiter((len(sample.input_ids) for sample in samples), np.int64, len(samples))
+        return inputs, np.fromiter((len(sample.target_ids) for sample in samples), np.int64, len(samples))
+
+    def columns_at(self, places: Places) -> Columns:
+        """The tokens of the samples at ``places``."""
+        samples = [self.samples[place] for place in places]
+        rows = [sample.target_ids or sample.input_ids for sample in samples]
+        weights = ([1.0] * len(sample.target_ids) if sample.target_ids else sample.weights for sample in samples)
+        total = sum(map(len, rows))
+        return Columns(
+            np.fromiter(itertools.chain.from_iterable(rows), np.int64, total),
+            np.fromiter(itertools.chain.from_iterable(weights), np.float32, total),
+            np.fromiter(map(len, rows), np.int64, len(rows)),
+            np.array([-1 if sample.answer is None else sample.answer for sample in samples], np.int64),
+            np.array([bool(sample.target_ids) for sample in samples], bool),
+            np.array([sample.label is not None for sample in samples], bool),
+        )
+
+    def known_at(self, places: Places) -> tuple[int, Places]:
+        """A sample is told by being the same object."""
+        return 0, np.array([id(self.samples[place]) for place in places], np.int64)
 
 
-def picked(samples: Sequence[Sample], wanted: Array) -> Sequence[Sample]:
-    """The samples at the places where ``wanted`` (bool, one per sample) says so; of those in a store a view."""
-    if wanted.all():
-        return samples
-    if isinstance(samples, Samples):
-        samples = samples[:]  # of a store a view
-    if isinstance(samples, View):
-        return View(samples.store, _numbers(samples.places)[wanted])
-    if isinstance(samples, Chain):
-        cuts = np.split(wanted, samples._ends[:-1])
-        return Chain(picked(part, cut) for part, cut in zip(samples.parts, cuts, strict=True))
-    return [samples[i] for i in np.flatnonzero(wanted).tolist()]
+def samples_of(samples: Sequence[Sample]) -> Samples:
+    """A list as ``Samples``; those as they are."""
+    return samples if isinstance(samples, Samples) else View((Listed(samples), range(len(samples))))
 
 
-def lengths(samples: Sequence[Sample]) -> tuple[Array, Array]:
-    """Of every sample the number of ``input_ids`` and of ``target_ids``, without making those of a store."""
-    if isinstance(samples, Samples):
-        return samples.lengths()
-    inputs = np.fromiter((len(sample.input_ids) for sample in samples), np.int64, len(samples))
-    return inputs, np.fromiter((len(sample.target_ids) for sample in samples), np.int64, len(samples))
-
-
-def columns(samples: Sequence[Sample]) -> Columns:
-    """The tokens of many samples as arrays, without making those of a store."""
-    if isinstance(samples, Samples):
-        samples = samples[:]  # of a store a view
-    if isinstance(samples, View):
-        return samples.store.columns_at(_numbers(samples.places).tolist())
-    if isinstance(samples, Chain) and samples.parts:
-        found = [columns(part) for part in samples.parts]
-        return Columns(*(np.concatenate(column) for column in zip(*found, strict=True)))
-    rows = [sample.target_ids or sample.input_ids for sample in samples]
-    weights = ([1.0] * len(sample.target_ids) if sample.target_ids else sample.weights for sample in samples)
-    total = sum(map(len, rows))
-    return Columns(
-        np.fromiter(itertools.chain.from_iterable(rows), np.int64, total),
-        np.fromiter(itertools.chain.from_iterable(weights), np.float32, total),
-        np.fromiter(map(len, rows), np.int64, len(rows)),
-        np.array([-1 if sample.answer is None else sample.answer for sample in samples], np.int64),
-        np.array([bool(sample.target_ids) for sample in samples], bool),
-        np.array([sample.label is not None for sample in samples], bool),
-    )
+def chained(groups: Sequence[Sequence[Sample]]) -> Samples:
+    """Samples one group after the other; a single group as it is."""
+    if len(groups) == 1:
+        return samples_of(groups[0])
+    return View(*(part for group in groups for part in samples_of(group).parts()))
 
 
 def sizes(samples: Sequence[Sample]) -> Array:
     """Tokens of every sample that a model reads."""
-    inputs, targets = lengths(samples)
+    inputs, targets = samples_of(samples).lengths()
     return inputs + targets
 
 
-def distinct(*groups: Sequence[Sample]) -> list[Sequence[Sample]]:
-    """Each group without the samples that stood in it, or in one before it, already.
-
-    Samples of a store are told apart by their places there, others by being the same object.
-    """
-    seen: dict[int, Array] = {}  # of each store (by its id) what was met
-    known: set[int] = set()  # ids of samples that are in no store
-    return [Chain(_fresh(part, seen, known) for part in _parts(group)) for group in groups]
+def distinct(*groups: Sequence[Sample]) -> list[Samples]:
+    """Each group without the samples that stood in it, or in one before it, already."""
+    seen: dict[int, Array] = {}
+    return [View(*(_fresh(*part, seen) for part in samples_of(group).parts())) for group in groups]
 
 
-def _parts(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    if isinstance(samples, Chain):
-        for part in samples.parts:
-            yield from _parts(part)
-    else:
-        yield samples[:] if isinstance(samples, Samples) else samples
-
-
-def _fresh(part: Sequence[Sample], seen: dict[int, Array], known: set[int]) -> Sequence[Sample]:
-    if not isinstance(part, View):
-        found = []
-        for sample in part:
-            if id(sample) not in known:
-                known.add(id(sample))
-                found.append(sample)
-        return found
-    met = seen.setdefault(id(part.store), np.zeros(len(part.store), bool))
-    places = _numbers(part.places)
-    fresh = places[~met[places]]
-    before = int(np.count_nonzero(met))
-    met[fresh] = True
-    if int(np.count_nonzero(met)) - before < len(fresh):  # some stand twice in this very part
-        fresh = fresh[np.sort(np.unique(fresh, return_index=True)[1])]
-    return part if len(fresh) == len(part) else View(part.store, fresh)
-
-
-def _numbers(places: range | Array) -> Array:
-    return np.arange(places.start, places.stop, places.step) if isinstance(places, range) else places
+def _fresh(store: Store, places: Places, seen: dict[int, Array]) -> tuple[Store, Places]:
+    whose, numbers = store.known_at(places)
+    if isinstance(numbers, range) and whose not in seen:  # each is there once
+        seen[whose] = np.asarray(numbers)
+        return store, places
+    fresh = np.zeros(len(places), bool)
+    fresh[np.unique(numbers, return_index=True)[1]] = True
+    fresh &= ~np.isin(numbers, seen.get(whose, _NONE))
+    seen[whose] = np.union1d(seen.get(whose, _NONE), numbers)
+    return store, np.asarray(places)[fresh]

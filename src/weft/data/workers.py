@@ -12,9 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from weft.errors import UserError
+from weft.extensions import load_extension, loaded_files
 
 _CHUNK = 512  # records
 _SIZE = 1 << 18  # or fewer, if they are large: a token of a chunk in the making takes some 200 bytes
@@ -52,7 +54,7 @@ def in_order(
             yield from maker.make(chunk)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(maker,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(maker, loaded_files()))
     waiting: deque[Future[list[M]]] = deque()
     try:
         for chunk in itertools.chain(first, chunks):
@@ -86,9 +88,11 @@ def _chunks(items: Iterable[I], size: Callable[[I], int]) -> Iterator[list[I]]:
 _maker: Maker
 
 
-def _begin(maker: Maker) -> None:
+def _begin(maker: Maker, extensions: Sequence[Path]) -> None:
     global _maker
     _maker = maker
+    for file in extensions:  # those that the user has loaded
+        load_extension(file)
 
 
 def _make(chunk: list) -> list:

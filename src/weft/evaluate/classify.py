@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.core.heads import ClassificationHead
 from weft.data import Renderer, Sample, unlabelled_sample
 from weft.errors import UserError
-from weft.train.step import logits_of, passes
+from weft.objectives.passes import logits_of, passes
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,10 @@ class Predictions:
 
 def classes_of(adapters: Adapters, name: str) -> tuple[str, ...]:
     """The classes of adapter ``name``; UserError if it was not trained to classify."""
-    head = adapters[name].head
-    if not isinstance(head, ClassificationHead):
+    labels = adapters[name].head.labels
+    if not labels:
         raise UserError(f"adapter '{name}' has no classes: it was not trained with task: sequence_classification.")
-    return head.task.labels
+    return labels
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tok
 
 def text_sample(adapters: Adapters, renderer: Renderer, text: str, source: str = "the text") -> Sample:
     """A text, or a pair of texts with a tab between them, as training encodes it."""
-    texts = text.split("\t")
-    if adapters.architecture.bidirectional and len(texts) > 2:
+    texts, encoder = text.split("\t"), not adapters.architecture.writes
+    if encoder and len(texts) > 2:
         raise UserError(f"{source}: {len(texts)} texts with tabs between them; an encoder takes one or a pair.")
-    return unlabelled_sample(renderer, texts, source, encoder=adapters.architecture.bidirectional)
+    return unlabelled_sample(renderer, texts, source, encoder=encoder)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from weft.assets import instructions_path
-from weft.core.files import weights_path
 from weft.evaluate.exact_match import Answer, exact_match
 from weft.evaluate.measure import Measure
+from weft.files.adapter_folder import weights_path
 from weft.train import RunConfig, make_config
 from weft.train.run import Setup, train
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from weft.core.adapters import Adapters
-from weft.data import Conversation, Message, Renderer, read_records, to_example
+from weft.data import Conversation, Message, Record, Renderer, to_example
+from weft.data.pipeline import read_all
 from weft.errors import UserError
 from weft.generate import Request, generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,15 @@ class Answer:
 
 def read_questions(path: str | Path, *, limit: int | None = None) -> list[Question]:
     """Questions with references from a data file: the last assistant turn of each record is the reference."""
-    questions = []
-    for record in read_records(path, limit=limit):
-        example = to_example(record)
-        if not isinstance(example, Conversation) or example.messages[-1].role != "assistant":
-            raise UserError(f"{record.source}: an exact-match question needs an answer as its last turn.")
-        *before, last = example.messages
-        task = str(record.fields.get("task", ""))
-        questions.append(Question(tuple(before), last.content, record.source, task))
-    return questions
+    return read_all(path, _question, limit=limit)
+
+
+def _question(record: Record) -> Question:
+    example = to_example(record)
+    if not isinstance(example, Conversation) or example.messages[-1].role != "assistant":
+        raise UserError(f"{record.source}: an exact-match question needs an answer as its last turn.")
+    *before, last = example.messages
+    return Question(tuple(before), last.content, record.source, str(record.fields.get("task", "")))
 
 
 def answer_questions(
@@ -69,9 +73,9 @@ def answer_questions(
     return answers
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of an answer, without control tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def fold(text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weft.core.adapters import Adapters
 from weft.data import PlainText, Renderer, Sample
-from weft.train.step import evaluate_loss
+from weft.objectives.passes import evaluate_loss
 
 
 def read_documents(path: str | Path) -> list[str]:

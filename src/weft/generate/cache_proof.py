@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import input_embeddings
 from weft.core.stream import Part
 from weft.generate.lockstep import Group
 
@@ -100,7 +101,7 @@ def _probes(
     adapters: Adapters, name: str | None, prompt: Sequence[int], slots: Sequence[int]
 ) -> list[tuple[list[list[int]], int]]:
     """(two texts, tokens of each that are the prompt)."""
-    tokens = int(adapters.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    tokens = int(input_embeddings(adapters.model).weight.shape[0])
     learned = learned_tokens(adapters, name)
     longest = (adapters.architecture.max_length or MANY) - sum(learned) - _FOLLOWING
     # Shorter and longer than the kernel of a convolution, and longer than a window that is small.
@@ -151,7 +152,8 @@ def _try(
                 left = left[1:]
                 group.keep(torch.tensor(left, device=adapters.device))
             tokens = torch.tensor([texts[row][length + place] for row in left], device=adapters.device)
-            found.append((logits(group.step(tokens, [(name, len(left))])), wanted[left, place + 1]))
+            group.step(tokens, [(name, len(left))])
+            found.append((logits(group.hidden), wanted[left, place + 1]))
         if name is not None and adapters[name].inserted_blocks() and not _grows_only(group.cache):
             return Verdict(0, f"adapter '{name}' inserts blocks, and the model's layers keep more than keys and values")
         rough = Group(adapters, part(prompts), cache_name=cache_name, jitter=torch.finfo(adapters.dtype).eps)
@@ -170,9 +172,8 @@ def _try(
 def _whole(adapters: Adapters, name: str | None, texts: list[list[int]], length: int, slots: Sequence[int]) -> Tensor:
     """Logits [texts, following + 1, vocabulary] of passes over the texts, from the prompt's last token on."""
     cut = [text[:n] for text in texts for n in range(length, length + _FOLLOWING + 1)]
-    stream = adapters.stream([Part(name, cut, None, [length] * len(cut), [slots] * len(cut))])
-    last = torch.tensor(stream.lengths, device=adapters.device).cumsum(0) - 1
-    logits = adapters.logits(adapters.forward(stream)[last], [(name, len(cut))])
+    stream, hidden = adapters.run([Part(name, cut, None, [length] * len(cut), [slots] * len(cut))])
+    logits = adapters.logits(hidden[torch.tensor(stream.standing, device=hidden.device)], [(name, len(cut))])
     return logits.double().view(len(texts), _FOLLOWING + 1, -1)
 
 
@@ -187,11 +188,11 @@ def learned_tokens(adapters: Adapters, name: str | None) -> tuple[int, int]:
     return (0, 0) if adapter is None else (adapter.num_virtual_tokens, adapter.num_prefix_tokens)
 
 
-def _windows(config: Any) -> list[int]:
+def _windows(config: object) -> list[int]:
     names = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
     return [n for name in names if isinstance(n := getattr(config, name, None), int) and n > 0]
 
 
-def _grows_only(cache: Any) -> bool:
+def _grows_only(cache: object) -> bool:
     """Whether all that is kept of a text is every token's key and value, as a cache of an inserted block does."""
     return {type(layer).__name__ for layer in getattr(cache, "layers", [None])} == {"DynamicLayer"}

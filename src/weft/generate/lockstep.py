@@ -12,24 +12,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
 from weft.core.body import body_of
-from weft.core.route import Route, Segment
+from weft.core.layout import Counts, Decoding
 from weft.core.stream import Part, Stream, embed, padded_prefix, run_body
 from weft.libraries import CACHE_NAMES, cache_name, growing_cache
 
 # What a model's output may call the cache; its forward takes it back under the same name.
 _NAMES = (*CACHE_NAMES, "cache_params", "state", "mems")
-# The adapters and how many rows of each, in order.
-Counts = Sequence[tuple[str | None, int]]
 
 
-class Group:
+@final
+class Group(Decoding):
     """Rows of one length under one cache; ``hidden`` [B, d] are the states after their last tokens."""
 
     def __init__(
@@ -48,22 +47,16 @@ class Group:
         self._counts: Counts = [(s.adapter, s.sequences) for s in stream.route.segments]
         self._inserted = _inserted_caches(adapters, self._counts)
         self._next = int(stream.position_ids[-1]) + 1
-        self._name, self._cache, self._jitter = cache_name, None, jitter
+        self._name, self._jitter = cache_name, jitter
+        self._cache: object = None
         self.hidden = self._run(replace(stream, route=replace(stream.route, inserted=self._inserted)))
 
-    def step(self, tokens: Tensor, counts: Counts) -> Tensor:
-        """Hidden states [B, d] after the next tokens [B]; ``counts``: (adapter, rows) in order."""
-        self._counts = counts
-        segments = tuple(Segment(name, n, n, lengths=(1,) * n, padded=True) for name, n in counts)
-        count, own = len(tokens), tuple(range(i, i + 1) for i in range(len(tokens)))
-        places = torch.full_like(tokens, self._next)
+    def step(self, tokens: Tensor, counts: Counts) -> None:
+        self._counts, places = counts, torch.full_like(tokens, self._next)
         self._next += 1
-        route = Route(segments, padded=True, inserted=self._inserted)
-        self.hidden = self._run(Stream(tokens, places, (1,) * count, own, {}, (0,) * count, route))
-        return self.hidden
+        self.hidden = self._run(self.adapters.layout.next_tokens(tokens, places, counts, inserted=self._inserted))
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these [n], in ascending order."""
         self._cache = select_rows(self._cache, rows)
         first = 0
         for name, count in self._counts:
@@ -79,7 +72,7 @@ class Group:
         return self._name
 
     @property
-    def cache(self) -> Any:
+    def cache(self) -> object:
         """What the model keeps of the rows."""
         return self._cache
 
@@ -92,7 +85,7 @@ class Group:
             if self._jitter:
                 up = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) < 0.5
                 hidden = hidden + torch.where(up.to(hidden.device), hidden, -hidden) * self._jitter
-            given: dict[str, Any] = {} if self._cache is None else {self.cache_name: self._cache}
+            given: dict[str, object] = {} if self._cache is None else {self.cache_name: self._cache}
             # No mask: every row is whole, and a model makes the causal one by itself.
             out = run_body(
                 adapters.model,
@@ -119,12 +112,12 @@ class NoCacheError(Exception):
     """The model keeps nothing from which it could go on."""
 
 
-def _inserted_caches(adapters: Adapters, counts: Counts) -> dict[str | None, Any]:
+def _inserted_caches(adapters: Adapters, counts: Counts) -> dict[str | None, object]:
     """Adapter -> a cache for the blocks that it inserts, which have no place in the base's."""
     return {name: growing_cache() for name, _ in counts if name is not None and adapters[name].inserted_blocks()}
 
 
-def select_rows(cache: Any, rows: Tensor) -> Any:
+def select_rows(cache: object, rows: Tensor) -> Any:
     """The cache with these rows [n] only; transformers' own are changed in place."""
     if hasattr(cache, "reorder_cache"):
         # Putting rows into another order may leave some out; not every kind of layer can select.

@@ -10,24 +10,32 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
+from weft.adapters import Adapters
 from weft.assets import EMBEDDED_MODELS
-from weft.core.adapters import Adapters
-from weft.core.files import CONFIG, OWN_CONFIG, base_of, merged_from, provenance_of, trained_on, weights_path
 from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
 from weft.errors import UserError
+from weft.files.adapter_folder import (
+    CONFIG,
+    OWN_CONFIG,
+    base_of,
+    merged_from,
+    provenance_of,
+    trained_on,
+    weights_path,
+)
+from weft.files.run_folder import RUN_FILE, RunStore
 from weft.generate.engine import check_writes
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.models.quantize import Quantization
 from weft.train.config import RunConfig, read_run_config
 from weft.train.run import base_fingerprint
-from weft.train.store import RUN_FILE, RunStore
 
 BASE = "base"
 # Where neither the user nor the model sets a limit.
@@ -250,7 +258,7 @@ def _renderer_of_run(
     return make_renderer(Provenance.read(section, str(saved[0] / OWN_CONFIG)), base.tokenizer, chat_template)
 
 
-def _base_of(config: RunConfig, recorded: dict[str, Any]) -> str:
+def _base_of(config: RunConfig, recorded: dict[str, object]) -> str:
     """The configuration's own word may be a path relative to where the run was started."""
     path = recorded.get("model")
     if config.model not in EMBEDDED_MODELS and isinstance(path, str) and Path(path).is_dir():
@@ -258,7 +266,7 @@ def _base_of(config: RunConfig, recorded: dict[str, Any]) -> str:
     return config.model
 
 
-def _same_base(base: Base, recorded: dict[str, Any], folder: Path) -> None:
+def _same_base(base: Base, recorded: dict[str, object], folder: Path) -> None:
     found = base_fingerprint(base)
     if any(found[key] != recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors")):
         raise UserError(

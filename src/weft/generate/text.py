@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What decoding gives for bytes that are no character, or not yet.
 _BROKEN = "�"
@@ -12,7 +15,7 @@ _BROKEN = "�"
 class TextStream:
     """Collects one answer's tokens; ``push`` gives the text that has become certain."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
         self._shown = ""
@@ -33,6 +36,6 @@ class TextStream:
         return text[len(self._shown) :] if text.startswith(self._shown) else ""
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of an answer, without control tokens and with every space as the model wrote it."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

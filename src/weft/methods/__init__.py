@@ -1,7 +1,8 @@
-"""The methods, one file each. A new method is its file and one line here."""
+"""The methods, one file each. A new method is its file and one line here; or a file outside (docs/extending.md)."""
 
-from weft.core.config import MethodConfig
-from weft.core.files import METHODS as METHODS
+from weft.core.adapter import MethodConfig
+from weft.core.registry import METHODS as METHODS
+from weft.core.registry import register_method as register_method
 from weft.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from weft.methods.bitfit import BitFitConfig as BitFitConfig
 from weft.methods.bottleneck import BottleneckConfig as BottleneckConfig

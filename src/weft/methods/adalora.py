@@ -10,26 +10,27 @@ PEFT draws P and Q from a Gaussian of 0.02; here they begin orthonormal, where t
 Every step smooths the sensitivity |w dL/dw| of every weight and its uncertainty (eqs. 9, 10; ``beta1``, ``beta2``);
 their product is the weight's score, and a triplet's is that of its λ plus the means over P's and Q's entries (eq. 7).
 From ``tinit`` on, every ``deltaT`` steps, only the ``budget`` best triplets of all modules keep their λ (eq. 6); the
-others' are zeroed, but may grow again until ``tfinal`` steps before the end, when the ranks are settled. The budget
+others' are zeroed. They may grow again until ``tfinal`` steps before the end, when the ranks become final. The budget
 falls cubically (eq. 12).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter, checked, copy_into
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture, linear_shape
-from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
 from weft.core.route import Segment, seeded_dropout
+from weft.core.site_adapter import SiteAdapter
+from weft.core.tensors import checked, copy_into
 from weft.errors import UserError
 from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
+from weft.methods.mergeable import MergedModule
 from weft.ops.lowrank import low_rank_add, low_rank_merged
 
 
@@ -40,9 +41,11 @@ class AdaLoraConfig(LowRankConfig):
     peft_type: ClassVar[str] = "ADALORA"
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = 2e-2
-    # P, Λ and Q of two adapters have nothing to do with each other; peft has no rule either.
+    # P, Λ and Q of two adapters are unrelated, so there is no rule for combining them; peft has none either.
     combination_types: ClassVar[tuple[str, ...]] = ()
-    peft_defaults: ClassVar[Mapping[str, Any]] = {**LowRankConfig.peft_defaults, "tinit": 0, "tfinal": 0, "deltaT": 1}
+    peft_defaults: ClassVar[Mapping[str, object]] = {
+        **LowRankConfig.peft_defaults, "tinit": 0, "tfinal": 0, "deltaT": 1,
+    }  # fmt: skip
     harmless_keys: ClassVar[frozenset[str]] = LowRankConfig.harmless_keys | {"r", "init_lora_weights", "alpha_pattern"}
 
     init_r: int = Field(12, gt=0, description="rank of every matrix at the start")
@@ -79,14 +82,14 @@ class AdaLoraConfig(LowRankConfig):
     def build(self, name: str, context: BuildContext) -> Adapter:
         return AdaLora(self, name, context)
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         return {**super().to_peft(architecture), **self._schedule()}
 
-    def in_peft(self) -> dict[str, Any]:
+    def in_peft(self) -> dict[str, object]:
         return {**super().in_peft(), **self._schedule()}
 
     def _schedule(self) -> dict[str, int]:
-        """peft wants one even of a finished adapter, and one that fits."""
+        """The schedule in the file: peft wants one that fits even for a finished adapter."""
         tinit, tfinal = self.tinit or 0, self.tfinal or 0
         return {
             "tinit": tinit,
@@ -96,22 +99,22 @@ class AdaLoraConfig(LowRankConfig):
         }
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
-        entries = dict(entries)
-        if entries.get("lora_alpha", 1) <= 0:
-            entries["lora_alpha"] = entries.get("init_r", 12)  # what peft takes instead
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
+        alpha = entries.get("lora_alpha", 1)
+        if isinstance(alpha, int | float) and alpha <= 0:
+            entries = {**entries, "lora_alpha": entries.get("init_r", 12)}  # peft does the same
         return super().from_peft(entries, keys)
 
 
 class SvdLinear(nn.Module):
-    """P, Λ, Q of one linear module, the smoothed scores of their entries, and which ranks the budget has left them."""
+    """P, Λ, Q of one linear module, the smoothed scores of their entries, and the ranks that are left of the budget."""
 
     def __init__(self, config: AdaLoraConfig, path: str, base: nn.Module, context: BuildContext) -> None:
         super().__init__()
         inputs, outputs = linear_shape(base)
         r = check_rank("init_r", config.init_r, path, base, context)
         self.path, self.dropout = path, config.lora_dropout
-        self.scaling = config.lora_alpha / (r + 1e-5)  # as peft divides
+        self.scaling = config.lora_alpha / (r + 1e-5)  # peft's division
         self.lora_A = nn.Parameter(_orthonormal_columns(inputs, r, context).t().contiguous())
         self.lora_B = nn.Parameter(_orthonormal_columns(outputs, r, context))
         self.lora_E = nn.Parameter(context.zeros(r, 1))
@@ -123,6 +126,7 @@ class SvdLinear(nn.Module):
     kept: Tensor
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """``y + s P Λ Q x`` of x [..., in] and y [..., out]."""
         x = seeded_dropout(x, self.dropout, segment, self.path)
         return low_rank_add(y, x, self.lora_A * self.lora_E, self.lora_B, self.scaling)
 
@@ -132,13 +136,13 @@ class SvdLinear(nn.Module):
         merged.weight = low_rank_merged(merged.weight, q, merged.cast(self.lora_B), self.scaling)
 
     def orthogonality(self) -> Tensor:
-        """||Pᵀ P - I||² + ||Q Qᵀ - I||²."""
+        """||Pᵀ P - I||² + ||Q Qᵀ - I||², a scalar."""
         eye = torch.eye(len(self.lora_A), dtype=self.lora_A.dtype, device=self.lora_A.device)
         gram_q, gram_p = self.lora_A @ self.lora_A.t(), self.lora_B.t() @ self.lora_B
         return (gram_p - eye).square().sum() + (gram_q - eye).square().sum()
 
     def smooth(self, beta1: float, beta2: float) -> None:
-        """Take this step's gradients into the running means."""
+        """Add this step's gradients to the running means."""
         for part in ("A", "B", "E"):
             parameter = self.get_parameter(f"lora_{part}")
             mean, spread = self.get_buffer(f"sensitivity_{part}"), self.get_buffer(f"uncertainty_{part}")
@@ -147,33 +151,33 @@ class SvdLinear(nn.Module):
             spread.copy_(beta2 * spread + (1 - beta2) * (now - mean).abs())
 
     def scores(self) -> Tensor:
-        """Of the triplets, [r]."""
+        """The scores of the triplets, [r]."""
         a, b, e = (self.get_buffer(f"sensitivity_{p}") * self.get_buffer(f"uncertainty_{p}") for p in "ABE")
         return e.view(-1) + a.mean(1) + b.mean(0)
 
     def forget_scores(self) -> None:
-        """Start the running means anew."""
+        """Set the running means back to their start."""
         for part in ("A", "B", "E"):
             self.get_buffer(f"sensitivity_{part}").zero_()
             self.get_buffer(f"uncertainty_{part}").zero_()
 
     def zero_the_rest(self) -> None:
-        """λ = 0 where the budget has left nothing."""
+        """Set λ = 0 in the ranks that have no budget."""
         self.lora_E.masked_fill_(~self.kept[:, None], 0.0)
 
     def stored(self) -> Tensor:
-        """Which ranks a file must hold, [r] bool: all but those that were dropped and are still zero."""
+        """The ranks that a file must hold, [r] bool: all but those that were dropped and are still zero."""
         return self.kept | (self.lora_E.detach().view(-1) != 0)
 
 
 def _orthonormal_columns(rows: int, columns: int, context: BuildContext) -> Tensor:
     drawn = torch.randn(rows, columns, generator=context.generator, dtype=torch.float32)
-    # QR gives columns that lie together; torch's fused AdamW wants a restored state to lie as the parameter does.
+    # QR's result has columns in sequence; torch's fused AdamW wants a restored state in the parameter's memory order.
     return torch.linalg.qr(drawn).Q.contiguous().to(context.device, context.dtype)
 
 
 class AdaLora(SiteAdapter):
-    """A low-rank update on every targeted linear module, of ranks that the training allots."""
+    """A low-rank update on every targeted linear module; training decides on the ranks."""
 
     def __init__(self, config: AdaLoraConfig, name: str, context: BuildContext) -> None:
         modules, own = find_targets(config, context)
@@ -200,7 +204,7 @@ class AdaLora(SiteAdapter):
                 f"adalora: total_step is {total}, but the run has {total_steps} steps, so its ranks would never be "
                 f"settled; total_step can be 1 to {total_steps} (left out: the whole run)."
             )
-        # What is not given must leave room for what is.
+        # Defaults must leave room for the settings that are given.
         tinit, tfinal = config.tinit, config.tfinal
         if tinit is None:
             tinit = min(total // 10, max(0, total - (tfinal or 0) - 1))
@@ -212,11 +216,11 @@ class AdaLora(SiteAdapter):
                 f"allotted, for there are {total} in all; tinit + tfinal can be 0 to {total - 1}."
             )
         self.schedule = (tinit, total - tfinal, config.deltaT or max(1, total // 100))
-        # A checkpoint, if there is one, is restored after this.
+        # A checkpoint, if there is one, is loaded after this.
         self.settled.zero_()
 
     def budget(self, step: int) -> int:
-        """Ranks in all that step ``step`` (from 1) may leave."""
+        """The number of ranks of all modules together after step ``step`` (from 1)."""
         assert self.schedule is not None
         begin, end, _ = self.schedule
         modules, config = len(self.layers), self.adalora
@@ -242,7 +246,7 @@ class AdaLora(SiteAdapter):
             if step > begin and step % every == 0:
                 self._allot(self.budget(step))
         elif not self.settled:
-            # Not "step == end": a step whose gradients were not finite is left out.
+            # Not "step == end", because a step whose gradients are not finite is left out.
             self._allot(self.budget(step))
             for layer in layers:
                 layer.forget_scores()
@@ -252,10 +256,10 @@ class AdaLora(SiteAdapter):
                 layer.zero_the_rest()
 
     def _allot(self, budget: int) -> None:
-        """Leave λ to the ``budget`` triplets with the best scores of all modules."""
+        """Keep λ of the ``budget`` triplets with the best scores of all modules."""
         layers = [layer for _, layer in self._svd_layers()]
         scores = torch.cat([layer.scores() for layer in layers])
-        # Not by a threshold: scores that are alike would all fall with it.
+        # Not by a threshold, because equal scores would all fall with it.
         best = torch.sort(scores, descending=True, stable=True).indices[:budget]
         kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
         for layer, own in zip(layers, kept.split([len(layer.kept) for layer in layers]), strict=True):
@@ -263,7 +267,7 @@ class AdaLora(SiteAdapter):
             layer.zero_the_rest()
 
     def ranks(self) -> dict[str, int]:
-        """Module path -> how many ranks its file holds."""
+        """Module path -> the number of ranks in its file."""
         return {path: int(layer.stored().sum()) for path, layer in self._svd_layers()}
 
     def stored_name(self, part: str) -> str:
@@ -286,7 +290,7 @@ class AdaLora(SiteAdapter):
         return tensors
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """What was dropped comes back as zeros, so that shapes, and sums to the bit, are those that were trained."""
+        """Load a file. Dropped ranks come back as zeros, so that shapes, and sums to the bit, are the same."""
         rest = dict(tensors)
         for path, layer in self._svd_layers():
             kept = layer.kept

@@ -1,14 +1,13 @@
-"""The ``adapter_config.json`` of AdapterHub, of all its versions, as settings of ours."""
+"""From AdapterHub's ``adapter_config.json``, of all versions, to settings of ours."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from weft.errors import UserError
 
-# What stands beside the settings and says whose they are.
+# Entries beside the settings that say whose they are.
 _ABOUT = frozenset(
     {"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "type", "version",
      "label2id", "num_labels"}
@@ -18,15 +17,15 @@ _HARMLESS = re.compile(
     "(shared_|factorized_|learn_)?phm(?!_layer$).*|(shared|factorized)_(W_phm|phm_W)|hypercomplex_nonlinearity|"
     "init_weights_seed|stochastic_depth|inv_adapter_reduction_factor"
 )
-# adapter-transformers, which wrote no version, called them so.
+# The names of adapter-transformers, which wrote no version.
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 
-def adapterhub_settings(entries: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The settings in an ``adapter_config.json`` of AdapterHub, without what is off and not among ``known``.
+def adapterhub_settings(entries: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
+    """The settings in AdapterHub's ``adapter_config.json``, without entries that are off and not among ``known``.
 
     Raises:
-        UserError: it is no bottleneck adapter, or an entry changes what it computes in a way that Weft does not know.
+        UserError: It is no bottleneck adapter, or an entry changes its results in a way that Weft does not know.
     """
     found = entries.get("config")
     if not isinstance(found, Mapping):
@@ -36,7 +35,7 @@ def adapterhub_settings(entries: Mapping[str, Any], known: Collection[str]) -> d
         raise UserError(f"adapter_config.json: 'architecture' is {kind!r}; Weft loads AdapterHub's bottlenecks (null).")
     if "version" not in entries and found.get("non_linearity") in _OLD_ACTIVATIONS:
         found["non_linearity"] = _OLD_ACTIVATIONS[found["non_linearity"]]
-    # What AdapterHub ignores there.
+    # AdapterHub ignores these there.
     if found.get("is_parallel"):
         found |= {"original_ln_before": False, "residual_before_ln": True, "adapter_residual_before_ln": False}
     found["adapter_residual_before_ln"] = bool(found.get("adapter_residual_before_ln") and found.get("ln_after"))

@@ -8,17 +8,17 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.combine.rules import ON_CHANGES
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture, is_linear, linear_shape
-from weft.core.compose import ON_CHANGES
-from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
 from weft.core.route import Segment
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
+from weft.methods.mergeable import MergedModule
 
 
 class BitFitConfig(MethodConfig):
-    """Which biases are trained."""
+    """The choice of the trained biases."""
 
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
@@ -47,6 +47,7 @@ class BiasDelta(nn.Module):
         self.bias_delta = nn.Parameter(context.zeros(size))
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """``y + Δb`` of y [..., out]."""
         return y + self.bias_delta.to(y.dtype)
 
     def merge_into(self, merged: MergedModule) -> None:
@@ -55,7 +56,7 @@ class BiasDelta(nn.Module):
 
 
 class BitFit(SiteAdapter):
-    """A bias change on every module that has a bias (or is given one)."""
+    """A bias change on every module that has a bias or gets one."""
 
     def __init__(self, config: BitFitConfig, name: str, context: BuildContext) -> None:
         sizes = _bias_sizes(config, context)
@@ -63,7 +64,7 @@ class BitFit(SiteAdapter):
 
 
 def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
-    """Module path -> length of its bias."""
+    """Module path -> the length of its bias."""
     shape = context.architecture
     blocks = tuple(f"{path}." for path in shape.blocks)
     wanted = config.target_modules
@@ -97,7 +98,7 @@ def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
 
 
 def _group(path: str, shape: Architecture) -> tuple[str, ...]:
-    """``norm``, ``attention`` or ``mlp``, of modules that are one of these."""
+    """The groups of a module: ``norm``, ``attention``, ``mlp`` or none."""
     if path in shape.norms:
         return ("norm",)
     if path not in shape.linears:

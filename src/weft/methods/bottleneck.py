@@ -1,7 +1,7 @@
-"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2020; in parallel, He et al. 2021), computing what
-AdapterHub's ``adapters`` computes.
+"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2020; in parallel, He et al. 2021), with the results of
+AdapterHub's ``adapters``.
 
-With s what a sub-layer adds to the residual stream r, D [m, d] and U [d, m], m = d // reduction_factor:
+A sub-layer adds s to the residual stream r. With D [m, d] and U [d, m], m = d // reduction_factor, it becomes
 ``s + scaling · (U f(D h + b) + c)``. Houlsby: h = s, after attention and MLP. Pfeiffer: h = s + r (where a norm follows
 the addition, as in BERT: norm(s + r)), after the MLP only. Parallel: h = r, beside the MLP.
 """
@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2CLS, get_activation
 
-from weft.core.adapter import Adapter, SiteAdapter, SiteFunction
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, SiteFunction
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext, MethodConfig
 from weft.core.route import Segment, seeded_dropout
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
 from weft.methods.adapterhub import adapterhub_settings
 
-# Those with weights of their own are left out.
+# Activations with weights of their own are left out.
 NON_LINEARITIES = ("leakyrelu", *sorted(set(ACT2CLS) - {"prelu", "xielu"}))
 _PFEIFFER = {"mh_adapter": False, "original_ln_before": True, "non_linearity": "relu"}
 _PARALLEL = {"mh_adapter": False, "is_parallel": True, "non_linearity": "relu", "reduction_factor": 2.0, "scaling": 4.0}
-_PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[str, dict[str, object]] = {
     "houlsby": {}, "pfeiffer": _PFEIFFER, "parallel": _PARALLEL, "scaled_parallel": {**_PARALLEL, "scaling": "learned"},
 }  # fmt: skip
 _PRESETS |= dict(zip(("double_seq_bn", "seq_bn", "par_bn", "scaled_par_bn"), _PRESETS.values(), strict=True))
-# AdapterHub's settings that are not here, and why; they may be given if they are off.
+# AdapterHub's settings that Weft does not have, and why; a file may hold them if they are off.
 _NOT_HERE = {
     "phm_layer": "Compacter's sums of Kronecker products are not built",
     "use_gating": "the gate is a mean over the whole sequence, so that a token would see those after it",
@@ -46,7 +46,7 @@ _NOT_HERE = {
 
 
 class BottleneckConfig(MethodConfig):
-    """AdapterHub's names and meanings; the defaults of ``reduction_factor`` and ``init_weights`` are other ones."""
+    """Settings with AdapterHub's names and meanings; ``reduction_factor`` and ``init_weights`` have other defaults."""
 
     method: ClassVar[str] = "bottleneck"
     peft_type: ClassVar[str] = "BOTTLENECK"
@@ -88,7 +88,7 @@ class BottleneckConfig(MethodConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, values: Any) -> Any:
+    def _fill_in(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
         for key, why in _NOT_HERE.items():
@@ -124,12 +124,16 @@ class BottleneckConfig(MethodConfig):
 
     @property
     def factors(self) -> dict[str, float]:
-        """The reduction factor by layer, or of those that are not named, 'default'."""
+        """The reduction factor by layer; 'default' is that of all layers without a name."""
         given = self.reduction_factor
         return given if isinstance(given, dict) else {} if given is None else {"default": given}
 
     def width(self, hidden_size: int, layer: int) -> int:
-        """m in one layer."""
+        """m in one layer.
+
+        Raises:
+            UserError: The layer has no reduction factor.
+        """
         if self.reduction_factor is None:
             return max(hidden_size // 16, min(64, hidden_size // 2))
         factor = self.factors.get(str(layer), self.factors.get("default"))
@@ -137,20 +141,20 @@ class BottleneckConfig(MethodConfig):
             raise UserError(f"bottleneck: reduction_factor says nothing of layer {layer}; add a 'default'.")
         return max(1, int(hidden_size // factor))
 
-    def in_peft(self) -> dict[str, Any]:
+    def in_peft(self) -> dict[str, object]:
         depends = {"architecture", *(["reduction_factor"] if self.reduction_factor is None else [])}
         return self.model_dump(mode="json", exclude=depends)
 
     @classmethod
-    def of_layout(cls, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    def of_layout(cls, entries: Mapping[str, object]) -> Mapping[str, object]:
         found = entries.get("config")
         return found if isinstance(found, dict) else {}
 
-    def own_layout(self, name: str, architecture: Architecture) -> dict[str, Any]:
+    def own_layout(self, name: str, architecture: Architecture) -> dict[str, object]:
         return to_adapterhub(self, architecture, name)
 
     @classmethod
-    def from_layout(cls, entries: dict[str, Any]) -> MethodConfig | None:
+    def from_layout(cls, entries: dict[str, object]) -> MethodConfig | None:
         return from_adapterhub(entries) if "peft_type" not in entries and "config" in entries else None
 
     def build(self, name: str, context: BuildContext) -> Adapter:
@@ -159,9 +163,11 @@ class BottleneckConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class _Around:
-    """Within a block, a pair for attention and MLP: modules that are given the residual stream as it was before the
-    sub-layer ("": the sub-layers run side by side, there is none), norms after the addition, and what AdapterHub calls
-    the module that holds its adapters."""
+    """The modules of a block around its sub-layers, in pairs for attention and MLP.
+
+    They are the modules whose input is the residual stream before the sub-layer ("": there is none, because the
+    sub-layers run side by side), the norms after the addition, and AdapterHub's name for the holder of its adapters.
+    """
 
     reads: tuple[str, str]
     norms: tuple[str, str] | None = None
@@ -184,8 +190,10 @@ _AROUND: dict[str, _Around] = {
 
 @dataclass(frozen=True)
 class Place:
-    """One bottleneck: after sub-layer ``kind`` (0: attention, 1: MLP) of block ``layer``, on the linear ``path``.
-    ``read`` and ``norm`` are needed only if the configuration asks for the residual stream."""
+    """The place of one bottleneck: after sub-layer ``kind`` (0: attention, 1: MLP) of block ``layer``, on ``path``.
+
+    ``path`` is a linear. ``read`` and ``norm`` are needed only if the configuration asks for the residual stream.
+    """
 
     layer: int
     kind: int
@@ -195,14 +203,17 @@ class Place:
 
 
 class BottleneckLayer(nn.Module):
-    """Down, non-linearity, up. Parts live on up to three modules of the block: ``read`` keeps the residual stream that
-    ``forward`` (on the sub-layer's last linear) needs, ``finish`` gives what ``forward`` kept past a norm."""
+    """Down, non-linearity, up, on up to three modules of a block.
+
+    ``read`` keeps the residual stream for ``forward``, which sits on the sub-layer's last linear. ``finish`` brings the
+    result of ``forward`` past a norm.
+    """
 
     def __init__(self, config: BottleneckConfig, place: Place, context: BuildContext) -> None:
         super().__init__()
         m = config.width(d := context.architecture.hidden_size, place.layer)
         self.path, self.config, self.place = place.path, config, place
-        # Not a submodule: its tensors are the base's.
+        # It is no submodule, because its tensors are the base's.
         self.__dict__["norm"] = context.model.get_submodule(place.norm) if place.norm else None
         self.f = F.leaky_relu if config.non_linearity == "leakyrelu" else get_activation(config.non_linearity)
         self.down_weight = nn.Parameter(_initial(config, "down", (m, d), context))
@@ -218,14 +229,15 @@ class BottleneckLayer(nn.Module):
         self.waiting: dict[int, Tensor] = {}
 
     def read(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        """At the module that is given the residual stream: keep it."""
+        """Keep x, the residual stream [..., d], at the module that takes it; y does not change."""
         self.waiting[id(segment)] = x
         return y
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """The sub-layer's output y [..., d] with the bottleneck's; the residual stream comes from ``read``."""
         c, norm = self.config, self.__dict__["norm"]
         r: Any = self.waiting.pop(id(segment), None)
-        # ``more``: how often r counts beyond the one that the model adds.
+        # ``more`` is the number of times that r counts, beside the one that the model adds.
         h, residual, more = y, y, 0
         if c.is_parallel:
             h = r
@@ -248,7 +260,7 @@ class BottleneckLayer(nn.Module):
         return out + more * r if more else out
 
     def finish(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        """At the norm after the addition, with ``original_ln_after: false``: neither addition nor norm took place."""
+        """Undo addition and norm (``original_ln_after: false``): the result of ``forward``, [..., d], at that norm."""
         return self.waiting.pop(id(segment))
 
     def _change(self, h: Tensor, segment: Segment) -> Tensor:
@@ -287,7 +299,7 @@ class Bottleneck(SiteAdapter):
         super().__init__(config, name, {place.path: BottleneckLayer(config, place, context) for place in places})
         self.settings, holders = config, _AROUND.get(shape.model_type, _PRE).holders
         # The modules that hold them in AdapterHub; every sub-layer of T5 is one.
-        at = [p.path.rsplit(".", 2)[0] if shape.task == "seq2seq" else shape.blocks[p.layer] for p in places]
+        at = [p.path.rsplit(".", 2)[0] if shape.stacks > 1 else shape.blocks[p.layer] for p in places]
         self.holders = [f"{path}.{holders[place.kind]}" for path, place in zip(at, places, strict=True)]
 
     def sites(self) -> Mapping[str, SiteFunction]:
@@ -305,7 +317,7 @@ class Bottleneck(SiteAdapter):
         return part if part == "scaling" else ".".join(f"adapter_{part}".rsplit("_", 1))
 
     def _hub_names(self) -> Iterator[tuple[str, str, str]]:
-        """In AdapterHub's files, the module that holds a tensor and its name there; then its name in ours."""
+        """A tensor's holder and name in AdapterHub's files, and its name in ours."""
         for holder, path, layer in zip(self.holders, self.paths, self.layers, strict=True):
             for part, _ in layer.named_parameters():
                 own = self.stored_name(part)
@@ -314,19 +326,19 @@ class Bottleneck(SiteAdapter):
                     own.replace("down.", f"down.{int(self.settings.ln_before)}."),
                     f"{self.prefix}{path}.{own}",
                 )
-                if part.startswith("norm_before"):  # also the first part of what stands before the non-linearity
+                if part.startswith("norm_before"):  # this name is also the first part before the non-linearity
                     yield holder, own.replace("norm_before", "down.0"), f"{self.prefix}{path}.{own}"
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         return self.hub_tensors(self.name)
 
     def hub_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors under the names of AdapterHub's ``adapter.safetensors``."""
+        """The tensors, in their own shapes, under the names of AdapterHub's ``adapter.safetensors``."""
         own, name = self.tensors(), name.replace(".", "_")
         return {f"{holder}.adapters.{name}.{tail}": own[key] for holder, tail, key in self._hub_names()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Also those that AdapterHub wrote, of whatever name and for a model with or without its head."""
+        """Load tensors; AdapterHub's may have any adapter's name, and be of a model with or without its head."""
         own = {_UP_TO_LAYER.sub("", f"{holder}.{tail}"): key for holder, tail, key in self._hub_names()}
         short = {key: _UP_TO_LAYER.sub("", _HUB_TENSOR.sub(".", key)) for key in tensors}
         super().load_tensors({own.get(short[key], key): tensor for key, tensor in tensors.items()})
@@ -336,12 +348,12 @@ def _places(config: BottleneckConfig, context: BuildContext) -> list[Place]:
     """All bottlenecks, those of a block together.
 
     Raises:
-        UserError: no place is left, a layer is not there, or the residual stream is asked for where it is not known.
+        UserError: No place is left, a layer is not there, or the residual stream of an unknown block is asked for.
     """
     shape = context.architecture
     named = [int(key) for key in config.factors if key != "default"]
     for key, numbers in (("leave_out", config.leave_out), ("reduction_factor", named)):
-        # AdapterHub numbers the layers of an encoder-decoder on through both.
+        # AdapterHub numbers the layers of an encoder-decoder through both stacks.
         if wrong := [i for i in numbers if not 0 <= i < len(shape.blocks)]:
             raise UserError(f"bottleneck: {key} {wrong}: this model's layers are 0 to {len(shape.blocks) - 1}.")
     outputs = (shape.attention_output * config.mh_adapter, shape.mlp_output * config.output_adapter)
@@ -369,9 +381,8 @@ def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: in
     if wanted is None:
         return Place(layer, kind, path)
     trouble = f"bottleneck: {wanted[0]} needs the residual stream before the {('attention', 'MLP')[kind]}, which "
-    around, block, settings = _AROUND.get(shape.model_type), shape.blocks[layer], context.model.config
-    normed = getattr(settings, "apply_residual_connection_post_layernorm", False)
-    if around is None or normed or not getattr(settings, "do_layer_norm_before", True):
+    around, block = _AROUND.get(shape.model_type), shape.blocks[layer]
+    if around is None or (shape.norms_sums and shape.writes):
         raise UserError(f"{trouble}is not known of this {shape.model_type} model; set it to {wanted[1]}.")
     if around.norms is None and c.residual_before_ln == "post_add":
         raise UserError(f"bottleneck: residual_before_ln is true or false in a {shape.model_type} model; 'post_add' "
@@ -387,18 +398,18 @@ def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: in
 # AdapterHub's folders hold adapter_config.json and adapter.safetensors (or a pickle, which is never read).
 # The part of a tensor's name that holds the adapter's, in all versions.
 _HUB_TENSOR = re.compile(r"\.(?:(?:attention|layer)_text_(?:task|lang)_)?adapters\.[^.]+\.")
-# What stands before the block's number, or before the stack's name in T5.
+# The beginning of a name up to the block's number, or up to the stack's name in T5.
 _UP_TO_LAYER = re.compile(r"^(?!(?:encoder|decoder)\.block\.).*?\.(?=(?:encoder|decoder)\.block\.|\d+\.)")
 
 
-def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: str) -> dict[str, Any]:
+def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: str) -> dict[str, object]:
     """The ``adapter_config.json`` of AdapterHub for the adapter ``name``."""
     d = architecture.hidden_size
     factor = {"reduction_factor": d / config.width(d, 0)} if config.reduction_factor is None else {}
     return {
         "config": config.model_dump(mode="json", exclude={"architecture"})
         | factor
-        | ({"cross_adapter": config.mh_adapter} if architecture.task == "seq2seq" else {}),
+        | ({"cross_adapter": config.mh_adapter} if architecture.stacks > 1 else {}),
         "hidden_size": architecture.hidden_size,
         "model_type": architecture.model_type,
         "model_name": "",
@@ -407,14 +418,14 @@ def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: st
     }
 
 
-def from_adapterhub(entries: Mapping[str, Any]) -> BottleneckConfig:
+def from_adapterhub(entries: Mapping[str, object]) -> BottleneckConfig:
     """The configuration in an ``adapter_config.json`` of AdapterHub.
 
     Raises:
-        UserError: it is no bottleneck adapter, or an entry changes what it computes in a way that Weft does not know.
+        UserError: It is no bottleneck adapter, or an entry changes its results in a way that Weft does not know.
     """
     found = adapterhub_settings(entries, BottleneckConfig.model_fields.keys() | _NOT_HERE.keys())
     try:
-        return BottleneckConfig(**{"init_weights": "bert", **found})
+        return BottleneckConfig.model_validate({"init_weights": "bert", **found})
     except ValidationError as error:
         raise UserError(f"adapter_config.json: the configuration cannot be used: {error}") from error

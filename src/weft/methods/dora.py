@@ -1,7 +1,7 @@
-"""LoRA layers that compute more than ``s B A x``: PiSSA's, which take away what they began with, and DoRA's.
+"""LoRA layers that compute more than ``s B A x``: PiSSA's, which subtract their beginning, and DoRA's.
 
-PiSSA (Meng et al. 2024) trains the principal part of W on a base that has lost it. Here the base is never written, so
-the layer computes ``s (B A - B0 A0) x`` with B0 A0 what it began with: the same function, and the identity at first.
+PiSSA (Meng et al. 2024) trains the principal part of W on a base without it. Here the base is never written, so the
+layer computes ``s (B A - B0 A0) x`` with the first values B0 A0: the same function, and the identity at first.
 
 DoRA (Liu et al. 2024, eq. 5) gives every output its own length: ``W' = m (W + s B A) / ||W + s B A||``, the norm over a
 row of the weight, m trained and ||W|| at first. As the paper proposes in section 4.3, the norm has no gradient.
@@ -9,16 +9,14 @@ row of the weight, m trained and ||W|| at first. As the paper proposes in sectio
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.core.config import BuildContext
-from weft.core.merging import MergedModule
+from weft.core.adapter import BuildContext
 from weft.core.route import Segment, seeded_dropout
-from weft.core.weights import dense_weight
+from weft.methods.dense import dense_weight
+from weft.methods.mergeable import MergedModule
 from weft.ops.lowrank import low_rank, low_rank_merged, row_norms
 
 
@@ -26,17 +24,20 @@ class VariantLinear(nn.Module):
     """LoRA on one linear module with PiSSA's beginning taken away, DoRA's magnitude, or both.
 
     Args:
-        a, b: [r, in] and [out, r].
-        pissa: keep copies of a and b, which is what is taken away.
-        dora: train a magnitude [out].
+        a: [r, in].
+        b: [out, r].
+        pissa: Keep copies of a and b, whose product is subtracted.
+        dora: Train a magnitude [out].
     """
+
+    base: nn.Module
 
     def __init__(
         self, path: str, base: nn.Module, a: Tensor, b: Tensor, scaling: float, dropout: float, context: BuildContext,
         *, pissa: bool, dora: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.__dict__["base"] = base  # not a submodule: its tensors are not the adapter's
+        self.__dict__["base"] = base  # no submodule, because its tensors are not the adapter's
         self.path, self.scaling, self.dropout = path, scaling, dropout
         self.lora_A, self.lora_B = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
         self.register_buffer("initial_a", a.clone(memory_format=torch.contiguous_format) if pissa else None)
@@ -58,29 +59,29 @@ class VariantLinear(nn.Module):
     def norms(self) -> Tensor:
         """``||W + s B A||`` per output, [out]."""
         a, b = self.factors()
-        base: Any = self.base
-        return row_norms(dense_weight(base, a.dtype), a, b, self.scaling)
+        return row_norms(dense_weight(self.base, a.dtype), a, b, self.scaling)
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """y [..., out] with the update for x [..., in]."""
         dropped = seeded_dropout(x, self.dropout, segment, self.path)
         update = low_rank(dropped, self.lora_A, self.lora_B, y.dtype)
         if self.initial_a is not None and self.initial_b is not None:
-            # Two products and not one of rank 2 r: alike at first, they leave exactly nothing. And not of the dropped
-            # x, for this is a part of the frozen weight.
+            # Two products and not one of rank 2 r, because equal ones cancel exactly at first. And x without dropout,
+            # because this is a part of the frozen weight.
             update = update - low_rank(x, self.initial_a, self.initial_b, y.dtype)
         update = update * self.scaling
         if self.lora_magnitude_vector is None:
             return y + update
         length = (self.lora_magnitude_vector / self.norms()).to(y.dtype)
-        base: Any = self.base
         if dropped is x:
-            plain = y if base.bias is None else y - base.bias
+            bias = self.base._parameters.get("bias")
+            plain = y if bias is None else y - bias
         else:
-            plain = dropped.to(y.dtype) @ dense_weight(base, y.dtype).t()
+            plain = dropped.to(y.dtype) @ dense_weight(self.base, y.dtype).t()
         return y + (length - 1) * plain + length * update
 
     def merge_into(self, merged: MergedModule) -> None:
-        """W + s B A; DoRA's lengths are those of the base's weight and leave its bias alone."""
+        """W + s B A. DoRA's lengths are those of the base's weight, and do not change its bias."""
         a, b = (merged.cast(factor) for factor in self.factors())
         merged.weight = low_rank_merged(merged.weight, a, b, self.scaling)
         if self.lora_magnitude_vector is None:
@@ -96,8 +97,10 @@ class VariantLinear(nn.Module):
 class LoraEmbedding(nn.Module):
     """LoRA on the table of token embeddings E [vocabulary, d]: ``E[x] + s (Aᵀ[x]) Bᵀ``.
 
-    PEFT's shapes and beginning: A [r, vocabulary] zero, B [d, r] Gaussian. DoRA's lengths are those of E's columns.
+    As in PEFT, A [r, vocabulary] begins as zero and B [d, r] Gaussian. DoRA's lengths are those of E's columns.
     """
+
+    base: nn.Embedding
 
     def __init__(
         self, r: int, base: nn.Embedding, scaling: float, context: BuildContext, *, dora: bool, identity: bool
@@ -116,11 +119,11 @@ class LoraEmbedding(nn.Module):
     def norms(self) -> Tensor:
         """``||E + s (B A)ᵀ||`` per column, [d]."""
         a, b = self.lora_embedding_A, self.lora_embedding_B
-        base: Any = self.base
-        return row_norms(base.weight.to(a.dtype).t(), a, b, self.scaling)
+        return row_norms(self.base.weight.to(a.dtype).t(), a, b, self.scaling)
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        base: Any = self.base
+        """y [..., d] with the update for the ids x [...]."""
+        base = self.base
         rows = F.embedding(x, self.lora_embedding_A.t(), padding_idx=base.padding_idx)
         update = (rows @ self.lora_embedding_B.t() * self.scaling).to(y.dtype)
         scale = getattr(base, "embed_scale", None)

@@ -1,5 +1,7 @@
-"""Rows that an encoder makes while they are trained (P-tuning, prefix tuning's projection), and that are all that
-inference needs. The rows are what PEFT's file holds; the encoder lies beside it, so that training can go on."""
+"""Rows that an encoder makes while they are trained (P-tuning, prefix tuning's projection).
+
+Inference needs only the rows, and PEFT's file holds only them. The encoder lies beside it, so that training can go on.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, copy_into
-from weft.core.config import BuildContext, MethodConfig
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
+from weft.core.embeddings import input_embeddings
+from weft.core.tensors import copy_into
 from weft.errors import UserError
 
 KEY = "prompt_embeddings"
@@ -19,15 +22,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class RowEncoder(nn.Module):
-    """A network without an input, whose output is the rows [n, width]. ``features`` is what its last layer takes."""
+    """A network without an input, whose output is the rows [n, width]. ``features`` are its last layer's input."""
 
     last: nn.Linear
 
     def features(self, seed: int | None) -> Tensor:
-        """[n, last.in_features]; ``seed`` fixes what dropout drops (None: nothing)."""
+        """The last layer's input, [n, last.in_features]; ``seed`` fixes dropout's choice (None: no dropout)."""
         raise NotImplementedError
 
     def forward(self, seed: int | None = None) -> Tensor:
+        """The rows, [n, width]."""
         return self.last(self.features(seed))
 
     @torch.no_grad()
@@ -63,13 +67,13 @@ class EncodedRows(Adapter):
         encoder.to(context.device, context.dtype)
 
     def values(self, seed: int | None = None) -> Tensor:
-        """The rows; ``seed`` fixes what the encoder's dropout drops."""
+        """The rows, [n, width]; ``seed`` fixes the choice of the encoder's dropout."""
         if self.rows is not None:
             return self.rows
         if self.loaded is not None and not torch.is_grad_enabled():
             return self.loaded
         assert self.encoder is not None
-        with torch.enable_grad():  # an LSTM takes another kernel where no gradient is wanted, and so rounds differently
+        with torch.enable_grad():  # without gradients an LSTM takes another kernel, which rounds differently
             rows = self.encoder(seed)
         return rows if torch.is_grad_enabled() else rows.detach()
 
@@ -112,8 +116,11 @@ def drawn(module: M, inputs: int, context: BuildContext) -> M:
 
 
 def orthogonal(layer: nn.Linear, context: BuildContext) -> nn.Linear:
-    """Make the weight orthogonal times sqrt(2), the bias zero: before a ReLU, what goes in comes out as large (Saxe et
-    al. 2014, He et al. 2015), so that the inputs of a deep encoder learn as fast as its outputs would."""
+    """Make the weight orthogonal times sqrt(2), the bias zero.
+
+    Before a ReLU that keeps the size of the signal (Saxe et al. 2014, He et al. 2015), so that the inputs of a deep
+    encoder learn as fast as its outputs.
+    """
     if not context.blank:
         nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=context.generator)
         nn.init.zeros_(layer.bias)
@@ -121,15 +128,15 @@ def orthogonal(layer: nn.Linear, context: BuildContext) -> nn.Linear:
 
 
 def normal_rows(count: int, width: int, context: BuildContext) -> nn.Parameter:
-    """What an encoder begins with: standard normal, [count, width]."""
+    """The first inputs of an encoder: standard normal, [count, width]."""
     if context.device.type == "meta":
         return nn.Parameter(torch.empty(count, width, dtype=context.dtype, device="meta"))
     return nn.Parameter(torch.randn(count, width, generator=context.generator).to(context.dtype))
 
 
 def real_tokens(context: BuildContext) -> Tensor:
-    """Ids of the vocabulary that stand for text: no special tokens, no rows that only fill up the table."""
-    rows = context.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    """Ids, [n] int64, that stand for text: neither special tokens nor rows that only fill the table."""
+    rows = input_embeddings(context.model).weight.shape[0]
     tokenizer: Any = context.tokenizer
     known = len(tokenizer) if hasattr(tokenizer, "__len__") else rows
     special = set(getattr(tokenizer, "all_special_ids", ()))
@@ -137,7 +144,7 @@ def real_tokens(context: BuildContext) -> Tensor:
 
 
 def sampled_ids(count: int, context: BuildContext) -> Tensor:
-    """``count`` ids of real tokens, drawn from the adapter's own generator."""
+    """Ids of real tokens, [count] int64, drawn from the adapter's own generator."""
     real = real_tokens(context)
     return real[torch.randint(len(real), (count,), generator=context.generator)]
 
@@ -158,5 +165,5 @@ def text_ids(text: str, key: str, context: BuildContext) -> list[int]:
 
 
 def repeated(ids: list[int], count: int) -> Tensor:
-    """The first ``count`` ids of the text repeated."""
+    """The first ``count`` ids of the text repeated, [count] int64."""
     return torch.tensor((ids * (count // len(ids) + 1))[:count])

@@ -9,8 +9,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from weft.core.compose import ON_CHANGES
-from weft.core.config import BuildContext, MethodConfig
+from weft.combine.rules import ON_CHANGES
+from weft.core.adapter import BuildContext, MethodConfig
 from weft.errors import UserError, nearest
 from weft.methods.full import WeightDeltas
 from weft.patterns import pattern as regular
@@ -19,7 +19,7 @@ _DEFAULT_LAYERS = 2
 
 
 class FreezeConfig(MethodConfig):
-    """What is trained is all that one of these keys names."""
+    """The choice of the trained parameters: all that one of these keys names."""
 
     method: ClassVar[str] = "freeze"
     peft_type: ClassVar[str] = "FREEZE"
@@ -98,7 +98,7 @@ class FreezeConfig(MethodConfig):
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Every parameter, a tied one under each of its names."""
+    """The names of all parameters; a tied one has several."""
     return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 

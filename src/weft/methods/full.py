@@ -1,8 +1,8 @@
-"""Full fine-tuning as a job like any other: ``y = f(x; W + ΔW)`` with a ΔW, zero in the beginning, for every parameter.
+"""Full fine-tuning as a job like any other: ``y = f(x; W + ΔW)``, where ΔW of every parameter begins at zero.
 
-The base stays as it is, so several jobs of this kind, and of all others, share it; each costs as much memory as the
-base's parameters have in float32, and as much again per moment of its optimizer. Weight decay pulls ΔW, not W + ΔW,
-towards zero: towards the base (L2-SP, Li et al. 2018). Tied tensors have one ΔW, as they have one W.
+The base does not change, so jobs of this and every other kind share it. Each job costs as much memory as the base's
+parameters in float32, and as much again per moment of its optimizer. Weight decay pulls ΔW, not W + ΔW, towards zero:
+towards the base (L2-SP, Li et al. 2018). Tied tensors have one ΔW, as they have one W.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from weft.core.adapter import SiteAdapter
-from weft.core.compose import ON_CHANGES
-from weft.core.config import BuildContext, MethodConfig
-from weft.core.weights import delta_layers
+from weft.combine.rules import ON_CHANGES
+from weft.core.adapter import BuildContext, MethodConfig
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
+from weft.methods.own_weights import delta_layers
 
 
 class FullConfig(MethodConfig):
-    """There is nothing to choose; ``freeze`` trains a chosen part."""
+    """Full fine-tuning has no settings; ``freeze`` trains a chosen part."""
 
     method: ClassVar[str] = "full"
     peft_type: ClassVar[str] = "FULL"
@@ -37,7 +37,7 @@ class WeightDeltas(SiteAdapter):
     """The change of some of the base's parameters, stored as ``base_model.model.<path>.weight_delta`` (or ``bias_``).
 
     Raises:
-        UserError: what a parameter does is not known, or it is quantised.
+        UserError: The role of a parameter is not known, or it is quantised.
     """
 
     def __init__(self, config: MethodConfig, name: str, context: BuildContext, parameters: Collection[str]) -> None:
@@ -49,5 +49,6 @@ class WeightDeltas(SiteAdapter):
 
     def tensors(self) -> Mapping[str, Tensor]:
         # A tied tensor stands in the file once, under its first module.
-        seen: set[int] = set()
-        return {k: t for k, t in super().tensors().items() if not (id(t) in seen or seen.add(id(t)))}  # type: ignore[func-returns-value]
+        first: dict[int, str] = {}
+        own = super().tensors()
+        return {key: tensor for key, tensor in own.items() if first.setdefault(id(tensor), key) == key}

@@ -1,30 +1,32 @@
-"""A hard prompt: the embeddings of a written text stand where a soft prompt's would. Nothing is trained; it is what the
-other prompt methods have to beat."""
+"""A hard prompt: the embeddings of a written text in the place of a soft prompt. Nothing is trained; it is the baseline
+of the other prompt methods."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from weft.core.adapter import Adapter, Run
+from weft.core.adapter import Adapter, BuildContext, Run
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext
+from weft.core.embeddings import input_embeddings
 from weft.errors import UserError
 from weft.methods.encoder import KEY, text_ids
 from weft.methods.prompt_tuning import SoftPromptConfig, embedded, embedding_width, virtual_places
 
 
 class HardPromptConfig(SoftPromptConfig):
-    """A text and where it stands. As virtual tokens it takes its place without the chat template, and the text around
-    it is tokenised as if it were not there."""
+    """A text and its place.
+
+    Its tokens are virtual: the chat template does not see them, and the text around them is tokenised without them.
+    """
 
     method: ClassVar[str] = "hard_prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    combination_types: ClassVar[tuple[str, ...]] = ()  # it is its text
+    combination_types: ClassVar[tuple[str, ...]] = ()  # texts cannot be averaged
     instead_of_merging: ClassVar[str] = "Put its text into a system message (weft chat --system) or the chat template."
 
     prompt_text: str | None = Field(None, description="the text")
@@ -46,11 +48,11 @@ class HardPromptConfig(SoftPromptConfig):
         # With its ids in it the adapter's folder needs no tokenizer.
         return HardPrompt(HardPromptConfig(prompt_ids=ids, virtual_position=self.virtual_position), name, context)
 
-    def in_peft(self) -> dict[str, Any]:
+    def in_peft(self) -> dict[str, object]:
         count = {} if self.prompt_ids is None else {"num_virtual_tokens": len(self.prompt_ids)}
         return {"peft_type": super().in_peft()["peft_type"], **count}
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         # To peft it is prompt tuning with these rows.
         assert self.prompt_ids is not None
         entries = {"num_virtual_tokens": len(self.prompt_ids), "prompt_tuning_init": "RANDOM"}
@@ -58,7 +60,7 @@ class HardPromptConfig(SoftPromptConfig):
 
 
 class HardPrompt(Adapter):
-    """Rows of the base's table of embeddings; a buffer, for there is nothing to train."""
+    """Rows of the base's table of embeddings. They are a buffer, because they are not trained."""
 
     rows: Tensor
 
@@ -66,7 +68,7 @@ class HardPrompt(Adapter):
         super().__init__(config, name)
         self.position = config.virtual_position
         ids = config.prompt_ids or []
-        table = context.model.get_input_embeddings().weight  # type: ignore[operator]
+        table = input_embeddings(context.model).weight
         stray = [i for i in ids if not 0 <= i < len(table)]
         if stray:
             raise UserError(f"prompt_ids: {stray[0]} is no token; this base has 0 to {len(table) - 1}.")

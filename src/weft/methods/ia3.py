@@ -1,35 +1,34 @@
 """IA3 (Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"):
-keys, values and the MLP's inner activations are multiplied, element by element, by learned vectors that begin as ones:
+learned vectors, which begin as ones, multiply keys, values and the MLP's inner activations element by element:
 ``softmax(Q (l_k * K)^T / sqrt(d)) (l_v * V)`` and ``W_2 (l_ff * f(W_1 x))``.
 
-The base runs as it is, on scaled inputs or before its output is scaled, so that how its weights are stored is its own
-affair.
+The base itself does not change: its inputs or its outputs are scaled. So its weights may be stored in any way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, InputFunction, SiteAdapter, SiteFunction
+from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig, SiteFunction
 from weft.core.architecture import Architecture, linear_shape
-from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
 from weft.core.route import Segment
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
+from weft.methods.mergeable import MergedModule
 from weft.patterns import pattern
 
-# The linear that gives the keys and the one that gives the values. Keys alone are not what the paper scales (Zaya's
-# values come from two linears of other names).
+# The linears of the keys and of the values. The paper never scales keys alone (Zaya's values come from two linears of
+# other names).
 _KEYS_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k", "v"), ("key_proj", "value_proj"), ("k_lin", "v_lin"))
 _FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "W_pack")
 
 
 class IA3Config(MethodConfig):
-    """PEFT's names."""
+    """Settings with PEFT's names."""
 
     method: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
@@ -59,7 +58,7 @@ class IA3Config(MethodConfig):
     def build(self, name: str, context: BuildContext) -> Adapter:
         return IA3(self, name, context)
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         targets, inner = self.places(architecture)
         entries = {"target_modules": targets, "feedforward_modules": inner, "modules_to_save": None}
         gpt2 = architecture.model_type == "gpt2"
@@ -69,7 +68,7 @@ class IA3Config(MethodConfig):
         """Paths of all targets, and of those whose input is scaled.
 
         Raises:
-            UserError: nothing is matched, or a module of ``feedforward_modules`` is no target.
+            UserError: No module matches, or a module of ``feedforward_modules`` is no target.
         """
         targets = architecture.match(self._targets(architecture))
         if self.feedforward_modules is None:
@@ -96,18 +95,18 @@ class IA3Config(MethodConfig):
         return [*found, *architecture.mlp_output]
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
-        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
+        # The file's keys show the tuned modules; target_modules may be a default that we would have to guess.
         tuned = [key for key in keys if key.endswith(".ia3_l")]
         targets = sorted(key.removeprefix(SiteAdapter.prefix).removesuffix(".ia3_l") for key in tuned)
         inner = entries.get("feedforward_modules")
-        if inner is not None:
+        if isinstance(inner, str | list):
             inner = [path for path in targets if _scales_input(path, inner)]
         return super().from_peft({**entries, "target_modules": targets, "feedforward_modules": inner}, keys)
 
 
 def _scales_input(path: str, wanted: str | Iterable[str]) -> bool:
-    """PEFT's rule: an expression over the whole path, or any ending, which need not begin at a dot."""
+    """Whether PEFT's rule matches: an expression over the whole path, or any ending, which need not begin at a dot."""
     if isinstance(wanted, str):
         return pattern(wanted, "target_modules").full(path) is not None
     return any(path.endswith(name) for name in wanted)
@@ -129,10 +128,11 @@ class IA3Scale(nn.Module):
         self.ia3_l = nn.Parameter(start)
 
     def scale(self, rows: Tensor) -> Tensor:
-        """``l * rows``; the product is rounded once, from the vector's precision."""
+        """``l * rows`` of rows [..., out or in]; the product is rounded once, from the vector's precision."""
         return (rows * self.ia3_l.flatten()).to(rows.dtype)
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """``l * y`` of y [..., out]."""
         return self.scale(y)
 
     def merge_into(self, merged: MergedModule) -> None:

@@ -1,5 +1,5 @@
-"""LLaMA-Pro (Wu et al. 2024), block expansion: the base's L blocks are cut into groups of equal size, and after each
-group stands a new block, a copy of the group's last one. Only the new blocks are trained.
+"""LLaMA-Pro (Wu et al. 2024), block expansion: the base's L blocks form groups of equal size, and a new block follows
+each group, a copy of the group's last one. Only the new blocks are trained.
 
 A block computes ``x' = x + Attn(n(x))``, ``y = x' + MLP(n(x'))``. With the last linear of both sub-layers set to zero
 (and their biases) it is ``y = x``: the expanded model begins exactly as the base.
@@ -8,23 +8,23 @@ A block computes ``x' = x + Attn(n(x))``, ``y = x' + MLP(n(x'))``. With the last
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointed
-from weft.core.config import BuildContext, MethodConfig
 from weft.core.inserted import copy_block
 from weft.core.route import Router
 from weft.core.site import Site, detach
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
 
 
 class LlamaProConfig(MethodConfig):
-    """How many blocks are added."""
+    """The number of the added blocks."""
 
     method: ClassVar[str] = "llama_pro"
     peft_type: ClassVar[str] = "LLAMA_PRO"
@@ -44,7 +44,7 @@ class LlamaProConfig(MethodConfig):
         """The number of each group's last block.
 
         Raises:
-            UserError: there are more new blocks than blocks.
+            UserError: There are more new blocks than blocks.
         """
         count = self.num_new_blocks or max(layers // 4, min(layers, 4))
         if count > layers:
@@ -53,7 +53,7 @@ class LlamaProConfig(MethodConfig):
 
 
 class InsertedBlock(nn.Module):
-    """A block of the base's kind with parameters of its own, in the adapter's dtype, computed in the base's."""
+    """A block of the base's kind. Its parameters have the adapter's dtype; it computes in the base's."""
 
     def __init__(self, block: nn.Module, context: BuildContext) -> None:
         super().__init__()
@@ -64,14 +64,15 @@ class InsertedBlock(nn.Module):
                 module.register_parameter(part, nn.Parameter(own))
         self.block = block
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
+        """The block's own output, [1, N, d] or padded [B, T, d] as ``hidden``, alone or first in a tuple."""
         rounded = {n: p.to(self.dtypes[n]) for n, p in self.block.named_parameters() if p.dtype != self.dtypes[n]}
         if not rounded:
             return self.block(hidden, *args, **kwargs)
         return torch.func.functional_call(self.block, rounded, (hidden, *args), kwargs)
 
     def merged_tensors(self) -> Mapping[str, Tensor]:
-        """As in the forward pass: rounded to the base's dtypes."""
+        """The block's tensors, in their own shapes, rounded to the base's dtypes as in the forward pass."""
         return {name: t.detach().to(self.dtypes.get(name, t.dtype)) for name, t in self.block.state_dict().items()}
 
 
@@ -99,13 +100,13 @@ class LlamaPro(Adapter):
 
 
 def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
-    """A copy of the block at ``path`` that computes the identity; ``number`` is its layer in a KV cache."""
+    """A copy of the block at ``path`` that is the identity; ``number`` is its layer in a KV cache."""
     shape, source = context.architecture, context.model.get_submodule(path)
     block = copy_block(source, (Router, Site))
     for module in block.modules():
         detach(module)
         if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx = number  # type: ignore[assignment]
+            module.__dict__["layer_idx"] = number
     disable_checkpointing(block)
     for outputs in (shape.attention_output, shape.mlp_output):
         last = [p.removeprefix(f"{path}.") for p in outputs if p.startswith(f"{path}.")]
@@ -121,12 +122,10 @@ def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
 
 
 def _check(context: BuildContext) -> None:
-    """Whether a block with zeros in its last linears is the identity, and can be trained."""
+    """Refuse a base on which a block with zeros in its last linears is not the identity, or cannot be trained."""
     shape = context.architecture
-    config: Any = context.model.config
     # A norm after the sum changes what the zeros leave alone.
-    after = getattr(config, "apply_residual_connection_post_layernorm", False)
-    if shape.bidirectional or after or not getattr(config, "do_layer_norm_before", True):
+    if shape.norms_sums:
         raise UserError(
             f"llama_pro: this {shape.model_type} model normalises after the residual sum, so no block of it can begin "
             "as the identity. Take another method (bottleneck, for one)."

@@ -1,24 +1,24 @@
 """Layer-norm tuning (Zhao et al. 2023, "Tuning LayerNorm in Attention"): only the norms' own weights are trained,
-``y = norm(x; g', b')``. As in PEFT's files the adapter holds them whole; they begin as the base's."""
+``y = norm(x; g', b')``. The adapter holds them whole, as PEFT's files do. They begin as the base's."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext, MethodConfig
-from weft.core.weights import OwnWeights, weight_parts
+from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
+from weft.methods.own_weights import OwnWeights, weight_parts
 from weft.patterns import pattern
 
 _STORED = "ln_tuning_layers"
 
 
 class LNTuningConfig(MethodConfig):
-    """Which norms are trained."""
+    """The choice of the trained norms."""
 
     method: ClassVar[str] = "ln_tuning"
     peft_type: ClassVar[str] = "LN_TUNING"
@@ -36,10 +36,10 @@ class LNTuningConfig(MethodConfig):
         return LNTuning(self, name, context)
 
     def norms(self, architecture: Architecture) -> list[str]:
-        """Paths of the norms that are tuned.
+        """The paths of the tuned norms.
 
         Raises:
-            UserError: an entry matches no norm.
+            UserError: An entry matches no norm.
         """
         norms, wanted = architecture.norms, self.target_modules
         last = sorted({path.rsplit(".", 1)[-1] for path in norms})
@@ -57,13 +57,13 @@ class LNTuningConfig(MethodConfig):
             raise UserError(f"ln_tuning finds no norm for target_modules {wanted!r}; there are: {', '.join(last)}.")
         return found
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         # PEFT knows the norms of few architectures, and applies an expression to every module.
         return {"target_modules": self.norms(architecture), "modules_to_save": None}
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
-        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
+        # The file's keys show the tuned modules; target_modules may be a default that we would have to guess.
         own = [key for key in keys if f".{_STORED}." in key]
         tuned = sorted({key.removeprefix(SiteAdapter.prefix).split(f".{_STORED}.")[0] for key in own})
         return super().from_peft({**entries, "target_modules": tuned}, keys)

@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021): ``W x + (alpha / r) B A x`` with A [r, in] random and B [out, r] zero, so that it begins as
 the identity. rsLoRA (Kalajdzievski 2023) scales by ``alpha / sqrt(r)`` instead. LoRA+ (Hayou et al. 2024) trains B at a
-multiple of A's rate. PiSSA and DoRA are in ``weft.methods.dora``; how A and B begin, in ``weft.methods.lora_init``.
+multiple of A's rate. PiSSA and DoRA are in ``weft.methods.dora``, the first A and B in ``weft.methods.lora_init``.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, ParameterFunction, SiteAdapter, checked, copy_into
+from weft.combine.rules import ON_PRODUCTS, Combination, Source
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, ParameterFunction
 from weft.core.architecture import Architecture, linear_shape
-from weft.core.compose import ON_PRODUCTS, Combination, Source
-from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
 from weft.core.route import Segment, seeded_dropout
+from weft.core.site_adapter import SiteAdapter
+from weft.core.tensors import checked, copy_into
 from weft.errors import UserError
 from weft.methods.dora import LoraEmbedding, VariantLinear
 from weft.methods.lora_combine import combine_lora
@@ -33,9 +33,10 @@ from weft.methods.lora_parameters import (
     stored_paths,
 )
 from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
+from weft.methods.mergeable import MergedModule
 from weft.ops.lowrank import low_rank_add, low_rank_merged
 
-# PEFT's other ones (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
+# PEFT's other initialisations (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
 _INITS_THAT_KEEP_THE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
 
 
@@ -78,7 +79,7 @@ class LoraConfig(LowRankConfig):
 
     @property
     def begins_as_identity(self) -> bool:
-        # PiSSA's and LoftQ's products take the place of a part of the weight: equal but for rounding, or nearly.
+        # PiSSA's and LoftQ's products replace a part of the weight: the sum is the weight but for rounding, or nearly.
         return self.init_lora_weights in (True, "gaussian")
 
     @property
@@ -106,27 +107,27 @@ class LoraConfig(LowRankConfig):
         return int(of_pattern(self.rank_pattern, self._pattern_key(path), self.r))
 
     def _pattern_key(self, path: str) -> str:
-        """What patterns are compared with: of a linear that ``target_parameters`` names, its weight's name."""
+        """The name that patterns see: the weight's, for a linear that ``target_parameters`` names."""
         return weight if names_parameter(self.target_parameters, weight := f"{path}.weight") else path
 
     def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
         return combine_lora(sources, how)
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         entries = self._stored(super().to_peft(architecture))
         return name_as_parameters(entries, self.target_parameters, self.targets(architecture), architecture)
 
-    def in_peft(self) -> dict[str, Any]:
+    def in_peft(self) -> dict[str, object]:
         return self._stored(super().in_peft())
 
     @classmethod
-    def renamed(cls, entries: Mapping[str, Any]) -> frozenset[str]:
-        # ``name_as_parameters``: of a base with experts.
+    def renamed(cls, entries: Mapping[str, object]) -> frozenset[str]:
+        # On a base with experts, see ``name_as_parameters``.
         changed = frozenset({"target_parameters", "rank_pattern", "alpha_pattern", "lora_dropout"})
         return changed if entries.get("target_parameters") else frozenset()
 
-    def _stored(self, entries: dict[str, Any]) -> dict[str, Any]:
-        """The entries for what the file holds, where that is not what was set."""
+    def _stored(self, entries: dict[str, object]) -> dict[str, object]:
+        """The entries that describe the file, where it is not as the settings say."""
         if self.pissa:
             # The file holds B A - B0 A0, of rank 2 r; alpha grows so that the scaling stays.
             factor = math.sqrt(2) if self.use_rslora else 2
@@ -144,12 +145,12 @@ class LoraConfig(LowRankConfig):
         return [] if self.target_modules == [] and self.target_parameters else super().targets(architecture)
 
     @classmethod
-    def tuned_modules(cls, entries: dict[str, Any], keys: list[str]) -> list[str]:
+    def tuned_modules(cls, entries: dict[str, object], keys: list[str]) -> list[str]:
         found = super().tuned_modules(entries, keys)
         return modules_among(found, entries) if entries.get("target_parameters") else found
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
         entries = dict(entries)
         entries.pop("loftq_config", None)
         how = entries.pop("init_lora_weights", True)
@@ -163,7 +164,7 @@ class LoraConfig(LowRankConfig):
 
 
 class LoraLinear(nn.Module):
-    """A and B of one linear module, in the adapter's own dtype. (``weft.models.fused`` computes it by itself.)"""
+    """A and B of one linear module, in the adapter's own dtype. (``weft.models.fused`` computes it in its own way.)"""
 
     def __init__(self, path: str, a: Tensor, b: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -171,6 +172,7 @@ class LoraLinear(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """``y + s B A x`` of x [..., in] and y [..., out]."""
         x = seeded_dropout(x, self.dropout, segment, self.path)
         return low_rank_add(y, x, self.lora_A, self.lora_B, self.scaling)
 
@@ -260,7 +262,7 @@ class Lora(SiteAdapter):
         copy_into(self._file_tensors(), rest)
 
     def _pissa_layers(self) -> list[tuple[str, str, VariantLinear]]:
-        """(A's name in the file, B's, layer)."""
+        """(A's name in the file, B's name, the layer)."""
         return [
             (f"{self.prefix}{path}.lora_A.weight", f"{self.prefix}{path}.lora_B.weight", m)
             for path, m in zip(self.paths, self.layers, strict=True)
@@ -271,7 +273,7 @@ class Lora(SiteAdapter):
         ratio = self.lora.loraplus_lr_ratio
         if ratio is None:
             return 1.0
-        # Vectors (biases, magnitudes) go with B, as in peft's create_loraplus_optimizer.
+        # Vectors (biases, magnitudes) have B's rate, as in peft's create_loraplus_optimizer.
         return ratio if "lora_B" in parameter or self.get_parameter(parameter).ndim == 1 else 1.0
 
     def scaled_learning_rate(self, parameter: str, rate: float) -> float:

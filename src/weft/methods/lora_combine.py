@@ -1,9 +1,9 @@
-"""LoRA adapters become a new one, by the rules of peft's ``add_weighted_adapter``.
+"""The combination of LoRA adapters into a new one, by the rules of peft's ``add_weighted_adapter``.
 
 The change of a module is s B A, with the scaling s = alpha / r (or alpha / sqrt(r)). Concatenation and SVD work on that
-product: they are exact, or the nearest of their rank. The other rules work on A and on B by themselves, each weighted
-by sqrt(|w s|) (the sign goes to A); of the sum of products they keep no more than its like terms. The new adapter has
-scaling 1 and, where modules differ in rank, rows of zeros.
+product: they are exact, or the nearest of their rank. The other rules work on A and on B separately, each weighted by
+sqrt(|w s|) (the sign goes to A). They do not give the sum of products: mixed terms come in. The new adapter has scaling
+1 and, where modules differ in rank, rows of zeros.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.core.compose import Combination, Source
-from weft.core.config import MethodConfig
+from weft.combine.rules import Combination, Source
+from weft.core.adapter import MethodConfig
 from weft.errors import UserError
-from weft.ops.merge import truncated_svd, truncated_svd_of_product
+from weft.ops.combine import truncated_svd, truncated_svd_of_product
 
 _FACTOR = re.compile(
     r"(?P<head>(?:base_model\.model\.)?(?P<path>.+)\.lora_(?:embedding_)?)(?P<side>[AB])(?P<tail>\.weight)?"
@@ -39,10 +39,10 @@ class _Factors:
 
 
 def combine_lora(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """Configuration and tensors of the new adapter; a module that only some adapters tune is theirs alone.
+    """The new adapter's configuration and its A [r, in] and B [out, r]; a module may be tuned by some adapters only.
 
     Raises:
-        UserError: an adapter holds more than A and B, or the rule needs equal ranks and they differ.
+        UserError: An adapter holds more than A and B, or the rule needs equal ranks and they differ.
     """
     for source in sources:
         if named := getattr(source.config, "target_parameters", None):
@@ -55,7 +55,7 @@ def combine_lora(sources: Sequence[Source], how: Combination) -> tuple[MethodCon
         for names, path, a, b in _factors(source):
             scaling = source.config.scaling(path)  # type: ignore[attr-defined]
             modules.setdefault(names, []).append(_Factors(source.name, a, b, scaling, weight))
-    # peft's rule: of a single adapter nothing is left but its weight.
+    # peft's rule: every rule only weights a single adapter.
     kind = "linear" if len(sources) == 1 else how.combination_type
     svd_rank = how.svd_rank or max(len(part.a) for parts in modules.values() for part in parts)
     merged = {names: _module(names[0], parts, kind, how, svd_rank) for names, parts in modules.items()}

@@ -1,24 +1,40 @@
-"""How LoRA's A and B begin: drawn, from the base's weight (PiSSA), or from what quantisation lost of it (LoftQ)."""
+"""LoRA's first A and B: random, from the base's weight (PiSSA), or from the part that quantisation lost (LoftQ)."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from weft.core.adapter import BuildContext
 from weft.core.architecture import linear_shape
-from weft.core.config import BuildContext
-from weft.core.weights import dense_weight
 from weft.errors import UserError
+from weft.methods.dense import dense_weight
 from weft.ops.lowrank import loftq_factors, principal_factors, sketched_factors
 
-if TYPE_CHECKING:
-    from weft.methods.lora import LoraConfig
+
+class LoraSettings(Protocol):
+    """What of a LoRA's configuration its first values and adapted parameters depend on (``LoraConfig`` has them)."""
+
+    @property
+    def init_lora_weights(self) -> bool | str: ...
+    @property
+    def target_parameters(self) -> list[str] | None: ...
+    @property
+    def lora_dropout(self) -> float: ...
+    @property
+    def use_dora(self) -> bool: ...
+    @property
+    def pissa(self) -> bool: ...
+
+    def rank(self, path: str) -> int: ...
+
+    def scaling(self, path: str) -> float: ...
 
 
-def drawn_factors(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
+def drawn_factors(config: LoraSettings, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
     """A [r, in] Kaiming-uniform (or Gaussian), B [out, r] zero (``init_lora_weights: false``: Gaussian)."""
     inputs, outputs = linear_shape(base)
     r = config.rank(path)
@@ -33,8 +49,8 @@ def drawn_factors(config: LoraConfig, path: str, base: nn.Module, context: Build
     return a, b
 
 
-def pissa_factors(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
-    """The principal part of the weight (Meng et al. 2024): scaling * B A holds its r largest singular values."""
+def pissa_factors(config: LoraSettings, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] of the weight's principal part (Meng et al. 2024): its r largest singular values."""
     weight, r, scaling = dense_weight(base, context.dtype), config.rank(path), config.scaling(path)
     _, _, iterations = str(config.init_lora_weights).partition("_niter_")
     if iterations:
@@ -43,15 +59,15 @@ def pissa_factors(config: LoraConfig, path: str, base: nn.Module, context: Build
 
 
 def loftq_initial_factors(
-    config: LoraConfig, path: str, base: nn.Module, context: BuildContext
+    config: LoraSettings, path: str, base: nn.Module, context: BuildContext
 ) -> tuple[Tensor, Tensor]:
-    """The best rank-r part of what NF4 took from the weight (Li et al. 2023).
+    """A [r, in] and B [out, r] nearest to the part of the weight that NF4 lost (Li et al. 2023).
 
     LoftQ alternates between quantising W - B A and decomposing the rest. Here the quantised base is shared and never
-    written, so Q = q(W) stays what it is and one decomposition is already the best there is.
+    written, so Q = q(W) is fixed, and one decomposition gives the best result.
 
     Raises:
-        UserError: the module is not quantised to 4 bits, or the weight it was made from is not at hand.
+        UserError: The module is not quantised to 4 bits, or its weight before quantisation is not at hand.
     """
     try:
         from bitsandbytes.nn import Linear4bit

@@ -1,8 +1,8 @@
 """LoRA on parameters that no linear module holds: PEFT's ``target_parameters``, for experts and routers.
 
 A mixture of experts holds the matrices of all experts in one parameter [E, out, in]; each gets a B_e A_e of its own.
-PEFT's file keeps them as if they were one linear module: A [E * r, in] and B [out, r * E], under the module's path; of
-several parameters of one module the last has that path, the one before ``<path>.base_layer``, and so on.
+PEFT's file keeps them as if they were one linear module: A [E * r, in] and B [out, r * E], under the module's path. If
+a module has several parameters, the last has that path, the one before it ``<path>.base_layer``, and so on.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from weft.core.adapter import BuildContext
 from weft.core.architecture import Architecture, holds_experts, holds_layers, is_layer, is_linear
-from weft.core.config import BuildContext
-from weft.core.merging import LARGE
 from weft.core.site import plain_class
 from weft.errors import UserError, nearest
+from weft.methods.lora_init import LoraSettings
+from weft.methods.mergeable import LARGE
 from weft.ops.lowrank import low_rank_merged, stacked_low_rank_add
 from weft.patterns import pattern
-
-if TYPE_CHECKING:
-    from weft.methods.lora import LoraConfig
 
 
 def names_parameter(names: Sequence[str] | None, key: str) -> bool:
@@ -32,11 +30,11 @@ def names_parameter(names: Sequence[str] | None, key: str) -> bool:
     return any(key == name or key.endswith(f".{name}") for name in names or ())
 
 
-def find_parameters(config: LoraConfig, context: BuildContext) -> tuple[list[str], list[tuple[str, str]]]:
-    """The linear modules whose weight ``target_parameters`` names, and (module path, parameter) of all else it names.
+def find_parameters(config: LoraSettings, context: BuildContext) -> tuple[list[str], list[tuple[str, str]]]:
+    """The linears whose weight ``target_parameters`` names, and (module path, parameter) of its other parameters.
 
     Raises:
-        UserError: a name matches no parameter, or one that cannot be adapted like that.
+        UserError: A name matches no parameter, or one that cannot be adapted like that.
     """
     model, names = context.model, config.target_parameters or []
     own = {
@@ -96,7 +94,7 @@ def _check(key: str, module: nn.Module, parameter: Tensor, context: BuildContext
         )
 
 
-def _check_settings(config: LoraConfig, key: str) -> None:
+def _check_settings(config: LoraSettings, key: str) -> None:
     wrong = {
         "lora_dropout": config.lora_dropout,
         "use_dora": config.use_dora,
@@ -113,7 +111,7 @@ def _check_settings(config: LoraConfig, key: str) -> None:
 class LoraParameter(nn.Module):
     """A and B of one parameter [E, out, in] (``transposed``: [E, in, out]) or [out, in]."""
 
-    def __init__(self, config: LoraConfig, path: str, name: str, context: BuildContext) -> None:
+    def __init__(self, config: LoraSettings, path: str, name: str, context: BuildContext) -> None:
         super().__init__()
         module = context.model.get_submodule(path)
         base, key = module.get_parameter(name), f"{path}.{name}"
@@ -131,13 +129,13 @@ class LoraParameter(nn.Module):
         self.lora_B = nn.Parameter(b)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The parameter with the update in it, in the parameter's dtype."""
+        """The parameter with the update, in weight's shape and dtype."""
         if weight.dim() == 3:
             return stacked_low_rank_add(weight, self.lora_A, self.lora_B, self.scaling, transposed=self.transposed)
         return low_rank_merged(weight, self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype), self.scaling)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The same, worked out in double precision (very large stacks: in single) and rounded once."""
+        """``forward`` in double precision (in single for very large stacks), rounded once; in weight's shape."""
         wide = torch.float32 if weight.numel() > LARGE and weight.dtype != torch.float64 else torch.float64
         a, b = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
         if weight.dim() == 3:
@@ -147,7 +145,7 @@ class LoraParameter(nn.Module):
         return added.to(weight.dtype)
 
 
-def _drawn(config: LoraConfig, r: int, rows: int, columns: int, inputs: int, context: BuildContext) -> Tensor:
+def _drawn(config: LoraSettings, r: int, rows: int, columns: int, inputs: int, context: BuildContext) -> Tensor:
     """A, as ``lora_init.drawn_factors`` draws it for a linear module."""
     if config.init_lora_weights == "gaussian":
         return context.normal(rows, columns, std=1.0 / r)
@@ -155,8 +153,8 @@ def _drawn(config: LoraConfig, r: int, rows: int, columns: int, inputs: int, con
     return (uniform / math.sqrt(inputs)).to(context.device, context.dtype)
 
 
-# On bases with experts PEFT takes these for the names of experts that older transformers kept as linear modules, and
-# adapts today's experts and routers instead, whatever linear module was meant.
+# On bases with experts PEFT reads these as names of experts, which older transformers kept as linear modules. It then
+# adapts today's experts and routers, even if a linear module was meant.
 _TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
@@ -165,7 +163,7 @@ def name_as_parameters(
 ) -> dict[str, Any]:
     """PEFT's entries with which it adapts just these targets and parameters.
 
-    The weight of a linear is a parameter too: named as such it has the same tensors in the file and computes the same.
+    The weight of a linear is a parameter too. Under that name it has the same tensors in the file and the same results.
     """
     by_weight = [
         path
@@ -194,12 +192,12 @@ def name_as_parameters(
         "layers_pattern": None,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "lora_dropout": 0.0,  # there PEFT has none; it is for training only, and weft.json knows it
+        "lora_dropout": 0.0,  # PEFT has none there; only training needs it, and weft.json holds it
     }
 
 
 def modules_among(tuned: Sequence[str], entries: dict[str, Any]) -> list[str]:
-    """Of the paths that a file's tensors name, those of modules that target_modules means, not of parameters."""
+    """Those of the paths in a file that are of modules which target_modules names, not of parameters."""
     named = entries.get("target_modules") or []
     if isinstance(named, str) and named != "all-linear":
         named_so = pattern(named, "adapter_config.json: target_modules")
@@ -220,7 +218,7 @@ def of_pattern(patterns: Mapping[str, float], path: str, default: float) -> floa
 
 
 def stored_paths(parameters: Sequence[tuple[str, str]]) -> list[str]:
-    """What PEFT's file calls the module of each (module path, parameter), in the order of the module's parameters."""
+    """PEFT's name in the file for each (module path, parameter), in the order of the module's parameters."""
     found = []
     for index, (path, _) in enumerate(parameters):
         after = sum(1 for other, _ in parameters[index + 1 :] if other == path)

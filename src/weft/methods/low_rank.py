@@ -1,35 +1,35 @@
-"""What LoRA and AdaLoRA have in common: which modules they sit on, and what else of the base they may train."""
+"""The common part of LoRA and AdaLoRA: their modules, and the weights of the base that they may train beside them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from weft.core.adapter import SiteAdapter
+from weft.core.adapter import BuildContext, MethodConfig
 from weft.core.architecture import Architecture, is_linear, linear_shape
-from weft.core.config import BuildContext, MethodConfig, SavesModules
 from weft.core.site import plain_class
-from weft.core.weights import OwnWeights, saved_biases, saved_modules
+from weft.core.site_adapter import SavesModules, SiteAdapter
 from weft.errors import UserError
 from weft.foreign import expect
+from weft.methods.own_weights import OwnWeights, saved_biases, saved_modules
 from weft.patterns import pattern
 
 
 class LowRankConfig(SavesModules):
-    """PEFT's names and meanings. Unlike PEFT the default targets are all linear modules of the blocks."""
+    """Settings with PEFT's names and meanings. Unlike PEFT's, the default targets are all linears of the blocks."""
 
-    # How the base stores its weights, or how the adapter was first drawn: nothing that changes what it computes now.
+    # These say how the base stores its weights, or how the adapter began: they do not change its results now.
     harmless_keys: ClassVar[frozenset[str]] = frozenset(
         {"fan_in_fan_out", "megatron_core", "qalora_group_size", "exclude_modules"}
     )
     # Fields that PEFT's configuration does not have.
     own_fields: ClassVar[frozenset[str]] = frozenset()
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules", "layers_to_transform", "layers_pattern"})
-    peft_defaults: ClassVar[Mapping[str, Any]] = {"lora_alpha": 8}
+    peft_defaults: ClassVar[Mapping[str, object]] = {"lora_alpha": 8}
     takes_embeddings: ClassVar[bool] = False
 
     target_modules: str | list[str] = Field(
@@ -47,7 +47,7 @@ class LowRankConfig(SavesModules):
 
     @field_validator("layers_to_transform", mode="before")
     @classmethod
-    def _one_layer(cls, value: Any) -> Any:
+    def _one_layer(cls, value: object) -> object:
         return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
@@ -59,10 +59,10 @@ class LowRankConfig(SavesModules):
     def targets(self, architecture: Architecture) -> list[str]:
         """Paths of the modules to tune: linears of the blocks, and the head or the token embeddings where named.
 
-        ``all-linear`` leaves out those with one output, in which no update has a rank, and those that no file can name.
+        ``all-linear`` leaves out linears with one output, where a low rank saves nothing, and those no file can name.
 
         Raises:
-            UserError: one that no file can name is asked for.
+            UserError: A module is named that no file can name.
         """
         found = self._matched(architecture)
         nameless = {path for path, other in architecture.file_paths.items() if other is None}
@@ -98,7 +98,7 @@ class LowRankConfig(SavesModules):
             )
         return found
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         entries = self.model_dump(mode="json", exclude=set(self.own_fields))
         if isinstance(self.target_modules, str) or self.layers_to_transform is not None:
             # PEFT applies an expression to every module (a norm would be an error), refuses layers beside one, and has
@@ -108,20 +108,20 @@ class LowRankConfig(SavesModules):
         return {**entries, "fan_in_fan_out": architecture.model_type == "gpt2"}
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
         cls._check_foreign(entries)
         entries = {**entries, "target_modules": cls.tuned_modules(entries, keys)}
         entries["layers_to_transform"] = entries["layers_pattern"] = None
         return super().from_peft(entries, keys)
 
     @classmethod
-    def tuned_modules(cls, entries: dict[str, Any], keys: list[str]) -> list[str]:
-        """The modules that a file's own keys say were tuned; its target_modules may be a default to be guessed."""
+    def tuned_modules(cls, entries: dict[str, object], keys: list[str]) -> list[str]:
+        """The tuned modules by the file's keys; its target_modules may be a default that we would have to guess."""
         return sorted({module_path(key) for key in keys if ".lora_" in key})
 
     @classmethod
-    def _check_foreign(cls, entries: Mapping[str, Any]) -> None:
-        """The types of what a foreign file says of its targets, though the tensors' names tell them."""
+    def _check_foreign(cls, entries: Mapping[str, object]) -> None:
+        """Check the types of a foreign file's targets, although the tensors' names tell them."""
         for key, kind in (("target_modules", str), ("layers_pattern", str), ("layers_to_transform", int)):
             value, where = entries.get(key), f"adapter_config.json: {key}"
             for one in value if isinstance(value, list) else [] if value is None else [value]:
@@ -138,18 +138,18 @@ def module_path(key: str) -> str:
 def find_targets(
     config: LowRankConfig, context: BuildContext, more: Sequence[str] = (), *, optional: bool = False
 ) -> tuple[dict[str, nn.Module], dict[str, OwnWeights]]:
-    """The modules to tune and the weights that are trained whole beside them, a path for each.
+    """The modules to tune and the weights that are trained whole beside them, by path.
 
-    ``more``: linears that are named otherwise. ``optional``: an empty target_modules is no error.
+    ``more`` are linears that another key names. With ``optional`` an empty target_modules is no error.
 
     Raises:
-        UserError: a target is not there or of a kind that cannot be tuned.
+        UserError: A target is not there, or of a kind that cannot be tuned.
     """
     shape, names = context.architecture, config.target_modules
     for name in [] if isinstance(names, str) else names:
         _refuse_other_kinds(name, config, context)
     own = saved_modules(config.modules_to_save, context)
-    # peft too: what is trained whole needs no update.
+    # As in peft, a module that is trained whole gets no update.
     targets = [] if names == [] and (more or optional) else config.targets(shape)
     paths = [path for path in dict.fromkeys((*targets, *more)) if path not in own]
     if not paths and not (optional and not targets):
@@ -162,7 +162,7 @@ def find_targets(
 
 
 def _refuse_other_kinds(name: str, config: LowRankConfig, context: BuildContext) -> None:
-    """A name that does not match anything at all is ``Architecture.match``'s to refuse."""
+    """Refuse a name that matches modules of other kinds only. (``Architecture.match`` refuses one without a match.)"""
     shape = context.architecture
     named = {p: m for p, m in context.model.named_modules() if p and (p == name or p.endswith(f".{name}"))}
     could = {*shape.linears, shape.head, *([shape.embeddings] if config.takes_embeddings else [])}
@@ -179,10 +179,10 @@ def _refuse_other_kinds(name: str, config: LowRankConfig, context: BuildContext)
 
 
 def check_rank(key: str, rank: int, path: str, module: nn.Module, context: BuildContext) -> int:
-    """The rank, if the module is large enough for it; a loaded file is not judged, for what it holds is no waste.
+    """The rank, if the module is large enough for it. A loaded file may have any rank.
 
     Raises:
-        UserError: it is not.
+        UserError: It is not.
     """
     if isinstance(module, nn.Embedding):
         largest = min(module.num_embeddings, module.embedding_dim)

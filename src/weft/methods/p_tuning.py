@@ -1,26 +1,25 @@
 """P-tuning (Liu et al. 2021, "GPT understands, too"): virtual tokens that an encoder makes,
-``h_i = MLP([LSTM→(h_0 … h_i) : LSTM←(h_i … h_n)])`` of learned inputs h [n, d], or an MLP of each h_i alone. The
-encoder only serves training: what it gave at the end is a soft prompt like any other."""
+``h_i = MLP([LSTM→(h_0 … h_i) : LSTM←(h_i … h_n)])`` of learned inputs h [n, d], or an MLP of each h_i alone. Only
+training needs the encoder: its last output is a soft prompt like any other."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter
+from weft.core.adapter import Adapter, BuildContext
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext
 from weft.core.route import stable_seed
 from weft.methods.encoder import RowEncoder, drawn, linear, normal_rows, orthogonal, sampled_ids
 from weft.methods.prompt_tuning import PromptTuning, SoftPromptConfig, embedded, embedding_width
 
 
 class PTuningConfig(SoftPromptConfig):
-    """PEFT's names. Training begins at embeddings of sampled vocabulary."""
+    """Settings with PEFT's names. Training begins at embeddings of sampled vocabulary."""
 
     method: ClassVar[str] = "p_tuning"
     peft_type: ClassVar[str] = "P_TUNING"
@@ -52,7 +51,7 @@ class PTuningConfig(SoftPromptConfig):
         rows = context.zeros(n, width) if context.blank else embedded(sampled_ids(n, context), context)
         return PTuning(self, name, rows, PromptEncoder(self, width, context), context)
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         return {
             **super().to_peft(architecture),
             "num_virtual_tokens": self.num_virtual_tokens,
@@ -68,8 +67,8 @@ class PTuningConfig(SoftPromptConfig):
         return self.encoder_hidden_size or double * (architecture.embedding_size or architecture.hidden_size)
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> PTuningConfig:
-        # PEFT's file holds what the encoder gave and has lost the encoder: what loads is a plain soft prompt.
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> PTuningConfig:
+        # PEFT's file holds the encoder's output but not the encoder, so it loads as a plain soft prompt.
         found = super().from_peft({k: v for k, v in entries.items() if not k.startswith("encoder_")}, keys)
         assert isinstance(found, PTuningConfig)
         return found
@@ -79,7 +78,7 @@ class PTuning(PromptTuning):
     """A soft prompt that an encoder makes."""
 
     def learning_rate_factor(self, parameter: str) -> float:
-        # Adam moves every number by the rate; an input moves one virtual token, a weight of the encoder all of them.
+        # Adam moves every number by the rate. An input moves one virtual token, a weight of the encoder moves all.
         return 66.0 if parameter == "encoder.embedding" else 1.0
 
 
@@ -107,8 +106,10 @@ class PromptEncoder(RowEncoder):
 
     @torch.no_grad()
     def begin_at(self, rows: Tensor) -> None:
-        """With layers twice as wide as the rows the MLP begins as the identity, ``x = relu(x) - relu(-x)``, and so
-        the training as that of a soft prompt; else as ``RowEncoder`` does."""
+        """With layers twice as wide as the rows [n, width], begin as the identity, ``x = relu(x) - relu(-x)``.
+
+        Training then begins as that of a soft prompt. Other widths begin as in ``RowEncoder``.
+        """
         width = rows.shape[1]
         if self.lstm or self.last.in_features < 2 * width:
             super().begin_at(rows)

@@ -1,22 +1,22 @@
 """Prefix tuning (Li & Liang 2021): every layer gets learned keys and values that all tokens of a sequence attend to.
 
-The rows are [n, layers * 2 * kv_heads * head_dim], laid out as PEFT lays them out. With ``prefix_projection`` they are
-the output of a small network, ``P_i = MLP(P'_i)`` (embedding → linear → tanh → linear), which is what training moves;
-inference only needs its output. Learned keys get no rotary position: they stand at positions 0 … n-1 as they are.
+The rows are [n, layers * 2 * kv_heads * head_dim], in PEFT's layout. With ``prefix_projection`` they are the output of
+a small network, ``P_i = MLP(P'_i)`` (embedding → linear → tanh → linear). Training changes the network; inference needs
+only its output. Learned keys get no rotary position: they stand at positions 0 … n-1 as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from weft.core.adapter import Adapter
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext, MethodConfig
+from weft.core.embeddings import config_of
 from weft.core.route import PrefixStates
 from weft.errors import UserError
 from weft.libraries import cache_name
@@ -24,7 +24,7 @@ from weft.methods.encoder import EncodedRows, RowEncoder, linear, normal_rows, r
 
 
 class DeepPromptConfig(MethodConfig):
-    """PEFT's names, and where the first keys and values come from."""
+    """Settings with PEFT's names, and the source of the first keys and values."""
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     default_learning_rate: ClassVar[float] = 1e-2
@@ -35,7 +35,7 @@ class DeepPromptConfig(MethodConfig):
     )  # fmt: skip
 
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"prefix_init", "prefix_init_text", "encoder_hidden_size"})
-    peft_defaults: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": None}
+    peft_defaults: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": None}
 
     num_virtual_tokens: int = Field(20, gt=0, description="learned keys and values in each layer")
     prefix_init: Literal["activations", "random", "zero"] = Field(
@@ -51,7 +51,7 @@ class DeepPromptConfig(MethodConfig):
         return self
 
     def encoder(self, context: BuildContext) -> RowEncoder | None:
-        """What makes the rows, if they are not parameters themselves."""
+        """The network that makes the rows; None if they are parameters themselves."""
         return None
 
     def build(self, name: str, context: BuildContext) -> Adapter:
@@ -59,12 +59,12 @@ class DeepPromptConfig(MethodConfig):
         _check_places(self.method, context)
         return DeepPrompt(self, name, context)
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         return {
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_layers": architecture.num_layers,
             # 2 makes PEFT give the keys to the decoder (see weft.core.seq2seq).
-            "num_transformer_submodules": 2 if architecture.task == "seq2seq" else 1,
+            "num_transformer_submodules": architecture.stacks,
             # PEFT's own reading under grouped-query attention: the width and heads of keys, not of queries.
             "num_attention_heads": architecture.num_kv_heads,
             "token_dim": architecture.num_kv_heads * architecture.head_dim,
@@ -74,8 +74,11 @@ class DeepPromptConfig(MethodConfig):
 
 
 class PrefixTuningConfig(DeepPromptConfig):
-    """As above, and the reparameterisation, whose network learns by an eightieth of the default learning rate
-    (measured on tiny-llama, width 128: 68 % exact at 0.004 to 0.006, 64 % at 0.002, 40 % at 0.02, nothing at 0.06)."""
+    """The settings of ``DeepPromptConfig``, and the reparameterisation.
+
+    Its network learns at an eightieth of the default learning rate (measured on tiny-llama, width 128: 68 % exact at
+    0.004 to 0.006, 64 % at 0.002, 40 % at 0.02, 0 % at 0.06).
+    """
 
     method: ClassVar[str] = "prefix_tuning"
 
@@ -85,19 +88,19 @@ class PrefixTuningConfig(DeepPromptConfig):
     def encoder(self, context: BuildContext) -> RowEncoder | None:
         return PrefixEncoder(self, context) if self.prefix_projection else None
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         entries = super().to_peft(architecture)
         hidden = self.encoder_hidden_size or architecture.hidden_size
         return {**entries, "encoder_hidden_size": hidden, "prefix_projection": self.prefix_projection}
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
-        # PEFT's file holds the projected prefix and has lost the encoder: what loads is a plain prefix.
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
+        # PEFT's file holds the projected prefix but not the encoder, so it loads as a plain prefix.
         return super().from_peft({**entries, "prefix_projection": False, "encoder_hidden_size": None}, keys)
 
 
 class PrefixEncoder(RowEncoder):
-    """Embedding → linear → tanh → linear."""
+    """The network embedding → linear → tanh → linear."""
 
     def __init__(self, config: PrefixTuningConfig, context: BuildContext) -> None:
         super().__init__()
@@ -122,7 +125,7 @@ class DeepPrompt(EncodedRows):
 
     def default_learning_rate(self, parameter: str) -> float:
         rate = super().default_learning_rate(parameter)
-        # All keys and values move with each weight of the network.
+        # Each weight of the network moves all keys and values.
         return rate / 80 if self.encoder is not None and not parameter.startswith("head.") else rate
 
     def prefix_states(self) -> PrefixStates:
@@ -135,17 +138,18 @@ def _row_width(shape: Architecture) -> int:
 
 
 def _check_cache(method: str, context: BuildContext) -> None:
-    """Whether every layer of the model can attend to keys and values that are put before a sequence's own.
+    """Refuse a model in which a layer cannot attend to keys and values before a sequence's own.
 
     Raises:
-        UserError: it cannot; says why.
+        UserError: A layer cannot; the message says why.
     """
-    config: Any = context.model.config
-    body: Any = context.model.base_model
+    config = config_of(context.model)
+    body = context.model.base_model
+    assert isinstance(body, nn.Module)
     reason = None
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     other = sorted(kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear"))
-    no_cache = cache_name(body.forward) is None or context.architecture.bidirectional
+    no_cache = cache_name(body.forward) is None or not context.architecture.writes
     if context.architecture.install_attention is None and no_cache:
         reason = "takes no cache of keys and values, which is where learned ones go in"
     if other:
@@ -161,10 +165,10 @@ def _check_cache(method: str, context: BuildContext) -> None:
 
 
 def _check_places(method: str, context: BuildContext) -> None:
-    """Whether a short text has one pair of keys and values per layer, of the sizes that the learned ones have.
+    """Refuse a model whose keys and values of a short text differ in number or size from the learned ones.
 
     Raises:
-        UserError: it has not (layers that attend twice or not at all, values of another width than keys).
+        UserError: They differ (layers that attend twice or not at all, values of another width than keys).
     """
     shape = context.architecture
     if context.keys_values is None or context.device.type == "meta":

@@ -1,18 +1,18 @@
-"""Prompt tuning (Lester et al. 2021): a model that computes ``p(Y | X)`` is asked for ``p(Y | [P; X])`` with learned
-embeddings P [n, d]; nothing else is trained. P may also stand right before the answer, or at slots of the template."""
+"""Prompt tuning (Lester et al. 2021): from ``p(Y | X)`` to ``p(Y | [P; X])`` with learned embeddings P [n, d], and
+nothing else trained. P may also stand right before the answer, or at slots of the template."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from weft.core.adapter import Adapter, Run
+from weft.core.adapter import Adapter, BuildContext, MethodConfig, Run
 from weft.core.architecture import Architecture
-from weft.core.config import BuildContext, MethodConfig
+from weft.core.embeddings import input_embeddings
 from weft.errors import UserError
 from weft.methods.encoder import EncodedRows, RowEncoder, repeated, sampled_ids, text_ids
 
@@ -20,7 +20,7 @@ Position = Literal["before", "after", "slots"]
 
 
 class SoftPromptConfig(MethodConfig):
-    """What the methods with virtual tokens share."""
+    """The common settings of methods with virtual tokens."""
 
     harmless_keys: ClassVar[frozenset[str]] = frozenset(
         {"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "tokenizer_kwargs",
@@ -28,23 +28,23 @@ class SoftPromptConfig(MethodConfig):
     )  # fmt: skip
 
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"virtual_position"})
-    peft_defaults: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": None}
+    peft_defaults: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": None}
 
     virtual_position: Position = Field(
         "before",
         description="before the text, `after` the prompt (right before the answer), or at the template's `slots`",
     )
 
-    def in_peft(self) -> dict[str, Any]:
+    def in_peft(self) -> dict[str, object]:
         return {**super().in_peft(), "peft_type": self._stored_type()}
 
     def _stored_type(self) -> str:
-        # PEFT would load the file and put the rows before the text; a type that it does not know, it refuses.
+        # PEFT would load the file and put the rows before the text. It refuses a type that it does not know.
         before = self.virtual_position == "before"
         return self.peft_type if before else f"{self.peft_type}_{self.virtual_position.upper()}"
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
-        entries: dict[str, Any] = {
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
+        entries: dict[str, object] = {
             "token_dim": architecture.embedding_size or architecture.hidden_size,
             "num_transformer_submodules": 1,
             "num_attention_heads": architecture.num_heads,
@@ -56,8 +56,8 @@ class SoftPromptConfig(MethodConfig):
 
 
 class PromptTuningConfig(SoftPromptConfig):
-    """PEFT's names. Unlike PEFT the default initialisation is sampled vocabulary, which the paper found better than
-    random."""
+    """Settings with PEFT's names. Unlike PEFT's, the default initialisation is sampled vocabulary: the paper found it
+    better than random."""
 
     method: ClassVar[str] = "prompt_tuning"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
@@ -66,7 +66,7 @@ class PromptTuningConfig(SoftPromptConfig):
     not_in_peft: ClassVar[frozenset[str]] = SoftPromptConfig.not_in_peft | {
         "prompt_tuning_init", "prompt_tuning_init_text"
     }  # fmt: skip
-    peft_defaults: ClassVar[Mapping[str, Any]] = {**SoftPromptConfig.peft_defaults, "prompt_tuning_init": "RANDOM"}
+    peft_defaults: ClassVar[Mapping[str, object]] = {**SoftPromptConfig.peft_defaults, "prompt_tuning_init": "RANDOM"}
 
     num_virtual_tokens: int = Field(50, gt=0, description="learned tokens")
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = Field(
@@ -85,19 +85,19 @@ class PromptTuningConfig(SoftPromptConfig):
     def build(self, name: str, context: BuildContext) -> Adapter:
         return PromptTuning(self, name, _initial_prompt(self, context), None, context)
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
-        # How it began does not matter at inference, and PEFT would want a tokenizer for TEXT.
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
+        # The beginning does not matter at inference, and PEFT would want a tokenizer for TEXT.
         entries = {"num_virtual_tokens": self.num_virtual_tokens, "prompt_tuning_init": "RANDOM"}
         return {**super().to_peft(architecture), **entries}
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
         how = {"prompt_tuning_init", "prompt_tuning_init_text"}
         return super().from_peft({k: v for k, v in entries.items() if k not in how}, keys)
 
 
 class PromptTuning(EncodedRows):
-    """The learned rows, and where they stand."""
+    """The learned rows, and their place."""
 
     def __init__(
         self, config: SoftPromptConfig, name: str, rows: Tensor, encoder: RowEncoder | None, context: BuildContext
@@ -114,12 +114,12 @@ class PromptTuning(EncodedRows):
 
 
 def virtual_places(position: Position, count: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
-    """Where ``count`` virtual tokens stand in a sequence; see ``Adapter.places``.
+    """The places of ``count`` virtual tokens in a sequence; see ``Adapter.places``.
 
-    Over k slots they are spread as evenly as they can be; the first ones take one more where it does not come out even.
+    Slots get equal numbers of them, and the first ones take one more each if there is a rest.
 
     Raises:
-        UserError: the sequence has no answer, or no slots, or more slots than there are virtual tokens.
+        UserError: The sequence has no answer, or no slots, or more slots than there are virtual tokens.
     """
     if position == "before":
         return ((0, count),)
@@ -146,14 +146,14 @@ def virtual_places(position: Position, count: int, answer: int | None, slots: Se
 
 def embedded(ids: Tensor, context: BuildContext) -> Tensor:
     """The base's own embeddings [n, d] of token ids, scaled as the base scales them."""
-    table: Any = context.model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(context.model)
     with torch.no_grad():
         return table(ids.to(table.weight.device))
 
 
 def embedding_width(context: BuildContext) -> int:
-    """How wide the base's embeddings are."""
-    table: nn.Embedding = context.model.get_input_embeddings()  # type: ignore[operator]
+    """The width of the base's embeddings."""
+    table = input_embeddings(context.model)
     return table.weight.shape[1]
 
 
@@ -162,7 +162,7 @@ def _initial_prompt(config: PromptTuningConfig, context: BuildContext) -> Tensor
     if context.blank:
         return context.zeros(n, width)
     if config.prompt_tuning_init == "RANDOM":
-        std = embedded(torch.arange(context.model.get_input_embeddings().weight.shape[0]), context).float().std()  # type: ignore[operator]
+        std = embedded(torch.arange(input_embeddings(context.model).weight.shape[0]), context).float().std()
         return context.normal(n, width, std=float(std))
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
         return embedded(sampled_ids(n, context), context)

@@ -1,32 +1,32 @@
-"""VeRA (Kopiczko et al. 2023): ``W x + Λ_b B Λ_d A x`` with one random pair A, B for all modules, frozen, of which each
-takes the part of its size; only the vectors λ_d [r] and λ_b [out] are trained. λ_b = 0: it begins as the identity."""
+"""VeRA (Kopiczko et al. 2023): ``W x + Λ_b B Λ_d A x`` with one frozen random pair A, B, of which each module takes a
+part of its own size. Only the vectors λ_d [r] and λ_b [out] are trained. With λ_b = 0 it begins as the identity."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture, linear_shape
-from weft.core.config import BuildContext, MethodConfig
-from weft.core.merging import MergedModule
 from weft.core.route import Segment, seeded_dropout
-from weft.core.shared import SharedSiteAdapter
+from weft.core.site_adapter import SiteAdapter
+from weft.methods.mergeable import MergedModule
+from weft.methods.shared import SharedSiteAdapter
 from weft.ops.lowrank import low_rank_merged
 
 
 class VeraConfig(MethodConfig):
-    """PEFT's names."""
+    """Settings with PEFT's names."""
 
     method: ClassVar[str] = "vera"
     peft_type: ClassVar[str] = "VERA"
     default_learning_rate: ClassVar[float] = 4e-3
     small_learning_rate: ClassVar[float | None] = 4e-2
-    # λ_d multiplies λ_b: a weighted sum of two adapters is no adapter.
+    # λ_d multiplies λ_b, so a weighted sum of two adapters is no adapter.
     combination_types: ClassVar[tuple[str, ...]] = ()
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"target_modules", "layers_to_transform"})
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "layers_pattern", "exclude_modules"})
@@ -45,7 +45,7 @@ class VeraConfig(MethodConfig):
     def build(self, name: str, context: BuildContext) -> Adapter:
         return Vera(self, name, context)
 
-    def to_peft(self, architecture: Architecture) -> dict[str, Any]:
+    def to_peft(self, architecture: Architecture) -> dict[str, object]:
         # Whole paths: A and B are as large as the largest target, so PEFT must find the very same ones.
         targets = architecture.match(self.target_modules, self.layers_to_transform)
         gpt2 = architecture.model_type == "gpt2"
@@ -53,8 +53,8 @@ class VeraConfig(MethodConfig):
         return {**self.model_dump(mode="json"), "target_modules": targets, **fixed}
 
     @classmethod
-    def from_peft(cls, entries: dict[str, Any], keys: list[str]) -> MethodConfig:
-        # A file's own keys say which modules were tuned; target_modules may be a default we would have to guess.
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
+        # The file's keys show the tuned modules; target_modules may be a default that we would have to guess.
         tuned = {key.removeprefix(SiteAdapter.prefix).rpartition(".vera_lambda_")[0] for key in keys} - {""}
         stored = bool(entries.get("save_projection", True)) or "base_model.vera_A" in keys
         known = {"target_modules": sorted(tuned), "layers_to_transform": None, "save_projection": stored}
@@ -76,9 +76,10 @@ class VeraLinear(nn.Module):
         self.vera_lambda_d, self.vera_lambda_b = nn.Parameter(lambda_d), nn.Parameter(lambda_b)
 
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """``y + Λ_b B Λ_d A x`` of x [..., in] and y [..., out]."""
         x = seeded_dropout(x, self.dropout, segment, self.path)
         z = (x.reshape(-1, x.shape[-1]).to(y.dtype) @ self.a.to(y.dtype).t()) * self.vera_lambda_d.to(y.dtype)
-        # λ_b goes into B, which has fewer rows than there are tokens, and addmm writes no [N, out] of its own.
+        # λ_b multiplies B, which has fewer rows than there are tokens, and addmm writes no [N, out] of its own.
         b = self.vera_lambda_b[:, None] * self.b
         return y.reshape(-1, y.shape[-1]).addmm(z, b.to(y.dtype).t()).view_as(y)
 
@@ -100,7 +101,7 @@ class Vera(SharedSiteAdapter):
 
 
 def _projections(config: VeraConfig, modules: list[nn.Module], context: BuildContext) -> tuple[Tensor, Tensor]:
-    """A and B, Kaiming-uniform, as PEFT draws them from the key alone: files may hold nothing else of them."""
+    """A and B, Kaiming-uniform, as PEFT draws them from the key alone: a file may hold only the key."""
     shapes = [linear_shape(module) for module in modules]
     inputs, outputs = (max(sizes) for sizes in zip(*shapes, strict=True))
     generator = torch.Generator().manual_seed(config.projection_prng_key)

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, SiteAdapter
+from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
 from weft.core.route import stable_seed
 from weft.core.site import mixes_rows, without_sites
+from weft.core.site_adapter import SiteAdapter
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import trial
@@ -129,8 +130,9 @@ def _check_gradients(adapters: Adapters, name: str, sequences: Sequence[Sequence
 def _places(adapter: Adapter) -> Mapping[str, str]:
     """Parameter -> path of the module that it acts on, where it acts on one."""
     found: dict[str, str] = {}
-    for index, part in enumerate(getattr(adapter, "parts", ())):
-        found |= {f"part_modules.{index}.{key}": path for key, path in _places(part).items()}
+    for index, part in enumerate(adapter.parts):
+        if part is not adapter:
+            found |= {f"part_modules.{index}.{key}": path for key, path in _places(part).items()}
     if not isinstance(adapter, SiteAdapter):
         return found
     for key, _ in adapter.named_parameters():

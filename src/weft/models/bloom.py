@@ -4,13 +4,13 @@ stream, with ALiBi (Press et al. 2021) counted from the start of each sequence."
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.bloom.modeling_bloom import BloomAttention
 
 from weft.core.attention import attend
+from weft.core.embeddings import config_of
 from weft.core.route import Router
 from weft.models.interface import NAME, ROUTER
 
@@ -28,7 +28,7 @@ class StreamBloomAttention(BloomAttention):
     """BLOOM's attention over [1, N, d]; the residual is added inside, as in the original."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, residual: Tensor, **kwargs: Any
+        self, hidden_states: Tensor, residual: Tensor, **kwargs: object
     ) -> tuple[Tensor, None]:
         fused = self.query_key_value(hidden_states)[0]
         q, k, v = fused.view(-1, self.num_heads, 3, self.head_dim).permute(2, 1, 0, 3)
@@ -47,7 +47,7 @@ class StreamBloomAttention(BloomAttention):
 def install_bloom(model: nn.Module, router: Router) -> Callable[[], None]:
     """Swap every attention module; returns the function that swaps back."""
     attentions = [m for m in model.modules() if type(m) is BloomAttention]
-    config: Any = model.config
+    config = config_of(model)
     before = config._attn_implementation
     # Only so that no [N, N] mask is made: BLOOM asks the mask interface, not the attention interface.
     config._attn_implementation = NAME

@@ -11,15 +11,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.core.files import WEIGHTS as ADAPTER
-from weft.core.files import write_json
 from weft.errors import UserError
+from weft.files.adapter_folder import WEIGHTS as ADAPTER
+from weft.files.adapter_folder import write_json
 from weft.foreign import check_regular
 from weft.models.gate import PICKLES
 from weft.models.originals import weight_map
@@ -130,7 +129,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     return dict(_tensors(found, path, size))
 
 
-def _tensors(found: Any, path: Path, size: int) -> Iterator[tuple[str, Tensor]]:
+def _tensors(found: object, path: Path, size: int) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(found, Mapping) or not found:
         raise UserError(f"{path} holds {type(found).__name__}; expected tensors by name.")
     total = 0

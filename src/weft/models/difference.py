@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ def _recorded(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     notes: list[tuple[str, Tensor]] = []
 
     def note(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
+        def hook(module: nn.Module, args: object, out: object) -> None:
             first = out if torch.is_tensor(out) else _first_tensor(out)
             if first is not None and first.is_floating_point():
                 notes.append((path, first.detach()))
@@ -40,7 +39,7 @@ def _recorded(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
             handle.remove()
 
 
-def _first_tensor(out: Any) -> Tensor | None:
+def _first_tensor(out: object) -> Tensor | None:
     values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
     return next((value for value in values if torch.is_tensor(value)), None)
 
@@ -80,7 +79,7 @@ def first_difference(
                 return f"{named(model, path)}, which is not called"
             continue
         out = outs.pop(0)
-        part = _part(out, place, rows, total, length, adapters.padded)
+        part = _part(out, place, rows, total, length, adapters.layout.route.padded)
         if part is None or part.numel() != expected.numel():
             continue
         near = _NEAR[expected.dtype] * float(expected.abs().max())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from weft.core.architecture import Architecture, HeadForm, is_activation, is_linear, is_norm
+from weft.core.embeddings import config_of, input_embeddings, output_head, stacks
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ _T5 = StackFacts(
 ENCODER_DECODERS: dict[str, StackFacts] = {"t5": _T5, "mt5": _T5, "umt5": _T5}
 
 
-def describe_encoder_decoder(model: Any) -> Architecture:
+def describe_encoder_decoder(model: nn.Module) -> Architecture:
     """The ``Architecture`` of an encoder-decoder: the encoder's blocks and then the decoder's.
 
     ``num_layers`` is the decoder's: learned keys and values stand there.
@@ -35,7 +39,7 @@ def describe_encoder_decoder(model: Any) -> Architecture:
     Raises:
         UserError: the model type is not one that Weft knows, or nothing says what the decoder begins with.
     """
-    config = model.config
+    config = config_of(model)
     facts = ENCODER_DECODERS.get(config.model_type)
     if facts is None:
         raise UserError(
@@ -44,8 +48,8 @@ def describe_encoder_decoder(model: Any) -> Architecture:
         )
     start_token(model)
     paths = {id(module): path for path, module in model.named_modules()}
-    stacks = [_blocks(stack, paths[id(stack)]) for stack in (model.get_encoder(), model.get_decoder())]
-    blocks = (*stacks[0], *stacks[1])
+    of_encoder, of_decoder = (_blocks(stack, paths[id(stack)]) for stack in stacks(model))
+    blocks = (*of_encoder, *of_decoder)
     linears = tuple(
         f"{block}.{path}"
         for block in blocks
@@ -57,7 +61,7 @@ def describe_encoder_decoder(model: Any) -> Architecture:
     return Architecture(
         model_type=config.model_type,
         hidden_size=config.d_model,
-        num_layers=len(stacks[1]),
+        num_layers=len(of_decoder),
         num_heads=config.num_heads,
         num_kv_heads=config.num_heads,
         head_dim=config.d_kv,
@@ -67,8 +71,8 @@ def describe_encoder_decoder(model: Any) -> Architecture:
         attention_output=tuple(path for path in linears if path.endswith(facts.attention_output)),
         mlp_output=tuple(path for path in linears if path.endswith(facts.mlp_output)),
         activations=tuple(path for path, module in model.named_modules() if is_activation(module)),
-        embeddings=paths[id(model.get_input_embeddings())],
-        head=paths[id(model.get_output_embeddings())],
+        embeddings=paths[id(input_embeddings(model))],
+        head=paths[id(output_head(model))],
         memory_linears=tuple(path for path in linears if path.endswith(facts.memory)),
         peft_task="SEQ_2_SEQ_LM",
         head_form=HeadForm(config.d_model**-0.5 if scaled else 1.0),

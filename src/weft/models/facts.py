@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -19,11 +20,15 @@ from weft.core.architecture import (
     is_router,
     linear_shape,
 )
+from weft.core.embeddings import config_of
 from weft.errors import UserError
 from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
 from weft.models.encoder_decoder import describe_encoder_decoder
 from weft.models.interface import install_bidirectional, install_interface
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def _is_pair(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def _first_position(model: nn.Module, text: Any, facts: Facts | None, limit: int | None) -> int:
+def _first_position(model: nn.Module, text: PreTrainedConfig, facts: Facts | None, limit: int | None) -> int:
     """RoBERTa and its kin count positions from behind the pad token, which has a row in their table of positions."""
     if facts is not None:
         return int(text.pad_token_id) + 1 if facts.padding_first else 0
@@ -112,7 +117,7 @@ def _first_position(model: nn.Module, text: Any, facts: Facts | None, limit: int
 
 
 def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architecture:
-    config: Any = model.config
+    config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     facts = FACTS.get(config.model_type) or ENCODERS.get(config.model_type)
     encoder = facts is not None and facts.encoder
@@ -164,7 +169,11 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
         embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
         embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
         head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
+        rows_named={path: "position_ids" for path, module in modules if _asked_by_name(module)},
         bidirectional=encoder,
+        norms_sums=encoder
+        or bool(getattr(config, "apply_residual_connection_post_layernorm", False))
+        or not getattr(config, "do_layer_norm_before", True),
         head_kind=facts.head if facts else "score",
         pooler=pooler,
         peft_task="FEATURE_EXTRACTION" if encoder else "CAUSAL_LM",
@@ -173,13 +182,19 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
     )
 
 
-def _head_form(config: Any) -> HeadForm:
+def _head_form(config: object) -> HeadForm:
     """What configurations say of the logits: a soft cap (Gemma 2), factors (Cohere, Granite)."""
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return HeadForm(factor, getattr(config, "final_logit_softcapping", None))
 
 
-def _path_of(model: nn.Module, wanted: Any) -> str:
+def _asked_by_name(module: nn.Module) -> bool:
+    """OPT's table of positions is called with a mask first, and the positions by name."""
+    names = list(inspect.signature(type(module).forward).parameters)
+    return isinstance(module, nn.Embedding) and "position_ids" in names[2:]
+
+
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((path for path, module in model.named_modules() if module is wanted), "")
 
 
@@ -189,7 +204,7 @@ def _pooler(model: nn.Module) -> str | None:
     return _path_of(model, found) if found is not None else None
 
 
-def _falcon_kv_heads(config: Any) -> int | None:
+def _falcon_kv_heads(config: object) -> int | None:
     """Falcon's keys as its cache holds them: one head in the 7B; the new architecture repeats them per query."""
     few = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     return 1 if few else None

@@ -8,10 +8,9 @@ compiling, or where something unusual hangs on a module, every module does what 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ from transformers.activations import SiLUActivation
 
 from weft.core.adapter import SiteFunction
 from weft.core.attention import attend
-from weft.core.route import Route, Router, Segment
+from weft.core.mixin import Mixin, mixed
+from weft.core.route import Route, Router, Segment, StreamRoute
 from weft.core.site import Site, plain_class, replace_class, site_of
 from weft.libraries import given_cache
 from weft.methods.lora import LoraLinear
@@ -38,75 +38,87 @@ def _usable(module: nn.Module, x: Tensor) -> Route | None:
     return route
 
 
-class _DoubleNorm:
+class _DoubleNorm(Mixin):
     """transformers computes even a float64 model's norms in float32: where neighbours change an input's last bit, that
     rounding makes it the eighth digit. Under a route they are computed in float64."""
 
+    weight: Tensor
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        module: Any = self
-        if hidden_states.dtype == torch.float64 and module.__dict__[_ROUTER].current is not None:
+        if hidden_states.dtype == torch.float64 and self.__dict__[_ROUTER].current is not None:
             return rms_norm_ref(hidden_states, *self.terms())
-        return super().forward(hidden_states)  # type: ignore[misc]
+        return super().forward(hidden_states)
 
     def terms(self) -> tuple[Tensor, float]:
-        """The weight that the normalised rows are multiplied by, and epsilon."""
-        module: Any = self
-        return module.weight, _epsilon(module)
+        """The weight [d] that multiplies the normalised rows, and epsilon."""
+        return self.weight, _epsilon(self)
 
 
-def _epsilon(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+def _epsilon(norm: nn.Module) -> float:
+    return float(getattr(norm, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"))
 
 
 class _DoubleGemmaNorm(_DoubleNorm):
     def terms(self) -> tuple[Tensor, float]:
-        module: Any = self
-        return 1.0 + module.weight, _epsilon(module)
+        return 1.0 + self.weight, _epsilon(self)
 
 
 class _FusedNorm(_DoubleNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        module: Any = self
-        ours = hidden_states.dtype == module.weight.dtype and not module.weight.requires_grad
-        if not ours or _usable(module, hidden_states) is None:
+        ours = hidden_states.dtype == self.weight.dtype and not self.weight.requires_grad
+        if not ours or _usable(self, hidden_states) is None:
             return super().forward(hidden_states)
-        return rms_norm(hidden_states, module.weight, _epsilon(module))
+        return rms_norm(hidden_states, self.weight, _epsilon(self))
 
 
-class _FusedAttention:
+class _FusedAttention(Mixin):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+    layer_idx: int
+    scaling: float
+
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
-    ) -> Any:
-        route = _usable(self, hidden_states)  # type: ignore[arg-type]
-        module: Any = self
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: object = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        route = _usable(self, hidden_states)
         if route is None or given_cache(kwargs) is not None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
         cos, sin = (table[0] for table in position_embeddings)
         q, k, v = (
-            y.reshape(len(cos), -1, module.head_dim)
-            for y in project((module.q_proj, module.k_proj, module.v_proj), hidden_states, route)
+            y.reshape(len(cos), -1, self.head_dim)
+            for y in project((self.q_proj, self.k_proj, self.v_proj), hidden_states, route)
         )
         q, k, v = (x.transpose(0, 1) for x in (rotary(q, cos, sin), rotary(k, cos, sin), v))
-        bias: dict[str, Any] = {}
-        if isinstance(attention_mask, Band):
-            bias["sliding_window"] = attention_mask.window
-        out = attend(module.__dict__[_ROUTER], module.layer_idx, q, k, v, scale=module.scaling, **bias)
-        return project((module.o_proj,), out.reshape(1, len(cos), -1), route)[0], None
+        window = attention_mask.window if isinstance(attention_mask, Band) else None
+        router = self.__dict__[_ROUTER]
+        out = attend(router, self.layer_idx, q, k, v, scale=self.scaling, sliding_window=window)
+        return project((self.o_proj,), out.reshape(1, len(cos), -1), route)[0], None
 
 
-class _FusedMlp:
+class _FusedMlp(Mixin):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
-        route = _usable(self, x)  # type: ignore[arg-type]
-        module: Any = self
-        # Beside experts it is given [N, d]; an expert is given some rows only.
+        route = _usable(self, x)
+        # Beside experts it gets [N, d]; an expert gets some rows only.
         rows = x.unsqueeze(0) if x.dim() == 2 else x
         if route is None or rows.shape[:-1] != (1, sum(route.sizes)):
-            return super().forward(x)  # type: ignore[misc]
-        gate, up = project((module.gate_proj, module.up_proj), rows, route)
+            return super().forward(x)
+        gate, up = project((self.gate_proj, self.up_proj), rows, route)
         # The activation may be a site of some method, or another function than SiLU.
-        plain_silu = type(module.act_fn) in (nn.SiLU, SiLUActivation) and not _hooked(module.act_fn)
-        hidden = swiglu(gate, up) if plain_silu else module.act_fn(gate) * up
-        return project((module.down_proj,), hidden, route)[0].view_as(x)
+        plain_silu = type(self.act_fn) in (nn.SiLU, SiLUActivation) and not _hooked(self.act_fn)
+        hidden = swiglu(gate, up) if plain_silu else self.act_fn(gate) * up
+        return project((self.down_proj,), hidden, route)[0].view_as(x)
 
 
 def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[Tensor]:
@@ -131,7 +143,8 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
         scalings = tuple(lora.scaling for lora in updates.values())
         pieces.append(Piece(begin, begin + segment.tokens, tuple(updates), scalings))
         begin += segment.tokens
-    linears: list[Any] = [(module.weight, module.bias) for module in modules]
+    plain = cast(Sequence[nn.Linear], modules)
+    linears = [(module.weight, module.bias) for module in plain]
     # Not x[0], whose gradient is written into a tensor of zeros.
     ys = (y.unsqueeze(0) for y in low_rank_linears(x.squeeze(0), linears, pieces, factors))
     return [_follow(x, y, todo, route) if todo else y for y, todo in zip(ys, later, strict=True)]
@@ -191,14 +204,14 @@ def recognise(model: nn.Module) -> Kinds:
     The trial compares the module's own forward with ours on a few random rows. Modules of one class with the same
     settings are tried once.
     """
-    router, tried, kinds = Router(), dict[Any, type | None](), Kinds()
+    router, tried, kinds = Router(), dict[tuple[object, ...], type | None](), Kinds()
     undo = install_interface(model, router)
     try:
         for path, module in model.named_modules():
             candidates = _candidates(module)
             if not candidates or "forward" in module.__dict__:
                 continue
-            key: Any = (type(module), *_settings(module))
+            key = (type(module), *_settings(module))
             if key not in tried:
                 tried[key] = next((mixin for mixin in candidates if _alike(module, mixin, router)), None)
             if (mixin := tried[key]) is not None:
@@ -208,7 +221,7 @@ def recognise(model: nn.Module) -> Kinds:
     return kinds
 
 
-def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+def _settings(module: nn.Module) -> list[tuple[str, object]]:
     """What may tell two modules of one class apart: their plain attributes, but for the number of the layer."""
     plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
     # A layer may be told by its number (the first ones have no positions): what the number decides is an attribute.
@@ -232,7 +245,7 @@ def _candidates(module: nn.Module) -> list[type]:
 
 def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
     """Whether the module computes the same with the mixin, on five random rows."""
-    some: Any = next(module.parameters())
+    some = next(module.parameters())
     dtype = some.dtype if some.dtype.is_floating_point else torch.float32
     generator = torch.Generator().manual_seed(0)
 
@@ -241,7 +254,7 @@ def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
 
     source: Any = module
     more: dict[str, Any] = {}
-    route = Route((Segment(None, 5, 1, lengths=(5,)),), SequenceLayout.build([5], device=some.device))
+    route = StreamRoute((Segment(None, 5, 1, lengths=(5,)),), SequenceLayout.build([5], device=some.device))
     own: Any = type(module)
     module.__dict__[_ROUTER] = router
     try:
@@ -252,8 +265,11 @@ def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
             x = rows(source.gate_proj.in_features if mixin is _FusedMlp else len(source.weight))
         with router.use(route):
             expected = _first(module(x, **more))
-            module.__class__ = _fused_class(mixin, own)
-            found = _terms_applied(module, x) if issubclass(mixin, _DoubleNorm) else _first(module(x, **more))
+            module.__class__ = mixed("Fused", mixin, own)
+            if isinstance(module, _DoubleNorm):
+                found = rms_norm_ref(x, *module.terms())
+            else:
+                found = _first(module(x, **more))
     except Exception:  # whatever a module of unknown make does with rows that are not its own
         return False
     finally:
@@ -265,19 +281,8 @@ def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
     return expected.shape == found.shape and bool(((expected - found).abs() <= near).all())
 
 
-def _terms_applied(norm: Any, x: Tensor) -> Tensor:
-    weight, epsilon = norm.terms()
-    return rms_norm_ref(x, weight, epsilon)
-
-
-def _first(out: Any) -> Tensor:
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
-
-
-@functools.cache
-def _fused_class(mixin: type, base_class: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Fused{base_class.__name__}", (mixin, base_class), {"__module__": __name__})
+def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
 
 def install_fused(model: nn.Module, router: Router, kinds: Kinds) -> Callable[[], None]:
@@ -288,10 +293,10 @@ def install_fused(model: nn.Module, router: Router, kinds: Kinds) -> Callable[[]
         module = model.get_submodule(path)
         if "forward" in module.__dict__:
             continue
-        own: Any = plain_class(module)
+        own = plain_class(module)
         swapped.append((module, own))
         module.__dict__[_ROUTER] = router
-        replace_class(module, _fused_class(mixin, own))
+        replace_class(module, mixed("Fused", mixin, own))
 
     def undo() -> None:
         for module, own in swapped:

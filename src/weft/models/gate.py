@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import UserError
 from weft.foreign import check_json, check_regular, check_safetensors
@@ -26,6 +26,9 @@ from weft.models.vetting import (
     check_tokenizer_json,
     no_implementation,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of weights that are pickles (or run code in other ways), by the ending of their names.
@@ -48,7 +51,7 @@ def no_questions() -> Iterator[None]:
         dynamic.TIME_OUT_REMOTE_CODE = before
 
 
-def load_config(source: str | Path, *, local_files_only: bool = False) -> Any:
+def load_config(source: str | Path, *, local_files_only: bool = False) -> PreTrainedConfig:
     """transformers' configuration of the model in a folder, or under a hub's id.
 
     Raises:
@@ -66,7 +69,7 @@ def load_config(source: str | Path, *, local_files_only: bool = False) -> Any:
     return config
 
 
-def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Any:
+def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> PreTrainedTokenizerBase:
     """transformers' tokenizer in a folder, or under a hub's id. Raises as ``load_config`` does."""
     from transformers import AutoTokenizer
 
@@ -86,7 +89,7 @@ def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Any
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
 
 
-def load_weights(auto: Any, source: str | Path, config: Any, **options: Any) -> Any:
+def load_weights(auto: Any, source: str | Path, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """``auto.from_pretrained``: safetensors only, after what a folder holds was compared with its configuration."""
     if Path(source).is_dir():
         stored, tensors = _check_weights(Path(source))
@@ -100,14 +103,14 @@ def load_weights(auto: Any, source: str | Path, config: Any, **options: Any) -> 
         return auto.from_pretrained(source, config=config, trust_remote_code=False, use_safetensors=True, **options)
 
 
-def check_folder(source: str | Path, config: Any) -> None:
+def check_folder(source: str | Path, config: PreTrainedConfig) -> None:
     """What ``load_weights`` will refuse, where it can be known before: of a folder that has its weights in it."""
     folder = Path(source)
     if folder.is_dir() and any((folder / name).exists() for name in (_WEIGHTS, _INDEX)):
         check_layers(config, _check_weights(folder)[1], f"{source}/config.json")
 
 
-def build_model(auto: Any, config: Any, dtype: Any) -> Any:
+def build_model(auto: Any, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
     """A model of that configuration, with random weights (on the meta device: none); ``auto`` may be its own class."""
     with no_questions():
         if not hasattr(auto, "from_config"):
@@ -115,7 +118,7 @@ def build_model(auto: Any, config: Any, dtype: Any) -> Any:
         return auto.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
-def empty_model(auto: Any, config: Any) -> Any:
+def empty_model(auto: Any, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its shapes alone."""
     import copy
 

@@ -27,7 +27,7 @@ class Band:
     def __init__(self, window: int) -> None:
         self.window = window
 
-    def __getitem__(self, key: Any) -> Band:
+    def __getitem__(self, key: object) -> Band:
         return self
 
 
@@ -56,7 +56,7 @@ def weft_attention(
         raise UserError(f"the attention {type(module).__name__} comes with {what}; use padded=True.")
     # Asked each time: LLaMA-Pro's copies of a block have numbers of their own.
     layer: Any = module.__dict__.get(_LAYER, getattr(module, "layer_idx", None))
-    bias: dict[str, Any] = {}
+    bias: dict[str, object] = {}
     if attention_mask is not None:
         bias["sliding_window"] = attention_mask.window
     if softcap is not None:
@@ -77,7 +77,7 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def _band_or_none(*args: Any, local_size: int | None = None, config: Any = None, **kwargs: Any) -> Band | None:
+def _band_or_none(*args: object, local_size: int | None = None, config: object = None, **kwargs: object) -> Band | None:
     """What takes the place of a mask: nothing, for the stream keeps its sequences apart and is causal by itself.
 
     Raises:
@@ -117,7 +117,7 @@ def install_interface(model: nn.Module, router: Router, *, causal: bool = True) 
     return undo
 
 
-def _attends(config: Any) -> bool:
+def _attends(config: object) -> bool:
     return hasattr(config, "_attn_implementation")
 
 

@@ -20,13 +20,13 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from weft.core.architecture import Architecture
+from weft.core.embeddings import config_of
 from weft.errors import UserError
 from weft.foreign import read_json
 from weft.models.finding import Finding, architecture_of, finding_of
@@ -48,7 +48,7 @@ class KeptProof:
         weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".py"))
         if not root or not any(path.suffix == ".safetensors" for path in weights):
             return None
-        config: Any = model.config
+        config = config_of(model)
         # One walk: it takes most of the time that a kept proof takes.
         modules = list(model.named_modules())
         held = [(f"{path}.{n}", p) for path, m in modules for n, p in m._parameters.items() if p is not None]

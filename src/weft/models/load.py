@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Shape = Literal["full", "tiny"]
 
@@ -44,7 +47,7 @@ class Base:
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     name: str
     original_weight: Callable[[str], Tensor] | None = None
@@ -103,7 +106,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base (or of a run folder)."""
     try:
         return gate.load_tokenizer(resolve_model(name) if not Path(name).is_dir() else name)
@@ -119,7 +122,12 @@ def _source(name: str, shape: Shape, hub: Hub) -> str:
 
 
 def sketch_base(
-    name: str, *, dtype: str = "auto", tokenizer: Any = None, shape: Shape = "full", hub: Hub = "huggingface"
+    name: str,
+    *,
+    dtype: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shape: Shape = "full",
+    hub: Hub = "huggingface",
 ) -> Base:
     """The base without its weights, all tensors on the meta device: enough to check a configuration against it.
 
@@ -149,7 +157,7 @@ def load_base(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     shape: Shape = "full",
     quantization: Quantization | None = None,
     hub: Hub = "huggingface",
@@ -183,7 +191,7 @@ def load_base(
 def _load_model(
     name: str, source: str, kind: torch.dtype | str, where: torch.device, quantization: Quantization | None
 ) -> nn.Module:
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     if quantization is not None:
         compute = kind if isinstance(kind, torch.dtype) else torch.bfloat16
         options = {"quantization_config": quantization_config(quantization, compute), "device_map": {"": where}}
@@ -223,11 +231,11 @@ def _load_model(
     return model.eval()
 
 
-def _is_encoder(config: Any) -> bool:
+def _is_encoder(config: object) -> bool:
     return getattr(config, "model_type", "") in ENCODERS
 
 
-def _auto_class(config: Any, name: str) -> Any:
+def _auto_class(config: PreTrainedConfig, name: str) -> object:
     """The transformers class that loads it. Encoders come with a classification head, so that their modules have the
     paths that PEFT's files name; the head itself is then put away (every job has its own)."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
@@ -246,7 +254,7 @@ def _auto_class(config: Any, name: str) -> Any:
     return AutoModelForCausalLM
 
 
-def _headless(model: Any) -> Any:
+def _headless(model: PreTrainedModel) -> nn.Module:
     """An encoder without what stands on its body: a head that transformers had to make up is different every time."""
     if _is_encoder(model.config):
         for name, child in list(model.named_children()):

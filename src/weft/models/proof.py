@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from weft.core.adapters import Adapters, is_open
 from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
 from weft.core.body import accepted, body_of, own_logits, scaled
-from weft.core.seq2seq import run_seq2seq
+from weft.core.embeddings import config_of, input_embeddings, output_head
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.models import trial
@@ -34,6 +33,7 @@ from weft.models.finding import finding_of, fused_kinds, settled, with_tables, w
 from weft.models.fused import recognise
 from weft.models.interface import install_interface
 from weft.models.kept import KeptProof
+from weft.models.quantize import PACKS
 from weft.models.tables import as_before, neighbour_dependent
 from weft.models.truth import (
     MOST,
@@ -89,10 +89,10 @@ def _proved(model: nn.Module, shape: Architecture) -> Architecture:
     """``prove`` on a model as it answers; afterwards it is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     # bitsandbytes packs 4-bit weights anew at the first pass without gradients, unless this is off (``one_kernel``).
-    packs = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    packs = [module for module in model.modules() if getattr(module, PACKS, False)]
     model.eval()
     for module in packs:
-        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        setattr(module, PACKS, False)
     try:
         with torch.no_grad(), as_before(model), trial.unchanging(model):
             if not shape.memory_linears:
@@ -107,7 +107,7 @@ def _proved(model: nn.Module, shape: Architecture) -> Architecture:
         for module in training:
             module.training = True
         for module in packs:
-            module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+            setattr(module, PACKS, True)
 
 
 def prove(model: nn.Module, shape: Architecture) -> Architecture:
@@ -230,7 +230,7 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
     truth = Truth(targets, outputs, limit_of(model, outputs, outputs[0], again))
     adapters = Adapters(model, shape)
     try:
-        _, hidden = run_seq2seq(adapters, [Part(None, sources)], targets)
+        _, hidden = adapters.run([Part(None, sources, targets=targets)])
         found = adapters.logits(hidden).split([len(target) for target in targets])
     finally:
         adapters.close()
@@ -245,7 +245,7 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
 
 def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
     """The form of the head that gives what the model's own code gives, for small and large hidden states; or None."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = output_head(model)
     if shape.bidirectional or head is None:
         return shape.head_form
     if not is_linear(head):
@@ -311,7 +311,7 @@ def _ways(model: nn.Module, shape: Architecture) -> Iterator[Architecture]:
         yield with_way(shape, "fused", kinds)
     if install is not None:
         yield shape
-    config: Any = model.config
+    config = config_of(model)
     if install is install_interface and config.model_type not in FACTS and not shape.by_ids:
         yield replace(shape, by_ids=True)
     yield with_way(shape, "padded")
@@ -321,7 +321,7 @@ def _ways(model: nn.Module, shape: Architecture) -> Iterator[Architecture]:
 
 def _takes_embeddings(model: nn.Module, shape: Architecture) -> bool:
     """Whether the body runs on embeddings that are no token's: Gemma 4 looks for the tokens that they belong to."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     body = body_of(model, shape)
     rows = torch.randn(1, 3, table.weight.shape[1], generator=torch.Generator().manual_seed(0))
     try:

@@ -11,6 +11,8 @@ from torch import nn
 from weft.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8"]
+# By this attribute of a 4-bit linear, bitsandbytes decides whether to pack its weight anew for a CPU.
+PACKS = "support_avx512bf16_for_cpu"
 
 
 def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> Any:
@@ -42,5 +44,5 @@ def one_kernel(model: nn.Module) -> None:
     Llama) at the first pass without gradients; whether a layer needs any depends on which methods share the batch.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +11,9 @@ from weft.assets import EMBEDDED_MODELS, model_path
 from weft.errors import UserError
 from weft.models import gate
 from weft.models.vetting import check_budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WIDTH, LAYERS, HEADS, MLP = 64, 2, 4, 128
 # For a hub id whose config.json is not at hand: what its name says.
@@ -21,7 +24,7 @@ _TYPES = (
 )  # fmt: skip
 
 
-def tiny_config(source: str, tokenizer: Any) -> Any:
+def tiny_config(source: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The model's configuration, two layers of width 64 and the tokenizer's vocabulary.
 
     ``source`` is a folder or an id; of an id, the cached configuration is taken, else the architecture that its name
@@ -47,7 +50,7 @@ def tiny_config(source: str, tokenizer: Any) -> Any:
     return _shrink(config, tokenizer)
 
 
-def _shrink(config: Any, tokenizer: Any) -> Any:
+def _shrink(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     text = config.get_text_config()
     kv_heads = getattr(text, "num_key_value_heads", None)
     if kv_heads is not None:
@@ -77,7 +80,7 @@ def _shrink(config: Any, tokenizer: Any) -> Any:
     return config
 
 
-def tiny_tokenizer(source: str) -> Any:
+def tiny_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The model's own tokenizer if it is on this machine, else the embedded bilingual one."""
     try:
         return gate.load_tokenizer(source, local_files_only=True)
@@ -87,7 +90,7 @@ def tiny_tokenizer(source: str) -> Any:
         return gate.load_tokenizer(model_path(EMBEDDED_MODELS[-1]))
 
 
-def random_model(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
+def random_model(auto_class: object, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model of that configuration; its weights are the same at every call, and torch's generator stays as it was."""
     check_budget(gate.empty_model(auto_class, config), 0, "the configuration for shape: tiny")
     with torch.random.fork_rng(devices=[]):

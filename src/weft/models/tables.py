@@ -8,7 +8,6 @@ found by a trial (``neighbour_dependent``), whatever they are called.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.core.embeddings import config_of
+from weft.core.mixin import Mixin, mixed
 from weft.core.route import Route, Router
 
 _ROUTER = "_weft_table_router"
@@ -34,9 +35,8 @@ class _Fresh:
         self.values: dict[str, Tensor] = {}
         for name, buffer in self.buffers.items():
             if buffer is not None:
-                began: Any = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
-                same = torch.is_tensor(began) and began.shape == buffer.shape
-                value: Tensor = began if same else buffer
+                began = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
+                value = began if isinstance(began, Tensor) and began.shape == buffer.shape else buffer
                 self.values[name] = value.detach().to(buffer.device, copy=True)
         if "original_max_seq_len" in self.attributes:
             # One for all kinds of layer, and one for each kind that has seen a longer text.
@@ -48,7 +48,9 @@ class _Fresh:
         module._buffers.clear()
         module._buffers.update(self.buffers)
         for name, value in self.values.items():
-            module._buffers[name].copy_(value)  # type: ignore[union-attr]
+            buffer = self.buffers[name]
+            assert buffer is not None
+            buffer.copy_(value)
         for name in [n for n in vars(module) if not n.startswith("_") and n not in self.attributes]:
             del module.__dict__[name]
         module.__dict__.update(self.attributes)
@@ -65,37 +67,31 @@ def as_before(model: nn.Module) -> Iterator[None]:
             fresh.put_back(module)
 
 
-class _PerSequence:
-    """Asks the module for one sequence after the other, each as if nothing had been asked before."""
+class _PerSequence(Mixin):
+    """A module that answers for one sequence after the other, each as if it were the first."""
 
-    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        module: Any = self
-        route: Route | None = module.__dict__[_ROUTER].current
-        fresh: _Fresh = module.__dict__[_FRESH]
+    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> Any:
+        route: Route | None = self.__dict__[_ROUTER].current
+        fresh: _Fresh = self.__dict__[_FRESH]
 
         def alone(positions: Tensor) -> Any:
-            fresh.put_back(module)
-            found = super(_PerSequence, self).forward(x, positions, *args, **kwargs)  # type: ignore[misc]
-            fresh.put_back(module)
+            fresh.put_back(self)
+            found = super(_PerSequence, self).forward(x, positions, *args, **kwargs)
+            fresh.put_back(self)
             return found
 
         if route is None:
-            return super().forward(x, position_ids, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(x, position_ids, *args, **kwargs)
         if route.padded:
             return _joined([alone(row[None]) for row in position_ids], 0)
         lengths = [1] * position_ids.shape[1] if route.layout is None else route.layout.lengths
         return _joined([alone(piece) for piece in position_ids.split(lengths, 1)], -2)
 
 
-def _joined(pieces: Sequence[Any], dim: int) -> Any:
+def _joined(pieces: Sequence[Any], dim: int) -> object:
     if torch.is_tensor(pieces[0]):
         return torch.cat(list(pieces), dim)
     return tuple(_joined(parts, dim) for parts in zip(*pieces, strict=True))
-
-
-@functools.cache
-def _per_sequence_class(base_class: Any) -> Any:
-    return type(f"PerSequence{base_class.__name__}", (_PerSequence, base_class), {"__module__": __name__})
 
 
 def install_tables(model: nn.Module, router: Router, paths: Sequence[str]) -> Callable[[], None]:
@@ -103,8 +99,7 @@ def install_tables(model: nn.Module, router: Router, paths: Sequence[str]) -> Ca
     modules = [model.get_submodule(path) for path in paths]
     for module in modules:
         module.__dict__[_ROUTER], module.__dict__[_FRESH] = router, _Fresh(module)
-        own: Any = type(module)
-        module.__class__ = _per_sequence_class(own)
+        module.__class__ = mixed("PerSequence", _PerSequence, type(module))
 
     def undo() -> None:
         for module in modules:
@@ -153,14 +148,14 @@ def tables_move(model: nn.Module, length: int, longer: int, paths: Sequence[str]
 
 
 def _limits(module: nn.Module, model: nn.Module) -> int:
-    config: Any = model.config
+    config = config_of(model)
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     numbers = [v for values in (vars(module), *nested) for v in values.values() if type(v) is int]
     return 2 * max([64, *(v for v in numbers if v < 2**24), getattr(config, "max_position_embeddings", None) or 0])
 
 
-def _alike(module: Any, fresh: _Fresh, some: tuple[int, ...], others: tuple[int, ...]) -> bool:
+def _alike(module: nn.Module, fresh: _Fresh, some: tuple[int, ...], others: tuple[int, ...]) -> bool:
     """Whether the tables of positions 0 and 1, which both begin with, are the same among some positions and others."""
     buffer = next((b for b in module.buffers() if b is not None), torch.zeros(()))
     x = torch.zeros(1, 2, 4, device=buffer.device)

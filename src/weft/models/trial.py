@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import NEVER_CALLED, Architecture, is_linear, linear_shape
 from weft.core.body import accepted
+from weft.core.embeddings import config_of, input_embeddings, output_head
+from weft.core.mixin import Mixin, mixed
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
 
@@ -25,14 +26,14 @@ def sequences_for(model: nn.Module, shape: Architecture, learned: int = 0) -> li
 
     ``learned`` tokens of an adapter stand before each, and count among those that the model takes.
     """
-    config: Any = model.config
+    config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     windows = [v for v in vars(text).values() if type(v) is int and 16 < v <= 128] if _small(model) else []
     longest = max([23, *(window + 5 for window in windows)])
     # A window of a few tokens is exceeded by all but the shortest.
     # MPT calls its limit otherwise.
     limit = shape.max_length or getattr(text, "max_seq_len", None) or longest + learned
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     vocabulary = min(table.weight.shape[0], getattr(text, "vocab_size", None) or table.weight.shape[0])
     barred = {getattr(text, "pad_token_id", None)}
     ids = [token for token in range(vocabulary) if token not in barred]
@@ -48,7 +49,7 @@ def _small(model: nn.Module) -> bool:
 @torch.no_grad()
 def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[int]]) -> Tensor:
     """The model's own logits [B, T, vocabulary] for sequences of one length; of an encoder its hidden states."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     run = model.base_model if shape.bidirectional else model
     assert isinstance(run, nn.Module)
     ids = torch.tensor(batch, device=table.weight.device)
@@ -60,7 +61,7 @@ def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[i
 @torch.no_grad()
 def own_pair(model: nn.Module, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
     """An encoder-decoder's own logits [B, T, vocabulary] of targets of one length, for sources of one length."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     begin = start_token(model)
     ids = torch.tensor(sources, device=table.weight.device)
     before = torch.tensor([[begin, *target[:-1]] for target in targets], device=ids.device)
@@ -92,33 +93,28 @@ class Trace:
         return next(path for path in self.order if path)
 
 
-class _Watched:
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+class _Watched(Mixin):
+    def forward(self, *args: object, **kwargs: object) -> object:
         seen: _Seen = self.__dict__[_SEEN]
         seen.calls, seen.inside = seen.calls + 1, True
         try:
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            out: object = super().forward(*args, **kwargs)
         finally:
             seen.inside = False
-        if not torch.is_tensor(out):
+        if not isinstance(out, Tensor):
             seen.strange = f"gives a {type(out).__name__}, no tensor"
-        elif args and torch.is_tensor(args[0]) and is_linear(cast(nn.Module, self)):
-            width_in, width_out = linear_shape(cast(nn.Module, self))
+        elif args and isinstance(args[0], Tensor) and is_linear(self):
+            width_in, width_out = linear_shape(self)
             if args[0].shape[-1] != width_in or out.shape != (*args[0].shape[:-1], width_out):
                 seen.strange = f"turns {tuple(args[0].shape)} into {tuple(out.shape)}, which is no product of rows"
             seen.rows.add(args[0].numel() // width_in)
         return out
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         # nn.Module keeps its parameters where Python finds them only by this method.
         if name == "weight" and not self.__dict__[_SEEN].inside:
             self.__dict__[_SEEN].read = True
-        return super().__getattr__(name)  # type: ignore[misc]
-
-
-@functools.cache
-def _watched_class(base_class: Any) -> Any:
-    return type(f"Watched{base_class.__name__}", (_Watched, base_class), {"__module__": __name__})
+        return super().__getattr__(name)
 
 
 @contextlib.contextmanager
@@ -126,7 +122,7 @@ def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
     """Inside, the model notes the order of all calls and what happens to the modules at ``paths``."""
     trace = Trace([], {})
     handles = []
-    swapped: list[tuple[nn.Module, Any]] = []
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
     for path, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, path=path: trace.order.append(path)))
     for path in paths:
@@ -136,8 +132,7 @@ def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
             continue
         trace.seen[path] = module.__dict__[_SEEN] = _Seen()
         swapped.append((module, type(module)))
-        own: Any = type(module)
-        module.__class__ = _watched_class(own)
+        module.__class__ = mixed("Watched", _Watched, type(module))
     try:
         yield trace
     finally:
@@ -176,7 +171,7 @@ def has_called_sibling(path: str, called: set[str]) -> bool:
     return False
 
 
-def _make(module: nn.Module) -> tuple[Any, ...]:
+def _make(module: nn.Module) -> tuple[object, ...]:
     """What a module is made of. What it notes as it runs (RWKV: that it has scaled its weights) is its own affair."""
     return type(module), dict(module._modules)
 
@@ -203,7 +198,7 @@ def unchanging(model: nn.Module) -> Iterator[None]:
         for module, said in words if changed else ():
             module.__dict__.update(said)
     if changed:
-        config: Any = model.config
+        config = config_of(model)
         raise UserError(
             f"this {config.model_type} model changes itself as it runs: after a few short texts, '{changed[0]}' is "
             "made of other modules or settings, so what it answers depends on the texts before. Take another base."
@@ -248,12 +243,14 @@ def fewer_words(model: nn.Module) -> Iterator[bool]:
     Of a model of 8 billion parameters, the vocabulary holds twice as many as the two blocks that are tried, and one row
     is treated as the next.
     """
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    plain = isinstance(table, nn.Embedding) and type(head) is nn.Linear
-    rows = table.weight.shape[0] if plain else 0
-    alike = [p for p in model.parameters() if p.ndim and p.shape[0] == rows]
-    own = {id(p): p for p in (table.weight, *head.parameters())} if plain else {}
-    if rows <= _WORDS or _small(model) or {id(p) for p in alike} != own.keys():
+    table, head = input_embeddings(model), output_head(model)
+    if not isinstance(table, nn.Embedding) or head is None or type(head) is not nn.Linear:
+        yield False
+        return
+    rows = len(table.weight)
+    alike = {id(p) for p in model.parameters() if p.ndim and p.shape[0] == rows}
+    own = {id(p): p for p in (table.weight, *head.parameters())}
+    if rows <= _WORDS or _small(model) or alike != own.keys():
         yield False
         return
     words = (table.num_embeddings, table.padding_idx, head.out_features)
@@ -278,7 +275,7 @@ def shallow(model: nn.Module, shape: Architecture) -> Iterator[int]:
     """
     depth = _depth(model, shape)
     parent, _, name = shape.blocks[0].rpartition(".")[0].rpartition(".")
-    config: Any = model.config
+    config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if depth == len(shape.blocks) or not hasattr(text, "num_hidden_layers"):
         yield len(shape.blocks)
@@ -303,7 +300,7 @@ def _depth(model: nn.Module, shape: Architecture) -> int:
 
 def first_alike(model: nn.Module, shape: Architecture) -> dict[str, int]:
     """Path of each block -> the number of the first block of its kind."""
-    config: Any = model.config
+    config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     types = getattr(text, "layer_types", None) or itertools.repeat(None)
     first: dict[Any, int] = {}
@@ -313,7 +310,7 @@ def first_alike(model: nn.Module, shape: Architecture) -> dict[str, int]:
     }
 
 
-def _kind(block: nn.Module) -> tuple[Any, ...]:
+def _kind(block: nn.Module) -> tuple[object, ...]:
     numbers = ("layer_idx", "layer_id", "layer_number")
     return tuple(
         (path, type(module), tuple(p.shape for p in module.parameters(recurse=False)),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
+from weft.core.embeddings import config_of, input_embeddings
 from weft.core.site import mixes_rows
 from weft.errors import UserError
 from weft.models import trial
@@ -103,7 +103,7 @@ def limit_of_narrow(model: nn.Module, own: Tensor, rounding: float) -> float:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """What it computes in; some models (Mamba) give logits in float32 whatever that is."""
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_embeddings(model)
     dtype: torch.dtype = table.weight.dtype
     return dtype
 
@@ -169,7 +169,7 @@ def check_indexer(model: nn.Module) -> None:
     Raises:
         UserError: the configuration has an ``index_topk``.
     """
-    config: Any = model.config
+    config = config_of(model)
     chosen = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "index_topk", None)
     if chosen is None and any(path.rpartition(".")[2] == "indexer" for path, _ in model.named_modules()):
         chosen = "some"
@@ -188,5 +188,5 @@ def reason_of(error: Exception) -> str:
 
 def name_of(model: nn.Module) -> str:
     """The model's type and class, for messages."""
-    config: Any = model.config
+    config = config_of(model)
     return f"{config.model_type} model ({type(model).__name__})"

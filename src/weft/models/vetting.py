@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import UserError
 from weft.foreign import check_json, parse_json, read_json
 from weft.patterns import check_linear
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
 
 # Which code computes the attention is Weft's choice; these words only say what somebody's machine had.
 _COMPUTED_BY = ("attn_implementation", "experts_implementation")
@@ -80,7 +84,7 @@ def check_config(path: Path) -> None:
             )
 
 
-def _check_known(entries: dict[str, Any], path: Path) -> None:
+def _check_known(entries: dict[str, object], path: Path) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = entries.get("model_type")
@@ -146,7 +150,7 @@ def check_generation(path: Path) -> None:
             raise UserError(f"{path}: {where}{key} is {_short(value)}: Weft runs no code from a file.")
 
 
-def no_implementation(config: Any) -> None:
+def no_implementation(config: object) -> None:
     """Let transformers choose, by what is installed, which code computes attention and experts; in all parts."""
     parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
     for part in parts:
@@ -155,7 +159,7 @@ def no_implementation(config: Any) -> None:
                 setattr(part, f"_{name}", None)
 
 
-def check_layers(config: Any, tensors: int, where: str) -> None:
+def check_layers(config: PreTrainedConfig, tensors: int, where: str) -> None:
     """Refuse more layers than the files of weights have tensors: to build 4,000 takes half a minute."""
     for part in (config, config.get_text_config()):
         for key in ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer"):
@@ -164,7 +168,7 @@ def check_layers(config: Any, tensors: int, where: str) -> None:
                 raise UserError(f"{where}: {key} is {found}, and the files of weights hold only {tensors} tensors.")
 
 
-def check_budget(model: Any, stored: int, where: str) -> None:
+def check_budget(model: nn.Module, stored: int, where: str) -> None:
     """Refuse sizes that the files of weights cannot be of: transformers would allocate them first and compare later.
 
     Args:
@@ -180,7 +184,7 @@ def check_budget(model: Any, stored: int, where: str) -> None:
         )
 
 
-def _entries(values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _entries(values: dict[str, object]) -> Iterator[tuple[str, str, Any]]:
     """(where it stands, key, value) of everything inside, level by level."""
     todo: list[tuple[str, Any]] = [("", values)]
     while todo:
@@ -193,7 +197,7 @@ def _entries(values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
             todo += ((where, item) for item in value if isinstance(item, (dict, list)))
 
 
-def _check_way(value: Any, place: str) -> None:
+def _check_way(value: object, place: str) -> None:
     ways = value.values() if isinstance(value, dict) else [value]
     for way in ways:
         if not (way is None or isinstance(way, str)) or way not in _KNOWN_WAYS:
@@ -203,7 +207,7 @@ def _check_way(value: Any, place: str) -> None:
             )
 
 
-def _check_size(key: str, value: Any, place: str) -> None:
+def _check_size(key: str, value: object, place: str) -> None:
     if key in _SIZES and value is not None and not isinstance(value, (list, dict)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{place} is {_short(value)}; expected a whole number.")
@@ -218,13 +222,13 @@ def _check_size(key: str, value: Any, place: str) -> None:
             raise UserError(f"{place} is {_short(number)}; no model has more than {most}.")
 
 
-def _check_inside(value: Any, place: str) -> None:
+def _check_inside(value: object, place: str) -> None:
     for name in value if isinstance(value, list) else [value]:
         if isinstance(name, str) and (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name):
             raise UserError(f"{place} is {_short(name)}, which is not in the tokenizer's own folder.")
 
 
-def _check_class(value: Any, place: str) -> None:
+def _check_class(value: object, place: str) -> None:
     """A class that transformers has must be a tokenizer; of one that it has not it takes the plain one."""
     import transformers
 
@@ -234,7 +238,7 @@ def _check_class(value: Any, place: str) -> None:
         raise UserError(f"{place} is {_short(value)}, which is no class of tokenizers.")
 
 
-def _class(name: str) -> Any:
+def _class(name: str) -> object:
     """transformers' class of tokenizers of that name; None if it has none."""
     import transformers
 
@@ -247,6 +251,6 @@ def _class(name: str) -> Any:
     return None
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,6 +1,16 @@
-"""What is learned: functions from hidden states and a batch to a loss per sequence."""
+"""Objectives: functions from hidden states and a batch to a loss per sequence."""
 
-from weft.objectives.classification import class_metrics, classification
-from weft.objectives.likelihood import Head, Supervised, likelihood, likelihood_of_logits
+from weft.core.head import Supervised
+from weft.objectives.classification import class_metrics
+from weft.objectives.likelihood import likelihood
+from weft.objectives.registry import OBJECTIVES, Objective, make_objective, register_objective
 
-__all__ = ["Head", "Supervised", "class_metrics", "classification", "likelihood", "likelihood_of_logits"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "Supervised",
+    "class_metrics",
+    "likelihood",
+    "make_objective",
+    "register_objective",
+]

@@ -1,4 +1,4 @@
-"""Sequence classification: cross-entropy of the class of a whole sequence, and what counts its success."""
+"""What counts the success of sequence classification."""
 
 from __future__ import annotations
 
@@ -6,24 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-
-def classification(logits: Tensor, labels: Tensor) -> Tensor:
-    """``-log softmax(logits)[label]`` per sequence, [n] (float32, or float64 for float64 input).
-
-    Args:
-        logits: [n, classes]; labels: [n] int64.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels, reduction="none")
-
 
 def class_metrics(predicted: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
-    """``accuracy``; ``majority``, the accuracy of always naming the most frequent of ``labels``; ``f1`` (of class 1 if
-    there are the classes 0 and 1, as GLUE counts MRPC, else the mean over the classes); ``mcc``, Matthews' correlation.
+    """Four figures of how good the predictions are.
+
+    ``accuracy``; ``majority``, the accuracy of always naming the most frequent of ``labels``; ``f1``, of class 1 if the
+    classes are 0 and 1 (as GLUE counts MRPC), else the mean over the classes; ``mcc``, Matthews' correlation.
 
     With c right of n and class k named p_k and true t_k times (Gorodkin 2004):
     MCC = (c n - sum p_k t_k) / sqrt((n^2 - sum p_k^2) (n^2 - sum t_k^2)); 0 where that is 0 / 0.

@@ -1,66 +1,15 @@
-"""Negative log-likelihood of the supervised tokens: instruction tuning and continued pre-training alike."""
+"""Negative log-likelihood of what is learned: instruction tuning, continued pre-training and classification alike."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from weft.ops.loss import linear_cross_entropy
-
-
-@dataclass(frozen=True)
-class Head:
-    """The base's output layer, frozen: logits are ``scale * (h Wᵀ + b)``, soft-capped if the architecture does so."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
+from weft.core.head import Supervised
 
 
-@dataclass(frozen=True)
-class Supervised:
-    """The tokens that are learned, of some sequences.
+def likelihood(losses: Tensor, batch: Supervised) -> Tensor:
+    """Weighted sum of the losses [S] of each sequence's targets, [num_sequences], in their dtype.
 
-    Attributes:
-        rows: [S] int64, the stream row whose hidden state predicts the token.
-        targets: [S] int64.
-        weights: [S] float, what each token's loss counts.
-        sequence: [S] int64, which of the ``num_sequences`` sequences it belongs to.
+    It is never a mean: only the step knows how many tokens a job's whole batch has, and it divides once.
     """
-
-    rows: Tensor
-    targets: Tensor
-    weights: Tensor
-    sequence: Tensor
-    num_sequences: int
-
-
-def likelihood(hidden: Tensor, head: Head, batch: Supervised) -> Tensor:
-    """Weighted sum of the token losses of each sequence, [num_sequences] (float32, or float64 for float64 input).
-
-    Args:
-        hidden: [S, d], the hidden states at ``batch.rows``: the head never sees a token that nothing is learned from.
-
-    Never a mean: how many tokens a job's whole batch has is known to the step, which divides once.
-    """
-    losses = linear_cross_entropy(
-        hidden, head.weight, batch.targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale
-    )
-    return _per_sequence(losses, batch)
-
-
-def likelihood_of_logits(logits: Tensor, batch: Supervised) -> Tensor:
-    """The same from logits [S, vocabulary], for an adapter that changes the head and so shares it with nobody."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return _per_sequence(F.cross_entropy(wide, batch.targets, reduction="none"), batch)
-
-
-def _per_sequence(losses: Tensor, batch: Supervised) -> Tensor:
-    weighted = losses * batch.weights.to(losses.dtype)
-    return torch.zeros(batch.num_sequences, dtype=losses.dtype, device=losses.device).index_add(
-        0, batch.sequence, weighted
-    )
+    return batch.per_sequence(losses)

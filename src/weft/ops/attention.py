@@ -1,4 +1,4 @@
-"""Attention over a padding-free stream: sequences of many jobs end to end, no token sees another sequence.
+"""Attention over a padding-free stream: sequences lie end to end, and no token sees another sequence.
 
 Notation: ``N`` tokens in the stream, ``S`` sequences, ``H`` query heads, ``K`` key/value heads, ``G = H / K`` query
 heads per key/value head, ``D`` head size, ``P`` prefix rows, ``T`` length of a bucket, ``b`` its number of sequences.
@@ -10,10 +10,10 @@ For query ``i`` and key ``j`` of one sequence (both counted with the prefix)
 An attention sink (Xiao et al. 2023; gpt-oss) is one more score z_h per head in the softmax, whose value is zero: the
 probabilities of a query then sum to less than one.
 
-How it is made fast on a CPU: sequences of similar length form a *bucket*; one gather turns the whole stream into the
+What makes it fast on a CPU: sequences of similar length form a *bucket*; one gather turns the whole stream into the
 buckets' right-padded blocks ``[b, K, T * G, D]``, and each block is a few batched matrix products. Causal attention
-needs no mask for the padding: a real query never looks at a later key; without causality the pad keys are hidden. Pad
-queries are dropped, their output gradient is zero.
+needs no mask for the padding, since a real query never looks at a later key. Without causality a mask hides the pad
+keys. Pad queries are dropped; their output gradient is zero.
 The ``G`` query heads of a key/value head are rows of one product, so keys and values are never repeated. Queries go in
 chunks, so that no score block is larger than ``chunk x T``, and the blocks above the diagonal are never computed.
 The probabilities are recomputed in the backward pass: only q, k and v are kept.
@@ -24,12 +24,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.ops.autograd import Context
 from weft.ops.decoding import cap_and_bias, softmax_with_sinks
 from weft.ops.sequence_layout import Bucket, SequenceLayout
 
@@ -45,7 +46,7 @@ QUERY_CHUNK = 128  # queries per score block; longer sequences are cut (measured
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """How q . k becomes probabilities, for every block of one call."""
+    """The rule by which q . k becomes probabilities, for every block of one call."""
 
     layout: SequenceLayout
     kv_heads: int
@@ -65,10 +66,10 @@ class _Scores:
             yield i0, i1, first_key, before + (i1 if self.causal else length)
 
     def pads(self, bucket: Bucket, before: int, like: Tensor) -> Tensor | None:
-        """[b * K, 1, before + T] of 0 and -inf, which hides the pad keys; None if there are none. Kept likewise."""
+        """[b * K, 1, before + T] of 0 and -inf, which hides the pad keys; None without any. The layout keeps it."""
         if min(bucket.lengths) == bucket.length:
             return None
-        cache, key = self.layout._cache, ("pads", bucket.start, before, self.kv_heads, like.dtype)
+        cache, key = self.layout.masks, ("pads", bucket.start, before, self.kv_heads, like.dtype)
         if key not in cache:
             ends = torch.tensor(bucket.lengths, device=like.device)[:, None] + before
             hidden = torch.arange(before + bucket.length, device=like.device) >= ends
@@ -77,8 +78,8 @@ class _Scores:
         return cache[key]
 
     def mask(self, i0: int, i1: int, j0: int, per_kv: int, like: Tensor) -> Tensor:
-        """[(i1 - i0) * G, i1 - j0] of 0 and -inf. Kept in the layout: every layer asks for it, twice."""
-        cache, key = self.layout._cache, ("mask", i1 - i0, i0 - j0, per_kv, self.window, like.dtype)
+        """[(i1 - i0) * G, i1 - j0] of 0 and -inf. The layout keeps it, since every layer asks for it twice."""
+        cache, key = self.layout.masks, ("mask", i1 - i0, i0 - j0, per_kv, self.window, like.dtype)
         if key not in cache:
             distance = torch.arange(i0, i1, device=like.device)[:, None] - torch.arange(j0, i1, device=like.device)
             hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
@@ -88,7 +89,7 @@ class _Scores:
 
     def bias(self, i0: int, i1: int, j0: int, dtype: torch.dtype) -> Tensor:
         """[K, (i1 - i0) * G, i1 - j0]: slope * (j - i). It differs from slope * j by a constant per row, which softmax
-        ignores, and is small (so precise) where it matters, at the keys near the query."""
+        ignores. It is small, and so precise, at the keys near the query, where it matters."""
         assert self.slopes is not None
         device = self.slopes.device
         distance = torch.arange(j0, i1, device=device) - torch.arange(i0, i1, device=device)[:, None]
@@ -208,7 +209,8 @@ def _unpack(rows: Tensor, layout: SequenceLayout, kv_heads: int, heads: int) -> 
 
 
 def _is_plain(layout: SequenceLayout) -> bool:
-    """One sequence: the block is the stream. (Not in exact mode: alone and together must take the same path.)"""
+    """Whether the stream is one sequence, and so the only block. (Never in exact mode, where a sequence must take the
+    same path alone and together with others.)"""
     return len(layout.lengths) == 1 and not layout.separate_groups
 
 
@@ -225,15 +227,20 @@ def _with_prefix(own: Tensor, prefix: Tensor | None) -> Tensor:
     return torch.cat([prefix.repeat(own.shape[0] // prefix.shape[0], 1, 1), own], 1)
 
 
+class _Context(Context, Protocol):
+    scores: _Scores
+    slots: dict[int | None, int]
+
+
 class _VarlenAttention(torch.autograd.Function):
     """Keeps q, k, v and the prefix; recomputes the probabilities, block by block, in the backward pass.
 
-    ``slots``: group -> where its keys lie in ``prefix``, with its values right after them.
+    ``slots`` tells for each group where its keys stand in ``prefix``; its values stand right after them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -257,7 +264,7 @@ class _VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *prefix = ctx.saved_tensors
         scores, slots = ctx.scores, ctx.slots
         layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
@@ -288,7 +295,9 @@ class _VarlenAttention(torch.autograd.Function):
         dq = _unpack(dq_rows, layout, kv_heads, heads).transpose(0, 1)
         dk, dv = (_unpack(x, layout, kv_heads, kv_heads).transpose(0, 1) for x in (dk_rows, dv_rows))
         given = (None if d is None else d.to(x.dtype) for d, x in zip(d_prefix, prefix, strict=True))
-        return dq, dk, dv, None, None, None if d_sinks is None else d_sinks.to(scores.sinks.dtype), *given
+        if d_sinks is not None and scores.sinks is not None:
+            d_sinks = d_sinks.to(scores.sinks.dtype)
+        return dq, dk, dv, None, None, d_sinks, *given
 
 
 def varlen_attention(
@@ -305,14 +314,24 @@ def varlen_attention(
     sinks: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
-    """Attention inside each sequence of the stream, causal or of every token to all; the module's head says how.
+    """Attention inside each sequence of the stream, by the equations at the head of this module.
 
-    q [H, N, D]; k, v [K, N, D], H a multiple of K; cheapest if the memory order is [N, heads, D], as a projection gives
-    it. ``prefix``: group -> (keys [K, P, D], values [K, P, D]), visible to every query of the group's sequences; the
-    group must be in ``layout.prefix_groups`` (or the layout be built with ``separate_groups``). Prefix rows are
-    positions 0 .. P-1. Returns [N, H, D], contiguous, in q's dtype (what transformers' attention interface wants, less
-    its batch dimension). ALiBi and a window look back only, and so are refused where attention is not causal.
-    ``sinks`` [H]: sink scores, one per query head.
+    Args:
+        q: [H, N, D], H a multiple of K. The memory order [N, H, D], as a projection gives it, costs least.
+        k: [K, N, D].
+        v: [K, N, D].
+        prefix: group -> (keys [K, P, D], values [K, P, D]). Every query of the group's sequences sees them, at the
+            positions 0 .. P-1. The group must be in ``layout.prefix_groups``, or the layout have ``separate_groups``.
+        alibi_slopes: [H].
+        sinks: [H], one more score per query head.
+        causal: False lets every token of a sequence see every other. ALiBi and a window look back only: both are
+            refused then.
+
+    Returns:
+        [N, H, D], contiguous, in q's dtype: what transformers' attention interface wants, less its batch dimension.
+
+    Raises:
+        ValueError: Shapes or dtypes do not agree, or the layout does not know a prefix's group.
     """
     _check(q, k, v, layout)
     if not causal and (alibi_slopes is not None or sliding_window is not None):
@@ -356,7 +375,7 @@ def varlen_attention_ref(
     sinks: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
-    """``varlen_attention``, one sequence at a time, in fp32 (fp64 for fp64), every step written out."""
+    """``varlen_attention`` one sequence at a time, in fp32 (fp64 for fp64), every step written out; [N, H, D] too."""
     wide = torch.promote_types(q.dtype, torch.float32)
     per_kv, start, outs = q.shape[0] // k.shape[0], 0, []
     for length, group in zip(layout.lengths, layout.groups, strict=True):

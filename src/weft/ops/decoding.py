@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def cap_and_bias(scores: Tensor, position: Tensor, alibi_slopes: Tensor | None, softcap: float | None) -> Tensor:
-    """scores [H, I, J], position [J]."""
+    """Apply the soft cap and ALiBi to scores [H, I, J] of keys at position [J]; returns [H, I, J]."""
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
@@ -18,7 +18,7 @@ def cap_and_bias(scores: Tensor, position: Tensor, alibi_slopes: Tensor | None, 
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax of scores [H, I, J] beside one sink per head, [H] (None: none); what comes out is [H, I, J]."""
+    """Softmax of scores [H, I, J] beside one sink per head, [H] (None: no sinks); returns [H, I, J]."""
     if sinks is None:
         return scores.softmax(-1)
     column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
@@ -37,10 +37,19 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """One new token per row: q [B, H, D] attends to the first ``lengths[b]`` >= 1 keys of its cache [B, K, T, D].
+    """Attention of one new token per row, q [B, H, D], to the keys in the row's cache.
 
-    The newest key, the token's own, is at ``lengths[b] - 1``; what lies beyond may be anything finite.
-    Returns [B, H, D].
+    Args:
+        q: [B, H, D].
+        k_cache: [B, K, T, D].
+        v_cache: [B, K, T, D].
+        lengths: [B] int64, at least 1. Row b sees its first ``lengths[b]`` keys; the last of them is the token's own.
+            What lies beyond may be anything finite.
+        alibi_slopes: [H].
+        sinks: [H], one more score per head.
+
+    Returns:
+        [B, H, D].
     """
     rows, heads, dim = q.shape
     kv_heads, size = k_cache.shape[1], k_cache.shape[2]
@@ -72,7 +81,7 @@ def decode_attention_ref(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """``decode_attention``, one row at a time: the last row of a full attention over the row's own keys."""
+    """``decode_attention`` one row at a time: the last row, [H, D], of a full attention over the row's own keys."""
     wide = torch.promote_types(q.dtype, torch.float32)
     per_kv, outs = q.shape[1] // k_cache.shape[1], []
     for row, length in enumerate(lengths.tolist()):

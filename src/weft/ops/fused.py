@@ -1,22 +1,24 @@
-"""A Llama block's norms, rotary positions and linears with LoRA on them, as single autograd nodes made for a CPU.
+"""A Llama block's norms, rotary positions, and linears with LoRA on them, as single autograd nodes for a CPU.
 
-Written as separate torch operations, each of these reads and writes whole [N, d] tensors from memory several times,
-casts them to fp32 and back, and keeps the intermediate results for the backward pass. Here rows go in blocks that stay
-in the cache through all steps, and only inputs are kept. Notation: N rows, d their width. (SwiGLU is
-here for memory alone: computing silu twice takes what the blocks save.)
+As separate torch operations, each of these reads and writes whole [N, d] tensors from memory several times, casts them
+to fp32 and back, and keeps the intermediate results for the backward pass. Here rows go in blocks that stay in the
+cache through all steps, and only inputs are kept. Notation: N rows, d their width. (SwiGLU is here for memory alone:
+computing silu twice takes as long as the blocks save.)
 
-Nothing is ever written into a tensor that was given: a second backward pass over a retained graph is right.
+No function writes into a tensor that it was given: a second backward pass over a retained graph is right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from weft.ops.autograd import Context
 
 BLOCK = 2**18  # numbers per block: 1 MiB in fp32, of which every core's L2 holds its share (measured)
 
@@ -32,10 +34,10 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Keeps x and the rows' 1 / rms [N, 1]."""
+    """It keeps x and the rows' 1 / rms [N, 1]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         n, d = x.shape
         out, rstd = torch.empty_like(x), x.new_empty(n, 1, dtype=_wide(x.dtype))
         block = min(n, max(1, BLOCK // d))
@@ -51,7 +53,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, d_out: Tensor) -> tuple[Tensor, None, None]:
         """With h = x rstd and g = weight dy:  dx = rstd (g - h mean(g h))."""
         x, rstd, weight = ctx.saved_tensors
         n, d = x.shape
@@ -72,30 +74,30 @@ class _RmsNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * (x / sqrt(mean(x^2) + eps))`` (Zhang & Sennrich 2019), for a frozen weight.
 
-    x [..., d], weight [d], one dtype; computed in fp32 (fp64 for fp64) and rounded to x's dtype before it is multiplied
-    by the weight, as transformers' LlamaRMSNorm does it.
+    x [..., d] and weight [d] have one dtype, and so has the result, [..., d]. The quotient is computed in fp32 (fp64
+    for fp64) and rounded to x's dtype before the weight multiplies it, as in transformers' LlamaRMSNorm.
     """
     return _RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view_as(x)
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``rms_norm``, operation by operation."""
+    """``rms_norm`` operation by operation; [..., d] too."""
     h = x.to(_wide(x.dtype))
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     return weight * h.to(x.dtype)
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Keeps gate and up, and not silu(gate)."""
+    """It keeps gate and up, but not silu(gate)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Context, d_out: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         d_up = torch.nn.functional.silu(gate).mul_(d_out)
         d_gate = d_out * up
@@ -104,12 +106,12 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` (Shazeer 2020) of [..., d] each."""
+    """``silu(gate) * up`` (Shazeer 2020), all of shape [..., d]."""
     return _SwiGlu.apply(gate, up)
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
-    """``swiglu``, operation by operation."""
+    """``swiglu`` operation by operation; [..., d] too."""
     return torch.nn.functional.silu(gate) * up
 
 
@@ -126,16 +128,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """Keeps cos and sin, which all layers share. The gradient is the rotation back: dx = dy cos + R^T (dy sin)."""
+    """It keeps cos and sin, which all layers share. The gradient is the rotation back: dx = dy cos + R^T (dy sin)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotate(x, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, d_out: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         # R^T (dy sin) = -R(dy swapped(sin)); the halves of sin are swapped because R moves them along with dy.
         return _rotate(d_out.contiguous(), cos, -sin.roll(sin.shape[-1] // 2, -1)), None, None
@@ -144,13 +146,13 @@ class _Rotary(torch.autograd.Function):
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021) in the half-split form of GPT-NeoX and Llama.
 
-    x [N, H, D] (a projection's memory order), cos and sin [N, D]; returns [N, H, D].
+    x is [N, H, D] (a projection's memory order), cos and sin are [N, D]; returns [N, H, D].
     """
     return _Rotary.apply(x.contiguous(), cos[:, None], sin[:, None])
 
 
 def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``rotary``, operation by operation."""
+    """``rotary`` operation by operation; [N, H, D] too."""
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
 
@@ -165,16 +167,24 @@ class Piece:
     scalings: tuple[float, ...] = ()
 
 
-class _LowRankLinears(torch.autograd.Function):
-    """Arguments after ``pieces``: weights, biases (or None), then A and B of each piece's updates in turn.
+class _LinearsContext(Context, Protocol):
+    pieces: Sequence[Piece]
+    count: int
+    shape: torch.Size
+    dtypes: list[torch.dtype]
 
-    Keeps x, every z = x A^T and the factors in x's dtype; z of one piece's updates is one product, and so is their
-    share of dx and of dA. The large product comes last and adds
-    what is there in its own fp32 accumulators.
+
+class _LowRankLinears(torch.autograd.Function):
+    """The arguments after ``count`` are weights, biases (or None), then A and B of each piece's updates in turn.
+
+    It keeps x, every z = x A^T and the factors in x's dtype. z of one piece's updates is one product, and so is their
+    share of dx and of dA. The large product comes last and adds what is there in its own fp32 accumulators.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pieces: Sequence[Piece], count: int, *tensors: Any) -> Any:
+    def forward(
+        ctx: _LinearsContext, x: Tensor, pieces: Sequence[Piece], count: int, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         weights, biases = tensors[:count], tensors[count : 2 * count]
         factors = [f.to(x.dtype) for f in tensors[2 * count :] if f is not None]
         touched = {i for piece in pieces for i in piece.linears}
@@ -182,7 +192,8 @@ class _LowRankLinears(torch.autograd.Function):
             x.new_empty(len(x), len(w)) if i in touched else torch.nn.functional.linear(x, w, bias)
             for i, (w, bias) in enumerate(zip(weights, biases, strict=True))
         ]
-        kept, at = [], 0
+        kept: list[Tensor] = []
+        at = 0
         for piece in pieces:
             rows = slice(piece.begin, piece.end)
             for i in touched.difference(piece.linears):
@@ -210,11 +221,11 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *d_ys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _LinearsContext, *d_ys: Tensor) -> tuple[Tensor | None, ...]:
         """dz = s dy B,  dA = dz^T x,  dB = s dy^T z,  dx = sum over linears of dz A + dy W."""
         saved = list(ctx.saved_tensors)  # once: under checkpointing every look at them unpacks again
         weights = [saved.pop() for _ in range(ctx.count)][::-1]
-        x: Any = saved.pop(0) if saved else None
+        x = saved.pop(0) if saved else d_ys[0]  # only pieces with updates read it
         dx = d_ys[0].new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor] = []
         updated = any(piece.linears for piece in ctx.pieces)
@@ -254,9 +265,15 @@ def low_rank_linears(
 
         y_i = x W_i^T + bias_i,   and on the rows of a piece that updates linear i:   y_i += s (x A^T) B^T.
 
-    x [N, in]; ``linears`` (W_i [out_i, in], bias_i [out_i] or None), no gradients; the pieces cover 0 .. N in order;
-    ``factors``: A [r, in] and B [out_i, r] of every update in the order of the pieces and, within one, of its linears,
-    in any floating dtype. Returns one [N, out_i] per linear.
+    Args:
+        x: [N, in].
+        linears: W_i [out_i, in] and bias_i [out_i] or None. They get no gradients.
+        pieces: They cover the rows 0 .. N in order.
+        factors: A [r, in] and B [out_i, r] of every update, in the order of the pieces and, within one, of its
+            linears. Any floating dtype.
+
+    Returns:
+        [N, out_i] per linear.
     """
     weights, biases = [w for w, _ in linears], [bias for _, bias in linears]
     return _LowRankLinears.apply(x, pieces, len(linears), *weights, *biases, *factors)
@@ -268,7 +285,7 @@ def low_rank_linears_ref(
     pieces: Sequence[Piece],
     factors: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """``low_rank_linears``, as the equation has it."""
+    """``low_rank_linears`` as the equation has it; [N, out_i] per linear too."""
     ys = [torch.nn.functional.linear(x, w, bias) for w, bias in linears]
     at = iter(factors)
     for piece in pieces:

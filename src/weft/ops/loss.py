@@ -5,23 +5,25 @@ With h [S, d] the hidden states at the supervised positions, W [V, d] the head a
     z = logit_scale * (h W^T + b),   z <- c * tanh(z / c),   loss_i = logsumexp(z_i) - z_i[t_i],
     u_i = d loss_i / d h_i = ((softmax(z_i) - onehot(t_i)) * (1 - tanh^2) * logit_scale) W.
 
-A frozen head needs nothing else for the backward pass than u, and u can be computed while the chunk's logits are at
-hand: two matrix products per chunk in the forward, none in the backward (recomputing the logits would make it three).
+A frozen head needs only u for the backward pass, and u can be computed while the chunk's logits are at hand. That costs
+two matrix products per chunk in the forward pass and none in the backward (recomputing the logits would make it three).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.ops.autograd import Context
+
 LOGIT_BYTES = 64 * 2**20  # default size of a chunk's logits in fp32; 524 tokens of a 32,000-word vocabulary
 
 
 class _Head(NamedTuple):
-    """What turns h W^T + b into logits."""
+    """The scale and the soft cap that turn h W^T + b into logits."""
 
     scale: float
     softcap: float | None
@@ -48,11 +50,11 @@ def _dlogits(log_p: Tensor, targets: Tensor, tanh: Tensor | None, head: _Head) -
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Saves u [S, d] alone."""
+    """A head that is not trained. It keeps u [S, d] alone."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -77,17 +79,28 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (u,) = ctx.saved_tensors
         return (d_loss[:, None] * u).to(u.dtype), None, None, None, None, None, None
 
 
+class _TrainedContext(Context, Protocol):
+    head: _Head
+    chunk: int
+
+
 class _TrainedHead(torch.autograd.Function):
-    """The head (or its bias) is trained too: keeps hidden, recomputes each chunk's logits in the backward pass."""
+    """A head whose weight or bias is trained. The backward pass computes each chunk's logits again."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, chunk: int
+        ctx: _TrainedContext,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        chunk: int,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.head, ctx.chunk = head, chunk
@@ -100,7 +113,7 @@ class _TrainedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _TrainedContext, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -133,11 +146,19 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Per-token loss [S] in fp32 (fp64 for fp64) of hidden [S, d], weight [V, d], targets [S] int64.
+    """Loss of each token, [S] in fp32 (fp64 for fp64).
 
-    Every row counts: drop unsupervised positions before the call. ``chunk_tokens`` rows of logits exist at a time
-    (default: ``LOGIT_BYTES`` of them). Gradients flow, once, to hidden and, if they require it, to weight and
-    bias.
+    Gradients flow, once, to hidden and, where they are asked for, to weight and bias.
+
+    Args:
+        hidden: [S, d]. Every row counts: drop unsupervised positions before the call.
+        weight: [V, d], in hidden's dtype.
+        targets: [S] int64.
+        bias: [V].
+        chunk_tokens: The rows of logits that exist at a time (default: ``LOGIT_BYTES`` of them).
+
+    Raises:
+        ValueError: hidden and weight differ in dtype.
     """
     if not hidden.dtype == weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, the head {weight.dtype}; cast one of them")

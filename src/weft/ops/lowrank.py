@@ -12,8 +12,10 @@ def low_rank_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> 
     """``y + scaling * (x Aᵀ) Bᵀ``, in y's dtype.
 
     Args:
-        y: [..., out]; x: [..., in]; a: [r, in]; b: [out, r], any floating dtype (cast to y's, gradients come back in
-            their own).
+        y: [..., out].
+        x: [..., in], cast to y's dtype.
+        a: [r, in], of any floating dtype, as b is. Both are cast to y's; gradients come back in their own.
+        b: [out, r].
 
     Returns:
         [..., out].
@@ -25,17 +27,17 @@ def low_rank_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> 
 
 
 def low_rank_add_ref(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The same, as the paper writes it."""
+    """``low_rank_add`` as the paper writes it; [..., out] too."""
     return y + scaling * (x.to(y.dtype) @ a.to(y.dtype).transpose(0, 1) @ b.to(y.dtype).transpose(0, 1))
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(x Aᵀ) Bᵀ`` in ``dtype``; x [..., in], a [r, in], b [out, r]."""
+    """``(x Aᵀ) Bᵀ`` in ``dtype``, [..., out], of x [..., in], a [r, in] and b [out, r]."""
     return x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t()
 
 
 def low_rank_merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``W + scaling * B A``; weight [out, in], a [r, in], b [out, r], one dtype."""
+    """``W + scaling * B A``, [out, in], of weight [out, in], a [r, in] and b [out, r] in one dtype."""
     return torch.addmm(weight, b, a, alpha=scaling)
 
 
@@ -45,7 +47,9 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     With w, b rows of W and B:  ||w + s b A||² = ||w||² + 2 s (w Aᵀ) · b + s² (b A Aᵀ) · b.
 
     Args:
-        weight: [out, in]; a: [r, in]; b: [out, r], one dtype.
+        weight: [out, in], in one dtype with a and b.
+        a: [r, in].
+        b: [out, r].
     """
     square = weight.square().sum(1) + 2 * scaling * ((weight @ a.t()) * b).sum(1)
     square = square + scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
@@ -54,7 +58,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def row_norms_ref(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The same, written out."""
+    """``row_norms`` written out; [out] too."""
     return torch.linalg.norm(weight + scaling * b @ a, dim=1)
 
 
@@ -72,9 +76,14 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 def sketched_factors(
     weight: Tensor, rank: int, scaling: float, iterations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """``principal_factors`` from a random subspace (Halko et al. 2011, algorithm 4.4): close, and much faster.
+    """Nearly ``principal_factors``, much faster, by a random subspace (Halko et al. 2011, algorithm 4.4).
 
-    ``iterations`` are its power iterations; the subspace has a few dimensions more than are kept.
+    Args:
+        weight: [out, in].
+        iterations: Power iterations of the subspace, which has a few dimensions more than ``rank``.
+
+    Returns:
+        A [rank, in] and B [out, rank].
     """
     width = min(rank + 8, *weight.shape)
     start = torch.randn(weight.shape[1], width, generator=generator, dtype=torch.float32)
@@ -93,7 +102,7 @@ def loftq_factors(
 
     Args:
         weight: [out, in], before quantisation.
-        quantize: a matrix as its quantisation gives it back.
+        quantize: Quantises a matrix and gives back what a layer then computes with.
 
     Returns:
         Q [out, in], A [rank, in], B [out, rank].
@@ -110,9 +119,13 @@ def stacked_low_rank_add(weight: Tensor, a: Tensor, b: Tensor, scaling: float, *
     """``W_e + scaling * B_e A_e`` for each matrix e of a stack, in W's dtype; the factors lie as PEFT stores them.
 
     Args:
-        weight: [E, out, in], ``transposed``: [E, in, out].
-        a: [E * r, in], the rows of one matrix beside each other. b: [out, r * E], the columns of one rank beside each
-            other. Any floating dtype (gradients come back in their own).
+        weight: [E, out, in]; if ``transposed``, [E, in, out].
+        a: [E * r, in], the rows of one matrix beside each other. It and b have any floating dtype, and their
+            gradients have the same.
+        b: [out, r * E], the columns of one rank beside each other.
+
+    Returns:
+        As weight.
     """
     count = len(weight)
     rows = a.to(weight.dtype).view(count, -1, a.shape[-1])
@@ -125,7 +138,7 @@ def stacked_low_rank_add(weight: Tensor, a: Tensor, b: Tensor, scaling: float, *
 def stacked_low_rank_add_ref(
     weight: Tensor, a: Tensor, b: Tensor, scaling: float, *, transposed: bool = False
 ) -> Tensor:
-    """The same, matrix by matrix."""
+    """``stacked_low_rank_add`` matrix by matrix; [E, out, in] or, ``transposed``, [E, in, out]."""
     count, found = len(weight), []
     for index, matrix in enumerate(weight):
         r = len(a) // count

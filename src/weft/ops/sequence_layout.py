@@ -1,4 +1,4 @@
-"""Where the sequences of a padding-free batch lie, and which of them attention processes together.
+"""The places of the sequences in a padding-free batch, and the buckets that attention processes together.
 
 Sequences of similar length form a *bucket*, a right-padded block ``[b, T]`` of stream positions. Index tensors lead
 from the stream to the buckets' rows and back; both ways are gathers, in the forward and in the backward pass.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,11 @@ class HeadIndex(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """Where the sequences of one batch lie; built once per batch, used by every layer (it caches index tensors)."""
+    """The places of one batch's sequences. It is built once per batch, and every layer shares its index tensors.
+
+    Attributes:
+        cu_seqlens: [S + 1] int32, the first row of each sequence and the end of the last one.
+    """
 
     lengths: tuple[int, ...]
     groups: tuple[int, ...]
@@ -52,7 +56,8 @@ class SequenceLayout:
     buckets: tuple[Bucket, ...]
     separate_groups: bool = False
     prefix_groups: frozenset[int] = frozenset()
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    indices: dict[tuple[int, int], HeadIndex] = field(default_factory=dict, repr=False)  # of ``head_index``
+    masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)  # of attention's score blocks
 
     @property
     def tokens(self) -> int:
@@ -72,8 +77,8 @@ class SequenceLayout:
         """Cut the stream into sequences and buckets.
 
         Sequences of a group in ``prefix_groups`` never share a bucket with another group. With ``separate_groups`` no
-        two groups ever do, and a group's buckets depend on its own lengths alone: its arithmetic is bitwise what it is
-        alone.
+        two groups ever do. A group's buckets then depend on its own lengths alone, and so every bit of its arithmetic
+        is what it would be in a batch of its own.
         """
         lengths = tuple(int(n) for n in lengths)
         groups = tuple(int(g) for g in groups) if groups is not None else (0,) * len(lengths)
@@ -97,11 +102,11 @@ class SequenceLayout:
         return cls(lengths, groups, cu_seqlens, tuple(buckets), separate_groups, prefix_groups=frozenset(prefix_groups))
 
     def head_index(self, kv_heads: int, per_kv: int) -> HeadIndex:
-        """Index tensors for ``kv_heads * per_kv`` heads, made on first use."""
-        key = ("index", kv_heads, per_kv)
-        if key not in self._cache:
-            self._cache[key] = self._head_index(kv_heads, per_kv)
-        return self._cache[key]
+        """Index tensors for ``kv_heads * per_kv`` heads. The first call makes them."""
+        key = (kv_heads, per_kv)
+        if key not in self.indices:
+            self.indices[key] = self._head_index(kv_heads, per_kv)
+        return self.indices[key]
 
     def _head_index(self, kv_heads: int, per_kv: int) -> HeadIndex:
         heads, device = kv_heads * per_kv, self.cu_seqlens.device
@@ -121,7 +126,7 @@ class SequenceLayout:
 
 
 def _split_by_length(pool: list[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Longest first; a bucket is closed when its padding would cost more than opening another bucket."""
+    """Take the longest first, and close a bucket when its padding would cost more than another bucket."""
     bucket: list[int] = []
     waste = 0
     for s in sorted(pool, key=lambda s: -lengths[s]):

@@ -99,7 +99,7 @@ def _targets(value: Any) -> tuple[str, Any]:
 def _names(key: str) -> Switch:
     """LLaMA-Factory writes ``mlp,self_attn``, and ``all`` for no choice."""
 
-    def split(value: Any) -> tuple[str, Any] | None:
+    def split(value: object) -> tuple[str, Any] | None:
         if isinstance(value, str):
             value = [name.strip() for name in value.split(",") if name.strip()]
         return None if value in (None, [], ["all"]) else (key, value)
@@ -107,7 +107,7 @@ def _names(key: str) -> Switch:
     return Switch(split, f"`{key}`; names separated by commas")
 
 
-def _resume(value: Any) -> tuple[str, Any]:
+def _resume(value: object) -> tuple[str, Any]:
     if isinstance(value, str):
         raise UserError(
             f"resume_from_checkpoint: {value!r}: a run goes on from the newest intact checkpoint of its output_dir; "
@@ -119,7 +119,7 @@ def _resume(value: Any) -> tuple[str, Any]:
 def _only_off(key: str) -> Switch:
     """A feature that is not here: switching it off changes nothing, switching it on cannot be obeyed."""
 
-    def check(value: Any) -> None:
+    def check(value: object) -> None:
         if value not in (None, False, 0, "none", [], ["none"]):
             raise UserError(f"{key}: {value!r} is not in this version of Weft; leave it out.")
 
@@ -129,7 +129,7 @@ def _only_off(key: str) -> Switch:
 _BITS = {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None}
 
 
-def _bits(value: Any) -> tuple[str, Any] | None:
+def _bits(value: object) -> tuple[str, Any] | None:
     if value not in _BITS:
         raise UserError(f"quantization_bit: {value!r}: a base is kept in 4 (nf4) or 8 bits (int8).")
     return _BITS[value]
@@ -139,7 +139,7 @@ def _bits(value: Any) -> tuple[str, Any] | None:
 _LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
 
 
-def _loss_scale(value: Any) -> tuple[str, Any] | None:
+def _loss_scale(value: object) -> tuple[str, Any] | None:
     if value not in _LOSS_SCALES:
         raise UserError(f"loss_scale: {value!r} is none of {', '.join(_LOSS_SCALES)}.")
     return _LOSS_SCALES[value]
@@ -187,7 +187,7 @@ SWITCHES: dict[str, Switch] = {
 }
 
 
-def translate(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def translate(given: Mapping[str, object], where: str) -> dict[str, Any]:
     """Keys and values of ``given`` in our words.
 
     Raises:
@@ -218,7 +218,7 @@ def translate(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return out
 
 
-def _value(name: str, value: Any) -> Any:
+def _value(name: str, value: object) -> object:
     words = VALUES.get(name, {})
     if name == "neftune_noise_alpha" and value is None:
         return 0.0  # transformers' word for off

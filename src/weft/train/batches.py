@@ -10,12 +10,8 @@ from weft.data import Mixture, Sample
 from weft.data.pack import pack, pack_in_order
 from weft.data.views import sizes
 from weft.errors import UserError
+from weft.objectives.passes import size
 from weft.train.settings import JobConfig
-
-
-def size(sample: Sample) -> int:
-    """Tokens of a sample that the model reads."""
-    return len(sample.input_ids) + len(sample.target_ids)
 
 
 class Batches:

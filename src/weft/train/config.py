@@ -13,20 +13,20 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 import weft.methods
-from weft.core.files import method_config
+from weft.core.registry import method_config
 from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError, nearest
+from weft.files.run_folder import RUN_FILE
 from weft.foreign import parse_yaml, read_json, read_yaml
 from weft.train.aliases import AUTO, translate
 from weft.train.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
-from weft.train.store import RUN_FILE
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, Any] | None = None
+    path: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, object] | None = None
 ) -> RunConfig:
     """Read a YAML (or JSON) file and ``key=value`` overrides; dots go into lists and mappings: ``jobs.0.r=16``.
 
@@ -43,10 +43,10 @@ def load_config(
 
 
 def build_config(
-    values: Mapping[str, Any],
+    values: Mapping[str, object],
     overrides: Sequence[str] = (),
     *,
-    flags: Mapping[str, Any] | None = None,
+    flags: Mapping[str, object] | None = None,
     source: str = "configuration",
 ) -> RunConfig:
     """``make_config`` of a mapping after ``flags`` and ``key=value`` overrides."""
@@ -65,7 +65,7 @@ def build_config(
 
 
 def load_run_config(
-    folder: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, Any] | None = None
+    folder: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, object] | None = None
 ) -> RunConfig:
     """The configuration of the run in ``folder``, to go on with it there."""
     path = Path(folder) / RUN_FILE
@@ -84,15 +84,16 @@ def read_run_config(folder: str | Path) -> RunConfig:
     """The configuration of a run from its folder alone."""
     path = Path(folder) / RUN_FILE
     stored = read_json(path)
-    if not isinstance(stored.get("config"), dict):
+    config = stored.get("config")
+    if not isinstance(config, dict):
         raise UserError(f"{path} holds no configuration; it was not written by Weft, or is damaged.")
-    template = stored["config"].get("chat_template")
+    template = config.get("chat_template")
     if isinstance(template, str) and is_file_name(template):
         raise UserError(f"{path}: chat_template names the file {template[:200]!r}; a run holds the text itself.")
-    return _run_config(stored["config"], str(path))
+    return _run_config(config, str(path))
 
 
-def _run_config(values: Mapping[str, Any], source: str) -> RunConfig:
+def _run_config(values: Mapping[str, object], source: str) -> RunConfig:
     _refuse_switches(values, RunConfig, source)
     try:
         return RunConfig.model_validate(values)
@@ -100,7 +101,7 @@ def _run_config(values: Mapping[str, Any], source: str) -> RunConfig:
         raise UserError(_explain(error, source, _RUN_KEYS)) from None
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, object], override: str) -> None:
     key, equals, text = override.partition("=")
     *parents, last = key.split(".")
     if not equals or not all((*parents, last)):
@@ -121,7 +122,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         place.update(translate({**before, last: value}, f"override {key!r}") if last != "adam_betas" else {last: value})
 
 
-def _index(place: list[Any], part: str, key: str) -> int:
+def _index(place: list[object], part: str, key: str) -> int:
     if part.isdecimal() and int(part) < len(place):
         return int(part)
     for index, item in enumerate(place):
@@ -132,7 +133,7 @@ def _index(place: list[Any], part: str, key: str) -> int:
     raise UserError(f"override {key!r}: '{part}' must be a number below {len(place)}, or a job's name.")
 
 
-def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> RunConfig:
+def make_config(values: Mapping[str, object], *, source: str = "configuration") -> RunConfig:
     """Check a mapping and make the run's configuration of it.
 
     Raises:
@@ -163,7 +164,7 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
     return _run_config({**top, "jobs": tuple(made)}, source)
 
 
-def _job(given: dict[str, Any], defaults: dict[str, Any], where: str, max_length: Any) -> JobConfig:
+def _job(given: dict[str, object], defaults: dict[str, object], where: str, max_length: object) -> JobConfig:
     method = given.get("method", defaults.get("method"))
     if not isinstance(method, str):
         raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
@@ -179,7 +180,7 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str, max_length
         raise UserError(_unknown(where, unknown, known))
     # A default of another method's (r, say, for prompt tuning) is meant for the jobs that know it.
     fitting = {key: value for key, value in defaults.items() if key in known}
-    merged = {"name": "-".join(parts), **fitting, **given}
+    merged: dict[str, Any] = {"name": "-".join(parts), **fitting, **given}
     for part in classes.keys() & merged.keys():
         # What the job says, wherever it says it, wins over the defaults.
         default = {k: v for k, v in own_settings(part, fitting.get(part, {}), where).items() if k not in given}
@@ -196,7 +197,7 @@ def _job(given: dict[str, Any], defaults: dict[str, Any], where: str, max_length
         raise UserError(_explain(error, where, known)) from None
 
 
-def _auto_tokens(batch_size: Any, max_length: Any, where: str) -> Any:
+def _auto_tokens(batch_size: object, max_length: object, where: str) -> object:
     if not isinstance(max_length, int):
         raise UserError(
             f"{where}: packing (batch_tokens: auto) fills batches up to batch_size times max_length tokens, and "
@@ -207,7 +208,7 @@ def _auto_tokens(batch_size: Any, max_length: Any, where: str) -> Any:
     return size * max_length if isinstance(size, int) else None
 
 
-def _refuse_switches(settings: Mapping[str, Any], cls: type[BaseModel], where: str) -> None:
+def _refuse_switches(settings: Mapping[str, object], cls: type[BaseModel], where: str) -> None:
     """pydantic takes true for 1, which nobody means."""
     for key, value in settings.items():
         field = cls.model_fields.get(key)
@@ -215,12 +216,18 @@ def _refuse_switches(settings: Mapping[str, Any], cls: type[BaseModel], where: s
             raise UserError(f"{where}: {key}: expected {_plain(field.annotation)}, not {str(value).lower()}.")
 
 
-def _plain(annotation: Any) -> str:
+def _plain(annotation: object) -> str:
     return getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
 
 
 def _unknown(where: str, keys: list[str], known: set[str] | frozenset[str]) -> str:
-    return "\n".join(f"{where}: unknown key '{key}'.{nearest(str(key), known)}" for key in keys)
+    return "\n".join(f"{where}: unknown key '{key}'.{_instead(str(key), known)}" for key in keys)
+
+
+def _instead(key: str, known: set[str] | frozenset[str]) -> str:
+    if key in ("extension", "extensions"):
+        return " No file can name code to run: give --extension FILE.py on the command line (docs/extending.md)."
+    return nearest(key, known)
 
 
 def _explain(error: ValidationError, where: str, known: set[str] | frozenset[str]) -> str:
@@ -228,7 +235,7 @@ def _explain(error: ValidationError, where: str, known: set[str] | frozenset[str
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key '{key}'.{nearest(key, known)}")
+            lines.append(_unknown(where, [key], known))
         elif item["type"] == "missing":
             lines.append(f"{where}: '{key}' is missing.")
         else:

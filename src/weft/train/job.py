@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
-from weft.core.heads import ClassificationHead
 from weft.core.route import stable_seed
-from weft.core.tensor_files import digest
 from weft.data import Mixture, Sample
+from weft.files.tensors import digest
 from weft.train.batches import Batches
 from weft.train.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.train.settings import JobConfig
@@ -69,6 +68,7 @@ class Job:
         self.config, self.adapter = config, adapter
         self.samples, self.eval_samples = samples, eval_samples
         self.name = config.name
+        self.objective = config.own_objective()
         self.batches = Batches(config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture)
         self.total_steps = self.batches.total_steps
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
@@ -254,6 +254,6 @@ class Job:
                 digest.update(repr(sample.target_ids).encode())
             if sample.label is not None:
                 digest.update(repr((sample.label, sample.token_types)).encode())
-        if isinstance(self.adapter.head, ClassificationHead):
-            digest.update(repr(self.adapter.head.task.labels).encode())
+        if self.adapter.head.labels:
+            digest.update(repr(self.adapter.head.labels).encode())
         return digest.hexdigest()

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-import weft
 from weft.core.adapters import Adapters
 from weft.errors import UserError
+from weft.files.run_folder import RunStore
+from weft.objectives.passes import evaluate
 from weft.train.job import Job
 from weft.train.memory import freed_memory_kept, peak_memory
-from weft.train.step import StepResult, evaluate, train_step
-from weft.train.store import RunStore
+from weft.train.step import StepResult, train_step
 from weft.train.verify import verify_packing
+from weft.version import __version__
 
 Event = Mapping[str, Any]
 # float16 cannot hold the gradients of a small loss; the first overflow halves this.
@@ -224,7 +225,7 @@ class Trainer:
 def environment() -> dict[str, str]:
     """What the bits of a run depend on besides its configuration."""
     return {
-        "weft": weft.__version__,
+        "weft": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

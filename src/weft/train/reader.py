@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from weft.core.architecture import Architecture
 from weft.core.heads import ClassificationTask
-from weft.data import Mixture, Problems, Renderer, Sample, Source, load_labelled, parse_sources
+from weft.data import Mixture, Problems, Renderer, Sample, Source, parse_sources
 from weft.data.formats.detect import EmptyAnswerError
-from weft.data.load import Recipe, held_by_chance, iter_samples
+from weft.data.labelled import ClassRecipe, given_labels
+from weft.data.load import held_by_chance
+from weft.data.pipeline import Fold, Outcome, Recipe, TextRecipe, outcomes
+from weft.data.problems import OnBadRecord
 from weft.data.reading.files import Place, Shards, find_files, unique
+from weft.data.rendering.render import Task
 from weft.data.sources import held_by_hash
 from weft.data.store import MEMORY, SampleStore
-from weft.data.views import chained, picked
+from weft.data.views import Array, Samples, chained
 from weft.errors import UserError
 from weft.models.hub import fetch_dataset, is_dataset_id
 from weft.train.settings import JobConfig, RunConfig
@@ -36,15 +37,37 @@ class JobData:
     mixture: Mixture = field(default_factory=lambda: Mixture(()))
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """The samples of one source, each with a hash of what it says."""
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """The samples of one source, a hash of what each says where a split asks for it, and the names of its classes.
 
-    samples: Sequence[Sample]
-    keys: Iterable[str]
+    ``outcomes`` are those of all its records, where they are watched.
+    """
+
+    path: str
+    samples: Samples
+    keys: Sequence[int]
+    names: tuple[str, ...]
+    outcomes: Sequence[Outcome]
+
+    @property
+    def several(self) -> tuple[str, ...] | None:
+        """The names of the classes, if there are several."""
+        return self.names if len(self.names) > 1 else None
 
 
-_Sides = tuple[list[Sequence[Sample]], list[Sequence[Sample]]]  # to train on, to evaluate on, by source
+class Read(NamedTuple):
+    """What was read for a job, source by source: to train on, and to evaluate on (None: that is split off)."""
+
+    sources: tuple[Loaded, ...]
+    evaluated: tuple[Loaded, ...] | None
+
+
+class Sides(NamedTuple):
+    """The samples to train on and to evaluate on, by source."""
+
+    train: list[Samples]
+    held: list[Samples]
 
 
 def data_files(config: RunConfig) -> dict[str, Place]:
@@ -72,139 +95,135 @@ def _place(path: str, config: RunConfig) -> Place:
     return Path(path)
 
 
-def check_evaluated(sources: Sequence[Source]) -> None:
-    """Refuse shares of what is evaluated on. Raises UserError."""
-    if any(source.weight is not None for source in sources):
-        raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
+class Base(Protocol):
+    """What of a base decides how data is read for it."""
 
+    @property
+    def task(self) -> Task: ...
 
-class _Keys:
-    """Hashes of samples, of which only what a split looks at is kept: 8 bytes each."""
-
-    def __init__(self) -> None:
-        self.numbers = array("Q")
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{number:016x}" for number in self.numbers)
-
-    def append(self, key: str) -> None:
-        self.numbers.append(int(key[:16], 16))
+    @property
+    def bidirectional(self) -> bool: ...
 
 
 class Reader:
     """Reads the jobs' files; what several jobs read alike is read once. ``problems`` are those of all of them.
 
-    Samples go to a ``SampleStore`` as they are made, the windows of documents that are joined to another, which lives
-    longer: the documents themselves are not needed any more when the Reader is gone.
+    Samples go to a ``SampleStore`` as they are made. What is made of them in turn (documents joined, classes numbered
+    anew) goes to another, which lives longer: the first ones are not needed any more when the Reader is gone.
+    ``watched``, for a preview: outcomes are kept, and reading goes on where training would end.
     """
 
     def __init__(
-        self, config: RunConfig, renderer: Renderer, architecture: Architecture, places: Mapping[str, Place]
+        self, config: RunConfig, renderer: Renderer, base: Base, places: Mapping[str, Place], *, watched: bool = False
     ) -> None:
-        self.config, self.renderer, self.architecture = config, renderer, architecture
-        self.places = places
-        self.files: dict[Any, Any] = {}
+        self.config, self.renderer, self.base, self.places, self.watched = config, renderer, base, places, watched
+        self.files: dict[Any, Loaded] = {}
         self.stores = SampleStore(MEMORY // 2), SampleStore(MEMORY // 2)
-        self.sides: dict[Any, tuple[_Sides, Any]] = {}
-        self.problems = Problems(config.on_bad_record, errors={"empty_answer": EmptyAnswerError})
+        self.made: dict[Read, Sides] = {}
+        mode: OnBadRecord = "skip" if watched else config.on_bad_record
+        self.problems = Problems(mode, errors={"empty_answer": EmptyAnswerError})
 
     def job(self, job: JobConfig) -> JobData:
         """The job's samples to train on and to evaluate on."""
+        read = self.read(job)
+        self.problems.check("the data")
+        if read not in self.made:
+            self.made[read] = self.sides(read, self.split(read))
+        return self.data(job, read, self.made[read])
+
+    def read(self, job: JobConfig) -> Read:
+        """What the job's sources hold. Raises UserError as the records and ``on_bad_record`` demand."""
         sources = parse_sources(job.data or self.config.data)
         held = job.eval_data or self.config.eval_data
         evaluated = parse_sources(held) if held is not None else ()
-        check_evaluated(evaluated)
-        classes = None
-        if job.task == "sequence_classification":
-            loaded, names = self._labelled(sources, job, tuple(job.labels) if job.labels else None)
-            classes = ClassificationTask(names)
-            held_out = self._labelled(evaluated, job, names)[0]
-        else:
-            loaded, held_out = [self._texts(source) for source in sources], [self._texts(s) for s in evaluated]
-        self.problems.check("the data")
-        train, out = self._sides(loaded, None if held is None else held_out, texts=classes is None)
-        weights = tuple(source.weight for source in sources if source.weight is not None) or None
-        return JobData(chained(train), chained(out), classes, Mixture(tuple(map(len, train)), weights))
+        if any(source.weight is not None for source in evaluated):
+            raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
+        loaded: list[Loaded] = []
+        labels = given_labels(job.labels)
+        for source in (*sources, *evaluated):
+            loaded.append(self._source(source, job, labels))
+            labels = labels or loaded[0].several
+        parts = tuple(loaded[: len(sources)]), tuple(loaded[len(sources) :])
+        return Read(parts[0], parts[1] if held is not None else None)
 
-    def _sides(self, loaded: Sequence[_Loaded], held_out: Sequence[_Loaded] | None, *, texts: bool) -> _Sides:
-        """What to train on and what to evaluate on, by source. Made once for jobs with the same data."""
-        key = tuple(tuple(id(part) for part in parts) for parts in (loaded, held_out or ())), held_out is None
-        if key not in self.sides:
-            train, out = self._split(loaded) if held_out is None else (_samples(loaded), _samples(held_out))
-            if texts:  # after the split: no window holds text of both sides
-                train, out = [self._windows(part) for part in train], [self._windows(part) for part in out]
-            self.sides[key] = (train, out), (loaded, held_out)  # what is held keeps its id
-        return self.sides[key][0]
-
-    def _split(self, loaded: Sequence[_Loaded]) -> _Sides:
-        """What to train on and what to hold out, by source. Every job holds out the same, so that losses compare."""
-        sizes = [len(part.samples) for part in loaded]
+    def split(self, read: Read) -> list[Array]:
+        """Of every source which samples are held out (bool): the same for every job, so that losses compare."""
+        sizes = [len(part.samples) for part in read.sources]
+        if read.evaluated is not None:
+            return [np.zeros(size, bool) for size in sizes]
         if self.config.eval_split is None:
             held = held_by_chance(sum(sizes), self.config.eval_size, seed=0)
         else:
-            held = held_by_hash((key for part in loaded for key in part.keys), self.config.eval_split)
-        marks = np.split(np.frombuffer(held, bool), np.cumsum(sizes)[:-1])
-        pairs = list(zip(_samples(loaded), marks, strict=True))
-        return [picked(samples, ~out) for samples, out in pairs], [picked(samples, out) for samples, out in pairs]
+            held = held_by_hash((key for part in read.sources for key in part.keys), self.config.eval_split)
+        return np.split(np.frombuffer(held, bool), np.cumsum(sizes)[:-1])
 
-    def _windows(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        if self.renderer.limit.documents != "joined":
-            return samples
+    def sides(self, read: Read, held: Sequence[Array]) -> Sides:
+        """What to train on and to evaluate on, where some samples of the sources are held out."""
+        pairs = [(part.samples, out) for part, out in zip(read.sources, held, strict=True)]
+        train = [samples.picked(~out) for samples, out in pairs]
+        if read.evaluated is not None:
+            evaluated = [part.samples for part in read.evaluated]
+        else:
+            evaluated = [samples.picked(out) for samples, out in pairs]
+        if read.sources[0].names or self.renderer.limit.documents != "joined":
+            return Sides(train, evaluated)
+        # After the split: no window holds text of both sides.
+        return Sides(*([self._stored(self.renderer.join(part)) for part in side] for side in (train, evaluated)))
+
+    def data(self, job: JobConfig, read: Read, sides: Sides) -> JobData:
+        """The job's data."""
+        weights = [source.weight for source in parse_sources(job.data or self.config.data) if source.weight is not None]
+        mixture = Mixture(tuple(map(len, sides.train)), tuple(weights) or None)
+        names = read.sources[0].several
+        classes = ClassificationTask(names) if names else None
+        return JobData(chained(sides.train), chained(sides.held), classes, mixture)
+
+    def _stored(self, samples: Iterable[Sample]) -> Samples:
         store = self.stores[1]
         start = len(store)
-        for sample in self.renderer.join(samples):
+        for sample in samples:
             store.append(sample)
-        return store.part(slice(start, None))
+        return store[start:]
 
-    def _texts(self, source: Source) -> _Loaded:
-        config = self.config
-        recipe = Recipe(
-            self.renderer,
-            config.of(source),
-            self.architecture.task,
-            keyed=config.eval_split is not None,
+    def _recipe(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
+        keyed = self.config.eval_split is not None
+        if job.task == "sequence_classification":
+            return ClassRecipe(
+                renderer=self.renderer,
+                labels=labels,
+                text_columns=job.text_columns,
+                label_column=job.label_column,
+                encoder=self.base.bidirectional,
+                keyed=keyed,
+                watched=self.watched,
+            )
+        return TextRecipe(
+            renderer=self.renderer,
+            settings=self.config.of(source),
+            task=self.base.task,
+            keyed=keyed,
+            watched=self.watched,
         )
-        key = (source.path, recipe.settings.data_format, json.dumps(recipe.settings.columns), source.limit)
+
+    def _source(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Loaded:
+        recipe, place = self._recipe(source, job, labels), self.places[source.path]
+        limit = self.config.of(source).limit
+        key = (source.path, repr(recipe), limit)
         if key not in self.files:
             self.problems.begin()
-            store, keys = self.stores[0], _Keys()
+            store, keys, fold = self.stores[0], array("Q"), Fold(place, recipe, self.problems)
             start = len(store)
-            for made in iter_samples(self.places[source.path], recipe, problems=self.problems):
-                for sample in made.samples:
-                    store.append(sample)
-                    if recipe.keyed:
-                        keys.append(made.key)
-            self.files[key] = _Loaded(store.part(slice(start, None)), keys)
+            workers = 0 if self.watched else self.config.data_workers
+            found: Iterable[Outcome] = outcomes(place, recipe, limit=limit, workers=workers)
+            seen = list(found) if self.watched else ()
+            for sample, said in fold.samples(seen or found):
+                store.append(sample)
+                if recipe.keyed:
+                    keys.append(said)
+            if not self.watched:
+                recipe.end(fold)
+            samples = store[start:]
+            if not fold.settled:
+                samples = self._stored(fold.numbered(samples))
+            self.files[key] = Loaded(source.path, samples, keys, fold.names, seen)
         return self.files[key]
-
-    def _labelled(
-        self, sources: Sequence[Source], job: JobConfig, labels: tuple[str, ...] | None
-    ) -> tuple[list[_Loaded], tuple[str, ...]]:
-        """Classification data; the classes are those of ``labels`` or of the first source."""
-        loaded, names = [], labels
-        for source in sources:
-            key = (source.path, names, tuple(job.text_columns or ()), job.label_column, source.limit)
-            if key not in self.files:
-                self.problems.begin()
-                self.files[key] = load_labelled(
-                    self.places[source.path],
-                    self.renderer,
-                    labels=names,
-                    text_columns=job.text_columns,
-                    label_column=job.label_column,
-                    limit=self.config.of(source).limit,
-                    encoder=self.architecture.bidirectional,
-                    problems=self.problems,
-                )
-            samples, names = self.files[key]
-            loaded.append(_Loaded(samples, [token_key(sample) for sample in samples]))
-        return loaded, names or ()
-
-
-def token_key(sample: Sample) -> str:
-    """A hash of a text's tokens: the same text is on the same side of a split, whatever its label."""
-    return hashlib.sha256(repr(sample.input_ids).encode()).hexdigest()
-
-
-def _samples(loaded: Sequence[_Loaded]) -> list[Sequence[Sample]]:
-    return [part.samples for part in loaded]

@@ -8,30 +8,29 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from weft.core.adapters import Adapters
-from weft.core.combined import CombinedConfig
-from weft.core.heads import ClassificationHead
-from weft.core.seq2seq import check_job
-from weft.core.weights import how_kept
+from weft.adapters import Adapters
 from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.settings import DataSettings, free_keys
-from weft.data.views import Chain, Samples
+from weft.data.views import Samples, chained
 from weft.errors import UserError
+from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
+from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
 from weft.models.load import resolve_model
+from weft.models.tasks import check_job
 from weft.train.batches import Batches
+from weft.train.callbacks import CALLBACKS, with_callbacks
+from weft.train.config import read_run_config
 from weft.train.job import Job
 from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
 from weft.train.settings import RunConfig
-from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
 
 _BAD_RECORDS = "bad_records.jsonl"
 _EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, _BAD_RECORDS}
@@ -67,7 +66,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         loaded = [read.job(job) for job in config.jobs]
     except UserError as error:
         raise _reported(config, read.problems, error) from None
-    audit_before_training(renderer, Chain(d.train for d in loaded), Chain(d.held for d in loaded), config.audit)
+    audit_before_training(renderer, chained([d.train for d in loaded]), chained([d.held for d in loaded]), config.audit)
     _check(config, sketch, loaded)
     if base is None:
         base = config.base(sketch.tokenizer)
@@ -107,16 +106,9 @@ def _report_of(config: RunConfig) -> Path:
 
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
     for job in config.jobs:
-        check_job(job.name, job.task, sketch.architecture)
-        method = job.method_config()
-        for part in method.parts if isinstance(method, CombinedConfig) else (method,):
+        check_job(job.name, job.task, config.model, sketch.architecture)
+        for part in job.method_config().methods():
             part.check_quantization(config.quantization)
-        if sketch.architecture.bidirectional and job.task == "causal_lm":
-            raise UserError(
-                f"job '{job.name}': task is causal_lm, but {config.model} is an encoder "
-                f"({sketch.architecture.model_type}) and writes no text. Set task: sequence_classification, or take "
-                "a base that writes."
-            )
 
 
 def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
@@ -131,7 +123,7 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
                 Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
             )
             learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
-            _check_lengths(job.name, learned, Chain((data.train, data.held)), sketch)
+            _check_lengths(job.name, learned, chained([data.train, data.held]), sketch)
     finally:
         adapters.close()
 
@@ -169,10 +161,12 @@ def train(
     store = RunStore(config.output_dir)
     _check_report(config)
     # Before the base is loaded, which may take minutes.
+    callbacks = [CALLBACKS.find(name) for name in config.callbacks]
     _check_folder(store, config)
     setup = prepare(config)
     # Told before the folder is touched: from then on a signal may only stop the run where it can be resumed.
     on_ready(setup)
+    on_event, should_stop = with_callbacks([callback(setup) for callback in callbacks], on_event, should_stop)
     begun = (store.folder / RUN_FILE).is_file()
     store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     try:
@@ -203,7 +197,7 @@ def _train(
     )
     if config.resume:
         trainer.resume()
-    labels = {j.name: j.adapter.head.task.labels for j in setup.jobs if isinstance(j.adapter.head, ClassificationHead)}
+    labels = {job.name: job.adapter.head.labels for job in setup.jobs if job.adapter.head.labels}
     base = base_fingerprint(setup.base)
     store.write_run({"config": config.model_dump(mode="json"), "base": base, "labels": labels})
     if config.on_bad_record == "report":
@@ -212,12 +206,13 @@ def _train(
     result = trainer.run()
     if result.completed:
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
+        kept = how_kept(setup.adapters.model, setup.adapters.dtype) | {k: v for k, v in base.items() if k != "model"}
         for job in setup.jobs:
             if job.progress.ended == "failed":
                 shutil.rmtree(store.adapters / job.name, ignore_errors=True)
                 continue
             job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
-            job.adapter.trained_on = how_kept(setup.adapters) | {k: v for k, v in base.items() if k != "model"}
+            job.adapter.trained_on = dict(kept)
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result
@@ -228,7 +223,7 @@ def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance
     own, run = job.config, setup.config
     settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
     settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
-    if own.task == "sequence_classification":
+    if job.adapter.head.labels:
         settings |= {"text_columns": own.text_columns, "label_column": own.label_column}
     return Provenance(
         **template_of(setup.renderer),
@@ -266,7 +261,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
         return
     if (folder / RUN_FILE).is_file():
         if config.resume:
-            _same_run(config, store.read_run())
+            _same_run(config, read_run_config(folder))
         elif not config.overwrite_output_dir:
             raise UserError(
                 f"{folder} already holds a run. Go on with it (resume: true, or --resume), take another output_dir, or "
@@ -280,7 +275,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
         )
 
 
-def base_fingerprint(base: Base) -> dict[str, Any]:
+def base_fingerprint(base: Base) -> dict[str, object]:
     """Enough of the base to notice that it is another one: its name, its size, a hash of its smallest tensors."""
     digest = hashlib.sha256()
     tensors = base.model.state_dict()
@@ -290,11 +285,11 @@ def base_fingerprint(base: Base) -> dict[str, Any]:
     return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
 
 
-def _same_run(config: RunConfig, stored: dict[str, Any]) -> None:
+def _same_run(config: RunConfig, begun: RunConfig) -> None:
     """A run is resumed as it was begun: any other setting would make it another run."""
-    old, new = stored.get("config", {}), config.model_dump(mode="json")
+    old, new = begun.model_dump(mode="json"), config.model_dump(mode="json")
     free = free_keys(RunConfig)
-    changed = [key for key in new if key not in free and old.get(key) != new[key]]
+    changed = [key for key in new if key not in free and old[key] != new[key]]
     if changed:
-        lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
+        lines = "\n".join(f"  {key}: {old[key]!r} -> {new[key]!r}" for key in changed)
         raise UserError(f"cannot resume: the configuration has changed since the run began:\n{lines}")

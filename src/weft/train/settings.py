@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from weft.core.adapter import MethodConfig, check_name
 from weft.core.combined import CombinedConfig
-from weft.core.config import MethodConfig
-from weft.core.files import check_name, method_config
+from weft.core.registry import method_config
 from weft.data import Renderer
 from weft.data.rendering.render import RenderSettings
 from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
@@ -19,6 +19,7 @@ from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
 from weft.models.quantize import Quantization
+from weft.objectives import Objective, make_objective
 from weft.train.aliases import translate
 
 
@@ -29,7 +30,7 @@ class JobConfig(BaseModel):
 
     name: str = Field(description="name of the adapter and of its folder")
     method: str = Field(description="one of the methods below; or several in one adapter, joined by `+` (above)")
-    method_settings: dict[str, Any] = {}
+    method_settings: dict[str, object] = {}
     data: DataPaths | None = Field(None, description="training data of this job")
     eval_data: DataPaths | None = Field(None, description="evaluation data of this job")
     task: Literal["causal_lm", "seq2seq", "sequence_classification"] = Field(
@@ -59,6 +60,12 @@ class JobConfig(BaseModel):
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="makes a step of that many batches; a pass stays as large as one of them"
     )
+    objective: str | None = Field(
+        None,
+        description="the name of an extension's objective, instead of the likelihood of the answers "
+        "([extending.md](extending.md)); evaluation stays the likelihood",
+    )
+    objective_settings: dict[str, object] = Field({}, description="settings of the objective")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch's own")
     learning_rate: float | None = Field(
         None, gt=0, description="default: the method's usual one (below); of several methods in one job each its own"
@@ -90,7 +97,7 @@ class JobConfig(BaseModel):
 
     @field_validator("labels", mode="before")
     @classmethod
-    def _names_of_labels(cls, value: Any) -> Any:
+    def _names_of_labels(cls, value: object) -> object:
         if isinstance(value, (list, tuple)):
             if any(isinstance(name, bool) for name in value):
                 raise ValueError("YAML reads no and yes as switches; put the labels in quotes")
@@ -112,7 +119,7 @@ class JobConfig(BaseModel):
             raise ValueError("batch_tokens and pack_tokens exclude each other: what goes through the model at once "
                              "is already limited by batch_tokens")  # fmt: skip
         self._method = method = method_of(self.method, self.method_settings)
-        for one in method.parts if isinstance(method, CombinedConfig) else (method,):
+        for one in method.methods():
             if self.task not in one.tasks:
                 fitting = ", ".join(sorted(one.tasks))
                 raise ValueError(f"task {self.task}: method {one.method} is not for that; it is for {fitting}")
@@ -121,6 +128,14 @@ class JobConfig(BaseModel):
     def method_config(self) -> MethodConfig:
         """The method's own configuration."""
         return self._method
+
+    def own_objective(self) -> Objective | None:
+        """What the job minimises, if it names something; None: the likelihood, or the loss of its task.
+
+        Raises:
+            UserError: there is no such objective, or it has no such setting.
+        """
+        return None if self.objective is None else make_objective(self.objective, self.objective_settings)
 
     def planned_steps(self, samples: int) -> tuple[int, int]:
         """(optimizer steps per epoch, of the whole job) with that many samples in batches of ``batch_size``."""
@@ -174,6 +189,9 @@ class RunConfig(DataSettings):
         None, gt=0, description="a checkpoint every so many steps, besides one at the end and when the run is stopped"
     )
     save_total_limit: Annotated[int, FREE] = Field(2, gt=0, description="how many checkpoints to keep")
+    callbacks: Annotated[list[str], FREE] = Field(
+        [], description="names of callbacks, which hear every event of the run ([extending.md](extending.md))"
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
@@ -222,14 +240,14 @@ class RunConfig(DataSettings):
 
 
 def settings_of(
-    part: str, cls: type[MethodConfig], settings: Mapping[str, Any], where: str = "configuration"
-) -> dict[str, Any]:
+    part: str, cls: type[MethodConfig], settings: Mapping[str, object], where: str = "configuration"
+) -> dict[str, object]:
     """Of the settings of a job with several methods, those of one: what stands under its name wins."""
     own = own_settings(part, settings.get(part, {}), where)
     return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
 
 
-def own_settings(part: str, own: Any, where: str) -> dict[str, Any]:
+def own_settings(part: str, own: object, where: str) -> dict[str, object]:
     """What stands under a method's name, in our words."""
     if not isinstance(own, Mapping):
         raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")

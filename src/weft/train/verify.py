@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import input_embeddings
 from weft.core.site import sites_in
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
-from weft.train.batches import size
+from weft.objectives.passes import Work, sequence_losses, size
 from weft.train.job import Job
-from weft.train.step import Work, loss_weight, sequence_losses
 
 _ADVICE = (
     "Please report this, with the versions that `weft doctor` prints. Until then batch_size: 1 without "
@@ -61,7 +61,7 @@ def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
     packs = {job.name: _shortest(max(job.micro_batches(), key=len)) for job in jobs if job.active}
     if sum(len(samples) for samples in packs.values()) < 2:
         return Proof()  # nothing is packed
-    vocabulary = adapters.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = input_embeddings(adapters.model).weight.shape[0]
     _check_positions(adapters, packs)
     together = _last_losses(adapters, packs)
     others = {name: [*(_changed(s, vocabulary) for s in samples[:-1]), samples[-1]] for name, samples in packs.items()}
@@ -94,8 +94,6 @@ def _shortest(samples: Sequence[Sample]) -> list[Sample]:
 
 def _check_positions(adapters: Adapters, packs: dict[str, list[Sample]]) -> None:
     """Rotary angles hide positions that go on counting: only differences matter to them, until they run out."""
-    if adapters.architecture.task == "seq2seq":
-        return  # T5's are distances, made by its own code
     stream = adapters.stream([Part(name, [s.input_ids for s in samples]) for name, samples in packs.items()])
     begins = [end - length for end, length in zip(itertools.accumulate(stream.lengths), stream.lengths, strict=True)]
     samples = [(name, sample) for name, samples in packs.items() for sample in samples]
@@ -111,7 +109,8 @@ def _check_positions(adapters: Adapters, packs: dict[str, list[Sample]]) -> None
 def _last_losses(adapters: Adapters, packs: dict[str, list[Sample]]) -> dict[str, float]:
     """The mean loss of each job's last sequence, all in one pass."""
     losses = sequence_losses(adapters, [Work(name, samples) for name, samples in packs.items()])
-    return {n: float(loss[-1]) / loss_weight(packs[n][-1]) for n, loss in zip(packs, losses, strict=True)}
+    weights = [adapters.head(name).loss_weight(samples[-1]) for name, samples in packs.items()]
+    return {n: float(loss[-1]) / weight for n, loss, weight in zip(packs, losses, weights, strict=True)}
 
 
 def _changed(sample: Sample, vocabulary: int) -> Sample:
@@ -130,7 +129,6 @@ def _refuse(adapters: Adapters, name: str, sample: Sample, packed: float, other:
 
 
 def _backend(adapters: Adapters) -> str:
-    how = "in padded batches" if adapters.padded else "over the packed stream"
     attention = getattr(adapters.model.config, "_attn_implementation", None)
     kind = type(adapters.model).__name__
-    return f"The attention {attention!r} of {kind} {how} ({adapters.dtype}, {adapters.device.type})"
+    return f"The attention {attention!r} of {kind} {adapters.layout.words} ({adapters.dtype}, {adapters.device.type})"

@@ -20,7 +20,7 @@ from weft.data.auditing import tokens as audit_tokens
 from weft.data.auditing import whole as audit_whole
 from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records
 from weft.data.rendering.render import Renderer, Sample
-from weft.data.views import Chain, distinct, sizes
+from weft.data.views import chained, distinct, sizes
 from weft.errors import UserError, nearest
 
 _CHECKERS = (audit_tokens, audit_text, audit_whole, audit_template)  # importing them fills CHECKS
@@ -46,7 +46,7 @@ def audit(
     """What is wrong with the records, errors first, by check in the order of CHECKS.
 
     Args:
-        items: the records (``weft.data.auditing.items.read_items``), training and evaluation together.
+        items: the records (``weft.data.auditing.items.collect``), training and evaluation together.
         facts: the renderer, and what else checks need to know.
         ignore: codes of checks to leave out.
         only: codes of the only checks to make.
@@ -153,7 +153,7 @@ def _parts(
     train: Sequence[Sample], held: Sequence[Sample], size: int
 ) -> Iterator[tuple[Sequence[Sample], Sequence[Sample]]]:
     """Some samples to train on and to evaluate on after the other, ``size`` tokens or one sample more; one at least."""
-    ends, count = np.cumsum(sizes(Chain((train, held)))), len(train)
+    ends, count = np.cumsum(sizes(chained([train, held]))), len(train)
     start = 0
     while start < len(ends) or not start:
         before = ends[start - 1] if start else 0

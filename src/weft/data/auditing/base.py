@@ -15,7 +15,7 @@ from typing import Any, Literal
 from weft.data.auditing.stream import Tokens
 from weft.data.formats.examples import SFT, Conversation, Message
 from weft.data.rendering.render import Renderer, Sample
-from weft.data.views import Chain
+from weft.data.views import chained
 
 Severity = Literal["error", "warning"]
 Split = Literal["train", "eval"]
@@ -140,7 +140,7 @@ class Records:
     @functools.cached_property
     def tokens(self) -> Tokens:
         """The tokens of all samples end to end."""
-        return Tokens(Chain((*self.samples, [sample for item in self.items for sample in item.samples])))
+        return Tokens(chained((*self.samples, [sample for item in self.items for sample in item.samples])))
 
     @functools.cached_property
     def ends(self) -> Ends:

@@ -12,6 +12,7 @@ import numpy as np
 from weft.data.auditing.base import Finding, Item
 from weft.data.auditing.scripts import languages
 from weft.data.auditing.stream import Tokens
+from weft.data.views import samples_of
 
 _BARS = 12
 
@@ -23,7 +24,7 @@ def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> di
     """
     usable = [item for item in items if item.samples]
     samples = [sample for item in usable for sample in item.samples]
-    tokens = Tokens(samples)
+    tokens = Tokens(samples_of(samples))
     learned = int(tokens.learned.sum())
     total = sum(len(sample.input_ids) + len(sample.target_ids) for sample in samples)
     mine = {item.source for item in items}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from weft.data.rendering.render import Sample
-from weft.data.views import columns
+from weft.data.views import Samples
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -19,9 +17,9 @@ class Tokens:
     Of a sequence-to-sequence sample these are the targets, all of which are learned.
     """
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Samples) -> None:
         self.samples = samples
-        found = columns(samples)
+        found = samples.columns()
         self.lengths, self.ids, self.weights = found.lengths, found.ids, found.weights
         self.starts: Array = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         # Samples with a label learn from none of their tokens; an answer is what the others are to end.

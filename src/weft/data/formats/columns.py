@@ -19,7 +19,7 @@ def map_columns(record: Record, columns: Mapping[str, str], known: Collection[st
     A value of ``columns`` is a field's name, a path (``data.answers.0``), a text in which ``{field}`` or ``{path}``
     stands for the field's text, or a constant after ``=``. Raises UserError for a name that is not there.
     """
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     used: set[str] = set()
     for ours, theirs in columns.items():
         if ours not in known:
@@ -33,7 +33,7 @@ def map_columns(record: Record, columns: Mapping[str, str], known: Collection[st
     return Record(fields, record.source)
 
 
-def _made(record: Record, theirs: str, used: set[str]) -> Any:
+def _made(record: Record, theirs: str, used: set[str]) -> object:
     if theirs in record.fields:
         used.add(theirs)
         return record.fields[theirs]
@@ -52,7 +52,7 @@ def _made(record: Record, theirs: str, used: set[str]) -> Any:
     return _PLACE.sub(text, theirs)
 
 
-def _found(record: Record, path: str, used: set[str]) -> Any:
+def _found(record: Record, path: str, used: set[str]) -> object:
     """The value of a field, or at a path of fields and places in lists; None where a part of it is null."""
     if path in record.fields:
         used.add(path)
@@ -76,7 +76,7 @@ def _found(record: Record, path: str, used: set[str]) -> Any:
     return value
 
 
-def _as_text(value: Any, name: str, record: Record) -> str:
+def _as_text(value: object, name: str, record: Record) -> str:
     """A field within a text: strings, numbers, and lists of them, an entry a line."""
     if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
         return "\n".join(_as_text(item, name, record) for item in value)

@@ -7,10 +7,10 @@ purpose is an error that says where and what to add.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from weft.data.formats import refusals
 from weft.data.formats.columns import map_columns
@@ -40,12 +40,14 @@ from weft.data.formats.registry import (
     UNREAD,
     Format,
     Purpose,
+    Reader,
     formats_table,
     known_formats,
 )
 from weft.data.formats.turns import ROLES, EmptyAnswerError
 from weft.data.reading.records import Record
 from weft.errors import UserError, nearest
+from weft.extensions import HOW_TO_LOAD
 
 __all__ = [
     "FORMATS",
@@ -67,11 +69,11 @@ __all__ = [
     "format_of",
     "formats_table",
     "known_formats",
+    "register_format",
     "to_example",
 ]
 
-_JUDGE = next(name for name, entry in FORMATS.items() if entry.judge)
-_NAMES = frozenset(name for entry in FORMATS.values() for name in entry.names())
+_JUDGE = "kto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def to_example(
     of the wrong type, an unknown role, an empty answer (EmptyAnswerError), a conversation without an assistant turn.
     """
     if columns:
-        record = map_columns(record, columns, _NAMES)
+        record = map_columns(record, columns, _names())
     if purpose not in ACCEPTS:
         raise UserError(f"purpose is {purpose!r}; expected one of {', '.join(ACCEPTS)}.{nearest(purpose, ACCEPTS)}")
     record, fit, plan = _choose(record, format, columns)
@@ -155,7 +157,7 @@ def to_example(
 def format_of(record: Record, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> str:
     """The name of the record's format, one of FORMATS. Raises UserError as ``to_example`` does where none is clear."""
     if columns:
-        record = map_columns(record, columns, _NAMES)
+        record = map_columns(record, columns, _names())
     return _choose(record, format, columns)[1].name
 
 
@@ -182,7 +184,7 @@ def _named(format: str | None) -> str | None:
     name = ALIASES.get(format, format)
     if name not in FORMATS:
         hint = nearest(format, [*FORMATS, *ALIASES])
-        raise UserError(f"format '{format}' is unknown.{hint} Known formats: {', '.join(FORMATS)}.")
+        raise UserError(f"format '{format}' is unknown.{hint} Known formats: {', '.join(FORMATS)}. {HOW_TO_LOAD}")
     return name
 
 
@@ -216,7 +218,40 @@ def _check_marks(record: Record) -> None:
             )
 
 
+def register_format(
+    name: str,
+    *,
+    shapes: tuple[tuple[str, ...], ...],
+    what: str,
+    example: dict[str, Any],
+    optional: tuple[str, ...] = (),
+    purpose: Purpose = "sft",
+    tier: int = PAIRS,
+) -> Callable[[Reader], Reader]:
+    """A decorator of a function that reads a record: records with the fields of one of ``shapes`` are of this format.
+
+    The function takes the record and the shape that fits and gives what ``purpose`` is for: a ``Conversation`` or a
+    ``PlainText`` for "sft". The rest is told in ``Format``.
+
+    Raises:
+        UserError: the name is taken.
+    """
+
+    def entry(read: Reader) -> Format:
+        _plan.cache_clear()
+        _names.cache_clear()
+        return Format(tier, purpose, shapes, optional, what, example, read)
+
+    return FORMATS.register(name, entry)
+
+
 # ------------------------------------------------------------------------------------------------------------ detection
+
+
+@lru_cache(maxsize=1)
+def _names() -> frozenset[str]:
+    """Every field of any format."""
+    return frozenset(name for entry in FORMATS.values() for name in entry.names())
 
 
 @lru_cache(maxsize=4096)  # data sets have few sets of fields, and many records of each
@@ -238,11 +273,11 @@ def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) 
 
 def _ours(name: str) -> str:
     """A field's name in our spelling: ``Question `` and ``问题`` are ``question``."""
-    if name in _NAMES:
+    if name in _names():
         return name
     plain = name.strip().lower()
     plain = SPELLINGS.get(plain, plain)
-    return plain if plain in _NAMES else name
+    return plain if plain in _names() else name
 
 
 def _fits(names: frozenset[str], formats: Mapping[str, Format], mapped: frozenset[str]) -> tuple[list[_Fit], str]:

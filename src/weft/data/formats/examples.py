@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from weft.data.formats.fields import short
 
@@ -28,7 +27,7 @@ class Message:
     role: str
     content: str
     train: bool | None = None
-    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_calls: tuple[dict[str, object], ...] = ()
     loss_weight: float = 1.0
 
 
@@ -38,7 +37,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     source: str
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Preference:
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     source: str
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class LabelledAnswer:
     completion: tuple[Message, ...]
     label: bool
     source: str
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Ranked:
     prompt: tuple[Message, ...]
     answers: tuple[Message, ...]
     source: str
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, object], ...] = ()
 
     def pairs(self) -> tuple[Preference, ...]:
         """Every two unequal answers as a preference, the better one chosen."""
@@ -187,17 +186,19 @@ def _turns(messages: Iterable[Message], limit: int | None, what: str = "") -> It
         if message.content or not message.tool_calls:
             yield _entry(head, message.content, limit)
         for call in message.tool_calls:
-            yield _entry(f"{head} calls", _call(call["function"]), limit)
+            yield _entry(f"{head} calls", _call(call), limit)
 
 
-def _call(function: dict[str, Any]) -> str:
+def _call(call: dict[str, object]) -> str:
+    function = call["function"]
+    assert isinstance(function, dict)
     try:
         return f"{function['name']} {json.dumps(function['arguments'], ensure_ascii=False)}"
     except RecursionError:
         return f"{function['name']} {short(function['arguments'])}"
 
 
-def _tool_name(tool: dict[str, Any]) -> str:
+def _tool_name(tool: dict[str, object]) -> str:
     """A schema's name, bare or in OpenAI's ``{"type": "function", "function": {...}}``."""
     inner = tool.get("function")
     return str((inner if isinstance(inner, dict) else tool).get("name", "?"))

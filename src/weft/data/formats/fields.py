@@ -13,12 +13,12 @@ _REPR = reprlib.Repr()  # bounded in depth as well: the repr of deeply nested da
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """The type of a value and its beginning."""
     return f"{type(value).__name__} {shown(value)}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The beginning of a value."""
     return _REPR.repr(value)[:80]
 
@@ -33,7 +33,7 @@ def string(record: Record, name: str, *, optional: bool = False) -> str:
     raise UserError(f"{record.source}: '{name}' must be a string, found {short(value)}.")
 
 
-def as_list(value: Any, name: str, source: str) -> list[Any]:
+def as_list(value: object, name: str, source: str) -> list[Any]:
     """A list; also one that stands as JSON text in a cell of a table."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         value = parse_json(value, f"{source}: '{name}'")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from weft.data.formats.answers import asked
 from weft.data.formats.examples import Conversation, LabelledAnswer, Message, Preference, Ranked, StepLabels
@@ -44,10 +43,10 @@ def read_rejected(record: Record, shape: Sequence[str]) -> Preference:
     """ms-swift's: a good conversation, and a worse last answer (or a worse conversation) in the last of ``shape``."""
     good = turns(record, shape[0]) if len(shape) == 2 else [*asked(record, shape[:1]), _said(string(record, shape[1]))]
     name = shape[-1]
-    if isinstance(record.fields[name], str):
+    if isinstance(bad := record.fields[name], str):
         if not good or good[-1].role != "assistant":
             raise UserError(f"{record.source}: '{shape[0]}' must end with the good answer, an assistant turn.")
-        return _preference(record, good, [*good[:-1], _said(record.fields[name])], (shape[0], name))
+        return _preference(record, good, [*good[:-1], _said(bad)], (shape[0], name))
     return _preference(record, good, turns(record, name), (shape[0], name))
 
 
@@ -123,7 +122,7 @@ def _preference(record: Record, good: list[Message], bad: list[Message], names: 
 # --------------------------------------------------------------------------------------------- verdicts, ranks, steps
 
 
-def verdict(value: Any) -> bool | None:
+def verdict(value: object) -> bool | None:
     """A verdict as data has it: true or false, also as a word in a table's cell. None: it is something else."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from weft.data.formats.fields import shown
 from weft.data.reading.records import Record
 from weft.errors import UserError
 
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 # Names that GLUE, SuperGLUE, CLUE and their likes use; compared without regard to case.
 TEXTS = (
     ("sentence1", "sentence2"),
@@ -51,3 +55,10 @@ def label_name(record: Record, column: str) -> str:
             "one or remove it (the test files of GLUE have none)."
         )
     return name
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes by number if all are numbers, else by code point."""
+    names = tuple(names)
+    numeric = all(_NUMBER.fullmatch(name) for name in names)
+    return tuple(sorted(names, key=lambda name: (float(name) if numeric else 0.0, name)))

@@ -1,18 +1,20 @@
 """Every format of a record: its fields, what they mean, what it is for, who reads it, and an example.
 
-A new format is an entry here and its reader. How the entry that fits a record is found stands in ``formats.py``.
+A new format is an entry here and its reader; one of an extension is added by ``weft.register_format``. How the entry
+that fits a record is found stands in ``detect.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from weft.data.formats import answers, judged, turns, verbatim
 from weft.data.formats.examples import Conversation, Example, LabelledAnswer
 from weft.data.formats.labels import LABELS, TEXTS
 from weft.data.reading.records import Record
+from weft.extensions import Registry
 
 Purpose = Literal["sft", "preference", "kto", "ranked", "steps", "classification", "any"]
 # What a caller with a purpose may be given (by the purposes of the formats), and what that is called.
@@ -34,6 +36,9 @@ TRAINING = {
     "classification": "classification (`task: sequence_classification`)",
 }
 
+# The record and the shape of it that fits -> what it is.
+Reader = Callable[[Record, tuple[str, ...]], Example]
+
 
 @dataclass(frozen=True)
 class Format:
@@ -49,10 +54,10 @@ class Format:
     shapes: tuple[tuple[str, ...], ...]
     optional: tuple[str, ...]
     what: str
-    example: dict[str, Any]
-    read: Callable[[Record, tuple[str, ...]], Example] | None = None
+    example: dict[str, object]
+    read: Reader | None = None
     judge: Callable[[Conversation, Record, str], LabelledAnswer] | None = None
-    when: Callable[[Mapping[str, Any], tuple[str, ...]], bool] | None = None
+    when: Callable[[Mapping[str, object], tuple[str, ...]], bool] | None = None
     copies: tuple[str, ...] = ()
     fields: str = ""
 
@@ -97,19 +102,19 @@ _CLASSES = tuple(
 )
 
 
-def _is_verdict(fields: Mapping[str, Any], shape: tuple[str, ...]) -> bool:
+def _is_verdict(fields: Mapping[str, object], shape: tuple[str, ...]) -> bool:
     return shape == ("kto_tag",) or judged.verdict(fields[shape[0]]) is not None
 
 
-def _is_list(fields: Mapping[str, Any], shape: tuple[str, ...]) -> bool:
+def _is_list(fields: Mapping[str, object], shape: tuple[str, ...]) -> bool:
     return isinstance(fields[shape[1]], list)
 
 
-def _is_class(fields: Mapping[str, Any], shape: tuple[str, ...]) -> bool:
+def _is_class(fields: Mapping[str, object], shape: tuple[str, ...]) -> bool:
     return isinstance(fields[shape[-1]], (str, int, float)) and all(isinstance(fields[x], str) for x in shape[:-1])
 
 
-FORMATS: dict[str, Format] = {
+_OWN: dict[str, Format] = {
     # -- records that say themselves which tokens are learned
     "tokenised": Format(
         tier=0, purpose="sft", shapes=(("input_ids", "labels"),), optional=("attention_mask",),
@@ -234,6 +239,7 @@ FORMATS: dict[str, Format] = {
         what="text to learn as it stands", example={"text": "1+1=2"}, read=answers.read_text,
     ),
 }  # fmt: skip
+FORMATS: Registry[Format] = Registry("format", _OWN)
 
 # Other toolkits' names of formats.
 ALIASES = {

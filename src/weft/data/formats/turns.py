@@ -85,7 +85,7 @@ def with_system(record: Record, messages: Sequence[Message]) -> Sequence[Message
     return messages if held is not None else [Message("system", texts[0]), *messages]
 
 
-def tools(record: Record) -> tuple[dict[str, Any], ...]:
+def tools(record: Record) -> tuple[dict[str, object], ...]:
     """``tools``: a list of schemas, or the same as a JSON string (as sharegpt data has it)."""
     value = record.fields.get("tools")
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -132,7 +132,7 @@ def _exchange(item: dict[str, Any], where: str) -> list[Message]:
     return [Message(role, text) for role, text in pairs if text or (role != "system" and text is not None)]
 
 
-def message(item: Any, where: str) -> Message:
+def message(item: object, where: str) -> Message:
     """One turn in OpenAI's (role, content) or sharegpt's (from, value) keys; ``where`` names the line and the turn."""
     if not isinstance(item, dict):
         expected = "an object with 'role' and 'content' (or 'from' and 'value')"
@@ -167,7 +167,7 @@ def message(item: Any, where: str) -> Message:
     return Message(role, content, None, _tool_calls(calls, where) if calls else ())
 
 
-def _parts(content: list[Any], where: str) -> Any:
+def _parts(content: list[object], where: str) -> object:
     """OpenAI's content in parts, if all are text; else as it stands, for the caller to refuse."""
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
     if content and all(isinstance(text, str) for text in texts):
@@ -175,7 +175,7 @@ def _parts(content: list[Any], where: str) -> Any:
     return content
 
 
-def _marks(item: dict[str, Any], where: str) -> tuple[bool | None, float]:
+def _marks(item: dict[str, object], where: str) -> tuple[bool | None, float]:
     """Whether the turn asks to be learned (None: it does not say), and the weight of its loss."""
     given = {key: item[key] for key in (*_SWITCHES, *_WEIGHTS) if item.get(key) is not None}
     weights = set()
@@ -191,7 +191,7 @@ def _marks(item: dict[str, Any], where: str) -> tuple[bool | None, float]:
     return (switches.pop() if switches else None), weight or 1.0
 
 
-def _weight(value: Any, where: str) -> float:
+def _weight(value: object, where: str) -> float:
     try:
         weight = float(value) if isinstance(value, (int, float)) else math.nan
     except OverflowError:  # an integer of hundreds of digits
@@ -204,7 +204,7 @@ def _weight(value: Any, where: str) -> float:
 # ----------------------------------------------------------------------------------------------------------- tool calls
 
 
-def _parse_calls(content: Any, where: str) -> Any:
+def _parse_calls(content: object, where: str) -> object:
     """sharegpt's function_call: the call (or a list of them) as JSON text."""
     try:
         calls = parse_json(content, where) if isinstance(content, str) else content
@@ -217,8 +217,8 @@ def _parse_calls(content: Any, where: str) -> Any:
     return calls
 
 
-def _tool_calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
-    result = []
+def _tool_calls(calls: object, where: str) -> tuple[dict[str, object], ...]:
+    result: list[dict[str, object]] = []
     for call in as_list(calls, "tool_calls", where):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):

@@ -45,7 +45,7 @@ class Columns:
             batch = batch.set_column(place, name, _present(column))
         return batch
 
-    def row(self, fields: dict[str, Any]) -> dict[str, Any]:
+    def row(self, fields: dict[str, object]) -> dict[str, object]:
         """One row of ``plain(batch).to_pylist()``. Raises RowError for JSON that is none."""
         for name, convert in self._convert.items():
             if fields[name] is not None:
@@ -56,7 +56,7 @@ class Columns:
         return fields
 
 
-def _features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+def _features(metadata: Mapping[bytes, bytes]) -> dict[str, object]:
     """What ``datasets`` notes about each column; of other files nothing."""
     try:
         found = parse_json(metadata[b"huggingface"], "the note of `datasets`", infinities=True)["info"]["features"]
@@ -65,13 +65,13 @@ def _features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kind(feature: Any) -> str:
+def _kind(feature: object) -> str:
     """``Value``, ``ClassLabel``, ``List`` …; empty for a struct."""
     kind = feature.get("_type") if isinstance(feature, dict) else None
     return kind if isinstance(kind, str) else ""
 
 
-def _inner(feature: Any) -> Any:
+def _inner(feature: Any) -> object:
     """Of a list, the feature of its entries."""
     if isinstance(feature, list) and feature:
         return feature[0]
@@ -126,7 +126,7 @@ def _struct(feature: Any, kind: Any) -> Convert:
     return read
 
 
-def _side_by_side(lists: dict[str, list[Any]]) -> Any:
+def _side_by_side(lists: dict[str, list[object]]) -> object:
     """Lists of equal length as a list of objects, each without what is null in it; other lists as they stand."""
     if len({len(items) for items in lists.values()}) != 1:
         return lists
@@ -134,11 +134,11 @@ def _side_by_side(lists: dict[str, list[Any]]) -> Any:
     return [{name: item for name, item in zip(lists, row, strict=True) if item is not None} for row in rows]
 
 
-def _json(text: Any) -> Any:
+def _json(text: object) -> object:
     return decode(text, 0)[0] if isinstance(text, str) else text
 
 
-def _present(column: Any) -> Any:
+def _present(column: Any) -> object:
     """Of media: how many there are in a list, or whether there is one."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -13,8 +13,8 @@ from functools import lru_cache
 from weft.data.problems import Problem
 from weft.data.reading.extent import Extent
 from weft.data.reading.files import Bytes
-from weft.data.reading.rows import Record, RowError, as_fields, check_text, decode
-from weft.data.reading.window import PENDING, SPACE, Window
+from weft.data.reading.rows import Record, RowError, after_space, as_fields, check_text, decode
+from weft.data.reading.window import PENDING, Window
 
 _WRAPPERS = ("train", "data")
 _PROBE = 1 << 20  # characters in which a wrapper around the records is recognised
@@ -106,20 +106,20 @@ class JsonFile:
         at = start
         try:
             while True:
-                at = _skip(text, at + 1)  # the brace, or the comma between two fields
+                at = after_space(text, at + 1)  # the brace, or the comma between two fields
                 if text[at : at + 1] == "}":
                     break
                 key, at = decode(text, at)
-                at = _skip(text, at)
+                at = after_space(text, at)
                 if text[at : at + 1] != ":" or not isinstance(key, str):
                     return None
-                at = _skip(text, at + 1)
+                at = after_space(text, at + 1)
                 if key in _WRAPPERS and text[at : at + 1] == "[":
                     found[key] = at  # the last of two equal names is the one that counts, as in json.loads
                     if not whole:
                         return at, False
                 at = decode(text, at, strict=False)[1]
-                at = _skip(text, at)
+                at = after_space(text, at)
                 if text[at : at + 1] not in (",", "}"):
                     raise RowError("malformed_json", "")
                 if text[at] == "}":
@@ -285,7 +285,3 @@ def _beginning(indent: str, in_array: bool = False) -> re.Pattern[str]:
     """A line of that indentation that begins a value; in an array, also a less indented one that ends it."""
     ends = f"|\\n[ \\t]{{0,{max(len(indent) - 1, 0)}}}\\]" if in_array else ""
     return re.compile(f"\\n{re.escape(indent)}[^ \\t\\r\\n}}\\],:]{ends}")
-
-
-def _skip(text: str, at: int) -> int:
-    return SPACE.match(text, at).end()  # type: ignore[union-attr]

@@ -10,14 +10,13 @@ from typing import Any
 
 from weft.data.problems import Problem
 from weft.data.reading.files import Bytes
-from weft.data.reading.rows import BROKEN, Record, RowError, as_fields, check_text, decode, not_utf8
+from weft.data.reading.rows import BROKEN, Record, RowError, after_space, as_fields, check_text, decode, not_utf8
 from weft.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
 _PIECE = 1 << 20
 _MAX_CELL = 2**31 - 1  # the csv module's own limit, 128 KiB, is less than one long document
 _LINE_COST = 512  # bytes that a remembered line takes besides its characters
-_SPACE = re.compile(r"[ \t\r\n]*")
 _LINE_END = re.compile("(?<=\r)(?!\n)")  # the csv module counts a lone carriage return as the end of a line
 
 
@@ -71,7 +70,7 @@ class Lines:
 def read_jsonl(lines: Lines) -> Iterator[Record | Problem]:
     """One record per line that is not blank."""
     for line in lines:
-        start = _SPACE.match(line.text).end()  # type: ignore[union-attr]
+        start = after_space(line.text)
         if start == len(line.text) and line.fault is None:
             continue
         try:
@@ -92,7 +91,7 @@ def _json_row(text: str, start: int) -> dict[str, Any]:
     value, end = decode(text, start)
     fields = as_fields(value)
     check_text(fields, text, start, end)
-    end = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+    end = after_space(text, end)
     if end < len(text):
         what = "malformed JSON: something follows the object; a .jsonl file holds one object per line."
         raise RowError("malformed_json", what, end)
@@ -232,9 +231,9 @@ def _bad_row(lines: Lines, feed: _Feed, error: csv.Error | RowError) -> Problem:
             return lines.problem(first.number, error)
         return lines.problem(last.number, error)
     left_open = len(feed.row) > 1 and ("end of data" in str(error) or _left_open(last.text))
-    broken = next((line for line in feed.row if line.fault), None)
+    broken = next(((line.number, line.fault) for line in feed.row if line.fault), None)
     if broken is not None and not left_open:
-        return lines.problem(broken.number, broken.fault)  # type: ignore[arg-type]
+        return lines.problem(*broken)
     what = (
         f"malformed table row: {error}. Expected one row per record, cells that hold the separator, a line break or a "
         'quotation mark enclosed in "..." with inner marks doubled.'

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 # Bytes that are no UTF-8 are decoded to these (``errors="surrogateescape"``), so that their place is known.
 BROKEN = re.compile("[\udc80-\udcff]")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _DIGITS = 308  # of the largest integer that a double holds
 _LONG = 6 << 20  # characters; more than what a window holds of several records
 _NESTED = 500_000
@@ -20,7 +21,7 @@ _HALVES = ("\\ud", "\\uD")
 class Record:
     """One row of a data file. ``source`` is ``"path:line"``: the 1-based line where the record begins."""
 
-    fields: dict[str, Any]
+    fields: dict[str, object]
     source: str
 
 
@@ -58,7 +59,7 @@ def _float(text: str) -> float:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -83,6 +84,13 @@ def _check_values(text: str, at: int) -> None:
                        broken=True)  # fmt: skip
 
 
+def after_space(text: str, at: int = 0) -> int:
+    """The place of the first character from ``at`` on that is no white space."""
+    found = _SPACE.match(text, at)
+    assert found is not None
+    return found.end()
+
+
 def decode(text: str, at: int, *, strict: bool = True) -> tuple[Any, int]:
     """Decode the JSON value that begins at ``at``: (value, place behind it). Raises RowError."""
     if len(text) - at > _LONG and strict:
@@ -98,7 +106,7 @@ def decode(text: str, at: int, *, strict: bool = True) -> tuple[Any, int]:
         raise RowError("too_deep", "the JSON here is nested too deeply to be read.", broken=True) from None
 
 
-def check_text(fields: Any, text: str, start: int, end: int) -> None:
+def check_text(fields: object, text: str, start: int, end: int) -> None:
     """Refuse a row whose source, ``text[start:end]``, holds NUL characters or halves of characters as escapes."""
     if text.find("\\u0000", start, end) >= 0:
         check_nul(fields)
@@ -114,7 +122,7 @@ def check_text(fields: Any, text: str, start: int, end: int) -> None:
             ) from None
 
 
-def check_nul(value: Any) -> None:
+def check_nul(value: object) -> None:
     """Refuse NUL characters anywhere in decoded JSON: no text has them, and programs in C end a string there."""
     todo = [value]
     while todo:
@@ -139,7 +147,7 @@ def not_utf8(text: str, at: int, *, broken: bool = False) -> RowError:
     )
 
 
-def as_fields(row: Any) -> dict[str, Any]:
+def as_fields(row: object) -> dict[str, object]:
     """The fields of a row; a list of messages becomes ``{"messages": row}``. Raises RowError for anything else."""
     if isinstance(row, dict):
         return row
@@ -152,6 +160,6 @@ def as_fields(row: Any) -> dict[str, Any]:
     )
 
 
-def _json_type(value: Any) -> str:
+def _json_type(value: object) -> str:
     names = {list: "an array", str: "a string", bool: "true/false", int: "a number", float: "a number"}
     return names.get(type(value), "null" if value is None else type(value).__name__)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import re
 from typing import Any
 
 from weft.data.reading.extent import Extent
 from weft.data.reading.files import Bytes
-from weft.data.reading.rows import BROKEN, RowError, decode, not_utf8
+from weft.data.reading.rows import BROKEN, RowError, after_space, decode, not_utf8
 
-SPACE = re.compile(r"[ \t\r\n]*")
 _CHUNK = 1 << 20
 PENDING = 4 << 20  # of a longer value its end is looked for before it is decoded
 
@@ -76,7 +74,7 @@ class Window:
     def peek(self) -> str:
         """Skip white space; the next character, or an empty string at the end."""
         while True:
-            self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            self.at = after_space(self.text, self.at)
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self.more():

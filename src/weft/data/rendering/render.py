@@ -21,7 +21,15 @@ from weft.data.rendering.seq2seq import seq2seq_sample, seq2seq_source
 from weft.data.rendering.templates import find_template
 from weft.data.rendering.tokens import SOFT, Encoder, Known
 from weft.data.rendering.transcript import Script, Span, Turns, TurnSettings
-from weft.data.rendering.truncation import Limit, Truncation, fit, joined, windows, without_oldest_round
+from weft.data.rendering.truncation import (
+    Limit,
+    Truncation,
+    fit,
+    in_todays_words,
+    joined,
+    windows,
+    without_oldest_round,
+)
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
 
 Task = Literal["causal_lm", "seq2seq"]
 Example = SFT
-Outcome = tuple[Sample, ...] | UserError  # of one example: its samples (none if it was dropped), or what is wrong
+Rendered = tuple[Sample, ...] | UserError  # of one example: its samples (none if it was dropped), or what is wrong
 
 _AFTER_ANSWER = re.compile(f"(?:\\s|{re.escape(SOFT)})*$")
 _CHUNK = 512
@@ -52,7 +60,7 @@ class Renderer:
         settings: RenderSettings | None = None,
         **keys: Any,
     ) -> None:
-        keys = {key: value for key, value in Limit.older_words(keys).items() if value is not None}
+        keys = {key: value for key, value in in_todays_words(keys).items() if value is not None}
         if unknown := keys.keys() - RenderSettings.model_fields.keys():
             raise TypeError(f"a Renderer has no setting {', '.join(sorted(unknown))}")
         self.settings = (settings or RenderSettings()).model_copy(update=keys)
@@ -157,7 +165,7 @@ class Renderer:
             found += outcome
         return found
 
-    def outcomes(self, examples: Iterable[Example], task: Task = "causal_lm") -> Iterator[Outcome]:
+    def outcomes(self, examples: Iterable[Example], task: Task = "causal_lm") -> Iterator[Rendered]:
         """For each example in order its samples, none if it was dropped, or the UserError that tells what is wrong.
 
         Reads ahead by a few hundred examples, which the tokenizer gets at once. ``documents: joined`` is not done
@@ -212,7 +220,7 @@ class Renderer:
         except UserError as error:
             return error
 
-    def _dropped(self, error: UserError) -> Outcome:
+    def _dropped(self, error: UserError) -> Rendered:
         return () if isinstance(error, TooLongError) and self.truncation == "drop" else error
 
     def _finish(self, script: Script, example: Example, known: Known | None = None) -> tuple[Sample, ...]:

@@ -21,6 +21,21 @@ Documents = Literal["separate", "windows", "joined"]
 _CHARACTERS = 1000
 
 
+def in_todays_words(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of an earlier version under their names of today: ``truncate: true`` was ``truncation: right``.
+
+    Raises:
+        UserError: ``truncation`` stands beside it and says something else.
+    """
+    keys = dict(keys)
+    if isinstance(keys.get("truncate"), bool):
+        cut, given = keys.pop("truncate"), keys.get("truncation", "right")
+        if given not in ("refuse", "right"):
+            raise UserError(f"truncate is an older word for truncation, which is {given!r}. Drop `truncate`.")
+        keys |= {"truncation": "right"} if cut else {}
+    return keys
+
+
 class Limit(BaseModel):
     """The keys that say how long a sample may be and what becomes of a longer one, and what follows from them."""
 
@@ -41,19 +56,8 @@ class Limit(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def older_words(cls, values: Any) -> Any:
-        """Keys in today's words: ``truncate: true`` was ``truncation: right``.
-
-        Raises:
-            UserError: ``truncation`` stands beside it and says something else.
-        """
-        if isinstance(values, Mapping) and isinstance(values.get("truncate"), bool):
-            values = dict(values)
-            cut, given = values.pop("truncate"), values.get("truncation", "right")
-            if given not in ("refuse", "right"):
-                raise UserError(f"truncate is an older word for truncation, which is {given!r}. Drop `truncate`.")
-            values |= {"truncation": "right"} if cut else {}
-        return values
+    def _older_words(cls, values: object) -> object:
+        return in_todays_words(values) if isinstance(values, Mapping) else values
 
     def check(self) -> None:
         """Refuse keys that do not go together, once the longest sequence of the model is known.

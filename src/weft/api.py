@@ -1,0 +1,51 @@
+"""What a program uses of Weft; ``weft.<name>`` is the same, imported when it is first asked for."""
+
+from __future__ import annotations
+
+from weft.adapters import Adapters
+from weft.core.stream import Part
+from weft.data import Message, Renderer, register_format
+from weft.errors import UserError
+from weft.extensions import load_extension
+from weft.generate import Request
+from weft.generate.open import Opened, open_target
+from weft.generate.sampling import Sampling
+from weft.methods import (
+    BitFitConfig,
+    BottleneckConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    register_method,
+)
+from weft.models import describe, load_base
+from weft.objectives import register_objective
+from weft.train import RunConfig, load_config, make_config
+from weft.train.callbacks import register_callback
+
+__all__ = [
+    "Adapters",
+    "BitFitConfig",
+    "BottleneckConfig",
+    "LoraConfig",
+    "Message",
+    "Opened",
+    "Part",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "Renderer",
+    "Request",
+    "RunConfig",
+    "Sampling",
+    "UserError",
+    "describe",
+    "load_base",
+    "load_config",
+    "load_extension",
+    "make_config",
+    "open_target",
+    "register_callback",
+    "register_format",
+    "register_method",
+    "register_objective",
+]

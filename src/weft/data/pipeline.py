@@ -1,0 +1,292 @@
+"""The one way from data files to samples: read, recognise, render. Every record has one outcome.
+
+A ``Recipe`` says what becomes of records of one kind; ``outcomes`` reads them. Training folds the outcomes (``Fold``);
+preview and audit collect them. Nothing else reads records, and a test says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, islice
+from typing import Any, Self, TypeVar, get_args
+
+from weft.data.formats.detect import EmptyAnswerError, to_example
+from weft.data.formats.examples import SFT
+from weft.data.formats.labels import ordered
+from weft.data.problems import Problem, Problems, about_record
+from weft.data.reading.records import first_rows, iter_items, iter_records
+from weft.data.reading.rows import Record
+from weft.data.rendering.render import Rendered, Renderer, Task
+from weft.data.rendering.sample import Sample, TooLongError
+from weft.data.settings import EmptyAnswers, ReadSettings
+from weft.data.sources import content_key, number_of
+from weft.data.workers import in_order
+from weft.errors import UserError, nearest
+
+T = TypeVar("T")
+Path = str | os.PathLike[str]
+EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
+BEHIND = "behind the limit"
+_PEEK = 50  # records that a recipe sees before it makes any
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------------------ outcomes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of the record at ``source``.
+
+    ``label`` is the name of its class, where it has one. ``example``, of a ``watched`` recipe, is what the record says.
+    """
+
+    source: str
+    label: str | None = None
+    example: SFT | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept(Outcome):
+    """The record became samples (a long text several). ``key``, of a ``keyed`` recipe, is a hash of what it says."""
+
+    samples: tuple[Sample, ...] = ()
+    key: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut(Outcome):
+    """The record is not wanted: EMPTY, TOO_LONG, or BEHIND (only its class counts)."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused(Outcome):
+    """The record cannot be used. ``fields``, of a ``watched`` recipe, are its own."""
+
+    problem: Problem
+    too_long: bool = False
+    fields: Mapping[str, Any] | None = None
+
+
+class Behind(Record):
+    """A record behind the limit, of which only the class counts."""
+
+    __slots__ = ()
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What becomes of records of one kind.
+
+    ``labels`` names the classes, if they are known beforehand. ``keyed``: also hash what each record says. ``watched``:
+    outcomes carry what was read.
+    """
+
+    labels: tuple[str, ...] | None = None
+    keyed: bool = False
+    watched: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether records behind the limit count too."""
+        return False
+
+    def header(self, rows: Callable[[], list[list[str]]]) -> Sequence[str] | None:
+        """The columns of a table whose first ``rows`` do not name them."""
+        return None
+
+    def begun(self, head: Sequence[Record]) -> Self:
+        """The recipe for a file that begins with these records. Raises UserError for settings that do not fit it."""
+        return self
+
+    def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
+        """The outcome of each. Raises UserError for settings that are wrong."""
+        raise NotImplementedError
+
+    def end(self, fold: Fold) -> None:
+        """Log what was left out. Raises UserError where there is nothing to learn."""
+        raise NotImplementedError
+
+    def refused(self, error: UserError, kind: str, record: Record, example: SFT | None = None) -> Refused:
+        """The outcome of a record that ``error`` is about. Raises ``error`` itself if it is about the settings."""
+        problem = about_record(error, record.source, kind)
+        if problem is None:
+            raise error
+        seen: dict[str, Any] = {"fields": record.fields, "example": example} if self.watched else {}
+        return Refused(source=record.source, problem=problem, too_long=isinstance(error, TooLongError), **seen)
+
+
+def outcomes(path: Path, recipe: Recipe, *, limit: int | None = None, workers: int = 0) -> Iterator[Outcome]:
+    """What becomes of every record of a path, in order; ``workers`` processes make it.
+
+    Raises:
+        UserError: a file cannot be read, or a setting is wrong.
+    """
+    header = recipe.header(partial(first_rows, path, _PEEK))
+    items = iter_items(path, limit=None if recipe.whole else limit, header=header)
+    for item in items:
+        if isinstance(item, Problem):
+            yield Refused(source=item.place, problem=item)
+            continue
+        head = [item, *islice(items, _PEEK - 1)]
+        begun = recipe.begun([one for one in head if isinstance(one, Record)])
+        yield from in_order(_marked(chain(head, items), limit), begun, workers, _characters)
+
+
+def _marked(items: Iterable[Record | Problem], limit: int | None) -> Iterator[Record | Problem]:
+    """The items; records behind the limit are marked as such."""
+    number = 0
+    for item in items:
+        if isinstance(item, Record):
+            number += 1
+            item = Behind(item.fields, item.source) if limit is not None and number > limit else item
+        yield item
+
+
+def _characters(value: Any) -> int:
+    """How much text there is in a record, or a field of it, roughly."""
+    if isinstance(value, Record):
+        return sum(map(_characters, value.fields.values()))
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return 4 * len(value) if value and isinstance(value[0], int) else sum(map(_characters, value))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(Recipe):
+    """Conversations and texts, to learn what they say."""
+
+    renderer: Renderer
+    settings: ReadSettings = field(default_factory=ReadSettings)
+    task: Task = "causal_lm"
+
+    def __post_init__(self) -> None:
+        if self.settings.empty_answers not in get_args(EmptyAnswers):
+            raise UserError(f"empty_answers is {self.settings.empty_answers!r}; expected 'error' or 'skip'.")
+        if self.task not in get_args(Task):
+            known = get_args(Task)
+            raise UserError(f"task is {self.task!r}; expected {' or '.join(known)}.{nearest(str(self.task), known)}")
+
+    def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
+        """The outcome of each. Raises UserError for settings that are wrong."""
+        found = [self._recognised(item) for item in items]
+        read = [one for one in found if not isinstance(one, Outcome)]
+        rendered = self.renderer.outcomes((example for _, example in read), self.task)
+        return [one if isinstance(one, Outcome) else self._rendered(*one, next(rendered)) for one in found]
+
+    def _recognised(self, item: Record | Problem) -> tuple[Record, SFT] | Outcome:
+        if isinstance(item, Problem):
+            return Refused(source=item.place, problem=item)
+        try:
+            return item, to_example(item, format=self.settings.data_format, columns=self.settings.columns)
+        except EmptyAnswerError as error:
+            if self.settings.empty_answers == "skip":
+                return LeftOut(source=item.source, why=EMPTY)
+            return self.refused(error, "empty_answer", item)
+        except UserError as error:
+            return self.refused(error, "format", item)
+
+    def _rendered(self, record: Record, example: SFT, made: Rendered) -> Outcome:
+        if isinstance(made, UserError):
+            return self.refused(made, "render", record, example)
+        if not made:
+            return LeftOut(source=record.source, why=TOO_LONG)
+        key = number_of(content_key(example)) if self.keyed else 0
+        return Kept(source=record.source, samples=made, key=key, example=example if self.watched else None)
+
+    def end(self, fold: Fold) -> None:
+        """Log how many records were left out or cut. Raises UserError where no sample is left."""
+        long, empty, limit = fold.left_out[TOO_LONG], fold.left_out[EMPTY], self.renderer.max_length
+        read, path = fold.kept + long, fold.path
+        if empty:
+            told = (path, empty, fold.first[EMPTY])
+            logger.warning("%s: left out %d records with an empty answer (the first: %s)", *told)
+        if long:
+            logger.warning("%s: left out %d of %d records: longer than max_length %s", path, long, read, limit)
+        if fold.cut:
+            how = self.renderer.truncation
+            logger.warning("%s: %d of %d records cut to max_length %s (%s)", path, fold.cut, read, limit, how)
+        if not fold.kept:
+            if fold.problems.count:
+                raise fold.problems.error()
+            reason = f"longer than max_length {limit}" if long else "without an answer"
+            raise UserError(f"{path}: every record is {reason}, so there is nothing to learn.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- fold
+
+
+class Fold:
+    """What training makes of the outcomes of one path: it takes the samples, counts the rest and hands problems on.
+
+    The caller checks ``problems``. ``left_out`` counts reasons, ``first`` has the first place of each; ``classes`` has
+    the first place of every class.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, problems: Problems) -> None:
+        self.path, self.recipe, self.problems = path, recipe, problems
+        self.kept = self.cut = self.refused = 0
+        self.left_out, self.first = Counter[str](), dict[str, str]()
+        self.classes: dict[str, str] = {}
+        self._numbers = {name: number for number, name in enumerate(recipe.labels or ())}
+
+    def samples(self, found: Iterable[Outcome]) -> Iterator[tuple[Sample, int]]:
+        """The samples of what was kept, each with the record's key; their classes wait for ``numbered``.
+
+        Raises:
+            UserError: there are too many problems.
+        """
+        for one in found:
+            if isinstance(one, Refused):
+                self.refused += 1
+                self.problems.add(one.problem)
+                continue
+            if one.label is not None:
+                self.classes.setdefault(one.label, one.source)
+                self._numbers.setdefault(one.label, len(self._numbers))
+            if isinstance(one, LeftOut):
+                self.left_out[one.why] += 1
+                self.first.setdefault(one.why, one.source)
+            elif isinstance(one, Kept):
+                self.kept += 1
+                self.cut += any(sample.cut for sample in one.samples)
+                for sample in one.samples:
+                    yield sample if one.label is None else replace(sample, label=self._numbers[one.label]), one.key
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes: those of the recipe, or those that were met, in their order."""
+        return self.recipe.labels or ordered(self.classes)
+
+    @property
+    def settled(self) -> bool:
+        """Whether classes have had their final numbers from the first."""
+        return tuple(self._numbers) == self.names
+
+    def numbered(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Labelled samples that ``samples`` gave, with the numbers that their classes have in ``names``."""
+        final = [self.names.index(name) for name in self._numbers]
+        return (replace(sample, label=final[sample.label or 0]) for sample in samples)
+
+
+def read_all(path: Path, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
+    """What ``read`` makes of every record, for what is not learned (prompts, questions).
+
+    Raises:
+        UserError: of the first record that cannot be used.
+    """
+    return [read(record) for record in iter_records(path, limit=limit)]

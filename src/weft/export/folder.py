@@ -1,0 +1,267 @@
+"""Merging an adapter's folder with its base into a plain model's folder, which is loaded again and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from weft.data.provenance import file_names, template_of
+from weft.errors import UserError
+from weft.export.proof import Expected, Proof, compare, fixed_prompts, routed_logits
+from weft.files import adapter_folder as files
+from weft.files.run_folder import RUN_FILE, RunStore
+from weft.generate.open import Opened, open_target
+from weft.merge.model import merged_model
+from weft.merge.weights import check_mergeable
+from weft.methods.dense import dequantize_linears, how_kept
+from weft.models.load import resolve_dtype
+from weft.models.quantize import Quantization
+from weft.train.config import read_run_config
+from weft.train.run import base_fingerprint
+from weft.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARD = "5GB"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A merged model's folder, how it compares, and what the user should know."""
+
+    folder: Path
+    entries: Mapping[str, object]
+    proof: Proof
+    notes: tuple[str, ...]
+    bytes: int
+
+
+def merge_folder(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: Quantization | None = None,
+) -> Result:
+    """Write the base with an adapter in its weights to the new folder ``output``, and compare it with the adapter.
+
+    Args:
+        adapter: an adapter's folder, or a run's that has only one.
+        model: the base, instead of the one that the adapter names.
+        dtype: of the weights that are written; ``auto``: those of the base in training.
+        quantization: how the base of the training was kept, where the folder does not say.
+
+    Raises:
+        UserError: the adapter cannot become weights, does not fit the base, the folder is taken, or the merged model
+            does not answer as the adapter does; nothing is left behind.
+    """
+    folder, output = _adapter_folder(Path(adapter).expanduser()), Path(output).expanduser()
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is there already; it is left alone. Take another folder.")
+    above = next(path for path in output.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise UserError(f"--output {output}: {above} is no folder.")
+    given = resolve_dtype(dtype)
+    part = output.absolute().with_name(f".{output.name}.unfinished")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        opened, notes = _open(folder, model, device, quantization)
+        written = _write(opened, folder, part, given if isinstance(given, torch.dtype) else None)
+        where = opened.adapters.device
+        del opened  # two models at once are enough
+        proof = compare(part, written.expected, where)
+        if not proof.holds:
+            raise UserError(
+                f"the merged model does not answer as the adapter does, and nothing is kept: "
+                f"{'; '.join(proof.lines())}; asked for: {proof.bar}. --dtype float32 rounds less; or serve the "
+                "adapter beside its base."
+            )
+        entries = written.entries | {"proof": proof.as_json()}
+        data = {} if written.data is None else {"data": written.data}
+        files.write_json(part / files.OWN_CONFIG, {"merged": entries, **data})
+        if output.exists():
+            output.rmdir()  # empty, or it would have been refused
+        part.replace(output)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    kwargs = (written.data or {}).get("template_kwargs")
+    if isinstance(kwargs, dict) and kwargs:
+        notes.append(
+            f"training gave the chat template {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}; Weft "
+            "does so with this folder too, other tools must be told."
+        )
+    if entries["quantization"]:
+        notes.append(
+            f"the base of the training was {entries['quantization']}: its dequantised weights, beside which the "
+            f"adapter learned, are what it was merged with, written in {entries['dtype']}."
+        )
+    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+    return Result(output, entries, proof, tuple(notes), size)
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """The folder of one adapter; a run with one stands for it."""
+    if (folder / RUN_FILE).is_file():
+        names = [job.name for job in read_run_config(folder).jobs]
+        if len(names) != 1:
+            raise UserError(
+                f"{folder} is a run with the adapters {', '.join(names)}; one is merged at a time: --adapter "
+                f"{RunStore(folder).adapters / names[0]}, for one."
+            )
+        failed = RunStore(folder).failed(names)
+        if failed:
+            raise UserError(f"{folder} has no adapter, for its job '{names[0]}' failed: {failed[names[0]]}.")
+        folder = RunStore(folder).adapters / names[0]
+        if not folder.is_dir():
+            raise UserError(f"the run is not finished: there is no {folder} yet. Go on with it (--resume).")
+    if files.merged_from(folder) is not None:
+        raise UserError(f"{folder} is a merged model already, not an adapter.")
+    if not any(
+        path.is_file() for path in (folder / files.CONFIG, folder / files.OWN_CONFIG, files.weights_path(folder))
+    ):
+        raise UserError(f"{folder} holds no adapter ({files.CONFIG}).")
+    return folder
+
+
+def _open(folder: Path, model: str | None, device: str, quantization: Quantization | None) -> tuple[Opened, list[str]]:
+    """The adapter on its base, kept as it was in training."""
+    kept = files.trained_on(folder)
+    run = folder.absolute().parent.parent
+    of_run = folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file()
+    notes = []
+    if kept is None and of_run:
+        config = read_run_config(run)
+        kept = {"dtype": config.dtype, "quantization": config.quantization}
+    if kept is None:
+        kept = {}
+        if quantization is None:
+            notes.append(f"{folder} does not say how its base was kept in training; if it was quantised, say how with "
+                         "--quantization, for its weights are then others.")  # fmt: skip
+    elif quantization not in (None, kept.get("quantization")):
+        was = kept.get("quantization") or "not quantised"
+        raise UserError(
+            f"--quantization {quantization}: the adapter was trained on a base that was {was}; leave it out."
+        )
+    try:
+        opened = open_target(
+            folder,
+            model=model,
+            device=device,
+            dtype="auto" if of_run and model is None else str(kept.get("dtype", "auto")),
+            quantization=quantization or kept.get("quantization"),
+        )
+    except UserError as error:
+        raise UserError(f"{folder}, on {model or 'its base'}: {error}") from None
+    found = base_fingerprint(opened.base)
+    if any(found[key] != kept.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors")):
+        if model is None:
+            opened.close()
+            raise UserError(
+                f"the model at {opened.base.name} is not the one that {folder} was trained on: its tensors are others. "
+                "Put the old one back; or name a base with --model to use it all the same."
+            )
+        notes.append(f"warning: {opened.base.name} is not the base that the adapter was trained on: its tensors are "
+                     "others.")  # fmt: skip
+    return opened, [*opened.notes, *notes]
+
+
+@dataclass(frozen=True)
+class _Written:
+    entries: dict[str, object]
+    data: Mapping[str, object] | None
+    expected: list[Expected]
+
+
+def _write(opened: Opened, folder: Path, part: Path, dtype: torch.dtype | None) -> _Written:
+    """Write the model and its tokenizer, and close what was opened. The base is this function's own."""
+    adapters, name = opened.adapters, opened.names[0]
+    adapter, quantized = adapters[name], bool(getattr(adapters.model, "is_quantized", False))
+    check_mergeable(adapter)
+    # What is wider holds the weights of training as they are, and both sides are compared in one precision.
+    if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
+        _recast(opened, folder, dtype)
+        adapter = adapters[name]
+    new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
+    written: torch.dtype = new.dtype
+    entries = _entries(opened, folder, new)
+    _save(opened, new, part)
+    del new
+    expected = _expected(opened, folder, written)
+    opened.close()
+    return _Written(entries, adapter.provenance, expected)
+
+
+def _expected(opened: Opened, folder: Path, written: torch.dtype) -> list[Expected]:
+    """What the merged model must give. Changes the base's dtype."""
+    adapters, name = opened.adapters, opened.names[0]
+    prompts = fixed_prompts(adapters, name, opened.renderer)
+    precise = routed = routed_logits(adapters, name, prompts)
+    rounded: list[Tensor] | list[None] = [None] * len(prompts)
+    if getattr(adapters.model, "is_quantized", False) or adapters.dtype.itemsize < 4:
+        dequantize_linears(adapters.model, torch.float32)
+        _recast(opened, folder, torch.float32)
+        precise = routed_logits(adapters, name, prompts)
+    if written.itemsize < 4:
+        _recast(opened, folder, written)
+        rounded = routed_logits(adapters, name, prompts)
+    return [Expected(*row) for row in zip(prompts, routed, precise, rounded, strict=True)]
+
+
+def _recast(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
+    """The base in another dtype, and the adapter on it anew, for adapters know what their base has."""
+    name = opened.names[0]
+    nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
+    opened.adapters.remove(name)
+    opened.adapters.load(name, folder, tokenizer=opened.base.tokenizer)
+
+
+def _entries(opened: Opened, folder: Path, new: PreTrainedModel) -> dict[str, object]:
+    """The section ``merged`` of weft.json: what was made of what. Of files on this machine only the names."""
+    adapter = opened.adapters[opened.names[0]]
+    found = {
+        "adapter": folder.resolve().name,
+        "adapter_sha256": {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*.safetensors"))},
+        "method": "+".join(part.method for part in adapter.config.methods()),
+        "base": base_fingerprint(opened.base) | {"model": file_names(opened.base.name)},
+        "quantization": how_kept(opened.adapters.model, opened.adapters.dtype)["quantization"],
+        "dtype": str(new.dtype).removeprefix("torch."),
+        "weft_version": __version__,
+    }
+    if adapter.head.labels:
+        found["labels"] = list(adapter.head.labels)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(opened: Opened, new: PreTrainedModel, part: Path) -> None:
+    """The model, and the tokenizer with the chat template of training."""
+    tokenizer = opened.base.tokenizer
+    made = template_of(opened.renderer)
+    # To an encoder-decoder no template is something else than the plain one.
+    if opened.renderer.chat_template is not None and not (
+        made["template_from"] == "plain" and opened.adapters.architecture.stacks > 1
+    ):
+        tokenizer.chat_template = opened.renderer.chat_template
+    configured = getattr(opened.adapters.model, "generation_config", None)
+    if new.can_generate() and configured is not None:
+        new.generation_config = configured
+    if "SequenceClassification" in type(new).__name__ and new.config.pad_token_id is None:
+        new.config.pad_token_id = tokenizer.pad_token_id
+    new.save_pretrained(part, max_shard_size=SHARD)
+    tokenizer.save_pretrained(part)

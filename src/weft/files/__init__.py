@@ -1,0 +1,1 @@
+"""Folders on disk: adapters in the layouts of PEFT and AdapterHub."""

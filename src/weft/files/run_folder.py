@@ -1,0 +1,227 @@
+"""The folder of a run. A checkpoint appears whole or not at all, and says of itself what it holds.
+
+run.json                     the configuration, and fingerprints of base and data
+metrics.jsonl                one line per logged event
+tokenizer/                   so that the folder answers by itself
+checkpoints/step-00000100/   state.json, <job>.safetensors, manifest.json (SHA-256 of each file)
+adapters/<job>/              the finished adapters, in PEFT's layout
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weft.errors import UserError
+from weft.files.adapter_folder import read_tensors
+from weft.foreign import check_regular, read_json
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+# Ending of a checkpoint's name while another of the same step takes its place.
+_REPLACED = ".replaced"
+
+
+class RunStore:
+    """Reads and writes one run's folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.adapters = self.folder / "adapters"
+        self.tokenizer = self.folder / "tokenizer"
+        self._locked: IO[str] | None = None
+
+    def prepare(self, *, overwrite: bool, resume: bool) -> None:
+        """Make the folder ready: new, emptied, or kept for going on.
+
+        Raises:
+            UserError: it holds a run (or anything else) and neither was asked for.
+        """
+        occupied = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        is_run = (self.folder / RUN_FILE).is_file()
+        if occupied and not resume:
+            if not overwrite:
+                what = "a run" if is_run else "something"
+                raise UserError(
+                    f"{self.folder} already holds {what}. Take resume=true to go on with it, another output_dir, or "
+                    "overwrite_output_dir=true to delete it."
+                )
+            if not is_run:
+                raise UserError(f"{self.folder} is no run's folder, so it is not overwritten; take another output_dir.")
+            self._lock()
+            self.release()
+            shutil.rmtree(self.folder)
+        try:
+            for folder in (self.folder, self.checkpoints, self.adapters):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {self.folder}: the folder cannot be made: {error.strerror}.") from None
+        self._lock()
+
+    def _lock(self) -> None:
+        """Keep other processes from training here; the kernel lets go of it however this process ends.
+
+        Raises:
+            UserError: another process trains in this folder.
+        """
+        self._locked = open(self.folder / LOCK_FILE, "a")  # noqa: SIM115 - held until release
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise UserError(
+                f"another process is training in {self.folder}. Wait for it, stop it, or take another output_dir."
+            ) from None
+
+    def release(self) -> None:
+        """Let others train in this folder again."""
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Write ``run.json``."""
+        write_whole(self.folder / RUN_FILE, _json(run))
+
+    def read_run(self) -> dict[str, Any]:
+        """Read ``run.json``; UserError if this is no run's folder."""
+        return read_json(self.folder / RUN_FILE)
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``; JSON has no word for what is not finite, so that becomes null."""
+        event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+
+    def save(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+        """Commit a checkpoint, then drop the oldest beyond ``keep``.
+
+        All files are on disk before the folder gets its name by one rename, so a crash at any moment leaves the
+        checkpoints that were there, and perhaps a nameless folder that the next save removes.
+        """
+        metrics = self.folder / METRICS_FILE
+        size = 0
+        if metrics.exists():
+            _sync(metrics)
+            size = metrics.stat().st_size
+        work = self.checkpoints / ".unfinished"
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file(dict(group), work / f"{name}.safetensors")
+        (work / "state.json").write_text(_json({**state, "metrics_bytes": size}), encoding="utf-8")
+        manifest = {path.name: _sha256(path) for path in sorted(work.iterdir())}
+        (work / "manifest.json").write_text(_json(manifest), encoding="utf-8")
+        for path in work.iterdir():
+            _sync(path)
+        _sync(work)
+        final = self.checkpoints / f"step-{step:08d}"
+        if final.exists():
+            # It stays a checkpoint, under another name: there may be no other.
+            aside = final.with_name(final.name + _REPLACED)
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(final, aside)
+        os.replace(work, final)
+        _sync(self.checkpoints)
+        # What is newer was passed over as damaged when the run went back; it must not count among those that are kept.
+        committed = [path for path in self._committed() if not path.name.endswith(_REPLACED)]
+        upto = committed.index(final) + 1
+        replaced = self.checkpoints.glob(f"step-*{_REPLACED}")
+        for old in (*committed[: max(0, upto - keep)], *committed[upto:], *replaced):
+            shutil.rmtree(old)
+        return final
+
+    def latest(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]] | None:
+        """The newest intact checkpoint: state, tensors by name, and a warning for each broken one passed over."""
+        warnings: list[str] = []
+        for folder in reversed(self._committed()):
+            problem = _broken(folder)
+            if problem:
+                warnings.append(f"checkpoint {folder.name} is damaged ({problem}); going back to the one before")
+                continue
+            tensors = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors")}
+            return read_json(folder / "state.json", infinities=True), tensors, warnings
+        if warnings:
+            raise UserError("no intact checkpoint: " + "; ".join(warnings))
+        return None
+
+    def failed(self, names: Sequence[str]) -> dict[str, str]:
+        """Those of these jobs that have no adapter because they failed, and the reason of each."""
+        missing = [name for name in names if not (self.adapters / name).is_dir()]
+        found = self.latest() if missing else None
+        ends = {} if found is None else {name: found[0]["jobs"].get(name, {}).get("progress", {}) for name in missing}
+        return {
+            name: end.get("reason") or "loss or gradient was not finite"
+            for name, end in ends.items()
+            if end.get("ended") == "failed"
+        }
+
+    def rewind_metrics(self, size: int) -> None:
+        """Cut ``metrics.jsonl`` back to what it held at a checkpoint; what came after will be written again."""
+        path = self.folder / METRICS_FILE
+        if os.path.lexists(path):
+            check_regular(path)
+            # Never longer: truncate would fill the gap with zero bytes.
+            os.truncate(path, min(size, path.stat().st_size))
+
+    def _committed(self) -> list[Path]:
+        """Oldest first; one that was set aside comes before the one that takes its place."""
+        found = (path for path in self.checkpoints.glob("step-*") if path.is_dir())
+        return sorted(found, key=lambda path: (path.name.removesuffix(_REPLACED), not path.name.endswith(_REPLACED)))
+
+
+def _broken(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if every byte is what was written."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except UserError as error:
+        return str(error)
+    for name, digest in manifest.items():
+        if Path(name).name != name:
+            return f"manifest.json names {name!r}, which is no file of the checkpoint"
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one, never a part."""
+    part = path.with_name(f".{path.name}.unfinished")
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

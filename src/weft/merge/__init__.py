@@ -1,0 +1,1 @@
+"""An adapter into the weights of its base."""

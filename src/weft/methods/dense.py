@@ -1,0 +1,55 @@
+"""The weights of linear modules as plain matrices, whatever quantisation keeps them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.architecture import is_linear
+from weft.core.site import replace_class
+
+
+def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a linear module as [out, in] in ``dtype``, dequantised if it is bitsandbytes'."""
+    weight: Any = module.weight
+    if hasattr(weight, "quant_state"):
+        return _dequantized(weight).to(dtype)
+    if hasattr(weight, "SCB"):
+        state: Any = module.state
+        # bitsandbytes moves the scales from the weight to the module when it first runs.
+        scale = weight.SCB if weight.SCB is not None else state.SCB
+        return weight.data.to(dtype) * (scale.to(dtype) / 127)[:, None]
+    dense: Tensor = weight.detach().to(dtype)
+    return dense if isinstance(module, nn.Linear) else dense.t()
+
+
+@torch.no_grad()
+def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every quantised linear of a model that is not needed any more a plain one, of its dequantised weight."""
+    for module in model.modules():
+        if is_linear(module) and (hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB")):
+            module._parameters["weight"] = nn.Parameter(dense_weight(module, dtype), requires_grad=False)
+            replace_class(module, nn.Linear)
+
+
+def how_kept(model: nn.Module, dtype: torch.dtype) -> dict[str, object]:
+    """What a merge has to know of the base of a training: ``dtype`` and ``quantization`` (nf4, fp4, int8, or None)."""
+    parameters: list[Any] = list(model.parameters())
+    kinds = {str(p.quant_type) for p in parameters if hasattr(p, "quant_state")}
+    kinds |= {"int8" for p in parameters if hasattr(p, "SCB")}
+    return {"dtype": str(dtype).removeprefix("torch."), "quantization": min(kinds, default=None)}
+
+
+def _dequantized(weight: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    data, state = weight.data, copy.copy(weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a weight when it first runs without gradients.
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = state.absmax.t().reshape(-1).float()
+    return functional.dequantize_4bit(data, state)

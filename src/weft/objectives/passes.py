@@ -1,0 +1,174 @@
+"""One pass of the base over samples of several adapters, and what their heads make of it.
+
+Training, evaluation and the proof of a merge take their losses and logits from here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from weft.core.adapters import Adapters
+from weft.core.head import Sample
+from weft.core.stream import Part, Stream
+from weft.objectives.classification import class_metrics
+from weft.objectives.likelihood import likelihood
+from weft.objectives.registry import Objective
+
+AnySample = TypeVar("AnySample", bound=Sample)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One adapter's samples in one pass; ``divisor`` is the loss weight of its whole optimizer step.
+
+    ``objective`` takes the place of the likelihood.
+    """
+
+    adapter: str | None
+    samples: Sequence[Sample]
+    seed: int | None = None
+    divisor: float = 1.0
+    neftune_alpha: float = 0.0
+    objective: Objective | None = None
+
+    def part(self) -> Part:
+        """Its rows of a batch."""
+        samples = self.samples
+        return Part(
+            self.adapter,
+            [s.input_ids for s in samples],
+            self.seed,
+            [s.answer for s in samples],
+            [s.slots for s in samples],
+            self.neftune_alpha,
+            [s.token_types for s in samples],
+            [s.target_ids for s in samples],
+        )
+
+
+def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
+    """Each entry's summed loss divided by its divisor: one scalar tensor per entry of ``work``."""
+    losses = sequence_losses(adapters, work)
+    return [loss.sum() / w.divisor for loss, w in zip(losses, work, strict=True)]
+
+
+def sequence_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
+    """The summed loss of every sequence [sequences], per entry of ``work``."""
+    stream, hidden = adapters.run([w.part() for w in work])
+    ends = list(itertools.accumulate(len(w.samples) for w in work))
+    # In exact mode each by itself: the same shapes and alignment as if no other job were there.
+    shared = [i for i, w in enumerate(work) if not (adapters.exact or w.objective) and adapters.shares_head(w.adapter)]
+    losses: dict[int, Tensor] = {}
+    for members in (*([i] for i in range(len(work)) if i not in shared), *([shared] if shared else [])):
+        samples = [sample for i in members for sample in work[i].samples]
+        sequences = [number for i in members for number in range(ends[i] - len(work[i].samples), ends[i])]
+        found = _losses(adapters, work[members[0]], stream, hidden, samples, sequences)
+        losses |= dict(zip(members, found.split([len(work[i].samples) for i in members]), strict=True))
+    return [losses[i] for i in range(len(work))]
+
+
+def _losses(
+    adapters: Adapters,
+    work: Work,
+    stream: Stream,
+    hidden: Tensor,
+    samples: Sequence[Sample],
+    sequences: Sequence[int],
+) -> Tensor:
+    """The summed loss of some sequences of a batch, all of one ``work`` or of some that share its head."""
+    name, head = work.adapter, adapters.head(work.adapter)
+    batch = head.learned(stream, samples, sequences)
+    rows = [(name, len(batch.rows))]
+    with adapters.route(adapters.rows_route(rows)):
+        if work.objective is not None:
+            logits = head.logits(hidden.index_select(0, batch.rows), partial(adapters.logits, rows=rows))
+            return work.objective(logits, batch)
+        losses = head.losses(hidden.index_select(0, batch.rows), batch.targets, partial(adapters.losses, rows=rows))
+    return likelihood(losses, batch)
+
+
+def logits_of(adapters: Adapters, name: str | None, samples: Sequence[Sample]) -> Tensor:
+    """Logits [n, tokens or classes] at all rows at which the samples are answered, in a pass of their own."""
+    stream, hidden = adapters.run([Work(name, samples).part()])
+    return answer_logits(adapters, name, stream, hidden, range(len(samples)))
+
+
+def answer_logits(
+    adapters: Adapters, name: str | None, stream: Stream, hidden: Tensor, sequences: Sequence[int]
+) -> Tensor:
+    """The same for some sequences of a batch, all of adapter ``name``, from its last hidden states [N, d]."""
+    head = adapters.head(name)
+    at = head.rows(stream, sequences)
+    rows = [(name, len(at))]
+    with adapters.route(adapters.rows_route(rows)):
+        return head.logits(
+            hidden.index_select(0, torch.tensor(at, device=hidden.device)), partial(adapters.logits, rows=rows)
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss per learned token, or per sequence of a classification job, whose ``metrics`` are ``class_metrics``."""
+
+    loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def evaluate(
+    adapters: Adapters,
+    adapter: str | None,
+    samples: Sequence[Sample],
+    max_tokens: int = 4096,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluate on ``samples``, in passes of at most ``max_tokens`` tokens (or one sequence).
+
+    None if ``should_stop``, asked before every pass, said yes.
+    """
+    total, weight, head = 0.0, 0.0, adapters.head(adapter)
+    predicted: list[int] = []
+    for asked in passes(samples, max_tokens):
+        if should_stop():
+            return None
+        work = Work(adapter, asked)
+        stream, states = adapters.run([work.part()])
+        total += float(_losses(adapters, work, stream, states, asked, range(len(asked))).sum())
+        weight += sum(map(head.loss_weight, asked))
+        if head.labels:
+            predicted += answer_logits(adapters, adapter, stream, states, range(len(asked))).argmax(-1).tolist()
+    metrics = class_metrics(predicted, [s.label for s in samples if s.label is not None]) if predicted else {}
+    return Evaluation(total / weight, metrics)
+
+
+def evaluate_loss(adapters: Adapters, adapter: str | None, samples: Sequence[Sample], max_tokens: int = 4096) -> float:
+    """The loss alone."""
+    found = evaluate(adapters, adapter, samples, max_tokens)
+    assert found is not None
+    return found.loss
+
+
+def passes(samples: Sequence[AnySample], max_tokens: int) -> Iterator[list[AnySample]]:
+    """``samples`` in order, cut where a pass would hold more than ``max_tokens`` tokens."""
+    batch: list[AnySample] = []
+    held = 0
+    for sample in samples:
+        if batch and held + size(sample) > max_tokens:
+            yield batch
+            batch, held = [], 0
+        batch.append(sample)
+        held += size(sample)
+    if batch:
+        yield batch
+
+
+def size(sample: Sample) -> int:
+    """Tokens of a sample that the model reads."""
+    return len(sample.input_ids) + len(sample.target_ids)

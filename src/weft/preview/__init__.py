@@ -1,0 +1,1 @@
+"""What ``weft preview`` shows: the data as training will read it, and its packs."""

@@ -1,0 +1,62 @@
+"""What there is to show of one data set, for the terminal, a page and JSON alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from weft.data.auditing.audit import findings_json
+from weft.data.auditing.base import Finding, Item
+from weft.data.auditing.pieces import pieces
+from weft.data.rendering.sample import Sample
+from weft.preview.examined import Examined
+from weft.preview.packing import Place
+
+
+class View:
+    """What there is to show of one data set."""
+
+    def __init__(
+        self, data_set: Examined, findings: Sequence[Finding], figures: dict[str, Any], shown: Sequence[Item]
+    ) -> None:
+        self.data_set, self.findings, self.figures, self.shown = data_set, list(findings), figures, list(shown)
+        self.packings = [packing.figures() for packing in data_set.packings]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[int, int]:
+        """By identity, the number of every sample that is trained on."""
+        items = self.data_set.windows or [item for item in self.data_set.items if item.split == "train"]
+        return {id(sample): number for number, sample in enumerate(sample for item in items for sample in item.samples)}
+
+    def place(self, sample: Sample) -> Place | None:
+        """Where the first jobs' first epoch has a sample; None: nowhere (it is held out, or a mixture's later one)."""
+        packings = self.data_set.packings
+        number = self._numbers.get(id(sample)) if packings else None
+        return None if number is None else packings[0].places.get(number)
+
+    def json(self) -> dict[str, Any]:
+        """All of it as JSON holds it."""
+        return {
+            "jobs": list(self.data_set.names),
+            "statistics": self.figures,
+            "packing": self.packings,
+            "not_reached": {name: missed.json() for name, missed in self.data_set.not_reached.items()},
+            "findings": findings_json(self.findings),
+            "samples": [self._sample(item) for item in self.shown],
+        }
+
+    def _sample(self, item: Item) -> dict[str, Any]:
+        tokenizer = self.data_set.facts.tokenizer
+        found = [pieces(tokenizer, sample) for sample in item.samples]
+        keys = ("position", "id", "token", "text", "weight")
+        return {
+            "source": item.source,
+            "split": item.split,
+            "label": item.label,
+            "length": item.length,
+            "problem": item.problem[1] if item.problem else None,
+            "places": [dataclasses.asdict(place) if place else None for place in map(self.place, item.samples)],
+            "sequences": [[{key: getattr(piece, key) for key in keys} for piece in one] for one in found],
+        }

@@ -1,0 +1,3 @@
+"""The version, which runs, folders and files name."""
+
+__version__ = "0.1.0"
