@@ -85,7 +85,7 @@ def _type(field: Any) -> str:
     text = re.sub(r"\b(typing|weft\.[\w.]+)\.", "", text)
     # Choices stand as they are written in YAML.
     text = re.sub(r"Literal\[([^\]]*)\]", lambda found: " | ".join(re.findall(r"'([^']*)'", found[1])), text)
-    text = re.sub(r"Union\[(.*)\]", lambda found: found[1].replace(", ", " | "), text)
+    text = re.sub(r"(?:Union|Optional)\[(.*)\]", lambda found: found[1].replace(", ", " | "), text)
     text = re.sub(r"tuple\[JobConfig, \.\.\.\]", "list of jobs", text)
     return text.replace(" | None", "").replace("|", "\\|")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from weft.data.auditing.audit import AuditMode
 from weft.data.problems import OnBadRecord
@@ -18,19 +18,18 @@ from weft.data.sources import Source, parse_sources
 from weft.models.hub import Hub
 
 EmptyAnswers = Literal["error", "skip"]
+# One path, or several with their shares; see ``weft.data.sources``.
+DataPaths = str | list[str | dict[str, object]]
 # Marks a key that may differ between a run and its resumption: where it is, how it reports, how it is asked to go on.
 FREE = object()
 S = TypeVar("S", bound=BaseModel)
 
 
-def _checked(data: Any) -> Any:
+def checked_paths(data: Any) -> Any:
+    """``data`` as it stands, if ``parse_sources`` can read it. Raises UserError."""
     if data is not None:
         parse_sources(data)
     return data
-
-
-# One path, or several with their shares; see ``weft.data.sources``.
-DataPaths = Annotated[str | list[str | dict[str, object]], BeforeValidator(_checked)]
 
 
 def free_keys(cls: type[BaseModel]) -> Collection[str]:
@@ -99,6 +98,8 @@ class DataSettings(RenderSettings, ReadSettings):
         description="what to do before the first step if the rendered data would train wrongly (nothing to learn, an "
         "end that is not learned, two BOS …): refuse, say so, or do not look ([data.md](data.md))",
     )
+
+    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     def unlimited(self) -> Self:
         """The same for records of any length: nothing is cut, nothing left out."""

@@ -13,7 +13,7 @@ from weft.core.combined import CombinedConfig
 from weft.core.registry import method_config
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
-from weft.data.settings import FREE, DataPaths, DataSettings, part
+from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
 from weft.errors import UserError
 from weft.models import Base, load_base
 from weft.models.hub import Hub
@@ -93,6 +93,7 @@ class JobConfig(BaseModel):
     )
 
     _method: MethodConfig = PrivateAttr()
+    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     @field_validator("labels", mode="before")
     @classmethod
