@@ -152,7 +152,6 @@ class Packed(Layout):
             # Some residual streams are float32 in every dtype; the model's own head takes rows of the model's.
             return out.last_hidden_state[0].to(hidden.dtype)
 
-    @torch.no_grad()
     def keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         recorder = _Recorder()
         self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
@@ -203,7 +202,6 @@ class Padded(Layout):
             mask = mask[:, None, None].expand(-1, 1, width, -1)
         return mask, fixed_cache(padded_prefix(stream, longest, hidden))
 
-    @torch.no_grad()
     def keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         body: Any = body_of(self.model, self.shape)
         # An encoder makes no cache by itself, but fills one that it is given.

@@ -75,8 +75,8 @@ def build_stream(
     token_types: int = 0,
     first_stands: bool = False,
 ) -> Stream:
-    """Lay the parts' sequences end to end, with each adapter's virtual tokens among them; for a sequence stands its last
-    row, or the first."""
+    """Lay the parts' sequences end to end, each adapter's virtual tokens among them; for a sequence stands its first
+    or its last row."""
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
