@@ -18,7 +18,7 @@ from weft.errors import UserError
 from weft.models.truth import name_of
 
 
-def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head) -> Any:
+def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head | None = None) -> Any:
     """The model with these weights, without a copy of them; to be saved, not run (its buffers are on the meta device).
 
     Args:
@@ -38,7 +38,7 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: He
         _set_layers(config, merged.blocks)
     tensors = dict(merged.tensors)
     cls: Any = type(model)
-    if head.labels:
+    if head is not None and head.labels:
         cls, tensors = _classifier(config, shape, tensors, head)
     elif shape.bidirectional:
         raise UserError(
