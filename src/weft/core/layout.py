@@ -70,7 +70,7 @@ class Layout(ABC):
     @property
     def attention(self) -> AttentionInstaller | None:
         """What makes the model attend along such batches; None: its own attention does."""
-        return None
+        return None if self.route.padded else self.shape.install_attention
 
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """Lay out a batch; rows of ``parts`` keep their order."""
@@ -94,9 +94,16 @@ class Layout(ABC):
     def next_tokens(self, tokens: Tensor, positions: Tensor, counts: Counts, **more: Any) -> Stream:
         """A batch of one new token [B] per row, at these positions [B]."""
         rows = range(len(tokens))
-        own = tuple(range(i, i + 1) for i in rows)
-        route = self.next_route(counts, **more)
-        return Stream(tokens, positions, (1,) * len(rows), own, {}, (0,) * len(rows), route, tuple(rows))
+        return Stream(
+            input_ids=tokens,
+            position_ids=positions,
+            lengths=(1,) * len(rows),
+            rows=tuple(range(i, i + 1) for i in rows),
+            virtual_rows={},
+            prefix_length=(0,) * len(rows),
+            route=self.next_route(counts, **more),
+            standing=tuple(rows),
+        )
 
     @abstractmethod
     def forward(self, stream: Stream) -> Tensor:
@@ -136,10 +143,6 @@ class Packed(Layout):
 
     route = StreamRoute
     words = "over the packed stream"
-
-    @property
-    def attention(self) -> AttentionInstaller | None:
-        return self.shape.install_attention
 
     def forward(self, stream: Stream) -> Tensor:
         with self.router.use(stream.route):
