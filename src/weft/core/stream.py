@@ -39,7 +39,7 @@ class Part:
     targets: Sequence[Sequence[int]] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stream:
     """A batch, laid out.
 
@@ -117,21 +117,20 @@ def build_stream(
         of_part = tuple(lengths[-len(part.sequences) :])
         tokens, alpha = len(ids) - begin, part.neftune_alpha
         segments.append(Segment(part.adapter, tokens, len(part.sequences), part.seed, of_part, route.padded, alpha))
-    layout = None
-    if not route.padded:
-        layout = SequenceLayout.build(
-            lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
-        )
+    layout = None if route.padded else SequenceLayout.build(
+        lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
+    )  # fmt: skip
+    starts = (end - length for end, length in zip(accumulate(lengths), lengths, strict=True))
     return Stream(
-        torch.tensor(ids, device=device),
-        torch.tensor(positions, device=device),
-        tuple(lengths),
-        tuple(own_rows),
-        virtual_rows,
-        tuple(prefix_length),
-        route(tuple(segments), layout, prefixes, cache, exact),
-        tuple(end - (length if first_stands else 1) for end, length in zip(accumulate(lengths), lengths, strict=True)),
-        _token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
+        lengths=tuple(lengths),
+        rows=tuple(own_rows),
+        virtual_rows=virtual_rows,
+        prefix_length=tuple(prefix_length),
+        route=route(tuple(segments), layout, prefixes, cache, exact),
+        standing=tuple(starts if first_stands else (end - 1 for end in accumulate(lengths))),
+        token_types=_token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
     )
 
 

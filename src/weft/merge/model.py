@@ -42,7 +42,7 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: He
         _set_layers(config, merged.blocks)
     tensors = dict(merged.tensors)
     cls: Any = type(model)
-    if head and head.labels:
+    if head is not None and head.labels:
         cls, tensors = _classifier(config, shape, tensors, head)
     elif not shape.writes:
         raise UserError(

@@ -45,11 +45,11 @@ class Work:
             self.adapter,
             [s.input_ids for s in samples],
             self.seed,
-            [s.answer for s in samples],
-            [s.slots for s in samples],
-            self.neftune_alpha,
-            [s.token_types for s in samples],
-            [s.target_ids for s in samples],
+            answers=[s.answer for s in samples],
+            slots=[s.slots for s in samples],
+            neftune_alpha=self.neftune_alpha,
+            token_types=[s.token_types for s in samples],
+            targets=[s.target_ids for s in samples],
         )
 
 
