@@ -98,7 +98,9 @@ def load_samples(
     ``empty_answers="skip"`` leaves records with an empty answer out, and logs how many and the first's place.
     ``on_bad_record`` says what becomes of other records that cannot be used (see ``Problems``); with ``report`` all of
     them are written to ``bad_records_file``. ``data_workers`` processes render; the samples are the same.
-    Raises UserError that lists up to 20 records that cannot be used, each at its file and line.
+
+    Raises:
+        UserError: Records cannot be used; the message lists up to 20, each at its file and line.
     """
     problems = Problems(on_bad_record, errors={"empty_answer": EmptyAnswerError})
     if bad_records_file is not None and on_bad_record != "report":
@@ -126,11 +128,12 @@ def iter_samples(
     empty_answers: EmptyAnswers = "error",
     data_workers: int = 0,
 ) -> Iterator[Made]:
-    """What becomes of each record of a path; problems go to ``problems``, which the caller checks.
+    """The outcome of each record of a path; problems go to ``problems``, which the caller checks.
 
     Records left out and samples cut are counted in the log.
 
-    Raises UserError where no sample is left, and whatever ``problems`` raises.
+    Raises:
+        UserError: No sample is left, a setting is unknown, or ``problems`` raises.
     """
     if empty_answers not in get_args(EmptyAnswers):
         raise UserError(f"empty_answers is {empty_answers!r}; expected 'error' or 'skip'.")
@@ -193,7 +196,11 @@ def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T]
 
 
 def held_by_chance(count: int, n_eval: int, seed: int) -> bytearray:
-    """Which of ``count`` samples ``split_holdout`` holds out: 1 for each that it does. Raises UserError as that."""
+    """Which of ``count`` samples ``split_holdout`` holds out: 1 for each that it does.
+
+    Raises:
+        UserError: ``split_holdout`` refuses the numbers.
+    """
     if not 0 <= n_eval < max(count, 1):
         raise UserError(f"cannot hold out {n_eval} of {count} samples: expected 0 or more, and fewer than all.")
     held = bytearray(count)

@@ -1,4 +1,4 @@
-"""A plain transformers model of merged weights: the base's class and configuration, but for what the merge changes."""
+"""A plain transformers model of merged weights, with the base's class and configuration as far as the merge allows."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn.Module | None = None) -> Any:
-    """The model with these weights, without a copy of them; to be saved, not run (its buffers are on the meta device).
+    """The model with these weights, without a copy of them. Save it, do not run it: its buffers are on the meta device.
 
     Args:
-        model: the base, which is only read.
-        head: of a classification job; the new model is then transformers' ``...ForSequenceClassification``.
+        model: The base, which is only read.
+        head: That of a classification job; the new model is then transformers' ``...ForSequenceClassification``.
 
     Raises:
-        UserError: the architecture has no place for a tensor, or no such class.
+        UserError: The architecture has no place for a tensor, or no such class.
     """
     config = copy.deepcopy(config_of(model))
     config._attn_implementation = "eager"  # the base's may be Weft's own; not saved
@@ -56,11 +56,11 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn
 
 
 def check_as_written(model: nn.Module, folder: Path) -> None:
-    """Compare what transformers loaded from a folder with what stands there, tensor by tensor of one name.
+    """Compare the tensors that transformers loaded from a folder with those in its files, by name.
 
     Raises:
-        UserError: a tensor is another one: some models set a row of a loaded tensor anew (Youtu that of the pad token,
-            which is a row of its output layer too).
+        UserError: A tensor differs: some models overwrite a row of a loaded tensor (Youtu that of the pad token, which
+            is a row of its output layer too).
     """
     loaded = model.state_dict()
     for path in sorted(folder.glob("*.safetensors")):
@@ -92,7 +92,7 @@ def _put_in(new: PreTrainedModel, tensors: dict[str, Tensor], merged: Merged) ->
         raise UserError(_no_place(new.config, strange))
     some = next(t for t in tensors.values() if t.is_floating_point())
     missing = set(known) - set(tensors)
-    # A switch that gives some modules a bias gives it to others too.
+    # A switch that gives some modules a bias gives one to others too.
     zeros = {key: torch.zeros(known[key].shape, dtype=some.dtype) for key in missing if key.endswith(".bias")}
     left = missing - set(zeros)
     if left or (zeros and not merged.added):
@@ -104,7 +104,7 @@ def _put_in(new: PreTrainedModel, tensors: dict[str, Tensor], merged: Merged) ->
 
 
 def _set_layers(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
-    """More layers: their number, and lists with an entry for each."""
+    """Set the number of layers in the configuration, and its lists with an entry for each."""
     text = config.get_text_config()
     before = max(blocks) + 1
     for key, value in list(vars(text).items()):
@@ -117,7 +117,7 @@ def _with_biases(config: PreTrainedConfig, cls: type[PreTrainedModel], added: Co
     """The configuration with those switches on that give the modules a bias (Llama: attention_bias, mlp_bias).
 
     Raises:
-        UserError: there is none for some.
+        UserError: There is no switch for some.
     """
     without = set(_empty(cls, config).state_dict())
     wanted = set(added) - without

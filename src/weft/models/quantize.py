@@ -1,5 +1,5 @@
 """Quantised bases: LLM.int8 (Dettmers et al. 2022) and NF4 with double quantisation (Dettmers et al. 2023), by
-bitsandbytes. Adapters do not know of it: a site runs whatever the module's own class does."""
+bitsandbytes. Adapters do not know of it: a site runs the forward of the module's own class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKS = "support_avx512bf16_for_cpu"
 
 
 def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> Any:
-    """transformers' configuration for loading a base that way.
+    """transformers' configuration for loading a base in this quantisation.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -40,8 +40,8 @@ def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> Any:
 def one_kernel(model: nn.Module) -> None:
     """Let 4-bit linears on a CPU compute the same with and without gradients.
 
-    bitsandbytes packs their weights anew for a faster kernel that rounds differently (by 6e-3 in logits of a tiny
-    Llama) at the first pass without gradients; whether a layer needs any depends on which methods share the batch.
+    At the first pass without gradients, bitsandbytes packs their weights anew for a faster kernel that rounds
+    differently (by 6e-3 in logits of a tiny Llama). Whether a layer has gradients depends on the methods in the batch.
     """
     for module in model.modules():
         if hasattr(module, PACKS):

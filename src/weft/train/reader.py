@@ -73,7 +73,11 @@ def _place(path: str, config: RunConfig) -> Place:
 
 
 def check_evaluated(sources: Sequence[Source]) -> None:
-    """Refuse shares of what is evaluated on. Raises UserError."""
+    """Refuse weights of the data that is evaluated on.
+
+    Raises:
+        UserError: There are.
+    """
     if any(source.weight is not None for source in sources):
         raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
 

@@ -106,10 +106,10 @@ class RunStore:
             file.write(json.dumps(event, ensure_ascii=False) + "\n")
 
     def save(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
-        """Commit a checkpoint, then drop the oldest beyond ``keep``.
+        """Commit a checkpoint with tensors of any shape, then drop the oldest beyond ``keep``.
 
-        All files are on disk before the folder gets its name by one rename, so a crash at any moment leaves the
-        checkpoints that were there, and perhaps a nameless folder that the next save removes.
+        All files are on disk before the folder gets its name by one rename. So a crash at any moment leaves the earlier
+        checkpoints, and perhaps a nameless folder that the next save removes.
         """
         metrics = self.folder / METRICS_FILE
         size = 0
@@ -146,7 +146,11 @@ class RunStore:
         return final
 
     def latest(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]] | None:
-        """The newest intact checkpoint: state, tensors by name, and a warning for each broken one passed over."""
+        """The newest intact checkpoint: state, tensors by name in their shapes, and a warning for each broken one.
+
+        Raises:
+            UserError: There are checkpoints, and none is intact.
+        """
         warnings: list[str] = []
         for folder in reversed(self._committed()):
             problem = _broken(folder)

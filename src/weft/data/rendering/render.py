@@ -89,7 +89,11 @@ class Renderer:
 
     @property
     def eos_token_id(self) -> int:
-        """The token that ends an answer. Raises UserError where there is none (asked for only where one is needed)."""
+        """The token that ends an answer; callers ask only where they need one.
+
+        Raises:
+            UserError: There is none.
+        """
         eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int):
             raise UserError(
@@ -142,9 +146,12 @@ class Renderer:
     def sample(self, example: Example) -> Sample:
         """Ids and loss weights of one example.
 
-        Raises UserError (naming the example's line) for a template that fails or does not extend its own prompt, for
-        one of which nothing would be learned, and for a sample longer than ``max_length`` (TooLongError), unless
-        ``truncation`` cuts it. Text that becomes several windows is for ``samples``.
+        Text that becomes several windows is for ``samples``.
+
+        Raises:
+            UserError: The template fails or does not extend its own prompt, or nothing would be learned; the message
+                names the example's line.
+            TooLongError: The sample is longer than ``max_length`` and ``truncation`` does not cut it.
         """
         found = self._finish(self.script(example), example)
         if len(found) == 1:

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def seq2seq_sample(renderer: Renderer, example: SFT) -> Sample:
-    """See ``Renderer.seq2seq``."""
+    """See ``Renderer.seq2seq``.
+
+    Raises:
+        UserError: The example has no question with an answer that seq2seq can write.
+        TooLongError: The answer is longer than ``max_length``, and ``truncation`` keeps answers whole.
+    """
     place = example.source
     if isinstance(example, PlainText):
         raise UserError(f"{place}: plain text has no answer to write; seq2seq needs a question and an answer.")
@@ -51,7 +56,11 @@ def seq2seq_sample(renderer: Renderer, example: SFT) -> Sample:
 
 
 def seq2seq_source(renderer: Renderer, example: Conversation) -> Prompt:
-    """The encoder's input, in the special tokens that its tokenizer puts around a text."""
+    """The encoder's input, in the special tokens that its tokenizer puts around a text.
+
+    Raises:
+        UserError: There are no messages, or there are tools and no template for them.
+    """
     messages, source, encoder = example.messages, example.source, renderer.encoder
     if not messages:
         raise UserError(f"{source}: there are no messages.")

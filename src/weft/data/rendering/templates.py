@@ -114,10 +114,11 @@ class Template:
 def find_template(
     wanted: str | None, tokenizer: PreTrainedTokenizerBase, encoder: Encoder, allow_unknown_markers: bool = False
 ) -> Template:
-    """The template that ``wanted`` means (a name, a ``.jinja`` file, or Jinja text); None: the tokenizer's own.
+    """The template that ``wanted`` names (a name, a ``.jinja`` file, or Jinja text); None: the tokenizer's own.
 
-    Raises UserError for an unknown name, a file that cannot be read, and a named template whose markers are no tokens
-    of the tokenizer (unless ``allow_unknown_markers``: they are then tokenised like other text).
+    Raises:
+        UserError: The name is unknown, the file cannot be read, or the markers of a named template are no tokens of the
+            tokenizer (unless ``allow_unknown_markers``: they are then tokenised like other text).
     """
     if wanted is None:
         own = tokenizer.chat_template
@@ -141,7 +142,11 @@ def find_template(
 
 
 def template_text(wanted: str) -> Template:
-    """What ``wanted`` (a name, a ``.jinja`` file, or Jinja text) means, whatever the tokenizer."""
+    """The template that ``wanted`` (a name, a ``.jinja`` file, or Jinja text) names, for any tokenizer.
+
+    Raises:
+        UserError: The file cannot be read, or there is no such template.
+    """
     if _is_jinja(wanted):
         return Template("", wanted)
     if is_file_name(wanted):
