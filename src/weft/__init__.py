@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where a name lives; None: it is a package that can be called. Imported when first used, so that
-# `import weft` and `weft --help` do not wait for torch.
+# The module of each name; None for a package that can be called. It is imported at its first use, so that `import weft`
+# and `weft --help` do not wait for torch.
 _HOMES: dict[str, str | None] = {
     "Adapters": "weft.core.adapters",
     "BitFitConfig": "weft.methods",

@@ -1,9 +1,9 @@
-"""Reading small files that somebody else may have written: JSON, YAML, text, and the head of a safetensors file.
+"""The reading of small files by unknown authors: JSON, YAML, text, and the head of a safetensors file.
 
-Every configuration passes through here, so that none can hang, fill the memory, or reach the code behind as something
-that no configuration is: only regular files are opened (a FIFO would wait for ever, a device never end), no more than a
-limit is read of them, nesting and digits are bounded, and an alias in YAML cannot stand for more than it is worth.
-What is wrong is a UserError with the file's name. Records of data files are read by ``weft.data.reading`` instead.
+Every configuration passes through here, so that none can hang or fill the memory, and the code behind gets nothing but
+configurations. Only regular files are opened (a FIFO would wait for ever, a device never end) and read up to a limit.
+Nesting and digits are bounded, and so is the size of a YAML document with its aliases written out. Every fault is a
+UserError with the file's name. ``weft.data.reading`` reads the records of data files instead.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ YAML_LIMIT = 128 << 10  # it is read at 100 KB a second
 TEXT_LIMIT = 4 << 20
 HEADER_LIMIT = 32 << 20  # of a safetensors file; 100,000 tensors take 12 MB
 DEPTH = 64
-_DIGITS = 100  # some tokenizers say 1e30 for "no limit", written out
-_NODES = 200_000  # of a YAML document, an alias counted as what it stands for
+_DIGITS = 100  # some tokenizers write 1e30 out for "no limit"
+_NODES = 200_000  # of a YAML document with its aliases written out
 _SAID = 200  # characters of a library's message
 
 _Type = TypeVar("_Type")
@@ -38,7 +38,7 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
     """The status of a regular file, symbolic links followed.
 
     Raises:
-        UserError: it is missing, or is a folder, a FIFO, a socket or a device.
+        UserError: It is missing, or is a folder, a FIFO, a socket or a device.
     """
     try:
         found = os.stat(path)
@@ -64,7 +64,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     """
     check_regular(path)
     try:
-        # Not blocking: what is looked at may be another file by now.
+        # Without blocking, because the checked file may have been replaced by another.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -230,7 +230,7 @@ def _json_type(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number (YAML 1.1 takes it for text) and a key that stands twice is an error."""
+    """Safe YAML in which ``1e-3`` is a number (to YAML 1.1 it is text) and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -290,7 +290,7 @@ def parse_yaml(text: str, where: str) -> object:
     except RecursionError:
         _too_deep(where)
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
-        # The constructors of pyyaml raise the latter ones for tags whose values do not fit.
+        # pyyaml's constructors raise the latter ones for tags whose values do not fit.
         raise UserError(f"{where} is not valid YAML: {_yaml_line(error)}") from None
     finally:
         if loader is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weft.data import Message, Record
     from weft.data import Prompt as Rendered
     from weft.generate.open import Opened
+    from weft.generate.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Prompt:
     content: str | list[Message]
     source: str
 
-    def shown(self) -> Any:
+    def shown(self) -> object:
         """As JSON has it."""
         if isinstance(self.content, str):
             return self.content
@@ -131,7 +132,7 @@ def _answer(
     who: Sequence[str | None],
     system: str | None,
     max_new_tokens: int | None,
-    sampling: Any,
+    sampling: Sampling,
     raw: bool,
     batch_size: int,
 ) -> list[dict[str, Any]]:
@@ -238,7 +239,7 @@ def _prompt(record: Record) -> Prompt:
     )
 
 
-def _write(path: Path, results: Sequence[dict[str, Any]]) -> None:
+def _write(path: Path, results: Sequence[dict[str, object]]) -> None:
     part = path.with_name(f".{path.name}.unfinished")
     part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results), encoding="utf-8")
     part.replace(path)

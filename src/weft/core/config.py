@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +17,8 @@ from weft.core.route import Router
 from weft.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from weft.core.adapter import Adapter
 
 
@@ -35,7 +37,7 @@ class BuildContext:
     generator: torch.Generator
     dtype: torch.dtype
     device: torch.device
-    tokenizer: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     keys_values: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
     blank: bool = False
     router: Router | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ def _padded_part(value: Tensor, index: int, route: Route, hidden: Tensor) -> Ten
 
 def copy_block(block: nn.Module, shared: tuple[type, ...]) -> nn.Module:
     """A deep copy that shares the model's configuration and every object of the ``shared`` types (routers, sites)."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for module in block.modules():
         for key, value in module.__dict__.items():
             if key == "config" or isinstance(value, shared):

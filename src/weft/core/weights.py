@@ -266,7 +266,7 @@ def saved_biases(
 
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a linear module as [out, in] in ``dtype``, dequantised if it is bitsandbytes'."""
-    weight: Any = module.weight
+    weight = module.weight
     if hasattr(weight, "quant_state"):
         return _dequantized(weight).to(dtype)
     if hasattr(weight, "SCB"):

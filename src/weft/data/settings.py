@@ -61,7 +61,7 @@ class DataSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _older_words(cls, values: object) -> object:
-        """Runs of before there was ``truncation`` are still to be read."""
+        """Read the settings of older runs, which had no ``truncation``."""
         if isinstance(values, Mapping) and isinstance(values.get("truncate"), bool):
             values = dict(values)
             if values.pop("truncate"):

@@ -63,7 +63,7 @@ def finding_of(proved: Architecture) -> Finding:
     """The finding about the base whose proved architecture this is."""
     install: Any = proved.install_attention
     fused = fused_kinds(proved)
-    tables: Any = getattr(proved.install_tables, "keywords", {}).get("paths", ())
+    tables = getattr(proved.install_tables, "keywords", {}).get("paths", ())
     way: Way = "own"
     if install is None:
         way = "padded"

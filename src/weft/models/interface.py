@@ -36,7 +36,7 @@ def weft_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any = None,
+    attention_mask: object = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,

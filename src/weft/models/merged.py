@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn.Module | None = None) -> Any:
+def merged_model(
+    model: nn.Module, shape: Architecture, merged: Merged, head: nn.Module | None = None
+) -> PreTrainedModel:
     """The model with these weights, without a copy of them. Save it, do not run it: its buffers are on the meta device.
 
     Args:
@@ -41,7 +43,7 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: nn
     if len(merged.blocks) != len(shape.blocks):
         _set_layers(config, merged.blocks)
     tensors = dict(merged.tensors)
-    cls: Any = type(model)
+    cls = cast("type[PreTrainedModel]", type(model))
     if head is not None:
         cls, tensors = _classifier(config, shape, tensors, head)
     elif shape.bidirectional:
@@ -80,7 +82,7 @@ def check_as_written(model: nn.Module, folder: Path) -> None:
             )
 
 
-def _empty(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+def _empty(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         return cls(config).eval()
 
@@ -97,7 +99,7 @@ def _put_in(new: PreTrainedModel, tensors: dict[str, Tensor], merged: Merged) ->
     left = missing - set(zeros)
     if left or (zeros and not merged.added):
         raise UserError(
-            f"{new.config.model_type} models of this shape have a tensor '{min(missing)}', which the base has not."
+            f"{new.config.model_type} models of this shape have a tensor '{min(missing)}', which the base lacks."
         )
     new.load_state_dict({**tensors, **zeros}, assign=True)
     new.tie_weights()
@@ -113,7 +115,7 @@ def _set_layers(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
     text.num_hidden_layers = len(blocks)
 
 
-def _with_biases(config: PreTrainedConfig, cls: type[PreTrainedModel], added: Collection[str]) -> Any:
+def _with_biases(config: PreTrainedConfig, cls: type[PreTrainedModel], added: Collection[str]) -> PreTrainedConfig:
     """The configuration with those switches on that give the modules a bias (Llama: attention_bias, mlp_bias).
 
     Raises:
@@ -149,7 +151,7 @@ def _no_place(config: PreTrainedConfig, keys: Sequence[str]) -> str:
 
 def _classifier(
     config: PreTrainedConfig, shape: Architecture, tensors: Mapping[str, Tensor], head: nn.Module
-) -> tuple[Any, dict[str, Tensor]]:
+) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
     """transformers' class for classification, and its tensors: the body's and the head's."""
     from transformers import AutoModelForSequenceClassification
 
@@ -159,7 +161,7 @@ def _classifier(
             f"cannot be merged: the adapter classifies, and transformers has no classification model of the type "
             f"{config.model_type}. Serve the adapter beside its base instead."
         )
-    cls = AutoModelForSequenceClassification._model_mapping[type(config)]
+    cls = cast("type[PreTrainedModel]", AutoModelForSequenceClassification._model_mapping[type(config)])
     config.id2label = dict(enumerate(head.task.labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
     config.problem_type = "single_label_classification"

@@ -3,19 +3,22 @@ bitsandbytes. Adapters do not know of it: a site runs the forward of the module'
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from weft.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
 Quantization = Literal["nf4", "fp4", "int8"]
 # By this attribute of a 4-bit linear, bitsandbytes decides whether to pack its weight anew for a CPU.
 PACKS = "support_avx512bf16_for_cpu"
 
 
-def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> Any:
+def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """transformers' configuration for loading a base in this quantisation.
 
     Raises:

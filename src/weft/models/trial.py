@@ -6,7 +6,6 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +51,7 @@ def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[i
     run = model.base_model if shape.bidirectional else model
     assert isinstance(run, nn.Module)
     ids = torch.tensor(batch, device=table.weight.device)
-    out: Any = run(input_ids=ids, **accepted(run, use_cache=False, return_dict=True))
+    out = run(input_ids=ids, **accepted(run, use_cache=False, return_dict=True))
     found: Tensor = out.last_hidden_state if shape.bidirectional else out.logits
     return found
 
@@ -302,7 +301,7 @@ def first_alike(model: nn.Module, shape: Architecture) -> dict[str, int]:
     config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     types = getattr(text, "layer_types", None) or itertools.repeat(None)
-    first: dict[Any, int] = {}
+    first: dict[object, int] = {}
     return {
         path: first.setdefault((_kind(model.get_submodule(path)), kind), index)
         for index, (path, kind) in enumerate(zip(shape.blocks, types, strict=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weft.errors import UserError
 from weft.foreign import check_json, parse_json, read_json
@@ -89,7 +89,7 @@ def _check_known(entries: dict[str, object], path: Path) -> None:
 
     kind = entries.get("model_type")
     if kind is None:
-        raise UserError(f"{path} cannot be used: it has no model_type, so what model it is for is not said.")
+        raise UserError(f"{path} cannot be used: it has no model_type, so it is not known for which model it is.")
     if not isinstance(kind, str):
         raise UserError(f"{path}: model_type is {_short(kind)}; expected the name of an architecture.")
     if kind in CONFIG_MAPPING:
@@ -202,9 +202,9 @@ def check_budget(model: nn.Module, stored: int, where: str) -> None:
         )
 
 
-def _entries(values: dict[str, object]) -> Iterator[tuple[str, str, Any]]:
+def _entries(values: dict[str, object]) -> Iterator[tuple[str, str, object]]:
     """(place, key, value) of everything inside, level by level."""
-    todo: list[tuple[str, Any]] = [("", values)]
+    todo: list[tuple[str, object]] = [("", values)]
     while todo:
         where, value = todo.pop()
         if isinstance(value, dict):

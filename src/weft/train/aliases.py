@@ -53,7 +53,7 @@ AUTO = "auto"
 _SAME = ("packing", "sample_packing", "neat_packing")
 
 # Other tools' words for a value of ours.
-VALUES: dict[str, dict[Any, Any]] = {
+VALUES: dict[str, dict[object, object]] = {
     "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
     "method": {
@@ -69,17 +69,17 @@ VALUES: dict[str, dict[Any, Any]] = {
 }
 
 
-def _targets(value: object) -> tuple[str, Any]:
+def _targets(value: object) -> tuple[str, object]:
     """LLaMA-Factory writes ``q_proj,v_proj``; here a string is a regular expression over whole paths."""
     if isinstance(value, str) and value not in ("all", "all-linear"):
         return "target_modules", [name.strip() for name in value.split(",") if name.strip()]
     return "target_modules", value
 
 
-def _names(key: str) -> Callable[[Any], tuple[str, Any] | None]:
+def _names(key: str) -> Callable[[object], tuple[str, object] | None]:
     """LLaMA-Factory writes ``mlp,self_attn``, and ``all`` for no choice."""
 
-    def split(value: object) -> tuple[str, Any] | None:
+    def split(value: object) -> tuple[str, object] | None:
         if isinstance(value, str):
             value = [name.strip() for name in value.split(",") if name.strip()]
         return None if value in (None, [], ["all"]) else (key, value)
@@ -87,7 +87,7 @@ def _names(key: str) -> Callable[[Any], tuple[str, Any] | None]:
     return split
 
 
-def _resume(value: object) -> tuple[str, Any]:
+def _resume(value: object) -> tuple[str, object]:
     if isinstance(value, str):
         raise UserError(
             f"resume_from_checkpoint: {value!r}: a run goes on from the newest intact checkpoint of its output_dir; "
@@ -96,7 +96,7 @@ def _resume(value: object) -> tuple[str, Any]:
     return "resume", bool(value)
 
 
-def _only_off(key: str) -> Callable[[Any], None]:
+def _only_off(key: str) -> Callable[[object], None]:
     """A feature that is not here: switching it off changes nothing, switching it on cannot be obeyed."""
 
     def check(value: object) -> None:
@@ -110,7 +110,7 @@ _NOT_HERE = ("report_to",)
 _BITS = {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None}
 
 
-def _bits(value: object) -> tuple[str, Any] | None:
+def _bits(value: object) -> tuple[str, object] | None:
     if value not in _BITS:
         raise UserError(f"quantization_bit: {value!r}: a base is kept in 4 (nf4) or 8 bits (int8).")
     return _BITS[value]
@@ -120,18 +120,18 @@ def _bits(value: object) -> tuple[str, Any] | None:
 _LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
 
 
-def _loss_scale(value: object) -> tuple[str, Any] | None:
+def _loss_scale(value: object) -> tuple[str, object] | None:
     if value not in _LOSS_SCALES:
         raise UserError(f"loss_scale: {value!r} is none of {', '.join(_LOSS_SCALES)}.")
     return _LOSS_SCALES[value]
 
 
-def _packing(on: object) -> tuple[str, Any] | None:
+def _packing(on: object) -> tuple[str, object] | None:
     return ("batch_tokens", AUTO) if on else None
 
 
 # A switch elsewhere that is a choice here: key -> its value -> (our key, our value), None where it changes nothing.
-SWITCHES: dict[str, Callable[[Any], tuple[str, Any] | None]] = {
+SWITCHES: dict[str, Callable[[object], tuple[str, object] | None]] = {
     "bf16": lambda on: ("dtype", "bfloat16") if on else None,
     "fp16": lambda on: ("dtype", "float16") if on else None,
     "use_peft": lambda on: ("method", "lora") if on else None,

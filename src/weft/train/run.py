@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from weft.train.loop import Event, Trainer, TrainResult
 from weft.train.reader import JobData, Reader, data_files
 from weft.train.settings import RunConfig
 from weft.train.store import LOCK_FILE, RUN_FILE, RunStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What may differ between a run and its resumption: where it is, how it reports, and how it is asked to go on.
 _FREE_KEYS = frozenset(
@@ -131,7 +134,7 @@ def _report_of(config: RunConfig) -> Path:
     return Path(config.bad_records_file or Path(config.output_dir) / _BAD_RECORDS)
 
 
-def make_renderer(config: RunConfig, tokenizer: Any, limit: int | None) -> Renderer:
+def make_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Renderer:
     """What renders the run's data, for a base that has ``limit`` positions (None: any number).
 
     Raises:

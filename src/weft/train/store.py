@@ -91,7 +91,7 @@ class RunStore:
             self._locked.close()
             self._locked = None
 
-    def write_run(self, run: Mapping[str, Any]) -> None:
+    def write_run(self, run: Mapping[str, object]) -> None:
         """Write ``run.json``."""
         write_whole(self.folder / RUN_FILE, _json(run))
 
@@ -99,13 +99,15 @@ class RunStore:
         """Read ``run.json``; UserError if this is no run's folder."""
         return read_json(self.folder / RUN_FILE)
 
-    def log(self, event: Mapping[str, Any]) -> None:
+    def log(self, event: Mapping[str, object]) -> None:
         """Append one line to ``metrics.jsonl``; JSON has no word for what is not finite, so that becomes null."""
         event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
         with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(event, ensure_ascii=False) + "\n")
 
-    def save(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+    def save(
+        self, step: int, state: Mapping[str, object], tensors: Mapping[str, Mapping[str, Tensor]], keep: int
+    ) -> Path:
         """Commit a checkpoint with tensors of any shape, then drop the oldest beyond ``keep``.
 
         All files are on disk before the folder gets its name by one rename. So a crash at any moment leaves the earlier
@@ -214,7 +216,7 @@ def write_whole(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _json(value: Mapping[str, Any]) -> str:
+def _json(value: Mapping[str, object]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -157,7 +157,7 @@ def unique(files: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: A file is another one under a second name.
     """
-    seen: dict[Any, Path] = {}
+    seen: dict[object, Path] = {}
     for file in files:
         try:
             status = file.stat()
