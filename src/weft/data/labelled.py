@@ -148,7 +148,9 @@ def load_labelled(
     message of the chat template. Records that cannot be used go to ``problems``, which the caller checks; without it up
     to 20 are listed in one error: what the file's reader refuses, a text or a label that is missing, a label that is
     not in ``labels``, a record longer than the renderer's ``max_length`` (unless it truncates).
-    Raises UserError for columns that are not clear, a single class, and where no sample is left.
+
+    Raises:
+        UserError: The columns are not clear, there is a single class, or no sample is left.
     """
     recipe = ClassRecipe(
         renderer=renderer,
@@ -297,7 +299,11 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def given_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The classes as the user names them. Raises UserError for fewer than two, and for one that stands twice."""
+    """The classes as the user names them.
+
+    Raises:
+        UserError: There are fewer than two, or one stands twice.
+    """
     if labels is None:
         return None
     names = () if isinstance(labels, str) else tuple(str(name).strip() for name in labels)

@@ -37,10 +37,11 @@ class Source:
 
 
 def parse_sources(data: object) -> tuple[Source, ...]:
-    """What ``data`` of a configuration means: a path, a list of paths and mappings, or ``0.7*a.jsonl + 0.3*b.jsonl``.
+    """The sources that ``data`` names: a path, a list of paths and mappings, or ``0.7*a.jsonl + 0.3*b.jsonl``.
 
-    Raises UserError for anything else, and for weights that are not positive, not given to all, or do not sum to 1
-    (whole numbers need not: 7 and 3 are 0.7 and 0.3).
+    Raises:
+        UserError: It is anything else, or weights are not positive, not given to all, or do not sum to 1 (whole numbers
+            need not: 7 and 3 are 0.7 and 0.3).
     """
     if isinstance(data, str):
         sources = _terms(data)
@@ -141,9 +142,10 @@ class Mixture:
 
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
-    """How many samples of each source an epoch has: by weight, as many as no source has to give a sample twice for.
+    """The number of samples of each source in an epoch: by weight, as many as possible without giving one twice.
 
-    Raises UserError where a source would give none at all.
+    Raises:
+        UserError: A source would give no sample.
     """
     if weights is None or len(sizes) == 1:
         return tuple(sizes)

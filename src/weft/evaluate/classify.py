@@ -1,4 +1,4 @@
-"""What a classification adapter says of texts."""
+"""The predictions of a classification adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weft.objectives.passes import logits_of, passes
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of each text: the index of the class, and the probabilities [n, classes] in the order of ``names``."""
+    """The index of each text's class, and the probabilities [n, classes] in the order of ``names``."""
 
     labels: list[int]
     probabilities: Tensor
@@ -36,7 +36,7 @@ def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tok
     """Classify samples with adapter ``name``, in passes of at most ``max_tokens`` tokens.
 
     Raises:
-        UserError: the adapter has no classes, or a sample is longer than the model's positions.
+        UserError: The adapter has no classes, or a sample is longer than the model's positions.
     """
     names, adapter, limit = classes_of(adapters, name), adapters[name], adapters.architecture.max_length
     learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens

@@ -277,7 +277,7 @@ def base_of(folder: Path) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def provenance_of(folder: Path) -> dict[str, Any] | None:
+def provenance_of(folder: Path) -> dict[str, object] | None:
     """The way the adapter's data was read and rendered (``weft.data.provenance``); None if the folder does not say.
 
     Raises:
@@ -291,7 +291,7 @@ def trained_on(folder: Path) -> dict[str, Any] | None:
     return _section(folder, "base")
 
 
-def merged_from(folder: Path) -> dict[str, Any] | None:
+def merged_from(folder: Path) -> dict[str, object] | None:
     """The origin of a model's folder that ``weft merge`` wrote; None for any other folder."""
     return _section(folder, "merged") if (folder / "config.json").is_file() else None
 

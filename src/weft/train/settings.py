@@ -257,7 +257,11 @@ def settings_of(
 
 
 def own_settings(part: str, own: object, where: str) -> dict[str, object]:
-    """What stands under a method's name, in our words."""
+    """The settings under a method's name, in our words.
+
+    Raises:
+        UserError: They are no mapping.
+    """
     if not isinstance(own, Mapping):
         raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")
     return translate(own, f"{where}: {part}")

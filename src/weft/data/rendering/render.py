@@ -74,9 +74,12 @@ class Renderer(Drafter):
     def sample(self, example: Example) -> Sample:
         """Ids and loss weights of one example.
 
-        Raises UserError (naming the example's line) for a template that fails or does not extend its own prompt, for
-        one of which nothing would be learned, and for a sample longer than ``max_length`` (TooLongError), unless
-        ``truncation`` cuts it. Text that becomes several windows is for ``samples``.
+        Text that becomes several windows is for ``samples``.
+
+        Raises:
+            UserError: The template fails or does not extend its own prompt, or nothing would be learned; the message
+                names the example's line.
+            TooLongError: The sample is longer than ``max_length`` and ``truncation`` does not cut it.
         """
         found = self._finish(self.script(example), example)
         if len(found) == 1:
