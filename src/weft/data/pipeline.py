@@ -209,7 +209,11 @@ class TextRecipe(Recipe):
         return Kept(source=record.source, samples=made, key=key, example=example if self.watched else None)
 
     def end(self, fold: Fold) -> None:
-        """Log how many records were left out or cut. Raises UserError where no sample is left."""
+        """Log how many records were left out or cut.
+
+        Raises:
+            UserError: No sample is left.
+        """
         long, empty, limit = fold.left_out[TOO_LONG], fold.left_out[EMPTY], self.renderer.max_length
         read, path = fold.kept + long, fold.path
         if empty:
@@ -302,7 +306,9 @@ def load_samples(
     ``empty_answers="skip"`` leaves records with an empty answer out, and logs how many and the first's place.
     ``on_bad_record`` says what becomes of other records that cannot be used (see ``Problems``); with ``report`` all of
     them are written to ``bad_records_file``. ``data_workers`` processes render; the samples are the same.
-    Raises UserError that lists up to 20 records that cannot be used, each at its file and line.
+
+    Raises:
+        UserError: Records cannot be used; lists up to 20, each at its file and line.
     """
     problems = Problems(on_bad_record, errors={"empty_answer": EmptyAnswerError})
     if bad_records_file is not None and on_bad_record != "report":

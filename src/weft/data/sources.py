@@ -260,7 +260,11 @@ def number_of(key: str) -> int:
 
 
 def held_by_hash(numbers: Iterable[int], share: float) -> bytearray:
-    """Which samples ``split_by_hash`` holds out, by ``number_of`` their keys: 1 for each. Raises UserError as that."""
+    """Which samples ``split_by_hash`` holds out, by ``number_of`` their keys: 1 for each.
+
+    Raises:
+        UserError: Nothing would be held out, or nothing left to train on.
+    """
     if not 0 < share < 1:
         raise UserError(f"eval_split is {share:g}; expected a share between 0 and 1, such as 0.05.")
     bound = int(share * 2**64)
@@ -284,7 +288,11 @@ def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T]
 
 
 def held_by_chance(count: int, n_eval: int, seed: int) -> bytearray:
-    """Which of ``count`` samples ``split_holdout`` holds out: 1 for each that it does. Raises UserError as that."""
+    """Which of ``count`` samples ``split_holdout`` holds out: 1 for each that it does.
+
+    Raises:
+        UserError: Nothing would be left to train on.
+    """
     if not 0 <= n_eval < max(count, 1):
         raise UserError(f"cannot hold out {n_eval} of {count} samples: expected 0 or more, and fewer than all.")
     held = bytearray(count)

@@ -24,7 +24,11 @@ class Predictions:
 
 
 def classes_of(adapters: Adapters, name: str) -> tuple[str, ...]:
-    """The classes of adapter ``name``; UserError if it was not trained to classify."""
+    """The classes of adapter ``name``.
+
+    Raises:
+        UserError: It was not trained to classify.
+    """
     labels = adapters[name].head.labels
     if not labels:
         raise UserError(f"adapter '{name}' has no classes: it was not trained with task: sequence_classification.")
@@ -52,7 +56,11 @@ def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tok
 
 
 def text_sample(adapters: Adapters, renderer: Renderer, text: str, source: str = "the text") -> Sample:
-    """A text, or a pair of texts with a tab between them, as training encodes it."""
+    """A text, or a pair of texts with a tab between them, as training encodes it.
+
+    Raises:
+        UserError: There are more texts than the base takes.
+    """
     texts, encoder = text.split("\t"), not adapters.architecture.writes
     if encoder and len(texts) > 2:
         raise UserError(f"{source}: {len(texts)} texts with tabs between them; an encoder takes one or a pair.")

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def merged_model(
-    model: nn.Module, shape: Architecture, merged: Merged, head: Head | None = None
-) -> PreTrainedModel:
+def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head | None = None) -> PreTrainedModel:
     """The model with these weights, without a copy of them; to be saved, not run (its buffers are on the meta device).
 
     Args:
@@ -44,7 +42,7 @@ def merged_model(
         _set_layers(config, merged.blocks)
     tensors = dict(merged.tensors)
     cls = cast("type[PreTrainedModel]", type(model))
-    if head is not None and head.labels:
+    if head and head.labels:
         cls, tensors = _classifier(config, shape, tensors, head)
     elif not shape.writes:
         raise UserError(

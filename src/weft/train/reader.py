@@ -127,7 +127,11 @@ class Reader:
         return self.data(job, read, self.made[read])
 
     def read(self, job: JobConfig) -> Read:
-        """What the job's sources hold. Raises UserError as the records and ``on_bad_record`` demand."""
+        """The records of the job's sources.
+
+        Raises:
+            UserError: A record cannot be used, and ``on_bad_record`` demands it; or ``eval_data`` has weights.
+        """
         sources = parse_sources(job.data or self.config.data)
         held = job.eval_data or self.config.eval_data
         evaluated = parse_sources(held) if held is not None else ()

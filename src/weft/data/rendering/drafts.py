@@ -72,7 +72,11 @@ class Drafter:
 
     @property
     def eos_token_id(self) -> int:
-        """The token that ends an answer. Raises UserError where there is none (asked for only where one is needed)."""
+        """The token that ends an answer.
+
+        Raises:
+            UserError: There is none. (It is asked for only where one is needed.)
+        """
         eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int):
             raise UserError(

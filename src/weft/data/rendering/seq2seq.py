@@ -10,7 +10,12 @@ from weft.errors import UserError
 
 
 def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
-    """See ``Renderer.seq2seq``."""
+    """The last answer as ``target_ids`` and all before it as ``input_ids``.
+
+    Raises:
+        UserError: The example has no learned answer after another turn, or one that cannot be written.
+        TooLongError: The input or the answer is longer than ``max_length``.
+    """
     place = example.source
     if isinstance(example, PlainText):
         raise UserError(f"{place}: plain text has no answer to write; seq2seq needs a question and an answer.")
@@ -47,7 +52,11 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
 
 
 def seq2seq_source(renderer: Drafter, example: Conversation) -> Prompt:
-    """The encoder's input, in the special tokens that its tokenizer puts around a text."""
+    """The encoder's input, in the special tokens that its tokenizer puts around a text.
+
+    Raises:
+        UserError: There are no messages, or tools without a template for them.
+    """
     messages, source, encoder = example.messages, example.source, renderer.encoder
     if not messages:
         raise UserError(f"{source}: there are no messages.")
