@@ -137,7 +137,7 @@ class MethodConfig(BaseModel):
         """Combine ``sources``, of which this is the first's configuration.
 
         Returns:
-            The configuration of the new adapter, and its tensors in the shapes of its file. None: ``weft.combine.rules``
+            The configuration of the new adapter, and its tensors in their shapes. None: ``weft.combine.rules``
             (where ``Source`` and ``Combination`` are) combines them tensor by tensor, as for most methods.
 
         Raises:
@@ -169,7 +169,11 @@ class MethodConfig(BaseModel):
 
     @classmethod
     def from_layout(cls, entries: dict[str, object]) -> MethodConfig | None:
-        """The configuration from an ``adapter_config.json`` in such a layout; None if it is in another."""
+        """The configuration from an ``adapter_config.json`` in such a layout; None if it is in another.
+
+        Raises:
+            UserError: It is in such a layout, and cannot be used.
+        """
         return None
 
     @classmethod

@@ -165,11 +165,6 @@ class BottleneckConfig(MethodConfig):
 
     @classmethod
     def from_layout(cls, entries: dict[str, object]) -> MethodConfig | None:
-        """The configuration in an ``adapter_config.json`` of AdapterHub; None if it is another layout.
-
-        Raises:
-            UserError: It is no bottleneck adapter, or an entry changes its results in a way that Weft does not know.
-        """
         if "peft_type" in entries or "config" not in entries:
             return None
         found = adapterhub_settings(entries, cls.model_fields.keys() | _NOT_HERE.keys())
