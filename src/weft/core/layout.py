@@ -92,10 +92,19 @@ class Layout(ABC):
 
     def next_tokens(self, tokens: Tensor, positions: Tensor, counts: Counts, **more: Any) -> Stream:
         """A batch of one new token [B] per row, at these positions [B]."""
-        rows = range(len(tokens))
-        own = tuple(range(i, i + 1) for i in rows)
+        count = len(tokens)
+        own = tuple(range(i, i + 1) for i in range(count))
         route = self.next_route(counts, **more)
-        return Stream(tokens, positions, (1,) * len(rows), own, {}, (0,) * len(rows), route, tuple(rows))
+        return Stream(
+            tokens,
+            positions,
+            (1,) * count,
+            own,
+            {},
+            prefix_length=(0,) * count,
+            route=route,
+            standing=tuple(range(count)),
+        )
 
     @abstractmethod
     def forward(self, stream: Stream) -> Tensor:

@@ -110,11 +110,11 @@ class EncoderDecoder(Layout):
             torch.tensor([token for sequence in inputs for token in sequence], device=device),
             torch.tensor([place for own_rows in rows for place in range(len(own_rows))], device=device),
             tuple(len(own_rows) for own_rows in rows),
-            tuple(rows),
-            {},
-            memory.stream.prefix_length,
-            BatchRoute(tuple(segments), None, prefixes, elsewhere=elsewhere),
-            tuple(own_rows.stop - 1 for own_rows in rows),
+            rows=tuple(rows),
+            virtual_rows={},
+            prefix_length=memory.stream.prefix_length,
+            route=BatchRoute(tuple(segments), None, prefixes, elsewhere=elsewhere),
+            standing=tuple(own_rows.stop - 1 for own_rows in rows),
         )
 
     def keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:

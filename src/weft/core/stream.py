@@ -119,7 +119,11 @@ def build_stream(
             prefixes[group] = adapter.prefix_states()
         of_part = tuple(lengths[-len(part.sequences) :])
         tokens, alpha = len(ids) - begin, part.neftune_alpha
-        segments.append(Segment(part.adapter, tokens, len(part.sequences), part.seed, of_part, route.padded, alpha))
+        segments.append(
+            Segment(
+                part.adapter, tokens, len(part.sequences), part.seed, of_part, padded=route.padded, neftune_alpha=alpha
+            )
+        )
     layout = None
     if not route.padded:
         layout = SequenceLayout.build(
@@ -129,12 +133,14 @@ def build_stream(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
         tuple(lengths),
-        tuple(own_rows),
-        virtual_rows,
-        tuple(prefix_length),
-        route(tuple(segments), layout, prefixes, cache, exact),
-        tuple(end - (length if first_stands else 1) for end, length in zip(accumulate(lengths), lengths, strict=True)),
-        _token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
+        rows=tuple(own_rows),
+        virtual_rows=virtual_rows,
+        prefix_length=tuple(prefix_length),
+        route=route(tuple(segments), layout, prefixes, cache, exact),
+        standing=tuple(
+            end - (length if first_stands else 1) for end, length in zip(accumulate(lengths), lengths, strict=True)
+        ),
+        token_types=_token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
     )
 
 
