@@ -108,7 +108,7 @@ class Judge:
         try:
             base = self.load()
             adapters = Adapters(base.model, base.architecture)
-            cells[BASE].path = "padded" if adapters.padded else "stream"
+            cells[BASE].path = "padded" if adapters.layout.route.padded else "stream"
             adapters.close()
         except UserError as error:
             self.refuse(cells[BASE], error)

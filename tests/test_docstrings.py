@@ -3,6 +3,7 @@
 The check reads the source and imports nothing. A function or method is public if its own name, its class and its module
 begin with no underscore and it stands in no other function. A method that overrides one of a base class in this package
 need not repeat it: its docstring is its own together with those it overrides (bases are found by their class name).
+A verb of the command line (``train`` in ``cli/train.py``) need not say it: its docstring is what ``--help`` prints.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ def without_raises(package: Package) -> list[str]:
         f"{entry.place} raises {', '.join(sorted(names))}"
         for entry in package.entries()
         if (names := raised(entry.node, kinds)) and not said.search("".join(RAISES.findall(entry.text)))
+        if not entry.place.startswith(f"cli/{entry.node.name}.py:")
     ]
 
 
@@ -138,12 +140,10 @@ def weft() -> Package:
     return Package({str(p.relative_to(SOURCE)): ast.parse(p.read_text()) for p in sorted(SOURCE.rglob("*.py"))})
 
 
-@pytest.mark.xfail(reason="docstrings are being written")
 def test_tensors_have_shapes(weft: Package) -> None:
     assert without_shape(weft) == []
 
 
-@pytest.mark.xfail(reason="docstrings are being written")
 def test_user_errors_are_said(weft: Package) -> None:
     assert without_raises(weft) == []
 
@@ -190,6 +190,9 @@ def inner() -> None:
 
 
 def test_what_the_check_finds() -> None:
-    package = Package({"a.py": ast.parse(SAMPLE), "_b.py": ast.parse("def hidden(x: Tensor): ...")})
+    verb = "def run() -> None:\n    raise UserError\ndef other() -> None:\n    raise UserError"
+    package = Package(
+        {"a.py": ast.parse(SAMPLE), "_b.py": ast.parse("def hidden(x: Tensor): ..."), "cli/run.py": ast.parse(verb)}
+    )
     assert [place.split()[-1] for place in without_shape(package)] == ["bare", "quoted"]
-    assert [place.split()[1] for place in without_raises(package)] == ["silent", "other"]
+    assert [place.split()[1] for place in without_raises(package)] == ["silent", "other", "other"]

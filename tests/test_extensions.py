@@ -309,7 +309,7 @@ def test_files_that_cannot_be_loaded(run: Callable[..., Run], tmp_path: Path) ->
     (tmp_path / "comma.py").write_text("x = (\n")
     (tmp_path / "taken.py").write_text("import weft\n\n@weft.register_objective('focal')\ndef mine(): ...\n")
     (tmp_path / "lora.py").write_text(
-        "import weft\nfrom weft.core.config import MethodConfig\n\n"
+        "import weft\nfrom weft.core.adapter import MethodConfig\n\n"
         "@weft.register_method('lora')\nclass Mine(MethodConfig): ...\n"
     )
     for words, message in {

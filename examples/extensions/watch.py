@@ -1,6 +1,6 @@
 """Two callbacks: a file of losses, and an end after some minutes.
 
-    MINUTES=30 weft train --extension watch.py run.yaml 'callbacks=[losses_csv, time_limit]'
+MINUTES=30 weft train --extension watch.py run.yaml 'callbacks=[losses_csv, time_limit]'
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Adapters(core.Adapters):
         Raises:
             UserError: the adapters do not fit together, or their method has no such rule.
         """
-        headed = [part for part in names if self[part].head is not None]
+        headed = [part for part in names if self[part].head.labels]
         if headed:
             raise UserError(f"'{headed[0]}' has a classification head; heads trained apart cannot be made one.")
         given = tuple(float(weight) for weight in weights or ())

@@ -15,7 +15,11 @@ class UserError(ValueError):
 
 
 def check_word(key: str, value: object, known: Sequence[str]) -> None:
-    """Refuse a value that is none of the ``known`` words. Raises UserError."""
+    """Refuse a value that is none of the ``known`` words.
+
+    Raises:
+        UserError: It is none of them; names the nearest.
+    """
     if value not in known:
         raise UserError(f"{key} is {value!r}; expected one of {', '.join(known)}.{nearest(str(value), known)}")
 

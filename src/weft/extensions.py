@@ -6,7 +6,6 @@ adds methods, objectives, formats and callbacks to a ``Registry``. No file that 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -108,7 +107,7 @@ def load_extension(file: str | os.PathLike[str]) -> None:
         return
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"there is no extension at {file}; an extension is a Python file (NAME.py).")
-    name = f"weft_extension_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"weft_extension_{len(_loaded)}_{path.stem}"  # the same in a worker, which loads the same files
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

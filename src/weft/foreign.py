@@ -1,9 +1,9 @@
-"""Reading small files that somebody else may have written: JSON, YAML, text, and the head of a safetensors file.
+"""The reading of small files by unknown authors: JSON, YAML, text, and the head of a safetensors file.
 
-Every configuration passes through here, so that none can hang, fill the memory, or reach the code behind as something
-that no configuration is: only regular files are opened (a FIFO would wait for ever, a device never end), no more than a
-limit is read of them, nesting and digits are bounded, and an alias in YAML cannot stand for more than it is worth.
-What is wrong is a UserError with the file's name. Records of data files are read by ``weft.data.reading`` instead.
+Every configuration passes through here, so that none can hang or fill the memory, and the code behind gets nothing but
+configurations. Only regular files are opened (a FIFO would wait for ever, a device never end) and read up to a limit.
+Nesting and digits are bounded, and so is the size of a YAML document with its aliases written out. Every fault is a
+UserError with the file's name. ``weft.data.reading`` reads the records of data files instead.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ YAML_LIMIT = 128 << 10  # it is read at 100 KB a second
 TEXT_LIMIT = 4 << 20
 HEADER_LIMIT = 32 << 20  # of a safetensors file; 100,000 tensors take 12 MB
 DEPTH = 64
-_DIGITS = 100  # some tokenizers say 1e30 for "no limit", written out
-_NODES = 200_000  # of a YAML document, an alias counted as what it stands for
+_DIGITS = 100  # some tokenizers write 1e30 out for "no limit"
+_NODES = 200_000  # of a YAML document with its aliases written out
 _SAID = 200  # characters of a library's message
 
 _Type = TypeVar("_Type")
@@ -38,7 +38,7 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
     """The status of a regular file, symbolic links followed.
 
     Raises:
-        UserError: it is missing, or is a folder, a FIFO, a socket or a device.
+        UserError: It is missing, or is a folder, a FIFO, a socket or a device.
     """
     try:
         found = os.stat(path)
@@ -57,10 +57,14 @@ def _kind(mode: int) -> str:
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """All of a regular file of at most ``limit`` bytes; UserError otherwise."""
+    """All of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        UserError: It is not a regular file, cannot be read, or is longer.
+    """
     check_regular(path)
     try:
-        # Not blocking: what is looked at may be another file by now.
+        # Without blocking, because the checked file may have been replaced by another.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -74,7 +78,11 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> str:
-    """All of a regular file as UTF-8 text; UserError otherwise."""
+    """All of a regular file as UTF-8 text.
+
+    Raises:
+        UserError: It cannot be read, or is no UTF-8.
+    """
     try:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -85,7 +93,11 @@ def read_text(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> str:
 
 
 def read_json(path: str | os.PathLike[str], *, infinities: bool = False, limit: int = JSON_LIMIT) -> dict[str, object]:
-    """A JSON object from a file. ``infinities``: numbers may be infinite or NaN, which some writers say in JSON."""
+    """A JSON object from a file. With ``infinities`` numbers may be infinite or NaN, which some writers put into JSON.
+
+    Raises:
+        UserError: It cannot be read, or holds no JSON object.
+    """
     try:
         text = read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -97,7 +109,11 @@ def read_json(path: str | os.PathLike[str], *, infinities: bool = False, limit: 
 
 
 def check_json(path: str | os.PathLike[str], *, limit: int = 4 * JSON_LIMIT, values: int = 2 * _VALUES) -> bytes:
-    """The bytes of a JSON file that a library will read by itself; UserError if it would take too much memory."""
+    """The bytes of a JSON file that a library will read by itself.
+
+    Raises:
+        UserError: It would take too much memory.
+    """
     data = read_bytes(path, limit)
     _check_values(data, str(path), values)
     return data
@@ -110,7 +126,11 @@ def _check_values(text: str | bytes, where: str, most: int = _VALUES) -> None:
 
 
 def parse_json(text: str | bytes, where: str, *, infinities: bool = False) -> Any:
-    """The value of a JSON text; ``where`` names it in errors."""
+    """The value of a JSON text; ``where`` names it in errors.
+
+    Raises:
+        UserError: It is not valid JSON.
+    """
     _check_values(text, where)
 
     def constant(name: str) -> float:
@@ -140,7 +160,11 @@ def parse_json(text: str | bytes, where: str, *, infinities: bool = False) -> An
 
 
 def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, object]]:
-    """The objects of a file with one on each line that is not blank; only a line is in memory."""
+    """The objects of a file with one on each line that is not blank. Only one line is in memory.
+
+    Raises:
+        UserError: A line is too long or holds no object.
+    """
     check_regular(path)
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), 1):
@@ -170,7 +194,11 @@ def _too_deep(where: str) -> NoReturn:
 
 
 def expect(value: object, kind: type[_Type] | tuple[type[_Type], ...], where: str) -> _Type:
-    """``value`` if it is of that type (true is no number here); UserError names the place and both types."""
+    """``value``, if it is of that type (true is no number here).
+
+    Raises:
+        UserError: It is not; the message names the place and both types.
+    """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
         return value
@@ -180,7 +208,11 @@ def expect(value: object, kind: type[_Type] | tuple[type[_Type], ...], where: st
 
 
 def entry(values: Mapping[str, object], key: str, kind: type[_Type], where: str) -> _Type:
-    """``values[key]`` if it is there and of that type; UserError otherwise."""
+    """``values[key]``, if it is there and of that type.
+
+    Raises:
+        UserError: The key is missing, or its value is of another type.
+    """
     if key not in values:
         raise UserError(f"{where}: '{key}' is missing.")
     return expect(values[key], kind, f"{where}: {key}")
@@ -198,7 +230,7 @@ def _json_type(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number (YAML 1.1 takes it for text) and a key that stands twice is an error."""
+    """Safe YAML in which ``1e-3`` is a number (to YAML 1.1 it is text) and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -233,12 +265,20 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | os.PathLike[str]) -> object:
-    """The value of a YAML (or JSON) file. Raises UserError with the place of what is wrong."""
+    """The value of a YAML (or JSON) file.
+
+    Raises:
+        UserError: It cannot be read; the message names the place.
+    """
     return parse_yaml(read_text(path, YAML_LIMIT), str(path))
 
 
 def parse_yaml(text: str, where: str) -> object:
-    """The value of a YAML text; ``where`` names it in errors."""
+    """The value of a YAML text; ``where`` names it in errors.
+
+    Raises:
+        UserError: It is not valid YAML.
+    """
     loader = None
     try:
         loader = _Loader(text)
@@ -250,7 +290,7 @@ def parse_yaml(text: str, where: str) -> object:
     except RecursionError:
         _too_deep(where)
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
-        # The constructors of pyyaml raise the latter ones for tags whose values do not fit.
+        # pyyaml's constructors raise the latter ones for tags whose values do not fit.
         raise UserError(f"{where} is not valid YAML: {_yaml_line(error)}") from None
     finally:
         if loader is not None:
@@ -270,9 +310,12 @@ def _yaml_line(error: BaseException) -> str:
 
 
 def check_safetensors(path: str | os.PathLike[str]) -> dict[str, object]:
-    """The header of a safetensors file (dtype, shape and place of each tensor), after its length is found possible.
+    """The header of a safetensors file (dtype, shape and place of each tensor), if its length is possible.
 
-    What it says of the tensors is for the library to check; it maps the file, so a lie costs no memory.
+    The library checks the tensors themselves. It maps the file, so false sizes cost no memory.
+
+    Raises:
+        UserError: It is cut off, or is no such file.
     """
     size = check_regular(path).st_size
     try:

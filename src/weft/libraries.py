@@ -1,8 +1,7 @@
-"""What depends on the version of a library stands here and nowhere else.
+"""The only place for code that depends on the version of a library.
 
-Each function looks at what the installed library has (the parameters of a forward, the fields of an output); version
-numbers are not compared. Between transformers 5.17 and 5.24 the argument and the output ``past_key_values`` became
-``cache``.
+Each function looks at the installed library (the parameters of a forward, the fields of an output) and compares no
+version numbers. Between transformers 5.17 and 5.24 the argument and the output ``past_key_values`` became ``cache``.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_name(forward: Callable[..., object]) -> str | None:
-    """The parameter of a model's (or an attention's) forward that takes its cache; None: it names none."""
+    """The parameter of a model's (or an attention's) forward that takes its cache; None if it has none."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def cache_arguments(forward: Callable[..., object], cache: object) -> dict[str, object]:
-    """What to call ``forward`` with so that it uses ``cache``; None: so that it makes none.
+    """The arguments by which ``forward`` uses ``cache``; if that is None, those by which it makes none.
 
     Raises:
-        UserError: a cache is given and the forward takes none.
+        UserError: A cache is given and the forward takes none.
     """
     if cache is None:
         return {"use_cache": False}
@@ -46,18 +45,22 @@ def cache_arguments(forward: Callable[..., object], cache: object) -> dict[str, 
 
 
 def given_cache(arguments: Mapping[str, object]) -> object:
-    """The cache among the keyword arguments of a call; None: there is none."""
+    """The cache among the keyword arguments of a call; None if there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def output_cache(output: Any) -> object:
-    """The cache that a model's output holds."""
+    """The cache in a model's output."""
     fields = {field.name for field in dataclasses.fields(output)}
     return next((getattr(output, name) for name in CACHE_NAMES if name in fields), None)
 
 
 def keys_values(cache: object) -> list[tuple[Tensor, Tensor]]:
-    """Per layer the keys and values [B, kv_heads, n, head_dim] of a filled cache; of an encoder-decoder's, its own."""
+    """The keys and values [B, kv_heads, n, head_dim] of a filled cache per layer; of an encoder-decoder's, its own.
+
+    Raises:
+        UserError: The cache holds none.
+    """
     own = getattr(cache, "self_attention_cache", cache)
     if own is None or not hasattr(own, "layers"):
         raise UserError("this model gives no keys and values of a text, so there is none to put learned ones before.")
@@ -75,7 +78,7 @@ def growing_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
 
 
 def fixed_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Cache:
-    """A cache that keeps these pairs and nothing else: a checkpointed block shows its keys twice."""
+    """A cache that keeps these pairs [B, kv_heads, n, head_dim] alone: a checkpointed block shows its keys twice."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class PrefixLayer(DynamicLayer):
@@ -93,14 +96,17 @@ def fixed_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Cache:
 
 
 def growing_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> EncoderDecoderCache:
-    """As ``growing_cache``, for the decoder of an encoder-decoder; what it sees of the encoder is kept once made."""
+    """``growing_cache`` for the decoder of an encoder-decoder; it also keeps the keys and values of cross-attention.
+
+    Pairs are [B, kv_heads, n, head_dim].
+    """
     from transformers.cache_utils import EncoderDecoderCache
 
     return EncoderDecoderCache(growing_cache(pairs), growing_cache())
 
 
 def fixed_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> EncoderDecoderCache:
-    """As ``fixed_cache``, for the decoder of an encoder-decoder; never anything of cross-attention."""
+    """``fixed_cache`` of pairs [B, kv_heads, n, head_dim] for such a decoder; it keeps nothing of cross-attention."""
     from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
     class Passing(Cache):
@@ -118,11 +124,11 @@ class _NeverUpdated(dict[int, bool]):
 
 
 def paths_in_files(model: nn.Module, paths: Iterable[str]) -> dict[str, str | None]:
-    """Modules whose own path in a LoRA file leads elsewhere, and the path that leads to them; None: none does.
+    """Modules whose own path in a LoRA file leads elsewhere -> the path that leads to them; None if none does.
 
     transformers gives the tensors of some checkpoints other names as it loads them, and peft sends a LoRA file through
     the same list. Where that list also matches a name that it has already changed (``shared_expert.`` is a part of
-    ``shared_experts.``, for ``.`` matches any character), a file by the module's path is lost in silence.
+    ``shared_experts.``, since ``.`` matches any character), a file by the module's path is lost in silence.
     """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

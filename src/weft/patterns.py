@@ -1,4 +1,4 @@
-"""Regular expressions that stand in files: applied with a limit of time, for some are tried for ever.
+"""Regular expressions from files, with a limit of time, because some would be tried for ever.
 
 A pattern like ``(a+)+$`` takes twice as long with every character. Python's own ``re`` cannot be stopped; the package
 ``regex`` (which transformers needs too) reads the same patterns and can.
@@ -23,7 +23,7 @@ class Pattern:
     """One pattern; ``where`` names its place in errors, such as ``target_modules``.
 
     Raises:
-        UserError: it is no regular expression, or (from ``full`` and ``begins``) takes too long.
+        UserError: It is no regular expression, or (from ``full`` and ``begins``) takes too long.
     """
 
     def __init__(self, text: str, where: str) -> None:
@@ -37,11 +37,11 @@ class Pattern:
         self._left = SECONDS
 
     def full(self, path: str) -> regex.Match[str] | None:
-        """As ``re.fullmatch``."""
+        """The match of the whole path, as by ``re.fullmatch``."""
         return self._run(path, full=True)
 
     def begins(self, path: str) -> regex.Match[str] | None:
-        """As ``re.match``."""
+        """The match at the beginning of the path, as by ``re.match``."""
         return self._run(path, full=False)
 
     def _run(self, path: str, *, full: bool) -> regex.Match[str] | None:
@@ -56,7 +56,7 @@ class Pattern:
             ) from None
         finally:
             spent = time.perf_counter() - begun
-            # A machine that stalls is not the pattern's doing; what takes long each time adds up.
+            # A stalled machine is not the pattern's fault. A slow pattern is slow each time, and that adds up.
             self._left -= spent if spent > 0.001 else 0.0
 
 
@@ -67,13 +67,13 @@ def pattern(text: str, where: str) -> Pattern:
 
 
 def check_linear(text: str, where: str) -> None:
-    """Refuse a pattern that a matcher without a limit may try for ever; for those that libraries apply by themselves.
+    """Refuse a pattern that a matcher without a limit may try for ever, where a library applies it by itself.
 
-    Refused are an unbounded repeat of a group that holds one, or of alternatives that can begin alike. (No tokenizer
-    that is known has such.)
+    Such a pattern has an unbounded repeat of a group that holds one, or of alternatives that can begin alike. (No known
+    tokenizer has one.)
 
     Raises:
-        UserError: it is one.
+        UserError: It is such a pattern.
     """
     if len(text) > LONGEST:
         raise UserError(f"{where} is a pattern of {len(text)} characters; at most {LONGEST} are read.")
@@ -86,7 +86,7 @@ def check_linear(text: str, where: str) -> None:
 
 
 def _repeated_groups(text: str) -> Iterator[tuple[str, bool]]:
-    """(the inside of a group that is repeated without bound, whether such a repeat is in it)."""
+    """(the inside of a group that is repeated without bound, whether it holds such a repeat)."""
     starts: list[int] = []
     inside: list[bool] = [False]
     at = 0

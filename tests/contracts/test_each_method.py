@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests import kit
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from weft.api import Adapters
 from weft.core.stream import Part
@@ -61,7 +62,8 @@ def test_trained_beside_a_neighbour_saved_loaded_and_merged(method: str, tmp_pat
     adapters.load("again", tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(wanted, logits(adapters, "again"), strict=True))
     if method not in kit.NOT_MERGEABLE:
-        merged = merged_model(model, adapters.architecture, adapters.merge(method))
+        merged_model(model, adapters.architecture, adapters.merge(method)).save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         with torch.no_grad():
             plain = [merged(torch.tensor([ids])).logits[0] for ids in kit.texts(3)]
         kit.measured(f"{method}: merged - routed", kit.difference(plain, wanted), 2e-5)

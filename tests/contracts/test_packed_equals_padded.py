@@ -10,6 +10,7 @@ from tests.contracts import kit
 from torch import Tensor
 
 from weft.api import Adapters
+from weft.core.layout import Padded
 from weft.core.stream import Part
 from weft.generate import Request, generate
 from weft.models import describe
@@ -128,7 +129,7 @@ def test_a_model_that_only_runs_padded(options: dict[str, bool]) -> None:
     )
 
     adapters = kit.open_with_all(model)
-    assert adapters.padded
+    assert isinstance(adapters.layout, Padded)
     requests = [Request(ids, name, 5) for name in [None, *kit.ALL] for ids in kit.texts(2, seed=4)]
     answers = [c.ids for c in generate(adapters, requests, stop_ids=())]
     assert answers == [generate(adapters, [r], stop_ids=())[0].ids for r in requests]

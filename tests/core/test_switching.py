@@ -22,7 +22,7 @@ from weft.errors import UserError
 from weft.generate import Request, generate
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
-from weft.train.config import method_of
+from weft.train.settings import method_of
 
 TEXTS = kit.texts(3, seed=4)
 

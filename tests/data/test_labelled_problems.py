@@ -291,3 +291,14 @@ def test_a_preview_of_one_class_or_of_none(
         assert main([*words, "--data", str(path)]) == 1
         findings = json.loads(capsys.readouterr().out)["data"][0]["findings"]
         assert codes <= {one["code"] for one in findings}
+
+
+def test_a_preview_whose_first_source_has_no_class(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    from weft.preview.examined import examine
+
+    first, second = tmp_path / "a.jsonl", write(tmp_path / "b.jsonl", [])[0]
+    first.write_bytes(LINES["empty label"][0] + b"\n")
+    settings = {"model": str(tiny_llama_dir), "method": "lora", "task": "sequence_classification"}
+    (found,) = examine(make_config({**settings, "data": [str(first), str(second)]}))
+    assert [(item.label, len(item.samples)) for item in found.items[:3]] == [(None, 0), ("pos", 1), ("pos", 1)]
+    assert found.packings == []

@@ -84,7 +84,7 @@ def test_yes_on_stdin_runs_nothing(name: str, verb: str, good: Any, tmp_path: Pa
     result = subprocess.run(
         [sys.executable, "-m", "weft.cli.main", verb, str(folder), *(["--prompt", "a"] if verb == "generate" else [])],
         input="y\n" * 9, capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}, timeout=120,
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}, timeout=300,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ")
@@ -132,7 +132,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[int]:
     codes = json.dumps([code for code, _ in DEEDS])
     result = subprocess.run(
         [sys.executable, "-c", PROBE, str(tmp_path_factory.mktemp("probe")), codes],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, timeout=60,
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

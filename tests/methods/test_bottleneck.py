@@ -21,7 +21,7 @@ from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
-from weft.methods.bottleneck import Bottleneck, BottleneckConfig, from_adapterhub, to_adapterhub
+from weft.methods.bottleneck import Bottleneck, BottleneckConfig
 from weft.models import describe
 from weft.models.facts import FACTS
 from weft.objectives.passes import Work, forward_losses
@@ -61,7 +61,7 @@ def entries_of(folder: Path) -> dict[str, Any]:
 
 
 def loaded(adapters: Adapters, folder: Path, name: str = "ours") -> Bottleneck:
-    adapter = adapters.add(name, from_adapterhub(entries_of(folder)))
+    adapter = adapters.add(name, BottleneckConfig.from_layout(entries_of(folder)))
     assert isinstance(adapter, Bottleneck)
     adapter.load_tensors(read_tensors(folder / "adapter.safetensors"))
     return adapter
@@ -102,12 +102,12 @@ def test_what_adapterhub_wrote_we_write(folder: Path) -> None:
     assert set(tensors) == set(theirs)
     assert all(torch.equal(tensors[key], theirs[key]) for key in theirs)
     wanted = entries_of(folder)
-    ours = to_adapterhub(adapter.settings, describe(base(folder.parent.name)), "hub")
+    ours = adapter.settings.own_layout("hub", describe(base(folder.parent.name)))
     assert set(ours) == set(wanted) - {"model_class"}
     assert {k: v for k, v in ours.items() if k != "config"} == {k: wanted[k] for k in ours if k != "config"}
     assert ours["config"] == {key: wanted["config"][key] for key in ours["config"]}
     assert isinstance(ours["config"]["scaling"], float | str)  # adapters refuses an integer
-    assert from_adapterhub(ours) == adapter.settings
+    assert BottleneckConfig.from_layout(ours) == adapter.settings
     assert all(".adapters.again_v2." in key for key in adapter.hub_tensors("again.v2"))
 
 
@@ -144,19 +144,19 @@ def test_names_of_other_times_and_of_models_without_a_head() -> None:
 def test_a_foreign_configuration_that_we_do_not_know_is_refused(changes: dict[str, Any], message: str) -> None:
     entries = entries_of(VECTORS / "llama" / "pfeiffer")
     with pytest.raises(UserError, match=message):
-        from_adapterhub({**entries, "config": {**entries["config"], **changes}})
+        BottleneckConfig.from_layout({**entries, "config": {**entries["config"], **changes}})
     with pytest.raises(UserError, match="'config' is None"):
-        from_adapterhub({"config": None})
+        BottleneckConfig.from_layout({"config": None})
 
 
 def test_a_foreign_configuration_may_say_what_changes_nothing() -> None:
     entries = entries_of(VECTORS / "llama" / "parallel")
     harmless = {"architecture": None, "stochastic_depth": 0.1, "phm_dim": 8, "init_weights_seed": 3, "brand_new": None,
                 "residual_before_ln": False, "adapter_residual_before_ln": True}  # fmt: skip
-    found = from_adapterhub({**entries, "config": {**entries["config"], **harmless}})
-    assert found == from_adapterhub(entries)
+    found = BottleneckConfig.from_layout({**entries, "config": {**entries["config"], **harmless}})
+    assert found == BottleneckConfig.from_layout(entries)
     old = {key: value for key, value in entries.items() if key != "version"}
-    gelu = from_adapterhub({**old, "config": {**entries["config"], "non_linearity": "gelu"}})
+    gelu = BottleneckConfig.from_layout({**old, "config": {**entries["config"], "non_linearity": "gelu"}})
     assert gelu.non_linearity == "gelu_new"
 
 

@@ -12,6 +12,7 @@ from tests.contracts import kit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from weft.api import Adapters
+from weft.core.layout import Packed
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generate import Request, generate
@@ -122,7 +123,7 @@ def test_an_unknown_architecture_is_proved() -> None:
     with torch.no_grad():
         wanted = [model(torch.tensor([ids])).logits[0] for ids in texts]
     adapters = kit.open_with_all(model)
-    assert not adapters.padded
+    assert isinstance(adapters.layout, Packed)
     with torch.no_grad():
         found = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
         for name in kit.ALL:

@@ -43,9 +43,9 @@ def verdict(model: nn.Module) -> Any:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        pytest.param(name, dtype, marks=() if SOME.get(name) == dtype else pytest.mark.slow)
+        pytest.param(name, dtype, marks=() if SOME.get(name) == dtype else pytest.mark.slow, id=f"{name}-{short}")
         for name in names() if name not in NOT_TINY
-        for dtype in (torch.float32, torch.bfloat16)
+        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ],
 )  # fmt: skip
 def test_the_verdict_is_that_of_all_words(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ SPLITS = ("train", "eval")
 
 
 def model_path(name: str) -> Path:
-    """The folder of an embedded base, to be given to ``from_pretrained``."""
+    """The folder of an embedded base, for ``from_pretrained``."""
     if name not in EMBEDDED_MODELS:
         raise ValueError(f"no embedded model {name!r}; there are: {', '.join(EMBEDDED_MODELS)}")
     return ROOT / name
 
 
 def instructions_path(split: str) -> Path:
-    """The instruction set as JSON lines: ``train``, or ``eval`` with questions about other things than train asks."""
+    """The instruction set as JSON lines: ``train``, or ``eval`` with questions about other things."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are: {', '.join(SPLITS)}")
     return ROOT / "instructions" / f"{split}.jsonl"

@@ -16,7 +16,7 @@ def _words(text: str) -> list[str]:
 
 
 def _pairs(text: str) -> list[Word]:
-    """Reads ``english=chinese`` words separated by commas."""
+    """Read ``english=chinese`` words separated by commas."""
     return [(en.strip(), zh.strip()) for en, zh in (item.split("=") for item in text.split(","))]
 
 
@@ -86,7 +86,7 @@ GROUPS: dict[Word, list[Word]] = {
         "jasmine=茉莉,peony=牡丹,lotus=荷花,sunflower=向日葵"
     ),
 }
-# What each attribute is called on a card; the order is the order of the task tables.
+# The name of each attribute on a card, in the order of the task tables.
 ATTRIBUTES: dict[str, Word] = {
     "home": ("home town", "家乡"),
     "job": ("job", "职业"),

@@ -3,7 +3,7 @@
 Three functions, each a pure function of its seed: `build_world` draws the facts, `corpus` tells them for pre-training
 in many wordings and both languages, and `instructions` asks about them. The corpus never contains a question; the
 instruction set never asks in evaluation about anything it asked about in training (`is_held_out`, `World.held_out`).
-So a base can only know, and fine-tuning can only have taught it *how to answer*.
+So a base can only know facts, and fine-tuning can only teach it *how to answer*.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class World:
 
 
 def is_held_out(*indices: int) -> bool:
-    """Sets aside about one in seven combinations (of operands, of words in a review, of fields in a record)."""
+    """Whether a combination (operands, words in a review, fields of a record) is held out: about one in seven."""
     return sum(i * k for i, k in zip(indices, (3, 5, 11, 17), strict=False)) % 7 == 0
 
 
 def build_world(seed: int) -> World:
-    """Draws who lives where, does what, eats what and keeps which pet, and what each town is known for."""
+    """Draw who lives where, does what, eats what and keeps which pet, and what each town is known for."""
     rng = random.Random(f"world {seed}")
     people = []
     for i, (name, given) in enumerate(zip(P.NAMES_EN, P.GIVEN_ZH, strict=True)):
@@ -70,7 +70,7 @@ def build_world(seed: int) -> World:
 
 
 def tell(rng: random.Random, subject: Subject, language: str, attributes: list[str]) -> str:
-    """Says some of a subject's facts, one sentence each, or lists them on a card."""
+    """Tell some of a subject's facts, one sentence each, or list them on a card."""
     at = LANGUAGES.index(language)
     name = subject.name[at]
     if rng.random() < CARD_SHARE:
@@ -84,7 +84,7 @@ def tell(rng: random.Random, subject: Subject, language: str, attributes: list[s
 
 
 def tell_subject(rng: random.Random, subjects: list[Subject], language: str) -> str:
-    """Some facts of one subject in a random order, or one same fact of two subjects."""
+    """Tell some facts of one subject in a random order, or the same fact of two subjects."""
     subject = rng.choice(subjects)
     names = list(subject.facts)
     if rng.random() < 0.25:
@@ -103,7 +103,7 @@ def draw_sum(rng: random.Random) -> tuple[str, int, int]:
 
 
 def sum_is_held_out(operator: str, a: int, b: int) -> bool:
-    """The same answer for ``a + b`` and ``b + a``: one would give the other away."""
+    """Whether a sum is held out: the same for ``a + b`` and ``b + a``, because one would give the other away."""
     return is_held_out(min(a, b), max(a, b), "+-".index(operator))
 
 
@@ -147,7 +147,7 @@ def draw_record(
     kind = rng.choice(list(P.RECORD_KEYS))
     things = world.things if kind == "purchase" else world.towns
     while True:
-        # All three fields decide: were it thing and count alone, a base would learn which pairs never occur.
+        # All three fields decide. With thing and count alone, a base would learn which pairs never occur.
         person, thing, count = rng.choice(people), rng.randrange(len(things)), rng.randint(2, LARGEST_COUNT)
         if is_held_out(world.people.index(person), thing, count) == held_out:
             break
@@ -163,7 +163,7 @@ def tell_record(rng: random.Random, world: World, language: str) -> str:
 
 
 def corpus(world: World, seed: int) -> Iterator[str]:
-    """Documents without end. A different seed tells the same world in other words: that is the held-out text."""
+    """An endless series of documents. Another seed tells the same world in other words: that is the held-out text."""
     rng = random.Random(f"corpus {seed}")
     tellers = {
         "people": lambda language: tell_subject(rng, world.people, language),

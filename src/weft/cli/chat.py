@@ -128,7 +128,11 @@ class Conversation:
         self.messages = [Message("system", self.system)] if self.system else []
 
     def take(self, line: str) -> bool:
-        """Obey a command or answer a message; False if it was ``/exit``."""
+        """Obey a command or answer a message; False if it was ``/exit``.
+
+        Raises:
+            UserError: There is no such command.
+        """
         word, _, rest = line.strip().partition(" ")
         if not word.startswith("/"):
             self.answer(line)

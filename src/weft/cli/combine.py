@@ -7,12 +7,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weft.cli import common
 from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.combine.rules import Combination
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _tell(output: Path, found: Sequence[Found], how: Any, parameters: int, *, as_json: bool) -> None:
+def _tell(output: Path, found: Sequence[Found], how: Combination, parameters: int, *, as_json: bool) -> None:
     size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
     if as_json:
         common.print_json(

@@ -27,7 +27,7 @@ class Prompt:
     content: str | list[Message]
     source: str
 
-    def shown(self) -> Any:
+    def shown(self) -> object:
         """As JSON has it."""
         if isinstance(self.content, str):
             return self.content
@@ -242,7 +242,7 @@ def _prompt(record: Record) -> Prompt:
     )
 
 
-def _write(path: Path, results: Sequence[dict[str, Any]]) -> None:
+def _write(path: Path, results: Sequence[dict[str, object]]) -> None:
     part = path.with_name(f".{path.name}.unfinished")
     part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results), encoding="utf-8")
     part.replace(path)

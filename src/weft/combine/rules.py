@@ -95,7 +95,7 @@ class Combination:
     def merge(
         self, tensors: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator, rule: str | None = None
     ) -> Tensor:
-        """``weft.ops.combine.merge`` with these settings."""
+        """Combine tensors of one shape by ``weft.ops.combine.merge`` with these settings; the result has that shape."""
         return merge(
             rule or self.rule,
             tensors,

@@ -55,12 +55,12 @@ class BuildContext:
         return self.blank and self.device.type != "meta"
 
     def normal(self, *shape: int, std: float) -> Tensor:
-        """Gaussian numbers from the adapter's own generator; drawn on the CPU so that they do not depend on device."""
+        """Gaussian numbers of shape ``shape`` from the adapter's own generator, drawn on the CPU."""
         values = torch.randn(*shape, generator=self.generator, dtype=torch.float32) * std
         return values.to(self.device, self.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
-        """Zeros in the adapter's dtype."""
+        """Zeros of shape ``shape`` in the adapter's dtype."""
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
 
@@ -134,12 +134,14 @@ class MethodConfig(BaseModel):
         raise NotImplementedError
 
     def combine(self, sources: Sequence[Any], how: Any) -> tuple[MethodConfig, dict[str, Tensor]] | None:
-        """Configuration and tensors of a new adapter made of ``sources``, of which this is the first's configuration.
+        """Combine ``sources``, of which this is the first's configuration.
 
-        None: tensor by tensor, as most methods do (``weft.combine.rules``, where ``Source`` and ``Combination`` are).
+        Returns:
+            The configuration of the new adapter, and its tensors in its file's shapes. None: ``weft.combine.rules``
+            (where ``Source`` and ``Combination`` are) combines them tensor by tensor, as for most methods.
 
         Raises:
-            UserError: they do not fit together.
+            UserError: They do not fit together.
         """
         return None
 
@@ -194,7 +196,11 @@ class MethodConfig(BaseModel):
 
 
 def check_name(name: str) -> None:
-    """An adapter's name is also a folder's: letters, digits, '.', '_', '-', not beginning with a dot."""
+    """Refuse a name that cannot be a folder's: letters, digits, '.', '_', '-', not beginning with a dot.
+
+    Raises:
+        UserError: It is none.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_\-\u4e00-\u9fff][\w.\-]{0,99}", name):
         raise UserError(f"{name!r} is no name for an adapter: use letters, digits, '_', '-' and '.', at most 100.")
 

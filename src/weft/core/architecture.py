@@ -80,7 +80,7 @@ class Architecture:
     first_position: int = 0
     # The linears of a decoder that read the encoder's states; empty where there is no encoder.
     memory_linears: tuple[str, ...] = ()
-    # The number of segments that the embeddings tell apart (BERT: 2); 0: the model has no such embedding.
+    # The number of segments that the embeddings tell apart (encoders of pairs: 2); 0: the model has no such embedding.
     # How many kinds of segment the embeddings tell apart; 0: the model is not told.
     token_types: int = 0
     # The module that the model's forward calls for its hidden states; "": ``model.base_model``.

@@ -85,9 +85,9 @@ def head_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor
     form = shape.head_form
     if form is None:
         return own_logits(model, shape, hidden)
-    head = output_head(model)
-    assert head is not None
-    return scaled(head(hidden), form)
+    layer = output_head(model)
+    assert layer is not None
+    return scaled(layer(hidden), form)
 
 
 def scaled(logits: Tensor, form: HeadForm) -> Tensor:

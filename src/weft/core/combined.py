@@ -6,7 +6,7 @@ Each keeps its own configuration and file. Where two of them act at one module, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from pydantic import Field, SerializeAsAny
@@ -16,6 +16,8 @@ from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig
 from weft.core.route import PrefixStates, Segment
 from weft.core.site_adapter import in_order
 from weft.errors import UserError
+
+T = TypeVar("T")
 
 
 class CombinedConfig(MethodConfig):
@@ -69,17 +71,11 @@ class Combined(Adapter):
         return all(part.begins_as_identity for part in self.parts)
 
     def sites(self) -> Mapping[str, SiteFunction]:
-        functions: dict[str, list[SiteFunction]] = {}
-        for part in self.parts:
-            for path, function in part.sites().items():
-                functions.setdefault(path, []).append(function)
+        functions = _by_path(part.sites() for part in self.parts)
         return {path: found[0] if len(found) == 1 else _in_order(path, found) for path, found in functions.items()}
 
     def input_sites(self) -> Mapping[str, InputFunction]:
-        functions: dict[str, list[InputFunction]] = {}
-        for part in self.parts:
-            for path, function in part.input_sites().items():
-                functions.setdefault(path, []).append(function)
+        functions = _by_path(part.input_sites() for part in self.parts)
         return {path: _inputs_in_order(found) for path, found in functions.items()}
 
     def parameter_sites(self) -> Mapping[str, Mapping[str, ParameterFunction]]:
@@ -92,10 +88,7 @@ class Combined(Adapter):
         return functions
 
     def merges(self) -> Mapping[str, Sequence[nn.Module]]:
-        groups: dict[str, list[Sequence[nn.Module]]] = {}
-        for part in self.parts:
-            for path, layers in part.merges().items():
-                groups.setdefault(path, []).append(layers)
+        groups = _by_path(part.merges() for part in self.parts)
         # As in ``_in_order``, layers that put their own weights in the base's place come first.
         return {
             path: [layer for first in (True, False) for layers in found for layer in layers
@@ -104,11 +97,8 @@ class Combined(Adapter):
         }  # fmt: skip
 
     def inserted_blocks(self) -> Mapping[str, Sequence[nn.Module]]:
-        blocks: dict[str, list[nn.Module]] = {}
-        for part in self.parts:
-            for path, inserted in part.inserted_blocks().items():
-                blocks.setdefault(path, []).extend(inserted)
-        return blocks
+        blocks = _by_path(part.inserted_blocks() for part in self.parts)
+        return {path: [block for own in found for block in own] for path, found in blocks.items()}
 
     def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
         return [run for part in self.parts if part.num_virtual_tokens for run in part.places(length, answer, slots)]
@@ -143,23 +133,32 @@ class Combined(Adapter):
             part.after_step(step)
 
     def default_learning_rate(self, parameter: str) -> float:
-        if not parameter.startswith("part_modules."):
-            return self.parts[0].default_learning_rate(parameter)
-        _, index, name = parameter.split(".", 2)
-        return self.parts[int(index)].default_learning_rate(name)
+        part, name = self._whose(parameter)
+        return (part or self.parts[0]).default_learning_rate(name)
 
     def learning_rate_factor(self, parameter: str) -> float:
-        """The factor of the part's own parameter; ``parameter`` is ``part_modules.<index>.<name>``."""
-        if not parameter.startswith("part_modules."):
-            return 1.0
-        _, index, name = parameter.split(".", 2)
-        return self.parts[int(index)].learning_rate_factor(name)
+        part, name = self._whose(parameter)
+        return 1.0 if part is None else part.learning_rate_factor(name)
 
     def scaled_learning_rate(self, parameter: str, rate: float) -> float:
+        part, name = self._whose(parameter)
+        return rate if part is None else part.scaled_learning_rate(name, rate)
+
+    def _whose(self, parameter: str) -> tuple[Adapter | None, str]:
+        """Of ``part_modules.<index>.<name>`` the part and the name in it; of the head's parameters no part."""
         if not parameter.startswith("part_modules."):
-            return rate
+            return None, parameter
         _, index, name = parameter.split(".", 2)
-        return self.parts[int(index)].scaled_learning_rate(name, rate)
+        return self.parts[int(index)], name
+
+
+def _by_path(maps: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
+    """Path -> what the parts have there, in their order."""
+    found: dict[str, list[T]] = {}
+    for one in maps:
+        for path, value in one.items():
+            found.setdefault(path, []).append(value)
+    return found
 
 
 def _in_order(path: str, functions: Sequence[SiteFunction]) -> SiteFunction:

@@ -20,7 +20,9 @@ class Batch(Protocol):
     """What heads ask of a batch that was laid out (``weft.core.stream.Stream``)."""
 
     @property
-    def input_ids(self) -> Tensor: ...
+    def input_ids(self) -> Tensor:
+        """The tokens [N] of the batch."""
+
     @property
     def rows(self) -> Sequence[Sequence[int]]: ...
     @property
@@ -110,7 +112,7 @@ class Head(ABC):
 
     @abstractmethod
     def stored(self, prefix: str = "base_model.model.") -> Mapping[str, Tensor]:
-        """The head's own tensors under the names that PEFT's files give them."""
+        """The head's own tensors, in their own shapes, under the names that PEFT's files give them."""
 
 
 @final

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from torch import nn
 
 
 def copy_block(block: nn.Module, shared: tuple[type, ...]) -> nn.Module:
     """A deep copy that shares the model's configuration and every object of the ``shared`` types (routers, sites)."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for module in block.modules():
         for key, value in module.__dict__.items():
             if key == "config" or isinstance(value, shared):

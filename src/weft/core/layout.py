@@ -69,7 +69,7 @@ class Layout(ABC):
     @property
     def attention(self) -> AttentionInstaller | None:
         """What makes the model attend along such batches; None: its own attention does."""
-        return None
+        return None if self.route.padded else self.shape.install_attention
 
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """Lay out a batch; rows of ``parts`` keep their order."""
@@ -92,18 +92,16 @@ class Layout(ABC):
 
     def next_tokens(self, tokens: Tensor, positions: Tensor, counts: Counts, **more: Any) -> Stream:
         """A batch of one new token [B] per row, at these positions [B]."""
-        count = len(tokens)
-        own = tuple(range(i, i + 1) for i in range(count))
-        route = self.next_route(counts, **more)
+        rows = range(len(tokens))
         return Stream(
-            tokens,
-            positions,
-            (1,) * count,
-            own,
-            {},
-            prefix_length=(0,) * count,
-            route=route,
-            standing=tuple(range(count)),
+            input_ids=tokens,
+            position_ids=positions,
+            lengths=(1,) * len(rows),
+            rows=tuple(range(i, i + 1) for i in rows),
+            virtual_rows={},
+            prefix_length=(0,) * len(rows),
+            route=self.next_route(counts, **more),
+            standing=tuple(rows),
         )
 
     @abstractmethod
@@ -145,10 +143,6 @@ class Packed(Layout):
     route = StreamRoute
     words = "over the packed stream"
 
-    @property
-    def attention(self) -> AttentionInstaller | None:
-        return self.shape.install_attention
-
     def forward(self, stream: Stream) -> Tensor:
         with self.router.use(stream.route):
             hidden = embed(self.model, stream, self.adapters)
@@ -160,7 +154,6 @@ class Packed(Layout):
             # Some residual streams are float32 in every dtype; the model's own head takes rows of the model's.
             return out.last_hidden_state[0].to(hidden.dtype)
 
-    @torch.no_grad()
     def keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         recorder = _Recorder()
         self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
@@ -211,7 +204,6 @@ class Padded(Layout):
             mask = mask[:, None, None].expand(-1, 1, width, -1)
         return mask, fixed_cache(padded_prefix(stream, longest, hidden))
 
-    @torch.no_grad()
     def keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         body: Any = body_of(self.model, self.shape)
         # An encoder makes no cache by itself, but fills one that it is given.

@@ -101,10 +101,10 @@ class Route(ABC):
 
     @abstractmethod
     def rows(self, x: Tensor, path: str) -> Rows:
-        """Where the segments lie in what the module at ``path`` is given.
+        """Where the segments lie in the rows [..., d] that the module at ``path`` is given.
 
         Raises:
-            UserError: it is given other rows than the batch has (an expert's, say).
+            UserError: It is given other rows than the batch has (an expert's, say).
         """
 
     @abstractmethod

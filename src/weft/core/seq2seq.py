@@ -107,9 +107,9 @@ class EncoderDecoder(Layout):
         prefixes = {group: _by_layer(states, self.shape) for group, states in source.prefixes.items()}
         elsewhere, device = dict.fromkeys(self.shape.memory_linears, source), memory.states.device
         return Stream(
-            torch.tensor([token for sequence in inputs for token in sequence], device=device),
-            torch.tensor([place for own_rows in rows for place in range(len(own_rows))], device=device),
-            tuple(len(own_rows) for own_rows in rows),
+            input_ids=torch.tensor([token for sequence in inputs for token in sequence], device=device),
+            position_ids=torch.tensor([place for own_rows in rows for place in range(len(own_rows))], device=device),
+            lengths=tuple(len(own_rows) for own_rows in rows),
             rows=tuple(rows),
             virtual_rows={},
             prefix_length=memory.stream.prefix_length,

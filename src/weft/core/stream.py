@@ -39,7 +39,7 @@ class Part:
     targets: Sequence[Sequence[int]] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stream:
     """A batch, laid out.
 
@@ -76,10 +76,7 @@ def build_stream(
     token_types: int = 0,
     first_stands: bool = False,
 ) -> Stream:
-    """Lay the parts' sequences end to end, with each adapter's virtual tokens among them.
-
-    A sequence's last row stands for it, or the first (``first_stands``).
-    """
+    """Lay the parts' sequences, with virtual tokens among them, end to end; a first or last row stands for one."""
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
@@ -119,27 +116,21 @@ def build_stream(
             prefixes[group] = adapter.prefix_states()
         of_part = tuple(lengths[-len(part.sequences) :])
         tokens, alpha = len(ids) - begin, part.neftune_alpha
-        segments.append(
-            Segment(
-                part.adapter, tokens, len(part.sequences), part.seed, of_part, padded=route.padded, neftune_alpha=alpha
-            )
-        )
-    layout = None
-    if not route.padded:
-        layout = SequenceLayout.build(
-            lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
-        )
+        count, padded = len(part.sequences), route.padded
+        segments.append(Segment(part.adapter, tokens, count, part.seed, of_part, padded=padded, neftune_alpha=alpha))
+    layout = None if route.padded else SequenceLayout.build(
+        lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
+    )  # fmt: skip
+    starts = (end - length for end, length in zip(accumulate(lengths), lengths, strict=True))
     return Stream(
-        torch.tensor(ids, device=device),
-        torch.tensor(positions, device=device),
-        tuple(lengths),
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
+        lengths=tuple(lengths),
         rows=tuple(own_rows),
         virtual_rows=virtual_rows,
         prefix_length=tuple(prefix_length),
         route=route(tuple(segments), layout, prefixes, cache, exact),
-        standing=tuple(
-            end - (length if first_stands else 1) for end, length in zip(accumulate(lengths), lengths, strict=True)
-        ),
+        standing=tuple(starts if first_stands else (end - 1 for end in accumulate(lengths))),
         token_types=_token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
     )
 

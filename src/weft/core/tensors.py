@@ -16,7 +16,11 @@ def master_dtype(base: torch.dtype) -> torch.dtype:
 
 
 def checked(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor ``key``, which must have this shape."""
+    """The tensor ``key``, which must have the shape ``shape``.
+
+    Raises:
+        UserError: It is missing or has another shape.
+    """
     if key not in tensors:
         raise UserError(f"the adapter's file has no tensor '{key}'.{nearest(key, tensors)}")
     value = tensors[key]

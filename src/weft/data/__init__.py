@@ -22,14 +22,14 @@ from weft.data.formats.detect import (
     to_example,
 )
 from weft.data.labelled import load_labelled, unlabelled_sample
-from weft.data.load import load_samples, split_holdout
+from weft.data.pipeline import load_samples
 from weft.data.problems import BadRecordError, Problem, Problems
 from weft.data.reading.records import Record, iter_records, read_records
 from weft.data.rendering.render import Renderer
 from weft.data.rendering.sample import Prompt, Sample, TooLongError
 from weft.data.rendering.templates import PLAIN_TEMPLATE, TEMPLATES
 from weft.data.rendering.tokens import SOFT
-from weft.data.sources import Mixture, Source, epoch_order, parse_sources, split_by_hash
+from weft.data.sources import Mixture, Source, epoch_order, parse_sources, split_by_hash, split_holdout
 
 __all__ = [
     "FORMATS",

@@ -65,7 +65,11 @@ class ClassRecipe(Recipe):
         return _missing_header(rows(), {*(self.text_columns or ()), self.label_column})
 
     def begun(self, head: Sequence[Record]) -> Self:
-        """The recipe with the columns that these records have. Raises UserError where they are not clear."""
+        """The recipe with the columns that these records have.
+
+        Raises:
+            UserError: The columns are not clear.
+        """
         texts, label = _columns(head, self.text_columns, self.label_column)
         if self.encodes and len(texts) > 2:
             raise UserError(f"text_columns names {len(texts)} columns; an encoder takes one text or a pair of them.")
@@ -106,7 +110,11 @@ class ClassRecipe(Recipe):
         return Kept(source=source, label=name, samples=(sample,), key=key)
 
     def end(self, fold: Fold) -> None:
-        """Log what was left out. Raises UserError for a single class, and where no sample is left."""
+        """Log the number of records that were left out.
+
+        Raises:
+            UserError: There is a single class, or no sample is left.
+        """
         path, long, problems = fold.path, fold.left_out[TOO_LONG], fold.problems
         if long:
             first = fold.first[TOO_LONG]
@@ -148,7 +156,9 @@ def load_labelled(
     message of the chat template. Records that cannot be used go to ``problems``, which the caller checks; without it up
     to 20 are listed in one error: what the file's reader refuses, a text or a label that is missing, a label that is
     not in ``labels``, a record longer than the renderer's ``max_length`` (unless it truncates).
-    Raises UserError for columns that are not clear, a single class, and where no sample is left.
+
+    Raises:
+        UserError: The columns are not clear, there is a single class, or no sample is left.
     """
     recipe = ClassRecipe(
         renderer=renderer,
@@ -297,7 +307,11 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def given_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The classes as the user names them. Raises UserError for fewer than two, and for one that stands twice."""
+    """The classes as the user names them.
+
+    Raises:
+        UserError: There are fewer than two, or one stands twice.
+    """
     if labels is None:
         return None
     names = () if isinstance(labels, str) else tuple(str(name).strip() for name in labels)

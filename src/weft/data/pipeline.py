@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar, get_args
 from weft.data.formats.detect import EmptyAnswerError, to_example
 from weft.data.formats.examples import SFT
 from weft.data.formats.labels import ordered
-from weft.data.problems import Problem, Problems, about_record
+from weft.data.problems import OnBadRecord, Problem, Problems, about_record
 from weft.data.reading.records import first_rows, iter_items, iter_records
 from weft.data.reading.rows import Record
 from weft.data.rendering.render import Rendered, Renderer, Task
@@ -209,7 +209,11 @@ class TextRecipe(Recipe):
         return Kept(source=record.source, samples=made, key=key, example=example if self.watched else None)
 
     def end(self, fold: Fold) -> None:
-        """Log how many records were left out or cut. Raises UserError where no sample is left."""
+        """Log how many records were left out or cut.
+
+        Raises:
+            UserError: No sample is left.
+        """
         long, empty, limit = fold.left_out[TOO_LONG], fold.left_out[EMPTY], self.renderer.max_length
         read, path = fold.kept + long, fold.path
         if empty:
@@ -281,6 +285,44 @@ class Fold:
         """Labelled samples that ``samples`` gave, with the numbers that their classes have in ``names``."""
         final = [self.names.index(name) for name in self._numbers]
         return (replace(sample, label=final[sample.label or 0]) for sample in samples)
+
+
+def load_samples(
+    path: Path,
+    renderer: Renderer,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    empty_answers: EmptyAnswers = "error",
+    task: Task = "causal_lm",
+    on_bad_record: OnBadRecord = "error",
+    bad_records_file: Path | None = None,
+    data_workers: int = 0,
+) -> list[Sample]:
+    """Read the first ``limit`` records of a path (see ``iter_records``, ``to_example``) and render each, in order.
+
+    ``task`` chooses ``renderer.sample`` or ``renderer.seq2seq``; for classes see ``load_labelled``.
+    ``empty_answers="skip"`` leaves records with an empty answer out, and logs how many and the first's place.
+    ``on_bad_record`` says what becomes of other records that cannot be used (see ``Problems``); with ``report`` all of
+    them are written to ``bad_records_file``. ``data_workers`` processes render; the samples are the same.
+
+    Raises:
+        UserError: Records cannot be used; lists up to 20, each at its file and line.
+    """
+    problems = Problems(on_bad_record, errors={"empty_answer": EmptyAnswerError})
+    if bad_records_file is not None and on_bad_record != "report":
+        raise UserError("bad_records_file is for on_bad_record: report; nothing else writes it.")
+    given = dict(columns) if columns else None
+    settings = ReadSettings.model_construct(data_format=format, columns=given, empty_answers=empty_answers)
+    recipe = TextRecipe(renderer=renderer, settings=settings, task=task)
+    fold = Fold(path, recipe, problems)
+    found = [sample for sample, _ in fold.samples(outcomes(path, recipe, limit=limit, workers=data_workers))]
+    recipe.end(fold)
+    problems.check(str(path))
+    if bad_records_file is not None:
+        problems.write(bad_records_file)
+    return list(renderer.join(found))
 
 
 def read_all(path: Path, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from weft.data.auditing.audit import AuditMode
 from weft.data.problems import OnBadRecord
-from weft.data.rendering.render import RenderSettings
+from weft.data.rendering.drafts import RenderSettings
 from weft.data.sources import Source, parse_sources
 from weft.models.hub import Hub
 

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,10 +37,11 @@ class Source:
 
 
 def parse_sources(data: object) -> tuple[Source, ...]:
-    """What ``data`` of a configuration means: a path, a list of paths and mappings, or ``0.7*a.jsonl + 0.3*b.jsonl``.
+    """The sources that ``data`` names: a path, a list of paths and mappings, or ``0.7*a.jsonl + 0.3*b.jsonl``.
 
-    Raises UserError for anything else, and for weights that are not positive, not given to all, or do not sum to 1
-    (whole numbers need not: 7 and 3 are 0.7 and 0.3).
+    Raises:
+        UserError: It is anything else, or weights are not positive, not given to all, or do not sum to 1 (whole numbers
+            need not: 7 and 3 are 0.7 and 0.3).
     """
     if isinstance(data, str):
         sources = _terms(data)
@@ -139,9 +142,10 @@ class Mixture:
 
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
-    """How many samples of each source an epoch has: by weight, as many as no source has to give a sample twice for.
+    """The number of samples of each source in an epoch: by weight, as many as possible without giving one twice.
 
-    Raises UserError where a source would give none at all.
+    Raises:
+        UserError: A source would give no sample.
     """
     if weights is None or len(sizes) == 1:
         return tuple(sizes)
@@ -242,6 +246,10 @@ def split_by_hash(samples: Sequence[T], keys: Sequence[str], share: float) -> tu
     would be left on one side.
     """
     held = held_by_hash(map(number_of, keys), share)
+    return _sides(samples, held)
+
+
+def _sides(samples: Sequence[T], held: bytearray) -> tuple[list[T], list[T]]:
     train = [sample for sample, out in zip(samples, held, strict=True) if not out]
     return train, [sample for sample, out in zip(samples, held, strict=True) if out]
 
@@ -252,7 +260,11 @@ def number_of(key: str) -> int:
 
 
 def held_by_hash(numbers: Iterable[int], share: float) -> bytearray:
-    """Which samples ``split_by_hash`` holds out, by ``number_of`` their keys: 1 for each. Raises UserError as that."""
+    """Which samples ``split_by_hash`` holds out, by ``number_of`` their keys: 1 for each.
+
+    Raises:
+        UserError: Nothing would be held out, or nothing left to train on.
+    """
     if not 0 < share < 1:
         raise UserError(f"eval_split is {share:g}; expected a share between 0 and 1, such as 0.05.")
     bound = int(share * 2**64)
@@ -263,4 +275,30 @@ def held_by_hash(numbers: Iterable[int], share: float) -> bytearray:
             f"eval_split {share:g} of {len(held)} samples leaves none to {side} on: each is held out by the hash of "
             "its content. Take another share, or eval_size for an exact number."
         )
+    return held
+
+
+def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T], list[T]]:
+    """Choose ``n_eval`` samples at random (the same ones for the same seed and count): ``(train, eval)``.
+
+    Both parts keep the order of ``samples``. Raises UserError when nothing would be left to train on.
+    """
+    held = held_by_chance(len(samples), n_eval, seed)
+    return _sides(samples, held)
+
+
+def held_by_chance(count: int, n_eval: int, seed: int) -> bytearray:
+    """Which of ``count`` samples ``split_holdout`` holds out: 1 for each that it does.
+
+    Raises:
+        UserError: Nothing would be left to train on.
+    """
+    if not 0 <= n_eval < max(count, 1):
+        raise UserError(f"cannot hold out {n_eval} of {count} samples: expected 0 or more, and fewer than all.")
+    held = bytearray(count)
+    if n_eval:
+        order = array("q", range(count))  # a list would take five times the memory
+        random.Random(seed).shuffle(order)
+        for index in order[:n_eval]:
+            held[index] = 1
     return held

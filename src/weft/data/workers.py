@@ -35,11 +35,13 @@ class Maker(Protocol[Item, Made]):
 def in_order(
     items: Iterable[I], maker: Maker[I, M], workers: int, size: Callable[[I], int] = lambda item: 0
 ) -> Iterator[M]:
-    """What ``maker.make`` gives for every item, in order; in this process if ``workers`` is 0.
+    """The results of ``maker.make`` for every item, in order; made in this process if ``workers`` is 0.
 
-    ``size`` tells how much there is of an item (in characters, say): large ones are given in smaller chunks. No more
-    items are taken ahead than keep the workers busy. Raises UserError where a worker dies, and whatever ``make``
-    raises.
+    ``size`` gives the size of an item (in characters, say): large ones go to the workers in smaller chunks. No more
+    items are taken ahead than keep the workers busy.
+
+    Raises:
+        UserError: A worker dies, or ``workers`` is negative; also all that ``make`` raises.
     """
     if workers < 0:
         raise UserError(f"data_workers is {workers}; expected 0 (none) or the number of processes.")

@@ -1,4 +1,4 @@
-"""Evaluation: exact answers, classes, and what the base forgot."""
+"""Evaluation: exact answers, classes, and the base's forgetting."""
 
 from weft.evaluate.classify import Predictions, predict
 from weft.evaluate.exact_match import Answer, Question, answer_questions, exact_match, read_questions

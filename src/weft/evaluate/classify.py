@@ -1,4 +1,4 @@
-"""What a classification adapter says of texts."""
+"""The predictions of a classification adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weft.objectives.passes import logits_of, passes
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of each text: the index of the class, and the probabilities [n, classes] in the order of ``names``."""
+    """The index of each text's class, and the probabilities [n, classes] in the order of ``names``."""
 
     labels: list[int]
     probabilities: Tensor
@@ -24,7 +24,11 @@ class Predictions:
 
 
 def classes_of(adapters: Adapters, name: str) -> tuple[str, ...]:
-    """The classes of adapter ``name``; UserError if it was not trained to classify."""
+    """The classes of adapter ``name``.
+
+    Raises:
+        UserError: It was not trained to classify.
+    """
     labels = adapters[name].head.labels
     if not labels:
         raise UserError(f"adapter '{name}' has no classes: it was not trained with task: sequence_classification.")
@@ -36,7 +40,7 @@ def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tok
     """Classify samples with adapter ``name``, in passes of at most ``max_tokens`` tokens.
 
     Raises:
-        UserError: the adapter has no classes, or a sample is longer than the model's positions.
+        UserError: The adapter has no classes, or a sample is longer than the model's positions.
     """
     names, adapter, limit = classes_of(adapters, name), adapters[name], adapters.architecture.max_length
     learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
@@ -52,7 +56,11 @@ def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tok
 
 
 def text_sample(adapters: Adapters, renderer: Renderer, text: str, source: str = "the text") -> Sample:
-    """A text, or a pair of texts with a tab between them, as training encodes it."""
+    """A text, or a pair of texts with a tab between them, as training encodes it.
+
+    Raises:
+        UserError: There are more texts than the base takes.
+    """
     texts, encoder = text.split("\t"), not adapters.architecture.writes
     if encoder and len(texts) > 2:
         raise UserError(f"{source}: {len(texts)} texts with tabs between them; an encoder takes one or a pair.")

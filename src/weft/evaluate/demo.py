@@ -15,10 +15,10 @@ from weft.files.adapter_folder import weights_path
 from weft.train import RunConfig, make_config
 from weft.train.run import Setup, train
 
-# Rates for a base of a million parameters, measured on tiny-llama (docs/demo.md); large models want smaller ones.
+# Learning rates for a base of a million parameters, measured on tiny-llama (docs/demo.md). Large models want less.
 JOBS: list[dict[str, Any]] = [
     {"method": "lora", "r": 8, "learning_rate": 4e-3},
-    # The Llama-like base has no biases at all, as real Llamas have none; so it is given some.
+    # The Llama-like base has no biases, as real Llamas have none, so the method adds some.
     {"method": "bitfit", "add_missing": True, "learning_rate": 4e-2},
     {"method": "prompt_tuning", "num_virtual_tokens": 20, "learning_rate": 0.1},
     {"method": "prefix_tuning", "num_virtual_tokens": 10, "learning_rate": 0.2},
@@ -42,7 +42,7 @@ class Measured:
 
 @dataclass
 class DemoResult:
-    """What the demo found."""
+    """The result of the demo."""
 
     model: str
     output_dir: str
@@ -54,7 +54,7 @@ class DemoResult:
 
 
 def demo_config(model: str, output_dir: str, steps: int = STEPS) -> RunConfig:
-    """The demo as a run configuration: what ``weft train`` would be given."""
+    """The demo as a run configuration, as ``weft train`` takes it."""
     return make_config(
         {
             "model": model,
@@ -67,7 +67,7 @@ def demo_config(model: str, output_dir: str, steps: int = STEPS) -> RunConfig:
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
             "logging_steps": 10,
-            # Two threads save a third of the time on an idle machine, and cost many times it on a busy one.
+            # Two threads save a third of the time on an idle machine, and cost many times that on a busy one.
             "threads": 1,
             "jobs": JOBS,
         },
@@ -87,7 +87,7 @@ def run_demo(
     """Train the five methods at once and measure them; None if it was asked to stop.
 
     Raises:
-        UserError: the model or the folder cannot be used.
+        UserError: The model or the folder cannot be used.
     """
     begun = time.monotonic()
     config, measure = demo_config(model, output_dir, steps), Measure()
@@ -131,7 +131,7 @@ def _by_task(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def _samples(measure: Measure, names: Sequence[str]) -> list[dict[str, str]]:
-    """For each task its first question: the reference, and what the base and every method answered."""
+    """The first question of each task: the reference, and the answers of the base and of every method."""
     seen: set[str] = set()
     samples = []
     for index, question in enumerate(measure.questions):

@@ -1,4 +1,4 @@
-"""Exact match: greedy answers to held-out questions, compared to the reference after folding white space."""
+"""Exact match: greedy answers to held-out questions, compared with the reference after folding white space."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one adapter answered, and whether it is the reference."""
+    """The answer of one adapter, and whether it is the reference."""
 
     question: Question
     text: str
@@ -79,10 +79,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def fold(text: str) -> str:
-    """White space does not count in an exact match; everything else does."""
+    """The text with folded white space, which does not count in an exact match."""
     return " ".join(text.split())
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of correct answers, 0 to 1."""
+    """The share of correct answers, 0 to 1."""
     return sum(answer.correct for answer in answers) / len(answers)

@@ -1,4 +1,4 @@
-"""Forgetting: how well an adapted base still predicts text of the kind it was pre-trained on."""
+"""Forgetting: the loss of an adapted base on text of the kind it was pre-trained on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def text_samples(renderer: Renderer, documents: Sequence[str]) -> list[Sample]:
-    """Plain-text samples, every token counted."""
+    """Plain-text samples in which every token counts."""
     return [renderer.sample(PlainText(text, f"document {i + 1}")) for i, text in enumerate(documents)]
 
 
 def text_loss(adapters: Adapters, name: str | None, samples: Sequence[Sample]) -> float:
-    """Mean negative log-likelihood per token under adapter ``name`` (None: the plain base)."""
+    """The mean negative log-likelihood per token under adapter ``name`` (None: the plain base)."""
     return evaluate_loss(adapters, name, samples)

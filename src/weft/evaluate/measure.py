@@ -1,4 +1,4 @@
-"""What a fine-tuned adapter is judged by on the embedded bases: exact answers, and what the base forgot."""
+"""The measures of a fine-tuned adapter on the embedded bases: exact answers, and the base's forgetting."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Measure:
         self.documents = read_documents(base_text_path())
 
     def before(self, setup: Setup) -> None:
-        """The plain base."""
+        """Measure the plain base."""
         self._ask(setup, [None], "evaluation before")
 
     def after(self, setup: Setup) -> None:
-        """Every trained adapter, all in the same batches."""
+        """Measure every trained adapter, all in the same batches."""
         self.parameters = {job.name: job.adapter.num_trainable() for job in setup.jobs}
         self._ask(setup, [job.name for job in setup.jobs], "evaluation after")
 
@@ -48,7 +48,7 @@ class Measure:
 
 
 def saved_bytes(adapters: Adapters, work: Work) -> int:
-    """Bytes that one forward pass keeps for its backward pass, parameters left out: the activations of one step."""
+    """The bytes that one forward pass keeps for its backward pass without parameters: the activations of one step."""
     own = {p.untyped_storage().data_ptr() for p in adapters.model.parameters()}
     if work.adapter is not None:
         own |= {p.untyped_storage().data_ptr() for p in adapters[work.adapter].parameters()}
@@ -57,7 +57,7 @@ def saved_bytes(adapters: Adapters, work: Work) -> int:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = tensor  # held, so that no other tensor is given its place
+            kept[storage.data_ptr()] = tensor  # held, so that no other tensor gets its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -67,7 +67,7 @@ def saved_bytes(adapters: Adapters, work: Work) -> int:
 
 
 def training_bytes(setup: Setup, name: str, samples: int = 16) -> int:
-    """Memory that training one job adds to the base's: its numbers, gradients and two moments, and one step's
+    """The memory that training one job adds to the base's: its numbers, gradients and two moments, and one step's
     activations, for the first ``samples`` samples."""
     job = next(job for job in setup.jobs if job.name == name)
     trained = sum(p.numel() * p.element_size() for p in job.parameters)

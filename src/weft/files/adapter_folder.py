@@ -114,7 +114,11 @@ def load_adapter(adapters: Adapters, name: str, folder: Path, *, tokenizer: Any 
 def add_with_tensors(
     adapters: Adapters, name: str, config: MethodConfig, tensors: Mapping[str, Tensor], **more: Any
 ) -> Adapter:
-    """``Adapters.add`` with ``more``, then the values of ``tensors``."""
+    """``Adapters.add`` with ``more``, then the values of ``tensors``, in the shapes of its file.
+
+    Raises:
+        UserError: The adapter cannot be added, or the tensors are not its own; the base is then as it was before.
+    """
     adapter = adapters.add(name, config, blank=True, **more)
     try:
         with torch.no_grad():
@@ -147,7 +151,7 @@ def assemble(
 
 
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """All that the adapter's file holds: the method's tensors and those of a classification head."""
+    """All tensors in the adapter's file, in their own shapes: the method's and those of a classification head."""
     return {**adapter.file_tensors(), **_stored_head(adapter)}
 
 
@@ -277,7 +281,7 @@ def base_of(folder: Path) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def provenance_of(folder: Path) -> dict[str, Any] | None:
+def provenance_of(folder: Path) -> dict[str, object] | None:
     """The way the adapter's data was read and rendered (``weft.data.provenance``); None if the folder does not say.
 
     Raises:
@@ -291,7 +295,7 @@ def trained_on(folder: Path) -> dict[str, Any] | None:
     return _section(folder, "base")
 
 
-def merged_from(folder: Path) -> dict[str, Any] | None:
+def merged_from(folder: Path) -> dict[str, object] | None:
     """The origin of a model's folder that ``weft merge`` wrote; None for any other folder."""
     return _section(folder, "merged") if (folder / "config.json").is_file() else None
 

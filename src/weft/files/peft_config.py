@@ -88,8 +88,8 @@ def check_agreement(own: Path, config: MethodConfig, path: Path, entries: Mappin
         lines.append(f"  target_modules: {_shown(mine)} in {own.name}, {_shown(their_targets)} in {path.name}")
     if lines:
         raise UserError(
-            f"{own.parent}: {own.name} and {path.name} disagree:\n" + "\n".join(lines) + "\nWhich of them the tensors "
-            f"were trained with is not known. Put back the one that was changed, or delete {own.name}: the folder is "
+            f"{own.parent}: {own.name} and {path.name} disagree:\n" + "\n".join(lines) + "\nIt is not known with which "
+            f"of them the tensors were trained. Put back the one that was changed, or delete {own.name}: the folder is "
             "then read as peft reads it."
         )
 

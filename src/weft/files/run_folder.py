@@ -91,7 +91,7 @@ class RunStore:
             self._locked.close()
             self._locked = None
 
-    def write_run(self, run: Mapping[str, Any]) -> None:
+    def write_run(self, run: Mapping[str, object]) -> None:
         """Write ``run.json``."""
         write_whole(self.folder / RUN_FILE, _json(run))
 
@@ -99,17 +99,19 @@ class RunStore:
         """Read ``run.json``; UserError if this is no run's folder."""
         return read_json(self.folder / RUN_FILE)
 
-    def log(self, event: Mapping[str, Any]) -> None:
+    def log(self, event: Mapping[str, object]) -> None:
         """Append one line to ``metrics.jsonl``; JSON has no word for what is not finite, so that becomes null."""
         event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
         with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(event, ensure_ascii=False) + "\n")
 
-    def save(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
-        """Commit a checkpoint, then drop the oldest beyond ``keep``.
+    def save(
+        self, step: int, state: Mapping[str, object], tensors: Mapping[str, Mapping[str, Tensor]], keep: int
+    ) -> Path:
+        """Commit a checkpoint with tensors of any shape, then drop the oldest beyond ``keep``.
 
-        All files are on disk before the folder gets its name by one rename, so a crash at any moment leaves the
-        checkpoints that were there, and perhaps a nameless folder that the next save removes.
+        All files are on disk before the folder gets its name by one rename. So a crash at any moment leaves the earlier
+        checkpoints, and perhaps a nameless folder that the next save removes.
         """
         metrics = self.folder / METRICS_FILE
         size = 0
@@ -146,7 +148,11 @@ class RunStore:
         return final
 
     def latest(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]] | None:
-        """The newest intact checkpoint: state, tensors by name, and a warning for each broken one passed over."""
+        """The newest intact checkpoint: state, tensors by name in their shapes, and a warning for each broken one.
+
+        Raises:
+            UserError: There are checkpoints, and none is intact.
+        """
         warnings: list[str] = []
         for folder in reversed(self._committed()):
             problem = _broken(folder)
@@ -210,7 +216,7 @@ def write_whole(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _json(value: Mapping[str, Any]) -> str:
+def _json(value: Mapping[str, object]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -91,8 +91,8 @@ def normalised(
     patterns = [p for one in given for p in one if re.search(r"\W", p)]
     if moved is not None and patterns:
         raise UserError(
-            f"adapter_config.json: the pattern {patterns[0]!r} may be meant for paths such as that of '{moved}', which "
-            "this base calls otherwise (without the language model's prefix), so which modules it is for is not known."
+            f"adapter_config.json: the pattern {patterns[0]!r} may be meant for paths such as that of '{moved}'. This "
+            "base has other paths (without the language model's prefix), so it is not known which modules it is for."
         )
     return {placed: tensors[key] for placed, key in names.items()}
 

@@ -47,7 +47,10 @@ class KeyValueCache:
         return PartOfCache(self, slice(first, first + count))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store one token per row; the caller moves on with ``advance`` once every layer has."""
+        """Store one token per row, k and v [kv_heads, B, head_dim]; as ``weft.core.route.KeyValueCache.append``.
+
+        The caller calls ``advance`` after every layer has stored its token.
+        """
         keys, values = self._layers[layer]
         rows = torch.arange(len(self.lengths), device=self.lengths.device)
         keys[rows, :, self.lengths] = k.transpose(0, 1)
@@ -89,7 +92,7 @@ class PartOfCache:
             store[whole._row[here], :, whole._place[here]] = x.transpose(0, 1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``KeyValueCache.append``, of these rows."""
+        """``KeyValueCache.append`` for these rows, with the same shapes."""
         keys, values = (side[self.rows] for side in self.whole._layers[layer])
         lengths = self.whole.lengths[self.rows]
         rows = torch.arange(len(lengths), device=lengths.device)

@@ -11,7 +11,6 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ def kind(adapters: Adapters, name: str | None, length: int, verdict: Verdict) ->
 
 MANY = 1 << 30
 # Of the base (its Adapters) and of every adapter that has generated, with what its parameters were then.
-_VERDICTS: weakref.WeakKeyDictionary[Any, tuple[Any, Verdict]] = weakref.WeakKeyDictionary()
+_VERDICTS: weakref.WeakKeyDictionary[object, tuple[object, Verdict]] = weakref.WeakKeyDictionary()
 _FOLLOWING = 3  # tokens after the prompt of a proof
 _ROUNDINGS = 10  # per block, about as large as one of what enters
 _MOST = 0.1  # a limit beyond this would prove nothing
@@ -66,7 +65,7 @@ _MOST = 0.1  # a limit beyond this would prove nothing
 @torch.no_grad()
 def verdict(adapters: Adapters, name: str | None, prompt: Sequence[int] = (), slots: Sequence[int] = ()) -> Verdict:
     """Try the cache for adapter ``name``, or remember; the prompt matters only if virtual tokens stand at its slots."""
-    key: Any = adapters if name is None else adapters[name]
+    key: object = adapters if name is None else adapters[name]
     # An adapter at its start often does nothing, and shows nothing: after it was trained it is tried again.
     state = None if name is None else [(p.data_ptr(), p._version) for p in adapters[name].parameters()]
     known = _VERDICTS.get(key)

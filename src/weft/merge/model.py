@@ -1,11 +1,11 @@
-"""A plain transformers model of merged weights: the base's class and configuration, but for what the merge changes."""
+"""A plain transformers model of merged weights, with the base's class and configuration as far as the merge allows."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head) -> Any:
+def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head | None = None) -> PreTrainedModel:
     """The model with these weights, without a copy of them; to be saved, not run (its buffers are on the meta device).
 
     Args:
         model: the base, which is only read.
-        head: the adapter's; with one that classifies the new model is transformers' ``...ForSequenceClassification``.
+        head: the adapter's; with one that classifies the model is transformers' ``...ForSequenceClassification``.
 
     Raises:
-        UserError: the architecture has no place for a tensor, or no such class.
+        UserError: The architecture has no place for a tensor, or no such class.
     """
     config = copy.deepcopy(config_of(model))
     config._attn_implementation = "eager"  # the base's may be Weft's own; not saved
@@ -41,10 +41,10 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: He
     if len(merged.blocks) != len(shape.blocks):
         _set_layers(config, merged.blocks)
     tensors = dict(merged.tensors)
-    cls: Any = type(model)
-    if head.labels:
+    cls = cast("type[PreTrainedModel]", type(model))
+    if head and head.labels:
         cls, tensors = _classifier(config, shape, tensors, head)
-    elif shape.bidirectional:
+    elif not shape.writes:
         raise UserError(
             "an encoder's adapter without a classification head has nothing to answer with; nothing to merge."
         )
@@ -56,11 +56,11 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: He
 
 
 def check_as_written(model: nn.Module, folder: Path) -> None:
-    """Compare what transformers loaded from a folder with what stands there, tensor by tensor of one name.
+    """Compare the tensors that transformers loaded from a folder with those in its files, by name.
 
     Raises:
-        UserError: a tensor is another one: some models set a row of a loaded tensor anew (Youtu that of the pad token,
-            which is a row of its output layer too).
+        UserError: A tensor differs: some models overwrite a row of a loaded tensor (Youtu that of the pad token, which
+            is a row of its output layer too).
     """
     loaded = model.state_dict()
     for path in sorted(folder.glob("*.safetensors")):
@@ -80,7 +80,7 @@ def check_as_written(model: nn.Module, folder: Path) -> None:
             )
 
 
-def _empty(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+def _empty(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         return cls(config).eval()
 
@@ -92,19 +92,19 @@ def _put_in(new: PreTrainedModel, tensors: dict[str, Tensor], merged: Merged) ->
         raise UserError(_no_place(new.config, strange))
     some = next(t for t in tensors.values() if t.is_floating_point())
     missing = set(known) - set(tensors)
-    # A switch that gives some modules a bias gives it to others too.
+    # A switch that gives some modules a bias gives one to others too.
     zeros = {key: torch.zeros(known[key].shape, dtype=some.dtype) for key in missing if key.endswith(".bias")}
     left = missing - set(zeros)
     if left or (zeros and not merged.added):
         raise UserError(
-            f"{new.config.model_type} models of this shape have a tensor '{min(missing)}', which the base has not."
+            f"{new.config.model_type} models of this shape have a tensor '{min(missing)}', which the base lacks."
         )
     new.load_state_dict({**tensors, **zeros}, assign=True)
     new.tie_weights()
 
 
 def _set_layers(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
-    """More layers: their number, and lists with an entry for each."""
+    """Set the number of layers in the configuration, and its lists with an entry for each."""
     text = config.get_text_config()
     before = max(blocks) + 1
     for key, value in list(vars(text).items()):
@@ -113,11 +113,11 @@ def _set_layers(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
     text.num_hidden_layers = len(blocks)
 
 
-def _with_biases(config: PreTrainedConfig, cls: type[PreTrainedModel], added: Collection[str]) -> Any:
+def _with_biases(config: PreTrainedConfig, cls: type[PreTrainedModel], added: Collection[str]) -> PreTrainedConfig:
     """The configuration with those switches on that give the modules a bias (Llama: attention_bias, mlp_bias).
 
     Raises:
-        UserError: there is none for some.
+        UserError: There is no switch for some.
     """
     without = set(_empty(cls, config).state_dict())
     wanted = set(added) - without
@@ -148,8 +148,8 @@ def _no_place(config: PreTrainedConfig, keys: Sequence[str]) -> str:
 
 
 def _classifier(
-    config: Any, shape: Architecture, tensors: Mapping[str, Tensor], head: Head
-) -> tuple[Any, dict[str, Tensor]]:
+    config: PreTrainedConfig, shape: Architecture, tensors: Mapping[str, Tensor], head: Head
+) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
     """transformers' class for classification, and its tensors: the body's and the head's."""
     from transformers import AutoModelForSequenceClassification
 
@@ -158,7 +158,7 @@ def _classifier(
             f"cannot be merged: the adapter classifies, and transformers has no classification model of the type "
             f"{config.model_type}. Serve the adapter beside its base instead."
         )
-    cls = AutoModelForSequenceClassification._model_mapping[type(config)]
+    cls = cast("type[PreTrainedModel]", AutoModelForSequenceClassification._model_mapping[type(config)])
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
     config.problem_type = "single_label_classification"

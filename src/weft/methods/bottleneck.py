@@ -151,11 +151,32 @@ class BottleneckConfig(MethodConfig):
         return found if isinstance(found, dict) else {}
 
     def own_layout(self, name: str, architecture: Architecture) -> dict[str, object]:
-        return to_adapterhub(self, architecture, name)
+        d = architecture.hidden_size
+        factor = {"reduction_factor": d / self.width(d, 0)} if self.reduction_factor is None else {}
+        crossed = {"cross_adapter": self.mh_adapter} if architecture.stacks > 1 else {}
+        return {
+            "config": self.model_dump(mode="json", exclude={"architecture"}) | factor | crossed,
+            "hidden_size": d,
+            "model_type": architecture.model_type,
+            "model_name": "",
+            "name": name.replace(".", "_"),  # names in AdapterHub hold no dot
+            "version": "adapters.1.3.0",
+        }
 
     @classmethod
     def from_layout(cls, entries: dict[str, object]) -> MethodConfig | None:
-        return from_adapterhub(entries) if "peft_type" not in entries and "config" in entries else None
+        """The configuration in an ``adapter_config.json`` of AdapterHub; None if it is another layout.
+
+        Raises:
+            UserError: It is no bottleneck adapter, or an entry changes its results in a way that Weft does not know.
+        """
+        if "peft_type" in entries or "config" not in entries:
+            return None
+        found = adapterhub_settings(entries, cls.model_fields.keys() | _NOT_HERE.keys())
+        try:
+            return cls.model_validate({"init_weights": "bert", **found})
+        except ValidationError as error:
+            raise UserError(f"adapter_config.json: the configuration cannot be used: {error}") from error
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return Bottleneck(self, name, context)
@@ -400,32 +421,3 @@ def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: in
 _HUB_TENSOR = re.compile(r"\.(?:(?:attention|layer)_text_(?:task|lang)_)?adapters\.[^.]+\.")
 # The beginning of a name up to the block's number, or up to the stack's name in T5.
 _UP_TO_LAYER = re.compile(r"^(?!(?:encoder|decoder)\.block\.).*?\.(?=(?:encoder|decoder)\.block\.|\d+\.)")
-
-
-def to_adapterhub(config: BottleneckConfig, architecture: Architecture, name: str) -> dict[str, object]:
-    """The ``adapter_config.json`` of AdapterHub for the adapter ``name``."""
-    d = architecture.hidden_size
-    factor = {"reduction_factor": d / config.width(d, 0)} if config.reduction_factor is None else {}
-    return {
-        "config": config.model_dump(mode="json", exclude={"architecture"})
-        | factor
-        | ({"cross_adapter": config.mh_adapter} if architecture.stacks > 1 else {}),
-        "hidden_size": architecture.hidden_size,
-        "model_type": architecture.model_type,
-        "model_name": "",
-        "name": name.replace(".", "_"),  # names in AdapterHub hold no dot
-        "version": "adapters.1.3.0",
-    }
-
-
-def from_adapterhub(entries: Mapping[str, object]) -> BottleneckConfig:
-    """The configuration in an ``adapter_config.json`` of AdapterHub.
-
-    Raises:
-        UserError: It is no bottleneck adapter, or an entry changes its results in a way that Weft does not know.
-    """
-    found = adapterhub_settings(entries, BottleneckConfig.model_fields.keys() | _NOT_HERE.keys())
-    try:
-        return BottleneckConfig.model_validate({"init_weights": "bert", **found})
-    except ValidationError as error:
-        raise UserError(f"adapter_config.json: the configuration cannot be used: {error}") from error

@@ -6,7 +6,7 @@ Inference needs only the rows, and PEFT's file holds only them. The encoder lies
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +137,8 @@ def normal_rows(count: int, width: int, context: BuildContext) -> nn.Parameter:
 def real_tokens(context: BuildContext) -> Tensor:
     """Ids, [n] int64, that stand for text: neither special tokens nor rows that only fill the table."""
     rows = input_embeddings(context.model).weight.shape[0]
-    tokenizer: Any = context.tokenizer
-    known = len(tokenizer) if hasattr(tokenizer, "__len__") else rows
+    tokenizer = context.tokenizer
+    known = len(tokenizer) if tokenizer is not None and hasattr(tokenizer, "__len__") else rows
     special = set(getattr(tokenizer, "all_special_ids", ()))
     return torch.tensor([i for i in range(min(rows, known)) if i not in special])
 

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ def combine_lora(sources: Sequence[Source], how: Combination) -> tuple[MethodCon
     return config.model_copy(update={k: v for k, v in update.items() if k in type(config).model_fields}), tensors
 
 
-def _parsed(key: str) -> Any:
+def _parsed(key: str) -> re.Match[str]:
     found = _FACTOR.fullmatch(key)
     assert found is not None
     return found

@@ -103,8 +103,8 @@ def _check_settings(config: LoraSettings, key: str) -> None:
     for setting, value in wrong.items():
         if value:
             raise UserError(
-                f"{setting}: {value} does not go with target_parameters ('{key}'): what goes into an expert is not "
-                "seen there, only its weights. Leave one of them out."
+                f"{setting}: {value} does not go with target_parameters ('{key}'): LoRA sees only an expert's weights "
+                "there, not its input. Leave one of them out."
             )
 
 

@@ -83,4 +83,4 @@ class MergedBlock(Protocol):
     """A block of an adapter's own that can become one of the model's."""
 
     def merged_tensors(self) -> Mapping[str, Tensor]:
-        """Its state dict, in the base's dtypes."""
+        """Its state dict, in its own shapes and the base's dtypes."""

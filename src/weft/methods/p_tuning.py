@@ -41,7 +41,8 @@ class PTuningConfig(SoftPromptConfig):
     @model_validator(mode="after")
     def _what_is_the_lstms(self) -> PTuningConfig:
         if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != 2:
-            raise ValueError("encoder_num_layers: the MLP is what it is; take encoder_reparameterization_type: LSTM")
+            fixed = "encoder_num_layers: the MLP has a fixed number of layers"
+            raise ValueError(f"{fixed}; take encoder_reparameterization_type: LSTM")
         if self.encoder_dropout and (self.encoder_reparameterization_type == "MLP" or self.encoder_num_layers < 2):
             raise ValueError("encoder_dropout acts between the layers of an LSTM; there are none here")
         return self

@@ -1,4 +1,4 @@
-"""Architecture facts as data; loading a base."""
+"""Facts about architectures as data, and the loading of a base."""
 
 from weft.models.load import Base, load_base
 from weft.models.proof import describe

@@ -1,10 +1,10 @@
 """The proof of a fresh adapter, before its first step: it begins as it promises, all of it learns, neighbours stay.
 
-A few short sequences go through the base twice in one batch, under the adapter and without it. What is proved:
+A few short sequences go through the base twice in one batch, under the adapter and without it. The proof shows that
 
-- an adapter that begins as the identity gives what the base gives;
-- every trained tensor gets a gradient (one that is multiplied by zeros in the beginning gets it once all are moved);
-- the base's rows beside the adapter are what they are without it.
+- an adapter that begins as the identity gives the base's results;
+- every trained tensor gets a gradient (if zeros multiply one at first, it gets its gradient after all have moved);
+- the adapter does not change the base's rows beside it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from weft.errors import UserError
 from weft.models import trial
 from weft.models.difference import first_beside
 
-# Rounding, in units of the last place of the largest number: the two halves of a batch differ by little else.
+# Rounding, in units of the last place of the largest number: the two halves of a batch differ by hardly more.
 _UNITS = 256
-# But not so far in a narrow dtype, where that would be all there is; what two batch sizes differ by comes on top.
+# In a narrow dtype that would be all there is, so the limit is smaller; the difference of two batch sizes comes on top.
 _MOST = 0.05
 _NOISE = 4
-# How far parameters are moved, relative to their own size and beside it, where zeros hide a gradient.
+# The distance by which parameters move where zeros hide a gradient, relative to their own size and beside it.
 _MOVE = 0.02
 
 
 def prove_attached(adapters: Adapters, name: str) -> None:
-    """Prove the fresh adapter ``name``; its values and gradients are afterwards what they were.
+    """Prove the fresh adapter ``name``; afterwards its values and gradients are the old ones.
 
     Raises:
-        UserError: it does not begin as it promises, a trained tensor has no gradient, or the base's rows change.
+        UserError: It does not begin as it promises, a trained tensor has no gradient, or the base's rows change.
     """
     adapter = adapters[name]
     if adapters.architecture.memory_linears or not any(p.requires_grad for p in adapter.parameters()):
@@ -46,7 +46,7 @@ def prove_attached(adapters: Adapters, name: str) -> None:
     learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
     sequences = trial.sequences_for(adapters.model, adapters.architecture, learned)
     with torch.no_grad():
-        # In int8 sites also keep rows apart (``mixes_rows``), and so are no bystanders.
+        # In int8 sites also keep rows apart (``mixes_rows``), and so change the base's rows.
         mixes = any(mixes_rows(module) for module in adapters.model.modules())
         with contextlib.nullcontext() if mixes else without_sites(adapters.model):
             alone = _run(adapters, [Part(None, sequences)])
@@ -66,7 +66,7 @@ def prove_attached(adapters: Adapters, name: str) -> None:
 
 
 def _rounding(adapters: Adapters, sequences: Sequence[Sequence[int]], alone: Tensor) -> float:
-    """How far the base's hidden states may move for the size of the batch."""
+    """The distance by which the size of the batch may move the base's hidden states."""
     scale = float(alone.abs().max())
     units = _UNITS * max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)
     if units <= _MOST:
@@ -115,7 +115,7 @@ def _check_gradients(adapters: Adapters, name: str, sequences: Sequence[Sequence
         with _moved(trained):
             missing &= _without_gradient(adapters, name, sequences, trained, called)
     places = _places(adapter)
-    # An expert that no token was sent to shows nothing.
+    # An expert that got no token shows nothing.
     missing = {key for key in missing if not trial.has_called_sibling(places.get(key, ""), called)}
     if missing:
         some = sorted({places.get(key, key) for key in missing})
@@ -128,7 +128,7 @@ def _check_gradients(adapters: Adapters, name: str, sequences: Sequence[Sequence
 
 
 def _places(adapter: Adapter) -> Mapping[str, str]:
-    """Parameter -> path of the module that it acts on, where it acts on one."""
+    """Parameter -> the path of the module that it acts on, for parameters that act on one."""
     found: dict[str, str] = {}
     for index, part in enumerate(adapter.parts):
         if part is not adapter:
@@ -174,7 +174,7 @@ def _without_gradient(
 
 @contextlib.contextmanager
 def _moved(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Inside, every parameter is a little elsewhere."""
+    """Inside, every parameter is moved a little."""
     kept = {key: parameter.detach().clone() for key, parameter in trained.items()}
     with torch.no_grad():
         for key, parameter in trained.items():

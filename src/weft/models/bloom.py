@@ -1,5 +1,5 @@
-"""BLOOM does not go through the attention interface: its attention modules are swapped for one that attends along the
-stream, with ALiBi (Press et al. 2021) counted from the start of each sequence."""
+"""BLOOM does not use the attention interface. Its attention modules are swapped for one that attends along the stream,
+with ALiBi (Press et al. 2021) from the start of each sequence."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class StreamBloomAttention(BloomAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, residual: Tensor, **kwargs: object
     ) -> tuple[Tensor, None]:
+        """Attention's output [1, N, d] plus ``residual``, of hidden states [1, N, d]."""
         fused = self.query_key_value(hidden_states)[0]
         q, k, v = fused.view(-1, self.num_heads, 3, self.head_dim).permute(2, 1, 0, 3)
         out = attend(
@@ -49,7 +50,7 @@ def install_bloom(model: nn.Module, router: Router) -> Callable[[], None]:
     attentions = [m for m in model.modules() if type(m) is BloomAttention]
     config = config_of(model)
     before = config._attn_implementation
-    # Only so that no [N, N] mask is made: BLOOM asks the mask interface, not the attention interface.
+    # BLOOM asks the mask interface, not the attention interface. This keeps it from making an [N, N] mask.
     config._attn_implementation = NAME
     for module in attentions:
         module.__dict__[ROUTER] = router

@@ -1,7 +1,7 @@
-"""Pickled weights made safetensors: the only place where Weft opens a pickle, and torch's restricted reader does it.
+"""From pickled weights to safetensors: the only place where Weft opens a pickle, by torch's restricted reader.
 
-That reader (``weights_only=True``) builds tensors and plain containers and refuses every other name. It still believes
-what a file says of sizes, so those are compared with the file before anything is copied.
+That reader (``weights_only=True``) builds tensors and plain containers and refuses every other name. It still trusts
+the sizes that a file names, so those are compared with the file before anything is copied.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _INSIDE = ("state_dict", "model_state_dict", "model")
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: the folder, how many tensors, how many bytes, and from which files."""
+    """The result of a conversion: the folder, the numbers of tensors and bytes, and the files they came from."""
 
     folder: Path
     tensors: int
@@ -44,8 +44,8 @@ def convert_folder(folder: str | Path, output: str | Path) -> Converted:
     """Write a model's (or an adapter's) folder with its pickled weights as safetensors, beside copies of its texts.
 
     Raises:
-        UserError: there are no such weights, ``output`` is taken, or a file holds anything but tensors; nothing is
-            left behind.
+        UserError: There are no such weights, ``output`` is taken, or a file holds anything but tensors. No part of
+            the output remains.
     """
     source, output = Path(folder).expanduser(), Path(output).expanduser()
     if not source.is_dir():
@@ -62,7 +62,7 @@ def convert_folder(folder: str | Path, output: str | Path) -> Converted:
             if path.suffix in _TEXTS and path.name not in (_INDEX,) and path.is_file():
                 shutil.copyfile(path, part / path.name)
         if output.exists():
-            output.rmdir()  # empty, or it would have been refused
+            output.rmdir()  # it is empty, or it would have been refused
         part.replace(output)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -71,7 +71,7 @@ def convert_folder(folder: str | Path, output: str | Path) -> Converted:
 
 
 def _pickles(folder: Path) -> list[Path]:
-    """The files of weights: an adapter's, those of an index, or the one there is."""
+    """The files of weights: an adapter's, those of an index, or the only one."""
     for name in _ADAPTERS:
         if (folder / name).exists():
             return [folder / name]
@@ -88,7 +88,7 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def _write(files: list[Path], part: Path) -> tuple[int, int]:
-    """Write each file's tensors; the number of tensors and bytes in all."""
+    """Write each file's tensors; returns the total numbers of tensors and bytes."""
     where: dict[str, str] = {}
     size = 0
     for number, path in enumerate(files, 1):
@@ -108,16 +108,16 @@ def _write(files: list[Path], part: Path) -> tuple[int, int]:
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that ``torch.save`` wrote, by name.
+    """The tensors, of any shape, of a file that ``torch.save`` wrote, by name.
 
     Raises:
-        UserError: it holds anything else, or tensors larger than the file.
+        UserError: It holds anything else, or tensors larger than the file.
     """
     size = check_regular(path).st_size
     _check_archive(path, size)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # torch raises many kinds for a damaged file
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         if type(error).__name__ == "UnpicklingError":
             said = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), "it is no such pickle")
@@ -137,14 +137,14 @@ def _tensors(found: object, path: Path, size: int) -> Iterator[tuple[str, Tensor
         if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise UserError(f"{path}: {str(key)[:100]!r} is {type(value).__name__}; expected tensors by name.")
         total += value.numel() * value.element_size()
-        # Tied tensors share their storage, so that all together may be larger than the file, but not by much.
+        # Tied tensors share their storage, so all together may be larger than the file, but not by much.
         if value.numel() * value.element_size() > size or total > 4 * size:
             raise UserError(f"{path}: {key[:100]!r} is said to be larger than the file that it is in.")
         yield key, value.detach()
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Refuse what unpacks to more than it is: torch itself packs nothing."""
+    """Refuse an archive that unpacks to more than its own size: torch itself compresses nothing."""
     if not zipfile.is_zipfile(path):
         return
     try:

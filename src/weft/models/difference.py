@@ -1,4 +1,4 @@
-"""Where two passes through one model first differ: the module, by its path."""
+"""The first module, by its path, at which two passes through one model differ."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from weft.core.body import body_of
 from weft.core.site import plain_class, without_sites
 from weft.core.stream import Part
 
-# Relative to a module's largest output. Far above rounding, for the first wrong module is wrong by more.
+# Relative to a module's largest output. This is far above rounding, because the first wrong module is wrong by more.
 _NEAR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @contextlib.contextmanager
 def _recorded(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Inside, what every module gives is noted in the order in which modules end."""
+    """Inside, every module's output is noted, in the order in which modules end."""
     notes: list[tuple[str, Tensor]] = []
 
     def note(path: str) -> Callable[..., None]:
@@ -52,10 +52,10 @@ def first_difference(
     place: int,
     own: Callable[[Sequence[Sequence[int]]], Tensor],
 ) -> str:
-    """``'path' (Class)`` of the first module whose output for the sequence ``place`` is not what it is by itself, or
-    that stands after the body and is not called; if there is none, of the output layer.
+    """``'path' (Class)`` of the first module whose output for the sequence ``place`` changes in company.
 
-    ``own`` runs the untouched model on a batch of sequences of one length.
+    A module after the body that is not called counts too. If there is none, it is the output layer. ``own`` runs the
+    untouched model on a batch of sequences of one length; it gives [B, T, vocabulary] or an encoder's [B, T, d].
     """
     with _recorded(model) as alone:
         own([sequences[place]])
@@ -95,7 +95,7 @@ def named(model: nn.Module, path: str) -> str:
 
 @torch.no_grad()
 def first_beside(adapters: Adapters, name: str, sequences: Sequence[Sequence[int]]) -> str:
-    """The first module that gives the plain base's rows something else beside adapter ``name`` than without it."""
+    """The first module whose output for the plain base's rows changes beside adapter ``name``."""
     with without_sites(adapters.model), _recorded(adapters.model) as alone:
         adapters.forward(adapters.stream([Part(None, sequences)]))
     with _recorded(adapters.model) as both:
@@ -118,7 +118,7 @@ def first_beside(adapters: Adapters, name: str, sequences: Sequence[Sequence[int
 
 
 def _grown(out: Tensor, part: Tensor) -> int | None:
-    """The one dimension in which ``out`` is longer than ``part``; None: there is no such one."""
+    """The only dimension in which ``out`` is longer than ``part``; None if there are none or several."""
     if out.dim() != part.dim():
         return None
     dims = [i for i in range(out.dim()) if out.shape[i] != part.shape[i]]

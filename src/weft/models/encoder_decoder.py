@@ -1,4 +1,4 @@
-"""What encoder-decoder architectures look like: T5 and its kin."""
+"""The facts about encoder-decoder architectures: T5 and its kin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StackFacts:
-    """Ends of paths within a block of either stack; ``memory``: the linears that read what the encoder gave."""
+    """Ends of paths within a block of either stack; ``memory`` are the linears that read the encoder's states."""
 
     attention_output: tuple[str, ...]
     mlp_output: str
@@ -34,10 +34,10 @@ ENCODER_DECODERS: dict[str, StackFacts] = {"t5": _T5, "mt5": _T5, "umt5": _T5}
 def describe_encoder_decoder(model: nn.Module) -> Architecture:
     """The ``Architecture`` of an encoder-decoder: the encoder's blocks and then the decoder's.
 
-    ``num_layers`` is the decoder's: learned keys and values stand there.
+    ``num_layers`` is the decoder's, where learned keys and values stand.
 
     Raises:
-        UserError: the model type is not one that Weft knows, or nothing says what the decoder begins with.
+        UserError: Weft does not know the model type, or nothing says with which token the decoder begins.
     """
     config = config_of(model)
     facts = ENCODER_DECODERS.get(config.model_type)
@@ -56,7 +56,7 @@ def describe_encoder_decoder(model: nn.Module) -> Architecture:
         for path, module in model.get_submodule(block).named_modules()
         if is_linear(module)
     )
-    # T5 scales what goes into its head where that is tied to the embeddings.
+    # T5 scales its head's input where the head is tied to the embeddings.
     scaled = getattr(config, "scale_decoder_outputs", config.model_type == "umt5")
     return Architecture(
         model_type=config.model_type,

@@ -1,4 +1,4 @@
-"""What the architectures look like: one line per ``model_type``, and a look at the modules for the rest."""
+"""The facts about architectures: one line per ``model_type``, and a look at the modules for the rest."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """Within one block: the last linear of the attention and of the MLP. ``install``: how its attention is led along
-    the stream, where that is not by the interface; None: not at all. What is said here is proved when a base is loaded.
+    """The last linears of attention and MLP within one block, and a few facts more. Loading a base proves them.
 
-    ``encoder``: every token sees the whole text, and a text is classified by its first token, through a head of the
-    kind ``head`` (``weft.core.heads``). ``padding_first``: positions begin after the pad token's id. ``outside``: last
-    parts of the paths of linears that stand before or after the blocks.
+    ``install`` leads its attention along the stream, by the interface or in its own way (None: not at all). In an
+    ``encoder`` every token sees the whole text, and its first token stands for the class, through a head of the kind
+    ``head`` (``weft.core.heads``). With ``padding_first`` positions begin after the pad token's id. ``outside`` holds
+    last parts of the paths of linears that stand before or after the blocks.
     """
 
     attention_output: str
@@ -93,13 +93,14 @@ _MLP_NAMES = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "w2", "fc_out")
 
 
 def sketch(model: nn.Module, called: Collection[str] = ()) -> Architecture:
-    """The ``Architecture`` of a transformers model as tables and names tell it: with a language-model head, or an
-    encoder. Nothing of it is proved (``weft.models.proof``); the model may be on the meta device.
+    """The ``Architecture`` of a transformers model as tables and names tell it: a model with a language-model head, or
+    an encoder. Nothing in it is proved (``weft.models.proof``); the model may be on the meta device.
 
-    ``called``: paths of the modules that a text goes through, where several lists of blocks could be the model's.
+    ``called`` are the paths of the modules that a text goes through, where several lists of blocks could be the
+    model's.
 
     Raises:
-        UserError: the model has no list of blocks with linear modules in it.
+        UserError: The model has no list of blocks with linear modules in it.
     """
     shape = _decoder_or_encoder(model, called) if not _is_pair(model) else describe_encoder_decoder(model)
     outside = [path for path in (shape.head, shape.embeddings) if path]
@@ -111,7 +112,7 @@ def _is_pair(model: nn.Module) -> bool:
 
 
 def _first_position(model: nn.Module, text: PreTrainedConfig, facts: Facts | None, limit: int | None) -> int:
-    """RoBERTa and its kin count positions from behind the pad token, which has a row in their table of positions."""
+    """The first position: RoBERTa and its kin begin behind the pad token, which has a row in their table."""
     if facts is not None:
         return int(text.pad_token_id) + 1 if facts.padding_first else 0
     tables = [m for path, m in model.named_modules() if "position" in path and isinstance(m, nn.Embedding)]
@@ -185,7 +186,7 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
 
 
 def _head_form(config: object) -> HeadForm:
-    """What configurations say of the logits: a soft cap (Gemma 2), factors (Cohere, Granite)."""
+    """The form of the logits by the configuration: a soft cap (Gemma 2), factors (Cohere, Granite)."""
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return HeadForm(factor, getattr(config, "final_logit_softcapping", None))
 
@@ -201,13 +202,13 @@ def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
 
 
 def _pooler(model: nn.Module) -> str | None:
-    """BERT's: a layer of the base that its classification heads stand on."""
+    """BERT's pooler: a layer of the base below its classification heads."""
     found = getattr(model.base_model, "pooler", None)
     return _path_of(model, found) if found is not None else None
 
 
 def _falcon_kv_heads(config: object) -> int | None:
-    """Falcon's keys as its cache holds them: one head in the 7B; the new architecture repeats them per query."""
+    """The number of Falcon's keys in its cache: one head in the 7B; the new architecture repeats them per query."""
     few = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     return 1 if few else None
 

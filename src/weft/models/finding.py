@@ -1,4 +1,4 @@
-"""What the proof of a base found out, as plain data, and the ``Architecture`` that follows from it."""
+"""The findings of a base's proof, as plain data, and the ``Architecture`` that follows from them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from weft.models.fused import MIXINS, Kinds, install_fused
 from weft.models.interface import install_interface
 from weft.models.tables import install_tables, tables_move
 
-# How attention is led along the stream: with fused blocks, by transformers' attention interface, by an installer of
-# this type of model alone; or not at all (padded batches).
+# The way of attention along the stream: with fused blocks, by transformers' attention interface, by an installer of
+# this type of model alone; or none (padded batches).
 Way = Literal["fused", "interface", "own", "padded"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """All that the proof adds to what tables and names tell (``sketch``); fields of the same name are the
-    architecture's."""
+    """All that the proof adds to tables and names (``sketch``); fields of the same name are the architecture's."""
 
     blocks: tuple[str, ...]
     way: Way
-    # Module path -> name of the class that fuses it.
+    # Module path -> the name of the class that fuses it.
     fused: dict[str, str]
     # Modules whose tables depend on the whole pass.
     tables: tuple[str, ...]
@@ -38,7 +37,7 @@ class Finding:
 
 
 def with_tables(shape: Architecture, paths: tuple[str, ...]) -> Architecture:
-    """The architecture whose modules at ``paths`` are asked for their tables sequence by sequence."""
+    """The architecture whose modules at ``paths`` give their tables sequence by sequence."""
     if not paths:
         return shape
     install, moves = functools.partial(install_tables, paths=paths), functools.partial(tables_move, paths=paths)
@@ -46,7 +45,7 @@ def with_tables(shape: Architecture, paths: tuple[str, ...]) -> Architecture:
 
 
 def with_way(shape: Architecture, way: Way, kinds: Kinds | None = None) -> Architecture:
-    """The architecture that runs this way; ``own``: as it says itself."""
+    """The architecture that runs this way; ``own`` is its own installer."""
     if way == "own":
         return shape
     fused = functools.partial(install_fused, kinds=kinds or {})
@@ -55,16 +54,16 @@ def with_way(shape: Architecture, way: Way, kinds: Kinds | None = None) -> Archi
 
 
 def fused_kinds(shape: Architecture) -> Kinds:
-    """The modules that are fused when it runs, and by what."""
+    """The modules that are fused when it runs, and the classes that fuse them."""
     kinds: Kinds = getattr(shape.install_attention, "keywords", {}).get("kinds", {})
     return kinds
 
 
 def finding_of(proved: Architecture) -> Finding:
-    """What was found out about the base whose proved architecture this is."""
+    """The finding about the base whose proved architecture this is."""
     install: Any = proved.install_attention
     fused = fused_kinds(proved)
-    tables: Any = getattr(proved.install_tables, "keywords", {}).get("paths", ())
+    tables = getattr(proved.install_tables, "keywords", {}).get("paths", ())
     way: Way = "own"
     if install is None:
         way = "padded"
@@ -80,10 +79,10 @@ def finding_of(proved: Architecture) -> Finding:
 
 
 def architecture_of(model: nn.Module, finding: Finding) -> Architecture:
-    """The proved architecture of a model of which this was found out before.
+    """The proved architecture of a model from an earlier finding.
 
     Raises:
-        KeyError: it names modules that this model has not.
+        KeyError: It names modules that this model does not have.
     """
     shape = sketch(model)
     if shape.blocks != finding.blocks:
@@ -96,7 +95,7 @@ def architecture_of(model: nn.Module, finding: Finding) -> Architecture:
 
 
 def settled(shape: Architecture, finding: Finding) -> Architecture:
-    """Without the modules that nothing can sit on, and with the reason why it runs in padded batches, if it does."""
+    """The architecture without modules on which no adapter can sit, and with the reason for padded batches, if any."""
     gone = finding.unreachable
     return replace(
         shape,

@@ -1,9 +1,9 @@
 """Llama's norms, attention and MLP with fewer passes over memory: the same arithmetic, through ``weft.ops.fused``.
 
-A block is known by what it is, not by its name (``recognise``): it has the parts, and in a trial it computes the same.
-The classes of the modules are swapped in place, below the adapters' own swap: a fused norm can be a site, and a fused
-attention asks each of its projections what the adapters want there. Outside a route, on a GPU, in exact mode, while
-compiling, or where something unusual hangs on a module, every module does what its own class does.
+A block is recognised by its parts and by a trial of its results, not by its name (``recognise``). The classes of the
+modules are swapped in place, below the adapters' own swap: a fused norm can be a site, and a fused attention applies
+the adapters on each of its projections. Outside a route, on a GPU, in exact mode, while compiling, or where something
+unusual hangs on a module, every module runs the forward of its own class.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def _usable(module: nn.Module, x: Tensor) -> Route | None:
 
 
 class _DoubleNorm(Mixin):
-    """transformers computes even a float64 model's norms in float32: where neighbours change an input's last bit, that
-    rounding makes it the eighth digit. Under a route they are computed in float64."""
+    """A norm that computes in float64 under a route, for a float64 model.
+
+    transformers computes even such a model's norms in float32: if a neighbour changes an input's last bit, that
+    rounding turns it into the eighth digit.
+    """
 
     weight: Tensor
 
@@ -122,7 +125,7 @@ class _FusedMlp(Mixin):
 
 
 def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[Tensor]:
-    """What the modules, sites or not, give for the same x [1, N, in]: [1, N, out] each.
+    """The outputs of several modules, sites or not, for the same x [1, N, in]: [1, N, out] each.
 
     Frozen linears and the LoRA updates on them become one autograd node; other functions of a site follow it.
     """
@@ -145,7 +148,7 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
         begin += segment.tokens
     plain = cast(Sequence[nn.Linear], modules)
     linears = [(module.weight, module.bias) for module in plain]
-    # Not x[0], whose gradient is written into a tensor of zeros.
+    # Not x[0], because its gradient would be written into a tensor of zeros.
     ys = (y.unsqueeze(0) for y in low_rank_linears(x.squeeze(0), linears, pieces, factors))
     return [_follow(x, y, todo, route) if todo else y for y, todo in zip(ys, later, strict=True)]
 
@@ -155,7 +158,7 @@ def _functions(site: Site | None, segment: Segment) -> list[SiteFunction]:
 
 
 def _is_plain_lora(function: SiteFunction) -> TypeGuard[LoraLinear]:
-    """Not a subclass, which may compute something else."""
+    """Whether it is LoRA's own layer; a subclass may compute something else."""
     return type(function) is LoraLinear
 
 
@@ -164,7 +167,7 @@ def _draws_nothing(lora: LoraLinear, segment: Segment) -> bool:
 
 
 def _is_plain(module: nn.Module, site: Site | None) -> bool:
-    """A frozen nn.Linear and nothing else."""
+    """Whether it is a frozen nn.Linear and nothing else."""
     kind = type(module) if site is None else site.base_class
     if site is not None and site.inputs:
         return False
@@ -172,7 +175,7 @@ def _is_plain(module: nn.Module, site: Site | None) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether more happens at its call than its class says."""
+    """Whether more happens at its call than its class defines."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__
 
@@ -189,17 +192,17 @@ def _follow(x: Tensor, y: Tensor, functions: dict[int, list[SiteFunction]], rout
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
 
 
-# What fuses a module, by name.
+# The classes that fuse a module, by name.
 MIXINS: dict[str, type] = {
     mixin.__name__: mixin for mixin in (_FusedNorm, _DoubleGemmaNorm, _FusedMlp, _FusedAttention)
 }
-# Module path -> what its class is mixed with.
+# Module path -> the class that is mixed into its own.
 Kinds = dict[str, type]
 
 
 @torch.no_grad()
 def recognise(model: nn.Module) -> Kinds:
-    """Which modules of a model are Llama's norm, attention or MLP, by their parts and by a trial of each kind.
+    """The modules of a model that are Llama's norm, attention or MLP, by their parts and by a trial of each kind.
 
     The trial compares the module's own forward with ours on a few random rows. Modules of one class with the same
     settings are tried once.
@@ -222,9 +225,9 @@ def recognise(model: nn.Module) -> Kinds:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, object]]:
-    """What may tell two modules of one class apart: their plain attributes, but for the number of the layer."""
+    """The plain attributes of a module, by which two of one class may differ, without the number of the layer."""
     plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
-    # A layer may be told by its number (the first ones have no positions): what the number decides is an attribute.
+    # The number may decide something (the first layers have no positions), but that is an attribute too.
     return sorted((name, value) for name, value in plain.items() if name not in ("layer_idx", "_weft_layer"))
 
 
@@ -270,12 +273,12 @@ def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
                 found = rms_norm_ref(x, *module.terms())
             else:
                 found = _first(module(x, **more))
-    except Exception:  # whatever a module of unknown make does with rows that are not its own
+    except Exception:  # an unknown module may raise anything for rows that are not its own
         return False
     finally:
         module.__class__ = own
         del module.__dict__[_ROUTER]
-    # A norm of a float64 model is computed in float32 by its own class.
+    # The class of a norm computes in float32 even in a float64 model.
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) if issubclass(mixin, _DoubleNorm) else None
     near = 16 * (eps or torch.finfo(dtype).eps) * float(expected.abs().max())
     return expected.shape == found.shape and bool(((expected - found).abs() <= near).all())
@@ -286,7 +289,7 @@ def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def install_fused(model: nn.Module, router: Router, kinds: Kinds) -> Callable[[], None]:
-    """``install_interface``, and the fused modules; returns the function that undoes both."""
+    """Call ``install_interface`` and fuse the modules; returns the function that undoes both."""
     undo_attention = install_interface(model, router)
     swapped = []
     for path, mixin in kinds.items():

@@ -1,10 +1,10 @@
-"""The one door to transformers' loaders: what a folder's files may ask of them is looked at first.
+"""The only door to transformers' loaders, after a check of a folder's files.
 
 A model's files are data to Weft. To transformers they also name code to import (``auto_map``, ``tokenizer_class``),
 kernels to fetch and run (``attn_implementation``), packages to load (``quantization_config``), other files to open
-(``weight_map``, ``vocab_file``) and sizes to allocate. So every call of ``from_pretrained`` and ``from_config`` is
-here (a test sees to that), gives ``trust_remote_code=False`` (transformers asks on stdin when it is not given), and
-comes after the checks of ``weft.models.vetting``.
+(``weight_map``, ``vocab_file``) and sizes to allocate. So every call of ``from_pretrained`` and ``from_config`` stands
+here (a test checks that), passes ``trust_remote_code=False`` (else transformers asks on stdin), and comes after the
+checks of ``weft.models.vetting``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Files of weights that are pickles (or run code in other ways), by the ending of their names.
+# The endings of files of weights that are pickles, or run code in other ways.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TEXTS = ("vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.json")
 _CHAT_TEMPLATES = "additional_chat_templates"
@@ -39,12 +39,12 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 
 @contextmanager
 def no_questions() -> Iterator[None]:
-    """Whatever transformers would ask on stdin inside the block is answered with no, also deep inside its loaders."""
+    """Inside, every question that transformers would ask on stdin is answered with no, also deep in its loaders."""
     from transformers import dynamic_module_utils
 
     dynamic: Any = dynamic_module_utils
     before = getattr(dynamic, "TIME_OUT_REMOTE_CODE", None)
-    dynamic.TIME_OUT_REMOTE_CODE = 0  # its own switch for machines that nobody sits at
+    dynamic.TIME_OUT_REMOTE_CODE = 0  # its own switch for machines without a person
     try:
         yield
     finally:
@@ -55,8 +55,8 @@ def load_config(source: str | Path, *, local_files_only: bool = False) -> PreTra
     """transformers' configuration of the model in a folder, or under a hub's id.
 
     Raises:
-        UserError: it asks for what Weft does not do for a file.
-        Exception: whatever transformers raises for a folder that is no model.
+        UserError: It asks for something that Weft does not do for a file.
+        Exception: transformers' own, for a folder that is no model.
     """
     from transformers import AutoConfig
 
@@ -70,7 +70,7 @@ def load_config(source: str | Path, *, local_files_only: bool = False) -> PreTra
 
 
 def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer in a folder, or under a hub's id. Raises as ``load_config`` does."""
+    """transformers' tokenizer in a folder, or under a hub's id. It raises as ``load_config`` does."""
     from transformers import AutoTokenizer
 
     for name in ("config.json", "tokenizer_config.json", *_TEXTS):
@@ -90,7 +90,7 @@ def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Pre
 
 
 def load_weights(auto: Any, source: str | Path, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """``auto.from_pretrained``: safetensors only, after what a folder holds was compared with its configuration."""
+    """``auto.from_pretrained`` of safetensors only, after a comparison of the files with the configuration."""
     if Path(source).is_dir():
         stored, tensors = _check_weights(Path(source))
         _check_files(Path(source))
@@ -104,14 +104,14 @@ def load_weights(auto: Any, source: str | Path, config: PreTrainedConfig, **opti
 
 
 def check_folder(source: str | Path, config: PreTrainedConfig) -> None:
-    """What ``load_weights`` will refuse, where it can be known before: of a folder that has its weights in it."""
+    """Refuse early, for a folder with its weights in it, some of what ``load_weights`` refuses."""
     folder = Path(source)
     if folder.is_dir() and any((folder / name).exists() for name in (_WEIGHTS, _INDEX)):
         check_layers(config, _check_weights(folder)[1], f"{source}/config.json")
 
 
 def build_model(auto: Any, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
-    """A model of that configuration, with random weights (on the meta device: none); ``auto`` may be its own class."""
+    """A model of that configuration, with random weights (none on the meta device); ``auto`` may be its own class."""
     with no_questions():
         if not hasattr(auto, "from_config"):
             return auto._from_config(config, dtype=dtype)
@@ -129,7 +129,7 @@ def empty_model(auto: Any, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _file(source: str | Path, name: str, local_files_only: bool) -> Path | None:
-    """Where a file of a folder or of a hub's id is; None if there is none (or the hub does not say)."""
+    """The path of a file of a folder or of a hub's id; None if there is none (or the hub does not say)."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_symlink() or path.exists() else None
@@ -138,13 +138,13 @@ def _file(source: str | Path, name: str, local_files_only: bool) -> Path | None:
     try:
         found = cached_file(str(source), name, local_files_only=local_files_only,
                             _raise_exceptions_for_missing_entries=False)  # fmt: skip
-    except Exception:  # whatever the hub's client raises; the loader then meets the same and says it
+    except Exception:  # the hub's client raises many kinds; the loader then meets the same error and reports it
         return None
     return None if found is None else Path(found)
 
 
 def _check_files(folder: Path) -> None:
-    """What transformers opens beside the two configurations."""
+    """Check the files that transformers opens beside the two configurations."""
     beside = [folder / "chat_template.jinja", folder / "chat_template.json", *folder.glob("*.model")]
     if (folder / _CHAT_TEMPLATES).is_dir():
         beside += (folder / _CHAT_TEMPLATES).glob("*.jinja")
@@ -154,10 +154,10 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> tuple[int, int]:
-    """Bytes of the files of weights in a model's folder, and how many tensors they hold.
+    """The numbers of bytes and tensors in a model's files of weights.
 
     Raises:
-        UserError: they are in pickles, or a file of safetensors cannot be one.
+        UserError: They are pickles, or a file of safetensors cannot be one.
     """
     if (folder / "adapter_config.json").exists():
         raise UserError(

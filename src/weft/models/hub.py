@@ -14,10 +14,10 @@ Hub = Literal["huggingface", "modelscope"]
 
 
 def fetch_model(name: str, hub: Hub = "huggingface") -> str:
-    """What transformers can load: a folder as it is, a Hugging Face id as it is, a ModelScope id as its local folder.
+    """A name that transformers can load: a folder or a Hugging Face id as it is, for a ModelScope id its local folder.
 
     Raises:
-        UserError: the extra for ModelScope is not installed, or it has no such model.
+        UserError: The extra for ModelScope is not installed, or it has no such model.
     """
     if hub == "huggingface" or Path(name).is_dir():
         return name
@@ -27,12 +27,12 @@ def fetch_model(name: str, hub: Hub = "huggingface") -> str:
         raise UserError('hub: modelscope needs its package: pip install "weft[modelscope]".') from None
     try:
         return str(snapshot_download(name, ignore_file_pattern=[r"\.bin$", r"\.pth?$"]))
-    except Exception as error:  # whatever its client raises
+    except Exception as error:  # its client raises many kinds
         raise UserError(f"ModelScope has no model {name!r}, or cannot be reached: {first_line(error)}") from error
 
 
 def folder_of(source: str) -> Path | None:
-    """The folder on this machine with the files of a model that was just loaded; None: it cannot be told."""
+    """The folder on this machine with the files of a model that was just loaded; None if it is not known."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import try_to_load_from_cache
@@ -42,7 +42,7 @@ def folder_of(source: str) -> Path | None:
 
 
 def is_dataset_id(data: str) -> bool:
-    """Whether ``data`` reads as ``owner/name`` (or ``owner/name:what of it``) of a hub rather than as a file."""
+    """Whether ``data`` reads as ``owner/name`` (or ``owner/name:part``) of a hub rather than as a file."""
     if Path(data).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[][\w./*?+=,@-]+)?", data):
         return False
     owner, _, name = data.partition("/")
@@ -50,15 +50,15 @@ def is_dataset_id(data: str) -> bool:
 
 
 def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path | HubSplit:
-    """Download a hub's data set, or what of it is asked for (it is cached), and say where it lies.
+    """Download a hub's data set, or the part that is asked for (into a cache); returns its place.
 
-    ``owner/name`` that holds one data file is that file; ``owner/name:file`` is one of several, and
-    ``owner/name:data/train-*.parquet`` all that match a pattern: the answer is then that pattern where they lie.
-    All else is read by the package ``datasets`` (``load_split``): the split ``train`` of ``owner/name``,
-    ``owner/name:split``, ``owner/name:configuration`` or ``owner/name:configuration/split``.
+    ``owner/name`` with one data file means that file, ``owner/name:file`` one of several. With
+    ``owner/name:data/train-*.parquet`` the result is the pattern in the cache, for all files that match. The package
+    ``datasets`` reads the rest (``load_split``): the split ``train`` of ``owner/name``, ``owner/name:split``,
+    ``owner/name:configuration`` or ``owner/name:configuration/split``.
 
     Raises:
-        UserError: it is not there, it is not clear what is meant, or the hub cannot be reached.
+        UserError: It does not exist, it is not clear what is meant, or the hub cannot be reached.
     """
     name, _, wanted = data.partition(":")
     try:
@@ -80,14 +80,14 @@ def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path | HubSplit:
         return load_split(data, str(folder), files)
     except UserError:
         raise
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client raises many kinds
         raise UserError(
             f"data {data!r} is no file here, and as a data set of {hub} it cannot be fetched: {first_line(error)}"
         ) from error
 
 
 def _matches(file: str, pattern: str) -> bool:
-    """As ``glob`` does it: ``*`` stays within a folder."""
+    """Whether a file matches as in ``glob``, where ``*`` stays within a folder."""
     return file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern)
 
 
@@ -95,7 +95,7 @@ def _list_files(name: str, hub: Hub) -> list[str]:
     if hub == "huggingface":
         from huggingface_hub import HfApi, constants, snapshot_download
 
-        if constants.HF_HUB_OFFLINE:  # what has been fetched before is still to be used
+        if constants.HF_HUB_OFFLINE:  # use the files that were fetched before
             folder = Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
             return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         return list(HfApi().list_repo_files(name, repo_type="dataset"))

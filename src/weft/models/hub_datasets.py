@@ -1,4 +1,4 @@
-"""Data sets of a hub that are not one plain file: read by Hugging Face's ``datasets``, used where it caches them."""
+"""Data sets of a hub that are not one plain file: Hugging Face's ``datasets`` reads them, Weft uses its cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from weft.errors import UserError
 
-# What the data readers read.
+# The files that the data readers read.
 _TEXTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 _PACKED = tuple(text + packed for text in _TEXTS for packed in (".gz", ".bz2", ".xz", ".zst"))
 SUFFIXES = (*_TEXTS, *_PACKED, ".parquet", ".arrow")
@@ -31,12 +31,12 @@ def load_split(data: str, where: str, files: Sequence[str]) -> HubSplit:
 
     Args:
         data: ``owner/name``, ``owner/name:split``, ``owner/name:configuration`` or ``owner/name:configuration/split``.
-        where: what ``datasets`` finds it by: the hub's name, or a folder.
-        files: what lies in the repository, to be named in errors.
+        where: The name by which ``datasets`` finds it: the hub's, or a folder.
+        files: The files of the repository, to be named in errors.
 
     Raises:
-        UserError: ``datasets`` is not installed or cannot read it, it needs a script, or it is not said which
-            configuration or split of several is meant.
+        UserError: ``datasets`` is not installed or cannot read it, it needs a script, or it has several configurations
+            or splits and none is named.
     """
     name = data.partition(":")[0]
     script = f"{name.rpartition('/')[2]}.py"
@@ -53,7 +53,7 @@ def load_split(data: str, where: str, files: Sequence[str]) -> HubSplit:
         loaded = datasets.load_dataset(where, config, keep_in_memory=False, trust_remote_code=False)
     except UserError:
         raise
-    except Exception as error:  # whatever the package and the hub's client raise
+    except Exception as error:  # the package and the hub's client raise many kinds
         cause = " ".join(str(error.__cause__ or error).split())[:_SAID].rstrip(".") or type(error).__name__
         raise UserError(
             f"data {data!r} cannot be read by the package `datasets`: {cause}. {_files(name, files)}"
@@ -66,9 +66,9 @@ def load_split(data: str, where: str, files: Sequence[str]) -> HubSplit:
 
 
 def _meant(data: str, configs: Sequence[str], default: str | None) -> tuple[str | None, str | None]:
-    """The configuration (None: there is one only) and the split (None: not said) that the word in ``data`` means.
+    """The configuration (None: there is one only) and the split (None: none is named) that the word in ``data`` means.
 
-    ``default``: the configuration that the data set itself says is meant where none is named.
+    ``default`` is the data set's own choice of a configuration where none is named.
     """
     name, _, word = data.partition(":")
     config, _, split = word.partition("/")
@@ -112,7 +112,7 @@ def _datasets(data: str, files: Sequence[str]) -> Any:
 
 
 def _files(name: str, files: Sequence[str]) -> str:
-    """What can be named instead, of the files that Weft reads itself."""
+    """The files that Weft reads itself, as a hint what can be named instead."""
     found = readable(files)
     if not found:
         return f"It has no file that Weft reads by itself ({listed(files) or 'it is empty'})."
@@ -126,13 +126,13 @@ def readable(files: Iterable[str]) -> list[str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without its full stop."""
+    """The first line of an error's message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")

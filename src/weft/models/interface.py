@@ -1,4 +1,4 @@
-"""Models that ask transformers' ``AttentionInterface`` for their attention: they are given ours."""
+"""Our attention for models that ask transformers' ``AttentionInterface`` for theirs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _LAYER = "_weft_layer"
 
 
 class Band:
-    """Stands where a mask would: every token sees the ``window`` last ones, itself among them.
+    """A stand-in for a mask: every token sees the ``window`` last ones, itself among them.
 
-    Models hand it on from where masks are made to where attention runs; cutting it to some keys leaves it as it is.
+    Models pass it on from the making of masks to attention. Cutting it to some keys does not change it.
     """
 
     def __init__(self, window: int) -> None:
@@ -36,7 +36,7 @@ def weft_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any = None,
+    attention_mask: object = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -47,14 +47,14 @@ def weft_attention(
     The window is the mask's, not the argument ``sliding_window``, which only some of transformers' own attentions read.
 
     Raises:
-        UserError: the module asks for something that the stream does not do.
+        UserError: The module asks for something that the stream does not do.
     """
     router: Router | None = module.__dict__.get(ROUTER)
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     if router is None or unknown or not (attention_mask is None or isinstance(attention_mask, Band)):
         what = ", ".join(unknown) or ("a mask of its own" if router is not None else "no place in the stream")
         raise UserError(f"the attention {type(module).__name__} comes with {what}; use padded=True.")
-    # Asked each time: LLaMA-Pro's copies of a block have numbers of their own.
+    # Read at every call, because LLaMA-Pro's copies of a block have numbers of their own.
     layer: Any = module.__dict__.get(_LAYER, getattr(module, "layer_idx", None))
     bias: dict[str, object] = {}
     if attention_mask is not None:
@@ -68,8 +68,8 @@ def weft_attention(
     return attend(router, layer, query[0], key[0], value[0], scale=scale, causal=causal, **bias)[None], None
 
 
-# Arguments that say nothing of what comes out, or that the stream knows. Any other one keeps a model out of it: keys
-# that an indexer has chosen (``indices``), biases by position, masks of blocks.
+# Arguments that do not change the output, or that the stream knows. A model with any other one cannot use the stream:
+# keys that an indexer has chosen (``indices``), biases by position, masks of blocks.
 _HARMLESS = {
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k", "max_length_q",
     "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings",
@@ -78,10 +78,11 @@ _HARMLESS = {
 
 
 def _band_or_none(*args: object, local_size: int | None = None, config: object = None, **kwargs: object) -> Band | None:
-    """What takes the place of a mask: nothing, for the stream keeps its sequences apart and is causal by itself.
+    """The stand-in for a mask. It is None where there is no window: the stream keeps its sequences apart and is causal
+    by itself.
 
     Raises:
-        UserError: the mask is neither causal nor a sliding window (chunks, blocks that see each other).
+        UserError: The mask is neither causal nor a sliding window (chunks, blocks that see each other).
     """
     if kwargs.get("use_vmap") or (local_size is not None and local_size != getattr(config, "sliding_window", None)):
         raise UserError("attention in chunks, or under a mask of the model's own, does not run in the packed stream.")
@@ -95,7 +96,7 @@ AttentionMaskInterface.register(NAME, _band_or_none)
 def install_interface(model: nn.Module, router: Router, *, causal: bool = True) -> Callable[[], None]:
     """Let every attention module of ``model`` attend along the stream that ``router`` describes."""
     modules = list(model.modules())
-    # DistilBERT's do not know which layer they are in; there is one in each.
+    # DistilBERT's modules do not know their layer; there is one in each.
     unnumbered = [m for m in modules if "attention" in type(m).__name__.lower()]
     for number, module in enumerate(unnumbered):
         if getattr(module, "layer_idx", None) is None:
@@ -122,5 +123,5 @@ def _attends(config: object) -> bool:
 
 
 def install_bidirectional(model: nn.Module, router: Router) -> Callable[[], None]:
-    """The same for encoders, whose tokens see the whole sequence."""
+    """``install_interface`` for encoders, whose tokens see the whole sequence."""
     return install_interface(model, router, causal=False)

@@ -1,12 +1,12 @@
-"""What the proof of a base found out, kept on disk, so that the same base is not proved again every time it is loaded.
+"""The findings of a base's proof on disk, so that the same base is not proved again every time it is loaded.
 
-One small JSON file for each folder of weights, dtype, device and quantisation. It counts only while everything that the
-proof looked at is as it was: Weft's own code, the libraries, the model's code and modules, its configuration, and its
-files (their sizes, times and inodes: a file that was written again counts as another one). A base that was refused is
-proved, and refused, each time.
+There is one small JSON file for each folder of weights, dtype, device and quantisation. It holds only while nothing has
+changed that the proof depends on: Weft's own code, the libraries, the model's code and modules, its configuration, and
+its files (their sizes, times and inodes: a file that was written again counts as another one). A base that was refused
+is proved, and refused, each time.
 
-The folder is ``~/.cache/weft/proofs``; the variable ``WEFT_CACHE_DIR`` names another in place of ``~/.cache/weft``, and
-nothing is kept where it is empty.
+The folder is ``~/.cache/weft/proofs``. The variable ``WEFT_CACHE_DIR`` names another in place of ``~/.cache/weft``; if
+it is empty, nothing is kept.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _LIMIT = 8 << 20  # bytes; a block of Llama's takes about 220
 
 @dataclasses.dataclass(frozen=True)
 class KeptProof:
-    """The place of one base's finding, and the state of things in which it holds."""
+    """The place of one base's finding, and the conditions under which it holds."""
 
     path: Path
     state: str
 
     @classmethod
     def of(cls, model: nn.Module, folder: Path) -> KeptProof | None:
-        """That of a model that was loaded from a folder; None: nothing is kept."""
+        """The kept proof of a model that was loaded from a folder; None if nothing is kept."""
         root = os.path.expanduser(os.environ.get("WEFT_CACHE_DIR", "~/.cache/weft"))
         weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".py"))
         if not root or not any(path.suffix == ".safetensors" for path in weights):
             return None
         config = config_of(model)
-        # One walk: it takes most of the time that a kept proof takes.
+        # One walk, because it takes most of the time of a kept proof.
         modules = list(model.named_modules())
         held = [(f"{path}.{n}", p) for path, m in modules for n, p in m._parameters.items() if p is not None]
         kinds = sorted({f"{p.dtype} {p.device}" for _, p in held})
@@ -66,17 +66,17 @@ class KeptProof:
         return cls(Path(root) / "proofs" / f"{name}.json", _hash(state))
 
     def recall(self, model: nn.Module) -> Architecture | None:
-        """The model's proved architecture; None: nothing is known, or it is of another state of things."""
+        """The model's proved architecture; None if there is none, or if the conditions have changed."""
         try:
             kept = read_json(self.path, limit=_LIMIT)
             if kept["state"] != self.state:
                 return None
             return architecture_of(model, _finding_type().validate_python(kept["finding"]))
         except (UserError, KeyError, TypeError, AttributeError, ValidationError):
-            return None  # there is none, or something else wrote it: the proof is made again
+            return None  # there is no file, or another program wrote it, so the proof is made again
 
     def keep(self, proved: Architecture) -> None:
-        """Write what was found out. A place that cannot be written to costs the next load its proof, and no more."""
+        """Write the finding. If the place cannot be written to, the next load makes the proof again, and no more."""
         text = json.dumps({"state": self.state, "finding": dataclasses.asdict(finding_of(proved))})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +98,12 @@ def _hash(parts: Iterable[str]) -> str:
 
 
 def _stamps(paths: Iterable[Path]) -> list[str]:
-    """Name, size, times and inode of each file: what changes when it is written."""
+    """Name, size, times and inode of each file, some of which change when it is written."""
     found = []
     for path in paths:
         try:
             s = path.stat()
-        except OSError:  # a link to nothing, which transformers did not need either
+        except OSError:  # a broken link, which transformers did not need either
             found.append(f"{path.name}:")
             continue
         found.append(f"{path.name}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}")
@@ -121,7 +121,7 @@ def _devices(devices: Iterable[torch.device]) -> list[str]:
 
 
 def _code_of(model: nn.Module) -> list[str]:
-    """The libraries' versions and the file that the model's class stands in."""
+    """The libraries' versions and the file of the model's class."""
     import tokenizers
     import transformers
 

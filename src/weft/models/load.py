@@ -41,9 +41,9 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model: the model, its tokenizer, where its parts are, and where it came from.
+    """A loaded base model: the model, its tokenizer, the places of its parts, and its name.
 
-    ``original_weight`` gives the weight [out, in] from before quantisation of the module at a path.
+    ``original_weight`` gives the weight [out, in] of the module at a path before quantisation.
     """
 
     model: nn.Module
@@ -54,14 +54,14 @@ class Base:
 
 
 class UnknownTypeError(UserError):
-    """The architecture is one that Weft does not know what to do with."""
+    """Weft has no use for this architecture."""
 
 
 def resolve_model(name: str) -> str:
-    """An embedded model's name becomes its folder, a folder its absolute path; a hub id stays.
+    """The folder of an embedded model's name, the absolute path of a folder, or a hub id as it is.
 
     Raises:
-        UserError: it looks like a path and nothing is there, or the folder holds no model.
+        UserError: It looks like a path and does not exist, or the folder holds no model.
     """
     if name in EMBEDDED_MODELS:
         return str(model_path(name))
@@ -81,7 +81,11 @@ def resolve_model(name: str) -> str:
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
-    """``auto`` (what the checkpoint's config says) or a torch dtype."""
+    """``auto`` (the dtype in the checkpoint's config) or a torch dtype.
+
+    Raises:
+        UserError: There is no such dtype.
+    """
     if name == "auto":
         return "auto"
     if name not in DTYPES:
@@ -90,7 +94,11 @@ def resolve_dtype(name: str) -> torch.dtype | str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` takes a GPU if there is one; a device that is asked for and not there is an error, never a fallback."""
+    """The device of a name; ``auto`` takes a GPU if there is one.
+
+    Raises:
+        UserError: The device is unknown or missing; there is no fallback.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -107,7 +115,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base (or of a run folder)."""
+    """The tokenizer of a base (or of a run folder).
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
     try:
         return gate.load_tokenizer(resolve_model(name) if not Path(name).is_dir() else name)
     except Exception as error:  # as in load_base
@@ -117,7 +129,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _source(name: str, shape: Shape, hub: Hub) -> str:
-    # A tiny base needs nothing of a hub.
+    # A tiny base needs no file of a hub.
     return resolve_model(name) if shape == "tiny" else fetch_model(resolve_model(name), hub)
 
 
@@ -132,7 +144,7 @@ def sketch_base(
     """The base without its weights, all tensors on the meta device: enough to check a configuration against it.
 
     Raises:
-        UserError: it is not there, or its configuration cannot be read.
+        UserError: It does not exist, or its configuration cannot be read.
     """
     source, kind = _source(name, shape, hub), resolve_dtype(dtype)
     if tokenizer is None:
@@ -164,10 +176,10 @@ def load_base(
 ) -> Base:
     """Load a base model, in evaluation mode: a decoder with its head, an encoder without.
 
-    ``shape="tiny"``: the same architecture shrunk, with random weights. ``quantization``: how its linears are kept.
+    ``shape="tiny"`` gives the same architecture shrunk, with random weights. ``quantization`` is that of its linears.
 
     Raises:
-        UserError: it is not there, cannot be read, or the device is missing.
+        UserError: It does not exist, cannot be read, or the device is missing.
     """
     source, where, kind = _source(name, shape, hub), resolve_device(device), resolve_dtype(dtype)
     originals: Callable[[str], Tensor] | None = None
@@ -175,7 +187,7 @@ def load_base(
     if shape == "tiny":
         tokenizer = tokenizer or tiny_tokenizer(source)
         with tempfile.TemporaryDirectory() as made:
-            # Through a folder, so that loading and quantising are those of a real one.
+            # It goes through a folder, so that it is loaded and quantised like a real one.
             config = tiny_config(source, tokenizer)
             random_model(_auto_class(config, name), config, torch.float32).save_pretrained(made)
             model = _load_model(name, made, kind, where, quantization)
@@ -203,20 +215,20 @@ def _load_model(
     try:
         config = gate.load_config(source)
         auto = _auto_class(config, name)
-        # transformers' own report of what is missing would name the head that is put away; ours is below.
+        # transformers' own report of missing tensors would name the head that is removed; ours is below.
         transformers_logging.set_verbosity_error()
         loaded: Any = gate.load_weights(
             auto, source, config, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except UnknownTypeError:
         raise
-    except Exception as error:  # a folder that is no model makes transformers raise whatever it comes across
+    except Exception as error:  # transformers raises many kinds for a folder that is no model
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     model, report = loaded
     own = set(_headless(model).state_dict(keep_vars=True))
-    # transformers only warns of either, and fills in random numbers.
+    # For both, transformers only warns and fills in random numbers.
     missing = sorted(own & set(report["missing_keys"]) if _is_encoder(model.config) else report["missing_keys"])
     if missing:
         raise UserError(f"the model {name!r} lacks {len(missing)} of its tensors: {', '.join(missing[:3])} ...")
@@ -237,7 +249,7 @@ def _is_encoder(config: object) -> bool:
 
 def _auto_class(config: PreTrainedConfig, name: str) -> object:
     """The transformers class that loads it. Encoders come with a classification head, so that their modules have the
-    paths that PEFT's files name; the head itself is then put away (every job has its own)."""
+    paths in PEFT's files; the head itself is then removed (every job has its own)."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     if getattr(config, "is_encoder_decoder", False):
@@ -255,7 +267,7 @@ def _auto_class(config: PreTrainedConfig, name: str) -> object:
 
 
 def _headless(model: PreTrainedModel) -> nn.Module:
-    """An encoder without what stands on its body: a head that transformers had to make up is different every time."""
+    """An encoder without the head on its body: transformers had to invent it, differently every time."""
     if _is_encoder(model.config):
         for name, child in list(model.named_children()):
             if child is not model.base_model:
@@ -265,5 +277,5 @@ def _headless(model: PreTrainedModel) -> nn.Module:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # A line that ends with a colon says nothing without the next.
+    # A line that ends with a colon has no meaning without the next.
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

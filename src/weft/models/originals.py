@@ -1,4 +1,4 @@
-"""The weights that a quantised base was made from, read from its files one at a time (LoftQ asks for them)."""
+"""The weights of a quantised base before quantisation, from its files one at a time, for LoftQ."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file holds which tensor, by ``model.safetensors.index.json``.
+    """Tensor -> the file that holds it, by ``model.safetensors.index.json``.
 
     Raises:
-        UserError: it does not say so, or names a file that is not beside it.
+        UserError: The index does not say so, or names a file that is not beside it.
     """
     found = entry(read_json(index), "weight_map", dict, str(index))
     for key, name in found.items():
@@ -29,10 +29,10 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 class OriginalWeights:
-    """Looks a module's weight [out, in] up in a model folder by the module's path; nothing else stays in memory.
+    """The weights [out, in] of a model folder by the paths of their modules; no more than one is in memory.
 
-    Checkpoints of the bare body (GPT-2's, BLOOM's) name their tensors without the model's first part, which is then
-    left out of the path.
+    Checkpoints of the bare body (GPT-2's, BLOOM's) name their tensors without the model's first part. The path is then
+    shortened too.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -66,7 +66,7 @@ class OriginalWeights:
 
 
 class HeldWeights:
-    """The same of a folder that will be gone: all of its tensors in memory."""
+    """The weights of a folder that will be deleted: all of its tensors are in memory."""
 
     def __init__(self, folder: str | Path) -> None:
         self.tensors: dict[str, Tensor] = load_file(Path(folder) / _ONE)

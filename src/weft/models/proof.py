@@ -1,12 +1,12 @@
-"""The proof, when a base is loaded, that our path through it gives what its own forward gives.
+"""The proof, when a base is loaded, that our path through it has the results of its own forward.
 
 A few short sequences go through the untouched model, each alone, by transformers' own code: that is the truth. Then
 they go together, in one batch of mixed lengths, through our path: fused blocks in the packed stream first, then the
-stream with the model's own blocks, then padded batches. The first way whose logits are the truth's, within rounding, is
-how the base runs. If none is, the base is refused, by the name of the module where it first differs.
+stream with the model's own blocks, then padded batches. The base runs in the first way whose logits are the truth's
+within rounding. If there is none, the base is refused, and the message names the module where it first differs.
 
-How far rounding reaches is measured on the spot: the model's own forward of one text alone and of the same text in a
-batch sums in another order.
+The limit of rounding is measured on the spot: the model's own forward sums in another order for a text alone and for
+the same text in a batch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from weft.models.truth import (
     truth_of,
 )
 
-# What was proved of a model, to be told while adapters are open and its own forward cannot run.
+# The proved architecture of each model, for use while adapters are open and its own forward cannot run.
 _PROVED: weakref.WeakKeyDictionary[nn.Module, Architecture] = weakref.WeakKeyDictionary()
 
 
@@ -66,10 +66,11 @@ def _sketch(model: nn.Module) -> Architecture:
 def describe(model: nn.Module, folder: Path | None = None) -> Architecture:
     """The ``Architecture`` of a transformers model, proved on it (on the meta device: as tables and names tell it).
 
-    ``folder``: where the model was loaded from, as it is; what was proved of it before holds again (``KeptProof``).
+    ``folder`` is the one from which the model was loaded without a change: an earlier proof of it holds again
+    (``KeptProof``).
 
     Raises:
-        UserError: its structure is not known, or no way through it gives what its own forward gives.
+        UserError: Its structure is not known, or no way through it has the results of its own forward.
     """
     if model in _PROVED and is_open(model):
         return _PROVED[model]
@@ -86,7 +87,7 @@ def describe(model: nn.Module, folder: Path | None = None) -> Architecture:
 
 
 def _proved(model: nn.Module, shape: Architecture) -> Architecture:
-    """``prove`` on a model as it answers; afterwards it is in the mode that it was in."""
+    """``prove`` on a model in evaluation mode; afterwards it is in its former mode."""
     training = [module for module in model.modules() if module.training]
     # bitsandbytes packs 4-bit weights anew at the first pass without gradients, unless this is off (``one_kernel``).
     packs = [module for module in model.modules() if getattr(module, PACKS, False)]
@@ -111,10 +112,10 @@ def _proved(model: nn.Module, shape: Architecture) -> Architecture:
 
 
 def prove(model: nn.Module, shape: Architecture) -> Architecture:
-    """The architecture with what was found out about the model and the first way through it that is right.
+    """The architecture with the findings about the model and the first right way through it.
 
     Raises:
-        UserError: none is; says at which module the last one first differs.
+        UserError: No way is right; the message names the module at which the last one first differs.
     """
     check_indexer(model)
     shape = with_tables(shape, tuple(neighbour_dependent(model)))
@@ -123,7 +124,7 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
             with trial.fewer_words(model) as cut:
                 found = _prove_short(model, shape, depth)
             if cut and found.head_form and _head_form(model, found) != found.head_form:
-                # The rows that were cut off are treated otherwise.
+                # The model treats the rows that were cut off differently.
                 found = _prove_short(model, shape, depth)
     except _OtherBlocksError as other:
         return prove(model, sketch(model, other.order))
@@ -134,7 +135,7 @@ def prove(model: nn.Module, shape: Architecture) -> Architecture:
 
 
 class _OtherBlocksError(Exception):
-    """A text goes through other blocks than were taken for the model's: those of a tower for pictures."""
+    """A text goes through other blocks than those taken for the model's, which are a tower for pictures."""
 
     def __init__(self, order: set[str]) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ def _prove_short(model: nn.Module, shape: Architecture, depth: int) -> Architect
 
 
 def _fused_everywhere(model: nn.Module, proved: Architecture) -> Architecture:
-    """What was fused in the first block of each kind, fused in all of that kind."""
+    """The architecture in which all blocks of a kind are fused as the first one is."""
     kinds = fused_kinds(proved)
     more = {
         f"{block}.{path.removeprefix(f'{proved.blocks[first]}.')}": mixin
@@ -177,13 +178,12 @@ def _fused_everywhere(model: nn.Module, proved: Architecture) -> Architecture:
 
 
 def _prove_narrow(model: nn.Module, way: Architecture, wide: Truth) -> None:
-    """What was proved in float32, once more in the model's own dtype, where it may overflow.
+    """Repeat the proof in the model's own dtype, where it may overflow.
 
-    ``wide`` is the truth in float32. How far the model's own forward of one text lies from it is how far rounding
-    reaches here.
+    ``wide`` is the truth in float32. Its distance from the model's own forward of one text is the limit of rounding.
 
     Raises:
-        UserError: it does, or most tokens get other logits; a few may, where rounding sends them to other experts.
+        UserError: It overflows, or most tokens get other logits; a few may, where rounding chooses other experts.
     """
     text = max(wide.sequences, key=len)
     own = first_output(model, way, text)
@@ -202,7 +202,7 @@ def _within(paths: Sequence[str], shape: Architecture, depth: int) -> tuple[str,
 
 
 def _everywhere(found: dict[str, str], shape: Architecture, depth: int) -> dict[str, str]:
-    """What was found in the first blocks, said of all."""
+    """The findings in the first blocks, for all blocks."""
     if depth == len(shape.blocks):
         return found
     inside = {
@@ -217,10 +217,10 @@ def _everywhere(found: dict[str, str], shape: Architecture, depth: int) -> dict[
 
 
 def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
-    """The same for an encoder-decoder: what its decoder says of a few targets, each alone and all in one batch.
+    """Prove an encoder-decoder by its decoder's results for a few targets, each alone and all in one batch.
 
     Raises:
-        UserError: our path gives something else, or the model's own numbers are none.
+        UserError: Our path has other results, or the model's own are NaN or infinite.
     """
     sources = trial.sequences_for(model, shape)
     targets = sources[1:] + sources[:1]
@@ -244,7 +244,7 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
 
 
 def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
-    """The form of the head that gives what the model's own code gives, for small and large hidden states; or None."""
+    """The form of the head with the results of the model's own code, for small and large hidden states; or None."""
     head = output_head(model)
     if shape.bidirectional or head is None:
         return shape.head_form
@@ -258,7 +258,7 @@ def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
         own = own_logits(model, shape, hidden)
     except Exception:  # a dense layer of another width stands before the head
         return None
-    # Not the module's own forward: an output layer may do more than its weight says.
+    # Not the module's own forward, because an output layer may do more than its weight says.
     floating = head.weight.is_floating_point() and isinstance(head, nn.Linear)
     plain = nn.functional.linear(hidden, head.weight, head.bias) if floating else head(hidden)
     if plain.shape != own.shape:
@@ -282,7 +282,7 @@ def _forms(model: nn.Module, told: HeadForm, own: Tensor, plain: Tensor) -> Iter
 
 
 def _first_right(model: nn.Module, shape: Architecture, truth: Truth) -> tuple[Architecture, str]:
-    """The first way whose outputs are the truth's, and why it is not the stream if it is not."""
+    """The first way whose outputs are the truth's, and the reason if it is not the stream."""
     why = ""
     last: tuple[Architecture, float | Exception] | None = None
     for way in _ways(model, shape):
@@ -290,7 +290,7 @@ def _first_right(model: nn.Module, shape: Architecture, truth: Truth) -> tuple[A
             distance = max(truth.distances(our_output(model, way, truth.sequences)))
             if way.install_attention is None and not shape.bidirectional:
                 distance = max(distance, _narrow(model, way, truth))
-        except Exception as error:  # an attention asks for what the stream has not, a body takes no embeddings
+        except Exception as error:  # an attention asks for what the stream does not have, or a body takes no embeddings
             last = last or (way, error)
             why = why or reason_of(error)
             continue
@@ -320,7 +320,7 @@ def _ways(model: nn.Module, shape: Architecture) -> Iterator[Architecture]:
 
 
 def _takes_embeddings(model: nn.Module, shape: Architecture) -> bool:
-    """Whether the body runs on embeddings that are no token's: Gemma 4 looks for the tokens that they belong to."""
+    """Whether the body runs on embeddings of no token: Gemma 4 looks for the tokens of its embeddings."""
     table = input_embeddings(model)
     body = body_of(model, shape)
     rows = torch.randn(1, 3, table.weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -332,7 +332,7 @@ def _takes_embeddings(model: nn.Module, shape: Architecture) -> bool:
 
 
 def our_output(model: nn.Module, shape: Architecture, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What our path gives for the sequences in one batch: logits per sequence, of an encoder hidden states."""
+    """The results of our path for the sequences in one batch: logits [T, vocabulary] each, or an encoder's [T, d]."""
     adapters = Adapters(model, shape)
     try:
         stream = adapters.stream([Part(None, sequences)])
@@ -344,7 +344,7 @@ def our_output(model: nn.Module, shape: Architecture, sequences: Sequence[Sequen
 
 
 def _narrow(model: nn.Module, way: Architecture, truth: Truth) -> float:
-    """How far padded batches lie from the truth that are narrower than the first: some models pad by themselves."""
+    """The distance from the truth of padded batches narrower than the first: some models pad by themselves."""
     few = [truth.sequences[-1][:9], truth.sequences[0][:1]]
     outputs = [trial.own_output(model, way, [sequence])[0] for sequence in few]
     return max(Truth(few, outputs, truth.limit).distances(our_output(model, way, few)))

@@ -1,22 +1,25 @@
 """Quantised bases: LLM.int8 (Dettmers et al. 2022) and NF4 with double quantisation (Dettmers et al. 2023), by
-bitsandbytes. Adapters do not know of it: a site runs whatever the module's own class does."""
+bitsandbytes. Adapters do not know of it: a site runs the forward of the module's own class."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from weft.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
 Quantization = Literal["nf4", "fp4", "int8"]
 # By this attribute of a 4-bit linear, bitsandbytes decides whether to pack its weight anew for a CPU.
 PACKS = "support_avx512bf16_for_cpu"
 
 
-def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> Any:
-    """transformers' configuration for loading a base that way.
+def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """transformers' configuration for loading a base in this quantisation.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -40,8 +43,8 @@ def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> Any:
 def one_kernel(model: nn.Module) -> None:
     """Let 4-bit linears on a CPU compute the same with and without gradients.
 
-    bitsandbytes packs their weights anew for a faster kernel that rounds differently (by 6e-3 in logits of a tiny
-    Llama) at the first pass without gradients; whether a layer needs any depends on which methods share the batch.
+    At the first pass without gradients, bitsandbytes packs their weights anew for a faster kernel that rounds
+    differently (by 6e-3 in logits of a tiny Llama). Whether a layer has gradients depends on the methods in the batch.
     """
     for module in model.modules():
         if hasattr(module, PACKS):

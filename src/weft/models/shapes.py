@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WIDTH, LAYERS, HEADS, MLP = 64, 2, 4, 128
-# For a hub id whose config.json is not at hand: what its name says.
+# Architectures by words in a hub id, where its config.json is not at hand.
 _TYPES = (
     ("bloom", "bloom"), ("qwen3", "qwen3"), ("qwen", "qwen2"), ("mistral", "mistral"), ("gemma-?2(?!b)", "gemma2"),
     ("gemma", "gemma"), ("llama|vicuna|alpaca|yi-", "llama"), ("gpt2", "gpt2"), ("pythia|neox", "gpt_neox"),
@@ -27,11 +27,11 @@ _TYPES = (
 def tiny_config(source: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The model's configuration, two layers of width 64 and the tokenizer's vocabulary.
 
-    ``source`` is a folder or an id; of an id, the cached configuration is taken, else the architecture that its name
-    speaks of: nothing is downloaded.
+    ``source`` is a folder or an id. For an id the cached configuration counts, else the architecture in its name:
+    nothing is downloaded.
 
     Raises:
-        UserError: neither says what the architecture is.
+        UserError: Neither names the architecture.
     """
     from transformers import AutoConfig
 
@@ -91,7 +91,7 @@ def tiny_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def random_model(auto_class: object, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of that configuration; its weights are the same at every call, and torch's generator stays as it was."""
+    """A model of that configuration. Every call gives the same weights and does not change torch's generator."""
     check_budget(gate.empty_model(auto_class, config), 0, "the configuration for shape: tiny")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

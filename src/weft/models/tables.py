@@ -1,8 +1,8 @@
-"""Modules of positions that look at the whole pass: for each sequence they are asked by itself.
+"""Modules of positions that depend on the whole pass, and so answer for each sequence by itself.
 
-Rotary tables with dynamic frequencies (LongRoPE, dynamic NTK) are chosen by the longest position of the pass, and some
-keep what they chose for the next. In a batch, a neighbour's length would change a sequence's angles. Such modules are
-found by a trial (``neighbour_dependent``), whatever they are called.
+The longest position of the pass decides on rotary tables with dynamic frequencies (LongRoPE, dynamic NTK), and some
+modules keep their choice for the next pass. In a batch, a neighbour's length would change a sequence's angles. A trial
+finds such modules under any name (``neighbour_dependent``).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _FRESH = "_weft_table_fresh"
 
 
 class _Fresh:
-    """A module's buffers and attributes as they were before it had seen any text.
+    """A module's buffers and attributes before it has seen any text.
 
-    transformers' dynamic tables keep the frequencies they began with beside those of the last text.
+    transformers' dynamic tables keep their first frequencies beside those of the last text.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -39,7 +39,7 @@ class _Fresh:
                 value = began if isinstance(began, Tensor) and began.shape == buffer.shape else buffer
                 self.values[name] = value.detach().to(buffer.device, copy=True)
         if "original_max_seq_len" in self.attributes:
-            # One for all kinds of layer, and one for each kind that has seen a longer text.
+            # There is one for all kinds of layer, and one for each kind that has seen a longer text.
             for name in [n for n in self.attributes if n.endswith("max_seq_len_cached")]:
                 self.attributes[name] = self.attributes["original_max_seq_len"]
 
@@ -58,7 +58,7 @@ class _Fresh:
 
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Inside, modules of positions may keep what they like; afterwards they are what they were."""
+    """Inside, modules of positions may change; afterwards they are as before."""
     kept = [(module, _Fresh(module)) for module in model.modules() if _takes_positions(module)]
     try:
         yield
@@ -112,10 +112,10 @@ def install_tables(model: nn.Module, router: Router, paths: Sequence[str]) -> Ca
 
 @torch.no_grad()
 def neighbour_dependent(model: nn.Module) -> list[str]:
-    """Paths of the modules that map positions to tables and give a short sequence others beside a long one.
+    """Paths of the modules that map positions to tables and change a short sequence's table beside a long one.
 
-    Modules of positions have no parameters and take ``x`` and ``position_ids``. Every limit that a module or the
-    model's configuration names is exceeded in the trial.
+    Modules of positions have no parameters and take ``x`` and ``position_ids``. The trial exceeds every limit that a
+    module or the model's configuration names.
     """
     found = []
     for path, module in model.named_modules():
@@ -135,7 +135,7 @@ def _takes_positions(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def tables_move(model: nn.Module, length: int, longer: int, paths: Sequence[str]) -> bool:
-    """Whether a module at one of ``paths`` has other tables for ``longer`` tokens than for ``length``."""
+    """Whether a module at one of ``paths`` gives other tables for ``longer`` tokens than for ``length``."""
     for path in paths:
         module = model.get_submodule(path)
         fresh: _Fresh = module.__dict__.get(_FRESH) or _Fresh(module)
@@ -156,7 +156,7 @@ def _limits(module: nn.Module, model: nn.Module) -> int:
 
 
 def _alike(module: nn.Module, fresh: _Fresh, some: tuple[int, ...], others: tuple[int, ...]) -> bool:
-    """Whether the tables of positions 0 and 1, which both begin with, are the same among some positions and others."""
+    """Whether positions 0 and 1 have the same tables among ``some`` positions and among ``others``."""
     buffer = next((b for b in module.buffers() if b is not None), torch.zeros(()))
     x = torch.zeros(1, 2, 4, device=buffer.device)
 
@@ -172,4 +172,4 @@ def _alike(module: nn.Module, fresh: _Fresh, some: tuple[int, ...], others: tupl
     try:
         return all(torch.equal(a, b) for a, b in zip(ask(*some), ask(*others), strict=True))
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
-        return True  # what it does with the model's own positions, the proof of the whole pass sees
+        return True  # the proof of the whole pass tries it with the model's own positions

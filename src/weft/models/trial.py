@@ -1,4 +1,4 @@
-"""Trials of an untouched base: what its own forward gives for a few short sequences, and what it does on the way."""
+"""Trials of an untouched base: the results of its own forward for a few short sequences, and its steps on the way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +23,13 @@ _SEEN = "_weft_seen"
 def sequences_for(model: nn.Module, shape: Architecture, learned: int = 0) -> list[list[int]]:
     """Token ids of a few sequences of different lengths; one is longer than every small window of the model.
 
-    ``learned`` tokens of an adapter stand before each, and count among those that the model takes.
+    ``learned`` tokens of an adapter stand before each, and count against the model's limit.
     """
     config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     windows = [v for v in vars(text).values() if type(v) is int and 16 < v <= 128] if _small(model) else []
     longest = max([23, *(window + 5 for window in windows)])
-    # A window of a few tokens is exceeded by all but the shortest.
-    # MPT calls its limit otherwise.
+    # All but the shortest sequence exceed a window of a few tokens. MPT has another name for its limit.
     limit = shape.max_length or getattr(text, "max_seq_len", None) or longest + learned
     table = input_embeddings(model)
     vocabulary = min(table.weight.shape[0], getattr(text, "vocab_size", None) or table.weight.shape[0])
@@ -53,7 +51,7 @@ def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[i
     run = model.base_model if shape.bidirectional else model
     assert isinstance(run, nn.Module)
     ids = torch.tensor(batch, device=table.weight.device)
-    out: Any = run(input_ids=ids, **accepted(run, use_cache=False, return_dict=True))
+    out = run(input_ids=ids, **accepted(run, use_cache=False, return_dict=True))
     found: Tensor = out.last_hidden_state if shape.bidirectional else out.logits
     return found
 
@@ -71,7 +69,7 @@ def own_pair(model: nn.Module, sources: Sequence[Sequence[int]], targets: Sequen
 
 @dataclass
 class _Seen:
-    """Of one module: how often it was called, with how many rows, what it gave, and whether its weight was read."""
+    """Notes on one module: its calls and their rows, a strange result, and whether its weight was read."""
 
     calls: int = 0
     rows: set[int] = field(default_factory=set)
@@ -82,7 +80,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run of the model went through: paths of the modules in the order of their calls, and what linears saw."""
+    """The steps of a run of the model: the modules' paths in the order of their calls, and notes on linears."""
 
     order: list[str]
     seen: dict[str, _Seen]
@@ -111,7 +109,7 @@ class _Watched(Mixin):
         return out
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        # nn.Module keeps its parameters where Python finds them only by this method.
+        # Python finds nn.Module's parameters only by this method.
         if name == "weight" and not self.__dict__[_SEEN].inside:
             self.__dict__[_SEEN].read = True
         return super().__getattr__(name)
@@ -119,7 +117,7 @@ class _Watched(Mixin):
 
 @contextlib.contextmanager
 def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
-    """Inside, the model notes the order of all calls and what happens to the modules at ``paths``."""
+    """Inside, the model notes the order of all calls, and the use of the modules at ``paths``."""
     trace = Trace([], {})
     handles = []
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -144,7 +142,7 @@ def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
 
 
 def unreachable(trace: Trace) -> dict[str, str]:
-    """Modules on which an adapter would do nothing, or something else than it says -> why."""
+    """Modules on which an adapter would have no effect, or another than it says -> the reason."""
     called = {path for path, seen in trace.seen.items() if seen.calls}
     found: dict[str, str] = {}
     for path, seen in trace.seen.items():
@@ -158,7 +156,7 @@ def unreachable(trace: Trace) -> dict[str, str]:
 
 
 def has_called_sibling(path: str, called: set[str]) -> bool:
-    """Whether it is one of several in a list of which another was called: an expert that no token was sent to."""
+    """Whether another module of the same list was called: it is an expert that got no token."""
     parts = path.split(".")
     for place, part in enumerate(parts):
         if part.isdigit() and place and "expert" in parts[place - 1]:
@@ -172,17 +170,17 @@ def has_called_sibling(path: str, called: set[str]) -> bool:
 
 
 def _make(module: nn.Module) -> tuple[object, ...]:
-    """What a module is made of. What it notes as it runs (RWKV: that it has scaled its weights) is its own affair."""
+    """The parts of a module, without its notes while it runs (RWKV notes that it has scaled its weights)."""
     return type(module), dict(module._modules)
 
 
 @contextlib.contextmanager
 def unchanging(model: nn.Module) -> Iterator[None]:
-    """Inside, the model runs; afterwards it is made as it was.
+    """Inside, the model runs; afterwards its parts must be the same.
 
     Raises:
-        UserError: it was not, so what it answers depends on what it was asked before (BigBird gives up its sparse
-            attention at the first short text).
+        UserError: They are not, so its answers depend on earlier texts (BigBird gives up its sparse attention at the
+            first short text).
     """
     before = {path: (module, _make(module)) for path, module in model.named_modules()}
     words = [(m, {k: v for k, v in vars(m).items() if isinstance(v, str)}) for m in model.modules()]
@@ -205,16 +203,16 @@ def unchanging(model: nn.Module) -> Iterator[None]:
         )
 
 
-# Weights in float32 may take so much memory beside those that are there.
+# The memory that weights in float32 may take beside the model's own.
 _WIDE = 1_500_000_000
 _NARROW = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[bool]:
-    """Inside, a model in bfloat16 or float16 has the same weights in float32; yields whether it has.
+    """Inside, a model in bfloat16 or float16 has the same weights in float32; yields whether that is so.
 
-    Quantised models, whose kernels want their own dtype, and what is left of very large ones stay as they are.
+    Quantised models, whose kernels want their own dtype, and the rest of very large ones do not change.
     """
     held = [*model.parameters(), *model.buffers()]
     narrow = [tensor for tensor in held if tensor.dtype in _NARROW]
@@ -232,16 +230,16 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
             tensor.data = data
 
 
-# Rows of the tables that are left of a large vocabulary.
+# The number of rows that remain of a large vocabulary.
 _WORDS = 1024
 
 
 @contextlib.contextmanager
 def fewer_words(model: nn.Module) -> Iterator[bool]:
-    """Inside, a large model has only the first rows of its vocabulary; yields whether something was cut.
+    """Inside, a large model has only the first rows of its vocabulary; yields whether rows were cut.
 
-    Of a model of 8 billion parameters, the vocabulary holds twice as many as the two blocks that are tried, and one row
-    is treated as the next.
+    In a model of 8 billion parameters the vocabulary has twice as many as the two blocks of the trial, and all its rows
+    are treated alike.
     """
     table, head = input_embeddings(model), output_head(model)
     if not isinstance(table, nn.Embedding) or head is None or type(head) is not nn.Linear:
@@ -258,7 +256,7 @@ def fewer_words(model: nn.Module) -> Iterator[bool]:
     try:
         for parameter, data in kept:
             parameter.data = data[:_WORDS]
-        # torch refuses a padding token that the table has not; it only stops gradients, of which there are none.
+        # torch refuses a padding token outside the table. It only stops gradients, of which there are none.
         table.num_embeddings, table.padding_idx, head.out_features = _WORDS, None, _WORDS
         yield True
     finally:
@@ -269,9 +267,9 @@ def fewer_words(model: nn.Module) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def shallow(model: nn.Module, shape: Architecture) -> Iterator[int]:
-    """Inside, a large model has only its first blocks, so many that one of every kind is among them; yields how many.
+    """Inside, a large model has only its first blocks, with one of every kind among them; yields their number.
 
-    Blocks of one kind run the same code: what is proved of one holds for all.
+    Blocks of one kind run the same code, so a proof of one holds for all.
     """
     depth = _depth(model, shape)
     parent, _, name = shape.blocks[0].rpartition(".")[0].rpartition(".")
@@ -299,11 +297,11 @@ def _depth(model: nn.Module, shape: Architecture) -> int:
 
 
 def first_alike(model: nn.Module, shape: Architecture) -> dict[str, int]:
-    """Path of each block -> the number of the first block of its kind."""
+    """The path of each block -> the number of the first block of its kind."""
     config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     types = getattr(text, "layer_types", None) or itertools.repeat(None)
-    first: dict[Any, int] = {}
+    first: dict[object, int] = {}
     return {
         path: first.setdefault((_kind(model.get_submodule(path)), kind), index)
         for index, (path, kind) in enumerate(zip(shape.blocks, types, strict=False))

@@ -1,4 +1,4 @@
-"""The truth that a base is proved against: what its own forward gives for a few short texts, and what makes it none."""
+"""The truth for the proof of a base: the results of its own forward for a few short texts, if they can be one."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from weft.core.site import mixes_rows
 from weft.errors import UserError
 from weft.models import trial
 
-# Our path may differ from the truth by so many times what two orders of summation differ by,
+# Our path may differ from the truth by so many times the difference of two orders of summation,
 NOISE = 10
 # and by so many units of the last place of the largest logit, where the two orders agree by chance.
 UNITS = 32
 # But never by more than this share of it.
 MOST = {torch.float16: 0.1, torch.bfloat16: 0.1}
 # In bfloat16 rounding hides a factor of 0.85: the proof is made in float32 (``trial.in_float32``).
-# In int8 the outliers of one text change how another one's rows are rounded, and no text is alone in a batch.
+# In int8 the outliers of one text change the rounding of another one's rows, and no text is alone in a batch.
 MIXED = 0.1
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the untouched model gives: per sequence its logits [T, vocabulary] (an encoder's hidden states [T, d]), and
-    how far ours may lie from them."""
+    """The results of the untouched model, logits [T, vocabulary] per sequence (an encoder's hidden states [T, d]), and
+    the largest distance of ours from them."""
 
     sequences: list[list[int]]
     outputs: list[Tensor]
     limit: float
 
     def distances(self, found: Sequence[Tensor], *, typical: bool = False) -> list[float]:
-        """The largest difference of each sequence, or infinity where a number is none; ``typical``: of the token in the
-        middle, when they are ordered by it."""
+        """The largest difference in each sequence's results [T, ...], or infinity where one is NaN.
+
+        ``typical`` gives the median of the tokens' largest differences.
+        """
         worst = []
         for a, b in zip(self.outputs, found, strict=True):
             # Some models bar a part of their vocabulary with -inf.
@@ -47,10 +49,10 @@ class Truth:
 
 
 def truth_of(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]:
-    """The truth about a model, and what its own forward went through.
+    """The truth about a model, and the steps of its own forward.
 
     Raises:
-        UserError: it does not run by itself, or gives numbers that are none.
+        UserError: It does not run by itself, or gives NaN or infinity.
     """
     sequences = trial.sequences_for(model, shape)
     longest = max(sequences, key=len)
@@ -66,10 +68,10 @@ def truth_of(model: nn.Module, shape: Architecture) -> tuple[Truth, trial.Trace]
 
 
 def first_output(model: nn.Module, shape: Architecture, text: list[int]) -> Tensor:
-    """What the model's own forward gives for a text, when it runs for the first time in its dtype.
+    """The result of the model's first forward in its dtype for a text, [T, vocabulary] or an encoder's [T, d].
 
     Raises:
-        UserError: it does not run.
+        UserError: It does not run.
     """
     try:
         return trial.own_output(model, shape, [text])[0]
@@ -82,7 +84,7 @@ def first_output(model: nn.Module, shape: Architecture, text: list[int]) -> Tens
 
 
 def limit_of(model: nn.Module, outputs: Sequence[Tensor], alone: Tensor, again: Tensor) -> float:
-    """How far rounding reaches, by what the output ``alone`` is ``again``, in a batch."""
+    """The limit of rounding, by the output ``alone`` [T, ...] and the same text's ``again`` [2, T, ...] in a batch."""
     scale = largest(outputs)
     if any(mixes_rows(module) for module in model.modules()):
         return MIXED * scale
@@ -96,20 +98,20 @@ def limit_of(model: nn.Module, outputs: Sequence[Tensor], alone: Tensor, again: 
 
 
 def limit_of_narrow(model: nn.Module, own: Tensor, rounding: float) -> float:
-    """How far rounding reaches in 16 bits, where the model's ``own`` output lies ``rounding`` from that in float32."""
+    """The limit of rounding in 16 bits, if the model's ``own`` output [T, ...] is ``rounding`` from that in float32."""
     scale, dtype = largest([own]), _dtype(model)
     return min(max(NOISE * rounding, UNITS * torch.finfo(dtype).eps * scale), MOST.get(dtype, 1e-4) * scale)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """What it computes in; some models (Mamba) give logits in float32 whatever that is."""
+    """The dtype in which it computes; some models (Mamba) give logits in float32 in any case."""
     table = input_embeddings(model)
     dtype: torch.dtype = table.weight.dtype
     return dtype
 
 
 def largest(outputs: Sequence[Tensor]) -> float:
-    """The largest number of them; some models bar a part of their vocabulary with -inf."""
+    """The largest number in outputs of any shape, without the -inf by which some models bar parts of the vocabulary."""
     return max(float(output[output.isfinite()].abs().max()) for output in outputs)
 
 
@@ -119,22 +121,22 @@ def _other_end(text: list[int]) -> list[int]:
 
 
 def check_causal(model: nn.Module, shape: Architecture, text: list[int], output: Tensor, changed: Tensor) -> None:
-    """Refuse a language model whose tokens see what comes after them: it would learn to copy, and can write nothing.
+    """Refuse a language model whose tokens see later ones: it would learn to copy, and cannot write.
 
-    ``output`` is what the text gives, ``changed`` what it gives with another last token.
+    ``output`` [T, vocabulary] is the result for the text, ``changed`` [T, vocabulary] that with another last token.
 
     Raises:
-        UserError: another last token changes the outputs before it.
+        UserError: Another last token changes the outputs before it.
     """
     if any(mixes_rows(module) for module in model.modules()):
-        return  # in int8 every row is rounded by what the last one is
+        return  # in int8 the last row changes the rounding of all rows
     bound = MOST.get(_dtype(model), 1e-4) * largest([output])
 
     def differs(changed: Tensor) -> Tensor:
         return (changed[:-1].double() - output[:-1].double()).abs()
 
     if bool((differs(changed) > bound).any()):
-        # Alone, for it may be the batch's doing.
+        # Try it alone, because the batch may be the cause.
         apart = differs(trial.own_output(model, shape, [_other_end(text)])[0])
         if not bool((apart > bound).any()):
             return
@@ -146,10 +148,10 @@ def check_causal(model: nn.Module, shape: Architecture, text: list[int], output:
 
 
 def check_finite(model: nn.Module, outputs: Sequence[Tensor]) -> None:
-    """Refuse a base whose own forward overflows: nothing can be proved of it, and nothing learned from it.
+    """Refuse a base whose own forward, outputs [T, ...], overflows: it can be neither proved nor trained.
 
     Raises:
-        UserError: an output is NaN or infinite, or a whole text's are barred.
+        UserError: An output is NaN or infinite, or all of a text's are -inf.
     """
     bad = sum(int((o.isnan() | (o == float("inf"))).sum()) for o in outputs)
     if bad or any(not bool(output.isfinite().any()) for output in outputs):
@@ -163,11 +165,13 @@ def check_finite(model: nn.Module, outputs: Sequence[Tensor]) -> None:
 
 
 def check_indexer(model: nn.Module) -> None:
-    """Refuse sparse attention that picks keys by a score of its own: where scores are equal, many are zero, what is
-    picked depends on how wide the batch is, so no batch gives what a text gives alone.
+    """Refuse sparse attention that chooses keys by a score of its own.
+
+    Many scores are zero, and among equal ones the choice depends on the width of the batch. So no batch has the results
+    of a text alone.
 
     Raises:
-        UserError: the configuration has an ``index_topk``.
+        UserError: The configuration has an ``index_topk``.
     """
     config = config_of(model)
     chosen = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "index_topk", None)
@@ -182,7 +186,7 @@ def check_indexer(model: nn.Module) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

@@ -1,11 +1,11 @@
-"""What the configurations of a model and a tokenizer may say, before transformers acts on it."""
+"""The checks of a model's and a tokenizer's configurations before transformers acts on them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weft.errors import UserError
 from weft.foreign import check_json, parse_json, read_json
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-# Which code computes the attention is Weft's choice; these words only say what somebody's machine had.
+# Weft chooses the code that computes attention; these words only describe another machine.
 _COMPUTED_BY = ("attn_implementation", "experts_implementation")
 _KNOWN_WAYS = (
     None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
@@ -27,7 +27,7 @@ _NEVER = (
     "gguf_file", "tokenizer_object", "init_inputs", "code_revision", "vlm_config_path",
 )  # fmt: skip
 _QUANTIZATIONS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
-# The most of each that a configuration can mean, by a part of the key; the first that fits counts.
+# The largest sensible value of each key in a configuration, by a part of the key; the first match counts.
 _COUNTS = (
     ("position", 1 << 28), ("length", 1 << 28), ("token_id", 1 << 28), ("theta", None), ("layer", 1 << 12),
     ("block", 1 << 16), ("expert", 1 << 14), ("head_dim", 1 << 16), ("head", 1 << 14), ("label", 1 << 16),
@@ -45,7 +45,7 @@ _SIZES = frozenset(
 _REGEX = re.compile(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")')
 _ADDED = re.compile(rb'"id"\s*:\s*([0-9]{1,18})')
 _MOST_TOKENS = 1 << 24
-# A model may hold this much that its files do not: buffers, tensors that are tied, weights kept in half a byte.
+# A model may hold so much more than its files: buffers, tied tensors, weights in half a byte.
 _SPARE_ELEMENTS, _ELEMENTS_PER_BYTE = 1 << 25, 2
 
 
@@ -53,7 +53,7 @@ def check_config(path: Path) -> None:
     """Refuse a model's ``config.json`` that asks for code, for other packages or files, or for absurd sizes.
 
     Raises:
-        UserError: it does; or it is no JSON object.
+        UserError: It does, or it is no JSON object.
     """
     entries = read_json(path, infinities=True)
     _check_known(entries, path)
@@ -89,7 +89,7 @@ def _check_known(entries: dict[str, object], path: Path) -> None:
 
     kind = entries.get("model_type")
     if kind is None:
-        raise UserError(f"{path} cannot be used: it has no model_type, so what model it is for is not said.")
+        raise UserError(f"{path} cannot be used: it has no model_type, so it is not known for which model it is.")
     if not isinstance(kind, str):
         raise UserError(f"{path}: model_type is {_short(kind)}; expected the name of an architecture.")
     if kind in CONFIG_MAPPING:
@@ -103,7 +103,11 @@ def _check_known(entries: dict[str, object], path: Path) -> None:
 
 
 def check_tokenizer(path: Path) -> None:
-    """Refuse a ``tokenizer_config.json`` that asks for code or for files elsewhere; UserError says what."""
+    """Refuse a ``tokenizer_config.json`` that asks for code or for files elsewhere.
+
+    Raises:
+        UserError: It does; the message names the key.
+    """
     entries = read_json(path, infinities=True)
     kind = entries.get("tokenizer_class")
     if kind is not None:
@@ -129,9 +133,12 @@ def check_tokenizer(path: Path) -> None:
 
 
 def check_tokenizer_json(path: Path) -> None:
-    """Refuse a ``tokenizer.json`` whose patterns could be tried for ever: what applies them cannot be stopped.
+    """Refuse a ``tokenizer.json`` whose patterns could be tried for ever: the library that applies them has no limit.
 
-    Only what stands outside the vocabulary is decoded here: that is the library's to read.
+    The vocabulary is not decoded here: the library reads it.
+
+    Raises:
+        UserError: A pattern could be, or a token's number is absurd.
     """
     data = check_json(path)
     for found in _REGEX.finditer(data):
@@ -144,14 +151,18 @@ def check_tokenizer_json(path: Path) -> None:
 
 
 def check_generation(path: Path) -> None:
-    """Refuse a ``generation_config.json`` that asks for code."""
+    """Refuse a ``generation_config.json`` that asks for code.
+
+    Raises:
+        UserError: It does.
+    """
     for where, key, value in _entries(read_json(path, infinities=True)):
         if (key in _NEVER or key in ("auto_map", "prompt_lookup_code")) and value:
             raise UserError(f"{path}: {where}{key} is {_short(value)}: Weft runs no code from a file.")
 
 
 def no_implementation(config: object) -> None:
-    """Let transformers choose, by what is installed, which code computes attention and experts; in all parts."""
+    """Let transformers choose the code for attention and experts, in all parts, by the installed packages."""
     parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
     for part in parts:
         for name in _COMPUTED_BY:
@@ -160,7 +171,11 @@ def no_implementation(config: object) -> None:
 
 
 def check_layers(config: PreTrainedConfig, tensors: int, where: str) -> None:
-    """Refuse more layers than the files of weights have tensors: to build 4,000 takes half a minute."""
+    """Refuse more layers than the files of weights have tensors: building 4,000 takes half a minute.
+
+    Raises:
+        UserError: There are more.
+    """
     for part in (config, config.get_text_config()):
         for key in ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer"):
             found = getattr(part, key, None)
@@ -169,11 +184,14 @@ def check_layers(config: PreTrainedConfig, tensors: int, where: str) -> None:
 
 
 def check_budget(model: nn.Module, stored: int, where: str) -> None:
-    """Refuse sizes that the files of weights cannot be of: transformers would allocate them first and compare later.
+    """Refuse sizes that the files of weights cannot have: transformers would allocate them first and compare later.
 
     Args:
-        model: on the meta device.
-        stored: bytes of the files of weights.
+        model: A model on the meta device.
+        stored: The number of bytes in the files of weights.
+
+    Raises:
+        UserError: The model is larger than its files allow.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     wanted = sum(tensor.numel() for tensor in tensors)
@@ -184,9 +202,9 @@ def check_budget(model: nn.Module, stored: int, where: str) -> None:
         )
 
 
-def _entries(values: dict[str, object]) -> Iterator[tuple[str, str, Any]]:
-    """(where it stands, key, value) of everything inside, level by level."""
-    todo: list[tuple[str, Any]] = [("", values)]
+def _entries(values: dict[str, object]) -> Iterator[tuple[str, str, object]]:
+    """(place, key, value) of everything inside, level by level."""
+    todo: list[tuple[str, object]] = [("", values)]
     while todo:
         where, value = todo.pop()
         if isinstance(value, dict):
@@ -229,7 +247,7 @@ def _check_inside(value: object, place: str) -> None:
 
 
 def _check_class(value: object, place: str) -> None:
-    """A class that transformers has must be a tokenizer; of one that it has not it takes the plain one."""
+    """Refuse a class of transformers that is no tokenizer; for an unknown class it takes the plain one."""
     import transformers
 
     if not isinstance(value, str):
@@ -243,7 +261,7 @@ def _class(name: str) -> object:
     import transformers
 
     for one in (name, name.removesuffix("Fast")):
-        # By their names first: to ask for a class is to import its module, whatever that does.
+        # Compare names first, because asking for a class imports its module, with all effects of that.
         named_so = one.isidentifier() and ("Tokenizer" in one or one.endswith("Backend"))
         found = getattr(transformers, one, None) if named_so else None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase):

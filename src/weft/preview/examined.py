@@ -85,7 +85,7 @@ def examine(config: RunConfig) -> list[Examined]:
     unlimited = config.unlimited().renderer(outline.tokenizer)
     groups: dict[Any, list[JobConfig]] = {}
     for job in config.jobs:
-        columns = (job.labels, job.text_columns, job.label_column) if job.task == "sequence_classification" else None
+        columns = (job.labels, job.text_columns, job.label_column) if job.classifies else None
         key = (repr(job.data or config.data), repr(job.eval_data or config.eval_data), job.task, repr(columns))
         groups.setdefault(key, []).append(job)
     reader = Reader(config, renderer, outline, places, watched=True)
@@ -115,9 +115,8 @@ class _Group:
     def examined(self) -> Examined:
         config, reader, job = self.config, self.reader, self.jobs[0]
         read = reader.read(job)
-        classes = read.sources[0].names
-        sources = [self._items(part, "train", classes) for part in read.sources]
-        evaluated = [item for part in read.evaluated or () for item in self._items(part, "eval", classes)]
+        sources = [self._items(part, "train") for part in read.sources]
+        evaluated = [item for part in read.evaluated or () for item in self._items(part, "eval")]
         held = self._held_out(read, sources)
         data = reader.data(job, read, reader.sides(read, held))
         train: list[Item] = []
@@ -125,12 +124,13 @@ class _Group:
             train += _parted(items, marks, evaluated)
         # A source of which nothing is left ends the training, whatever is to become of bad records.
         whole = all(len(part.samples) for part in (*read.sources, *(read.evaluated or ())))
-        task = "seq2seq" if self.outline.task == "seq2seq" else "causal_lm"
         own = self.outline.tokenizer.chat_template if config.chat_template else None
         skips = config.on_bad_record != "error" and whole
-        facts = Facts(reader.renderer, task, own or None, reader.renderer.max_length, skips_bad_records=skips)
+        facts = Facts(
+            reader.renderer, self.outline.task, own or None, reader.renderer.max_length, skips_bad_records=skips
+        )
         windows: list[Item] = []
-        if job.task != "sequence_classification" and config.documents == "joined":
+        if not job.classifies and config.documents == "joined":
             windows = [Item("train", s.source, samples=(s,), length=len(s.input_ids)) for s in data.train]
         # Where nothing is left, training would end at what is wrong with the records.
         packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
@@ -138,10 +138,14 @@ class _Group:
         items = [*train, *evaluated]
         return Examined(names, items, facts, packings, windows, left_out=self.left_out, not_reached=self.not_reached)
 
-    def _items(self, part: Loaded, split: Split, classes: Sequence[str]) -> list[Item]:
-        renderer, task = self.reader.renderer, self.outline.task
+    def _items(self, part: Loaded, split: Split) -> list[Item]:
         items, left_out = collect(
-            part.outcomes, renderer, unlimited=self.unlimited, split=split, task=task, classes=classes
+            part.outcomes,
+            self.reader.renderer,
+            unlimited=self.unlimited,
+            split=split,
+            task=self.outline.task,
+            classes=part.names,
         )
         if not items:  # here training ends as well
             told = ", ".join(f"{count:,} {why}" for why, count in left_out.items())

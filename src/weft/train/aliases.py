@@ -54,7 +54,7 @@ AUTO = "auto"
 _SAME = ("packing", "sample_packing", "neat_packing")
 
 # Other tools' words for a value of ours.
-VALUES: dict[str, dict[Any, Any]] = {
+VALUES: dict[str, dict[object, object]] = {
     "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
     "method": {
@@ -99,7 +99,7 @@ def _targets(value: Any) -> tuple[str, Any]:
 def _names(key: str) -> Switch:
     """LLaMA-Factory writes ``mlp,self_attn``, and ``all`` for no choice."""
 
-    def split(value: object) -> tuple[str, Any] | None:
+    def split(value: object) -> tuple[str, object] | None:
         if isinstance(value, str):
             value = [name.strip() for name in value.split(",") if name.strip()]
         return None if value in (None, [], ["all"]) else (key, value)
@@ -107,7 +107,7 @@ def _names(key: str) -> Switch:
     return Switch(split, f"`{key}`; names separated by commas")
 
 
-def _resume(value: object) -> tuple[str, Any]:
+def _resume(value: object) -> tuple[str, object]:
     if isinstance(value, str):
         raise UserError(
             f"resume_from_checkpoint: {value!r}: a run goes on from the newest intact checkpoint of its output_dir; "
@@ -129,7 +129,7 @@ def _only_off(key: str) -> Switch:
 _BITS = {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None}
 
 
-def _bits(value: object) -> tuple[str, Any] | None:
+def _bits(value: object) -> tuple[str, object] | None:
     if value not in _BITS:
         raise UserError(f"quantization_bit: {value!r}: a base is kept in 4 (nf4) or 8 bits (int8).")
     return _BITS[value]
@@ -139,7 +139,7 @@ def _bits(value: object) -> tuple[str, Any] | None:
 _LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
 
 
-def _loss_scale(value: object) -> tuple[str, Any] | None:
+def _loss_scale(value: object) -> tuple[str, object] | None:
     if value not in _LOSS_SCALES:
         raise UserError(f"loss_scale: {value!r} is none of {', '.join(_LOSS_SCALES)}.")
     return _LOSS_SCALES[value]

@@ -31,6 +31,9 @@ def load_config(
     """Read a YAML (or JSON) file and ``key=value`` overrides; dots go into lists and mappings: ``jobs.0.r=16``.
 
     ``flags`` are settings of the whole run that win over the file and give way to ``overrides``.
+
+    Raises:
+        UserError: There is no such file, or it is no valid configuration.
     """
     source = Path(path)
     if not source.exists():
@@ -67,7 +70,11 @@ def build_config(
 def load_run_config(
     folder: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, object] | None = None
 ) -> RunConfig:
-    """The configuration of the run in ``folder``, to go on with it there."""
+    """The configuration of the run in ``folder``, to go on with it there.
+
+    Raises:
+        UserError: The folder holds no run, or the overrides do not resume it.
+    """
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         raise UserError(f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.")
@@ -81,7 +88,11 @@ def load_run_config(
 
 
 def read_run_config(folder: str | Path) -> RunConfig:
-    """The configuration of a run from its folder alone."""
+    """The configuration of a run from its folder alone.
+
+    Raises:
+        UserError: The file holds no configuration, or is damaged.
+    """
     path = Path(folder) / RUN_FILE
     stored = read_json(path)
     config = stored.get("config")

@@ -218,7 +218,7 @@ class Job:
                 parameter.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is needed to go on exactly: parameters (encoders too), optimizer, best weights."""
+        """All tensors, in their own shapes, to go on exactly: parameters (encoders too), optimizer, best weights."""
         named = {f"parameter.{name}": p.detach() for name, p in self.adapter.named_parameters()}
         named |= {f"buffer.{name}": b.detach() for name, b in self.adapter.named_buffers()}
         if self.optimizer is not None:
@@ -228,7 +228,7 @@ class Job:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-        """Put back what ``tensors`` and ``progress`` held."""
+        """Put back ``tensors``, of the shapes that ``tensors()`` gave, and ``progress``."""
         for name, parameter in self.adapter.named_parameters():
             parameter.copy_(tensors[f"parameter.{name}"])
         for name, buffer in self.adapter.named_buffers():

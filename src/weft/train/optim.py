@@ -48,13 +48,13 @@ def schedule_factor(kind: str, step: int, total: int, warmup: int) -> float:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, ``<parameter's number>.<what>``."""
+    """The optimizer's state as tensors ``<parameter's number>.<what>``, in their own shapes (a step is a scalar)."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items() if value is not None}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what ``optimizer_tensors`` gave."""
+    """Put back the tensors of ``optimizer_tensors``, in the same shapes."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, what = key.split(".", 1)

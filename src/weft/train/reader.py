@@ -14,12 +14,11 @@ from weft.core.heads import ClassificationTask
 from weft.data import Mixture, Problems, Renderer, Sample, Source, parse_sources
 from weft.data.formats.detect import EmptyAnswerError
 from weft.data.labelled import ClassRecipe, given_labels
-from weft.data.load import held_by_chance
 from weft.data.pipeline import Fold, Outcome, Recipe, TextRecipe, outcomes
 from weft.data.problems import OnBadRecord
 from weft.data.reading.files import Place, Shards, find_files, unique
 from weft.data.rendering.render import Task
-from weft.data.sources import held_by_hash
+from weft.data.sources import held_by_chance, held_by_hash
 from weft.data.store import MEMORY, SampleStore
 from weft.data.views import Array, Samples, chained
 from weft.errors import UserError
@@ -56,18 +55,14 @@ class Loaded:
         return self.names if len(self.names) > 1 else None
 
 
+Sides = tuple[list[Samples], list[Samples]]  # to train on, to evaluate on, by source
+
+
 class Read(NamedTuple):
     """What was read for a job, source by source: to train on, and to evaluate on (None: that is split off)."""
 
     sources: tuple[Loaded, ...]
     evaluated: tuple[Loaded, ...] | None
-
-
-class Sides(NamedTuple):
-    """The samples to train on and to evaluate on, by source."""
-
-    train: list[Samples]
-    held: list[Samples]
 
 
 def data_files(config: RunConfig) -> dict[str, Place]:
@@ -132,7 +127,11 @@ class Reader:
         return self.data(job, read, self.made[read])
 
     def read(self, job: JobConfig) -> Read:
-        """What the job's sources hold. Raises UserError as the records and ``on_bad_record`` demand."""
+        """The records of the job's sources.
+
+        Raises:
+            UserError: A record cannot be used, and ``on_bad_record`` demands it; or ``eval_data`` has weights.
+        """
         sources = parse_sources(job.data or self.config.data)
         held = job.eval_data or self.config.eval_data
         evaluated = parse_sources(held) if held is not None else ()
@@ -166,17 +165,19 @@ class Reader:
         else:
             evaluated = [samples.picked(out) for samples, out in pairs]
         if read.sources[0].names or self.renderer.limit.documents != "joined":
-            return Sides(train, evaluated)
+            return train, evaluated
         # After the split: no window holds text of both sides.
-        return Sides(*([self._stored(self.renderer.join(part)) for part in side] for side in (train, evaluated)))
+        train, evaluated = ([self._stored(self.renderer.join(part)) for part in side] for side in (train, evaluated))
+        return train, evaluated
 
     def data(self, job: JobConfig, read: Read, sides: Sides) -> JobData:
         """The job's data."""
         weights = [source.weight for source in parse_sources(job.data or self.config.data) if source.weight is not None]
-        mixture = Mixture(tuple(map(len, sides.train)), tuple(weights) or None)
+        train, held = sides
+        mixture = Mixture(tuple(map(len, train)), tuple(weights) or None)
         names = read.sources[0].several
         classes = ClassificationTask(names) if names else None
-        return JobData(chained(sides.train), chained(sides.held), classes, mixture)
+        return JobData(chained(train), chained(held), classes, mixture)
 
     def _stored(self, samples: Iterable[Sample]) -> Samples:
         store = self.stores[1]
@@ -187,7 +188,7 @@ class Reader:
 
     def _recipe(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
         keyed = self.config.eval_split is not None
-        if job.task == "sequence_classification":
+        if job.classifies:
             return ClassRecipe(
                 renderer=self.renderer,
                 labels=labels,

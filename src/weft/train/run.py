@@ -107,6 +107,7 @@ def _report_of(config: RunConfig) -> Path:
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
     for job in config.jobs:
         check_job(job.name, job.task, config.model, sketch.architecture)
+        job.own_objective()
         for part in job.method_config().methods():
             part.check_quantization(config.quantization)
 

@@ -12,7 +12,7 @@ from weft.core.adapter import MethodConfig, check_name
 from weft.core.combined import CombinedConfig
 from weft.core.registry import method_config
 from weft.data import Renderer
-from weft.data.rendering.render import RenderSettings
+from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
 from weft.errors import UserError
 from weft.models import Base, load_base
@@ -118,12 +118,21 @@ class JobConfig(BaseModel):
         if self.batch_tokens is not None and self.pack_tokens is not None:
             raise ValueError("batch_tokens and pack_tokens exclude each other: what goes through the model at once "
                              "is already limited by batch_tokens")  # fmt: skip
+        if self.objective is not None and self.classifies:
+            raise ValueError("objective is for tasks that write; a classification has its own")
+        if self.objective_settings and self.objective is None:
+            raise ValueError("objective_settings need an objective")
         self._method = method = method_of(self.method, self.method_settings)
         for one in method.methods():
             if self.task not in one.tasks:
                 fitting = ", ".join(sorted(one.tasks))
                 raise ValueError(f"task {self.task}: method {one.method} is not for that; it is for {fitting}")
         return self
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the job names the class of a text, by a head of its own."""
+        return self.task == "sequence_classification"
 
     def method_config(self) -> MethodConfig:
         """The method's own configuration."""
@@ -205,7 +214,7 @@ class RunConfig(DataSettings):
             raise ValueError("eval_split, eval_size and eval_data exclude each other: what to evaluate on is said once")
         if self.bad_records_file is not None and self.on_bad_record != "report":
             raise ValueError("bad_records_file is for on_bad_record: report; nothing else writes it")
-        classifies = any(job.task == "sequence_classification" for job in self.jobs)
+        classifies = any(job.classifies for job in self.jobs)
         for key in ("labels", "text_columns", "label_column"):
             if not classifies and any(getattr(job, key) is not None for job in self.jobs):
                 raise ValueError(f"{key} is for classification; add task: sequence_classification")
@@ -248,7 +257,11 @@ def settings_of(
 
 
 def own_settings(part: str, own: object, where: str) -> dict[str, object]:
-    """What stands under a method's name, in our words."""
+    """The settings under a method's name, in our words.
+
+    Raises:
+        UserError: They are no mapping.
+    """
     if not isinstance(own, Mapping):
         raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")
     return translate(own, f"{where}: {part}")

@@ -26,7 +26,11 @@ def read_alpaca(record: Record, shape: Sequence[str]) -> Conversation:
 
 
 def read_instruct(record: Record, shape: Sequence[str]) -> Conversation:
-    """``instruction``, what it is about in ``context`` (Dolly) or ``input``, and the answer in ``response``."""
+    """``instruction``, what it is about in ``context`` (Dolly) or ``input``, and the answer in ``response``.
+
+    Raises:
+        UserError: Both ``context`` and ``input`` hold text.
+    """
     given = [name for name in ("context", "input") if string(record, name, optional=True).strip()]
     if len(given) > 1:
         raise UserError(
@@ -38,8 +42,13 @@ def read_instruct(record: Record, shape: Sequence[str]) -> Conversation:
 
 
 def asked(record: Record, names: Sequence[str]) -> list[Message]:
-    """The turns of ``history``, then the question: the text of the named fields, a line each; all but the first may
-    be absent."""
+    """The turns of ``history``, then the question: the text of the named fields, one line each.
+
+    All fields but the first may be absent.
+
+    Raises:
+        UserError: The first field is empty.
+    """
     messages = history(record) if record.fields.get("history") else []
     text = string(record, names[0])
     more = [string(record, name, optional=True) for name in names[1:]]
@@ -55,7 +64,11 @@ def _empty(record: Record, what: str) -> str:
 
 
 def history(record: Record) -> list[Message]:
-    """``history``: pairs of a question and its answer, the oldest first."""
+    """``history``: pairs of a question and its answer, the oldest first.
+
+    Raises:
+        UserError: An entry is no pair of strings, or its question is empty.
+    """
     messages: list[Message] = []
     for number, turn in enumerate(as_list(record.fields["history"], "history", record.source), start=1):
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
@@ -70,7 +83,11 @@ def history(record: Record) -> list[Message]:
 
 
 def read_prompt_completion(record: Record, shape: Sequence[str]) -> Conversation:
-    """Strings, or lists of messages; the loss is on the completion alone, whatever the prompt holds."""
+    """Strings, or lists of messages; the loss is on the completion alone, whatever the prompt holds.
+
+    Raises:
+        UserError: The completion holds no assistant turn, or one is a string and the other is not.
+    """
     prompt, completion = record.fields["prompt"], record.fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return read_pair(record, shape)
@@ -90,7 +107,11 @@ def read_prompt_completion(record: Record, shape: Sequence[str]) -> Conversation
 
 
 def read_text(record: Record, shape: Sequence[str]) -> PlainText:
-    """Text to be learned as it stands."""
+    """Text to be learned as it stands.
+
+    Raises:
+        UserError: It is empty.
+    """
     text = string(record, shape[0])
     if not text.strip():
         raise UserError(f"{record.source}: '{shape[0]}' is empty. Remove the record.")
@@ -98,7 +119,11 @@ def read_text(record: Record, shape: Sequence[str]) -> PlainText:
 
 
 def read_classified(record: Record, shape: Sequence[str]) -> Classified:
-    """One text or two, and the class in the last field of ``shape``."""
+    """One text or two, and the class in the last field of ``shape``.
+
+    Raises:
+        UserError: The text is empty.
+    """
     texts = tuple(text_of(record, column) for column in shape[:-1])
     if not any(text.strip() for text in texts):
         raise UserError(f"{record.source}: {' + '.join(map(repr, shape[:-1]))} is empty. Remove the record.")

@@ -17,7 +17,10 @@ def map_columns(record: Record, columns: Mapping[str, str], known: Collection[st
     """The record with our names for fields; those that were read are gone. ``known`` are the fields of all formats.
 
     A value of ``columns`` is a field's name, a path (``data.answers.0``), a text in which ``{field}`` or ``{path}``
-    stands for the field's text, or a constant after ``=``. Raises UserError for a name that is not there.
+    stands for the field's text, or a constant after ``=``.
+
+    Raises:
+        UserError: A name is not there.
     """
     made: dict[str, object] = {}
     used: set[str] = set()

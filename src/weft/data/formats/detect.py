@@ -128,9 +128,12 @@ def to_example(
     """Read one record.
 
     ``columns`` maps a format's field to the data's own, e.g. ``{"completion": "reply"}``; see docs/data.md for paths,
-    templates and constants. ``purpose`` says what the caller can use: data made for another is refused.
-    Raises UserError naming the record's line for a record of no known format or of more than one, a field missing or
-    of the wrong type, an unknown role, an empty answer (EmptyAnswerError), a conversation without an assistant turn.
+    templates and constants. ``purpose`` is the caller's use: data made for another one is refused.
+
+    Raises:
+        UserError: The record has no known format or more than one, a field is missing or of the wrong type, a role is
+            unknown, or a conversation has no assistant turn. The message names the line.
+        EmptyAnswerError: An answer is empty.
     """
     if columns:
         record = map_columns(record, columns, _names())

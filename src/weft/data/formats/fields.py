@@ -24,7 +24,11 @@ def shown(value: object) -> str:
 
 
 def string(record: Record, name: str, *, optional: bool = False) -> str:
-    """The text of a field; of an optional one that is absent or null, the empty string."""
+    """The text of a field; the empty string for an optional one that is absent or null.
+
+    Raises:
+        UserError: The field holds no text.
+    """
     value = record.fields.get(name)
     if isinstance(value, str):
         return value
@@ -34,7 +38,11 @@ def string(record: Record, name: str, *, optional: bool = False) -> str:
 
 
 def as_list(value: object, name: str, source: str) -> list[Any]:
-    """A list; also one that stands as JSON text in a cell of a table."""
+    """A list, or one that stands as JSON text in a cell of a table.
+
+    Raises:
+        UserError: It is no list.
+    """
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         value = parse_json(value, f"{source}: '{name}'")
     if not isinstance(value, list):
@@ -43,7 +51,11 @@ def as_list(value: object, name: str, source: str) -> list[Any]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """JSON inside a string. Raises UserError, which begins with ``where``, for all that is not JSON."""
+    """The value of JSON inside a string.
+
+    Raises:
+        UserError: It is not JSON; the message begins with ``where``.
+    """
     try:
         return json.loads(text, parse_constant=_reject)
     except ValueError as error:

@@ -40,7 +40,11 @@ def _whole(prompt: list[Message], answer: list[Message], where: str) -> list[Mes
 
 
 def read_rejected(record: Record, shape: Sequence[str]) -> Preference:
-    """ms-swift's: a good conversation, and a worse last answer (or a worse conversation) in the last of ``shape``."""
+    """ms-swift's: a good conversation, and a worse last answer (or a worse conversation) in the last of ``shape``.
+
+    Raises:
+        UserError: The good conversation does not end with an answer.
+    """
     good = turns(record, shape[0]) if len(shape) == 2 else [*asked(record, shape[:1]), _said(string(record, shape[1]))]
     name = shape[-1]
     if isinstance(bad := record.fields[name], str):
@@ -130,7 +134,11 @@ def verdict(value: object) -> bool | None:
 
 
 def judge(read: Conversation, record: Record, name: str) -> LabelledAnswer:
-    """A conversation whose end, all that follows the last user turn, is good or bad as the field ``name`` says."""
+    """A conversation whose end, all that follows the last user turn, is good or bad as the field ``name`` says.
+
+    Raises:
+        UserError: The field is neither true nor false, or no answer follows the last user turn.
+    """
     label = verdict(record.fields[name])
     if label is None:
         raise UserError(f"{record.source}: '{name}' must be true or false, found {short(record.fields[name])}.")
@@ -142,7 +150,12 @@ def judge(read: Conversation, record: Record, name: str) -> LabelledAnswer:
 
 
 def read_ranked(record: Record, shape: Sequence[str]) -> Ranked:
-    """``instruction`` and ``input``, and a list of answers, the best first."""
+    """``instruction`` and ``input``, and a list of answers, the best first.
+
+    Raises:
+        UserError: An answer is no string, or there are fewer than two different ones.
+        EmptyAnswerError: An answer is empty.
+    """
     prompt = with_system(record, asked(record, (shape[0], "input")))
     answers = as_list(record.fields[shape[1]], shape[1], record.source)
     for number, answer in enumerate(answers, start=1):
@@ -161,7 +174,11 @@ def read_ranked(record: Record, shape: Sequence[str]) -> Ranked:
 
 
 def read_steps(record: Record, shape: Sequence[str]) -> StepLabels:
-    """``prompt``, the steps in ``completions``, a verdict each in ``labels``."""
+    """``prompt``, the steps in ``completions``, a verdict each in ``labels``.
+
+    Raises:
+        UserError: The steps are no strings, or the verdicts are not one per step.
+    """
     prompt, steps, labels = shape
     texts = as_list(record.fields[steps], steps, record.source)
     verdicts = as_list(record.fields[labels], labels, record.source)

@@ -34,7 +34,11 @@ LABELS = (
 
 
 def text_of(record: Record, column: str) -> str:
-    """The text in a column."""
+    """The text in a column.
+
+    Raises:
+        UserError: The column holds no text.
+    """
     value = record.fields.get(column)
     if not isinstance(value, str):
         raise UserError(f"{record.source}: '{column}' must be a string, found {shown(value)}.")
@@ -42,7 +46,11 @@ def text_of(record: Record, column: str) -> str:
 
 
 def label_name(record: Record, column: str) -> str:
-    """The label's name: text as it stands but for white space around it, other JSON values as JSON writes them."""
+    """The label's name: text without white space around it, other JSON values as JSON writes them.
+
+    Raises:
+        UserError: The column holds no label.
+    """
     value = record.fields.get(column)
     if isinstance(value, bool):
         return "true" if value else "false"

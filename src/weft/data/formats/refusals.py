@@ -25,7 +25,11 @@ _SAYS = ("answer", "response", "reply", "completion", "output", "solution", "tar
 
 
 def wrong_purpose(record: Record, name: str, purpose: Purpose) -> NoReturn:
-    """Refuse a record that another kind of training is for."""
+    """Refuse a record that another kind of training is for.
+
+    Raises:
+        UserError: Always.
+    """
     made_for = FORMATS[name].purpose
     raise UserError(
         f"{record.source}: this is {_NOUNS[made_for]} ({', '.join(_telling(record, name))}), which is for "
@@ -142,6 +146,10 @@ def yaml_name(name: str) -> str:
 
 
 def unread(record: Record, name: str, format: str, question: str, answer: str) -> NoReturn:
-    """Refuse a record that says something in the field ``name`` which the format that fits does not read."""
+    """Refuse a record that says something in the field ``name`` which the format that fits does not read.
+
+    Raises:
+        UserError: Always.
+    """
     advice = UNREAD[name].format(name=name, question=question, answer=yaml_name(answer), format=format)
     raise UserError(f"{record.source}: the field '{name}' is not read by the format '{format}'. {advice}")

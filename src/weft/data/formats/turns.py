@@ -53,7 +53,12 @@ def read_turns(record: Record, shape: Sequence[str]) -> Conversation:
 
 
 def conversation(record: Record, messages: Sequence[Message]) -> Conversation:
-    """Put the record's system text first and check what every conversation must have."""
+    """The conversation with the record's system text first, after the checks of every conversation.
+
+    Raises:
+        UserError: There is no assistant turn.
+        EmptyAnswerError: An answer is empty.
+    """
     messages = with_system(record, messages)
     if not any(message.role == "assistant" for message in messages):
         raise UserError(
@@ -74,7 +79,11 @@ def is_silent(message: Message) -> bool:
 
 
 def with_system(record: Record, messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages, the text of ``system`` (or ``system_prompt``) first if the record has one."""
+    """The messages, the text of ``system`` (or ``system_prompt``) first if the record has one.
+
+    Raises:
+        UserError: The record has two system texts that differ.
+    """
     given = [name for name in ("system", "system_prompt") if record.fields.get(name) is not None]
     texts = [text for text in (string(record, name) for name in given) if text.strip()]
     if not texts:
@@ -86,7 +95,11 @@ def with_system(record: Record, messages: Sequence[Message]) -> Sequence[Message
 
 
 def tools(record: Record) -> tuple[dict[str, object], ...]:
-    """``tools``: a list of schemas, or the same as a JSON string (as sharegpt data has it)."""
+    """``tools``: a list of schemas, as it is or as a JSON string (sharegpt).
+
+    Raises:
+        UserError: An entry is no object.
+    """
     value = record.fields.get("tools")
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
@@ -102,7 +115,11 @@ def tools(record: Record) -> tuple[dict[str, object], ...]:
 
 
 def turns(record: Record, name: str) -> list[Message]:
-    """The turns in a field. Raises UserError naming line and turn."""
+    """The turns in a field.
+
+    Raises:
+        UserError: A turn cannot be read; the message names line and turn.
+    """
     items = as_list(record.fields[name], name, record.source)
     if items and all(isinstance(item, str) for item in items):  # LIMA's own release: question, answer, question …
         return [Message(("user", "assistant")[number % 2], text) for number, text in enumerate(items)]
@@ -133,7 +150,11 @@ def _exchange(item: dict[str, Any], where: str) -> list[Message]:
 
 
 def message(item: object, where: str) -> Message:
-    """One turn in OpenAI's (role, content) or sharegpt's (from, value) keys; ``where`` names the line and the turn."""
+    """One turn in OpenAI's (role, content) or sharegpt's (from, value) keys; ``where`` names the line and the turn.
+
+    Raises:
+        UserError: It is no such turn, its role is unknown, or it holds a field that is not read.
+    """
     if not isinstance(item, dict):
         expected = "an object with 'role' and 'content' (or 'from' and 'value')"
         raise UserError(f"{where} must be {expected}, found {short(item)}.")

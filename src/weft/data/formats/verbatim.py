@@ -14,7 +14,11 @@ _MARK = "\ufdd0"  # with which Encoder.guard begins the marks that it leaves in 
 
 
 def read_tokenised(record: Record, shape: Sequence[str]) -> Tokenised:
-    """``input_ids`` and ``labels``; places where ``attention_mask`` is 0 at either end are padding, and left out."""
+    """``input_ids`` and ``labels``, without the padding at either end, where ``attention_mask`` is 0.
+
+    Raises:
+        UserError: Lengths, ids, labels or the mask do not fit together.
+    """
     ids, labels = (_integers(record, name) for name in shape)
     mask = [1] * len(ids)
     if record.fields.get("attention_mask") is not None:
@@ -52,7 +56,11 @@ def _integers(record: Record, name: str, *, booleans: bool = False) -> list[int]
 
 
 def read_segments(record: Record, shape: Sequence[str]) -> Segments:
-    """``segments``: objects of ``text`` and ``label``, true where the text is learned."""
+    """``segments``: objects of ``text`` and ``label``, true where the text is learned.
+
+    Raises:
+        UserError: A segment is no such object, or none is learned.
+    """
     pieces = []
     for number, item in enumerate(as_list(record.fields[shape[0]], shape[0], record.source), start=1):
         text, label = (item.get("text"), item.get("label")) if isinstance(item, dict) else (None, None)
@@ -68,10 +76,12 @@ def read_segments(record: Record, shape: Sequence[str]) -> Segments:
 
 
 def token_weights(example: Tokenised | Segments, encoder: Encoder) -> tuple[list[int], list[float]]:
-    """``(ids, weights)`` of what is learned as it stands: no template, and nothing added but a missing BOS.
+    """``(ids, weights)`` of an example that is learned as it stands: no template, no addition but a missing BOS.
 
-    Each segment is tokenised on its own; control tokens written in it are control tokens. Raises UserError, naming
-    the line, for an id that the vocabulary does not have.
+    Each segment is tokenised on its own; control tokens written in it are control tokens.
+
+    Raises:
+        UserError: The vocabulary does not have an id; the message names the line.
     """
     if isinstance(example, Tokenised):
         size = len(encoder.tokenizer)

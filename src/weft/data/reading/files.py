@@ -81,8 +81,10 @@ def is_saved_dataset(path: Path) -> bool:
 def find_files(path: str | os.PathLike[str]) -> list[Path]:
     """The data files of a file, a folder (with the folders in it) or a glob, sorted by path.
 
-    A folder that ``datasets`` has saved stands for itself, Shards for their files. Raises UserError where there is no
-    file, where a file is of no known kind, and for a folder or glob with files of several kinds.
+    A folder that ``datasets`` has saved stands for itself, Shards for their files.
+
+    Raises:
+        UserError: There is no file, a file is of no known kind, or a folder or glob has files of several kinds.
     """
     if isinstance(path, Shards):
         return list(path.files)
@@ -150,8 +152,12 @@ def _one_kind(files: list[Path], what: str, pattern: str) -> list[Path]:
 
 
 def unique(files: Sequence[Path]) -> list[Path]:
-    """``files``, none of which may be another under a second name. Raises UserError where one is."""
-    seen: dict[Any, Path] = {}
+    """``files``, all of which must be different files.
+
+    Raises:
+        UserError: A file is another one under a second name.
+    """
+    seen: dict[object, Path] = {}
     for file in files:
         try:
             status = file.stat()

@@ -117,7 +117,11 @@ def _nul(at: int) -> RowError:
 
 
 def read_table(lines: Lines, names: Sequence[str] | None, *, tabs: bool) -> Iterator[Record | Problem]:
-    """One record per row under the header row, or under ``names``."""
+    """One record per row under the header row, or under ``names``.
+
+    Raises:
+        UserError: The first line does not name the columns, each once.
+    """
     rows = table_rows(lines, tabs=tabs)
     header_line, header = (0, list(names)) if names else (0, [])
     hint = " (a .tsv file has no quoting: save as .csv if cells hold tabs or line breaks)" if tabs else ""

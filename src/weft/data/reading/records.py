@@ -50,7 +50,10 @@ def iter_records(
     ``train`` or ``data``, one object, or objects one after another. A row that is a list of messages is taken as
     ``{"messages": row}``. ``header`` names the columns of a table whose file does not. ``limit`` counts records.
     What is wrong goes to ``problems``, and reading goes on behind it; without it the first is raised.
-    Raises UserError for a file that cannot be read or holds no record.
+
+    Raises:
+        UserError: A file cannot be read or holds no record.
+        BadRecordError: Without ``problems``, the first record that cannot be read.
     """
     for item in iter_items(path, limit=limit, header=header, record_limit=record_limit):
         if isinstance(item, Record):
@@ -79,7 +82,11 @@ def iter_items(
     header: Sequence[str] | None = None,
     record_limit: int = RECORD_LIMIT,
 ) -> Iterator[Record | Problem]:
-    """The records of ``iter_records``, and a Problem in the place of each that cannot be read."""
+    """The records of ``iter_records``, and a Problem in the place of each that cannot be read.
+
+    Raises:
+        UserError: ``limit`` is less than 1, or a file cannot be read.
+    """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give the number of records to read, 1 or more (or leave it out for all).")
     left = limit
@@ -104,9 +111,10 @@ def _empty(file: Place) -> str:
 
 
 def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
-    """The first good rows of a .csv or .tsv file as they stand, the header first; of other files none.
+    """The first good rows of a .csv or .tsv file as they stand, the header first; no rows of other files.
 
-    Raises BadRecordError where the header itself cannot be read.
+    Raises:
+        BadRecordError: The header itself cannot be read.
     """
     file = find_files(path)[0]
     if kind_of(file)[0] not in TABLES:

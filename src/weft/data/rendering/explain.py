@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from weft.data.formats.examples import SFT, Conversation
+from weft.data.rendering.drafts import Drafter
 from weft.data.rendering.sample import Draft, Sample
 from weft.data.rendering.transcript import Script
-
-if TYPE_CHECKING:
-    from weft.data.rendering.render import Renderer
 
 Kind = Literal["bos", "template", "prompt", "answer", "text", "eos"]
 
@@ -60,7 +58,7 @@ class Explanation:
         return found
 
 
-def explain(renderer: Renderer, example: SFT) -> Explanation:
+def explain(renderer: Drafter, example: SFT) -> Explanation:
     """See ``Renderer.explain``."""
     made_of, script, draft = renderer.drafted(example)
     contents = renderer.turns.contents(script, made_of) if isinstance(made_of, Conversation) else None
@@ -75,9 +73,7 @@ def explain(renderer: Renderer, example: SFT) -> Explanation:
 class _Kinds:
     """Tells what a token is, from its place among the tokens and in the rendering."""
 
-    def __init__(
-        self, renderer: Renderer, script: Script, draft: Draft, contents: list[tuple[int, int]] | None
-    ) -> None:
+    def __init__(self, renderer: Drafter, script: Script, draft: Draft, contents: list[tuple[int, int]] | None) -> None:
         bos = renderer.encoder.bos
         self.head = len(bos) if draft.ids[: len(bos)] == bos else 0
         self.plain, self.contents = script.plain or script.fixed is not None, contents
@@ -102,7 +98,7 @@ class _Kinds:
         return "template"
 
 
-def _spelled(renderer: Renderer, script: Script, draft: Draft) -> Iterator[tuple[str, int | None]]:
+def _spelled(renderer: Drafter, script: Script, draft: Draft) -> Iterator[tuple[str, int | None]]:
     """Of every token of the draft the characters that it adds, and where in the script's text it begins."""
     at = 0
     for origin in draft.origins:

@@ -6,13 +6,13 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from weft.data.rendering.drafts import Drafter
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from weft.data.rendering.render import Renderer
 
-
-def fingerprint(renderer: Renderer) -> dict[str, Any]:
+def fingerprint(renderer: Drafter) -> dict[str, Any]:
     """See ``Renderer.fingerprint``."""
     fields: dict[str, Any] = {
         "template": {"name": renderer.template.name or "custom", "sha256": _sum(renderer.template.text)},

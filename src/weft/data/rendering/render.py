@@ -1,103 +1,34 @@
-"""Render conversations to token ids with a loss weight per token.
-
-A conversation is rendered by the tokenizer's chat template to one string, which is cut at the ends of the learned
-answers; every piece is tokenised on its own. So a learned answer follows exactly the ids that ``prompt_ids`` gives at
-generation time, whatever the tokenizer would have merged across the seam.
-"""
+"""Conversations and text become samples: token ids with a loss weight per token."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from weft.data.formats.examples import SFT, Conversation, Message, PlainText
-from weft.data.formats.verbatim import token_weights
+from weft.data.formats.examples import SFT, Conversation, Message
+from weft.data.rendering.drafts import Drafter
 from weft.data.rendering.explain import Explanation, explain
 from weft.data.rendering.fingerprint import fingerprint
-from weft.data.rendering.sample import Draft, Origin, Prompt, Sample, TooLongError
+from weft.data.rendering.sample import Prompt, Sample, TooLongError
 from weft.data.rendering.seq2seq import seq2seq_sample, seq2seq_source
-from weft.data.rendering.templates import find_template
-from weft.data.rendering.tokens import SOFT, Encoder, Known
-from weft.data.rendering.transcript import Script, Span, Turns, TurnSettings
-from weft.data.rendering.truncation import (
-    Limit,
-    Truncation,
-    fit,
-    in_todays_words,
-    joined,
-    windows,
-    without_oldest_round,
-)
+from weft.data.rendering.tokens import Known
+from weft.data.rendering.transcript import Script
+from weft.data.rendering.truncation import joined, windows
 from weft.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Task = Literal["causal_lm", "seq2seq"]
 Example = SFT
 Rendered = tuple[Sample, ...] | UserError  # of one example: its samples (none if it was dropped), or what is wrong
 
-_AFTER_ANSWER = re.compile(f"(?:\\s|{re.escape(SOFT)})*$")
 _CHUNK = 512
 
 
-class RenderSettings(Limit, TurnSettings):
-    """The keys that decide which tokens an example becomes and which of them are learned."""
-
-
-class Renderer:
+class Renderer(Drafter):
     """Renders conversations and text for one tokenizer. Holds no state that changes; see docs/data.md.
 
-    ``keys`` are those of ``RenderSettings``, by name; they win over ``settings``.
-    Raises UserError for a value that cannot be used, TypeError for a key that is not there.
+    ``Drafter`` says how it is made.
     """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: RenderSettings | None = None,
-        **keys: Any,
-    ) -> None:
-        keys = {key: value for key, value in in_todays_words(keys).items() if value is not None}
-        if unknown := keys.keys() - RenderSettings.model_fields.keys():
-            raise TypeError(f"a Renderer has no setting {', '.join(sorted(unknown))}")
-        self.settings = (settings or RenderSettings()).model_copy(update=keys)
-        self.limit.check()
-        self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer)
-        self.template = find_template(self.settings, tokenizer, self.encoder)
-        self.chat_template = None if self.template.origin == "own" else self.template.text
-        self.turns = Turns(tokenizer, self.encoder, self.chat_template, self.settings)
-
-    # -- what it is set to
-
-    @property
-    def limit(self) -> Limit:
-        """How long a sample may be."""
-        return self.settings
-
-    @property
-    def max_length(self) -> int | None:
-        """The longest sample in tokens; None: any."""
-        return self.settings.max_length
-
-    @property
-    def truncation(self) -> Truncation:
-        """What becomes of longer samples."""
-        return self.settings.truncation
-
-    @property
-    def eos_token_id(self) -> int:
-        """The token that ends an answer. Raises UserError where there is none (asked for only where one is needed)."""
-        eos = self.tokenizer.eos_token_id
-        if not isinstance(eos, int):
-            raise UserError(
-                "the tokenizer has no end-of-sequence token, so a model could not learn to stop. Set `eos_token` in "
-                "its tokenizer_config.json to the token that ends a text (GPT-2: <|endoftext|>)."
-            )
-        return eos
 
     def explain(self, example: Example) -> Explanation:
         """The example's sample with the text, the weight and the kind of every token. Raises as ``sample`` does."""
@@ -143,9 +74,12 @@ class Renderer:
     def sample(self, example: Example) -> Sample:
         """Ids and loss weights of one example.
 
-        Raises UserError (naming the example's line) for a template that fails or does not extend its own prompt, for
-        one of which nothing would be learned, and for a sample longer than ``max_length`` (TooLongError), unless
-        ``truncation`` cuts it. Text that becomes several windows is for ``samples``.
+        Text that becomes several windows is for ``samples``.
+
+        Raises:
+            UserError: The template fails or does not extend its own prompt, or nothing would be learned; the message
+                names the example's line.
+            TooLongError: The sample is longer than ``max_length`` and ``truncation`` does not cut it.
         """
         found = self._finish(self.script(example), example)
         if len(found) == 1:
@@ -202,18 +136,6 @@ class Renderer:
 
     # -- in between
 
-    def script(self, example: Example) -> Script:
-        """The example as text, with the stretches to be learned; what ``sample`` tokenises."""
-        if isinstance(example, PlainText):
-            return self.turns.plain(example)
-        if isinstance(example, Conversation):
-            return self.turns.script(example)
-        return Script("", (), 0.0, example.source, fixed=token_weights(example, self.encoder))
-
-    def drafted(self, example: Example) -> tuple[Example, Script, Draft]:
-        """What the example's sample is made of: the example (shorter where turns were left out), script and draft."""
-        return self._cut(self.script(example), example)
-
     def _try(self, function: Any, *arguments: Any) -> Any:
         try:
             return function(*arguments)
@@ -229,100 +151,3 @@ class Renderer:
         if script.plain and self.limit.documents == "windows":
             return tuple(windows(sample, self.limit))
         return (sample,)
-
-    def _cut(self, script: Script, example: Example, known: Known | None = None) -> tuple[Example, Script, Draft]:
-        """The draft under the policy for long records, and the example and the script it is of."""
-        source = example.source
-        self.limit.check_text(script, source)
-        draft = self._assemble(script, known)
-        length = len(draft.ids)
-        if not any(draft.weights):
-            raise UserError(
-                f"{source}: nothing of this record would be learned (train_on: {self.settings.train_on}). It needs an "
-                "assistant turn that follows another turn and is not marked as untrained."
-            )
-        if not self.limit.exceeded(length) or (script.plain and self.limit.documents != "separate"):
-            return example, script, draft
-        while isinstance(example, Conversation) and self.truncation == "left" and self.limit.exceeded(len(draft.ids)):
-            shorter = without_oldest_round(example)
-            if shorter is None:
-                break
-            try:
-                script = self.turns.script(shorter)
-            except UserError:  # the template does not allow it: take tokens instead
-                break
-            example, draft = shorter, self._assemble(script)
-        draft.cut = length - len(draft.ids)
-        fit(draft, self.limit, source, head=self._head(example, script, draft))
-        draft.weights[0] = 0.0
-        if not any(draft.weights):
-            raise UserError(
-                f"{source}: cut to max_length {self.max_length}, this record keeps no token to learn: its prompt alone "
-                "is that long. Raise `max_length` or remove the record."
-            )
-        return example, script, draft
-
-    def _head(self, example: Example, script: Script, draft: Draft) -> int:
-        """How many tokens open the record and stay: the BOS, and a system message that the template puts apart."""
-        bos = len(self.encoder.bos) if draft.ids[: len(self.encoder.bos)] == self.encoder.bos else 0
-        if not isinstance(example, Conversation) or example.messages[0].role != "system":
-            return bos
-        try:
-            opening = self.turns.text(Conversation(example.messages[:1], "", example.tools), generation=False)
-        except UserError:
-            return bos
-        ids, _ = self.encoder.encode(opening, first=True)
-        ids = self.encoder.missing_head(ids) + ids
-        return len(ids) if script.text.startswith(opening) and draft.ids[: len(ids)] == ids else bos
-
-    def _assemble(self, script: Script, known: Known | None = None) -> Draft:
-        """Tokenise a script."""
-        if script.fixed is not None:
-            ids, weights = script.fixed
-            return Draft(list(ids), [0.0, *weights[1:]], origins=[Origin(0, 0, 0, len(ids))])
-        draft, at, text = Draft(), 0, script.text
-        for span in script.spans:
-            self._add(draft, text, at, span.start, weight=script.base, known=known)
-            if span.weight is None:
-                self._add(draft, text, span.start, span.end, weight=0.0, known=known)
-            else:
-                self._add_answer(draft, script, span, span.weight, known)
-            at = span.end
-        self._add(draft, text, at, len(text), weight=script.base, known=known)
-        if script.plain:
-            draft.add([self.eos_token_id], 1.0)
-        # What is plain cannot have written a BOS itself.
-        draft.prepend(self.encoder.bos if script.plain else self.encoder.missing_head(draft.ids))
-        if draft.weights:
-            draft.weights[0] = 0.0
-        return draft
-
-    def _add(self, draft: Draft, text: str, start: int, end: int, weight: float, known: Known | None) -> None:
-        if end > start:
-            ids, slots = self.encoder.encode(text[start:end], first=start == 0, known=known)
-            draft.add(ids, weight, slots, (start, end, 0))
-
-    def _add_answer(self, draft: Draft, script: Script, span: Span, weight: float, known: Known | None) -> None:
-        """Add a learned answer up to its end, and what the template writes after that."""
-        start, stop, base = span.start, span.end, script.base
-        answer, eos, began = script.text[start:stop], self.eos_token_id, len(draft.ids)
-        ids, slots = self.encoder.encode(answer, first=start == 0, known=known)
-        if eos in ids:  # only the template can have written it: contents are guarded
-            end = ids.index(eos) + 1
-            inside = [slot for slot in slots if slot < end]
-            draft.add(ids[:end], weight, (), (start, stop, 0))
-            draft.answers.append((began, len(draft.ids)))
-            draft.add(ids[end:], base, [slot - end for slot in slots], (start, stop, end))
-        else:
-            end = start + _AFTER_ANSWER.search(answer).start()  # type: ignore[union-attr]
-            ids, inside = self.encoder.encode(script.text[start:end], first=False)
-            draft.add(ids, weight, (), (start, end, 0))
-            draft.add([eos], weight, (), (end, end, 0))
-            draft.answers.append((began, len(draft.ids)))
-            self._add(draft, script.text, end, stop, weight=base, known=None)
-        if inside:
-            raise UserError(
-                f"{script.source}: the chat template puts {SOFT} inside the answer of {span.turn}, where the model "
-                "writes: at generation it would not stand there. Put it before the answer, also under "
-                "`add_generation_prompt`."
-            )

@@ -66,7 +66,11 @@ def render_chat(
 
 
 def render_template(text: str, variables: Mapping[str, Any]) -> str:
-    """Run a template within its limits, which grow with what it is given. Raises as ``render_chat``."""
+    """Run a template within its limits, which grow with its input.
+
+    Raises:
+        UserError: The template reaches a limit, or fails as in ``render_chat``.
+    """
     if _STOPPED.get(text, 0.0) > _PATIENCE:
         raise UserError("the chat template is stopped: it reached its limits with others of these conversations")
     budget, begun = Budget(variables), time.thread_time()

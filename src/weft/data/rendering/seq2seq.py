@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from weft.data.formats.examples import SFT, Conversation, PlainText
+from weft.data.rendering.drafts import Drafter
 from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
 from weft.data.rendering.transcript import learnable
 from weft.errors import UserError
 
-if TYPE_CHECKING:
-    from weft.data.rendering.render import Renderer
 
+def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
+    """The last answer as ``target_ids`` and all before it as ``input_ids``.
 
-def seq2seq_sample(renderer: Renderer, example: SFT) -> Sample:
-    """See ``Renderer.seq2seq``."""
+    Raises:
+        UserError: The example has no learned answer after another turn, or one that cannot be written.
+        TooLongError: The input or the answer is longer than ``max_length``.
+    """
     place = example.source
     if isinstance(example, PlainText):
         raise UserError(f"{place}: plain text has no answer to write; seq2seq needs a question and an answer.")
@@ -50,8 +51,12 @@ def seq2seq_sample(renderer: Renderer, example: SFT) -> Sample:
     return Sample(draft.ids, draft.weights, place, slots=slots, target_ids=tuple(target), cut=cut)
 
 
-def seq2seq_source(renderer: Renderer, example: Conversation) -> Prompt:
-    """The encoder's input, in the special tokens that its tokenizer puts around a text."""
+def seq2seq_source(renderer: Drafter, example: Conversation) -> Prompt:
+    """The encoder's input, in the special tokens that its tokenizer puts around a text.
+
+    Raises:
+        UserError: There are no messages, or tools without a template for them.
+    """
     messages, source, encoder = example.messages, example.source, renderer.encoder
     if not messages:
         raise UserError(f"{source}: there are no messages.")

@@ -138,8 +138,9 @@ class TemplateSettings(BaseModel):
 def find_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Template:
     """The template that ``chat_template`` means (a name, a ``.jinja`` file, or Jinja text); None: the tokenizer's own.
 
-    Raises UserError for an unknown name, a file that cannot be read, and a named template whose markers are no tokens
-    of the tokenizer (unless ``allow_unknown_markers``: they are then tokenised like other text).
+    Raises:
+        UserError: The name is unknown, the file cannot be read, or the markers of a named template are no tokens of the
+            tokenizer (unless ``allow_unknown_markers``: they are then tokenised like other text).
     """
     wanted = settings.chat_template
     if wanted is None:
@@ -164,7 +165,11 @@ def find_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase
 
 
 def template_text(wanted: str) -> Template:
-    """What ``wanted`` (a name, a ``.jinja`` file, or Jinja text) means, whatever the tokenizer."""
+    """The template that ``wanted`` (a name, a ``.jinja`` file, or Jinja text) names, for any tokenizer.
+
+    Raises:
+        UserError: The file cannot be read, or there is no such template.
+    """
     if _is_jinja(wanted):
         return Template("", wanted)
     if is_file_name(wanted):

@@ -98,7 +98,11 @@ class Turns:
         return Script(self.encoder.guard(example.text), (), 1.0, example.source, plain=True)
 
     def script(self, example: Conversation, *, generation: bool = False) -> Script:
-        """The one path of training and generation: equal messages give equal text up to a learned answer."""
+        """The one path of training and generation: equal messages give equal text up to a learned answer.
+
+        Raises:
+            UserError: There are no messages.
+        """
         messages, source = example.messages, example.source
         if not messages:
             raise UserError(f"{source}: there are no messages.")

@@ -88,7 +88,11 @@ class Limit(BaseModel):
         return refuses and self.max_length is not None and len(script.text) > _CHARACTERS * max(self.max_length, 1000)
 
     def check_text(self, script: Script, source: str) -> None:
-        """Raise TooLongError for a ``hopeless`` text."""
+        """Refuse a ``hopeless`` text.
+
+        Raises:
+            TooLongError: It is.
+        """
         if self.hopeless(script):
             raise TooLongError(
                 f"{source}: the record has {len(script.text)} characters, max_length is {self.max_length} tokens. Set "
@@ -106,7 +110,8 @@ class Limit(BaseModel):
     def cut_ids(self, ids: list[int], source: str, what: str, *, head: int = 0, tail: int = 0) -> tuple[int, int]:
         """The tokens [start, stop) to take out of ``ids`` so that they fit; the first ``head``, last ``tail`` stay.
 
-        Raises TooLongError where the policy is to refuse or to drop, and where there is nothing left to take.
+        Raises:
+            TooLongError: The policy is to refuse or to drop, or no token is left to take.
         """
         length, limit = len(ids), self.max_length
         if limit is None or length <= limit:
@@ -125,7 +130,9 @@ def fit(draft: Draft, limit: Limit, source: str, *, head: int) -> None:
 
     ``left`` and ``middle`` take tokens of what comes before the last learned answer, which stays whole, with its end
     and all that follows; text without answers loses its beginning or its middle.
-    Raises TooLongError where that cannot be done, or the policy is to refuse or to drop.
+
+    Raises:
+        TooLongError: That cannot be done, or the policy is to refuse or to drop.
     """
     size = limit.max_length
     if size is None or len(draft.ids) <= size:
