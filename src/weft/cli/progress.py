@@ -117,7 +117,7 @@ class LiveReporter:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
-            table.add_row(
+            cells = (
                 name,
                 ProgressBar(total=max(row.total, 1), completed=row.step, width=None),
                 f"{row.step}/{row.total}",
@@ -128,6 +128,7 @@ class LiveReporter:
                 "" if row.eta is None else common.human_time(row.eta),
                 "",
             )
+            table.add_row(*cells)
         return table
 
 

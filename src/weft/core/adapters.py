@@ -138,13 +138,13 @@ class Adapters:
             self.model,
             self.architecture,
             torch.Generator().manual_seed(seed),
-            master_dtype(self.dtype),
-            self.device,
-            tokenizer,
-            self._keys_values,
-            blank,
-            self.router,
-            self.original_weight,
+            dtype=master_dtype(self.dtype),
+            device=self.device,
+            tokenizer=tokenizer,
+            keys_values=self._keys_values,
+            blank=blank,
+            router=self.router,
+            original_weight=self.original_weight,
         )
         self.layout.check_config(config)
         adapter = config.build(name, context)

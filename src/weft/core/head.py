@@ -146,7 +146,7 @@ class TokenHead(Head):
                         targets.append(sample.input_ids[place])
                         weights.append(weight)
             owner.extend([index] * (len(rows) - len(owner)))
-        return supervised(rows, targets, weights, owner, len(samples), batch.input_ids.device)
+        return supervised(rows, targets, weights, owner=owner, count=len(samples), device=batch.input_ids.device)
 
     def loss_weight(self, sample: Sample) -> float:
         """Its learned tokens."""

@@ -91,9 +91,8 @@ class ClassificationHead(nn.Module, Head):
 
     def learned(self, batch: Batch, samples: Sequence[Sample], sequences: Sequence[int]) -> Supervised:
         count, labels = len(samples), [-1 if sample.label is None else sample.label for sample in samples]
-        return supervised(
-            self.rows(batch, sequences), labels, [1.0] * count, range(count), count, batch.input_ids.device
-        )
+        rows, device = self.rows(batch, sequences), batch.input_ids.device
+        return supervised(rows, labels, [1.0] * count, owner=range(count), count=count, device=device)
 
     def loss_weight(self, sample: Sample) -> float:
         return 1.0

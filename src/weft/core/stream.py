@@ -116,7 +116,8 @@ def build_stream(
             prefixes[group] = adapter.prefix_states()
         of_part = tuple(lengths[-len(part.sequences) :])
         tokens, alpha = len(ids) - begin, part.neftune_alpha
-        segments.append(Segment(part.adapter, tokens, len(part.sequences), part.seed, of_part, route.padded, alpha))
+        count, padded = len(part.sequences), route.padded
+        segments.append(Segment(part.adapter, tokens, count, part.seed, of_part, padded=padded, neftune_alpha=alpha))
     layout = None if route.padded else SequenceLayout.build(
         lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
     )  # fmt: skip

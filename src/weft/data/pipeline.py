@@ -217,13 +217,13 @@ class TextRecipe(Recipe):
         long, empty, limit = fold.left_out[TOO_LONG], fold.left_out[EMPTY], self.renderer.max_length
         read, path = fold.kept + long, fold.path
         if empty:
-            told = (path, empty, fold.first[EMPTY])
-            logger.warning("%s: left out %d records with an empty answer (the first: %s)", *told)
+            first = fold.first[EMPTY]
+            logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, empty, first)
         if long:
             logger.warning("%s: left out %d of %d records: longer than max_length %s", path, long, read, limit)
         if fold.cut:
-            how = self.renderer.truncation
-            logger.warning("%s: %d of %d records cut to max_length %s (%s)", path, fold.cut, read, limit, how)
+            told = (path, fold.cut, read, limit, self.renderer.truncation)
+            logger.warning("%s: %d of %d records cut to max_length %s (%s)", *told)
         if not fold.kept:
             if fold.problems.count:
                 raise fold.problems.error()

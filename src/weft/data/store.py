@@ -97,7 +97,8 @@ class SampleStore(Samples):
         source = f"{path}:{line}" if flags & _LINE else path
         rest = () if flags <= _USUAL and not self._targets[index] else self._rest(index, data, at + _RUN.size * runs)
         slots, label, targets, types, cut = rest or ((), None, (), (), 0)
-        return Sample(ids, weights, source, slots, answer if flags & _ANSWER else None, label, targets, types, cut)
+        given = answer if flags & _ANSWER else None
+        return Sample(ids, weights, source, slots, given, label=label, target_ids=targets, token_types=types, cut=cut)
 
     def _rest(self, index: int, data: memoryview, at: int) -> _Rest:
         """The fields that few samples have."""

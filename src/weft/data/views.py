@@ -156,9 +156,9 @@ class Listed:
             np.fromiter(itertools.chain.from_iterable(rows), np.int64, total),
             np.fromiter(itertools.chain.from_iterable(weights), np.float32, total),
             np.fromiter(map(len, rows), np.int64, len(rows)),
-            np.array([-1 if sample.answer is None else sample.answer for sample in samples], np.int64),
-            np.array([bool(sample.target_ids) for sample in samples], bool),
-            np.array([sample.label is not None for sample in samples], bool),
+            answers=np.array([-1 if sample.answer is None else sample.answer for sample in samples], np.int64),
+            targets=np.array([bool(sample.target_ids) for sample in samples], bool),
+            labels=np.array([sample.label is not None for sample in samples], bool),
         )
 
     def known_at(self, places: Places) -> tuple[int, Places]:

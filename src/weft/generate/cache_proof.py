@@ -87,7 +87,7 @@ def _prove(
         if base is not None and rows > base.rows:
             continue
         found = [
-            _try(adapters, name, texts, length, slots, rows, base.cache_name if base else None)
+            _try(adapters, name, texts, length, slots, rows=rows, cache_name=base.cache_name if base else None)
             for texts, length in _probes(adapters, name, prompt, slots)
         ]
         if found and all(one.rows for one in found):

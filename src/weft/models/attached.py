@@ -54,7 +54,7 @@ def prove_attached(adapters: Adapters, name: str) -> None:
         both = _run(adapters, [Part(name, sequences), Part(None, sequences)])
     own, beside = both[: -len(alone)], both[-len(alone) :]
     if not mixes:
-        _check_beside(adapters, name, sequences, beside, alone, near)
+        _check_beside(adapters, name, sequences, beside=beside, alone=alone, near=near)
     if adapter.begins_as_identity and not _close(own, alone, near):
         raise UserError(
             f"'{name}' ({adapter.config.method}) promises to begin as the base and does not: on this "

@@ -79,7 +79,7 @@ def first_difference(
                 return f"{named(model, path)}, which is not called"
             continue
         out = outs.pop(0)
-        part = _part(out, place, rows, total, length, adapters.layout.route.padded)
+        part = _part(out, place, rows, total=total, length=length, padded=adapters.layout.route.padded)
         if part is None or part.numel() != expected.numel():
             continue
         near = _NEAR[expected.dtype] * float(expected.abs().max())

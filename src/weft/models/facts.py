@@ -74,7 +74,9 @@ FACTS: dict[str, Facts] = {
 
 
 def _encoder(head: str, *, padding_first: bool = False) -> Facts:
-    return Facts("attention.output.dense", "output.dense", install_bidirectional, True, head, padding_first)
+    return Facts(
+        "attention.output.dense", "output.dense", install_bidirectional, True, head, padding_first=padding_first
+    )
 
 
 ENCODERS: dict[str, Facts] = {

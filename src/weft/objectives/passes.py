@@ -69,7 +69,7 @@ def sequence_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
     for members in (*([i] for i in range(len(work)) if i not in shared), *([shared] if shared else [])):
         samples = [sample for i in members for sample in work[i].samples]
         sequences = [number for i in members for number in range(ends[i] - len(work[i].samples), ends[i])]
-        found = _losses(adapters, work[members[0]], stream, hidden, samples, sequences)
+        found = _losses(adapters, work[members[0]], stream, hidden=hidden, samples=samples, sequences=sequences)
         losses |= dict(zip(members, found.split([len(work[i].samples) for i in members]), strict=True))
     return [losses[i] for i in range(len(work))]
 
@@ -140,7 +140,7 @@ def evaluate(
             return None
         work = Work(adapter, asked)
         stream, states = adapters.run([work.part()])
-        total += float(_losses(adapters, work, stream, states, asked, range(len(asked))).sum())
+        total += float(_losses(adapters, work, stream, hidden=states, samples=asked, sequences=range(len(asked))).sum())
         weight += sum(map(head.loss_weight, asked))
         if head.labels:
             predicted += answer_logits(adapters, adapter, stream, states, range(len(asked))).argmax(-1).tolist()

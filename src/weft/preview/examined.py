@@ -135,7 +135,8 @@ class _Group:
         # Where nothing is left, training would end at what is wrong with the records.
         packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
         names = tuple(job.name for job in self.jobs)
-        return Examined(names, [*train, *evaluated], facts, packings, windows, self.left_out, self.not_reached)
+        items = [*train, *evaluated]
+        return Examined(names, items, facts, packings, windows, left_out=self.left_out, not_reached=self.not_reached)
 
     def _items(self, part: Loaded, split: Split) -> list[Item]:
         items, left_out = collect(

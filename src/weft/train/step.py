@@ -47,9 +47,9 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
                 j.name,
                 batches[j.name][index],
                 j.dropout_seed(index),
-                weight[j.name],
-                j.config.neftune_noise_alpha,
-                j.objective,
+                divisor=weight[j.name],
+                neftune_alpha=j.config.neftune_noise_alpha,
+                objective=j.objective,
             )
             for j in present
         ]

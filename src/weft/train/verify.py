@@ -78,9 +78,9 @@ def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
         moved, apart = abs(beside[name] - together[name]), abs(alone - together[name])
         scale = 1 + abs(alone)
         if not moved <= nothing * scale:
-            _refuse(adapters, name, samples[-1], together[name], beside[name], "when only other sequences change")
+            _refuse(adapters, name, samples[-1], together[name], beside[name], when="when only other sequences change")
         if not apart <= near * scale:
-            _refuse(adapters, name, samples[-1], together[name], alone, "alone")
+            _refuse(adapters, name, samples[-1], together[name], alone, when="alone")
         proof = replace(proof, alone=max(proof.alone, apart), neighbours=max(proof.neighbours, moved))
     return proof
 

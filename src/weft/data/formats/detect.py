@@ -243,7 +243,7 @@ def register_format(
     def entry(read: Reader) -> Format:
         _plan.cache_clear()
         _names.cache_clear()
-        return Format(tier, purpose, shapes, optional, what, example, read)
+        return Format(tier, purpose, shapes, optional=optional, what=what, example=example, read=read)
 
     return FORMATS.register(name, entry)
 
