@@ -50,13 +50,13 @@ def forget() -> None:
         for name in list(registry._added_by):
             del registry[name]
     extensions._loaded.clear()
-    extensions._installed_searched = True
     detect._plan.cache_clear()
     detect._names.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(extensions, "_installed_searched", True)
     forget()
     yield
     forget()
