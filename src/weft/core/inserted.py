@@ -39,7 +39,7 @@ def _padded_part(value: Tensor, index: int, route: Route, hidden: Tensor) -> Ten
     # BLOOM's ALiBi is [B * heads, 1, T].
     each = rows // batch if value.dim() == 3 and rows % batch == 0 else int(rows == batch)
     before = max((states[0][0].shape[1] for states in route.prefixes.values()), default=0)
-    # Not the angles of rotary positions [B, T, head_dim], whose last dimension may happen to be as long.
+    # The angles of rotary positions [B, T, head_dim] are no mask, though their last side may happen to be as long.
     is_mask = value.dim() in (2, 4) or value.dtype == torch.bool or each > 1
     if before and is_mask and value.shape[-1] == before + width:
         value = value[..., before:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -20,7 +20,7 @@ def checked_paths(data: object) -> object:
 
 
 # One path, or several with their shares; see ``weft.data.sources``.
-DataPaths = str | list[str | dict[str, object]]
+DataPaths = str | list[str | dict[str, Any]]
 
 
 class DataSettings(BaseModel):
@@ -42,7 +42,7 @@ class DataSettings(BaseModel):
     data_workers: int = Field(default=0, ge=0)
     chat_template: str | None = None
     allow_unknown_markers: bool = False
-    template_kwargs: dict[str, object] = {}
+    template_kwargs: dict[str, Any] = {}
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     max_length: int | None = Field(default=None, gt=1)
     truncation: Literal["refuse", "drop", "left", "right", "middle"] = "refuse"
