@@ -117,7 +117,7 @@ class LiveReporter:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
-            cells = (
+            cells: tuple[str | ProgressBar, ...] = (
                 name,
                 ProgressBar(total=max(row.total, 1), completed=row.step, width=None),
                 f"{row.step}/{row.total}",

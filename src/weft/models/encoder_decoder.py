@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,9 +10,6 @@ from weft.core.architecture import Architecture, HeadForm, is_activation, is_lin
 from weft.core.embeddings import config_of, input_embeddings, output_head, stacks
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

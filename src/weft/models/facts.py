@@ -87,7 +87,7 @@ ENCODERS: dict[str, Facts] = {
     "electra": _encoder("gelu_classifier"),
     "distilbert": Facts("attention.out_lin", "ffn.lin2", install_bidirectional, True, "pre_classifier"),
 }
-# For other architectures: usual names, most specific first.
+# The usual names in other architectures, most specific first.
 _ATTENTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
 _MLP_NAMES = ("down_proj", "dense_4h_to_h", "fc2", "c_proj", "w2", "fc_out")
 

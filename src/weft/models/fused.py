@@ -86,13 +86,14 @@ class _FusedAttention(Mixin):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: object = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         route = _usable(self, hidden_states)
         if route is None or given_cache(kwargs) is not None:
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        assert position_embeddings is not None
         cos, sin = (table[0] for table in position_embeddings)
         q, k, v = (
             y.reshape(len(cos), -1, self.head_dim)

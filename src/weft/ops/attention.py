@@ -203,7 +203,7 @@ def _unpack(rows: Tensor, layout: SequenceLayout, kv_heads: int, heads: int) -> 
     """Padded rows [M * H, D] -> stream [N, H, D]."""
     n, dim = layout.tokens, rows.shape[1]
     if _is_plain(layout):
-        # Of one query head per key head, reshape would give a view, and models ask for memory in order.
+        # With one query head per key head, reshape would give a view, and models ask for memory in order.
         return rows.view(kv_heads, n, heads // kv_heads, dim).transpose(0, 1).reshape(n, heads, dim).contiguous()
     return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).inverse).view(n, heads, dim)
 
