@@ -117,18 +117,16 @@ class LiveReporter:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
-            cells: tuple[str | ProgressBar, ...] = (
-                name,
-                ProgressBar(total=max(row.total, 1), completed=row.step, width=None),
+            bar = ProgressBar(total=max(row.total, 1), completed=row.step, width=None)
+            cells = [
                 f"{row.step}/{row.total}",
                 _number(row.loss, ".4f"),
                 _number(row.eval_loss, ".4f"),
                 *([_number(row.accuracy, ".3f")] if classifies else []),
                 _number(row.speed, ".0f"),
                 "" if row.eta is None else common.human_time(row.eta),
-                "",
-            )
-            table.add_row(*cells)
+            ]
+            table.add_row(name, bar, *cells, "")
         return table
 
 
