@@ -36,7 +36,7 @@ from weft.objectives.passes import logits_of
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "gemma", "gpt_neox", "opt", "mistral", "falcon"]
 FAST = ("llama", "gpt2", "bloom", "qwen2")
 TIED = {"qwen2": {"tie_word_embeddings": True}}
-LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
+LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5}
 # Where no module of a kind can have a bias but those that have one.
 BITFIT: dict[str, dict[str, Any]] = {
     "llama": {"add_missing": True, "target_modules": ["attention", "mlp"]},

@@ -369,7 +369,7 @@ def test_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
         ours, wanted = our_logits(adapters, "it"), their_logits(theirs)
     # bitsandbytes rounds by the number of rows: its own difference between these texts together and one by one.
     plain = largest(our_logits(adapters, None), their_logits(base.model)) if adapters.close() is None else 0
-    kit.measured("nf4", largest(ours, wanted), max(LIMIT, 10 * plain))
+    kit.measured("nf4", largest(ours, wanted), max(LIMIT, 10 * plain), derived=True)
 
 
 def test_files_name_their_modules_on_every_base(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_large_models_are_tried_by_their_first_blocks(monkeypatch: pytest.Monkey
     assert dataclasses.replace(shape, linears=()).model_type == "llama"
     assert len(shape.linears) == 6 * 7
     worst = max(float((a - b).abs().max()) for a, b in zip(own(model), ours(model, shape), strict=True))
-    kit.measured("proved by two blocks", worst, 1e-5)
+    kit.measured("proved by two blocks", worst, 2e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -312,7 +312,7 @@ def test_large_models_are_tried_by_their_first_words(tied: bool, monkeypatch: py
     assert (table.num_embeddings, table.padding_idx, head.out_features) == (97, 90, 97)
     assert (head.weight is table.weight) == tied
     worst = max(float((a - b).abs().max()) for a, b in zip(own(model), ours(model, shape), strict=True))
-    kit.measured("proved by twenty words", worst, 1e-5)
+    kit.measured("proved by twenty words", worst, 2e-5)
 
 
 class Barred(LlamaForCausalLM):
@@ -333,7 +333,7 @@ def test_words_that_were_cut_off_and_are_treated_otherwise(monkeypatch: pytest.M
     shape = describe(model)
     assert shape.head_form is None
     worst = max(float((a - b).abs().max()) for a, b in zip(own(model), ours(model, shape), strict=True))
-    kit.measured("half of the vocabulary barred", worst, 1e-5)
+    kit.measured("half of the vocabulary barred", worst, 2e-5)
 
 
 def test_all_blocks_of_a_large_model_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
