@@ -5,6 +5,7 @@ What is wrong with the settings is no bad record and ends the run in every mode.
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -14,10 +15,10 @@ import pytest
 from tests.contracts import kit
 from tests.data.kit import bert_tokenizer, byte_tokenizer
 
-from weft.data import Problems, Renderer, load_labelled
+from weft.data import Problems, Record, Renderer, load_labelled, read_records
 from weft.data.auditing.items import collect
 from weft.data.labelled import ClassRecipe, given_labels
-from weft.data.pipeline import TOO_LONG, Fold, outcomes
+from weft.data.pipeline import TOO_LONG, Behind, Fold, outcomes
 from weft.data.problems import KINDS
 from weft.errors import UserError
 from weft.models import describe
@@ -291,6 +292,22 @@ def test_a_preview_of_one_class_or_of_none(
         assert main([*words, "--data", str(path)]) == 1
         findings = json.loads(capsys.readouterr().out)["data"][0]["findings"]
         assert codes <= {one["code"] for one in findings}
+
+
+def test_what_workers_are_sent_and_send_back(tmp_path: Path) -> None:
+    """A deep copy is made as a pickle is."""
+    path, _ = write(tmp_path / "d.jsonl", [LINES["no text"][0], LINES["too long"][0]])
+    recipe = ClassRecipe(renderer=RENDERER, keyed=True, watched=True)
+    records = list(map(behind, read_records(path)))
+    made = recipe.begun(records).make(records)
+    sent = copy.deepcopy((recipe.begun(records), records))
+    assert copy.deepcopy(sent[0].make(sent[1])) == made
+    assert [type(one).__name__ for one in made][-2:] == ["LeftOut", "LeftOut"]
+
+
+def behind(record: Record) -> Record:
+    """Records of the last two lines as those behind the limit."""
+    return Behind(record.fields, record.source) if int(record.source.rpartition(":")[2]) > 7 else record
 
 
 def test_a_preview_whose_first_source_has_no_class(tmp_path: Path, tiny_llama_dir: Path) -> None:
