@@ -13,7 +13,7 @@ help:
 	@echo "                    (one test: .venv/bin/pytest tests/core/test_stream.py -k every_row)"
 	@echo "make test           the tests (six minutes on two cores), with the locked versions"
 	@echo "make test-slow      the long ones as well"
-	@echo "make breakages      break Weft in ten ways and show which tests see it (two minutes)"
+	@echo "make breakages      break Weft in ten ways and show which tests see it"
 	@echo "make test-newest    the tests with the newest versions that pyproject.toml allows; writes a result file"
 	@echo "make test-oldest    and with the oldest (a CUDA build of torch on Linux: 5 GB)"
 	@echo "make test-machines  the numeric tests with 1, 2, 4 threads and with AVX2 and plain kernels; a result file"
