@@ -126,6 +126,7 @@ def at_the_disk(action: Callable[[int], None]) -> Callable[[], None]:
 
 def child(folder: str, where: str, at: int) -> None:
     """A process that is killed at the ``at``-th forward pass or change of the disk (0: never), with no cleanup."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # sums come in the order of the run that was not killed
 
     def kill(count: int) -> None:
         if count == at:
