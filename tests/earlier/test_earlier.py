@@ -1,7 +1,8 @@
 """Runs, adapters and configurations of an earlier version (21 November 2026) load, answer and go on as they did there.
 
-The folders under ``runs/`` are as that version wrote them, without the tokenizer's largest file, which is the embedded
-base's. ``stopped`` is a run of nine steps as it was after step 8; ``stopped_ends`` holds the adapters of its end.
+The folders under ``folders/`` are as that version wrote them, without the tokenizer's largest file, which is the
+embedded base's. ``stopped`` is a run of nine steps as it was after step 8; ``stopped_ends`` holds the adapters of its
+end.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.contracts import kit
 import weft
 from weft import assets
 
-RUNS = Path(__file__).parent / "runs"
+RUNS = Path(__file__).parent / "folders"
 
 
 @pytest.fixture

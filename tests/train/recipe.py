@@ -15,6 +15,7 @@ import torch
 from tests.contracts import kit
 
 from weft.api import Adapters
+from weft.core.layout import Packed
 from weft.files.run_folder import RunStore
 from weft.models import describe
 from weft.train import Job, JobConfig, Trainer
@@ -135,14 +136,14 @@ def child(folder: str, where: str, at: int) -> None:
     if at and where == "disk":
         at_the_disk(kill)
     elif at:
-        plain, count = Adapters.forward, 0
+        plain, count = Packed.forward, 0
 
-        def forward(self: Adapters, stream: Any) -> torch.Tensor:
+        def forward(self: Packed, stream: Any) -> torch.Tensor:
             nonlocal count
             count += 1
             hidden = plain(self, stream)
             kill(count)
             return hidden
 
-        Adapters.forward = forward  # type: ignore[method-assign]
+        Packed.forward = forward  # type: ignore[method-assign]
     go_on(Path(folder))

@@ -12,6 +12,7 @@ from tests.contracts import kit
 from torch import Tensor
 
 from weft.api import Adapters
+from weft.core.stream import Part
 from weft.data import Sample
 from weft.models import describe
 from weft.objectives.passes import Work, evaluate_loss, forward_losses
@@ -67,7 +68,7 @@ def test_the_gradient_is_that_of_the_mean_over_learned_tokens() -> None:
     adapter = kit.randomize(adapters.add("one", kit.method_config("lora")))
     total, count = 0.0, 0.0
     for sample in data:
-        stream_logits = adapters.logits(kit.hidden_of(adapters, [kit.Part("one", [sample.input_ids])])[0])
+        stream_logits = adapters.logits(kit.hidden_of(adapters, [Part("one", [sample.input_ids])])[0])
         weights = torch.tensor(sample.weights[1:], dtype=torch.float64)
         losses = torch.nn.functional.cross_entropy(
             stream_logits[:-1], torch.tensor(sample.input_ids[1:]), reduction="none"

@@ -158,7 +158,14 @@ class Adapters:
         self._attach(name, adapter)
         try:
             if self.device.type != "meta":
-                check_added(adapter, self.architecture, self._run, padded=self.layout.masks_prefixes, fresh=not blank)
+                check_added(
+                    adapter,
+                    self.model,
+                    self.architecture,
+                    self._run,
+                    padded=self.layout.masks_prefixes,
+                    fresh=not blank,
+                )
         except BaseException:
             self.remove(name)
             raise

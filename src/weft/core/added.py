@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture
+from weft.core.site import plain_class
 from weft.core.stream import Part
 from weft.errors import UserError
 
@@ -28,7 +29,9 @@ class Run(Protocol):
 
 
 @torch.no_grad()
-def check_added(adapter: Adapter, shape: Architecture, run: Run, *, padded: bool, fresh: bool) -> None:
+def check_added(
+    adapter: Adapter, model: nn.Module, shape: Architecture, run: Run, *, padded: bool, fresh: bool
+) -> None:
     """Check an adapter; ``fresh``: its values are those it begins with, and not to be loaded yet.
 
     Raises:
@@ -41,7 +44,7 @@ def check_added(adapter: Adapter, shape: Architecture, run: Run, *, padded: bool
             "lora, for one)."
         )
     if fresh and adapter.inserted_blocks():
-        _check_inserted(adapter, shape, run)
+        _check_inserted(adapter, model, shape, run)
     if fresh and adapter.num_prefix_tokens and padded:
         _check_beside(adapter, shape, run)
 
@@ -51,14 +54,14 @@ def _near(hidden: Tensor) -> Tensor:
     return _UNITS * max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps) * hidden.abs().max()
 
 
-def _check_inserted(adapter: Adapter, shape: Architecture, run: Run) -> None:
+def _check_inserted(adapter: Adapter, model: nn.Module, shape: Architecture, run: Run) -> None:
     """Refuse new blocks that are not the identity, as zeros in their last linears promise."""
     before, after = (run([Part(who, [_TEXT])]) for who in (None, adapter.name))
     if not adapter.begins_as_identity or bool(((after - before)[-len(_TEXT) :].abs() <= _near(before)).all()):
         return
-    path, blocks = next(iter(adapter.inserted_blocks().items()))
+    path = next(iter(adapter.inserted_blocks()))
     raise UserError(
-        f"{adapter.config.method}: a copy of block '{path}' ({type(blocks[0]).__name__}) with "
+        f"{adapter.config.method}: a copy of block '{path}' ({plain_class(model.get_submodule(path)).__name__}) with "
         f"zeros in its last linears is not the identity on this {shape.model_type} model, so the "
         "adapter would not begin as the base. Take another method (bottleneck, for one)."
     )
