@@ -10,7 +10,7 @@ from tests.contracts import kit
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core import stream as stream_module
+from weft.core import layout as layout_module
 from weft.data import Sample
 from weft.data.pack import fill, pack, pack_in_order
 from weft.models import describe
@@ -86,13 +86,13 @@ def test_a_neighbours_ids_change_not_one_bit(kind: str, dtype: torch.dtype) -> N
 def test_the_gradient_with_respect_to_a_neighbours_rows_is_zero(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = kit.open_with_all(kit.make_model(kind, torch.float64))
     kept: list[Tensor] = []
-    plain = stream_module.embed
+    plain = layout_module.embed
 
     def embed(*args: object) -> Tensor:
         kept[:] = [plain(*args).detach().requires_grad_()]  # type: ignore[arg-type]
         return kept[0]
 
-    monkeypatch.setattr(stream_module, "embed", embed)
+    monkeypatch.setattr(layout_module, "embed", embed)
     for method in kit.ALL:
         samples = packed(adapters[method].num_virtual_tokens)[0]
         (losses,) = sequence_losses(adapters, [Work(method, samples)])

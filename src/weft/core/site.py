@@ -86,10 +86,11 @@ class Site:
         x, call = split_call(args, kwargs)
         if self.inserted:
             return self._run_block(module, x, call, route)
-        rows = kwargs.get(self.rows_name) if self.rows_name else x
+        named = self.rows_name in kwargs
+        rows = kwargs[str(self.rows_name)] if named else x
         if not torch.is_tensor(rows):
             raise UserError(f"module '{self.path}' is not called with rows of the text; no adapter can sit on it.")
-        if self.rows_name:
+        if named:
             return self._change_all(rows, self.base_class.forward(module, *args, **kwargs), Call(), route)
         return self.apply(module, x, call, route)
 
