@@ -48,8 +48,8 @@ def test_what_cannot_be_built_says_why(method: str, settings: dict[str, Any], me
 def test_the_first_values_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     contexts: list[BuildContext] = []
 
-    def watched(*args: Any) -> BuildContext:
-        contexts.append(BuildContext(*args))
+    def watched(*args: Any, **keywords: Any) -> BuildContext:
+        contexts.append(BuildContext(*args, **keywords))
         return contexts[-1]
 
     monkeypatch.setattr("weft.core.adapters.BuildContext", watched)
