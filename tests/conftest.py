@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     own = set(METHODS)
     for file in files:
         weft.load_extension(file)
-    from tests.contracts import kit
+    from tests import kit
 
     from weft.merge.weights import check_mergeable
 

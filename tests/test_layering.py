@@ -286,8 +286,8 @@ def test_loaders_and_parsers_are_where_they_belong() -> None:
         ("data/x.py", "tokenizer.apply_chat_template(m)"),
         ("data/x.py", "jinja2.Environment()"),
         ("train/config.py", "load_extension(values['extension'])"),
-        ("core/files.py", "extensions.load_extension(own['extension'])"),
-        ("core/files.py", "importlib.import_module(own['method'])"),
+        ("files/adapter_folder.py", "extensions.load_extension(own['extension'])"),
+        ("files/adapter_folder.py", "importlib.import_module(own['method'])"),
         ("models/load.py", "spec.loader.exec_module(module)"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.contracts import kit
+from tests import kit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weft.data import Message

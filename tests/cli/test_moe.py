@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import _save, make_tokenizer
-from tests.contracts.moe import make_moe
+from tests.kit.experts import make_moe
 
 SENTENCE = (
     "lora: method lora leaves mlp.experts.gate_up_proj and mlp.experts.down_proj as they are, {share:.1%} of the "

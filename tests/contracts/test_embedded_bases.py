@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_together_equals_alone import assert_bitwise, job_config
 from torch import Tensor
 

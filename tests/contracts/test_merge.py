@@ -10,13 +10,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_peft import THEIRS, fresh_peft, peft_config
 from tests.contracts.test_peft_lora import VARIANTS, common, lora_config
 from tests.contracts.test_routing import picture
 from tests.contracts.test_seq2seq import make_model as make_seq2seq
-from tests.models.encoder_kit import KINDS as ENCODERS
-from tests.models.encoder_kit import make_encoder
+from tests.kit.encoders import KINDS as ENCODERS
+from tests.kit.encoders import make_encoder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 

@@ -12,8 +12,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.contracts import kit
-from tests.contracts.moe import (
+from tests import kit
+from tests.kit.experts import (
     EXPERTS,
     TEXTS,
     TYPES,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor, nn
 
 from weft.api import Adapters

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_peft import TARGETS, edit, fresh_peft, peft_config, peft_logits
 from torch import Tensor
 

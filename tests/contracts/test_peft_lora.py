@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_peft import KINDS, LIMIT, TARGETS, common, edit, fresh_peft, peft_logits
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_peft import KINDS, LIMIT, edit, fresh_peft, our_logits, peft_logits
 
 from weft.api import Adapters

@@ -14,8 +14,8 @@ import torch
 import transformers
 from benchmarks import architecture_configs as configs
 from benchmarks.architecture_truth import load_plain, write_model
+from tests import kit
 from tests.conftest import make_tokenizer
-from tests.contracts import kit
 from torch import Tensor
 
 from weft.api import Adapters

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from tests.contracts import kit
-from tests.models.encoder_kit import make_encoder
+from tests import kit
+from tests.kit.encoders import make_encoder
 
 from weft.api import Adapters
 from weft.core.heads import ClassificationTask

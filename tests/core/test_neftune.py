@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.contracts import kit
+from tests import kit
 
 from weft.api import Adapters
 from weft.core.adapter import Adapter

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_routing import picture
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tests.data.kit import byte_tokenizer, space_tokenizer
+from tests.kit.tokenizers import byte_tokenizer, space_tokenizer
 from transformers import AutoTokenizer
 
 from weft.assets import model_path

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_tokenizer
-from tests.data import kit
+from tests.kit import tokenizers as kit
 from tokenizers import AddedToken
 
 from weft.data import Renderer, Sample

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.data.kit import CHATML, bert_tokenizer, byte_tokenizer, t5_tokenizer
+from tests.kit.tokenizers import CHATML, bert_tokenizer, byte_tokenizer, t5_tokenizer
 from transformers import AutoTokenizer
 
 from weft.data import SOFT, Renderer, load_labelled

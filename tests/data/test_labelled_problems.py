@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.contracts import kit
-from tests.data.kit import bert_tokenizer, byte_tokenizer
+from tests import kit
+from tests.kit.tokenizers import bert_tokenizer, byte_tokenizer
 
 from weft.data import Problems, Record, Renderer, load_labelled, read_records
 from weft.data.auditing.items import collect

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from benchmarks import malformed
-from tests.data.kit import byte_tokenizer
+from tests.kit.tokenizers import byte_tokenizer
 
 from weft.data import Problems, Renderer, iter_records
 

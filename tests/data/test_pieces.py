@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import make_tokenizer
-from tests.data import kit
+from tests.kit import tokenizers as kit
 
 from weft.data import Renderer
 from weft.data.auditing.pieces import decoded, pieces, visible

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.data.doubler import Doubler
-from tests.data.kit import byte_tokenizer
+from tests.kit.tokenizers import byte_tokenizer
 
 from weft.data import BadRecordError, EmptyAnswerError, Problem, Problems, Renderer, iter_records, load_samples
 from weft.data.problems import KINDS, about_record

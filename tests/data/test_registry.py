@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.tokenizers import byte_tokenizer
 
 from weft.data import (
     FORMATS,
@@ -25,8 +26,6 @@ from weft.data import (
 from weft.data.formats.detect import _plan
 from weft.data.formats.registry import ACCEPTS, ALIASES, SPELLINGS, TRAINING
 from weft.errors import UserError
-
-from .kit import byte_tokenizer
 
 
 @pytest.mark.parametrize("name", FORMATS)

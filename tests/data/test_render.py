@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.kit import CHATML, FORGETFUL, LLAMA2, byte_tokenizer, learned, space_tokenizer, talk
+from tests.kit.tokenizers import CHATML, FORGETFUL, LLAMA2, byte_tokenizer, learned, space_tokenizer, talk
 from transformers import AutoTokenizer
 
 from weft.data import (

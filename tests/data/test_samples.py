@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data import golden
-from tests.data.kit import CHATML, byte_tokenizer, space_tokenizer, t5_tokenizer, talk
+from tests.kit.tokenizers import CHATML, byte_tokenizer, space_tokenizer, t5_tokenizer, talk
 from transformers import AutoTokenizer
 
 from weft.data import SOFT, TEMPLATES, Conversation, Message, PlainText, Renderer, Sample

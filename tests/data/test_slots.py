@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.kit import CHATML, byte_tokenizer, space_tokenizer, talk
+from tests.kit.tokenizers import CHATML, byte_tokenizer, space_tokenizer, talk
 
 from weft.data import SOFT, Conversation, Message, PlainText, Prompt, Renderer
 from weft.errors import UserError

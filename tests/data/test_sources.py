@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.kit import talk
+from tests.kit.tokenizers import talk
 
 from weft.core.route import stable_seed
 from weft.data import Message, Mixture, PlainText, Source, epoch_order, parse_sources, split_by_hash

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.data import golden
-from tests.data.kit import CHATML, byte_tokenizer, learned, talk
+from tests.kit.tokenizers import CHATML, byte_tokenizer, learned, talk
 
 from weft.data import PLAIN_TEMPLATE, SOFT, TEMPLATES, Conversation, Message, Renderer
 from weft.data.rendering.templates import ALIASES, template_text

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.kit.tokenizers import byte_tokenizer, learned, space_tokenizer
 
 from weft.data import SOFT, Record, Renderer, Segments, Tokenised, load_samples, to_example
 from weft.errors import UserError
-
-from .kit import byte_tokenizer, learned, space_tokenizer
 
 
 def read(fields: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tests.contracts import kit
+from tests import kit
 
 import weft
 from weft import assets

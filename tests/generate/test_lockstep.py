@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.contracts import kit
+from tests import kit
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from weft.api import Adapters

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests import kit
 from tests.conftest import make_tokenizer
-from tests.contracts import kit
 from torch import nn
 
 from weft.api import Adapters

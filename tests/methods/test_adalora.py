@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_peft_lora import check_ours, our_logits
 from torch import Tensor
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 

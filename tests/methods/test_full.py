@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.architecture_configs import make_config
-from tests.contracts import kit
+from tests import kit
 from tests.models.test_facts import make
 from torch import Tensor, nn
 from torch.nn import functional as F

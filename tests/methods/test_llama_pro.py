@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from tests.models.test_facts import make
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM

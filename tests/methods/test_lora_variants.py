@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_packed_equals_padded import no_cast  # noqa: F401 (a fixture)
 from tests.methods.test_lora import layer_of, open_llama, random
 from torch import Tensor

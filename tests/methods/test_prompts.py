@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters

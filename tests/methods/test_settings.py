@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 
 from weft.api import Adapters
 from weft.core.adapter import BuildContext

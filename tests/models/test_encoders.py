@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts import kit
-from tests.models import encoder_kit
-from tests.models.encoder_kit import make_encoder, save_bert, their_logits, token_types
+from tests import kit
+from tests.kit import encoders as encoder_kit
+from tests.kit.encoders import make_encoder, save_bert, their_logits, token_types
 from torch import Tensor, nn
 
 from weft.api import Adapters

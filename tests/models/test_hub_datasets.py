@@ -365,7 +365,7 @@ def test_a_run_and_a_preview(
 
 
 def test_classes_by_their_names(datasets: Any, serve: Serve) -> None:
-    from tests.data.kit import byte_tokenizer
+    from tests.kit.tokenizers import byte_tokenizer
 
     from weft.data import Renderer, load_labelled
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from tests.models.test_proof import LONGROPE, SIZES, TEXTS, make
 from transformers import (
     BertConfig,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from tests.models.test_proof import SIZES, TEXTS, make, moved, ours, own
 from torch import Tensor
 from transformers import (

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 
 from weft.api import Adapters
 from weft.core.stream import Part

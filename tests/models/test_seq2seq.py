@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 from tests.contracts.test_seq2seq import make_model
 
 from weft.api import Adapters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.contracts import kit
+from tests import kit
 
 from weft.ops.lowrank import stacked_low_rank_add, stacked_low_rank_add_ref
 

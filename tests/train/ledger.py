@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.contracts import kit
-from tests.data.kit import byte_tokenizer
+from tests import kit
+from tests.kit.tokenizers import byte_tokenizer
 
 import weft.train.loop
 from weft.api import Adapters

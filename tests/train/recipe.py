@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.contracts import kit
+from tests import kit
 
 from weft.api import Adapters
 from weft.core.layout import Packed

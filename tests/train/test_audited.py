@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from tests.conftest import make_tokenizer
-from tests.data.kit import talk
 from tests.data.planted import dropped_end, padded, weight_of, without_end
+from tests.kit.tokenizers import talk
 
 from weft.data import Renderer, Sample
 from weft.data.auditing.audit import audit_before_training

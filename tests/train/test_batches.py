@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.contracts import kit
+from tests import kit
 
 from weft.api import Adapters
 from weft.data import Sample

@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.contracts import kit
-from tests.models import encoder_kit
-from tests.models.encoder_kit import make_encoder, their_logits
+from tests import kit
+from tests.kit import encoders as encoder_kit
+from tests.kit.encoders import make_encoder, their_logits
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 

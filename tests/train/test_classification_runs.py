@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tests.models.encoder_kit import save_bert, write_reviews
+from tests.kit.encoders import save_bert, write_reviews
 
 from weft.data import load_labelled
 from weft.errors import UserError

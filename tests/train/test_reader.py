@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.contracts import kit
-from tests.data.kit import byte_tokenizer
+from tests import kit
+from tests.kit.tokenizers import byte_tokenizer
 
 from weft.core.head import TokenHead
 from weft.data import Renderer, Sample, split_by_hash, split_holdout

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraModel
 from peft.utils import merge_utils
-from tests.contracts import kit
+from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters
