@@ -1,4 +1,4 @@
-"""``make breakages`` breaks something: each text that it replaces stands once in the source, and its tests are there."""
+"""``make breakages`` breaks something: a text that it replaces stands once in the source, and its tests exist."""
 
 from __future__ import annotations
 
