@@ -55,7 +55,8 @@ def test_loftq_makes_up_for_quantisation(tmp_path: Path) -> None:
     config = LoraConfig(r=8, lora_alpha=5, init_lora_weights="loftq", target_modules=list(names))
     with pytest.raises(UserError, match="needs the weights from before quantisation"):
         adapters.add("it", config)
-    adapters.original_weight = before.__getitem__
+    adapters.close()
+    adapters = Adapters(adapters.model, describe(adapters.model), original_weight=before.__getitem__)
     adapters.add("it", config)
     for path, weight in before.items():
         layer, base = layer_of(adapters, "it", path), adapters.model.get_submodule(path)
@@ -67,7 +68,8 @@ def test_loftq_makes_up_for_quantisation(tmp_path: Path) -> None:
     assert kit.difference(ours, wanted) < 0.9 * kit.difference(plain, wanted)
     # Its file is a plain LoRA's, for the same quantised base.
     adapters.save("it", tmp_path)
-    adapters.original_weight = None
+    adapters.close()
+    adapters = Adapters(adapters.model, describe(adapters.model))
     adapters.load("again", tmp_path)
     again = kit.hidden_of(adapters, [Part("again", texts)])
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))

@@ -43,6 +43,7 @@ class Adapters:
         padded: Run padded batches through the model's own attention. Default: only if the model can do nothing else.
         exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
         checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
+        original_weight: Of a quantised base, the weight [out, in] before, by the module's path (LoftQ asks for it).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Adapters:
         padded: bool | None = None,
         exact: bool = False,
         checkpointing: bool = False,
+        original_weight: Callable[[str], Tensor] | None = None,
     ) -> None:
         if is_open(model):
             raise UserError("this model already carries an Adapters; add to that one, or close() it first.")
@@ -63,8 +65,7 @@ class Adapters:
         self._adapters: dict[str, Adapter] = {}
         kind = _kind_of_layout(architecture, padded, exact)
         self.layout: Layout = kind(model, architecture, self.router, self._adapters, exact)
-        # Of a quantised base: module path -> the weight [out, in] before (LoftQ asks for it).
-        self.original_weight: Callable[[str], Tensor] | None = None
+        self.original_weight = original_weight
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
         shape, apart = architecture, (*architecture.linears, *architecture.norms, *architecture.activations)

@@ -70,8 +70,13 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     _check(config, sketch, loaded)
     if base is None:
         base = config.base(sketch.tokenizer)
-    adapters = Adapters(base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing)
-    adapters.original_weight = base.original_weight
+    adapters = Adapters(
+        base.model,
+        base.architecture,
+        exact=config.exact,
+        checkpointing=config.gradient_checkpointing,
+        original_weight=base.original_weight,
+    )
     try:
         jobs = []
         for job, found in zip(config.jobs, loaded, strict=True):
