@@ -62,7 +62,7 @@ demo: $(VENV)/.installed
 
 FAST := tests/ops tests/data tests/core tests/test_layering.py tests/test_api.py tests/contracts/test_each_method.py \
 	tests/contracts/test_routing.py::test_a_sample_alone_has_the_loss_of_plain_cross_entropy \
-	tests/files tests/combine tests/preview "tests/train/test_resume.py::test_asked_to_stop_anywhere[4]"
+	tests/files tests/combine tests/preview "tests/training/test_resume.py::test_asked_to_stop_anywhere[4]"
 
 # One thread a process and two processes: small matrices gain nothing from a second thread.
 test-fast: $(VENV)/.installed-dev

@@ -25,9 +25,9 @@ from weft.api import Adapters
 from weft.data import Renderer, Sample, load_samples
 from weft.models import describe
 from weft.models.load import load_tokenizer
-from weft.train import Job, JobConfig
-from weft.train.batches import Batches
-from weft.train.step import train_step
+from weft.training import Job, JobConfig
+from weft.training.batches import Batches
+from weft.training.step import train_step
 
 SHARED = Path(os.environ.get("WEFT_SHARED_DATA") or Path(__file__).parents[2] / "shared/data")
 FILES = {"Alpaca": "sft/alpaca_en.json", "LIMA": "sft/lima.json"}

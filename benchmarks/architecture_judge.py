@@ -37,7 +37,7 @@ from weft.core.architecture import linear_shape
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.merge.model import check_as_written, merged_model
 from weft.methods import METHODS
 from weft.models.attached import prove_attached

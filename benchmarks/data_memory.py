@@ -74,10 +74,10 @@ def one(kind: str, path: str, tokenizer: str) -> dict[str, Any]:
     from weft.data import Renderer
     from weft.data.auditing.audit import audit_before_training
     from weft.models.load import load_tokenizer, sketch_base
-    from weft.train import JobConfig, make_config
-    from weft.train.batches import Batches
-    from weft.train.job import Job
-    from weft.train.reader import Reader, data_files
+    from weft.training import JobConfig, make_config
+    from weft.training.batches import Batches
+    from weft.training.job import Job
+    from weft.training.reader import Reader, data_files
 
     documents = "joined" if kind == "documents" else "separate"
     config = make_config({"model": "none", "method": "lora", "data": path, "eval_split": 0.01, "max_length": LENGTH,

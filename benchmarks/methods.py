@@ -27,9 +27,9 @@ from weft.evaluate.exact_match import exact_match
 from weft.evaluate.measure import Measure, training_bytes
 from weft.files.adapter_folder import weights_path
 from weft.methods import METHODS
-from weft.train import make_config
-from weft.train.run import prepare, train
-from weft.train.step import train_step
+from weft.training import make_config
+from weft.training.run import prepare, train
+from weft.training.step import train_step
 
 STEPS, BATCH_SIZE = 800, 16
 # What a method cannot do without on these bases, and nothing else: everything besides is the method's default.

@@ -26,8 +26,8 @@ from weft.data import load_samples
 from weft.evaluate.forgetting import text_loss
 from weft.methods import METHODS
 from weft.objectives.passes import evaluate_loss
-from weft.train import make_config
-from weft.train.run import Setup, train
+from weft.training import make_config
+from weft.training.run import Setup, train
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 STEPS, BATCH_SIZE, DOCUMENTS = 240, 8, 40

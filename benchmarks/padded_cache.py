@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from weft.api import Adapters
-from weft.generate import Completion, Request, cache_proof, generate
+from weft.generation import Completion, Request, cache_proof, generate
 from weft.methods import METHODS
 from weft.models import describe
 

@@ -80,7 +80,7 @@ def _adapters(model: nn.Module) -> Iterator[Adapters]:
 def _job(adapters: Adapters, method: str, settings: dict[str, Any], batches: Batches, name: str) -> Any:
     """A job that sees exactly ``batches``, in this order."""
     from weft.core.route import stable_seed
-    from weft.train import Job, JobConfig
+    from weft.training import Job, JobConfig
 
     flat = [sample for batch in batches for sample in batch]
     config = JobConfig(
@@ -104,7 +104,7 @@ def _job(adapters: Adapters, method: str, settings: dict[str, Any], batches: Bat
 
 def _train(adapters: Adapters, jobs: list[Any]) -> tuple[list[Moment], dict[str, list[float]]]:
     """Run to the end; the start and the end of each step, and the losses of each job."""
-    from weft.train import Trainer
+    from weft.training import Trainer
 
     ends = [now()]
     losses: dict[str, list[float]] = {job.name: [] for job in jobs}

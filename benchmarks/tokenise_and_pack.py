@@ -31,8 +31,8 @@ from weft.data.sources import epoch_order
 from weft.errors import UserError
 from weft.models.load import load_tokenizer
 from weft.ops.attention import SequenceLayout
-from weft.train import JobConfig
-from weft.train.batches import Batches
+from weft.training import JobConfig
+from weft.training.batches import Batches
 
 SHARED = Path(os.environ.get("WEFT_SHARED_DATA") or Path(__file__).parents[2] / "shared/data")
 FILES = {"alpaca": "sft/alpaca_en.json", "lima": "sft/lima.json"}

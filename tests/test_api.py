@@ -1,4 +1,4 @@
-"""The Python interface: names, laziness, and packages that can be called."""
+"""The Python interface: names and laziness."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ from weft.data import FORMATS, Record, format_of, to_example
 from weft.data.formats import detect
 from weft.errors import UserError
 from weft.objectives import OBJECTIVES, Supervised, likelihood, make_objective
-from weft.train.callbacks import CALLBACKS
-from weft.train.run import prepare
-from weft.train.step import train_step
+from weft.training.callbacks import CALLBACKS
+from weft.training.run import prepare
+from weft.training.step import train_step
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "extensions"
@@ -172,7 +172,7 @@ def test_a_method_is_loaded_from_python(tiny_llama_dir: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_method_inherits_the_contracts() -> None:
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contracts", "-k", "scaling"]
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/contracts", "-k", "scaling"]
     words += map(str, example("scaling"))
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -210,7 +210,13 @@ def test_an_objective_in_a_run(run: Callable[..., Run], tiny_llama_dir: Path, ti
 def test_an_objective_is_its_formula(tiny_llama_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
     weft.load_extension(EXAMPLES / "focal.py")
     logits, targets = torch.randn(5, 11), torch.tensor([3, 0, 10, 4, 4])
-    batch = Supervised(torch.arange(5), targets, torch.tensor([1.0, 1, 0.5, 1, 1]), torch.tensor([0, 0, 1, 1, 1]), 2)
+    batch = Supervised(
+        torch.arange(5),
+        targets,
+        torch.tensor([1.0, 1, 0.5, 1, 1]),
+        sequence=torch.tensor([0, 0, 1, 1, 1]),
+        num_sequences=2,
+    )
     p = torch.softmax(logits, -1)[torch.arange(5), targets]
     losses = (1 - p) ** 2 * F.cross_entropy(logits, targets, reduction="none") * batch.weights
     torch.testing.assert_close(OBJECTIVES["focal"](logits, batch), torch.stack([losses[:2].sum(), losses[2:].sum()]))
@@ -334,7 +340,8 @@ def test_the_same_function_again_takes_its_place() -> None:
 
     define(1)
     define(2)
-    batch = Supervised(*(torch.zeros(0) for _ in range(4)), 1)
+    zeros = [torch.zeros(0) for _ in range(4)]
+    batch = Supervised(*zeros[:3], sequence=zeros[3], num_sequences=1)
     assert make_objective("mine", {})(torch.zeros(0), batch) == 2
 
 

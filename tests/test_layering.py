@@ -11,8 +11,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "weft"
 ORDER = (
-    "ops", "core", "combine", "methods", "objectives", "files", "models", "merge", "adapters", "data", "train",
-    "preview", "generate", "export", "evaluate", "synthesize", "serve", "cli", "api",
+    "ops", "core", "combine", "methods", "objectives", "files", "models", "merge", "adapters", "data", "training",
+    "preview", "generation", "export", "evaluate", "synthesize", "serve", "cli", "api",
 )  # fmt: skip
 # Anyone may use them, and they use nobody.
 FREE = {"errors", "extensions", "foreign", "patterns", "assets", "libraries", "version"}
@@ -68,10 +68,10 @@ def test_imports_go_up_only() -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("core/x.py", "import weft.train.loop"),
+        ("core/x.py", "import weft.training.loop"),
         ("core/x.py", "from weft.methods import METHODS"),
         ("ops/x.py", "def f():\n    from weft import core"),
-        ("data/sub/x.py", "from ...train import Job"),
+        ("data/sub/x.py", "from ...training import Job"),
         ("errors.py", "from weft.core import site"),
     ],
 )
@@ -282,10 +282,10 @@ def test_loaders_and_parsers_are_where_they_belong() -> None:
         ("models/hub_datasets.py", "datasets.load_dataset(p)"),
         ("files/adapter_folder.py", "json.loads(t)"),
         ("cli/train.py", "json.load(f)"),
-        ("train/config.py", "yaml.load(t, Loader=L)"),
+        ("training/config.py", "yaml.load(t, Loader=L)"),
         ("data/x.py", "tokenizer.apply_chat_template(m)"),
         ("data/x.py", "jinja2.Environment()"),
-        ("train/config.py", "load_extension(values['extension'])"),
+        ("training/config.py", "load_extension(values['extension'])"),
         ("files/adapter_folder.py", "extensions.load_extension(own['extension'])"),
         ("files/adapter_folder.py", "importlib.import_module(own['method'])"),
         ("models/load.py", "spec.loader.exec_module(module)"),
@@ -362,3 +362,28 @@ def test_core_names_no_architecture() -> None:
     assert found == []
     assert NAMES.search("# OPT flattens its batch")
     assert NAMES.search('if model_type == "t5":')
+
+
+POSITIONAL = 3
+
+
+def many_by_position(source: str) -> list[str]:
+    """Dataclasses of more than four fields that take more than three of them by position."""
+    found = []
+    for node in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)):
+        decorators = [ast.unparse(one) for one in node.decorator_list if "dataclass" in ast.unparse(one)]
+        fields = [
+            one for one in node.body if isinstance(one, ast.AnnAssign) and "ClassVar" not in ast.unparse(one.annotation)
+        ]
+        names = [ast.unparse(one.target) for one in fields if "init=False" not in ast.unparse(one)]
+        by_position = names.index("_") if "_" in names else len(names)
+        if decorators and "kw_only=True" not in decorators[0] and len(names) > 4 and by_position > POSITIONAL:
+            found.append(f"{node.name} in line {node.lineno}")
+    return found
+
+
+def test_large_dataclasses_are_made_by_keyword() -> None:
+    found = {str(path.relative_to(SOURCE)): many_by_position(path.read_text()) for path in FILES}
+    assert {path: names for path, names in found.items() if names} == {}
+    lines = "\n".join(f"    {name}: int" for name in "abcde")
+    assert many_by_position(f"@dataclass\nclass X:\n{lines}") == ["X in line 2"]

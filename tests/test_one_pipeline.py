@@ -71,7 +71,7 @@ def test_the_pipeline_is_there() -> None:
     ],
 )
 def test_the_check_sees(source: str) -> None:
-    assert list(reads("train/x.py", source))
+    assert list(reads("training/x.py", source))
 
 
 @pytest.mark.parametrize(
@@ -84,4 +84,4 @@ def test_the_check_sees(source: str) -> None:
     ],
 )
 def test_the_check_lets_through(source: str) -> None:
-    assert not list(reads("train/x.py", source))
+    assert not list(reads("training/x.py", source))

@@ -10,7 +10,7 @@ import pytest
 
 from weft.cli.options import meaning
 from weft.data.settings import DataSettings, free_keys
-from weft.train.settings import RunConfig
+from weft.training.settings import RunConfig
 
 SOURCE = Path(__file__).parent.parent / "src" / "weft"
 KEYS = frozenset(RunConfig.model_fields)

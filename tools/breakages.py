@@ -55,7 +55,7 @@ BREAKAGES = (
         "the state of the random numbers is not in the checkpoint",
         '"dropout", self.progress.step, micro)',
         '"dropout", self.__dict__.setdefault("_drawn", []).append(0) or len(self.__dict__["_drawn"]), micro)',
-        ("tests/train/test_resume.py::test_asked_to_stop_anywhere[4]",),
+        ("tests/training/test_resume.py::test_asked_to_stop_anywhere[4]",),
     ),
     Breakage(
         "a merge takes alpha for alpha / r",

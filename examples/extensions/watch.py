@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import weft
-from weft.train.loop import Event
-from weft.train.run import Setup
+from weft.training.loop import Event
+from weft.training.run import Setup
 
 
 @weft.register_callback("losses_csv")

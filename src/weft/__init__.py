@@ -40,13 +40,9 @@ __all__ = [  # noqa: F405, RUF100
     "register_objective",
     "train",
 ]
-# Packages that can be called.
-_CALLED = ("generate", "train")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CALLED:
-        return importlib.import_module(f"weft.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'weft' has no attribute {name!r}")
     value = getattr(importlib.import_module("weft.api"), name)

@@ -71,6 +71,8 @@ class Adapters(core.Adapters):
         if headed:
             raise UserError(f"'{headed[0]}' has a classification head; heads trained apart cannot be made one.")
         given = tuple(float(weight) for weight in weights or ())
-        how = Combination(given, combination_type, density, majority_sign_method, svd_rank=svd_rank, seed=seed)
+        how = Combination(
+            given, combination_type, density, majority_sign_method=majority_sign_method, svd_rank=svd_rank, seed=seed
+        )
         sources = [Source(part, self[part].config, self[part].tensors()) for part in names]
         return add_with_tensors(self, name, *combine(sources, how))

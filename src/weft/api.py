@@ -7,9 +7,9 @@ from weft.core.stream import Part
 from weft.data import Message, Renderer, register_format
 from weft.errors import UserError
 from weft.extensions import load_extension
-from weft.generate import Request
-from weft.generate.open import Opened, open_target
-from weft.generate.sampling import Sampling
+from weft.generation import Request, generate
+from weft.generation.open import Opened, open_target
+from weft.generation.sampling import Sampling
 from weft.methods import (
     BitFitConfig,
     BottleneckConfig,
@@ -20,8 +20,9 @@ from weft.methods import (
 )
 from weft.models import describe, load_base
 from weft.objectives import register_objective
-from weft.train import RunConfig, load_config, make_config
-from weft.train.callbacks import register_callback
+from weft.training import RunConfig, load_config, make_config
+from weft.training.callbacks import register_callback
+from weft.training.run import train
 
 __all__ = [
     "Adapters",
@@ -39,6 +40,7 @@ __all__ = [
     "Sampling",
     "UserError",
     "describe",
+    "generate",
     "load_base",
     "load_config",
     "load_extension",
@@ -48,4 +50,5 @@ __all__ = [
     "register_format",
     "register_method",
     "register_objective",
+    "train",
 ]

@@ -81,7 +81,7 @@ def test_a_peft_folder_and_a_plain_model(
 def test_a_character_of_several_tokens_comes_whole(tiny_llama_dir: Path) -> None:
     from transformers import AutoTokenizer
 
-    from weft.generate.text import TextStream
+    from weft.generation.text import TextStream
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     text = "织机 — 🧵 ok  two spaces ."

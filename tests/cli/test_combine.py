@@ -39,7 +39,7 @@ def pair_dir(tiny_llama_dir: Path, tiny_data: Path, tmp_path_factory: pytest.Tem
 
 
 def test_two_folders_become_one(weft: Callable[..., Any], pair_dir: Path, tiny_llama_dir: Path) -> None:
-    from weft.generate.open import open_target
+    from weft.generation.open import open_target
 
     words = ["combine", pair_dir / "adapters/a", pair_dir / "adapters/b", "--output", "both", "--type", "svd"]
     result = weft(*words, "--weights=-0.5,2", "--svd-rank", 4, "--json")

@@ -34,7 +34,7 @@ def test_all_adapters_and_json(weft: Callable[..., Any], run_dir: Path) -> None:
 
 
 def test_the_prompt_is_the_one_of_training(weft: Callable[..., Any], run_dir: Path, tiny_llama_dir: Path) -> None:
-    from weft.generate.open import open_target
+    from weft.generation.open import open_target
 
     opened = open_target(run_dir, adapters=["lora"])
     assert opened.names == ("lora",)

@@ -19,7 +19,7 @@ from weft.data import Message
 from weft.export import folder as merging
 from weft.export import proof as proofs
 from weft.files.adapter_folder import merged_from, provenance_of
-from weft.generate.open import open_target
+from weft.generation.open import open_target
 
 ASKED = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"

@@ -130,7 +130,7 @@ def _raising(number: signal.Signals, at_step: int) -> Callable[[Mapping[str, Any
 def test_a_signal_while_loading_writes_nothing(
     weft: Callable[..., Any], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = importlib.import_module("weft.train.run")
+    run = importlib.import_module("weft.training.run")
     monkeypatch.setattr(run, "prepare", lambda config: signal.raise_signal(signal.SIGTERM))
     result = weft(*words, "--method", "lora")
     assert result.code == 143

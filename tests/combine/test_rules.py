@@ -230,7 +230,7 @@ def test_bias_changes_take_the_rules_for_changes(kind: str) -> None:
 
 
 def test_adapters_of_several_methods_part_by_part() -> None:
-    from weft.train.settings import method_of
+    from weft.training.settings import method_of
 
     adapters = two(method_of("lora+prefix_tuning", {"r": 2, "num_virtual_tokens": 2}))
     new = adapters.combine("new", ["a", "b"], combination_type="cat")
@@ -263,7 +263,7 @@ def test_every_method_combines_or_says_that_it_cannot(method: str) -> None:
     texts = kit.texts(3)
 
     def hidden(name: str) -> list[Tensor]:
-        return kit.hidden_of(adapters, [Part(name, texts, None, [2] * 3)])
+        return kit.hidden_of(adapters, [Part(name, texts, None, answers=[2] * 3)])
 
     if "linear" not in kinds:
         with pytest.raises(UserError, match="linear does not work"):

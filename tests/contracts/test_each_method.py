@@ -15,7 +15,7 @@ from weft.api import Adapters
 from weft.core.stream import Part
 from weft.merge.model import merged_model
 from weft.models import describe
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 STEPS = 2
 # Where Llama's configuration has a place for biases.

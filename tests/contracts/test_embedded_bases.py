@@ -11,7 +11,7 @@ from weft.api import Adapters
 from weft.assets import EMBEDDED_MODELS, instructions_path
 from weft.data import Renderer, load_samples
 from weft.models import Base, load_base
-from weft.train import Job, Trainer
+from weft.training import Job, Trainer
 
 
 def train(

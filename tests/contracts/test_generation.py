@@ -9,8 +9,8 @@ from tests import kit
 from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
-from weft.generate import Request, generate
-from weft.generate.sampling import Sampling, choose
+from weft.generation import Request, generate
+from weft.generation.sampling import Sampling, choose
 
 WHO = [None, *kit.ALL]
 
@@ -21,7 +21,9 @@ def requests(count: int = 2, new: int = 6, **sampling: float) -> list[Request]:
     for turn in range(count):
         for index, name in enumerate(WHO):
             (ids,) = kit.texts(1, 1, 17, seed=10 * turn + index)
-            out.append(Request(ids, name, new + (index + turn) % 3, Sampling(seed=100 * turn + index, **sampling)))
+            out.append(
+                Request(ids, name, new + (index + turn) % 3, sampling=Sampling(seed=100 * turn + index, **sampling))
+            )
     return out
 
 
@@ -84,7 +86,7 @@ def test_sampling_does_not_depend_on_neighbours() -> None:
     torch.manual_seed(5)  # the global generator plays no part
     assert [generate(adapters, [r], stop_ids=())[0].ids for r in asked] == together
     assert [c.ids for c in generate(adapters, asked[::-1], stop_ids=())][::-1] == together
-    other = [Request(r.prompt, r.adapter, r.max_new_tokens, Sampling(1.3, 40, 0.95, seed=999)) for r in asked]
+    other = [Request(r.prompt, r.adapter, r.max_new_tokens, sampling=Sampling(1.3, 40, 0.95, seed=999)) for r in asked]
     assert [c.ids for c in generate(adapters, other, stop_ids=())] != together
 
 

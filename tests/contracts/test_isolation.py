@@ -13,8 +13,8 @@ from weft.core.stream import Part
 from weft.data import Sample
 from weft.models import describe
 from weft.objectives.passes import Work, forward_losses
-from weft.train import Job, JobConfig
-from weft.train.step import train_step
+from weft.training import Job, JobConfig
+from weft.training.step import train_step
 
 PAIRS = [(method, kit.TRAINED[(i + 1) % len(kit.TRAINED)]) for i, method in enumerate(kit.TRAINED)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from weft.api import Adapters
 from weft.core.layout import Padded
 from weft.core.stream import Part
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.models import describe
 
 

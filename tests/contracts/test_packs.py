@@ -15,7 +15,7 @@ from weft.data import Sample
 from weft.data.pack import fill, pack, pack_in_order
 from weft.models import describe
 from weft.objectives.passes import Work, sequence_losses
-from weft.train.batches import size
+from weft.training.batches import size
 
 CAPACITY = 64
 

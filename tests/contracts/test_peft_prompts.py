@@ -95,7 +95,7 @@ def test_peft_refuses_what_stands_elsewhere(method: str, position: str, tmp_path
     part = Part("it", kit.texts(2, 6), answers=[3, 2], slots=[(1, 2), (0,)])
     adapters.load("again", tmp_path)
     wanted = kit.hidden_of(adapters, [part])
-    again = kit.hidden_of(adapters, [Part("again", part.sequences, None, part.answers, part.slots)])
+    again = kit.hidden_of(adapters, [Part("again", part.sequences, None, answers=part.answers, slots=part.slots)])
     assert all(map(torch.equal, wanted, again))
     (tmp_path / "weft.json").unlink()
     with pytest.raises(UserError, match=f"_{position.upper()}"):

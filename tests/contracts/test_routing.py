@@ -18,7 +18,7 @@ from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
 from weft.models import describe
 from weft.objectives.passes import Work, forward_losses
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 KINDS = ["llama", "gpt2", "bloom"]
 

@@ -21,12 +21,12 @@ from weft.core.seq2seq import Decoder, EncoderDecoder
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.libraries import cache_name
 from weft.methods import METHODS
 from weft.models import describe
 from weft.objectives.passes import Work, evaluate_loss, forward_losses
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 KINDS = ["t5", "mt5"]
 LIMIT = 1e-5
@@ -137,7 +137,7 @@ def test_together_equals_alone(kind: str) -> None:
     adapters = open_with_all(make_model(kind, torch.float64), dropout=True)
     adapters.add("other", METHODS["prefix_tuning"](num_virtual_tokens=7, prefix_init="random"))
     work = [
-        Work(name, samples(2 + i % 3, 1, 4 + 7 * (i % 4), seed=i), 17 * i, 3.0, neftune_alpha=5.0)
+        Work(name, samples(2 + i % 3, 1, 4 + 7 * (i % 4), seed=i), 17 * i, divisor=3.0, neftune_alpha=5.0)
         for i, name in enumerate([*fitting(), "other"])
     ]
     losses = forward_losses(adapters, [Work(None, samples(2, 20, 30)), *work])[1:]
@@ -409,7 +409,7 @@ def test_evaluation_is_the_mean_over_targets() -> None:
     data = samples(7, 1, 9)
     whole = evaluate_loss(adapters, "lora", data)
     parts = evaluate_loss(adapters, "lora", data, max_tokens=20)
-    (total,) = forward_losses(adapters, [Work("lora", data, None, sum(len(s.target_ids) for s in data))])
+    (total,) = forward_losses(adapters, [Work("lora", data, None, divisor=sum(len(s.target_ids) for s in data))])
     assert whole == pytest.approx(float(total), rel=1e-5)
     assert parts == pytest.approx(float(total), rel=1e-5)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weft.api import Adapters
 from weft.models import describe
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 # As unlike as jobs can be. A method that is not listed takes the last line.
 TRAINING: dict[str, dict] = {

@@ -21,16 +21,16 @@ from weft.core.route import stable_seed
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.libraries import cache_arguments, growing_cache
 from weft.methods import BitFitConfig, LoraConfig
 from weft.methods.own_weights import OwnWeights
 from weft.models import describe
 from weft.objectives.passes import Work, forward_losses
-from weft.train import Job, JobConfig, Trainer, make_config
-from weft.train.config import read_run_config
-from weft.train.settings import method_of
-from weft.train.step import train_step
+from weft.training import Job, JobConfig, Trainer, make_config
+from weft.training.config import read_run_config
+from weft.training.settings import method_of
+from weft.training.step import train_step
 
 # method -> the job's settings
 JOBS: dict[str, dict[str, Any]] = {
@@ -125,7 +125,9 @@ def test_lora_noise_and_prompt_by_hand() -> None:
     reference = kit.make_model("gpt2", torch.float64)
     by_hand(adapters, lora, reference)
     samples, seed, alpha = kit.samples(3), 11, 5.0
-    losses = forward_losses(adapters, [Work(None, kit.samples(2), 3), Work("x", samples, seed, 1.0, alpha)])
+    losses = forward_losses(
+        adapters, [Work(None, kit.samples(2), 3), Work("x", samples, seed, divisor=1.0, neftune_alpha=alpha)]
+    )
     generator = torch.Generator().manual_seed(stable_seed(seed, "neftune"))
     noise = torch.rand(sum(len(s.input_ids) for s in samples), 32, generator=generator) * 2 - 1
     wanted, begin = torch.zeros((), dtype=torch.float64), 0
@@ -139,7 +141,7 @@ def test_lora_noise_and_prompt_by_hand() -> None:
             wanted = wanted + weight * F.cross_entropy(logits[place], torch.tensor(sample.input_ids[place]))
     # Adding noise in float32 rounds its last digit.
     kit.measured("training loss by hand", float((losses[1] - wanted).detach().abs()), 1e-6)
-    (still,) = forward_losses(adapters, [Work("x", samples, seed, 1.0)])
+    (still,) = forward_losses(adapters, [Work("x", samples, seed, divisor=1.0)])
     assert abs(float(losses[1] - still)) > 1e-3
 
 
@@ -252,7 +254,7 @@ def test_packed_is_padded() -> None:
         for index, method in enumerate(COMBINED):
             kit.randomize(adapters.add(str(index), method_of(method, JOBS[method]["method_settings"])), index)
             alpha = JOBS[method].get("neftune_noise_alpha", 0.0)
-            work.append(Work(str(index), kit.samples(3, seed=index), 40 + index, 1.0, alpha))
+            work.append(Work(str(index), kit.samples(3, seed=index), 40 + index, divisor=1.0, neftune_alpha=alpha))
         losses = forward_losses(adapters, work)
         torch.autograd.backward(losses)
         found.append([*losses, *(g for name in adapters.names for g in kit.gradients(adapters[name]).values())])
@@ -395,7 +397,7 @@ def test_refused_settings(given: dict[str, Any], message: str) -> None:
 
 
 def test_overrides_reach_one_of_the_methods() -> None:
-    from weft.train.config import build_config
+    from weft.training.config import build_config
 
     values = {"model": "m", "data": "d", "method": "lora+bitfit"}
     for override in ("jobs.0.lora.r=3", "jobs.lora-bitfit.r=3", "lora.r=3", "r=3"):
@@ -467,6 +469,6 @@ def test_a_sample_of_virtual_tokens_from_two_parts() -> None:
     stacked = Combined(CombinedConfig(parts=(first.config, adapter.parts[1].config)), "s", [first, adapter.parts[1]])
     adapters._attach("s", stacked)
     sample = Sample([5, 6, 7, 8], [0.0, 0.0, 1.0, 1.0], "t", answer=2)
-    stream = adapters.stream([Part("s", [sample.input_ids], None, [sample.answer])])
+    stream = adapters.stream([Part("s", [sample.input_ids], None, answers=[sample.answer])])
     assert [list(rows) for rows in stream.rows] == [[2, 3, 6, 7]]
     assert stream.virtual_rows[0].tolist() == [4, 5, 0, 1]

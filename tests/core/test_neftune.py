@@ -13,8 +13,8 @@ from weft.api import Adapters
 from weft.core.stream import Part, embed
 from weft.models import describe
 from weft.objectives.passes import Work, evaluate_loss, forward_losses
-from weft.train import Job, JobConfig, Trainer
-from weft.train.step import train_step
+from weft.training import Job, JobConfig, Trainer
+from weft.training.step import train_step
 
 ALPHA, D = 5.0, 32
 
@@ -31,7 +31,7 @@ def opened(kind: str = "llama", dtype: torch.dtype = torch.float64, **options: b
 def noise(adapters: Adapters, parts: list[Part], which: int) -> list[Tensor]:
     """What was added to the embeddings of the sequences of one part: a tensor of own rows per sequence; checks that
     every other row is as it is without noise."""
-    quiet = [Part(p.adapter, p.sequences, p.seed, p.answers, p.slots) for p in parts]
+    quiet = [Part(p.adapter, p.sequences, p.seed, answers=p.answers, slots=p.slots) for p in parts]
     noisy, plain = (adapters.stream(some) for some in (parts, quiet))
     with torch.no_grad():
         change = embed(adapters.model, noisy, adapters._adapters) - embed(adapters.model, plain, adapters._adapters)
@@ -138,10 +138,13 @@ def test_gradients_are_those_of_the_noisy_pass(dtype: torch.dtype) -> None:
     found = []
     for checkpointing in (False, True):
         adapters = opened("gpt2", dtype, checkpointing=checkpointing)
-        work = [Work(name, kit.samples(3, seed=i), 40 + i, 1.0, ALPHA) for i, name in enumerate(adapters.names)]
+        work = [
+            Work(name, kit.samples(3, seed=i), 40 + i, divisor=1.0, neftune_alpha=ALPHA)
+            for i, name in enumerate(adapters.names)
+        ]
         losses = forward_losses(adapters, work)
         if checkpointing:
-            forward_losses(adapters, [Work("lora", kit.samples(2), 99, 1.0, ALPHA)])
+            forward_losses(adapters, [Work("lora", kit.samples(2), 99, divisor=1.0, neftune_alpha=ALPHA)])
         torch.autograd.backward(losses)
         found.append([g for name in adapters.names for g in kit.gradients(adapters[name]).values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -10,7 +10,7 @@ from weft.api import Adapters
 from weft.core.layout import Packed, Padded
 from weft.core.route import BatchRoute, Segment, StreamRoute
 from weft.core.stream import Part
-from weft.generate.cache import KeyValueCache
+from weft.generation.cache import KeyValueCache
 from weft.models import describe
 
 

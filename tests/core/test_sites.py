@@ -17,7 +17,7 @@ from weft.core.combined import CombinedConfig
 from weft.core.route import Segment
 from weft.core.stream import Part
 from weft.models import describe
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 
 class Scaled(Adapter):

@@ -19,10 +19,10 @@ from weft.api import Adapters
 from weft.core.combined import Combined, CombinedConfig
 from weft.core.stream import Part
 from weft.errors import UserError
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.models import describe
-from weft.train import Job, JobConfig, Trainer
-from weft.train.settings import method_of
+from weft.training import Job, JobConfig, Trainer
+from weft.training.settings import method_of
 
 TEXTS = kit.texts(3, seed=4)
 

@@ -77,7 +77,7 @@ def test_openai_tool_calls() -> None:
     example = read({"messages": [message(U, "q"), {"role": A, "content": None, "tool_calls": [call]}, message(T, "r")]})
     assert isinstance(example, Conversation)
     assert example.messages[1] == Message(
-        A, "", None, ({"type": "function", "function": {"name": "f", "arguments": {"x": 1}}},)
+        A, "", None, tool_calls=({"type": "function", "function": {"name": "f", "arguments": {"x": 1}}},)
     )
 
 

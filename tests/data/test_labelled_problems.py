@@ -22,8 +22,8 @@ from weft.data.pipeline import TOO_LONG, Behind, Fold, outcomes
 from weft.data.problems import KINDS
 from weft.errors import UserError
 from weft.models import describe
-from weft.train import make_config
-from weft.train.reader import Reader, data_files
+from weft.training import make_config
+from weft.training.reader import Reader, data_files
 
 RENDERER = Renderer(byte_tokenizer(), max_length=60)
 GOOD = [("a fine film", "pos"), ("a dull film", "neg"), ("very fine", "pos"), ("very dull", "neg")]

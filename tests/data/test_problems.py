@@ -58,9 +58,9 @@ def test_error_stops_after_twenty(tmp_path: Path) -> None:
 def test_error_reads_no_further_than_it_lists() -> None:
     problems = Problems()
     for line in range(20):
-        problems.add(Problem("nul", "a", "b", line))
+        problems.add(Problem("nul", "a", "b", line=line))
     with pytest.raises(UserError, match=r"and more"):
-        problems.add(Problem("nul", "a", "b", 21))
+        problems.add(Problem("nul", "a", "b", line=21))
 
 
 def test_one_problem_is_the_message_itself(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     report = tmp_path / "report.jsonl"
     report.write_text("before")
     problems = Problems("report")
-    problems.add(Problem("nul", "a", "b", 1))
+    problems.add(Problem("nul", "a", "b", line=1))
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -140,11 +140,11 @@ def test_what_two_files_have_in_common() -> None:
     problems = Problems()
     for path, line, column in (("a", 3, None), ("b", 5, 7), ("a", 9, None), ("c", None, None)):
         assert "one reason" not in str(problems.error() if problems.count else ""), "three are listed"
-        problems.add(Problem("nul", path, "a NUL.", line, column))
+        problems.add(Problem("nul", path, "a NUL.", line=line, column=column))
     said = str(problems.error()).splitlines()
     assert said[0] == "4 records cannot be used, all for one reason: a NUL."
     assert said[1:4] == ["  a: lines 3, 9", "  b: line 5:7", "  c"]
-    problems.add(Problem("render", "a", "a NUL.", 10))
+    problems.add(Problem("render", "a", "a NUL.", line=10))
     assert "one reason" not in str(problems.error()), "of another kind"
 
 
@@ -165,7 +165,7 @@ def test_wrong_settings_are_no_bad_records(options: dict[str, Any], text: str, t
 
 def test_whose_error_it_is() -> None:
     problem = about_record(UserError("a b.json:7: turn 2 is odd."), "a b.json:7", "format")
-    assert problem == Problem("format", "a b.json", "turn 2 is odd.", 7)
+    assert problem == Problem("format", "a b.json", "turn 2 is odd.", line=7)
     assert str(problem) == "a b.json:7: turn 2 is odd."
     assert about_record(UserError("a.json:77: odd"), "a.json:7", "format") is None
     assert about_record(UserError("the tokenizer has no end"), "a.json:7", "format") is None

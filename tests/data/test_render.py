@@ -222,7 +222,7 @@ def test_tools_and_calls_reach_the_template() -> None:
     call = {"type": "function", "function": {"name": "find", "arguments": {"x": "</s>"}}}
     messages = (
         Message("user", "q"),
-        Message("assistant", "", None, (call,)),
+        Message("assistant", "", None, tool_calls=(call,)),
         Message("tool", "r"),
         Message("assistant", "a"),
     )

@@ -88,7 +88,10 @@ CALL: Any = {"type": "function", "function": {"name": "f", "arguments": {}}}
         (PlainText("a", "d:1"), "d:1: plain text has no answer"),
         (Conversation((Message("assistant", "a"),), "d:1"), "d:1: no assistant turn after another turn"),
         (Conversation((Message("user", "q"), Message("assistant", "a", False)), "d:1"), "d:1: no assistant turn"),
-        (Conversation((Message("user", "q"), Message("assistant", "", None, (CALL,))), "d:1"), "d:1: .*a tool call"),
+        (
+            Conversation((Message("user", "q"), Message("assistant", "", None, tool_calls=(CALL,))), "d:1"),
+            "d:1: .*a tool call",
+        ),
         (Conversation(talk("q", "a").messages, "d:1", ({"name": "f"},)), "d:1: tools need a `chat_template`"),
     ],
 )

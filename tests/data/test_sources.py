@@ -27,7 +27,7 @@ def test_what_a_configuration_means() -> None:
     assert parse_sources("2*.jsonl") == (Source("2*.jsonl"),), "one pattern is no sum"
     mapping = {"path": "a", "weight": 0.5, "format": "text", "columns": {"text": "t"}, "limit": 3}
     assert parse_sources([mapping, {"path": "b", "weight": 0.5}]) == (
-        Source("a", 0.5, "text", {"text": "t"}, 3),
+        Source("a", 0.5, "text", columns={"text": "t"}, limit=3),
         Source("b", 0.5),
     )
     assert parse_sources(["a", "b"]) == (Source("a"), Source("b"))

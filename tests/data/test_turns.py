@@ -90,7 +90,7 @@ def messages(draw: st.DrawFn) -> Message:
         return Message(role, content)
     train = draw(st.sampled_from([None, True, False]))
     weight = draw(st.floats(min_value=0, exclude_min=True, allow_infinity=False)) if train else 1.0
-    return Message(role, content, train, tuple(draw(st.lists(CALL, max_size=2))), weight)
+    return Message(role, content, train, tool_calls=tuple(draw(st.lists(CALL, max_size=2))), loss_weight=weight)
 
 
 def as_openai(message: Message) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from weft.api import Adapters
 from weft.data import Message, Renderer
 from weft.errors import UserError
 from weft.evaluate.exact_match import Answer, Question, answer_questions, exact_match, fold, read_questions
-from weft.generate import Completion
+from weft.generation import Completion
 from weft.models import describe
 
 ROWS: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ from weft.evaluate.classify import classes_of, predict
 from weft.evaluate.forgetting import read_documents, text_loss, text_samples
 from weft.evaluate.measure import saved_bytes
 from weft.models import describe
-from weft.train.step import Work
+from weft.training.step import Work
 
 
 def test_a_document_is_a_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.recipe import at_the_disk
+from tests.training.recipe import at_the_disk
 
 from weft.errors import UserError
 from weft.files.run_folder import RunStore

@@ -20,8 +20,8 @@ from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
 from weft.methods import AdaLoraConfig
 from weft.models import describe
-from weft.train import Job, JobConfig, Trainer
-from weft.train.batches import Batches
+from weft.training import Job, JobConfig, Trainer
+from weft.training.batches import Batches
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -78,7 +78,7 @@ def test_the_loss_holds_the_penalty_once_however_the_batch_is_cut() -> None:
         kit.randomize(job.adapter)
         job.samples = job.samples[:8]
         job.batches = Batches(job.config, job.samples)
-        from weft.train.step import train_step
+        from weft.training.step import train_step
 
         penalty = 0.0 if job.adapter.penalty() is None else float(job.adapter.penalty())
         losses.append((train_step(adapters, [job])["it"].loss, penalty))
@@ -239,7 +239,7 @@ def test_ranks_that_were_settled_stay() -> None:
     adapters = open_llama()
     job = make_job(adapters)
     adapter: Any = job.adapter
-    from weft.train.step import train_step
+    from weft.training.step import train_step
 
     seen = []
     for _ in range(30):
@@ -273,7 +273,7 @@ def test_resume_is_exact(broken: int) -> None:
 
     def run(stop: int | None) -> dict[str, Tensor]:
         adapters = open_llama()
-        from weft.train.step import train_step
+        from weft.training.step import train_step
 
         job = make_job(adapters, settings={"lora_dropout": 0.2})
         for step in range(30):

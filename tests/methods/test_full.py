@@ -25,7 +25,7 @@ from weft.methods.own_weights import WeightDelta
 from weft.models import describe, load_base
 from weft.models.attached import prove_attached
 from weft.models.facts import FACTS
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 # Elsewhere transformers casts to float32 inside a float64 model (RMSNorm, rotary angles, ALiBi).
 LIMITS = {"gpt2": 1e-9, "opt": 1e-9, "llama": 1e-6, "bloom": 1e-6}
@@ -153,7 +153,7 @@ def kit_context(model: nn.Module) -> Any:
     from weft.core.adapter import BuildContext
 
     generator, cpu = torch.Generator(), torch.device("cpu")
-    return BuildContext(model, None, generator, torch.float32, cpu)  # type: ignore[arg-type]
+    return BuildContext(model, None, generator, dtype=torch.float32, device=cpu)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

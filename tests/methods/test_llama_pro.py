@@ -20,12 +20,12 @@ from weft.core.site import site_of
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.methods.llama_pro import LlamaProConfig
 from weft.models import describe
 from weft.models.facts import sketch
 from weft.objectives.passes import Work, forward_losses
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 KINDS = ["llama", "gpt2", "bloom", "qwen2", "falcon"]
 CONFIG = LlamaProConfig(num_new_blocks=2)

@@ -28,7 +28,7 @@ from weft.ops.lowrank import (
     row_norms_ref,
     sketched_factors,
 )
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 D = torch.float64
 

@@ -21,7 +21,7 @@ from weft.methods import LoraConfig
 from weft.methods.dense import dense_weight
 from weft.models import describe
 from weft.objectives.passes import Work, forward_losses
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 D = torch.float64
 

@@ -18,11 +18,11 @@ from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.methods.encoder import EncodedRows
 from weft.models import describe
 from weft.objectives.passes import Work, evaluate_loss, forward_losses
-from weft.train import Job, JobConfig, Trainer
+from weft.training import Job, JobConfig, Trainer
 
 IDS = [11, 12, 13, 14, 15]
 
@@ -70,7 +70,7 @@ def test_a_hard_prompt_is_its_text_written_there(position: str, kind: str, padde
     mine, plain = [], []
     for ids, (answer, slots) in zip(texts, cases, strict=True):
         weights = [0.0] * answer + [1.0] * (len(ids) - answer)
-        mine.append(Sample(ids, weights, "s", slots, answer))
+        mine.append(Sample(ids, weights, "s", slots=slots, answer=answer))
         whole = spliced(ids, position, answer, slots)
         own = [0.0] * len(whole)
         kept = iter(weights)

@@ -16,12 +16,12 @@ from weft.core.heads import ClassificationHead, ClassificationTask
 from weft.core.layout import Padded
 from weft.core.stream import Part
 from weft.errors import UserError
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.models import describe, load_base
 from weft.models.facts import ENCODERS
 from weft.models.load import sketch_base
 from weft.objectives.passes import answer_logits
-from weft.train.run import base_fingerprint
+from weft.training.run import base_fingerprint
 
 TASK = ClassificationTask(("bad", "good"))
 # Methods that no encoder can take, and what they say.

@@ -15,7 +15,7 @@ from weft.api import Adapters
 from weft.core.layout import Packed
 from weft.core.stream import Part
 from weft.errors import UserError
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 from weft.models import describe
 from weft.models.facts import FACTS
 

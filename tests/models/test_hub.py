@@ -118,7 +118,7 @@ def test_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_run_fetches_its_data(monkeypatch: pytest.MonkeyPatch, tiny_llama_dir: Path, tiny_data: Path) -> None:
-    from weft.train import make_config, reader, run
+    from weft.training import make_config, reader, run
 
     monkeypatch.setattr(reader, "fetch_dataset", lambda data, where: tiny_data)
     given = {"model": str(tiny_llama_dir), "data": "owner/name", "method": "lora", "threads": 1}

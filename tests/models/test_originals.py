@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from weft.errors import UserError
 from weft.methods.dense import dense_weight
 from weft.models.originals import OriginalWeights
-from weft.train import make_config
-from weft.train.run import prepare
+from weft.training import make_config
+from weft.training.run import prepare
 
 
 def settings(model: Path | str, data: Path, **more: Any) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from weft.data import Message
 from weft.errors import UserError
 from weft.evaluate import Question, answer_questions
 from weft.files.adapter_folder import read_tensors
-from weft.generate import Request, generate
-from weft.generate.open import open_target
+from weft.generation import Request, generate
+from weft.generation.open import open_target
 from weft.methods import METHODS
 from weft.models import describe
 from weft.models.load import load_base
-from weft.train.config import build_config
-from weft.train.run import prepare, train
+from weft.training.config import build_config
+from weft.training.run import prepare, train
 
 METHODS_HERE = ["lora", "bitfit", "bottleneck", "prompt_tuning", "prefix_tuning"]
 
@@ -188,7 +188,7 @@ def test_training_from_the_command_line(weft: Callable[..., str], t5_dir: Path, 
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str) -> None:
-    monkeypatch.setattr("weft.train.settings.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("weft.training.settings.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=message):
         prepare(build_config(values))
 

@@ -11,8 +11,8 @@ from tests.data.planted import clean_rows
 
 from weft.preview.examined import examine
 from weft.preview.packing import Packing
-from weft.train.config import load_config
-from weft.train.run import prepare
+from weft.training.config import load_config
+from weft.training.run import prepare
 
 
 def config_for(folder: Path, **settings: Any) -> Any:

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from weft.evaluate.exact_match import decode
-from weft.generate import Request, generate
-from weft.train import load_config
-from weft.train.run import train
+from weft.generation import Request, generate
+from weft.training import load_config
+from weft.training.run import train
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -78,7 +78,7 @@ def run_alpaca(tmp_path, *overrides: str) -> Path:
 
 def chat_once(folder: Path) -> str:
     from weft.data import Message
-    from weft.generate.open import open_target
+    from weft.generation.open import open_target
 
     opened = open_target(str(folder))
     prompt = opened.renderer.prompt_ids([Message("user", "Name a fruit.")])

@@ -14,8 +14,8 @@ from weft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from weft.data import Message
-    from weft.generate.open import Opened
-    from weft.generate.sampling import Sampling
+    from weft.generation.open import Opened
+    from weft.generation.sampling import Sampling
 
 COMMANDS = {
     "/help": "this list",
@@ -49,8 +49,8 @@ def chat(
 
     weft chat runs/weft --adapter lora
     """
-    from weft.generate.open import open_target
-    from weft.generate.sampling import Sampling
+    from weft.generation.open import open_target
+    from weft.generation.sampling import Sampling
 
     common.tell_hub(model or target)
     template = options.template_text(chat_template)
@@ -164,8 +164,8 @@ class Conversation:
     def answer(self, text: str) -> None:
         """Answer a message, printing the tokens as they come. Ctrl-C ends the answer, not the program."""
         from weft.data import Message
-        from weft.generate import Request, generate
-        from weft.generate.text import TextStream
+        from weft.generation import Request, generate
+        from weft.generation.text import TextStream
 
         messages = [*self.messages, Message("user", text)]
         prompt = self.opened.prompt(messages)
@@ -179,7 +179,7 @@ class Conversation:
             if not self.as_json:
                 print(said[-1], end="", flush=True)
 
-        request = Request(prompt.ids, self.adapter, count, self.sampling, prompt.slots)
+        request = Request(prompt.ids, self.adapter, count, sampling=self.sampling, slots=prompt.slots)
         reason = "interrupted"
         try:
             (done,) = generate(self.opened.adapters, [request], stop_ids=self.opened.stop_ids, on_token=show)

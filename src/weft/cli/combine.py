@@ -16,6 +16,8 @@ from weft.errors import UserError
 
 if TYPE_CHECKING:
     from weft.combine.rules import Combination
+    from weft.core.adapter import Adapter
+    from weft.models.load import Base
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,19 @@ def combine(
 
     weft combine runs/a runs/b --output both --weights 0.7,0.3 --type ties --density 0.5
     """
-    from weft.combine.rules import Combination, Source
-    from weft.combine.rules import combine as compose
+    from weft.combine.rules import Combination
     from weft.files import adapter_folder as files
     from weft.models.load import resolve_model, sketch_base
 
     given = _weights(weights)
-    how = Combination(given, combination_type, density, majority_sign_method, svd_rank=svd_rank, seed=seed)  # type: ignore[arg-type]
+    how = Combination(
+        given,
+        combination_type,
+        density,
+        majority_sign_method=majority_sign_method,  # type: ignore[arg-type]
+        svd_rank=svd_rank,
+        seed=seed,
+    )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already; it is left alone. Take another folder.")
     found = [one for source in sources for one in _find(source, adapter)]
@@ -75,6 +83,24 @@ def combine(
     base_name = resolve_model(model) if model else _base(found)
     common.tell_hub(base_name)
     base = sketch_base(base_name)
+
+    new = _combined(found, how, base, base_name, _name(output))
+    part = output.absolute().with_name(f".{output.name}.unfinished")
+    shutil.rmtree(part, ignore_errors=True)
+    files.save(new, base.architecture, part, base_name=base_name)
+    _save_tokenizer(found, part)
+    if output.exists():
+        output.rmdir()  # empty, or it would have been refused
+    part.replace(output)
+    _tell(output, found, how, sum(tensor.numel() for tensor in new.tensors().values()), as_json=as_json)
+    return common.DONE
+
+
+def _combined(found: list[Found], how: Combination, base: Base, base_name: str, name: str) -> Adapter:
+    """The new adapter, which knows where it comes from."""
+    from weft.combine.rules import Source
+    from weft.combine.rules import combine as compose
+    from weft.files import adapter_folder as files
 
     def load(one: Found) -> Source:
         config, tensors, task = files.read(one.folder, base.model)
@@ -87,19 +113,11 @@ def combine(
         return Source(one.name, config, made.tensors())
 
     config, tensors = compose([load(one) for one in found], how)
-    new = files.assemble(_name(output), config, tensors, base.model, base.architecture)
+    new = files.assemble(name, config, tensors, base.model, base.architecture)
     new.provenance = _common_provenance(found)
     kept = [files.trained_on(one.folder) for one in found]
     new.trained_on = kept[0] if all(one == kept[0] for one in kept) else {}
-    part = output.absolute().with_name(f".{output.name}.unfinished")
-    shutil.rmtree(part, ignore_errors=True)
-    files.save(new, base.architecture, part, base_name=base_name)
-    _save_tokenizer(found, part)
-    if output.exists():
-        output.rmdir()  # empty, or it would have been refused
-    part.replace(output)
-    _tell(output, found, how, sum(tensor.numel() for tensor in tensors.values()), as_json=as_json)
-    return common.DONE
+    return new
 
 
 def _name(output: Path) -> str:
@@ -120,7 +138,7 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
     """The adapters that a folder stands for."""
     from weft.files.adapter_folder import CONFIG, OWN_CONFIG
     from weft.files.run_folder import RUN_FILE, RunStore
-    from weft.train.config import read_run_config
+    from weft.training.config import read_run_config
 
     folder = Path(source).expanduser()
     if (folder / RUN_FILE).is_file():
@@ -185,7 +203,7 @@ def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     from weft.data.rendering.templates import template_text
     from weft.files.run_folder import RunStore
     from weft.models.load import load_tokenizer
-    from weft.train.config import read_run_config
+    from weft.training.config import read_run_config
 
     run = next((one.run for one in found if one.run is not None and RunStore(one.run).tokenizer.is_dir()), None)
     if run is None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from weft.evaluate.demo import DemoResult
-    from weft.train.run import Setup
+    from weft.training.run import Setup
 
 
 def demo(

@@ -180,9 +180,9 @@ def train_one_step(method: str) -> str:
     from weft.methods import METHODS
     from weft.models import describe
     from weft.objectives.passes import evaluate_loss
-    from weft.train.job import Job
-    from weft.train.settings import JobConfig
-    from weft.train.step import train_step
+    from weft.training.job import Job
+    from weft.training.settings import JobConfig
+    from weft.training.step import train_step
 
     model = _tiny_model()
     adapters = Adapters(model, describe(model))

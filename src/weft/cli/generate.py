@@ -16,8 +16,8 @@ from weft.errors import UserError
 if TYPE_CHECKING:
     from weft.data import Message, Record
     from weft.data import Prompt as Rendered
-    from weft.generate.open import Opened
-    from weft.generate.sampling import Sampling
+    from weft.generation.open import Opened
+    from weft.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def generate(
 
     weft generate runs/weft --prompt "What is a loom?" --all-adapters
     """
-    from weft.generate.open import open_target
-    from weft.generate.sampling import Sampling
+    from weft.generation.open import open_target
+    from weft.generation.sampling import Sampling
 
     _check(prompt, input_file, adapter, all_adapters, output=output, overwrite=overwrite)
     prompts = _read(input_file) if input_file else [Prompt(text, "--prompt") for text in prompt or ()]
@@ -139,9 +139,9 @@ class _How:
 
 
 def _answer(opened: Opened, prompts: Sequence[Prompt], who: Sequence[str | None], how: _How) -> list[dict[str, Any]]:
-    from weft.generate import Request
-    from weft.generate import generate as run
-    from weft.generate.text import decode
+    from weft.generation import Request
+    from weft.generation import generate as run
+    from weft.generation.text import decode
 
     classifiers = [name for name in who if name is not None and not opened.adapters.head(name).writes]
     if classifiers:
@@ -155,7 +155,7 @@ def _answer(opened: Opened, prompts: Sequence[Prompt], who: Sequence[str | None]
         rendered = _rendered(opened, prompt, how.system, how.raw)
         for name in who:
             count = opened.room(len(rendered.ids), name, how.max_new_tokens, what=prompt.source)
-            requests.append(Request(rendered.ids, name, count, how.sampling, rendered.slots))
+            requests.append(Request(rendered.ids, name, count, sampling=how.sampling, slots=rendered.slots))
             owners.append(prompt)
     completions = run(opened.adapters, requests, stop_ids=opened.stop_ids, batch_size=how.batch_size)
     return [

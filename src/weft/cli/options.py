@@ -33,7 +33,7 @@ Dtype = Annotated[str, typer.Option(help="auto (as in training), float32, bfloat
 def _sentences() -> dict[str, str]:
     """The configuration's sentences by key, read and not imported, which would load torch."""
     found = {}
-    for file in ("train/settings.py", "data/settings.py"):  # a run's key wins over a job's
+    for file in ("training/settings.py", "data/settings.py"):  # a run's key wins over a job's
         for node in ast.walk(ast.parse((Path(weft.__file__).parent / file).read_text(encoding="utf-8"))):
             if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
                 told = {one.arg: one.value for one in node.value.keywords}

@@ -17,7 +17,7 @@ from weft.errors import UserError
 if TYPE_CHECKING:
     from weft.data.auditing.base import Item
     from weft.preview.view import View
-    from weft.train.settings import RunConfig
+    from weft.training.settings import RunConfig
 
 
 def preview(

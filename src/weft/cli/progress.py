@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weft.cli import common
@@ -68,6 +68,7 @@ class _Row:
     step: int = 0
     total: int = 0
     loss: float | None = None
+    _: KW_ONLY
     eval_loss: float | None = None
     accuracy: float | None = None
     speed: float | None = None

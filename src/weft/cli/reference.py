@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from weft.core.adapter import MethodConfig
 from weft.methods import METHODS
-from weft.train.aliases import RENAMED, SWITCHES, VALUES
-from weft.train.settings import JobConfig, RunConfig
+from weft.training.aliases import RENAMED, SWITCHES, VALUES
+from weft.training.settings import JobConfig, RunConfig
 
 _INTRO = """\
 # Configuration

@@ -23,10 +23,10 @@ from weft.foreign import json_lines
 
 if TYPE_CHECKING:
     from weft.models.reach import LeftOut
-    from weft.train.job import Job
-    from weft.train.loop import TrainResult
-    from weft.train.run import Setup
-    from weft.train.settings import RunConfig
+    from weft.training.job import Job
+    from weft.training.loop import TrainResult
+    from weft.training.run import Setup
+    from weft.training.settings import RunConfig
 
 
 class Signals:
@@ -107,7 +107,7 @@ def train(
 
 
 def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
-    from weft.train.config import build_config, load_config, load_run_config
+    from weft.training.config import build_config, load_config, load_run_config
 
     file = words[0] if words and "=" not in words[0] else None
     overrides = words[1:] if file else words
@@ -124,7 +124,7 @@ def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
 
 
 def _run(settings: RunConfig, signals: Signals, *, as_json: bool, quiet: bool) -> int:
-    from weft.train.run import train as run_training
+    from weft.training.run import train as run_training
 
     if settings.shape == "full":
         common.tell_hub(settings.model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class Combination:
     weights: tuple[float, ...] = ()
     combination_type: str = "linear"
     density: float | None = None
+    _: KW_ONLY
     majority_sign_method: MajoritySign = "total"
     svd_rank: int | None = None
     seed: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +41,7 @@ class BuildContext:
     model: nn.Module
     architecture: Architecture
     generator: torch.Generator
+    _: KW_ONLY
     dtype: torch.dtype
     device: torch.device
     tokenizer: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, cast
 
 from torch import nn
@@ -40,6 +40,7 @@ class Architecture:
     model_type: str
     hidden_size: int
     num_layers: int
+    _: KW_ONLY
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Protocol, final
 
 import torch
@@ -62,6 +62,7 @@ class Supervised:
     rows: Tensor
     targets: Tensor
     weights: Tensor
+    _: KW_ONLY
     sequence: Tensor
     num_sequences: int
 
@@ -175,7 +176,9 @@ def supervised(
 ) -> Supervised:
     """``Supervised`` of ``count`` sequences, from plain numbers."""
     at, wanted, of = (torch.tensor(values, device=device, dtype=torch.int64) for values in (rows, targets, owner))
-    return Supervised(at, wanted, torch.tensor(weights, device=device, dtype=torch.float64), of, count)
+    return Supervised(
+        at, wanted, torch.tensor(weights, device=device, dtype=torch.float64), sequence=of, num_sequences=count
+    )
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:

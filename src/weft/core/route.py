@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Protocol, final
 
 import torch
@@ -28,7 +28,7 @@ PrefixStates = Sequence[tuple[Tensor, Tensor]]
 
 
 class KeyValueCache(Protocol):
-    """A cache as attention needs it while generating (``weft.generate.cache`` has ours)."""
+    """A cache as attention needs it while generating (``weft.generation.cache`` has ours)."""
 
     @property
     def prefilled(self) -> bool:
@@ -61,6 +61,7 @@ class Segment:
     adapter: str | None
     tokens: int
     sequences: int
+    _: KW_ONLY
     seed: int | None = None
     lengths: tuple[int, ...] = ()
     padded: bool = False
@@ -78,6 +79,7 @@ class Route(ABC):
     segments: tuple[Segment, ...]
     layout: SequenceLayout | None = None
     prefixes: Mapping[int, PrefixStates] = field(default_factory=dict)
+    _: KW_ONLY
     cache: KeyValueCache | None = None
     exact: bool = False
     # Module path -> its own route: a decoder's cross-attention also takes the encoder's rows.
@@ -157,7 +159,7 @@ class Route(ABC):
                 )  # fmt: skip
             prefixes = {0: self.prefixes[index]} if index in self.prefixes else {}
             cache = None if self.cache is None else self.cache.part(first, segment.sequences)
-            self._alone[index] = type(self)((segment,), layout, prefixes, cache, self.exact)
+            self._alone[index] = type(self)((segment,), layout, prefixes, cache=cache, exact=self.exact)
         return self._alone[index]
 
     def _strange(self, x: Tensor, path: str) -> UserError:

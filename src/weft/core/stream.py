@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -32,6 +32,7 @@ class Part:
     adapter: str | None
     sequences: Sequence[Sequence[int]]
     seed: int | None = None
+    _: KW_ONLY
     answers: Sequence[int | None] = ()
     slots: Sequence[Sequence[int]] = ()
     neftune_alpha: float = 0.0
@@ -114,10 +115,10 @@ def build_stream(
             virtual_rows[group] = torch.tensor(learned, device=device)
         if prefix and adapter:
             prefixes[group] = adapter.prefix_states()
-        of_part = tuple(lengths[-len(part.sequences) :])
-        tokens, alpha = len(ids) - begin, part.neftune_alpha
-        count, padded = len(part.sequences), route.padded
-        segments.append(Segment(part.adapter, tokens, count, part.seed, of_part, padded=padded, neftune_alpha=alpha))
+        segments.append(Segment(
+            part.adapter, len(ids) - begin, len(part.sequences), seed=part.seed, padded=route.padded,
+            lengths=tuple(lengths[-len(part.sequences) :]), neftune_alpha=part.neftune_alpha,
+        ))  # fmt: skip
     layout = None if route.padded else SequenceLayout.build(
         lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
     )  # fmt: skip
@@ -129,7 +130,7 @@ def build_stream(
         rows=tuple(own_rows),
         virtual_rows=virtual_rows,
         prefix_length=tuple(prefix_length),
-        route=route(tuple(segments), layout, prefixes, cache, exact),
+        route=route(tuple(segments), layout, prefixes, cache=cache, exact=exact),
         standing=tuple(starts if first_stands else (end - 1 for end in accumulate(lengths))),
         token_types=_token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
     )

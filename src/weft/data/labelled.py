@@ -213,7 +213,7 @@ def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample
     draft = Draft(prompt.ids, [0.0] * len(prompt.ids), list(prompt.slots))
     draft.remove(*renderer.limit.cut_ids(prompt.ids, source, "the record", head=len(renderer.encoder.bos)))
     # Without a cut a slot may stand at the very end.
-    return Sample(draft.ids, draft.weights, source, tuple(draft.slots), cut=draft.cut)
+    return Sample(draft.ids, draft.weights, source, slots=tuple(draft.slots), cut=draft.cut)
 
 
 def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:

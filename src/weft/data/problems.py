@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
 
@@ -34,6 +34,7 @@ class Problem:
     kind: str
     path: str
     what: str
+    _: KW_ONLY
     line: int | None = None
     column: int | None = None
 
@@ -93,7 +94,7 @@ def about_record(error: UserError, source: str, kind: str) -> Problem | None:
     if not text.startswith(source) or text[len(source) : len(source) + 1] not in (":", " ", ","):
         return None
     what = text[len(source) :].removeprefix(":").strip()
-    return Problem(kind, path, what, int(line)) if line.isdecimal() else Problem(kind, source, what)
+    return Problem(kind, path, what, line=int(line)) if line.isdecimal() else Problem(kind, source, what)
 
 
 class Problems:

@@ -10,7 +10,7 @@ import random
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +32,7 @@ class Source:
     path: str
     weight: float | None = None
     format: str | None = None
+    _: KW_ONLY
     columns: Mapping[str, str] | None = None
     limit: int | None = None
 
@@ -99,7 +100,7 @@ def _source(item: object, number: int) -> Source:
     named = isinstance(columns, Mapping) and all(isinstance(name, str) for pair in columns.items() for name in pair)
     if columns is not None and not named:
         raise UserError(f"{where}: columns is {columns!r}; expected {{field of the format: field in the data}}.")
-    return Source(path, weight, item.get("format"), columns, limit)
+    return Source(path, weight, item.get("format"), columns=columns, limit=limit)
 
 
 def _weights(sources: Sequence[Source]) -> None:

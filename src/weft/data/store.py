@@ -98,7 +98,9 @@ class SampleStore(Samples):
         rest = () if flags <= _USUAL and not self._targets[index] else self._rest(index, data, at + _RUN.size * runs)
         slots, label, targets, types, cut = rest or ((), None, (), (), 0)
         given = answer if flags & _ANSWER else None
-        return Sample(ids, weights, source, slots, given, label=label, target_ids=targets, token_types=types, cut=cut)
+        return Sample(
+            ids, weights, source, slots=slots, answer=given, label=label, target_ids=targets, token_types=types, cut=cut
+        )
 
     def _rest(self, index: int, data: memoryview, at: int) -> _Rest:
         """The fields that few samples have."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from weft.assets import instructions_path
 from weft.evaluate.exact_match import Answer, exact_match
 from weft.evaluate.measure import Measure
 from weft.files.adapter_folder import weights_path
-from weft.train import RunConfig, make_config
-from weft.train.run import Setup, train
+from weft.training import RunConfig, make_config
+from weft.training.run import Setup, train
 
 # Learning rates for a base of a million parameters, measured on tiny-llama (docs/demo.md). Large models want less.
 JOBS: list[dict[str, Any]] = [
@@ -34,6 +34,7 @@ class Measured:
     method: str
     trainable_parameters: int
     file_bytes: int
+    _: KW_ONLY
     exact_match_before: float
     exact_match_after: float
     base_text_loss_change: float
@@ -47,6 +48,7 @@ class DemoResult:
     model: str
     output_dir: str
     picture: str = ""
+    _: KW_ONLY
     rows: list[Measured] = field(default_factory=list)
     by_task: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)

@@ -11,7 +11,7 @@ from weft.core.adapters import Adapters
 from weft.data import Conversation, Message, Record, Renderer, to_example
 from weft.data.pipeline import read_all
 from weft.errors import UserError
-from weft.generate import Request, generate
+from weft.generation import Request, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

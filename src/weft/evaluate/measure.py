@@ -14,7 +14,7 @@ from weft.core.adapters import Adapters
 from weft.evaluate.exact_match import Answer, answer_questions, read_questions
 from weft.evaluate.forgetting import read_documents, text_loss, text_samples
 from weft.objectives.passes import Work, forward_losses
-from weft.train.run import Setup
+from weft.training.run import Setup
 
 
 @dataclass
@@ -72,5 +72,5 @@ def training_bytes(setup: Setup, name: str, samples: int = 16) -> int:
     job = next(job for job in setup.jobs if job.name == name)
     trained = sum(p.numel() * p.element_size() for p in job.parameters)
     batch = list(job.samples[:samples])
-    work = Work(name, batch, 1, sum(map(job.adapter.head.loss_weight, batch)))
+    work = Work(name, batch, 1, divisor=sum(map(job.adapter.head.loss_weight, batch)))
     return 4 * trained + (saved_bytes(setup.adapters, work) if trained else 0)

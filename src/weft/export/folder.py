@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +18,14 @@ from weft.errors import UserError
 from weft.export.proof import Expected, Proof, compare, fixed_prompts, routed_logits
 from weft.files import adapter_folder as files
 from weft.files.run_folder import RUN_FILE, RunStore
-from weft.generate.open import Opened, open_target
+from weft.generation.open import Opened, open_target
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears, how_kept
 from weft.models.load import resolve_dtype
 from weft.models.quantize import Quantization
-from weft.train.config import read_run_config
-from weft.train.run import base_fingerprint
+from weft.training.config import read_run_config
+from weft.training.run import base_fingerprint
 from weft.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Result:
     folder: Path
     entries: Mapping[str, object]
     proof: Proof
+    _: KW_ONLY
     notes: tuple[str, ...]
     bytes: int
 
@@ -108,7 +109,7 @@ def merge_folder(
             f"adapter learned, are what it was merged with, written in {entries['dtype']}."
         )
     size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
-    return Result(output, entries, proof, tuple(notes), size)
+    return Result(output, entries, proof, notes=tuple(notes), bytes=size)
 
 
 def _adapter_folder(folder: Path) -> Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +71,7 @@ class Proof:
     prompts: int
     positions: int
     routed_difference: float
+    _: KW_ONLY
     agreement: float
     precise_difference: float
     exact: bool
@@ -217,6 +219,7 @@ class _Totals:
     prompts: int = 0
     positions: int = 0
     same: int = 0
+    _: KW_ONLY
     decided: int = 0
     decided_same: int = 0
     from_routed: float = 0.0
@@ -249,12 +252,19 @@ class _Totals:
 
     def proof(self) -> Proof:
         """All prompts together."""
-        found = (self.prompts, self.positions, self.from_routed, self.same / self.positions, self.from_precise)
+        made = functools.partial(
+            Proof,
+            self.prompts,
+            self.positions,
+            self.from_routed,
+            agreement=self.same / self.positions,
+            precise_difference=self.from_precise,
+        )
         if self.exact:
-            return Proof(*found, exact=True)
+            return made(exact=True)
         share = self.decided_same / self.decided if self.decided else 0.0
         rounding = math.sqrt(self.error / self.own_error) if self.own_error else math.inf
-        return Proof(*found, exact=False, decided=self.decided, decided_agreement=share, rounding=rounding)
+        return made(exact=False, decided=self.decided, decided_agreement=share, rounding=rounding)
 
 
 def _larger(before: float, wanted: Tensor, found: Tensor) -> float:

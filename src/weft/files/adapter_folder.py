@@ -140,8 +140,8 @@ def assemble(
         model,
         architecture,
         torch.Generator(),
-        torch.promote_types(widest, torch.float32),
-        torch.device("cpu"),
+        dtype=torch.promote_types(widest, torch.float32),
+        device=torch.device("cpu"),
         blank=True,
         router=Router(),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -214,6 +214,7 @@ class Place:
     layer: int
     kind: int
     path: str
+    _: KW_ONLY
     read: str | None = None
     norm: str | None = None
 
@@ -408,7 +409,7 @@ def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: in
         raise UserError(f"{trouble}this {shape.model_type} model has not; set it to {wanted[1]}.")
     norm = f"{block}.{around.norms[kind]}" if around.norms else None
     reads = around.reads[kind] and (c.is_parallel or c.original_ln_before or norm is None)
-    return Place(layer, kind, path, f"{block}.{around.reads[kind]}" if reads else None, norm)
+    return Place(layer, kind, path, read=f"{block}.{around.reads[kind]}" if reads else None, norm=norm)
 
 
 # AdapterHub's folders hold adapter_config.json and adapter.safetensors (or a pickle, which is never read).

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class _Factors:
     adapter: str
     a: Tensor
     b: Tensor
+    _: KW_ONLY
     scaling: float
     weight: float
 
@@ -53,7 +54,7 @@ def combine_lora(sources: Sequence[Source], how: Combination) -> tuple[MethodCon
     for source, weight in zip(sources, how.weights, strict=True):
         for names, path, a, b in _factors(source):
             scaling = source.config.scaling(path)  # type: ignore[attr-defined]
-            modules.setdefault(names, []).append(_Factors(source.name, a, b, scaling, weight))
+            modules.setdefault(names, []).append(_Factors(source.name, a, b, scaling=scaling, weight=weight))
     # peft's rule: every rule only weights a single adapter.
     kind = "linear" if len(sources) == 1 else how.combination_type
     svd_rank = how.svd_rank or max(len(part.a) for parts in modules.values() for part in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -44,6 +44,7 @@ class Facts:
     attention_output: str
     mlp_output: str
     install: AttentionInstaller | None = install_interface
+    _: KW_ONLY
     encoder: bool = False
     head: str = "score"
     padding_first: bool = False
@@ -75,7 +76,12 @@ FACTS: dict[str, Facts] = {
 
 def _encoder(head: str, *, padding_first: bool = False) -> Facts:
     return Facts(
-        "attention.output.dense", "output.dense", install_bidirectional, True, head, padding_first=padding_first
+        "attention.output.dense",
+        "output.dense",
+        install_bidirectional,
+        encoder=True,
+        head=head,
+        padding_first=padding_first,
     )
 
 
@@ -85,7 +91,7 @@ ENCODERS: dict[str, Facts] = {
     "xlm-roberta": _encoder("dense_classifier", padding_first=True),
     "camembert": _encoder("dense_classifier", padding_first=True),
     "electra": _encoder("gelu_classifier"),
-    "distilbert": Facts("attention.out_lin", "ffn.lin2", install_bidirectional, True, "pre_classifier"),
+    "distilbert": Facts("attention.out_lin", "ffn.lin2", install_bidirectional, encoder=True, head="pre_classifier"),
 }
 # The usual names in other architectures, most specific first.
 _ATTENTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")

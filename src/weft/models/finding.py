@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -27,6 +27,7 @@ class Finding:
     way: Way
     # Module path -> the name of the class that fuses it.
     fused: dict[str, str]
+    _: KW_ONLY
     # Modules whose tables depend on the whole pass.
     tables: tuple[str, ...]
     by_ids: bool
@@ -72,8 +73,8 @@ def finding_of(proved: Architecture) -> Finding:
     elif fused:
         way = "fused"
     return Finding(
-        proved.blocks, way, {path: mixin.__name__ for path, mixin in fused.items()}, tuple(tables), proved.by_ids,
-        body=proved.body, head_form=proved.head_form, unreachable=dict(proved.unreachable),
+        proved.blocks, way, {path: mixin.__name__ for path, mixin in fused.items()}, tables=tuple(tables),
+        by_ids=proved.by_ids, body=proved.body, head_form=proved.head_form, unreachable=dict(proved.unreachable),
         padded_because=proved.padded_because,
     )  # fmt: skip
 

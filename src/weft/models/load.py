@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,6 +49,7 @@ class Base:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
+    _: KW_ONLY
     name: str
     original_weight: Callable[[str], Tensor] | None = None
 
@@ -161,7 +162,7 @@ def sketch_base(
         raise
     except Exception as error:  # as in load_base
         raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
-    return Base(model.eval(), tokenizer, describe(model), name)
+    return Base(model.eval(), tokenizer, describe(model), name=name)
 
 
 def load_base(
@@ -197,7 +198,7 @@ def load_base(
         originals = OriginalWeights(source) if quantization else None
         tokenizer = tokenizer or load_tokenizer(source)
         folder = folder_of(source)
-    return Base(model, tokenizer, describe(model, folder), name, originals)
+    return Base(model, tokenizer, describe(model, folder), name=name, original_weight=originals)
 
 
 def _load_model(

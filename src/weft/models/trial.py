@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class _Seen:
     calls: int = 0
     rows: set[int] = field(default_factory=set)
     strange: str = ""
+    _: KW_ONLY
     read: bool = False
     inside: bool = False
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ class Work:
     adapter: str | None
     samples: Sequence[Sample]
     seed: int | None = None
+    _: KW_ONLY
     divisor: float = 1.0
     neftune_alpha: float = 0.0
     objective: Objective | None = None

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
 import torch
@@ -51,6 +51,7 @@ class _Scores:
     layout: SequenceLayout
     kv_heads: int
     scale: float
+    _: KW_ONLY
     window: int | None
     softcap: float | None
     slopes: Tensor | None
@@ -346,7 +347,14 @@ def varlen_attention(
         slots[group] = len(rows)
         rows += [keys.to(k.dtype), values.to(v.dtype)]
     scores = _Scores(
-        layout, k.shape[0], float(scale), sliding_window, softcap, slopes=alibi_slopes, causal=causal, sinks=sinks
+        layout,
+        k.shape[0],
+        float(scale),
+        window=sliding_window,
+        softcap=softcap,
+        slopes=alibi_slopes,
+        causal=causal,
+        sinks=sinks,
     )
     return _VarlenAttention.apply(q, k, v, scores, slots, sinks, *rows)
 

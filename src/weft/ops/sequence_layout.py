@@ -8,7 +8,7 @@ Letters as in ``weft.ops.attention``.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ class Bucket:
     sequences: tuple[int, ...]
     lengths: tuple[int, ...]
     length: int
+    _: KW_ONLY
     group: int | None
     start: int
     tokens: Tensor
@@ -53,6 +54,7 @@ class SequenceLayout:
     lengths: tuple[int, ...]
     groups: tuple[int, ...]
     cu_seqlens: Tensor
+    _: KW_ONLY
     buckets: tuple[Bucket, ...]
     separate_groups: bool = False
     prefix_groups: frozenset[int] = frozenset()
@@ -99,7 +101,14 @@ class SequenceLayout:
             buckets.append(bucket)
             row += bucket.tokens.numel()
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-        return cls(lengths, groups, cu_seqlens, tuple(buckets), separate_groups, prefix_groups=frozenset(prefix_groups))
+        return cls(
+            lengths,
+            groups,
+            cu_seqlens,
+            buckets=tuple(buckets),
+            separate_groups=separate_groups,
+            prefix_groups=frozenset(prefix_groups),
+        )
 
     def head_index(self, kv_heads: int, per_kv: int) -> HeadIndex:
         """Index tensors for ``kv_heads * per_kv`` heads. The first call makes them."""
@@ -154,4 +163,4 @@ def _make_bucket(
     tokens = torch.minimum(first + torch.arange(length), last).to(device)
     of_groups = {groups[s] for s in members}
     group = of_groups.pop() if len(of_groups) == 1 else None
-    return Bucket(tuple(members), own, length, group, row, tokens=tokens)
+    return Bucket(tuple(members), own, length, group=group, start=row, tokens=tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,9 @@ from weft.models import Base, reach
 from weft.models.load import load_tokenizer
 from weft.models.reach import LeftOut
 from weft.preview.packing import Packing
-from weft.train.batches import Batches
-from weft.train.reader import JobData, Loaded, Read, Reader, data_files
-from weft.train.settings import JobConfig, RunConfig
+from weft.training.batches import Batches
+from weft.training.reader import JobData, Loaded, Read, Reader, data_files
+from weft.training.settings import JobConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Examined:
     names: tuple[str, ...]
     items: list[Item]
     facts: Facts
+    _: KW_ONLY
     packings: list[Packing] = field(default_factory=list)
     windows: list[Item] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -57,6 +58,7 @@ class _Outline:
     tokenizer: Any
     max_length: int | None
     task: Literal["causal_lm", "seq2seq"]
+    _: KW_ONLY
     bidirectional: bool
     sketch: Base | None = None
 
@@ -97,10 +99,10 @@ def _outline(config: RunConfig) -> _Outline:
     folder = Path(config.model).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
-        return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", False)
+        return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", bidirectional=False)
     base = config.sketch()
     known = base.architecture
-    return _Outline(base.tokenizer, known.max_length, known.task, known.bidirectional, base)
+    return _Outline(base.tokenizer, known.max_length, known.task, bidirectional=known.bidirectional, sketch=base)
 
 
 class _Group:
@@ -127,7 +129,11 @@ class _Group:
         own = self.outline.tokenizer.chat_template if config.chat_template else None
         skips = config.on_bad_record != "error" and whole
         facts = Facts(
-            reader.renderer, self.outline.task, own or None, reader.renderer.max_length, skips_bad_records=skips
+            reader.renderer,
+            self.outline.task,
+            own or None,
+            max_length=reader.renderer.max_length,
+            skips_bad_records=skips,
         )
         windows: list[Item] = []
         if not job.classifies and config.documents == "joined":
@@ -136,7 +142,15 @@ class _Group:
         packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
         names = tuple(job.name for job in self.jobs)
         items = [*train, *evaluated]
-        return Examined(names, items, facts, packings, windows, left_out=self.left_out, not_reached=self.not_reached)
+        return Examined(
+            names,
+            items,
+            facts,
+            packings=packings,
+            windows=windows,
+            left_out=self.left_out,
+            not_reached=self.not_reached,
+        )
 
     def _items(self, part: Loaded, split: Split) -> list[Item]:
         items, left_out = collect(

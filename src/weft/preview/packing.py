@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weft.data import Sample
-from weft.train.batches import Batches, size
+from weft.training.batches import Batches, size
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _finding(check: Check, hit: Hit, skips_bad_records: bool = False) -> Finding
     source, split = (hit.item.source, hit.item.split) if hit.item is not None else ("", None)
     if skips_bad_records and hit.item is not None and hit.item.problem is not None:
         severity, message = "warning", f"left out (on_bad_record): {hit.message}"
-    return Finding(check.code, severity, source, split, message=message, shown=hit.shown, mend=check.mend)
+    return Finding(check.code, severity, source, split=split, message=message, shown=hit.shown, mend=check.mend)
 
 
 def grouped(findings: Iterable[Finding]) -> list[Group]:

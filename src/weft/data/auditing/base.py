@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 from weft.data.auditing.stream import Tokens
@@ -35,6 +35,7 @@ class Item:
     split: Split
     source: str
     example: SFT | None = None
+    _: KW_ONLY
     samples: tuple[Sample, ...] = ()
     length: int = 0
     label: str | None = None
@@ -59,6 +60,7 @@ class Facts:
     renderer: Renderer
     task: str = "causal_lm"
     own_template: str | None = None  # the tokenizer's, where the configuration names another
+    _: KW_ONLY
     max_length: int | None = None
     skips_bad_records: bool = False
 
@@ -93,6 +95,7 @@ class Finding:
     code: str
     severity: Severity
     source: str
+    _: KW_ONLY
     split: Split | None
     message: str
     shown: str
@@ -186,6 +189,7 @@ class Check:
     code: str
     severity: Severity
     mend: str
+    _: KW_ONLY
     run: Callable[[Records], Iterator[Hit]]
     about: str
     early: Literal["refuse", "warn"] | None = field(default=None)
@@ -208,7 +212,7 @@ def over(
     def register(run: Callable[[Records], Iterator[Hit]]) -> Callable[[Records], Iterator[Hit]]:
         assert code not in CHECKS, code
         about = (run.__doc__ or "").strip().split("\n")[0]
-        CHECKS[code] = Check(code, severity, mend, run, about, early=early, once=once)
+        CHECKS[code] = Check(code, severity, mend, run=run, about=about, early=early, once=once)
         return run
 
     return register

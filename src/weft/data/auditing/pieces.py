@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from weft.data.rendering.render import Sample
@@ -19,6 +19,7 @@ class Piece:
     position: int
     id: int
     token: str
+    _: KW_ONLY
     text: str
     weight: float
     special: bool
@@ -39,7 +40,9 @@ def _pieces(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> lis
     tokens = tokenizer.convert_ids_to_tokens([int(number) for number in ids])
     texts = decoded(tokenizer, ids)
     return [
-        Piece(place, int(number), str(token), text or "", float(weight), special=number in special, part=part)
+        Piece(
+            place, int(number), str(token), text=text or "", weight=float(weight), special=number in special, part=part
+        )
         for place, (number, token, weight, (text, part)) in enumerate(zip(ids, tokens, weights, texts, strict=True))
     ]
 

@@ -8,7 +8,7 @@ purpose is an error that says where and what to add.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Any, Literal, overload
 
@@ -86,6 +86,7 @@ class _Fit:
     name: str
     entry: Format
     shape: tuple[str, ...]
+    _: KW_ONLY
     unread: tuple[str, ...] = ()
     base: _Fit | None = None
 
@@ -303,11 +304,11 @@ def _shapes(name: str, entry: Format, names: frozenset[str], mapped: frozenset[s
             continue
         if entry.judge is None:
             if mapped.issubset(entry.names()):
-                fits.append(_Fit(name, entry, shape, _unread(entry, names, bool(mapped))))
+                fits.append(_Fit(name, entry, shape, unread=_unread(entry, names, bool(mapped))))
             continue
         conversations = {key: other for key, other in FORMATS.items() if other.tier in (TURNS, PAIRS)}
         bases, _ = _fits(names.difference(shape), conversations, mapped.difference(shape))
-        fits += [_Fit(name, entry, shape, base.unread, base) for base in bases[:1]]
+        fits += [_Fit(name, entry, shape, unread=base.unread, base=base) for base in bases[:1]]
     return fits
 
 

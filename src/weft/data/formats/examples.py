@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from weft.data.formats.fields import short
 
@@ -27,6 +27,7 @@ class Message:
     role: str
     content: str
     train: bool | None = None
+    _: KW_ONLY
     tool_calls: tuple[dict[str, object], ...] = ()
     loss_weight: float = 1.0
 
@@ -72,6 +73,7 @@ class Preference:
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
+    _: KW_ONLY
     source: str
     tools: tuple[dict[str, object], ...] = ()
 
@@ -83,6 +85,7 @@ class LabelledAnswer:
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]
     label: bool
+    _: KW_ONLY
     source: str
     tools: tuple[dict[str, object], ...] = ()
 
@@ -99,7 +102,7 @@ class Ranked:
     def pairs(self) -> tuple[Preference, ...]:
         """Every two unequal answers as a preference, the better one chosen."""
         return tuple(
-            Preference(self.prompt, (better,), (worse,), self.source, self.tools)
+            Preference(self.prompt, (better,), (worse,), source=self.source, tools=self.tools)
             for index, better in enumerate(self.answers)
             for worse in self.answers[index + 1 :]
             if better != worse

@@ -120,7 +120,7 @@ def _preference(record: Record, good: list[Message], bad: list[Message], names: 
             )
         if is_silent(turn):
             raise EmptyAnswerError(f"{record.source}: the answer in '{name}' is empty. Remove the record.")
-    return Preference(tuple(good[:at]), tuple(good[at:]), tuple(bad[at:]), record.source, tools(record))
+    return Preference(tuple(good[:at]), tuple(good[at:]), tuple(bad[at:]), source=record.source, tools=tools(record))
 
 
 # --------------------------------------------------------------------------------------------- verdicts, ranks, steps
@@ -146,7 +146,7 @@ def judge(read: Conversation, record: Record, name: str) -> LabelledAnswer:
     at = places[-1] if places else 0
     if not at or not any(turn.role == "assistant" for turn in read.messages[at:]):
         raise UserError(f"{record.source}: an answer after a user turn was expected, for '{name}' to judge.")
-    return LabelledAnswer(read.messages[:at], read.messages[at:], label, record.source, read.tools)
+    return LabelledAnswer(read.messages[:at], read.messages[at:], label, source=record.source, tools=read.tools)
 
 
 def read_ranked(record: Record, shape: Sequence[str]) -> Ranked:

@@ -7,7 +7,7 @@ that fits a record is found stands in ``detect.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from weft.data.formats import answers, judged, turns, verbatim
@@ -52,6 +52,7 @@ class Format:
     tier: int
     purpose: Purpose
     shapes: tuple[tuple[str, ...], ...]
+    _: KW_ONLY
     optional: tuple[str, ...]
     what: str
     example: dict[str, object]

@@ -184,8 +184,10 @@ def message(item: object, where: str) -> Message:
             raise UserError(f"{where}: '{unread}' is not read. {_UNREAD[unread]}, or remove the field.")
         if not _MARKS.isdisjoint(item):
             train, weight = _marks(item, where)
-            return Message(role, content, train, _tool_calls(calls, where) if calls else (), weight)
-    return Message(role, content, None, _tool_calls(calls, where) if calls else ())
+            return Message(
+                role, content, train, tool_calls=_tool_calls(calls, where) if calls else (), loss_weight=weight
+            )
+    return Message(role, content, None, tool_calls=_tool_calls(calls, where) if calls else ())
 
 
 def _parts(content: list[object], where: str) -> object:

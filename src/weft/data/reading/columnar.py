@@ -35,7 +35,7 @@ def read_columnar(place: Place) -> Iterator[Record | Problem]:
                 fields = as_fields(columns.row(row))
                 check_nul(fields)
             except RowError as fault:
-                yield Problem(fault.kind, str(place), fault.what, number)
+                yield Problem(fault.kind, str(place), fault.what, line=number)
             else:
                 yield Record(fields, f"{place}:{number}")
 

@@ -188,7 +188,7 @@ class JsonFile:
         column = None
         if fault.at is not None:
             line, column = self.window.place(fault.at)
-        return Problem(fault.kind, self.path, fault.what, line, column)
+        return Problem(fault.kind, self.path, fault.what, line=line, column=column)
 
     def _unread(self, what: str = "the rest of the file") -> Problem:
         self._stopped = True
@@ -197,7 +197,7 @@ class JsonFile:
             "unread", self.path,
             f"{what} from here on is not read, for it is not certain where the next record begins. Mend what was "
             "reported before it.",
-            line, column,
+            line=line, column=column,
         )  # fmt: skip
 
     # -- going on after a broken record

@@ -64,7 +64,7 @@ class Lines:
     def problem(self, line: int, fault: RowError) -> Problem:
         """``fault`` in the line of that number."""
         column = None if fault.at is None else fault.at + 1
-        return Problem(fault.kind, self.path, fault.what, line, column)
+        return Problem(fault.kind, self.path, fault.what, line=line, column=column)
 
 
 def read_jsonl(lines: Lines) -> Iterator[Record | Problem]:
@@ -142,7 +142,7 @@ def read_table(lines: Lines, names: Sequence[str] | None, *, tabs: bool) -> Iter
         elif len(cells) != len(header):
             named = f"the header (line {header_line}) names" if header_line else "expected are"
             what = f"{len(cells)} cells where {named} {len(header)} columns: {', '.join(header)}{hint}."
-            yield Problem("row_width", lines.path, what, line)
+            yield Problem("row_width", lines.path, what, line=line)
         else:
             yield Record(dict(zip(header, cells, strict=True)), f"{lines.path}:{line}")
 
@@ -246,7 +246,7 @@ def _bad_row(lines: Lines, feed: _Feed, error: csv.Error | RowError) -> Problem:
         feed.back()
     elif len(feed.row) > 1:
         what += f" The lines up to {last.number} belong to it and are not read."
-    return Problem("malformed_row", lines.path, what, first.number)
+    return Problem("malformed_row", lines.path, what, line=first.number)
 
 
 def _left_open(text: str) -> bool:

@@ -150,7 +150,7 @@ def _items(file: Place, header: Sequence[str] | None, record_limit: int) -> Iter
         if reader is not None and damaged(error):
             line = reader.lines + 1
             what = "the file is damaged or cut off here, and what follows cannot be unpacked"
-            yield Problem("cut_off", str(file), f"{what} ({error}). Fetch or pack it again.", line)
+            yield Problem("cut_off", str(file), f"{what} ({error}). Fetch or pack it again.", line=line)
         elif isinstance(error, OSError):
             raise _unreadable(file, error) from error
         else:

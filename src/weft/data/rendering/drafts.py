@@ -91,7 +91,7 @@ class Drafter:
             return self.turns.plain(example)
         if isinstance(example, Conversation):
             return self.turns.script(example)
-        return Script("", (), 0.0, example.source, fixed=token_weights(example, self.encoder))
+        return Script("", (), 0.0, source=example.source, fixed=token_weights(example, self.encoder))
 
     def drafted(self, example: SFT) -> tuple[SFT, Script, Draft]:
         """What the example's sample is made of: the example (shorter where turns were left out), script and draft."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import groupby
 from typing import Literal
 
@@ -37,6 +37,7 @@ class Piece:
     start: int
     stop: int
     text: str
+    _: KW_ONLY
     weight: float
     kind: Kind
 
@@ -53,7 +54,7 @@ class Explanation:
         found, at = [], 0
         for (kind, weight), group in groupby(self.tokens, key=lambda token: (token.kind, token.weight)):
             tokens = list(group)
-            found.append(Piece(at, at + len(tokens), "".join(token.text for token in tokens), weight, kind))
+            found.append(Piece(at, at + len(tokens), "".join(token.text for token in tokens), weight=weight, kind=kind))
             at += len(tokens)
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from weft.errors import UserError
 
@@ -28,6 +28,7 @@ class Sample:
     input_ids: list[int]
     weights: list[float]
     source: str
+    _: KW_ONLY
     slots: tuple[int, ...] = ()
     answer: int | None = None
     label: int | None = None
@@ -64,6 +65,7 @@ class Draft:
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    _: KW_ONLY
     answers: list[tuple[int, int]] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
     cut: int = 0
@@ -115,7 +117,7 @@ class Draft:
         """The finished sample."""
         answer = max((start for start, _ in self.answers if start < len(self.ids)), default=None)
         slots = tuple(slot for slot in self.slots if slot < len(self.ids))
-        return Sample(self.ids, self.weights, source, slots, answer, cut=self.cut)
+        return Sample(self.ids, self.weights, source, slots=slots, answer=answer, cut=self.cut)
 
 
 def _without(origins: Sequence[Origin], start: int, stop: int) -> Iterable[Origin]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
@@ -58,6 +58,7 @@ class Script:
     text: str
     spans: tuple[Span, ...]
     base: float
+    _: KW_ONLY
     source: str
     plain: bool = False
     fixed: tuple[list[int], list[float]] | None = None
@@ -95,7 +96,7 @@ class Turns:
 
     def plain(self, example: PlainText) -> Script:
         """Text as it stands."""
-        return Script(self.encoder.guard(example.text), (), 1.0, example.source, plain=True)
+        return Script(self.encoder.guard(example.text), (), 1.0, source=example.source, plain=True)
 
     def script(self, example: Conversation, *, generation: bool = False) -> Script:
         """The one path of training and generation: equal messages give equal text up to a learned answer.
@@ -112,7 +113,7 @@ class Turns:
         text = self._render(turns, schemas, generation, source)
         base = 1.0 if self.settings.train_on == "all" else 0.0
         spans = self._spans(marked, turns, schemas, text, generation=generation, source=source)
-        return Script(text, tuple(spans), base, source)
+        return Script(text, tuple(spans), base, source=source)
 
     def contents(self, script: Script, example: Conversation) -> list[tuple[int, int]] | None:
         """Where in the script's text contents of messages stand; None where the template does not let that be told.

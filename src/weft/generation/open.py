@@ -1,0 +1,311 @@
+"""Opening what can be talked to: the folder of a run, an adapter in PEFT's layout, or a plain model.
+
+A run's folder answers by itself: it says which base, chat template, tokenizer and adapters belong together. If the run
+has not ended, its newest intact checkpoint stands in for the adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from weft.adapters import Adapters
+from weft.assets import EMBEDDED_MODELS
+from weft.core.heads import ClassificationTask
+from weft.data import Message, Prompt, Renderer
+from weft.data.provenance import Provenance, make_renderer
+from weft.errors import UserError
+from weft.files.adapter_folder import (
+    CONFIG,
+    OWN_CONFIG,
+    base_of,
+    merged_from,
+    provenance_of,
+    trained_on,
+    weights_path,
+)
+from weft.files.run_folder import RUN_FILE, RunStore
+from weft.generation.engine import check_writes
+from weft.models import Base, load_base
+from weft.models.load import load_tokenizer
+from weft.models.quantize import Quantization
+from weft.training.config import RunConfig, read_run_config
+from weft.training.run import base_fingerprint
+
+BASE = "base"
+# Where neither the user nor the model sets a limit.
+_DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass
+class Opened:
+    """A base with adapters, and the renderer that their training used.
+
+    Attributes:
+        names: the adapters, in the run's order; empty for a plain model.
+        notes: what the user should know, such as that an adapter comes from a checkpoint.
+    """
+
+    base: Base
+    adapters: Adapters
+    renderer: Renderer
+    _: KW_ONLY
+    names: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends an answer: the tokenizer's, the model's and the renderer's."""
+        check_writes(self.adapters, None)
+        configured = getattr(self.base.model, "generation_config", None)
+        eos = getattr(configured, "eos_token_id", None)
+        ids = eos if isinstance(eos, list) else [eos]
+        return frozenset(
+            i for i in (*ids, self.base.tokenizer.eos_token_id, self.renderer.eos_token_id) if isinstance(i, int)
+        )
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter's name as ``Request`` wants it; ``base`` (unless an adapter is called so) and None are the base.
+
+        Raises:
+            UserError: there is no such adapter.
+        """
+        if name is None or (name == BASE and name not in self.names):
+            return None
+        self.adapters[name]
+        return name
+
+    def prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> Prompt:
+        """Ids and slots of a prompt: a conversation, or a text that is one question (``raw``: to be continued)."""
+        if not isinstance(prompt, str):
+            return self.renderer.prompt(prompt, task=self.adapters.architecture.task)
+        if raw:
+            return Prompt(list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"]))
+        return self.prompt([Message("user", prompt)])
+
+    def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+        """``prompt(...).ids``, for adapters that need no slots."""
+        return self.prompt(prompt, raw=raw).ids
+
+    def room(
+        self, length: int, adapter: str | None, wanted: int | None, *, what: str = "the prompt", clip: bool = False
+    ) -> int:
+        """How many tokens may follow a prompt of ``length``: ``wanted``, or what is usual and fits.
+
+        Raises:
+            UserError: the prompt leaves no room, or less than ``wanted`` (unless ``clip``).
+        """
+        limit = self.adapters.architecture.max_length
+        if limit is None:
+            return wanted or _DEFAULT_NEW_TOKENS
+        learned = 0
+        if adapter is not None:
+            learned = self.adapters[adapter].num_virtual_tokens + self.adapters[adapter].num_prefix_tokens
+        left = limit - length - learned
+        if left < (1 if clip or wanted is None else wanted):
+            taken = f"{length} tokens" + f" and the adapter's {learned}" * bool(learned)
+            asked = f" (max_new_tokens: {wanted})" * (wanted is not None)
+            raise UserError(f"{what}: {taken} of the model's {limit} positions leave no room for an answer{asked}.")
+        return min(wanted or _DEFAULT_NEW_TOKENS, left)
+
+    def close(self) -> None:
+        """Take the adapters off; the model is again the one that was loaded."""
+        self.adapters.close()
+
+
+def open_target(
+    target: str | Path,
+    *,
+    model: str | None = None,
+    adapters: Sequence[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: Quantization | None = None,
+    chat_template: str | None = None,
+) -> Opened:
+    """Open a run's folder, an adapter's folder, or a model (folder, hub id, embedded name).
+
+    Args:
+        target: what to open.
+        model: the base to use instead of the one that the target names.
+        adapters: load only these of a run; default all. ``base`` is always there.
+        device, dtype: as in a run's configuration.
+        quantization: how the base of an adapter's folder is kept; default: as in training, if the folder says it.
+        chat_template: to render prompts with, instead of the one of training.
+
+    Raises:
+        UserError: nothing usable is there, a file is damaged, or the base is not the one that was trained on.
+    """
+    asked = _Asked(model=model, device=device, dtype=dtype, quantization=quantization, chat_template=chat_template)
+    folder = Path(target).expanduser()
+    if (folder / RUN_FILE).is_file():
+        return _open_run(folder, asked, adapters)
+    merged = merged_from(folder) is not None
+    if not merged and any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
+        run = folder.absolute().parent.parent
+        if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
+            return _open_run(run, asked, [folder.absolute().name])
+        return _open_adapter(folder, asked)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no run ({RUN_FILE}), no adapter ({CONFIG}) and no model (config.json). Give one of these, "
+            "a hub id, or the name of an embedded model."
+        )
+    return _open_model(model or str(target), asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What the user asks for instead of what the target says; see ``open_target``."""
+
+    model: str | None
+    device: str
+    dtype: str
+    quantization: Quantization | None
+    chat_template: str | None
+
+
+def _open_model(name: str, asked: _Asked) -> Opened:
+    """A model alone; one that ``weft merge`` wrote says how to ask it."""
+    folder = Path(name).expanduser()
+    merged = merged_from(folder)
+    if merged is not None and "labels" in merged:
+        raise UserError(
+            f"{folder} is a merged classifier; transformers runs it: pipeline('text-classification', '{folder}'). With "
+            "Weft, ask the adapter that it was made of."
+        )
+    record = None if merged is None else Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
+    base = load_base(name, device=asked.device, dtype=asked.dtype)
+    renderer, notes = make_renderer(record, base.tokenizer, asked.chat_template)
+    return Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
+
+
+def _open_adapter(folder: Path, asked: _Asked) -> Opened:
+    record = Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
+    source = asked.model or base_of(folder)
+    if source is None:
+        raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
+    # Beside other weights than those it learned beside it would answer otherwise.
+    kept = asked.quantization or (trained_on(folder) or {}).get("quantization")
+    if kept not in (None, *get_args(Quantization)):
+        raise UserError(
+            f"{folder / OWN_CONFIG}: base.quantization is {kept!r}; expected null or one of "
+            f"{', '.join(get_args(Quantization))}."
+        )
+    # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
+    tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
+    try:
+        base = load_base(source, device=asked.device, dtype=asked.dtype, tokenizer=tokenizer, quantization=kept)
+    except UserError as error:
+        hint = "" if asked.model else f" ({CONFIG} names this base; --model takes another place)"
+        raise UserError(f"{error}{hint}") from None
+    renderer, notes = make_renderer(record, base.tokenizer, asked.chat_template)
+    if record is None and tokenizer is None and asked.chat_template is None and (folder / OWN_CONFIG).is_file():
+        notes.append(f"{folder} does not say which chat template it was trained with; the tokenizer's own is used.")
+    opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
+    name = re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
+    opened.adapters.load(name, folder, tokenizer=base.tokenizer)
+    opened.names = (name,)
+    return opened
+
+
+def _open_run(folder: Path, asked: _Asked, wanted: Sequence[str] | None) -> Opened:
+    config = read_run_config(folder)
+    store = RunStore(folder)
+    names = [job.name for job in config.jobs]
+    keep = names if wanted is None else [name for name in names if name in wanted]
+    unknown = [name for name in wanted or () if name not in names and name != BASE]
+    if unknown:
+        raise UserError(f"{folder} has no adapter '{unknown[0]}'; there are: {', '.join(names)} (and {BASE}).")
+    failed = store.failed(keep)
+    if failed and (wanted is not None or len(failed) == len(keep)):
+        name, reason = next(iter(failed.items()))
+        raise UserError(f"{folder} has no adapter '{name}', for its job failed: {reason}.")
+    keep = [name for name in keep if name not in failed]
+    tokenizer = load_tokenizer(str(store.tokenizer)) if store.tokenizer.is_dir() else None
+    recorded = store.read_run().get("base")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    source = asked.model or _base_of(config, recorded)
+    dtype = config.dtype if asked.dtype == "auto" else asked.dtype
+    base = config.model_copy(update={"model": source, "device": asked.device, "dtype": dtype}).base(tokenizer)
+    if asked.model is None and asked.dtype == "auto" and recorded:
+        _same_base(base, recorded, folder)
+    renderer, notes = _renderer_of_run(store, config, base, keep, asked.chat_template)
+    notes += [f"there is no adapter '{name}', for its job failed: {reason}" for name, reason in failed.items()]
+    opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
+    try:
+        _add_adapters(opened, store, config, keep)
+    except BaseException:
+        opened.close()
+        raise
+    opened.names = tuple(keep)
+    return opened
+
+
+def _renderer_of_run(
+    store: RunStore, config: RunConfig, base: Base, names: Sequence[str], chat_template: str | None
+) -> tuple[Renderer, list[str]]:
+    """As the finished adapters say; before that, as the configuration does."""
+    saved = [store.adapters / name for name in names if (store.adapters / name / OWN_CONFIG).is_file()]
+    section = provenance_of(saved[0]) if saved else None
+    if section is None:
+        asked = {"chat_template": chat_template} if chat_template else {}
+        return config.unlimited().model_copy(update=asked).renderer(base.tokenizer), []
+    return make_renderer(Provenance.read(section, str(saved[0] / OWN_CONFIG)), base.tokenizer, chat_template)
+
+
+def _base_of(config: RunConfig, recorded: dict[str, object]) -> str:
+    """The configuration's own word may be a path relative to where the run was started."""
+    path = recorded.get("model")
+    if config.model not in EMBEDDED_MODELS and isinstance(path, str) and Path(path).is_dir():
+        return path
+    return config.model
+
+
+def _same_base(base: Base, recorded: dict[str, object], folder: Path) -> None:
+    found = base_fingerprint(base)
+    if any(found[key] != recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors")):
+        raise UserError(
+            f"the model at {base.name} is not the one that {folder} was trained on: its tensors have changed since. "
+            "Put the old one back; or name a base with --model to use it all the same."
+        )
+
+
+def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Sequence[str]) -> None:
+    tokenizer = opened.base.tokenizer
+    unfinished = []
+    for name in names:
+        folder = store.adapters / name
+        if folder.is_dir():  # finished; if a file of it is gone, say that, and answer from nothing older
+            opened.adapters.load(name, folder, tokenizer=tokenizer)
+        else:
+            unfinished.append(name)
+    if not unfinished:
+        return
+    found = store.latest()
+    if found is None:
+        raise UserError(f"{store.folder} has neither finished adapters nor a checkpoint yet (see save_steps).")
+    state, tensors, warnings = found
+    opened.notes += [*warnings, f"the run is not finished: {', '.join(unfinished)} as of step {state['step']}"]
+    jobs = {job.name: job for job in config.jobs}
+    for name in unfinished:
+        named = store.read_run().get("labels", {}).get(name)
+        adapter = opened.adapters.add(
+            name,
+            jobs[name].method_config(),
+            seed=jobs[name].seed,
+            tokenizer=tokenizer,
+            classification=ClassificationTask(tuple(named)) if named else None,
+        )
+        stored = tensors.get(name, {})
+        with torch.no_grad():
+            for key, parameter in adapter.named_parameters():
+                value = stored.get(f"parameter.{key}")
+                if value is None or value.shape != parameter.shape:
+                    raise UserError(f"{store.folder}: the checkpoint does not fit the configuration of job '{name}'.")
+                parameter.copy_(value)

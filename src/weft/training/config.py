@@ -1,0 +1,256 @@
+"""The configuration of a run: one base, one or many jobs.
+
+Keys of a job may stand at the top, where they are defaults for every job. The method's own settings (``r``,
+``num_virtual_tokens`` …) stand beside the job's. Keys that users know from other tools are accepted (``aliases``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+import weft.methods
+from weft.core.registry import method_config
+from weft.data.rendering.templates import is_file_name
+from weft.errors import UserError, nearest
+from weft.files.run_folder import RUN_FILE
+from weft.foreign import parse_yaml, read_json, read_yaml
+from weft.training.aliases import AUTO, translate
+from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
+
+_JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
+_RUN_KEYS = frozenset(RunConfig.model_fields)
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, object] | None = None
+) -> RunConfig:
+    """Read a YAML (or JSON) file and ``key=value`` overrides; dots go into lists and mappings: ``jobs.0.r=16``.
+
+    ``flags`` are settings of the whole run that win over the file and give way to ``overrides``.
+
+    Raises:
+        UserError: There is no such file, or it is no valid configuration.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise UserError(f"no configuration file at {source}.")
+    values = read_yaml(source)
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{source} must hold 'key: value' lines; it holds {found}.")
+    return build_config(values, overrides, flags=flags, source=str(source))
+
+
+def build_config(
+    values: Mapping[str, object],
+    overrides: Sequence[str] = (),
+    *,
+    flags: Mapping[str, object] | None = None,
+    source: str = "configuration",
+) -> RunConfig:
+    """``make_config`` of a mapping after ``flags`` and ``key=value`` overrides."""
+    # Translated first: an override of learning_rate has to win over the file's lr.
+    merged = translate(values, source)
+    if isinstance(merged.get("jobs"), list):
+        jobs = [translate(job, f"{source}: jobs[{i}]") if isinstance(job, dict) else job
+                for i, job in enumerate(merged["jobs"])]  # fmt: skip
+        merged["jobs"] = jobs
+    if flags and "method" in flags:
+        merged.pop("jobs", None)
+    merged |= translate(flags or {}, "command line")
+    for override in overrides:
+        _override(merged, override)
+    return make_config(merged, source=source)
+
+
+def load_run_config(
+    folder: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, object] | None = None
+) -> RunConfig:
+    """The configuration of the run in ``folder``, to go on with it there.
+
+    Raises:
+        UserError: The folder holds no run, or the overrides do not resume it.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.")
+    values = read_run_config(folder).model_dump(mode="json")
+    values |= {"resume": False, "overwrite_output_dir": False, "output_dir": str(folder), **(flags or {})}
+    for override in overrides:
+        _override(values, override)
+    if not values["resume"]:
+        raise UserError(f"{folder} holds a run; add --resume to go on with it.")
+    return _run_config(values, str(path))
+
+
+def read_run_config(folder: str | Path) -> RunConfig:
+    """The configuration of a run from its folder alone.
+
+    Raises:
+        UserError: The file holds no configuration, or is damaged.
+    """
+    path = Path(folder) / RUN_FILE
+    stored = read_json(path)
+    config = stored.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no configuration; it was not written by Weft, or is damaged.")
+    template = config.get("chat_template")
+    if isinstance(template, str) and is_file_name(template):
+        raise UserError(f"{path}: chat_template names the file {template[:200]!r}; a run holds the text itself.")
+    return _run_config(config, str(path))
+
+
+def _run_config(values: Mapping[str, object], source: str) -> RunConfig:
+    _refuse_switches(values, RunConfig, source)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, source, _RUN_KEYS)) from None
+
+
+def _override(values: dict[str, object], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        raise UserError(f"override {override!r} is not of the form key=value (with dots for what lies deeper).")
+    value = parse_yaml(text, f"override {override!r}: the value")
+    if parents and parents[0] == "jobs" and "jobs" not in values and "method" in values:
+        methods = values.pop("method")
+        values["jobs"] = [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
+    place: Any = values
+    for part in parents:
+        place = place[_index(place, part, key)] if isinstance(place, list) else place.setdefault(part, {})
+        if not isinstance(place, (dict, list)):
+            raise UserError(f"override {key!r}: '{part}' holds a value, not further keys.")
+    if isinstance(place, list):
+        place[_index(place, last, key)] = value
+    else:
+        before = {name: place[name] for name in ("adam_betas",) if name in place}
+        place.update(translate({**before, last: value}, f"override {key!r}") if last != "adam_betas" else {last: value})
+
+
+def _index(place: list[object], part: str, key: str) -> int:
+    if part.isdecimal() and int(part) < len(place):
+        return int(part)
+    for index, item in enumerate(place):
+        if isinstance(item, dict):
+            method = str(item.get("method"))
+            if part in (item.get("name"), method, "-".join(method_names(method))):
+                return index
+    raise UserError(f"override {key!r}: '{part}' must be a number below {len(place)}, or a job's name.")
+
+
+def make_config(values: Mapping[str, object], *, source: str = "configuration") -> RunConfig:
+    """Check a mapping and make the run's configuration of it.
+
+    Raises:
+        UserError: an unknown key (with the nearest right one), a wrong type, a missing one; all that are found.
+    """
+    top = translate(values, source)
+    jobs = top.pop("jobs", None)
+    method_keys = {key for cls in weft.methods.METHODS.values() for key in cls.model_fields} | set(weft.methods.METHODS)
+    unknown = [key for key in top if key not in _RUN_KEYS | _JOB_KEYS | method_keys]
+    if unknown:
+        raise UserError(_unknown(source, unknown, _RUN_KEYS | _JOB_KEYS | method_keys))
+    defaults = {key: top.pop(key) for key in list(top) if key not in _RUN_KEYS}
+    if jobs is None:
+        methods = defaults.pop("method", None)
+        if methods is None:
+            raise UserError(f"{source}: no method. Give method: lora, method: [lora, prefix_tuning], or a list jobs:.")
+        jobs = [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
+    if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
+        raise UserError(f"{source}: jobs must be a list of mappings, each with a method.")
+    places = [f"{source}: jobs[{i}]" for i in range(len(jobs))]
+    made = [
+        _job(translate(job, place), defaults, place, top.get("max_length"))
+        for job, place in zip(jobs, places, strict=True)
+    ]
+    for name in defaults.keys() & weft.methods.METHODS.keys():
+        if not any(name in method_names(job.method) for job in made):
+            raise UserError(f"{source}: {name}: no job uses this method, so nothing would take these settings.")
+    return _run_config({**top, "jobs": tuple(made)}, source)
+
+
+def _job(given: dict[str, object], defaults: dict[str, object], where: str, max_length: object) -> JobConfig:
+    method = given.get("method", defaults.get("method"))
+    if not isinstance(method, str):
+        raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
+    parts = method_names(method)
+    classes = {part: method_config(part) for part in parts}
+    if len(classes) < len(parts):
+        raise UserError(f"{where}: method {method!r} names one method twice.")
+    fields = {key for cls in classes.values() for key in cls.model_fields}
+    # Settings may also stand under the method's own name, where only it takes them.
+    known = _JOB_KEYS | fields | set(parts)
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise UserError(_unknown(where, unknown, known))
+    # A default of another method's (r, say, for prompt tuning) is meant for the jobs that know it.
+    fitting = {key: value for key, value in defaults.items() if key in known}
+    merged: dict[str, Any] = {"name": "-".join(parts), **fitting, **given}
+    for part in classes.keys() & merged.keys():
+        # What the job says, wherever it says it, wins over the defaults.
+        default = {k: v for k, v in own_settings(part, fitting.get(part, {}), where).items() if k not in given}
+        merged[part] = default | own_settings(part, given.get(part, {}), where)
+    settings = {key: merged.pop(key) for key in list(merged) if key not in _JOB_KEYS}
+    for part, cls in classes.items():
+        _refuse_switches(settings_of(part, cls, settings, where), cls, where)
+    _refuse_switches(merged, JobConfig, where)
+    if merged.get("batch_tokens") == AUTO:
+        merged["batch_tokens"] = _auto_tokens(merged.get("batch_size"), max_length, where)
+    try:
+        return JobConfig(**merged, method_settings=settings)
+    except ValidationError as error:
+        raise UserError(_explain(error, where, known)) from None
+
+
+def _auto_tokens(batch_size: object, max_length: object, where: str) -> object:
+    if not isinstance(max_length, int):
+        raise UserError(
+            f"{where}: packing (batch_tokens: auto) fills batches up to batch_size times max_length tokens, and "
+            "max_length is not given. Add max_length, or say batch_tokens: 4096 (say) instead."
+        )
+    # What is no number is refused by the field itself.
+    size = JobConfig.model_fields["batch_size"].default if batch_size is None else batch_size
+    return size * max_length if isinstance(size, int) else None
+
+
+def _refuse_switches(settings: Mapping[str, object], cls: type[BaseModel], where: str) -> None:
+    """pydantic takes true for 1, which nobody means."""
+    for key, value in settings.items():
+        field = cls.model_fields.get(key)
+        if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
+            raise UserError(f"{where}: {key}: expected {_plain(field.annotation)}, not {str(value).lower()}.")
+
+
+def _plain(annotation: object) -> str:
+    return getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
+
+
+def _unknown(where: str, keys: list[str], known: set[str] | frozenset[str]) -> str:
+    return "\n".join(f"{where}: unknown key '{key}'.{_instead(str(key), known)}" for key in keys)
+
+
+def _instead(key: str, known: set[str] | frozenset[str]) -> str:
+    if key in ("extension", "extensions"):
+        return " No file can name code to run: give --extension FILE.py on the command line (docs/extending.md)."
+    return nearest(key, known)
+
+
+def _explain(error: ValidationError, where: str, known: set[str] | frozenset[str]) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(_unknown(where, [key], known))
+        elif item["type"] == "missing":
+            lines.append(f"{where}: '{key}' is missing.")
+        else:
+            given = "" if isinstance(item["input"], (dict, BaseModel)) else f" (given: {item['input']!r})"
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {key + ': ' if key else ''}{message}{given}")
+    return "\n".join(lines)

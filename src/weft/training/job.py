@@ -1,0 +1,260 @@
+"""A job: one adapter with its own data, optimizer, schedule and seed. It knows nothing of the jobs beside it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.adapter import Adapter
+from weft.core.route import stable_seed
+from weft.data import Mixture, Sample
+from weft.files.tensors import digest
+from weft.training.batches import Batches
+from weft.training.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
+from weft.training.settings import JobConfig
+
+# Of larger tensors so many numbers stand for all when it is asked whether a job has changed them.
+_WITNESSES = 2**20
+
+
+def _witness(tensor: Tensor) -> str:
+    """What tells whether a tensor has changed: the SHA-256 of it, or of an even choice of its numbers."""
+    stride = max(1, tensor.numel() // _WITNESSES)
+    return digest(tensor.detach().reshape(-1)[::stride])
+
+
+@dataclass
+class Progress:
+    """What of a job changes while it trains, apart from its tensors. Written to every checkpoint as JSON."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    _: KW_ONLY
+    evaluated_at: int = -1
+    best_eval_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, besides the loss
+    evals_without_gain: int = 0
+    ended: str | None = None  # why it ended: finished, early_stop, failed
+    reason: str | None = None  # why it failed
+    loss_scale: float = 1.0
+    good_steps: int = 0
+    skipped: int = 0  # steps that changed nothing, for the loss or a gradient was not finite
+    moved: int = 0  # steps with a gradient that was finite and not zero
+
+
+class Job:
+    """One adapter in training.
+
+    Randomness has no state: the order of epoch ``e`` and the dropout of step ``s`` come from seeds made of the job's
+    seed and these numbers, so that a resumed job draws what the unbroken one draws.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        adapter: Adapter,
+        samples: Sequence[Sample],
+        eval_samples: Sequence[Sample] = (),
+        mixture: Mixture | None = None,
+    ) -> None:
+        self.config, self.adapter = config, adapter
+        self.samples, self.eval_samples = samples, eval_samples
+        self.name = config.name
+        self.objective = config.own_objective()
+        self.batches = Batches(config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture)
+        self.total_steps = self.batches.total_steps
+        self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
+        named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
+        self.rate = config.learning_rate or adapter.default_learning_rate("")
+        rates = [
+            adapter.scaled_learning_rate(n, config.learning_rate or adapter.default_learning_rate(n)) for n in named
+        ]
+        self.parameters: list[nn.Parameter] = list(named.values())
+        # By the seed the same after a resume, whose values are only then put back.
+        self._began = {n: _witness(p) for n, p in named.items()}
+        self.optimizer = make_optimizer(config, self.parameters, rates) if named else None
+        self.progress = Progress()
+        if not named:
+            self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
+        adapter.begin_training(self.total_steps)
+        self.best: list[Tensor] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether there is still something to train."""
+        return self.progress.ended is None
+
+    @property
+    def epoch(self) -> float:
+        """How often the data has been seen."""
+        epoch, within = self.batches.locate(self.progress.step)
+        return epoch + within / self.batches.steps_in(epoch)
+
+    def micro_batches(self) -> list[list[Sample]]:
+        """The samples of the coming optimizer step, one list per forward pass."""
+        return [[self.samples[i] for i in micro] for micro in self.batches[self.progress.step]]
+
+    def dropout_seed(self, micro: int) -> int:
+        """For the ``micro``-th forward pass of the coming step."""
+        return stable_seed(self.config.seed, "dropout", self.progress.step, micro)
+
+    def schedule_factor(self) -> float:
+        """What the learning rates are multiplied by in the coming step."""
+        kind, step = self.config.lr_scheduler_type, self.progress.step
+        return schedule_factor(kind, step, self.total_steps, self.warmup)
+
+    def learning_rate(self) -> float:
+        """Of the coming step."""
+        return self.rate * self.schedule_factor()
+
+    def update(self) -> float:
+        """Clip, step the optimizer, clear the gradients; returns the gradients' norm before clipping.
+
+        A norm that is not finite changes nothing but the loss scale (float16 bases) or ends the job.
+        """
+        progress, factor = self.progress, self.schedule_factor()
+        assert self.optimizer is not None
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if progress.loss_scale != 1.0:
+            torch._foreach_div_(gradients, progress.loss_scale)
+        # Norm of the norms, each over one whole tensor: does not depend on how the tensors are grouped.
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        if math.isfinite(norm):
+            if self.config.max_grad_norm and norm > self.config.max_grad_norm:
+                torch._foreach_mul_(gradients, self.config.max_grad_norm / (norm + 1e-6))
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            self.optimizer.step()
+            self.adapter.after_step(progress.step + 1)
+            progress.moved += norm > 0
+        else:
+            progress.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        self._rescale(math.isfinite(norm))
+        if self.active and progress.step >= self.total_steps:
+            progress.ended = "finished"
+        return norm
+
+    def _rescale(self, finite: bool) -> None:
+        progress = self.progress
+        if finite:
+            progress.good_steps += 1
+            if progress.loss_scale > 1.0 and progress.good_steps % 200 == 0:
+                progress.loss_scale *= 2
+        elif progress.loss_scale > 1.0:
+            progress.loss_scale /= 2
+            progress.good_steps = 0
+        else:
+            self._fail(f"loss or gradient is not finite at step {progress.step}")
+
+    def _fail(self, reason: str) -> None:
+        self.progress.ended, self.progress.reason = "failed", reason
+
+    def judge(self) -> None:
+        """A job that has come to its end with nothing to show for it has failed: a tensor is not finite, or all are
+        what they began as. ``progress.reason`` says why."""
+        progress = self.progress
+        if progress.ended not in ("finished", "early_stop") or not self.parameters:
+            return
+        named = {n: p.detach() for n, p in self.adapter.named_parameters() if p.requires_grad}
+        for name, value in named.items():
+            if not bool(torch.isfinite(value).all()):
+                self._fail(f"its tensor '{name}' holds numbers that are not finite; take a lower learning_rate")
+                return
+        count = f"all {progress.step} steps" if progress.step > 1 else "its one step"
+        # Weight decay moves what has learned nothing, too.
+        if progress.skipped == progress.step > 0:
+            self._fail(f"the loss or a gradient overflowed in {count}, which changed nothing; take dtype bfloat16 or "
+                       "float32 instead of float16")  # fmt: skip
+        elif not progress.moved:
+            self._fail(f"every gradient was zero in {count}, so nothing was learned; in float16 small gradients are "
+                       "lost (take bfloat16 or float32)")  # fmt: skip
+        elif all(_witness(value) == self._began[name] for name, value in named.items()):
+            early = progress.ended == "early_stop" or self.best is not None
+            self._fail(
+                "no evaluation was better than the one before the first step, so what would be kept is what it began "
+                "as; take a lower learning_rate"
+                if early
+                else f"its tensors are what they began as after {count}; the learning_rate ({self.rate:g}) is too low"
+            )
+
+    def wants_evaluation(self) -> bool:
+        """Before the first step, every ``eval_steps``, and at the end; never twice at the same step."""
+        progress, every = self.progress, self.config.eval_steps
+        given_up = progress.ended in ("failed", "early_stop")
+        if not self.eval_samples or given_up or progress.evaluated_at == progress.step:
+            return False
+        return progress.step == 0 or progress.ended == "finished" or bool(every and progress.step % every == 0)
+
+    def evaluated(self, loss: float, metrics: Mapping[str, float] | None = None) -> None:
+        """Take note of an evaluation; ends the job if ``early_stopping_patience`` evaluations brought no gain."""
+        progress, patience = self.progress, self.config.early_stopping_patience
+        progress.evaluated_at, progress.metrics = progress.step, dict(metrics or {})
+        best = progress.best_eval_loss
+        # Nothing is below NaN: taken for the best it would stay the best.
+        if math.isfinite(loss) and (best is None or loss < best - self.config.early_stopping_min_delta):
+            progress.best_eval_loss, progress.evals_without_gain = loss, 0
+            if patience is not None:
+                self.best = [p.detach().clone() for p in self.parameters]
+            return
+        progress.evals_without_gain += 1
+        if patience is not None and progress.evals_without_gain >= patience and self.active:
+            progress.ended = "early_stop"
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """With early stopping the job ends with the weights that evaluated best."""
+        if self.best is not None:
+            for parameter, value in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, in their own shapes, to go on exactly: parameters (encoders too), optimizer, best weights."""
+        named = {f"parameter.{name}": p.detach() for name, p in self.adapter.named_parameters()}
+        named |= {f"buffer.{name}": b.detach() for name, b in self.adapter.named_buffers()}
+        if self.optimizer is not None:
+            named |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.optimizer).items()}
+        named |= {f"best.{i}": value for i, value in enumerate(self.best or ())}
+        return {key: value.cpu().contiguous() for key, value in named.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Put back ``tensors``, of the shapes that ``tensors()`` gave, and ``progress``."""
+        for name, parameter in self.adapter.named_parameters():
+            parameter.copy_(tensors[f"parameter.{name}"])
+        for name, buffer in self.adapter.named_buffers():
+            buffer.copy_(tensors[f"buffer.{name}"])
+        optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        if self.optimizer is not None:
+            restore_optimizer(self.optimizer, optimizer)
+        best = sorted((int(k.removeprefix("best.")), v) for k, v in tensors.items() if k.startswith("best."))
+        self.best = [value.to(p.device) for (_, value), p in zip(best, self.parameters, strict=True)] if best else None
+        self.progress = Progress(**progress)
+
+    def state(self) -> dict[str, Any]:
+        """``progress`` as JSON values."""
+        return asdict(self.progress)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the tokenized training and evaluation data, in order."""
+        digest = hashlib.sha256()
+        for sample in itertools.chain(self.samples, self.eval_samples):
+            digest.update(repr((sample.input_ids, sample.weights)).encode())
+            if sample.target_ids:
+                digest.update(repr(sample.target_ids).encode())
+            if sample.label is not None:
+                digest.update(repr((sample.label, sample.token_types)).encode())
+        if self.adapter.head.labels:
+            digest.update(repr(self.adapter.head.labels).encode())
+        return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""The trainer: evaluates, saves and steps until every job has ended or someone asks it to stop."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weft.core.adapters import Adapters
+from weft.errors import UserError
+from weft.files.run_folder import RunStore
+from weft.objectives.passes import evaluate
+from weft.training.job import Job
+from weft.training.memory import freed_memory_kept, peak_memory
+from weft.training.step import StepResult, train_step
+from weft.training.verify import verify_packing
+from weft.version import __version__
+
+Event = Mapping[str, Any]
+# float16 cannot hold the gradients of a small loss; the first overflow halves this.
+_FIRST_LOSS_SCALE = 2.0**12
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How it ended: ``completed`` is False if it was asked to stop; per job how it ``ended`` (``finished``,
+    ``early_stop``, or ``failed`` with the ``reason``) and the last evaluation."""
+
+    completed: bool
+    steps: int
+    seconds: float
+    jobs: dict[str, dict[str, Any]]
+
+
+class Trainer:
+    """Trains many jobs over one base.
+
+    Args:
+        adapters: the base with every job's adapter added.
+        jobs: in the order in which their rows stand in the stream.
+        store: where checkpoints and metrics go; None keeps everything in memory.
+        on_event: called with every logged event (``step``, ``eval``, ``end``, ``warning``).
+        verify_packing: before the first step, prove that the sequences of the first batch do not feel each other.
+        should_stop: asked after every step and before every evaluation; True saves and leaves.
+    """
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        jobs: Sequence[Job],
+        *,
+        store: RunStore | None = None,
+        logging_steps: int = 10,
+        save_steps: int | None = None,
+        save_total_limit: int = 2,
+        verify_packing: bool = True,
+        on_event: Callable[[Event], None] = lambda event: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.adapters, self.jobs, self.store = adapters, list(jobs), store
+        self.logging_steps, self.save_steps, self.save_total_limit = logging_steps, save_steps, save_total_limit
+        self.on_event, self.should_stop = on_event, should_stop
+        self.verify_packing = verify_packing
+        self.step = 0
+        if adapters.dtype == torch.float16:
+            for job in self.jobs:
+                job.progress.loss_scale = _FIRST_LOSS_SCALE
+        self._recent: dict[str, list[float]] = {job.name: [] for job in self.jobs}
+
+    def resume(self) -> bool:
+        """Go back to the newest intact checkpoint; False if there is none.
+
+        Raises:
+            UserError: the checkpoint was made from other data or another environment; says what changed.
+        """
+        assert self.store is not None
+        found = self.store.latest()
+        if found is None:
+            self.store.rewind_metrics(0)
+            return False
+        state, tensors, warnings = found
+        self._compare(state)
+        for job in self.jobs:
+            job.restore(tensors[job.name], state["jobs"][job.name]["progress"])
+            self._recent[job.name] = list(state["jobs"][job.name]["recent"])
+        self.step = state["step"]
+        self.store.rewind_metrics(state["metrics_bytes"])
+        for text in warnings:
+            self._tell({"event": "warning", "message": text}, log=False)
+        return True
+
+    def run(self) -> TrainResult:
+        """Train until all jobs have ended, or until ``should_stop``."""
+        with freed_memory_kept(self.adapters.device):
+            return self._run()
+
+    def _run(self) -> TrainResult:
+        started, saved_at = time.monotonic(), self.step
+        if self.verify_packing:
+            verify_packing(self.adapters, self.jobs)
+        while True:
+            stopped = not self._evaluate_due()
+            active = [job for job in self.jobs if job.active]
+            if stopped or not active:
+                break
+            if self.save_steps and self.step % self.save_steps == 0 and self.step != saved_at:
+                self.save()
+                saved_at = self.step
+            if self.should_stop():
+                stopped = True
+                break
+            self._step(active)
+        completed = not stopped
+        if completed:
+            self._judge()
+        self.save()
+        seconds = time.monotonic() - started
+        jobs = {job.name: {**job.state(), "total_steps": job.total_steps} for job in self.jobs}
+        self._tell({"event": "end", "completed": completed, "step": self.step, "seconds": round(seconds, 3)}, log=False)
+        return TrainResult(completed, self.step, seconds, jobs)
+
+    def _judge(self) -> None:
+        """All jobs have come to their end: the best weights come back, and what has learned nothing fails."""
+        for job in self.jobs:
+            job.take_best()
+            told = job.progress.ended == "failed"
+            job.judge()
+            skipped, steps = job.progress.skipped, job.progress.step
+            if job.progress.ended == "failed" and not told:
+                self._warn(job, f"{job.progress.reason}; the job has failed")
+            elif job.progress.ended != "failed" and 2 * skipped >= steps > 0:
+                self._warn(job, f"{skipped} of {steps} steps were skipped, for float16 overflowed; bfloat16 or float32 "
+                           "would not")  # fmt: skip
+
+    def _warn(self, job: Job, text: str) -> None:
+        self._tell({"event": "warning", "job": job.name, "message": f"{job.name}: {text}"})
+
+    def save(self) -> None:
+        """Commit a checkpoint of this moment."""
+        if self.store is None:
+            return
+        state = {
+            "step": self.step,
+            "environment": environment(),
+            "jobs": {
+                job.name: {"progress": job.state(), "data": job.fingerprint, "recent": self._recent[job.name]}
+                for job in self.jobs
+            },
+        }
+        self.store.save(self.step, state, {job.name: job.tensors() for job in self.jobs}, self.save_total_limit)
+
+    def _step(self, active: list[Job]) -> None:
+        begun = time.monotonic()
+        results = train_step(self.adapters, active)
+        seconds = time.monotonic() - begun
+        self.step += 1
+        for job in active:
+            job.progress.seconds += seconds
+            self._recent[job.name].append(results[job.name].loss)
+            if job.progress.step % self.logging_steps == 0 or job.progress.step == 1 or not job.active:
+                self._log_step(job, results[job.name], seconds)
+            if job.progress.ended == "failed":
+                self._warn(job, f"{job.progress.reason}; the job ends here")
+
+    def _log_step(self, job: Job, result: StepResult, seconds: float) -> None:
+        recent, self._recent[job.name] = self._recent[job.name], []
+        progress = job.progress
+        self._tell(
+            {
+                "event": "step",
+                "job": job.name,
+                "step": progress.step,
+                "total_steps": job.total_steps,
+                "epoch": round(job.epoch, 4),
+                "loss": sum(recent) / len(recent),
+                "grad_norm": result.grad_norm,
+                "learning_rate": result.learning_rate,
+                "tokens": progress.tokens,
+                "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+                "eta_seconds": round(progress.seconds / progress.step * (job.total_steps - progress.step), 1),
+                "memory_gb": round(peak_memory(self.adapters.device) / 1e9, 3),
+            }
+        )
+
+    def _evaluate_due(self) -> bool:
+        """Evaluate the jobs that are due; False if asked to stop in between."""
+        for job in self.jobs:
+            if not job.wants_evaluation():
+                continue
+            found = evaluate(self.adapters, job.name, job.eval_samples, should_stop=self.should_stop)
+            if found is None:
+                return False
+            job.evaluated(found.loss, found.metrics)
+            figures = {f"eval_{key}": value for key, value in {"loss": found.loss, **found.metrics}.items()}
+            self._tell({"event": "eval", "job": job.name, "step": job.progress.step, **figures})
+        return True
+
+    def _tell(self, event: dict[str, Any], *, log: bool = True) -> None:
+        if self.store is not None and log:
+            self.store.log(event)
+        self.on_event(event)
+
+    def _compare(self, state: Mapping[str, Any]) -> None:
+        """Refuse to go on with other jobs or other data; say when the machine's arithmetic may differ."""
+        names, before = [job.name for job in self.jobs], list(state["jobs"])
+        if names != before:
+            raise UserError(f"cannot resume: the checkpoint's jobs are {before}, the configuration's are {names}.")
+        for job in self.jobs:
+            if job.fingerprint != state["jobs"][job.name]["data"]:
+                raise UserError(
+                    f"cannot resume: the data of job '{job.name}' (file, tokenizer, template or length) is not what "
+                    "the checkpoint was made with. Put it back, or begin a new run in another output_dir."
+                )
+        for key, value in environment().items():
+            old = state["environment"].get(key)
+            if old != value:
+                text = f"{key} was {old}, is {value}: the run goes on, but not bit for bit"
+                self._tell({"event": "warning", "message": text}, log=False)
+
+
+def environment() -> dict[str, str]:
+    """What the bits of a run depend on besides its configuration."""
+    return {
+        "weft": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }

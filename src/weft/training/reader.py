@@ -1,0 +1,231 @@
+"""The jobs' data: where it lies, and the samples in it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from weft.core.heads import ClassificationTask
+from weft.data import Mixture, Problems, Renderer, Sample, Source, parse_sources
+from weft.data.formats.detect import EmptyAnswerError
+from weft.data.labelled import ClassRecipe, given_labels
+from weft.data.pipeline import Fold, Outcome, Recipe, TextRecipe, outcomes
+from weft.data.problems import OnBadRecord
+from weft.data.reading.files import Place, Shards, find_files, unique
+from weft.data.rendering.render import Task
+from weft.data.sources import held_by_chance, held_by_hash
+from weft.data.store import MEMORY, SampleStore
+from weft.data.views import Array, Samples, chained
+from weft.errors import UserError
+from weft.models.hub import fetch_dataset, is_dataset_id
+from weft.training.settings import JobConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class JobData:
+    """What a job trains on and what it is evaluated on; the classes, if it classifies; how its sources mix."""
+
+    train: Sequence[Sample]
+    held: Sequence[Sample]
+    classes: ClassificationTask | None = None
+    mixture: Mixture = field(default_factory=lambda: Mixture(()))
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """The samples of one source, a hash of what each says where a split asks for it, and the names of its classes.
+
+    ``outcomes`` are those of all its records, where they are watched.
+    """
+
+    path: str
+    samples: Samples
+    keys: Sequence[int]
+    _: KW_ONLY
+    names: tuple[str, ...]
+    outcomes: Sequence[Outcome]
+
+    @property
+    def several(self) -> tuple[str, ...] | None:
+        """The names of the classes, if there are several."""
+        return self.names if len(self.names) > 1 else None
+
+
+Sides = tuple[list[Samples], list[Samples]]  # to train on, to evaluate on, by source
+
+
+class Read(NamedTuple):
+    """What was read for a job, source by source: to train on, and to evaluate on (None: that is split off)."""
+
+    sources: tuple[Loaded, ...]
+    evaluated: tuple[Loaded, ...] | None
+
+
+def data_files(config: RunConfig) -> dict[str, Place]:
+    """Where the data that the jobs name lies; what is on a hub is fetched.
+
+    Raises UserError for what is not there, and for a file that one job would read twice.
+    """
+    places: dict[str, Place] = {}
+    for job in config.jobs:
+        for data in (job.data or config.data, job.eval_data or config.eval_data):
+            sources = parse_sources(data) if data is not None else ()
+            for source in sources:
+                if source.path not in places:
+                    places[source.path] = _place(source.path, config)
+            unique([file for source in sources for file in find_files(places[source.path])])
+    return places
+
+
+def _place(path: str, config: RunConfig) -> Place:
+    if is_dataset_id(path):
+        found = fetch_dataset(path, config.data_hub or config.hub)
+        return found if isinstance(found, Path) else Shards(found.name, found.files)
+    if not Path(path).exists() and not any(mark in path for mark in "*?["):
+        raise UserError(f"no data file at {path}.")
+    return Path(path)
+
+
+class Base(Protocol):
+    """What of a base decides how data is read for it."""
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def bidirectional(self) -> bool: ...
+
+
+class Reader:
+    """Reads the jobs' files; what several jobs read alike is read once. ``problems`` are those of all of them.
+
+    Samples go to a ``SampleStore`` as they are made. What is made of them in turn (documents joined, classes numbered
+    anew) goes to another, which lives longer: the first ones are not needed any more when the Reader is gone.
+    ``watched``, for a preview: outcomes are kept, and reading goes on where training would end.
+    """
+
+    def __init__(
+        self, config: RunConfig, renderer: Renderer, base: Base, places: Mapping[str, Place], *, watched: bool = False
+    ) -> None:
+        self.config, self.renderer, self.base, self.places, self.watched = config, renderer, base, places, watched
+        self.files: dict[Any, Loaded] = {}
+        self.stores = SampleStore(MEMORY // 2), SampleStore(MEMORY // 2)
+        self.made: dict[Read, Sides] = {}
+        mode: OnBadRecord = "skip" if watched else config.on_bad_record
+        self.problems = Problems(mode, errors={"empty_answer": EmptyAnswerError})
+
+    def job(self, job: JobConfig) -> JobData:
+        """The job's samples to train on and to evaluate on."""
+        read = self.read(job)
+        self.problems.check("the data")
+        if read not in self.made:
+            self.made[read] = self.sides(read, self.split(read))
+        return self.data(job, read, self.made[read])
+
+    def read(self, job: JobConfig) -> Read:
+        """The records of the job's sources.
+
+        Raises:
+            UserError: A record cannot be used, and ``on_bad_record`` demands it; or ``eval_data`` has weights.
+        """
+        sources = parse_sources(job.data or self.config.data)
+        held = job.eval_data or self.config.eval_data
+        evaluated = parse_sources(held) if held is not None else ()
+        if any(source.weight is not None for source in evaluated):
+            raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
+        loaded: list[Loaded] = []
+        labels = given_labels(job.labels)
+        for source in (*sources, *evaluated):
+            loaded.append(self._source(source, job, labels))
+            labels = labels or loaded[0].several
+        parts = tuple(loaded[: len(sources)]), tuple(loaded[len(sources) :])
+        return Read(parts[0], parts[1] if held is not None else None)
+
+    def split(self, read: Read) -> list[Array]:
+        """Of every source which samples are held out (bool): the same for every job, so that losses compare."""
+        sizes = [len(part.samples) for part in read.sources]
+        if read.evaluated is not None:
+            return [np.zeros(size, bool) for size in sizes]
+        if self.config.eval_split is None:
+            held = held_by_chance(sum(sizes), self.config.eval_size, seed=0)
+        else:
+            held = held_by_hash((key for part in read.sources for key in part.keys), self.config.eval_split)
+        return np.split(np.frombuffer(held, bool), np.cumsum(sizes)[:-1])
+
+    def sides(self, read: Read, held: Sequence[Array]) -> Sides:
+        """What to train on and to evaluate on, where some samples of the sources are held out."""
+        pairs = [(part.samples, out) for part, out in zip(read.sources, held, strict=True)]
+        train = [samples.picked(~out) for samples, out in pairs]
+        if read.evaluated is not None:
+            evaluated = [part.samples for part in read.evaluated]
+        else:
+            evaluated = [samples.picked(out) for samples, out in pairs]
+        if read.sources[0].names or self.renderer.limit.documents != "joined":
+            return train, evaluated
+        # After the split: no window holds text of both sides.
+        train, evaluated = ([self._stored(self.renderer.join(part)) for part in side] for side in (train, evaluated))
+        return train, evaluated
+
+    def data(self, job: JobConfig, read: Read, sides: Sides) -> JobData:
+        """The job's data."""
+        weights = [source.weight for source in parse_sources(job.data or self.config.data) if source.weight is not None]
+        train, held = sides
+        mixture = Mixture(tuple(map(len, train)), tuple(weights) or None)
+        names = read.sources[0].several
+        classes = ClassificationTask(names) if names else None
+        return JobData(chained(train), chained(held), classes, mixture)
+
+    def _stored(self, samples: Iterable[Sample]) -> Samples:
+        store = self.stores[1]
+        start = len(store)
+        for sample in samples:
+            store.append(sample)
+        return store[start:]
+
+    def _recipe(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
+        keyed = self.config.eval_split is not None
+        if job.classifies:
+            return ClassRecipe(
+                renderer=self.renderer,
+                labels=labels,
+                text_columns=job.text_columns,
+                label_column=job.label_column,
+                encoder=self.base.bidirectional,
+                keyed=keyed,
+                watched=self.watched,
+            )
+        return TextRecipe(
+            renderer=self.renderer,
+            settings=self.config.of(source),
+            task=self.base.task,
+            keyed=keyed,
+            watched=self.watched,
+        )
+
+    def _source(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Loaded:
+        recipe, place = self._recipe(source, job, labels), self.places[source.path]
+        limit = self.config.of(source).limit
+        key = (source.path, repr(recipe), limit)
+        if key not in self.files:
+            self.problems.begin()
+            store, keys, fold = self.stores[0], array("Q"), Fold(place, recipe, self.problems)
+            start = len(store)
+            workers = 0 if self.watched else self.config.data_workers
+            found: Iterable[Outcome] = outcomes(place, recipe, limit=limit, workers=workers)
+            seen = list(found) if self.watched else ()
+            for sample, said in fold.samples(seen or found):
+                store.append(sample)
+                if recipe.keyed:
+                    keys.append(said)
+            if not self.watched:
+                recipe.end(fold)
+            samples = store[start:]
+            if not fold.settled:
+                samples = self._stored(fold.numbered(samples))
+            self.files[key] = Loaded(source.path, samples, keys, names=fold.names, outcomes=seen)
+        return self.files[key]

@@ -1,0 +1,302 @@
+"""From a configuration to a finished run folder: loads, checks, trains, saves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+import torch
+
+from weft.adapters import Adapters
+from weft.data import Problems, Renderer
+from weft.data.auditing.audit import audit_before_training
+from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
+from weft.data.settings import DataSettings, free_keys
+from weft.data.views import Samples, chained
+from weft.errors import UserError
+from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
+from weft.methods.dense import how_kept
+from weft.models import Base
+from weft.models.attached import prove_attached
+from weft.models.load import resolve_model
+from weft.models.tasks import check_job
+from weft.training.batches import Batches
+from weft.training.callbacks import CALLBACKS, with_callbacks
+from weft.training.config import read_run_config
+from weft.training.job import Job
+from weft.training.loop import Event, Trainer, TrainResult
+from weft.training.reader import JobData, Reader, data_files
+from weft.training.settings import RunConfig
+
+_BAD_RECORDS = "bad_records.jsonl"
+_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, _BAD_RECORDS}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to begin."""
+
+    config: RunConfig
+    base: Base
+    adapters: Adapters
+    _: KW_ONLY
+    renderer: Renderer
+    jobs: list[Job]
+    problems: Problems
+
+
+def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
+    """Load base and data and make every job's adapter. Writes nothing but the report of bad records that end the run.
+
+    Raises:
+        UserError: anything in the configuration, the data or the model that cannot work.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    places = data_files(config)
+    # What can be refused is refused before weights are loaded, which may take minutes.
+    sketch = base or config.sketch()
+    renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
+    _check_tasks(config, sketch)
+    read = Reader(config, renderer, sketch.architecture, places)
+    try:
+        loaded = [read.job(job) for job in config.jobs]
+    except UserError as error:
+        raise _reported(config, read.problems, error) from None
+    audit_before_training(renderer, chained([d.train for d in loaded]), chained([d.held for d in loaded]), config.audit)
+    _check(config, sketch, loaded)
+    if base is None:
+        base = config.base(sketch.tokenizer)
+    adapters = Adapters(
+        base.model,
+        base.architecture,
+        exact=config.exact,
+        checkpointing=config.gradient_checkpointing,
+        original_weight=base.original_weight,
+    )
+    try:
+        jobs = []
+        for job, found in zip(config.jobs, loaded, strict=True):
+            adapter = adapters.add(
+                job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, classification=found.classes
+            )
+            prove_attached(adapters, job.name)
+            jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
+    except BaseException:
+        adapters.close()
+        raise
+    return Setup(config, base, adapters=adapters, renderer=renderer, jobs=jobs, problems=read.problems)
+
+
+def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
+    """The error that ends the reading, with the report written if one was asked for: now it is wanted most."""
+    if config.on_bad_record != "report" or error is not problems.ended:
+        return error
+    path, folder = _report_of(config), Path(config.output_dir)
+    if config.bad_records_file is None and (folder / RUN_FILE).is_file():  # its own report stays
+        path = folder.with_name(f"{folder.name}.{_BAD_RECORDS}")
+    try:
+        problems.write(path)
+    except UserError as second:
+        return UserError(f"{error}\n{second}")
+    return UserError(f"{error} All bad records so far are in {path}.")
+
+
+def _report_of(config: RunConfig) -> Path:
+    return Path(config.bad_records_file or Path(config.output_dir) / _BAD_RECORDS)
+
+
+def _check_tasks(config: RunConfig, sketch: Base) -> None:
+    for job in config.jobs:
+        check_job(job.name, job.task, config.model, sketch.architecture)
+        job.own_objective()
+        for part in job.method_config().methods():
+            part.check_quantization(config.quantization)
+
+
+def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
+    """Make every adapter without values, and take it away again."""
+    adapters = Adapters(sketch.model, sketch.architecture, exact=config.exact)
+    try:
+        for job, data in zip(config.jobs, loaded, strict=True):
+            adapter = adapters.add(
+                job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
+            )
+            adapter.begin_training(
+                Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
+            )
+            learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+            _check_lengths(job.name, learned, chained([data.train, data.held]), sketch)
+    finally:
+        adapters.close()
+
+
+def _check_lengths(name: str, learned: int, samples: Samples, base: Base) -> None:
+    """Virtual and prefix tokens take positions too."""
+    limit = base.architecture.max_length
+    if limit is None or not learned:
+        return
+    longest = samples[int(samples.lengths()[0].argmax())]
+    if len(longest.input_ids) + learned > limit:
+        raise UserError(
+            f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed "
+            f"the model's {limit} positions. "
+            + (f"Set max_length: {limit - learned} (with truncation: right to cut) or " if learned < limit - 1 else "")
+            + "fewer num_virtual_tokens."
+        )
+
+
+def train(
+    config: RunConfig,
+    *,
+    on_event: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_ready: Callable[[Setup], None] = lambda setup: None,
+    on_trained: Callable[[Setup], None] = lambda setup: None,
+) -> TrainResult:
+    """Run a configuration to its end; the run's folder then holds the adapters, but for those of jobs that failed.
+
+    ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones before they are closed.
+
+    Raises:
+        UserError: before anything is written, if the configuration, the data or the folder cannot be used.
+    """
+    store = RunStore(config.output_dir)
+    _check_report(config)
+    # Before the base is loaded, which may take minutes.
+    callbacks = [CALLBACKS.find(name) for name in config.callbacks]
+    _check_folder(store, config)
+    setup = prepare(config)
+    # Told before the folder is touched: from then on a signal may only stop the run where it can be resumed.
+    on_ready(setup)
+    on_event, should_stop = with_callbacks([callback(setup) for callback in callbacks], on_event, should_stop)
+    begun = (store.folder / RUN_FILE).is_file()
+    store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
+    try:
+        return _train(config, setup, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained)
+    finally:
+        store.release()
+        setup.adapters.close()
+
+
+def _train(
+    config: RunConfig,
+    setup: Setup,
+    store: RunStore,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+    on_trained: Callable[[Setup], None],
+) -> TrainResult:
+    trainer = Trainer(
+        setup.adapters,
+        setup.jobs,
+        store=store,
+        logging_steps=config.logging_steps,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        verify_packing=config.verify_packing,
+        on_event=on_event,
+        should_stop=should_stop,
+    )
+    if config.resume:
+        trainer.resume()
+    labels = {job.name: job.adapter.head.labels for job in setup.jobs if job.adapter.head.labels}
+    base = base_fingerprint(setup.base)
+    store.write_run({"config": config.model_dump(mode="json"), "base": base, "labels": labels})
+    if config.on_bad_record == "report":
+        setup.problems.write(_report_of(config))
+    setup.base.tokenizer.save_pretrained(store.tokenizer)
+    result = trainer.run()
+    if result.completed:
+        tokenizer = TokenizerFacts.of(setup.base.tokenizer)
+        kept = how_kept(setup.adapters.model, setup.adapters.dtype) | {k: v for k, v in base.items() if k != "model"}
+        for job in setup.jobs:
+            if job.progress.ended == "failed":
+                shutil.rmtree(store.adapters / job.name, ignore_errors=True)
+                continue
+            job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
+            job.adapter.trained_on = dict(kept)
+            setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
+        on_trained(setup)
+    return result
+
+
+def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance:
+    """How the job's data was read and rendered; travels in the adapter's folder."""
+    own, run = job.config, setup.config
+    settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
+    settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
+    if job.adapter.head.labels:
+        settings |= {"text_columns": own.text_columns, "label_column": own.label_column}
+    return Provenance(
+        **template_of(setup.renderer),
+        tokenizer=tokenizer,
+        task=own.task,
+        settings=file_names(settings) | {"max_length": setup.renderer.max_length},
+        sha256=job.fingerprint,
+        records=len(job.samples),
+        eval_records=len(job.eval_samples),
+        batch_size=None if own.batch_tokens else own.batch_size,
+        batch_tokens=own.batch_tokens,
+    )
+
+
+def _check_report(config: RunConfig) -> None:
+    """Whether the report of bad records can be written where it is to go."""
+    if config.bad_records_file is None:
+        return
+    path = Path(config.bad_records_file)
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    wrong = "is a folder" if path.is_dir() else "" if above.is_dir() else f"cannot be written: {above} is a file"
+    if wrong or not os.access(above, os.W_OK):
+        raise UserError(f"bad_records_file {path} {wrong or f'cannot be written: no access to {above}'}.")
+
+
+def _check_folder(store: RunStore, config: RunConfig) -> None:
+    """Whether the run can be written where it is to go; changes nothing."""
+    folder = store.folder
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir {folder}: {existing} is a file, not a folder.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir {folder}: {existing} cannot be written to.")
+    if existing is not folder:
+        return
+    if (folder / RUN_FILE).is_file():
+        if config.resume:
+            _same_run(config, read_run_config(folder))
+        elif not config.overwrite_output_dir:
+            raise UserError(
+                f"{folder} already holds a run. Go on with it (resume: true, or --resume), take another output_dir, or "
+                "delete it (overwrite_output_dir: true, or --overwrite-output-dir)."
+            )
+    # What a run leaves that was ended before it had written run.json may be taken over.
+    elif foreign := sorted({path.name for path in folder.iterdir()} - _EMPTY_RUN):
+        raise UserError(
+            f"{folder} is no run's folder, but holds {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)}; "
+            "it is left alone. Take another output_dir."
+        )
+
+
+def base_fingerprint(base: Base) -> dict[str, object]:
+    """Enough of the base to notice that it is another one: its name, its size, a hash of its smallest tensors."""
+    digest = hashlib.sha256()
+    tensors = base.model.state_dict()
+    for key in sorted(tensors, key=lambda k: (tensors[k].numel(), k))[:64]:
+        digest.update(key.encode() + tensors[key].detach().float().cpu().numpy().tobytes())
+    parameters = sum(t.numel() for t in tensors.values())
+    return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
+
+
+def _same_run(config: RunConfig, begun: RunConfig) -> None:
+    """A run is resumed as it was begun: any other setting would make it another run."""
+    old, new = begun.model_dump(mode="json"), config.model_dump(mode="json")
+    free = free_keys(RunConfig)
+    changed = [key for key in new if key not in free and old[key] != new[key]]
+    if changed:
+        lines = "\n".join(f"  {key}: {old[key]!r} -> {new[key]!r}" for key in changed)
+        raise UserError(f"cannot resume: the configuration has changed since the run began:\n{lines}")

@@ -1,0 +1,280 @@
+"""The configuration's models: one job, and the run of many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from weft.core.adapter import MethodConfig, check_name
+from weft.core.combined import CombinedConfig
+from weft.core.registry import method_config
+from weft.data import Renderer
+from weft.data.rendering.drafts import RenderSettings
+from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
+from weft.errors import UserError
+from weft.models import Base, load_base
+from weft.models.hub import Hub
+from weft.models.load import Shape, sketch_base
+from weft.models.quantize import Quantization
+from weft.objectives import Objective, make_objective
+from weft.training.aliases import translate
+
+
+class JobConfig(BaseModel):
+    """One adapter and how it is trained. ``steps`` are optimizer steps and win over ``epochs``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(description="name of the adapter and of its folder")
+    method: str = Field(description="one of the methods below; or several in one adapter, joined by `+` (above)")
+    method_settings: dict[str, object] = {}
+    data: DataPaths | None = Field(None, description="training data of this job")
+    eval_data: DataPaths | None = Field(None, description="evaluation data of this job")
+    task: Literal["causal_lm", "seq2seq", "sequence_classification"] = Field(
+        "causal_lm",
+        description="`causal_lm` writes text, as the base does it (`seq2seq`: only on an encoder-decoder, T5 or mT5); "
+        "`sequence_classification` names the class of a text, through a head of the job's own (on a base that writes "
+        "or on an encoder)",
+    )
+    labels: list[str] | None = Field(
+        None, description="classification: names of the classes in order; default: those in the training data"
+    )
+    text_columns: list[str] | None = Field(
+        None, description="classification: the columns with the text or the pair of texts, if not the usual ones"
+    )
+    label_column: str | None = Field(None, description="classification: the column with the label, likewise")
+    steps: int | None = Field(None, gt=0, description="optimizer steps; wins over `epochs`")
+    epochs: float = Field(3, gt=0, description="passes over the data")
+    batch_size: int = Field(8, gt=0, description="records per optimizer step, times `gradient_accumulation_steps`")
+    batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="instead of `batch_size`: so many tokens a step; `auto`: `batch_size` times `max_length`",
+    )
+    pack_tokens: int | None = Field(
+        None, gt=0, description="the most tokens in one pass; default: those of the first epoch's fullest batch"
+    )
+    gradient_accumulation_steps: int = Field(
+        1, gt=0, description="makes a step of that many batches; a pass stays as large as one of them"
+    )
+    objective: str | None = Field(
+        None,
+        description="the name of an extension's objective, instead of the likelihood of the answers "
+        "([extending.md](extending.md)); evaluation stays the likelihood",
+    )
+    objective_settings: dict[str, object] = Field({}, description="settings of the objective")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch's own")
+    learning_rate: float | None = Field(
+        None, gt=0, description="default: the method's usual one (below); of several methods in one job each its own"
+    )
+    adam_betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="AdamW's decay rates; `adam_beta1` and `adam_beta2` set one"
+    )
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's ε")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of `sgd`")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for `adamw`")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="wins over `warmup_ratio`")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the job's gradients to this norm; 0: do not")
+    seed: int = Field(0, description="of the job's initial values, order and dropout")
+    eval_steps: int | None = Field(
+        None, gt=0, description="evaluate every so many steps, besides before the first and after the last"
+    )
+    early_stopping_patience: int | None = Field(
+        None, gt=0, description="end after so many evaluations without gain, with the best weights; needs `eval_steps`"
+    )
+    early_stopping_min_delta: float = Field(0.0, ge=0, description="how much lower a loss must be to count as gain")
+    neftune_noise_alpha: float = Field(
+        0.0, ge=0, description="NEFTune: strength of the noise on the embeddings in training; 5 is usual, 0: none"
+    )
+
+    _method: MethodConfig = PrivateAttr()
+    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names_of_labels(cls, value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            if any(isinstance(name, bool) for name in value):
+                raise ValueError("YAML reads no and yes as switches; put the labels in quotes")
+            return [str(name) if isinstance(name, (int, float)) else name for name in value]
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> JobConfig:
+        check_name(self.name)
+        if self.name == "base":
+            raise ValueError("'base' is no name for a job: in chat and generate it is the base itself")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} does not fit into 64 bits")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas {self.adam_betas}: both must lie in [0, 1)")
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise ValueError("early_stopping_patience needs eval_steps: without evaluation nothing can stop early")
+        if self.batch_tokens is not None and self.pack_tokens is not None:
+            raise ValueError("batch_tokens and pack_tokens exclude each other: what goes through the model at once "
+                             "is already limited by batch_tokens")  # fmt: skip
+        if self.objective is not None and self.classifies:
+            raise ValueError("objective is for tasks that write; a classification has its own")
+        if self.objective_settings and self.objective is None:
+            raise ValueError("objective_settings need an objective")
+        self._method = method = method_of(self.method, self.method_settings)
+        for one in method.methods():
+            if self.task not in one.tasks:
+                fitting = ", ".join(sorted(one.tasks))
+                raise ValueError(f"task {self.task}: method {one.method} is not for that; it is for {fitting}")
+        return self
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the job names the class of a text, by a head of its own."""
+        return self.task == "sequence_classification"
+
+    def method_config(self) -> MethodConfig:
+        """The method's own configuration."""
+        return self._method
+
+    def own_objective(self) -> Objective | None:
+        """What the job minimises, if it names something; None: the likelihood, or the loss of its task.
+
+        Raises:
+            UserError: there is no such objective, or it has no such setting.
+        """
+        return None if self.objective is None else make_objective(self.objective, self.objective_settings)
+
+    def planned_steps(self, samples: int) -> tuple[int, int]:
+        """(optimizer steps per epoch, of the whole job) with that many samples in batches of ``batch_size``."""
+        per_epoch = math.ceil(math.ceil(samples / self.batch_size) / self.gradient_accumulation_steps)
+        return per_epoch, self.steps or max(1, round(self.epochs * per_epoch))
+
+
+class RunConfig(DataSettings):
+    """A run: base, data, jobs, where it is written."""
+
+    model: str = Field(
+        description="the base: a Hugging Face folder, a hub id, or an embedded model (`tiny-llama`, `tiny-bloom`)"
+    )
+    jobs: tuple[JobConfig, ...] = Field(
+        min_length=1,
+        description="one mapping per job; or leave it out: `method: [lora, prefix_tuning]` makes one job each",
+    )
+    output_dir: Annotated[str, FREE] = Field("runs/weft", description="folder of the run")
+    overwrite_output_dir: Annotated[bool, FREE] = Field(
+        False, description="delete the run that is in `output_dir` (anything else there is never deleted)"
+    )
+    resume: Annotated[bool, FREE] = Field(
+        False, description="go on from the newest intact checkpoint in `output_dir`; begins anew if the run never began"
+    )
+    hub: Hub = Field(
+        "huggingface", description="where ids of models and data are looked up; `HF_ENDPOINT` names a mirror"
+    )
+    shape: Shape = Field(
+        "full", description="`tiny`: the same architecture, two layers of width 64, random; to try a run in seconds"
+    )
+    quantization: Quantization | None = Field(
+        None, description="how the linears are kept: NF4 (double quantisation), LLM.int8; needs `weft[quant]`"
+    )
+    dtype: str = Field(
+        "auto",
+        description="what it computes in: `auto` (as its config says), `float32`, `bfloat16`, `float16`, `float64`",
+    )
+    device: str = Field("auto", description="`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:0`")
+    threads: Annotated[int | None, FREE] = Field(None, gt=0, description="CPU threads of torch")
+    exact: bool = Field(
+        False, description="one matrix product per job: bit for bit what each job alone would give, and slower"
+    )
+    verify_packing: Annotated[bool, FREE] = Field(
+        True, description="before the first step, prove that no sequence depends on its neighbours ([data.md](data.md))"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the blocks in the backward pass: less memory, more time"
+    )
+    logging_steps: Annotated[int, FREE] = Field(10, gt=0, description="a line of metrics every so many steps of a job")
+    save_steps: Annotated[int | None, FREE] = Field(
+        None, gt=0, description="a checkpoint every so many steps, besides one at the end and when the run is stopped"
+    )
+    save_total_limit: Annotated[int, FREE] = Field(2, gt=0, description="how many checkpoints to keep")
+    callbacks: Annotated[list[str], FREE] = Field(
+        [], description="names of callbacks, which hear every event of the run ([extending.md](extending.md))"
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RunConfig:
+        names = [job.name for job in self.jobs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two jobs are named {', '.join(twice)}; give each its own name")
+        if self.eval_split is not None and (
+            self.eval_size or any(job.eval_data or self.eval_data for job in self.jobs)
+        ):
+            raise ValueError("eval_split, eval_size and eval_data exclude each other: what to evaluate on is said once")
+        if self.bad_records_file is not None and self.on_bad_record != "report":
+            raise ValueError("bad_records_file is for on_bad_record: report; nothing else writes it")
+        classifies = any(job.classifies for job in self.jobs)
+        for key in ("labels", "text_columns", "label_column"):
+            if not classifies and any(getattr(job, key) is not None for job in self.jobs):
+                raise ValueError(f"{key} is for classification; add task: sequence_classification")
+        return self
+
+    def sketch(self) -> Base:
+        """The base's shapes and tokenizer. Raises UserError as ``load_base`` does."""
+        return sketch_base(self.model, dtype=self.dtype, shape=self.shape, hub=self.hub)
+
+    def base(self, tokenizer: Any = None) -> Base:
+        """The base. Raises UserError as ``load_base`` does."""
+        return load_base(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            tokenizer=tokenizer,
+            shape=self.shape,
+            quantization=self.quantization,
+            hub=self.hub,
+        )
+
+    def renderer(self, tokenizer: Any, positions: int | None = None) -> Renderer:
+        """What renders the run's data, for a base that has ``positions`` (None: any number).
+
+        Raises:
+            UserError: a setting asks for what the base or the tokenizer does not have.
+        """
+        length = self.max_length or positions
+        if positions is not None and length is not None and length > positions:
+            raise UserError(f"max_length {length} is more than the {positions} positions that {self.model} has.")
+        return Renderer(tokenizer, part(RenderSettings, self, max_length=length))
+
+
+def settings_of(
+    part: str, cls: type[MethodConfig], settings: Mapping[str, object], where: str = "configuration"
+) -> dict[str, object]:
+    """Of the settings of a job with several methods, those of one: what stands under its name wins."""
+    own = own_settings(part, settings.get(part, {}), where)
+    return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
+
+
+def own_settings(part: str, own: object, where: str) -> dict[str, object]:
+    """The settings under a method's name, in our words.
+
+    Raises:
+        UserError: They are no mapping.
+    """
+    if not isinstance(own, Mapping):
+        raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")
+    return translate(own, f"{where}: {part}")
+
+
+def method_names(method: str) -> list[str]:
+    return [name.strip() for name in method.split("+")]
+
+
+def method_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
+    """The configuration of a method, or of several joined by ``+``."""
+    classes = [(name, method_config(name)) for name in method_names(method)]
+    if len(classes) == 1:
+        name, cls = classes[0]
+        return cls(**{key: value for key, value in settings.items() if key != name} | settings.get(name, {}))
+    return CombinedConfig(parts=tuple(cls(**settings_of(name, cls, settings)) for name, cls in classes))

@@ -1,0 +1,37 @@
+"""Memory figures, and the allocator's settings during a run."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from weft.training.memory import freed_memory_kept, peak_memory
+
+CPU = torch.device("cpu")
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    before = peak_memory(CPU)
+    held = torch.ones(64 * 2**20)
+    assert peak_memory(CPU) > 100e6
+    assert peak_memory(CPU) - before < 2 * held.nbytes + 50e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to keep memory")
+def test_memory_is_given_back_afterwards() -> None:
+    before = resident()
+    with freed_memory_kept(CPU):
+        tensors = [torch.ones(4 * 2**20) for _ in range(16)]  # 16 MiB each, below the largest threshold
+        del tensors
+        kept = resident() - before
+    after = resident() - before
+    assert after < 100e6
+    assert kept > 200e6
