@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from weft.data.auditing.base import Item
-    from weft.data.auditing.pieces import Piece
-    from weft.data.rendering.sample import Sample
-    from weft.preview.view import View
+from weft.data.auditing.audit import grouped
+from weft.data.auditing.base import Finding, Item
+from weft.data.auditing.pieces import Piece, pieces, visible
+from weft.data.rendering.sample import Sample
+from weft.preview.view import View
 
 _LISTED = 3  # findings of a check that are shown
 _WIDEST = 120  # tokens in longer lines are hard to follow
@@ -43,21 +42,18 @@ def show(view: View, out: Console, *, tokens: bool = False) -> None:
 
 
 def _sample(item: Item, view: View, out: Console, tokens: bool) -> None:
-    from weft.data.auditing.pieces import pieces, visible
-
     label = f"  label {item.label}" if item.label is not None else ""
     if item.problem is not None and not item.samples:
         out.print(Text(f"── {item.source}", "bold"))
         out.print(Text(f"becomes no sample: {visible(item.problem[1])}", "red"), soft_wrap=not out.is_terminal)
         out.print(Text(visible(item.text or item.shown)))
     for sample in item.samples:
-        learned = len(sample.target_ids) or sum(map(bool, sample.weights))
-        total = len(sample.input_ids) + len(sample.target_ids)
+        found = pieces(view.data_set.facts.tokenizer, sample)
+        learned = sum(bool(piece.weight) for piece in found)
         cut = f"  cut from {len(sample.input_ids) + sample.cut:,} tokens" if sample.cut else ""
         place = place_of(item, view, sample)
-        head = f"── {item.source}{label}  {total} tokens, {learned} learned{cut}{'  ' * bool(place)}{place}"
+        head = f"── {item.source}{label}  {len(found)} tokens, {learned} learned{cut}{'  ' * bool(place)}{place}"
         out.print(Text(head, "bold"), soft_wrap=not out.is_terminal)
-        found = pieces(view.data_set.facts.tokenizer, sample)
         _lines(found, out)
         if tokens:
             _table(found, out)
@@ -121,8 +117,6 @@ def laid_out(found: Sequence[Piece], width: int) -> Iterator[tuple[int, float, T
 
     A line ends with the token that holds a line end. A token that is wider than a line is broken.
     """
-    from weft.data.auditing.pieces import visible
-
     line, start, weight = Text(), 0, 0.0
     for number, piece in enumerate(found):
         text = visible(piece.text)
@@ -161,18 +155,20 @@ def style_of(piece: Piece, number: int) -> str:
     return (_LEARNED if piece.weight else _UNLEARNED)[number % 2]
 
 
-def _table(found: Sequence[Piece], out: Console) -> None:
-    from weft.data.auditing.pieces import visible
+def text_of(piece: Piece) -> str:
+    """A token's text, in which nothing is hidden."""
+    return visible(piece.text) if piece.text else "(part of a character)" if piece.part else ""
 
+
+def _table(found: Sequence[Piece], out: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("position", "id", "weight"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("token", "text"):
         table.add_column(heading, overflow="fold")
     for number, piece in enumerate(found):
-        text = visible(piece.text) if piece.text else "(part of a character)" if piece.part else ""
         row = (str(piece.position), str(piece.id), f"{piece.weight:g}" if piece.weight else "·")
-        table.add_row(*map(Text, row), Text(visible(piece.token)), Text(text), style=style_of(piece, number))
+        table.add_row(*map(Text, row), Text(visible(piece.token)), Text(text_of(piece)), style=style_of(piece, number))
     out.print(table)
 
 
@@ -245,9 +241,6 @@ def _percent(share: float) -> str:
 
 
 def _findings(view: View, out: Console) -> None:
-    from weft.data.auditing.audit import grouped
-
-    errors = sum(finding.severity == "error" for finding in view.findings)
     for group in grouped(view.findings):
         kind = group.findings[0].severity
         colour = "bold red" if kind == "error" else "bold yellow"
@@ -255,26 +248,27 @@ def _findings(view: View, out: Console) -> None:
         count = Text(f"  {len(group.findings):,}×" if len(group.findings) > 1 else "", colour)
         out.print(head + count, soft_wrap=not out.is_terminal)
         for finding in group.findings[:_LISTED]:
-            line = Text(f"  {finding.source + ': ' if finding.source else ''}{_printable(finding.message)}")
+            line = Text(f"  {finding.source + ': ' if finding.source else ''}{visible(finding.message)}")
             out.print(line, soft_wrap=not out.is_terminal)  # a line of a file can be searched
             if finding.shown:
-                shown = Text(f"    {_printable(finding.shown)}", "dim")
+                shown = Text(f"    {visible(finding.shown)}", "dim")
                 shown.truncate(out.width, overflow="ellipsis")
                 out.print(shown, no_wrap=True)
         if len(group.findings) > _LISTED:
             out.print(Text(f"  … and {len(group.findings) - _LISTED:,} more (--json lists all)", "dim"))
         out.print(Text(f"  mend: {group.findings[0].mend}.", "italic"), soft_wrap=not out.is_terminal)
-    what = f"{count_of(errors, 'error')}, {count_of(len(view.findings) - errors, 'warning')}"
+    errors = any(finding.severity == "error" for finding in view.findings)
     colour = "bold red" if errors else "bold yellow" if view.findings else "bold green"
-    out.print(Text(f"audit: {what if view.findings else 'nothing found'}", colour))
+    out.print(Text(f"audit: {summary(view.findings)}", colour))
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """``2 errors, 1 warning``."""
+    errors = sum(finding.severity == "error" for finding in findings)
+    what = f"{count_of(errors, 'error')}, {count_of(len(findings) - errors, 'warning')}"
+    return what if findings else "nothing found"
 
 
 def count_of(number: int, what: str) -> str:
     """``2 errors``, ``1 error``."""
     return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _printable(text: str) -> str:
-    from weft.data.auditing.pieces import visible
-
-    return visible(text)

@@ -11,7 +11,7 @@ from weft.data.auditing.audit import findings_json
 from weft.data.auditing.base import Finding, Item
 from weft.data.auditing.pieces import pieces
 from weft.data.rendering.sample import Sample
-from weft.preview.examined import Examined
+from weft.preview.data_sets import DataSet
 from weft.preview.packing import Place
 
 
@@ -19,7 +19,7 @@ class View:
     """What there is to show of one data set."""
 
     def __init__(
-        self, data_set: Examined, findings: Sequence[Finding], figures: dict[str, Any], shown: Sequence[Item]
+        self, data_set: DataSet, findings: Sequence[Finding], figures: dict[str, Any], shown: Sequence[Item]
     ) -> None:
         self.data_set, self.findings, self.figures, self.shown = data_set, list(findings), figures, list(shown)
         self.packings = [packing.figures() for packing in data_set.packings]

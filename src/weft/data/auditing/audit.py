@@ -1,7 +1,7 @@
 """The audit: every check over all records, before a week of training is spent on them.
 
 ``audit`` makes all checks and gives what they find; ``audit_before_training`` makes the few that cost next to nothing.
-A check is one function in ``audit_tokens``, ``audit_text``, ``audit_template`` or ``audit_whole``.
+A check is one function in ``tokens``, ``text``, ``template`` or ``whole``.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from weft.data.auditing import template as audit_template
-from weft.data.auditing import text as audit_text
-from weft.data.auditing import tokens as audit_tokens
-from weft.data.auditing import whole as audit_whole
+from weft.data.auditing import template, text, tokens, whole
 from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records
 from weft.data.rendering.render import Renderer, Sample
 from weft.data.views import chained, distinct, sizes
 from weft.errors import UserError, nearest
 
-_CHECKERS = (audit_tokens, audit_text, audit_whole, audit_template)  # importing them fills CHECKS
+_CHECKERS = (tokens, text, whole, template)  # importing them fills CHECKS
 logger = logging.getLogger(__name__)
 
 _PART = 1 << 18  # tokens that the early checks look at at once
@@ -102,7 +99,7 @@ def audit_before_training(
     """
     if mode == "off":
         return []
-    groups = early_findings(Facts(renderer, max_length=renderer.max_length), train, held, part)
+    groups = early_findings(Facts(renderer), train, held, part)
     refused = []
     for group in groups:
         if group.check.early == "refuse" and mode == "error":
@@ -168,14 +165,9 @@ def _line(group: Group) -> str:
     first = group.findings[0]
     count = f" ({group.count:,} records)" if group.count > 1 else ""
     place = f"{first.source}: " if first.source else ""
-    return f"{group.check.code}{count}: {place}{first.message}. {_capital(first.mend)}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return f"{group.check.code}{count}: {place}{first.message}. {first.mend[:1].upper()}{first.mend[1:]}."
 
 
 def findings_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     """All findings as JSON holds them."""
-    keys = ("code", "severity", "source", "split", "message", "shown", "mend")
-    return [{key: getattr(finding, key) for key in keys} for finding in findings]
+    return [asdict(finding) for finding in findings]

@@ -9,20 +9,23 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, TypeVar
 
 from weft.data.auditing.stream import Tokens
 from weft.data.formats.examples import SFT, Conversation, Message
 from weft.data.rendering.render import Renderer, Sample
+from weft.data.rendering.tokens import special_texts
 from weft.data.views import chained
 
 Severity = Literal["error", "warning"]
 Split = Literal["train", "eval"]
+Early = Literal["refuse", "warn"]
+_T = TypeVar("_T")
 _SHOWN = 160
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A record as the audit sees it: what was read, what it became, or why it became nothing.
 
@@ -60,9 +63,12 @@ class Facts:
     renderer: Renderer
     task: str = "causal_lm"
     own_template: str | None = None  # the tokenizer's, where the configuration names another
-    _: KW_ONLY
-    max_length: int | None = None
     skips_bad_records: bool = False
+
+    @property
+    def max_length(self) -> int | None:
+        """The renderer's."""
+        return self.renderer.max_length
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -77,15 +83,17 @@ class Facts:
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str] | None:
         """The tokenizer's control tokens as they would be typed."""
-        texts = {str(text) for text in self.tokenizer.all_special_tokens}
-        texts |= {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         # Byte and reserved tokens of one or two characters would be found everywhere.
-        listed = sorted((text for text in texts if len(text) > 2), key=lambda text: (-len(text), text))
-        return re.compile("|".join(map(re.escape, listed))) if listed else None
+        texts = [text for text in special_texts(self.tokenizer) if len(text) > 2]
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Tokens as text, special ones included."""
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def show(self, ids: Iterable[int]) -> str:
+        """Tokens as text in one line."""
+        return short(self.decode(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +144,16 @@ class Records:
         ends: Ends | None = None,
     ) -> None:
         self.items, self.facts, self.samples = items, facts, samples
-        self.kept: dict[str, Any] = {}  # for checks that share work
+        self._shared: dict[Callable[[Records], object], Any] = {}
         if ends is not None:
             self.ends = ends
+
+    def shared(self, make: Callable[[Records], _T]) -> _T:
+        """What ``make`` gives of these records. It is called once, for all checks that need it."""
+        if make not in self._shared:
+            self._shared[make] = make(self)
+        found: _T = self._shared[make]
+        return found
 
     @functools.cached_property
     def tokens(self) -> Tokens:
@@ -152,7 +167,7 @@ class Records:
         learned = eos is not None and bool((tokens.learned & (tokens.ids == eos)).any())
         if learned or not len(places := tokens.stretches()[0]):
             return Ends(len(tokens.samples), learned, None)
-        return Ends(len(tokens.samples), False, short(self.facts.decode(tokens.around(int(places[0])))))
+        return Ends(len(tokens.samples), False, self.facts.show(tokens.around(int(places[0]))))
 
     def owner(self, number: int) -> Item:
         """The record that a sample of ``tokens`` came from."""
@@ -192,24 +207,21 @@ class Check:
     _: KW_ONLY
     run: Callable[[Records], Iterator[Hit]]
     about: str
-    early: Literal["refuse", "warn"] | None = field(default=None)
+    early: Early | None = None
     once: bool = False
 
 
 CHECKS: dict[str, Check] = {}
+_Run = Callable[[Records], Iterator[Hit]]
+_Look = Callable[[Item, Facts], tuple[str, str] | None]
 
 
 def over(
-    code: str,
-    severity: Severity,
-    mend: str,
-    *,
-    early: Literal["refuse", "warn"] | None = None,
-    once: bool = False,
-) -> Callable[[Callable[[Records], Iterator[Hit]]], Callable[[Records], Iterator[Hit]]]:
+    code: str, severity: Severity, mend: str, *, early: Early | None = None, once: bool = False
+) -> Callable[[_Run], _Run]:
     """Register a check of all records at once. The first line of its docstring says what it finds."""
 
-    def register(run: Callable[[Records], Iterator[Hit]]) -> Callable[[Records], Iterator[Hit]]:
+    def register(run: _Run) -> _Run:
         assert code not in CHECKS, code
         about = (run.__doc__ or "").strip().split("\n")[0]
         CHECKS[code] = Check(code, severity, mend, run=run, about=about, early=early, once=once)
@@ -218,14 +230,10 @@ def over(
     return register
 
 
-def each(
-    code: str, severity: Severity, mend: str
-) -> Callable[[Callable[[Item, Facts], tuple[str, str] | None]], Callable[[Item, Facts], tuple[str, str] | None]]:
+def each(code: str, severity: Severity, mend: str) -> Callable[[_Look], _Look]:
     """Register a check of one record after the other: it gives ``(what is wrong, text to show)``, or None."""
 
-    def register(
-        look: Callable[[Item, Facts], tuple[str, str] | None],
-    ) -> Callable[[Item, Facts], tuple[str, str] | None]:
+    def register(look: _Look) -> _Look:
         def run(records: Records) -> Iterator[Hit]:
             for item in records.items:
                 found = look(item, records.facts)

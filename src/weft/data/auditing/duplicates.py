@@ -10,12 +10,12 @@ that every pair reported is one, and only a pair not looked at can be missed.
 from __future__ import annotations
 
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from weft.data.views import Array
 
 THRESHOLD = 0.8
 SHINGLE = 5
@@ -30,8 +30,6 @@ _NEIGHBOURS = 16
 _MARGIN = 0.2
 _PAD = 0
 _CHUNK = 1 << 20
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +46,6 @@ def normalise(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
-
-
-def same(texts: Sequence[str]) -> list[list[int]]:
-    """Places of texts that are equal after ``normalise``: groups of two or more, each ascending. Empty ones are not."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, text in enumerate(texts):
-        groups[normalise(text)].append(place)
-    return [group for key, group in groups.items() if key and len(group) > 1]
-
-
-def jaccard(one: str, other: str) -> float:
-    """The similarity of two texts, 0 to 1: shingles in both by shingles in either."""
-    sets = Shingles([normalise(one), normalise(other)])
-    return float(sets.similarities(np.array([[0, 1]]))[0])
 
 
 def near(texts: Sequence[str], threshold: float = THRESHOLD) -> list[Pair]:

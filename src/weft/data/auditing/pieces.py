@@ -54,7 +54,7 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, bool]]:
         return str(tokenizer.decode([int(number) for number in some], clean_up_tokenization_spaces=False))
 
     result: list[tuple[str, bool]] = []
-    # The token before tells a sentencepiece decoder that no text begins here.
+    # The token before tells a sentencepiece decoder that the text does not begin here.
     start = begin = 0
     before = ""
     for place in range(len(ids)):
@@ -83,14 +83,5 @@ _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def _shown(letter: str) -> str:
-    hidden = letter not in " \u3000" and unicodedata.category(letter) in (
-        "Cc",
-        "Cf",
-        "Co",
-        "Cn",
-        "Cs",
-        "Zl",
-        "Zp",
-        "Zs",
-    )
+    hidden = letter not in " \u3000" and unicodedata.category(letter) in _HIDDEN
     return f"⟨{ord(letter):04X}⟩" if hidden else letter

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from weft.data.views import Samples
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from weft.data.views import Array, Samples
 
 
 class Tokens:
@@ -42,6 +38,11 @@ class Tokens:
         sums = np.concatenate([[0], np.cumsum(marks)])
         return sums[self.starts[1:]] - sums[self.starts[:-1]]
 
+    def of(self, sample: int) -> list[int]:
+        """The ids of one sample."""
+        found: list[int] = self.ids[self.starts[sample] : self.starts[sample + 1]].tolist()
+        return found
+
     def stretches(self) -> tuple[Array, Array]:
         """Where stretches of learned tokens end (the last token of each), and the sample of each."""
         learned = self.learned
@@ -54,4 +55,5 @@ class Tokens:
         """The ids near a place, within its sample."""
         sample = int(self.owner(np.array([place]))[0])
         first, last = max(int(self.starts[sample]), place - before), min(int(self.starts[sample + 1]), place + after)
-        return [int(number) for number in self.ids[first:last]]
+        found: list[int] = self.ids[first:last].tolist()
+        return found

@@ -13,6 +13,7 @@ from weft.data.auditing.base import Facts, Hit, Item, Records, over, short
 from weft.data.formats.detect import Conversation
 from weft.data.rendering.render import Sample
 from weft.data.rendering.sandbox import render_chat
+from weft.data.rendering.transcript import learned_turns
 from weft.errors import UserError
 
 _PROMPTS, _ANSWERS = 64, 256
@@ -111,19 +112,13 @@ def answer_not_learned(records: Records) -> Iterator[Hit]:
 def _answered(records: Records, count: int) -> Iterator[tuple[Item, Sample, int]]:
     """Some records that were not cut, each with its sample and the number of the last learned turn."""
     for item in records.spread(count):
-        sample, number = item.samples[-1], last_answer(item)
+        sample, learned = item.samples[-1], learned_turns(item.messages)
         whole = len(item.samples) == 1 and item.length in (0, len(sample.input_ids))
-        if number is None or not whole or (sample.answer is None and not sample.target_ids):
+        if not learned or not whole or (sample.answer is None and not sample.target_ids):
             continue
         pattern = records.facts.control_pattern
         if pattern is None or not pattern.search(item.text):
-            yield item, sample, number
-
-
-def last_answer(item: Item) -> int | None:
-    """The number of the last turn that is learned, from 0."""
-    turns = [i for i, turn in enumerate(item.messages) if i and turn.role == "assistant" and turn.train is not False]
-    return turns[-1] if turns else None
+            yield item, sample, learned[-1]
 
 
 def _tools(item: Item) -> Sequence[dict[str, object]]:
@@ -136,18 +131,15 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
         if sample.target_ids or sample.answer is None:
             continue
         turns = [
-            {
-                "role": turn.role,
-                "content": turn.content,
-                **({"tool_calls": [*turn.tool_calls]} if turn.tool_calls else {}),
-            }
+            # render_chat leaves out what is None
+            {"role": turn.role, "content": turn.content, "tool_calls": list(turn.tool_calls) or None}
             for turn in item.messages[:number]
         ]
         try:
             text = render_chat(
                 facts.tokenizer,
                 turns,
-                tools=list(_tools(item)) or None,
+                tools=_tools(item),
                 chat_template=template,
                 add_generation_prompt=True,
                 **facts.renderer.settings.template_kwargs,
@@ -156,8 +148,8 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
         except Exception as error:  # a template is a program, and this one is not the run's
             yield Hit(item, f"the tokenizer's own template refuses this conversation: {error}")
             continue
-        trained, whose = sample.input_ids[: sample.answer], "the tokenizer's own template gives"
-        message = _difference(trained, list(served), facts, whose)
+        trained = sample.input_ids[: sample.answer]
+        message = _difference(trained, list(served), facts, "the tokenizer's own template gives")
         if message:
             yield Hit(item, *message)
 
@@ -169,7 +161,7 @@ def _difference(trained: list[int], served: list[int], facts: Facts, who: str) -
     shorter = min(len(trained), len(served))
     place = next((i for i in range(shorter) if trained[i] != served[i]), shorter)
     one, other = (repr(facts.decode(ids[place : place + 12])) for ids in (trained, served))
-    shown = short(facts.decode(trained[max(0, place - 12) :]))
+    shown = facts.show(trained[max(0, place - 12) :])
     return f"from token {place} on training sees {one}, and {who} {other}", shown
 
 

@@ -6,6 +6,7 @@ itself. Time is the thread's own, so that a busy machine refuses nothing.
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -253,6 +254,7 @@ _TEXTS = frozenset(
 def guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter of jinja's that looks at its arguments and counts its result."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
+    signature, guard = inspect.signature(function), _MULTIPLY.get(name)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         budget = BUDGET.get()
@@ -262,50 +264,54 @@ def guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             budget.check_numbers(name, (*rest, *kwargs.values()))
         if name in _TEXTS:
             budget.check_text(value)
-        if name == "join":
-            items = list(value)
-            budget.check_joined(items, rest[0] if rest else kwargs.get("d", ""))
-            args = (*args[:first], items, *rest)
-        elif name in _MULTIPLY:
-            _MULTIPLY[name](budget, value, rest, kwargs)
+        if name == "join":  # what it joins may be made only once
+            args = (*args[:first], list(value), *rest)
+        if guard is not None:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            guard(budget, given.arguments)
         return budget.made(function(*args, **kwargs))
 
     return update_wrapper(guarded, function)
 
 
-def _replace(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    old, new = [*rest, kwargs.get("old", ""), kwargs.get("new", "")][:2] if len(rest) > 1 else (
-        rest[0] if rest else kwargs.get("old", ""), kwargs.get("new", ""))  # fmt: skip
-    for text in (value, old, new):
+def _join(budget: Budget, given: Mapping[str, Any]) -> None:
+    budget.check_joined(given["value"], given["d"])
+
+
+def _replace(budget: Budget, given: Mapping[str, Any]) -> None:
+    texts = [given[name] for name in ("s", "old", "new")]
+    for text in texts:
         budget.check_text(text)
-    budget.check_replaced(str(value), str(old), str(new))
+    budget.check_replaced(*map(str, texts))
 
 
-def _indent(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    width = rest[0] if rest else kwargs.get("width", 4)
+def _indent(budget: Budget, given: Mapping[str, Any]) -> None:
+    text, width = str(given["s"]), given["width"]
     blanks = width if isinstance(width, int) else len(str(width))
-    budget._fits(len(str(value)) + (str(value).count("\n") + 1) * blanks)
+    budget._fits(len(text) + (text.count("\n") + 1) * blanks)
 
 
-def _tojson(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    for option in (*rest, *kwargs.values()):
+def _tojson(budget: Budget, given: Mapping[str, Any]) -> None:
+    for option in list(given.values())[1:]:
         if (isinstance(option, int) and option > _INDENT) or (isinstance(option, str) and len(option) > _INDENT):
             raise LimitError(f"tojson is given more than {_INDENT} blanks")
         if isinstance(option, (list, tuple)) and any(len(str(one)) > _INDENT for one in option):
             raise LimitError("tojson is given long separators")
 
 
-def _format(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    guard_percent(budget, str(value), dict(kwargs) or rest)
+def _format(budget: Budget, given: Mapping[str, Any]) -> None:
+    guard_percent(budget, str(given["value"]), given["kwargs"] or given["args"])
 
 
-def _sum(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    start = rest[1] if len(rest) > 1 else kwargs.get("start", 0)
-    if not isinstance(start, (int, float)):
+def _sum(budget: Budget, given: Mapping[str, Any]) -> None:
+    if not isinstance(given["start"], (int, float)):
         raise LimitError("sum begins with something else than a number")
 
 
-_MULTIPLY: dict[str, Callable[[Budget, Any, tuple[Any, ...], Mapping[str, Any]], None]] = {
+# By filter, what looks at its arguments, which have the names that they have in the filter's function.
+_MULTIPLY: dict[str, Callable[[Budget, Mapping[str, Any]], None]] = {
+    "join": _join,
     "replace": _replace,
     "indent": _indent,
     "tojson": _tojson,

@@ -8,6 +8,7 @@ generation time, whatever the tokenizer would have merged across the seam.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from weft.data.formats.examples import SFT, Conversation, PlainText
@@ -46,7 +47,7 @@ class Drafter:
         if unknown := keys.keys() - RenderSettings.model_fields.keys():
             raise TypeError(f"a Renderer has no setting {', '.join(sorted(unknown))}")
         self.settings = (settings or RenderSettings()).model_copy(update=keys)
-        self.limit.check()
+        self.settings.check()
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
         self.template = find_template(self.settings, tokenizer, self.encoder)
@@ -54,11 +55,6 @@ class Drafter:
         self.turns = Turns(tokenizer, self.encoder, self.chat_template, self.settings)
 
     # -- what it is set to
-
-    @property
-    def limit(self) -> Limit:
-        """How long a sample may be."""
-        return self.settings
 
     @property
     def max_length(self) -> int | None:
@@ -100,7 +96,7 @@ class Drafter:
     def _cut(self, script: Script, example: SFT, known: Known | None = None) -> tuple[SFT, Script, Draft]:
         """The draft under the policy for long records, and the example and the script it is of."""
         source = example.source
-        self.limit.check_text(script, source)
+        self.settings.check_text(script, source)
         draft = self._assemble(script, known)
         length = len(draft.ids)
         if not any(draft.weights):
@@ -108,9 +104,11 @@ class Drafter:
                 f"{source}: nothing of this record would be learned (train_on: {self.settings.train_on}). It needs an "
                 "assistant turn that follows another turn and is not marked as untrained."
             )
-        if not self.limit.exceeded(length) or (script.plain and self.limit.documents != "separate"):
+        if not self.settings.exceeded(length) or (script.plain and self.settings.documents != "separate"):
             return example, script, draft
-        while isinstance(example, Conversation) and self.truncation == "left" and self.limit.exceeded(len(draft.ids)):
+        while (
+            isinstance(example, Conversation) and self.truncation == "left" and self.settings.exceeded(len(draft.ids))
+        ):
             shorter = without_oldest_round(example)
             if shorter is None:
                 break
@@ -119,9 +117,8 @@ class Drafter:
             except UserError:  # the template does not allow it: take tokens instead
                 break
             example, draft = shorter, self._assemble(script)
-        draft.cut = length - len(draft.ids)
-        fit(draft, self.limit, source, head=self._head(example, script, draft))
-        draft.weights[0] = 0.0
+        draft = replace(draft, cut=length - len(draft.ids))
+        fit(draft, self.settings, source, head=self._head(example, script, draft))
         if not any(draft.weights):
             raise UserError(
                 f"{source}: cut to max_length {self.max_length}, this record keeps no token to learn: its prompt alone "
@@ -159,9 +156,7 @@ class Drafter:
         if script.plain:
             draft.add([self.eos_token_id], 1.0)
         # What is plain cannot have written a BOS itself.
-        draft.prepend(self.encoder.bos if script.plain else self.encoder.missing_head(draft.ids))
-        if draft.weights:
-            draft.weights[0] = 0.0
+        draft.open(self.encoder.bos if script.plain else self.encoder.missing_head(draft.ids))
         return draft
 
     def _add(self, draft: Draft, text: str, start: int, end: int, weight: float, known: Known | None) -> None:

@@ -60,10 +60,6 @@ class Renderer(Drafter):
         """``prompt(messages).ids`` [prompt length]."""
         return self.prompt(messages, tools=tools).ids
 
-    def seq2seq_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """``prompt(messages, task="seq2seq").ids``: the encoder's input."""
-        return self.prompt(messages, task="seq2seq").ids
-
     def text_ids(self, text: str) -> list[int]:
         """Text as it stands, after the tokenizer's BOS if it has one; no end-of-sequence token."""
         ids, _ = self.encoder.encode(self.encoder.guard(text), first=True)
@@ -108,7 +104,7 @@ class Renderer(Drafter):
         remaining = iter(examples)
         while chunk := list(islice(remaining, _CHUNK)):
             scripts = [self._try(self.script, example) if task == "causal_lm" else None for example in chunk]
-            short = (one for one in scripts if isinstance(one, Script) and not self.limit.hopeless(one))
+            short = (one for one in scripts if isinstance(one, Script) and not self.settings.hopeless(one))
             known = self.encoder.learn(piece for one in short for piece in one.pieces())
             for example, script in zip(chunk, scripts, strict=True):
                 if isinstance(script, UserError):
@@ -122,9 +118,9 @@ class Renderer(Drafter):
 
     def join(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """With ``documents: joined`` plain texts end to end in windows of ``max_length``; else ``samples`` as is."""
-        if self.limit.documents != "joined":
+        if self.settings.documents != "joined":
             return iter(samples)
-        return joined(samples, self.limit, bos=self.encoder.bos)
+        return joined(samples, self.settings, bos=self.encoder.bos)
 
     def seq2seq(self, example: Example) -> Sample:
         """The last answer as ``target_ids``, what comes before it as ``input_ids``; see docs/data.md.
@@ -148,6 +144,6 @@ class Renderer(Drafter):
     def _finish(self, script: Script, example: Example, known: Known | None = None) -> tuple[Sample, ...]:
         _, script, draft = self._cut(script, example, known)
         sample = draft.sample(example.source)
-        if script.plain and self.limit.documents == "windows":
-            return tuple(windows(sample, self.limit))
+        if script.plain and self.settings.documents == "windows":
+            return tuple(windows(sample, self.settings))
         return (sample,)

@@ -79,15 +79,16 @@ class Draft:
         self.weights += [weight] * len(ids)
         self.origins.append(Origin(*origin, len(ids)))
 
-    def prepend(self, ids: list[int]) -> None:
-        """Put ids of weight 0 in front."""
-        if not ids:
-            return
+    def open(self, ids: list[int]) -> None:
+        """Put ids of weight 0 in front. Nothing predicts the first token, so it loses its weight."""
         n = len(ids)
         self.ids, self.weights = ids + self.ids, [0.0] * n + self.weights
+        if self.weights:
+            self.weights[0] = 0.0
         self.slots = [slot + n for slot in self.slots]
         self.answers = [(start + n, end + n) for start, end in self.answers]
-        self.origins.insert(0, Origin(0, 0, 0, n))
+        if ids:
+            self.origins.insert(0, Origin(0, 0, 0, n))
 
     def remove(self, start: int, stop: int) -> None:
         """Take the tokens [start, stop) out; slots strictly between, or at the end of everything, go with them.

@@ -172,36 +172,33 @@ class _Rewriter(NodeTransformer):
         node.nodes = [one if isinstance(one, nodes.TemplateData) else _through(one, "out") for one in node.nodes]
         return node
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+    def visit_Macro(self, node: nodes.Macro | nodes.CallBlock | nodes.For) -> nodes.Node:  # noqa: N802
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
-        node.body.insert(0, _tick(node, written))
-        if node.test is not None:
-            node.test = nodes.And(_counted(node, 0), node.test, lineno=node.lineno)
-        return node
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
-        written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        self.generic_visit(node)
-        node.body.insert(0, _tick(node, written))
+        node.body.insert(0, nodes.ExprStmt(_tick(node, written), lineno=node.lineno))
         return node
 
     visit_CallBlock = visit_Macro  # noqa: N815
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        self.visit_Macro(node)
+        if node.test is not None:
+            node.test = nodes.And(_tick(node, 0), node.test, lineno=node.lineno)
+        return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _through(nodes.List(node.nodes, lineno=node.lineno), "cat")
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
+    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return node if all(isinstance(item, nodes.Const) for item in node.items) else _through(node, "new")
+        values = [item.value if isinstance(item, nodes.Pair) else item for item in node.items]
+        return node if all(isinstance(value, nodes.Const) for value in values) else _through(node, "new")
+
+    visit_Dict = visit_List  # noqa: N815
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
-        return self.visit_List(node) if node.ctx == "load" else node  # type: ignore[arg-type]
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return node if all(isinstance(pair.value, nodes.Const) for pair in node.items) else _through(node, "new")
+        return self.visit_List(node) if node.ctx == "load" else node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -228,12 +225,8 @@ def _compared(node: nodes.Expr) -> nodes.Expr:
     return node if isinstance(node, nodes.Const) else _through(node, "cmp")
 
 
-def _counted(node: nodes.Node, written: int) -> nodes.Expr:
+def _tick(node: nodes.Node, written: int) -> nodes.Expr:
     return _through(nodes.Const(written, lineno=node.lineno), "tick")
-
-
-def _tick(node: nodes.Node, written: int) -> nodes.Stmt:
-    return nodes.ExprStmt(_counted(node, written), lineno=node.lineno)
 
 
 class _Generation(Extension):

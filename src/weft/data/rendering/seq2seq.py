@@ -5,7 +5,7 @@ from __future__ import annotations
 from weft.data.formats.examples import SFT, Conversation, PlainText
 from weft.data.rendering.drafts import Drafter
 from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
-from weft.data.rendering.transcript import learnable
+from weft.data.rendering.transcript import learned_turns
 from weft.errors import UserError
 
 
@@ -22,7 +22,7 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
     if not isinstance(example, Conversation):
         raise UserError(f"{place}: {type(example).__name__} holds no question and answer, which seq2seq needs.")
     messages = example.messages
-    learned = [i for i, turn in enumerate(messages) if i and learnable(turn)]
+    learned = learned_turns(messages)
     if not learned:
         raise UserError(f"{place}: no assistant turn after another turn is learned, which seq2seq needs.")
     answer = messages[learned[-1]]
@@ -35,11 +35,12 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
     encoded = renderer.tokenizer(text_target=answer.content, split_special_tokens=True, verbose=False)
     target = list(encoded["input_ids"])
     target += [] if renderer.eos_token_id in target else [renderer.eos_token_id]
-    limit, head, tail = renderer.limit, len(renderer.encoder.head), len(renderer.encoder.tail)
+    limit, head, tail = renderer.settings, len(renderer.encoder.head), len(renderer.encoder.tail)
     draft = Draft(list(prompt.ids), [0.0] * len(prompt.ids), list(prompt.slots))
     draft.remove(*limit.cut_ids(prompt.ids, place, "the input", head=head, tail=tail))
+    slots = tuple(draft.slots)
     if draft.cut and limit.truncation == "right":
-        draft.slots = [slot for slot in draft.slots if slot < len(draft.ids) - tail]
+        slots = tuple(slot for slot in slots if slot < len(draft.ids) - tail)
     if limit.exceeded(len(target)) and limit.truncation in ("left", "middle"):
         raise TooLongError(
             f"{place}: the answer is {len(target)} tokens long, max_length is {limit.max_length}, and `truncation: "
@@ -47,7 +48,7 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
         )
     start, stop = limit.cut_ids(target, place, "the answer")
     target = target[:start] + target[stop:]
-    slots, cut = tuple(draft.slots), draft.cut + stop - start
+    cut = draft.cut + stop - start
     return Sample(draft.ids, draft.weights, place, slots=slots, target_ids=tuple(target), cut=cut)
 
 

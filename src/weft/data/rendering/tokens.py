@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 SOFT = "<|soft|>"  # written in a chat template: the virtual tokens of a soft prompt stand here
 
@@ -37,9 +37,9 @@ class Encoder:
         self.tokenizer = tokenizer
         usual_call = getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
         self._backend = tokenizer.backend_tokenizer if usual_call else None
-        self._controls = _control_texts(tokenizer)
-        self._literals = list(self._controls)
-        self._control = re.compile("|".join(re.escape(text) for text in self._controls))
+        self._literals = special_texts(tokenizer, _OPEN, SOFT)
+        self._numbers = {text: number for number, text in enumerate(self._literals)}
+        self._control = re.compile("|".join(map(re.escape, self._literals)))
         bare, usual = self._tokens("a"), list(tokenizer("a", verbose=False)["input_ids"])
         # Measured, for `add_bos_token` is False on fast tokenizers whose post-processor adds it all the same.
         bos = tokenizer.bos_token_id
@@ -56,7 +56,7 @@ class Encoder:
     def guard(self, value: Any) -> Any:
         """Replace what reads like a control token or a marker, at any depth, by a mark that templates pass through."""
         if isinstance(value, str):
-            return self._control.sub(lambda found: f"{_OPEN}{self._controls[found[0]]}{_CLOSE}", value)
+            return self._control.sub(lambda found: f"{_OPEN}{self._numbers[found[0]]}{_CLOSE}", value)
         if isinstance(value, dict):
             return {self.guard(key): self.guard(item) for key, item in value.items()}
         return [self.guard(item) for item in value] if isinstance(value, list) else value
@@ -98,10 +98,7 @@ class Encoder:
             return [(0, str(self.tokenizer.decode([token]))) for token in ids]
         anchored = not first and self._tokens(_ANCHOR + piece, literal)[len(self._anchor) :] == ids and self._anchor
         before = _ANCHOR if anchored else ""
-        options = {"split_special_tokens": True} if literal else {}
-        encoded = self.tokenizer(
-            before + piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options
-        )
+        encoded = self._call(before + piece, literal, return_offsets_mapping=True)
         shown, told = [], 0
         offsets = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]
         for number, (start, end) in enumerate(offsets):
@@ -132,8 +129,7 @@ class Encoder:
 
     def _batch(self, texts: list[str], literal: bool) -> list[list[int]]:
         if self._backend is None:
-            options = {"split_special_tokens": True} if literal else {}
-            return list(self.tokenizer(texts, add_special_tokens=False, verbose=False, **options)["input_ids"])
+            return list(self._call(texts, literal)["input_ids"])
         # What a call of the tokenizer sets each time, and then computes without the offsets that it would throw away.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -176,13 +172,16 @@ class Encoder:
     def _tokens(self, text: str, literal: bool = False, known: Known | None = None) -> list[int]:
         if known is not None and (ids := known.get((text, literal))) is not None:
             return ids
-        options = {"split_special_tokens": True} if literal else {}
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+        return list(self._call(text, literal)["input_ids"])
+
+    def _call(self, text: str | list[str], literal: bool, **options: bool) -> BatchEncoding:
+        if literal:
+            options["split_special_tokens"] = True
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
 
-def _control_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Texts that only a template may command with, numbered, longest first (so that no prefix wins)."""
-    texts = {str(text) for text in tokenizer.all_special_tokens}
+def special_texts(tokenizer: PreTrainedTokenizerBase, *more: str) -> list[str]:
+    """The texts of all special tokens, and ``more``; longest first, so that no prefix wins."""
+    texts = {str(text) for text in tokenizer.all_special_tokens} | set(more)
     texts |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts = {text for text in texts if text} | {_OPEN, SOFT}
-    return {text: number for number, text in enumerate(sorted(texts, key=lambda text: (-len(text), text)))}
+    return sorted(filter(None, texts), key=lambda text: (-len(text), text))

@@ -76,9 +76,13 @@ class Script:
         return [*found, (self.text[at:], at == 0)]
 
 
-def learnable(message: Message) -> bool:
-    """Whether it is an assistant turn that is not switched off."""
-    return message.role == "assistant" and message.train is not False and message.loss_weight > 0
+def learned_turns(messages: Sequence[Message]) -> list[int]:
+    """The places of assistant turns that follow another turn and are not switched off."""
+    return [
+        place
+        for place, turn in enumerate(messages)
+        if place and turn.role == "assistant" and turn.train is not False and turn.loss_weight > 0
+    ]
 
 
 class Turns:

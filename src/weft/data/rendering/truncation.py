@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weft.data.formats.detect import Conversation
 from weft.data.rendering.sample import Draft, Sample, TooLongError
-from weft.data.rendering.transcript import Script, learnable
+from weft.data.rendering.transcript import Script, learned_turns
 from weft.errors import UserError, check_word
 
 Truncation = Literal["refuse", "drop", "left", "right", "middle"]
@@ -159,10 +159,8 @@ def without_oldest_round(example: Conversation) -> Conversation | None:
     """
     messages = example.messages
     first = 1 if messages and messages[0].role == "system" else 0
-    learned = [i for i, turn in enumerate(messages) if learnable(turn)]
-    last = learned[-1] if learned else 0
-    following = (i for i in range(first + 1, last) if messages[i].role == "user")
-    start = next(following, None)
+    last = max(learned_turns(messages), default=0)
+    start = next((i for i in range(first + 1, last) if messages[i].role == "user"), None)
     return None if start is None else replace(example, messages=messages[:first] + messages[start:])
 
 
