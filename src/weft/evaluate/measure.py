@@ -1,4 +1,4 @@
-"""The measures of a fine-tuned adapter on the embedded bases: exact answers, and the base's forgetting."""
+"""Measures of a fine-tuned adapter on the embedded bases: exact answers, and the base's forgetting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A configuration's data as training would read and render it, with neither weights nor adapters: for previews."""
+"""The data of a configuration as training would read and render it, without weights: for previews."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class DataSet:
 
     @property
     def renderer(self) -> Renderer:
-        """What rendered it."""
+        """The renderer of its samples."""
         return self.facts.renderer
 
 
@@ -75,10 +75,10 @@ class _Outline:
 
 
 def examine(config: RunConfig) -> list[DataSet]:
-    """Read and render what the jobs train and evaluate on; jobs with the same data come together.
+    """Read and render what the jobs train and evaluate on. Jobs with the same data share a ``DataSet``.
 
     Raises:
-        UserError: the model's folder, a file or a setting cannot be used. A record that cannot is an Item that says so.
+        UserError: The model's folder, a file or a setting cannot be used. (A bad record is an Item with a problem.)
     """
     places, outline = data_files(config), _outline(config)
     renderer = config.renderer(outline.tokenizer, outline.max_length)
@@ -93,7 +93,7 @@ def examine(config: RunConfig) -> list[DataSet]:
 
 
 def _outline(config: RunConfig) -> _Outline:
-    """From config.json and the tokenizer; a folder with a tokenizer alone will do."""
+    """The outline from config.json and the tokenizer. A folder with a tokenizer alone is enough."""
     folder = Path(config.model).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
@@ -122,14 +122,14 @@ class _Group:
         train: list[Item] = []
         for items, marks in zip(sources, held, strict=True):
             train += _parted(items, marks, evaluated)
-        # A source of which nothing is left ends the training, whatever is to become of bad records.
+        # A source without any sample ends the training, whatever `on_bad_record` says.
         whole = all(len(part.samples) for part in (*read.sources, *(read.evaluated or ())))
         own = (self.outline.tokenizer.chat_template or None) if config.chat_template else None
         facts = Facts(reader.renderer, self.outline.task, own, config.on_bad_record != "error" and whole)
         windows: list[Item] = []
         if not job.classifies and config.documents == "joined":
             windows = [Item("train", s.source, samples=(s,), length=tokens_in([s])) for s in data.train]
-        # Where nothing is left, training would end at what is wrong with the records.
+        # Without samples, training would end at the problems of the records.
         packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
         return DataSet(
             tuple(job.name for job in self.jobs),
@@ -150,7 +150,7 @@ class _Group:
             task=self.outline.task,
             classes=part.names,
         )
-        if not items:  # here training ends as well
+        if not items:  # training ends here as well
             reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
             raise UserError(f"{part.path}: no record is left: {reasons}.")
         self.left_out += left_out
@@ -165,7 +165,7 @@ class _Group:
             return [np.zeros(len(part.samples), bool) for part in read.sources]  # training ends at these records first
 
     def _packings(self, data: JobData) -> list[Packing]:
-        """How the jobs pack what they train on; those that do it alike come together."""
+        """The packs of what the jobs train on. Jobs that pack alike share them."""
         alike: dict[Any, list[JobConfig]] = {}
         for job in self.jobs:
             keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
@@ -186,7 +186,7 @@ class _Group:
 def _parted(items: Sequence[Item], held: Array, evaluated: list[Item]) -> Iterator[Item]:
     """The items to train on. The others, whose samples ``held`` marks, go to ``evaluated``.
 
-    A text in several windows may be on both sides, and is two Items then.
+    A text in several windows may be on both sides. It becomes two items then.
     """
     at = 0
     for item in items:

@@ -1,4 +1,4 @@
-"""``weft preview --html``: one page with everything in it, no script, nothing fetched, every text escaped."""
+"""``weft preview --html``: one page with everything. It has no script and fetches nothing; all text is escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from weft.data.auditing.audit import grouped
 from weft.data.auditing.base import Item
-from weft.data.auditing.pieces import Piece, pieces, visible
+from weft.data.auditing.pieces import TokenText, pieces, visible
 from weft.preview.text import place_of, rows_of, step_in_words, summary, text_of
 from weft.preview.view import View
 
@@ -54,7 +54,7 @@ def page(title: str, views: Sequence[View]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Should anything slip through the escaping, the browser still neither runs nor fetches it.
+        # Even if something passed the escaping, the browser would neither run nor fetch it.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>weft preview: {escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body><h1>weft preview: {escape(title)}</h1>\n{body}</body></html>\n"
@@ -85,7 +85,7 @@ def _view(view: View) -> Iterator[str]:
 
 
 def _first_step(packing: dict[str, Any]) -> Iterator[str]:
-    """The packs of the first step, to scale."""
+    """The packs of the first step, drawn to scale."""
     yield f"<h2>Packs</h2><p>{escape(step_in_words(packing))}.</p>\n"
     packs = packing["first_step"]
     for number, pack in enumerate(packs[:_PACKS], start=1):
@@ -153,7 +153,7 @@ def _item(item: Item, view: View) -> str:
     return "".join(parts)
 
 
-def _token(piece: Piece) -> str:
+def _token(piece: TokenText) -> str:
     kind = f"t{' l' if piece.weight else ''}{' s' if piece.special else ''}"
     weight = f"<sup>{piece.weight:g}</sup>" if piece.weight not in (0.0, 1.0) else ""
     title = escape(f"position {piece.position}, id {piece.id}, weight {piece.weight:g}, token {visible(piece.token)}")
@@ -161,7 +161,7 @@ def _token(piece: Piece) -> str:
     return f'<span class="{kind}" title="{title}">{text}{weight}</span>' + ("\n" if "\n" in piece.text else "")
 
 
-def _table(found: Sequence[Piece]) -> str:
+def _table(found: Sequence[TokenText]) -> str:
     rows = []
     for piece in found:
         token, text = escape(visible(piece.token)), escape(text_of(piece))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from weft.data.auditing.audit import grouped
 from weft.data.auditing.base import Finding, Item
-from weft.data.auditing.pieces import Piece, pieces, visible
+from weft.data.auditing.pieces import TokenText, pieces, visible
 from weft.data.rendering.sample import Sample
 from weft.preview.view import View
 
@@ -20,18 +20,18 @@ _LISTED = 3  # findings of a check that are shown
 _WIDEST = 120  # tokens in longer lines are hard to follow
 _LINES = 60  # of one sample
 _PACKS, _SEQUENCES = 4, 8  # of the first step
-# Neighbouring tokens differ in colour, so that one sees where each begins.
+# Neighbouring tokens differ in colour, which shows where each begins.
 _LEARNED, _UNLEARNED, _SPECIAL = ("bold green", "bold cyan"), ("dim", "bright_black"), ("magenta", "bold magenta")
 
 
 def show(view: View, out: Console, *, tokens: bool = False) -> None:
-    """Samples, figures and findings of one data set, in this order: what matters most stands last."""
+    """Print samples, figures and findings of one data set, in this order: what matters most stands last."""
     renderer = view.data_set.renderer
     if view.shown:
         out.print(Text("learned tokens", "bold green"), Text("other tokens", "dim"), Text("special tokens", "magenta"))
     for item in view.shown:
         _sample(item, view, out, tokens)
-    for packing in view.packings[:1]:  # the others' are in the page and in --json
+    for packing in view.packings[:1]:  # those of the other jobs are in the page and in --json
         _first_step(packing, out)
     for split, figures in view.figures.items():
         out.print(Text(f"{split} data of {', '.join(view.data_set.names)}", "bold"))
@@ -61,7 +61,7 @@ def _sample(item: Item, view: View, out: Console, tokens: bool) -> None:
 
 
 def place_of(item: Item, view: View, sample: Sample) -> str:
-    """Where training comes to a sample, in words."""
+    """When training reads a sample, in words."""
     place = view.place(sample)
     if place is not None:
         return f"step {place.step:,}, pack {place.pack}, rows {place.begin:,}–{place.end - 1:,}"
@@ -71,7 +71,7 @@ def place_of(item: Item, view: View, sample: Sample) -> str:
 
 
 def _first_step(packing: dict[str, Any], out: Console) -> None:
-    """The packs of the first step: whole sequences end to end, drawn to scale, and what stands where."""
+    """Draw the packs of the first step to scale, and list their sequences."""
     packs, width = packing["first_step"], min(out.width, _WIDEST) - 30
     out.print(Text(step_in_words(packing), "bold"))
     for number, pack in enumerate(packs[:_PACKS], start=1):
@@ -93,7 +93,7 @@ def _first_step(packing: dict[str, Any], out: Console) -> None:
 
 
 def step_in_words(packing: dict[str, Any]) -> str:
-    """What the first step is made of."""
+    """The contents of the first step."""
     packs = packing["first_step"]
     what = f"{count_of(sum(map(len, packs)), 'sequence')} in {count_of(len(packs), 'pack')}"
     return (
@@ -102,7 +102,7 @@ def step_in_words(packing: dict[str, Any]) -> str:
     )
 
 
-def _lines(found: Sequence[Piece], out: Console) -> None:
+def _lines(found: Sequence[TokenText], out: Console) -> None:
     width = min(out.width, _WIDEST)
     for number, (position, weight, text) in enumerate(laid_out(found, width - 16)):
         if number == _LINES:
@@ -112,7 +112,7 @@ def _lines(found: Sequence[Piece], out: Console) -> None:
         out.print(margin + text, no_wrap=True, crop=False, overflow="ignore")
 
 
-def laid_out(found: Sequence[Piece], width: int) -> Iterator[tuple[int, float, Text]]:
+def laid_out(found: Sequence[TokenText], width: int) -> Iterator[tuple[int, float, Text]]:
     """Lines of at most ``width`` columns, each of one loss weight: (its first token's position, the weight, the text).
 
     A line ends with the token that holds a line end. A token that is wider than a line is broken.
@@ -148,19 +148,19 @@ def _broken(text: str, width: int) -> list[str]:
     return [*parts, part]
 
 
-def style_of(piece: Piece, number: int) -> str:
-    """How a token is shown: learned ones stand out, special ones have a colour of their own."""
+def style_of(piece: TokenText, number: int) -> str:
+    """The style of a token: learned ones stand out, special ones have their own colour."""
     if piece.special:
         return _SPECIAL[bool(piece.weight)]
     return (_LEARNED if piece.weight else _UNLEARNED)[number % 2]
 
 
-def text_of(piece: Piece) -> str:
+def text_of(piece: TokenText) -> str:
     """A token's text, in which nothing is hidden."""
     return visible(piece.text) if piece.text else "(part of a character)" if piece.part else ""
 
 
-def _table(found: Sequence[Piece], out: Console) -> None:
+def _table(found: Sequence[TokenText], out: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("position", "id", "weight"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -249,7 +249,7 @@ def _findings(view: View, out: Console) -> None:
         out.print(head + count, soft_wrap=not out.is_terminal)
         for finding in group.findings[:_LISTED]:
             line = Text(f"  {finding.source + ': ' if finding.source else ''}{visible(finding.message)}")
-            out.print(line, soft_wrap=not out.is_terminal)  # a line of a file can be searched
+            out.print(line, soft_wrap=not out.is_terminal)  # a search finds a whole line in a file
             if finding.shown:
                 shown = Text(f"    {visible(finding.shown)}", "dim")
                 shown.truncate(out.width, overflow="ellipsis")

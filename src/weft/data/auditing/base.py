@@ -1,4 +1,4 @@
-"""What the checks of an audit have in common: the records they look at, what they find, and the list of them all.
+"""The common parts of the checks of an audit: records, findings, and the list of all checks.
 
 A check is a function with a decorator and nothing else: ``@each`` for one that looks at record after record, ``@over``
 for one that needs all of them at once.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, TypeVar
 
+from weft.data.auditing.pieces import decode
 from weft.data.auditing.stream import Tokens
 from weft.data.formats.examples import SFT, Conversation, Message
 from weft.data.rendering.render import Renderer, Sample
@@ -27,12 +28,12 @@ _SHOWN = 160
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A record as the audit sees it: what was read, what it became, or why it became nothing.
+    """A record for the audit: what it says, and its samples or the problem that it has.
 
     ``problem`` is ``(code of the check, message)`` of a record that training would refuse or leave out. ``length`` is
-    in tokens before anything was cut. ``text`` is all that the record says; ``question`` the message before the last
-    learned answer, ``prompt`` everything before it, ``answer`` the last learned answer itself.
-    ``torn``: some windows of the text are to train on; these are the others.
+    in tokens before anything was cut. ``text`` is all that the record says, ``question`` the message before the last
+    learned answer, ``prompt`` everything before it, and ``answer`` the last learned answer itself. ``torn``: training
+    has some windows of the text; these are the others.
     """
 
     split: Split
@@ -48,11 +49,11 @@ class Item:
     question: str = ""
     answer: str = ""
     torn: bool = False
-    shown: str = ""  # of a record that became nothing: its fields
+    shown: str = ""  # the fields of a record that became nothing
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The turns of a conversation; of anything else none."""
+        """The turns of a conversation; none for anything else."""
         return self.example.messages if isinstance(self.example, Conversation) else ()
 
 
@@ -76,20 +77,20 @@ class Facts:
         return self.renderer.tokenizer
 
     def special(self, name: Literal["eos", "bos", "pad", "unk"]) -> int | None:
-        """The number of a special token, if the tokenizer has it."""
+        """The id of a special token, if the tokenizer has it."""
         number = getattr(self.tokenizer, f"{name}_token_id", None)
         return number if isinstance(number, int) else None
 
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str] | None:
-        """The tokenizer's control tokens as they would be typed."""
+        """A pattern for the tokenizer's control tokens in a text."""
         # Byte and reserved tokens of one or two characters would be found everywhere.
         texts = [text for text in special_texts(self.tokenizer) if len(text) > 2]
         return re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Tokens as text, special ones included."""
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, ids)
 
     def show(self, ids: Iterable[int]) -> str:
         """Tokens as text in one line."""
@@ -98,7 +99,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong: with the record at ``source``, or (source "") with all of the data."""
+    """One fault: of the record at ``source``, or (``source`` "") of all the data."""
 
     code: str
     severity: Severity
@@ -112,7 +113,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """What a check hands back: the record (None: it is about all of them), what is wrong, and the text to show."""
+    """The result of a check: the record (None for all of them), what is wrong, and the text to show."""
 
     item: Item | None
     message: str
@@ -121,8 +122,11 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Of all the data: how many samples there are, whether one learns the end-of-sequence token, and if none does, the
-    end of the first learned stretch (None: nothing is learned)."""
+    """How answers end, in all the data.
+
+    ``samples`` is the number of samples. ``learned``: one of them learns the end-of-sequence token. If none does,
+    ``first`` is the end of the first learned stretch (None if nothing is learned).
+    """
 
     samples: int
     learned: bool
@@ -132,8 +136,8 @@ class Ends:
 class Records:
     """All records of an audit, and what several checks make of them.
 
-    ``samples`` stand for themselves where the records they came from are not at hand: (to train on, to evaluate on).
-    ``ends`` are those of more records than these, where these are a part of the data.
+    ``samples`` (to train on, to evaluate on) stand alone where their records are not at hand. ``ends`` are those of all
+    the data, where these records are a part of it.
     """
 
     def __init__(
@@ -170,11 +174,11 @@ class Records:
         return Ends(len(tokens.samples), False, self.facts.show(tokens.around(int(places[0]))))
 
     def owner(self, number: int) -> Item:
-        """The record that a sample of ``tokens`` came from."""
+        """The record of a sample in ``tokens``."""
         train, held = self.samples
         if number >= len(train) + len(held):
             return self._owners[number - len(train) - len(held)]
-        # Made only for what is found: 50,000 of them would cost more than the checks.
+        # Made only for findings: 50,000 of them would cost more than the checks.
         sample = self.tokens.samples[number]
         return Item("train" if number < len(train) else "eval", sample.source, samples=(sample,))
 
@@ -187,7 +191,7 @@ class Records:
         return [item for item in self.items if item.split == split]
 
     def spread(self, count: int) -> list[Item]:
-        """Up to ``count`` conversations that were rendered, evenly over the data, for checks that cost too much."""
+        """Up to ``count`` rendered conversations, evenly over the data, for checks that cost too much."""
         fitting = [item for item in self.items if item.messages and item.samples]
         step = max(1, len(fitting) // count)
         return fitting[::step][:count]
@@ -195,10 +199,10 @@ class Records:
 
 @dataclass(frozen=True)
 class Check:
-    """One check. ``early``: whether ``weft train`` makes it before its first step, and refuses to go on or warns.
+    """One check. ``early``: ``weft train`` makes it before its first step, and refuses to go on or warns.
 
-    An early check is made of one part of the data after the other. What it finds is about single records, or
-    (``once``) about all of the data, and then what it finds first is all.
+    An early check sees one part of the data after the other. It finds faults of single records, or (``once``) of all
+    the data; then its first finding is all.
     """
 
     code: str
@@ -231,7 +235,7 @@ def over(
 
 
 def each(code: str, severity: Severity, mend: str) -> Callable[[_Look], _Look]:
-    """Register a check of one record after the other: it gives ``(what is wrong, text to show)``, or None."""
+    """Register a check of one record after the other. It returns ``(what is wrong, text to show)``, or None."""
 
     def register(look: _Look) -> _Look:
         def run(records: Records) -> Iterator[Hit]:
@@ -248,7 +252,7 @@ def each(code: str, severity: Severity, mend: str) -> Callable[[_Look], _Look]:
 
 
 def short(text: str, around: int | None = None) -> str:
-    """Text to show in one line: its beginning, or what stands around a place."""
+    """Text to show in one line: its beginning, or what is around a place."""
     start = 0 if around is None else max(0, around - _SHOWN // 3)
     part = text[start : start + _SHOWN].replace("\n", "⏎")
     return f"{'…' * (start > 0)}{part}{'…' * (start + _SHOWN < len(text))}"

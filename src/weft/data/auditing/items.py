@@ -1,4 +1,4 @@
-"""The outcomes of records as an audit and a preview look at them: with their texts, lengths and findings."""
+"""The outcomes of records as items of an audit and a preview, with their texts, lengths and problems."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def collect(
     task: Task = "causal_lm",
     classes: Sequence[str] = (),
 ) -> tuple[list[Item], Counter[str]]:
-    """The records of a ``watched`` recipe as Items, and why how many were left out.
+    """The records of a ``watched`` recipe as Items, and how many were left out, by reason.
 
     A record that training refuses is an Item with a ``problem``. ``unlimited`` is the renderer without a
-    ``max_length``: it tells how long a record is before it is cut. ``classes`` are those that labels are numbers of.
+    ``max_length``; it gives the length of a record before it is cut. The labels of samples are numbers of ``classes``.
     """
     items: list[Item] = []
     left_out = Counter[str]()
@@ -54,7 +54,7 @@ def _item(outcome: Outcome, split: Split, tokenizer: Any) -> Item:
     if isinstance(outcome, Kept):
         samples, texts = outcome.samples, _texts_of(example, tokenizer)
     elif isinstance(outcome, Refused):
-        # Token ids that are wrong are not decoded; those that are too many can be.
+        # Only of token ids that are too many is it known that they can be decoded.
         texts = _texts_of(example, tokenizer if outcome.too_long else None)
         problem = _code(outcome, texts), _message(outcome.problem)
         if outcome.fields is not None and not example:
@@ -76,7 +76,7 @@ def _item(outcome: Outcome, split: Split, tokenizer: Any) -> Item:
 
 
 def tokens_in(samples: Iterable[Sample]) -> int:
-    """How many tokens a model reads of all samples."""
+    """The number of ``input_ids`` of all samples."""
     return sum(len(sample.input_ids) for sample in samples)
 
 
@@ -90,25 +90,25 @@ def _code(refused: Refused, texts: _Texts) -> str:
 
 
 def _message(problem: Problem) -> str:
-    """The message without what else the record could be."""
+    """The message without a list of other formats."""
     text = problem.what.lstrip(": ").split(" Known formats:")[0]
     return text if len(text) <= 400 else text[:397] + "…"
 
 
 def _measure(items: list[Item], long: Sequence[tuple[int, SFT]], unlimited: Renderer, task: Task) -> None:
-    """Put in how long records were before they were cut or refused."""
+    """Put in the length of records before they were cut or refused."""
     rendered = unlimited.outcomes((example for _, example in long), task)
     for (place, _), whole in zip(long, rendered, strict=True):
         if isinstance(whole, UserError):
             continue
         problem = items[place].problem
-        if problem and problem[0] == "not-rendered":  # of a cut record nothing was left to learn
+        if problem and problem[0] == "not-rendered":  # without the cut there is something to learn
             problem = "nothing-to-learn", problem[1]
         items[place] = replace(items[place], length=tokens_in(whole), problem=problem)
 
 
 def _with_classes(items: list[Item], tokenizer: Any, classes: Sequence[str]) -> list[Item]:
-    """Items with a label get the number of its class, and the text that their tokens decode to."""
+    """The items; those with a label get the number of its class, and the text of their tokens."""
     number = {name: index for index, name in enumerate(classes)}
     found = []
     for item in items:
@@ -130,7 +130,7 @@ class _Texts(NamedTuple):
 
 
 def _texts_of(example: SFT | None, tokenizer: Any) -> _Texts:
-    """The texts of an example; those of token ids only with a tokenizer."""
+    """The texts of an example. Token ids need the tokenizer."""
     if isinstance(example, PlainText):
         return _Texts(example.text)
     if isinstance(example, Segments):

@@ -1,4 +1,4 @@
-"""Figures of a data set: how long its records are, what is learned of them, which languages."""
+"""Figures of a data set: lengths of records, learned tokens, languages."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> di
 
 
 def _lengths(lengths: np.ndarray[Any, Any]) -> dict[str, int]:
-    """In tokens, before anything was cut."""
+    """Lengths in tokens, before anything was cut."""
     if not len(lengths):
         return {}
     marks = {"median": 50, "p95": 95, "p99": 99}
-    # The smallest length that so many records do not exceed: a length that occurs.
+    # The smallest length that this share of records does not exceed. So it is a length that occurs.
     found = {name: int(np.percentile(lengths, share, method="inverted_cdf")) for name, share in marks.items()}
     return {"min": int(lengths.min()), **found, "max": int(lengths.max())}
 
 
 def _histogram(lengths: np.ndarray[Any, Any]) -> list[dict[str, int]]:
-    """Counts of lengths, in steps of equal width up to the 99th percentile; the last step holds all that are longer."""
+    """Counts of lengths, in steps of equal width up to the 99th percentile. The last step holds all longer ones."""
     if not len(lengths):
         return []
     width = max(1, math.ceil(float(np.percentile(lengths, 99)) / _BARS))
@@ -77,7 +77,7 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[dict[str, int]]:
 
 
 def _weights(tokens: Tokens) -> dict[str, int]:
-    """How many tokens have each loss weight."""
+    """The number of tokens with each loss weight."""
     values, counts = np.unique(tokens.weights, return_counts=True)
     return {f"{value:g}": int(count) for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
 

@@ -1,4 +1,4 @@
-"""The tokens of many samples end to end as arrays, so that a check of millions of tokens is a few operations."""
+"""The tokens of many samples end to end as arrays: a check of millions of tokens is a few operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weft.data.views import Array, Samples
 class Tokens:
     """``ids`` and ``weights`` of the tokens [N]; ``starts`` [samples + 1] is where each sample begins.
 
-    Of a sequence-to-sequence sample these are the targets, all of which are learned.
+    A sequence-to-sequence sample has its targets here, all of which are learned.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -18,10 +18,10 @@ class Tokens:
         found = samples.columns()
         self.lengths, self.ids, self.weights = found.lengths, found.ids, found.weights
         self.starts: Array = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        # Samples with a label learn from none of their tokens; an answer is what the others are to end.
+        # A sample with a label learns none of its tokens. An answer must end; other text need not.
         self.writes: Array = ~found.labels
         self.answers: Array = found.targets | (found.answers >= 0)
-        # Where the last answer begins within its sample; 0 where there is none.
+        # Where the last answer begins within its sample; 0 without one.
         self.begins: Array = np.where(found.targets, 0, np.maximum(found.answers, 0))
 
     @property
@@ -30,11 +30,11 @@ class Tokens:
         return self.weights > 0
 
     def owner(self, places: Array) -> Array:
-        """The sample that each place belongs to."""
+        """The sample of each place."""
         return np.searchsorted(self.starts, places, side="right") - 1
 
     def count(self, marks: Array) -> Array:
-        """How many marked tokens (of a bool [N]) each sample has."""
+        """The number of marked tokens (``marks`` is a bool [N]) in each sample."""
         sums = np.concatenate([[0], np.cumsum(marks)])
         return sums[self.starts[1:]] - sums[self.starts[:-1]]
 
@@ -44,7 +44,7 @@ class Tokens:
         return found
 
     def stretches(self) -> tuple[Array, Array]:
-        """Where stretches of learned tokens end (the last token of each), and the sample of each."""
+        """The places of the last token of each learned stretch, and the sample of each."""
         learned = self.learned
         after = np.append(learned[1:], False)
         after[self.starts[1:][self.lengths > 0] - 1] = False

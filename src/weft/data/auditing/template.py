@@ -1,7 +1,6 @@
-"""Checks of the template: what training sees must be what serving gives, token by token.
+"""Checks of the template: training must see what serving gives, token by token.
 
-They render again, so they look at some records only, spread evenly over the data: a template that differs, differs
-everywhere.
+They render again. So they look only at some records, evenly over the data. A template that differs, differs everywhere.
 """
 
 from __future__ import annotations
@@ -103,14 +102,14 @@ def answer_not_learned(records: Records) -> Iterator[Hit]:
             learned = [number for number, weight in pairs if weight]
         unknown = facts.special("unk")
         if not learned or "<think" in item.answer or (unknown is not None and unknown in learned):
-            continue  # templates take thoughts out
+            continue  # templates remove thoughts
         text = facts.decode(learned)
         if _letters(item.answer) not in _letters(text):
             yield Hit(item, "the learned tokens are not the answer", f"{short(text)} ↔ {short(item.answer)}")
 
 
 def _answered(records: Records, count: int) -> Iterator[tuple[Item, Sample, int]]:
-    """Some records that were not cut, each with its sample and the number of the last learned turn."""
+    """Some records that were not cut, each with its sample and the place of its last learned turn."""
     for item in records.spread(count):
         sample, learned = item.samples[-1], learned_turns(item.messages)
         whole = len(item.samples) == 1 and item.length in (0, len(sample.input_ids))
@@ -145,7 +144,7 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
                 **facts.renderer.settings.template_kwargs,
             )
             served = facts.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # a template is a program, and this one is not the run's
+        except Exception as error:  # a template is a program, and the run does not use this one
             yield Hit(item, f"the tokenizer's own template refuses this conversation: {error}")
             continue
         trained = sample.input_ids[: sample.answer]
@@ -155,7 +154,7 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
 
 
 def _difference(trained: list[int], served: list[int], facts: Facts, who: str) -> tuple[str, str] | None:
-    """The first token in which two prompts differ, and both from there on."""
+    """The first token in which two prompts differ, and both prompts from there on."""
     if trained == served:
         return None
     shorter = min(len(trained), len(served))

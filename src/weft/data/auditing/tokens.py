@@ -1,4 +1,4 @@
-"""Checks of what the records became: is anything learned, is the end, are the special tokens where they belong."""
+"""Checks of the rendered tokens: is anything learned, is the end learned, are special tokens in their places."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def prompt_learned(records: Records) -> Iterator[Hit]:
     tokens, facts = records.tokens, records.facts
     if facts.renderer.settings.train_on == "all" or facts.task == "seq2seq":
         return
-    # Samples with a second token before their answer, which is learned: few, if any.
+    # Samples that learn a second token before their answer: few, if any.
     second = np.flatnonzero((tokens.begins > 1) & (tokens.lengths > 1))
     for number in second[tokens.learned[tokens.starts[second] + 1]].tolist():
         begin, length = int(tokens.starts[number]), int(tokens.begins[number])
@@ -193,7 +193,7 @@ def unknown_tokens(records: Records) -> Iterator[Hit]:
 
 
 def _problem_check(code: str, mend: str, about: str) -> None:
-    """A check that tells of records which training would refuse."""
+    """Register a check for records that training would refuse."""
 
     def check(records: Records) -> Iterator[Hit]:
         yield from _problems(records, code)
@@ -222,9 +222,9 @@ def _problems(records: Records, code: str) -> Iterator[Hit]:
 
 
 def _ends(records: Records) -> dict[str, list[tuple[int, int]]]:
-    """Learned stretches that do not end as they should: ``cut`` by max_length, EOS ``masked``, or ``missing``.
+    """Learned stretches with a wrong end: ``cut`` by max_length, EOS ``masked``, or EOS ``missing``.
 
-    Of each the sample, and the place of its last token.
+    Each is a sample and the place of the last token of the stretch.
     """
     tokens, facts, eos = records.tokens, records.facts, records.facts.special("eos")
     found: dict[str, list[tuple[int, int]]] = {"cut": [], "masked": [], "missing": []}
@@ -238,7 +238,7 @@ def _ends(records: Records) -> dict[str, list[tuple[int, int]]]:
         if tokens.answers[sample]:
             kind = "cut" if at_end and at_limit else "masked" if not at_end and next_id == eos else "missing"
         elif at_limit:
-            continue  # text that goes on in another window, or was cut: there is no answer to end
+            continue  # this text goes on in another window, or was cut: it has no answer that must end
         else:
             kind = "masked" if not at_end and next_id == eos else "missing"
         found[kind].append((sample, end))
@@ -246,13 +246,13 @@ def _ends(records: Records) -> dict[str, list[tuple[int, int]]]:
 
 
 def _ends_to_look_at(records: Records) -> tuple[Array, Array]:
-    """The last tokens of learned stretches that are no EOS, and their samples."""
+    """The last tokens of learned stretches, where they are no EOS, and their samples."""
     tokens, eos = records.tokens, records.facts.special("eos")
     ends, owners = tokens.stretches()
     wrong = tokens.ids[ends] != (-1 if eos is None else eos)
     if records.facts.renderer.settings.train_on == "all":
-        # What the template writes after an answer is learned too, so the end may stand inside a stretch: of each
-        # sample the last answer is looked at, and whatever follows it.
+        # The text after an answer is learned too, so the end may be inside a stretch. So only the last answer of each
+        # sample counts, with all that follows it.
         final = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
         learned_eos = tokens.learned & (tokens.ids == (-1 if eos is None else eos))
         starts = tokens.starts[:-1] + tokens.begins

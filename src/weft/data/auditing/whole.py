@@ -149,8 +149,8 @@ def _texts(records: Records) -> list[str]:
 
 
 def _near(records: Records) -> list[tuple[Pair, Item, Item]]:
-    """Pairs of records that nearly are each other; equal ones are not among them."""
-    # Of copies in one split one is enough, and a pair that is equal across the splits is known to ``leak``.
+    """Pairs of records that nearly equal each other. Equal ones are not among them."""
+    # One of several copies in a split is enough, and ``leak`` knows the pairs that are equal across the splits.
     first: dict[tuple[str, str], Item] = {}
     for item, text in zip(records.items, records.shared(_texts), strict=True):
         if text:
@@ -162,7 +162,7 @@ def _near(records: Records) -> list[tuple[Pair, Item, Item]]:
 
 
 def _classes(records: Records) -> dict[str, Counter[str]]:
-    """How often each label stands in each split."""
+    """The count of each label in each split."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in records.items:
         if item.label is not None:

@@ -1,4 +1,4 @@
-"""Sequence to sequence: what the encoder reads, and the answer that the decoder is to write."""
+"""Sequence to sequence: the input of the encoder, and the answer that the decoder learns to write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
     if answer.loss_weight != 1.0:
         raise UserError(f"{place}: seq2seq learns answers at weight 1; this one has {answer.loss_weight:g}.")
     prompt = seq2seq_source(renderer, Conversation(messages[: learned[-1]], place, example.tools))
-    # Special tokens typed in the answer are split like other text; the tokenizer still adds its own around it.
+    # Special tokens in the text of the answer are split like other text. The tokenizer still adds its own around it.
     encoded = renderer.tokenizer(text_target=answer.content, split_special_tokens=True, verbose=False)
     target = list(encoded["input_ids"])
     target += [] if renderer.eos_token_id in target else [renderer.eos_token_id]
@@ -53,7 +53,7 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
 
 
 def seq2seq_source(renderer: Drafter, example: Conversation) -> Prompt:
-    """The encoder's input, in the special tokens that its tokenizer puts around a text.
+    """The encoder's input, between the special tokens that its tokenizer puts around a text.
 
     Raises:
         UserError: There are no messages, or tools without a template for them.
@@ -61,7 +61,7 @@ def seq2seq_source(renderer: Drafter, example: Conversation) -> Prompt:
     messages, source, encoder = example.messages, example.source, renderer.encoder
     if not messages:
         raise UserError(f"{source}: there are no messages.")
-    if renderer.template.origin == "fallback":  # trained on bare text, not on headings
+    if renderer.template.origin == "fallback":  # such models were trained on bare text, not on headings
         if example.tools or any(message.tool_calls for message in messages):
             raise UserError(f"{source}: tools need a `chat_template` that renders them; the tokenizer has none.")
         ordered = sorted(messages, key=lambda message: message.role != "system")
