@@ -32,6 +32,14 @@ _NODES = 200_000  # of a YAML document with its aliases written out
 _SAID = 200  # characters of a library's message
 
 _Type = TypeVar("_Type")
+_JSON_TYPES: dict[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "a flag",
+}
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
@@ -108,14 +116,14 @@ def read_json(path: str | os.PathLike[str], *, infinities: bool = False, limit: 
     return value
 
 
-def check_json(path: str | os.PathLike[str], *, limit: int = 4 * JSON_LIMIT, values: int = 2 * _VALUES) -> bytes:
+def check_json(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a JSON file for a library that will parse it itself.
 
     Raises:
         UserError: The file would take too much memory.
     """
-    data = read_bytes(path, limit)
-    _check_values(data, str(path), values)
+    data = read_bytes(path, 4 * JSON_LIMIT)
+    _check_values(data, str(path), 2 * _VALUES)
     return data
 
 
@@ -202,8 +210,7 @@ def expect(value: object, kind: type[_Type] | tuple[type[_Type], ...], where: st
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
         return value
-    names = {dict: "an object", list: "an array", str: "a string", int: "an integer", float: "a number", bool: "a flag"}
-    wanted = " or ".join(names.get(one, one.__name__) for one in kinds)
+    wanted = " or ".join(_JSON_TYPES.get(one, one.__name__) for one in kinds)
     raise UserError(f"{where}: expected {wanted}, found {_json_type(value)}.")
 
 
@@ -219,9 +226,8 @@ def entry(values: Mapping[str, object], key: str, kind: type[_Type], where: str)
 
 
 def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "an integer"}
-    found = names.get(type(value), "a number" if isinstance(value, float) else "null")
-    if found == "a string" or isinstance(value, (int, float)):
+    found = "true or false" if isinstance(value, bool) else _JSON_TYPES.get(type(value), "null")
+    if isinstance(value, (str, int, float)):
         found += f" ({value if len(str(value)) <= 40 else str(value)[:40] + '…'})"
     return found
 

@@ -48,8 +48,8 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def near(texts: Sequence[str], threshold: float = THRESHOLD) -> list[Pair]:
-    """Pairs of texts whose similarity is ``threshold`` or more, the most alike first. Equal texts are among them.
+def near(texts: Sequence[str]) -> list[Pair]:
+    """Pairs of texts whose similarity is 0.8 or more, the most alike first. Equal texts are among them.
 
     Of many texts that are all alike, not every pair is given, but every text is in one.
     """
@@ -58,10 +58,9 @@ def near(texts: Sequence[str], threshold: float = THRESHOLD) -> list[Pair]:
     shingles = Shingles([normalise(text) for text in texts])
     minima = shingles.minima()
     pairs = _candidates(minima, shingles.counts > 0)
-    estimates = _estimates(minima, pairs)
-    pairs = pairs[estimates >= threshold - _MARGIN]
+    pairs = pairs[_estimates(minima, pairs) >= THRESHOLD - _MARGIN]
     measured = shingles.similarities(pairs)
-    kept = measured >= threshold
+    kept = measured >= THRESHOLD
     found = [Pair(int(a), int(b), round(float(s), 4)) for (a, b), s in zip(pairs[kept], measured[kept], strict=True)]
     return sorted(found, key=lambda pair: (-pair.similarity, pair.first, pair.second))
 
@@ -70,18 +69,10 @@ class Shingles:
     """The shingles of texts as 32-bit hashes in the order of the texts. A shingle may come twice."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        parts, counts, held, size = [], [], [], 0
-        for text in texts:
-            held.append(text)
-            size += len(text)
-            if size >= _CHUNK:
-                hashes, count = _shingled(held)
-                parts.append(hashes)
-                counts.append(count)
-                held, size = [], 0
-        hashes, count = _shingled(held)
-        self.hashes: Array = np.concatenate([*parts, hashes])
-        self.counts: Array = np.concatenate([*counts, count])
+        chunks = _chunks(np.array([len(text) for text in texts]), _CHUNK)
+        hashes, counts = zip(*(_shingled(texts[first:last]) for first, last in chunks), strict=True)
+        self.hashes: Array = np.concatenate(hashes)
+        self.counts: Array = np.concatenate(counts)
         self.starts: Array = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
 
     def minima(self) -> Array:

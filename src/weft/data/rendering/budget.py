@@ -90,18 +90,13 @@ class Budget:
 
     def out(self, value: Any) -> str:
         """The text of a value that the template writes."""
-        if type(value) is not str:
-            self.check_text(value)
-            value = str(value)
-        self._charge(len(value))
-        return value
+        text = self._text(value)
+        self._charge(len(text))
+        return text
 
     def concatenated(self, values: list[Any]) -> str:
         """The text of ``a ~ b ~ c``."""
-        for value in values:
-            if type(value) is not str:
-                self.check_text(value)
-        pieces = [value if type(value) is str else str(value) for value in values]
+        pieces = [self._text(value) for value in values]
         self._fits(sum(map(len, pieces)))
         self.tick()
         return self.made("".join(pieces))
@@ -122,6 +117,12 @@ class Budget:
             if len(value) > _LOOK or any(isinstance(item, (list, tuple, dict)) for item in _items(value)):
                 self._charge(self._weigh(value)[0] // 64)
         return value
+
+    def _text(self, value: Any) -> str:
+        if type(value) is str:
+            return value
+        self.check_text(value)
+        return str(value)
 
     def check_text(self, value: Any) -> None:
         """Refuse a value whose text would be too long. Containers may hold one value many times."""

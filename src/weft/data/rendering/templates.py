@@ -178,8 +178,8 @@ def template_text(wanted: str) -> Template:
             return Template("", read_text(wanted))
         except UserError as error:
             raise UserError(f"chat_template: {wanted} cannot be read: {error} Give a UTF-8 file.") from None
-    name = _key(wanted)
-    name = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}.get(name, "")
+    names = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}
+    name = names.get(_key(wanted), "")
     if not name:
         wanted = wanted[:80]
         raise UserError(
