@@ -106,11 +106,7 @@ def read_json(path: str | os.PathLike[str], *, infinities: bool = False, limit: 
     Raises:
         UserError: It cannot be read, or holds no JSON object.
     """
-    try:
-        text = read_bytes(path, limit).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    value = parse_json(text, str(path), infinities=infinities)
+    value = parse_json(read_text(path, limit), str(path), infinities=infinities)
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
     return value

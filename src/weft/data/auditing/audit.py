@@ -12,10 +12,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from weft.data.auditing import template, text, tokens, whole
 from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records
+from weft.data.auditing.stream import chunks
 from weft.data.rendering.render import Renderer, Sample
 from weft.data.views import chained, distinct, sizes
 from weft.errors import UserError, nearest
@@ -149,16 +148,10 @@ def _ends(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: i
 def _parts(
     train: Sequence[Sample], held: Sequence[Sample], size: int
 ) -> Iterator[tuple[Sequence[Sample], Sequence[Sample]]]:
-    """Parts of both sequences in order, of ``size`` tokens or one sample more; at least one part."""
-    ends, count = np.cumsum(sizes(chained([train, held]))), len(train)
-    start = 0
-    while start < len(ends) or not start:
-        before = ends[start - 1] if start else 0
-        stop = min(int(np.searchsorted(ends, before + size)) + 1, len(ends))
+    """Parts of both sequences in order, of about ``size`` tokens; at least one part."""
+    count = len(train)
+    for start, stop in list(chunks(sizes(chained([train, held])), size)) or [(0, 0)]:
         yield train[start:stop], held[max(start - count, 0) : max(stop - count, 0)]
-        if not len(ends):
-            return
-        start = stop
 
 
 def _line(group: Group) -> str:

@@ -10,11 +10,12 @@ every reported pair is one, and only a pair without a look can be missed.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from weft.data.auditing.stream import chunks
 from weft.data.views import Array
 
 THRESHOLD = 0.8
@@ -69,8 +70,8 @@ class Shingles:
     """The shingles of texts as 32-bit hashes in the order of the texts. A shingle may come twice."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        chunks = _chunks(np.array([len(text) for text in texts]), _CHUNK)
-        hashes, counts = zip(*(_shingled(texts[first:last]) for first, last in chunks), strict=True)
+        stretches = chunks(np.array([len(text) for text in texts]), _CHUNK)
+        hashes, counts = zip(*(_shingled(texts[first:last]) for first, last in stretches), strict=True)
         self.hashes: Array = np.concatenate(hashes)
         self.counts: Array = np.concatenate(counts)
         self.starts: Array = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
@@ -82,7 +83,7 @@ class Shingles:
         addends = draw.integers(0, 1 << 32, _MINIMA, dtype=np.uint32)
         result = np.full((len(self.counts), _MINIMA), np.iinfo(np.uint32).max, np.uint32)
         filled = np.flatnonzero(self.counts)
-        for first, last in _chunks(self.counts[filled], 1 << 16):
+        for first, last in chunks(self.counts[filled], 1 << 16):
             places = filled[first:last]
             begin, end = self.starts[places[0]], self.starts[places[-1] + 1]
             block, starts = self.hashes[begin:end], self.starts[places] - begin
@@ -99,7 +100,7 @@ class Shingles:
         """The exact Jaccard similarity of each pair [pairs, 2] of places."""
         result = np.zeros(len(pairs))
         sizes = self.counts[pairs].sum(axis=1) if len(pairs) else np.zeros(0, np.int64)
-        for first, last in _chunks(sizes, 1 << 22):
+        for first, last in chunks(sizes, 1 << 22):
             result[first:last] = self._similarities(pairs[first:last])
         return result
 
@@ -159,15 +160,6 @@ def _scrambled(values: Array) -> Array:
 def _is_wide(codes: Array) -> Array:
     """1 for the characters of Chinese, Japanese and Korean."""
     return (((codes >= 0x2E80) & (codes < 0xFB00)) | ((codes >= 0x20000) & (codes < 0x40000))).astype(np.int64)
-
-
-def _chunks(sizes: Array, limit: int) -> Iterator[tuple[int, int]]:
-    """Stretches [first, last) whose sizes add up to about ``limit``, each of at least one."""
-    if not len(sizes):
-        return
-    marks = np.cumsum(sizes) // limit
-    edges = np.flatnonzero(np.diff(marks)) + 1
-    yield from zip([0, *edges.tolist()], [*edges.tolist(), len(sizes)], strict=True)
 
 
 def _candidates(minima: Array, filled: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from weft.data.views import Array, Samples
@@ -57,3 +59,12 @@ class Tokens:
         first, last = max(int(self.starts[sample]), place - before), min(int(self.starts[sample + 1]), place + after)
         found: list[int] = self.ids[first:last].tolist()
         return found
+
+
+def chunks(sizes: Array, limit: int) -> Iterator[tuple[int, int]]:
+    """Stretches [first, last) whose sizes add up to about ``limit``, each of at least one."""
+    if not len(sizes):
+        return
+    marks = np.cumsum(sizes) // limit
+    edges = np.flatnonzero(np.diff(marks)) + 1
+    yield from zip([0, *edges.tolist()], [*edges.tolist(), len(sizes)], strict=True)

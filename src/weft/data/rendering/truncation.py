@@ -99,14 +99,6 @@ class Limit(BaseModel):
                 "`truncation`, raise `max_length`, or remove this one."
             )
 
-    def refuse(self, length: int, source: str, what: str = "the record") -> TooLongError:
-        """The error for a record of ``length`` tokens."""
-        return TooLongError(
-            f"{source}: {what} is {length} tokens long, max_length is {self.max_length}. Raise `max_length`, set "
-            "`truncation` (`right` cuts the end off, as `truncate: true` does; `left` the oldest turns and the "
-            "beginning of the prompt; `drop` leaves such records out), or remove this one."
-        )
-
     def cut_ids(self, ids: list[int], source: str, what: str, *, head: int = 0, tail: int = 0) -> tuple[int, int]:
         """The tokens [start, stop) to remove from ``ids`` so that they fit. The first ``head`` and the last ``tail``
         stay.
@@ -118,7 +110,11 @@ class Limit(BaseModel):
         if limit is None or length <= limit:
             return length, length
         if self.truncation in ("refuse", "drop"):
-            raise self.refuse(length, source, what)
+            raise TooLongError(
+                f"{source}: {what} is {length} tokens long, max_length is {limit}. Raise `max_length`, set "
+                "`truncation` (`right` cuts the end off, as `truncate: true` does; `left` the oldest turns and the "
+                "beginning of the prompt; `drop` leaves such records out), or remove this one."
+            )
         gap, stop = length - limit, length - tail
         if stop - gap < head:
             raise TooLongError(f"{source}: max_length {limit} leaves no room for {what}. Raise `max_length`.")
