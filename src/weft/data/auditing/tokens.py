@@ -235,12 +235,9 @@ def _ends(records: Records) -> dict[str, list[tuple[int, int]]]:
     for end, sample, at_end, at_limit, next_id in zip(
         ends.tolist(), owners.tolist(), last.tolist(), full.tolist(), following.tolist(), strict=True
     ):
-        if tokens.answers[sample]:
-            kind = "cut" if at_end and at_limit else "masked" if not at_end and next_id == eos else "missing"
-        elif at_limit:
+        if at_limit and not tokens.answers[sample]:
             continue  # this text goes on in another window, or was cut: it has no answer that must end
-        else:
-            kind = "masked" if not at_end and next_id == eos else "missing"
+        kind = "cut" if at_end and at_limit else "masked" if not at_end and next_id == eos else "missing"
         found[kind].append((sample, end))
     return found
 

@@ -37,12 +37,7 @@ class Drafter:
     cannot be used, TypeError for an unknown key.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: RenderSettings | None = None,
-        **keys: Any,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RenderSettings | None = None, **keys: Any) -> None:
         keys = {key: value for key, value in in_todays_words(keys).items() if value is not None}
         if unknown := keys.keys() - RenderSettings.model_fields.keys():
             raise TypeError(f"a Renderer has no setting {', '.join(sorted(unknown))}")
@@ -50,9 +45,9 @@ class Drafter:
         self.settings.check()
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
-        self.template = find_template(self.settings, tokenizer, self.encoder)
+        self.template = find_template(self.settings, self.encoder)
         self.chat_template = None if self.template.origin == "own" else self.template.text
-        self.turns = Turns(tokenizer, self.encoder, self.chat_template, self.settings)
+        self.turns = Turns(self.encoder, self.chat_template, self.settings)
 
     # -- settings
 

@@ -18,8 +18,6 @@ from weft.errors import UserError, nearest
 from weft.foreign import read_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from weft.data.rendering.tokens import Encoder
 
 _FOLDER = Path(__file__).parent / "chat_templates"
@@ -135,7 +133,7 @@ class TemplateSettings(BaseModel):
         return value if value is None or not is_file_name(value) else template_text(value).text
 
 
-def find_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Template:
+def find_template(settings: TemplateSettings, encoder: Encoder) -> Template:
     """The template that ``chat_template`` means: a name, a ``.jinja`` file, Jinja text, or None for the tokenizer's
     own.
 
@@ -145,7 +143,7 @@ def find_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase
     """
     wanted = settings.chat_template
     if wanted is None:
-        own = tokenizer.chat_template
+        own = encoder.tokenizer.chat_template
         if not own:
             return Template("alpaca", PLAIN_TEMPLATE, "fallback")
         # A tokenizer may have several by name. Transformers chooses among them, so this text only identifies them.

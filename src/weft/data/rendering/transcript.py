@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -15,9 +15,6 @@ from weft.data.rendering.sandbox import render_chat
 from weft.data.rendering.templates import TemplateSettings
 from weft.data.rendering.tokens import Encoder
 from weft.errors import UserError, check_word
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Two of Unicode's noncharacters, for ``Turns.contents``.
 _BEGIN, _END = "\ufdd2", "\ufdd3"
@@ -88,15 +85,10 @@ def learned_turns(messages: Sequence[Message]) -> list[int]:
 class Turns:
     """Renders messages by one chat template, in ``rendering.sandbox``. Its state never changes."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        encoder: Encoder,
-        template: str | None,
-        settings: TurnSettings,
-    ) -> None:
+    def __init__(self, encoder: Encoder, template: str | None, settings: TurnSettings) -> None:
         check_word("train_on", settings.train_on, get_args(TrainOn))
-        self.tokenizer, self.encoder, self.template, self.settings = tokenizer, encoder, template, settings
+        self.encoder, self.template, self.settings = encoder, template, settings
+        self.tokenizer = encoder.tokenizer
 
     def plain(self, example: PlainText) -> Script:
         """The script of a plain text."""
