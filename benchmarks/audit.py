@@ -132,7 +132,7 @@ def measure(records: int | None, tokenizer: Any, files: list[Path]) -> dict[str,
 
     begun = time.perf_counter()
     timed(times, "read and render", read)
-    facts = Facts(renderer, max_length=2048)
+    facts = Facts(renderer)
     findings = timed(times, "audit", lambda: audit(items, facts))
     timed(times, "figures", lambda: statistics(items, findings=findings))
     total = time.perf_counter() - begun

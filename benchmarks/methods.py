@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from weft.assets import EMBEDDED_MODELS, instructions_path
+from weft.core.adapters import Adapters
 from weft.evaluate.exact_match import exact_match
-from weft.evaluate.measure import Measure, training_bytes
+from weft.evaluate.measure import Measure
 from weft.files.adapter_folder import weights_path
 from weft.methods import METHODS
+from weft.objectives.passes import Work, forward_losses
 from weft.training import make_config
-from weft.training.run import prepare, train
+from weft.training.run import Setup, prepare, train
 from weft.training.step import train_step
 
 STEPS, BATCH_SIZE = 800, 16
@@ -120,6 +123,35 @@ def speed(model: str, methods: list[str], rounds: int = 5, steps: int = 4) -> di
             }
             print(model, method, found[method])
     return found
+
+
+def saved_bytes(adapters: Adapters, work: Work) -> int:
+    """The bytes that one forward pass keeps for its backward pass without parameters: the activations of one step."""
+    own = {p.untyped_storage().data_ptr() for p in adapters.model.parameters()}
+    if work.adapter is not None:
+        own |= {p.untyped_storage().data_ptr() for p in adapters[work.adapter].parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor  # held, so that no other tensor gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        (loss,) = forward_losses(adapters, [work])
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def training_bytes(setup: Setup, name: str, samples: int = 16) -> int:
+    """The memory that training one job adds to the base's: its numbers, gradients and two moments, and one step's
+    activations, for the first ``samples`` samples."""
+    job = next(job for job in setup.jobs if job.name == name)
+    trained = sum(p.numel() * p.element_size() for p in job.parameters)
+    batch = list(job.samples[:samples])
+    work = Work(name, batch, 1, divisor=sum(map(job.adapter.head.loss_weight, batch)))
+    return 4 * trained + (saved_bytes(setup.adapters, work) if trained else 0)
 
 
 def main() -> None:

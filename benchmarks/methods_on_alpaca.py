@@ -23,7 +23,6 @@ import torch
 
 from methods import jobs_of
 from weft.data import load_samples
-from weft.evaluate.forgetting import text_loss
 from weft.methods import METHODS
 from weft.objectives.passes import evaluate_loss
 from weft.training import make_config
@@ -49,7 +48,7 @@ def measure(methods: list[str], steps: int) -> list[dict[str, Any]]:
         held = setup.jobs[0].eval_samples
         for name in names:
             losses = {"eval_loss": evaluate_loss(setup.adapters, name, held)}
-            found[name] = losses | {"text_loss": text_loss(setup.adapters, name, texts)}
+            found[name] = losses | {"text_loss": evaluate_loss(setup.adapters, name, texts)}
 
     def after(setup: Setup) -> None:
         ask(setup, [job.name for job in setup.jobs])

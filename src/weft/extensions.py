@@ -1,4 +1,4 @@
-"""Registries, and the files and packages of users that add to them. No other module runs code of an extension.
+"""Registries, and the files and packages with which users add to them. Only this module runs code of an extension.
 
 An extension is a Python file that the user names, or an installed package with an entry point ``weft.extensions``. It
 adds methods, objectives, formats and callbacks to a ``Registry``. No file that Weft reads can name an extension.
@@ -41,7 +41,7 @@ class Registry(MutableMapping[str, _T]):
     def __init__(self, kind: str, own: Mapping[str, _T] | None = None) -> None:
         self.kind = kind
         self._entries = dict(own or {})
-        self._added_by: dict[str, str] = {}  # of an extension's entry: the path of what was decorated
+        self._added_by: dict[str, str] = {}  # for entries of extensions: the qualified name of what was decorated
 
     def __getitem__(self, name: str) -> _T:
         _load_installed()
@@ -95,12 +95,12 @@ class Registry(MutableMapping[str, _T]):
 
 
 def load_extension(file: str | os.PathLike[str]) -> None:
-    """Run a Python file, which registers what it adds. A file that was run before is not run again.
+    """Run a Python file, which registers what it adds. A file never runs twice.
 
-    The path must come from the user's own hands: the command line or a program. Never call this with what a file says.
+    The path must come from the user: from the command line or a program. Never call this with the contents of a file.
 
     Raises:
-        UserError: there is no such file, or it fails; says at which line.
+        UserError: There is no such file, or it fails; the message gives the line.
     """
     path = Path(file).expanduser().resolve()
     if path in _loaded:
@@ -130,12 +130,12 @@ def loaded_files() -> tuple[Path, ...]:
 
 
 def _load_installed() -> None:
-    """Import what installed packages offer under ``weft.extensions``, once. A broken package is told and left out."""
+    """Import once what installed packages offer under ``weft.extensions``. Warn of a broken package."""
     global _installed_searched
     if _installed_searched:
         return
     _installed_searched = True
-    # Where installers write. Not the whole of sys.path: the folder of a model may be the working directory.
+    # Only where installers write, for the working directory in sys.path may be the folder of a model.
     places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
     points: dict[str, Any] = {}
     for package in metadata.distributions(path=places):

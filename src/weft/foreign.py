@@ -1,9 +1,9 @@
-"""The reading of small files by unknown authors: JSON, YAML, text, and the head of a safetensors file.
+"""Small files by unknown authors: JSON, YAML, text, and the head of a safetensors file.
 
-Every configuration passes through here, so that none can hang or fill the memory, and the code behind gets nothing but
-configurations. Only regular files are opened (a FIFO would wait for ever, a device never end) and read up to a limit.
-Nesting and digits are bounded, and so is the size of a YAML document with its aliases written out. Every fault is a
-UserError with the file's name. ``weft.data.reading`` reads the records of data files instead.
+Every configuration passes through here. So none can hang or fill the memory, and other code sees nothing but
+configurations. Only regular files are opened (a FIFO would wait for ever, a device would never end), and read up to a
+limit. Nesting and digits are bounded, and so is the size of a YAML document with its aliases written out. Every fault
+is a UserError with the file's name. ``weft.data.reading`` reads the records of data files instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weft.errors import UserError
 JSON_LIMIT = 64 << 20  # bytes; a tokenizer.json takes 33 MB with 256,000 tokens, its configuration up to 20 MB
 LINE_LIMIT = 1 << 20  # of one line of JSON Lines
 _VALUES = 2_000_000  # of a JSON text; an empty list takes 3 bytes there and 64 in memory
-YAML_LIMIT = 128 << 10  # it is read at 100 KB a second
+YAML_LIMIT = 128 << 10  # the parser reads 100 KB a second
 TEXT_LIMIT = 4 << 20
 HEADER_LIMIT = 32 << 20  # of a safetensors file; 100,000 tensors take 12 MB
 DEPTH = 64
@@ -32,6 +32,14 @@ _NODES = 200_000  # of a YAML document with its aliases written out
 _SAID = 200  # characters of a library's message
 
 _Type = TypeVar("_Type")
+_JSON_TYPES: dict[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "a flag",
+}
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
@@ -98,24 +106,20 @@ def read_json(path: str | os.PathLike[str], *, infinities: bool = False, limit: 
     Raises:
         UserError: It cannot be read, or holds no JSON object.
     """
-    try:
-        text = read_bytes(path, limit).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    value = parse_json(text, str(path), infinities=infinities)
+    value = parse_json(read_text(path, limit), str(path), infinities=infinities)
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
     return value
 
 
-def check_json(path: str | os.PathLike[str], *, limit: int = 4 * JSON_LIMIT, values: int = 2 * _VALUES) -> bytes:
-    """The bytes of a JSON file that a library will read by itself.
+def check_json(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a JSON file for a library that will parse it itself.
 
     Raises:
-        UserError: It would take too much memory.
+        UserError: The file would take too much memory.
     """
-    data = read_bytes(path, limit)
-    _check_values(data, str(path), values)
+    data = read_bytes(path, 4 * JSON_LIMIT)
+    _check_values(data, str(path), 2 * _VALUES)
     return data
 
 
@@ -160,7 +164,7 @@ def parse_json(text: str | bytes, where: str, *, infinities: bool = False) -> An
 
 
 def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, object]]:
-    """The objects of a file with one on each line that is not blank. Only one line is in memory.
+    """The objects of a file with one on each line that is not blank. Only one line at a time is in memory.
 
     Raises:
         UserError: A line is too long or holds no object.
@@ -202,8 +206,7 @@ def expect(value: object, kind: type[_Type] | tuple[type[_Type], ...], where: st
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
         return value
-    names = {dict: "an object", list: "an array", str: "a string", int: "an integer", float: "a number", bool: "a flag"}
-    wanted = " or ".join(names.get(one, one.__name__) for one in kinds)
+    wanted = " or ".join(_JSON_TYPES.get(one, one.__name__) for one in kinds)
     raise UserError(f"{where}: expected {wanted}, found {_json_type(value)}.")
 
 
@@ -219,9 +222,8 @@ def entry(values: Mapping[str, object], key: str, kind: type[_Type], where: str)
 
 
 def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "an integer"}
-    found = names.get(type(value), "a number" if isinstance(value, float) else "null")
-    if found == "a string" or isinstance(value, (int, float)):
+    found = "true or false" if isinstance(value, bool) else _JSON_TYPES.get(type(value), "null")
+    if isinstance(value, (str, int, float)):
         found += f" ({value if len(str(value)) <= 40 else str(value)[:40] + '…'})"
     return found
 
@@ -242,7 +244,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def check(self, root: yaml.Node) -> None:
-        """Refuse a document whose aliases stand for more than can be meant, and numbers as long as texts."""
+        """Refuse a document whose aliases stand for too many values, and numbers as long as texts."""
         todo, seen = [root], 0
         while todo:
             node, seen = todo.pop(), seen + 1
@@ -290,7 +292,7 @@ def parse_yaml(text: str, where: str) -> object:
     except RecursionError:
         _too_deep(where)
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
-        # pyyaml's constructors raise the latter ones for tags whose values do not fit.
+        # pyyaml's constructors raise the last three for values that do not fit their tags.
         raise UserError(f"{where} is not valid YAML: {_yaml_line(error)}") from None
     finally:
         if loader is not None:

@@ -109,16 +109,16 @@ def fixed_decoder_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> EncoderDecode
     """``fixed_cache`` of pairs [B, kv_heads, n, head_dim] for such a decoder; it keeps nothing of cross-attention."""
     from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-    class Passing(Cache):
+    class EmptyCache(Cache):
         def update(self, key_states: Tensor, value_states: Tensor, *_: object, **kw: object) -> tuple[Tensor, Tensor]:
             return key_states, value_states
 
-    cache = EncoderDecoderCache(fixed_cache(pairs), Passing(layer_class_to_replicate=DynamicLayer))
-    cache.is_updated = _NeverUpdated()
+    cache = EncoderDecoderCache(fixed_cache(pairs), EmptyCache(layer_class_to_replicate=DynamicLayer))
+    cache.is_updated = _NoUpdates()
     return cache
 
 
-class _NeverUpdated(dict[int, bool]):
+class _NoUpdates(dict[int, bool]):
     def __setitem__(self, layer: int, value: bool) -> None:
         pass
 

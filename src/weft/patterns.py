@@ -1,7 +1,7 @@
-"""Regular expressions from files, with a limit of time, because some would be tried for ever.
+"""Regular expressions from files, with a limit of time, because some would run for ever.
 
-A pattern like ``(a+)+$`` takes twice as long with every character. Python's own ``re`` cannot be stopped; the package
-``regex`` (which transformers needs too) reads the same patterns and can.
+A pattern like ``(a+)+$`` takes twice as long with every character. Python's own ``re`` cannot be stopped. The package
+``regex`` (which transformers needs too) reads the same patterns and can be stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import regex
 
 from weft.errors import UserError
 
-SECONDS = 1.0  # for all modules of a model together
+SECONDS = 1.0  # for all modules of a model in sum
 LONGEST = 20_000  # characters
 _LOOK = "aAz_09.,!( \n\r\té漢字؟🧵'-\u0300"
 
@@ -67,7 +67,7 @@ def pattern(text: str, where: str) -> Pattern:
 
 
 def check_linear(text: str, where: str) -> None:
-    """Refuse a pattern that a matcher without a limit may try for ever, where a library applies it by itself.
+    """Refuse a pattern that may run for ever in a library, which applies it without a limit.
 
     Such a pattern has an unbounded repeat of a group that holds one, or of alternatives that can begin alike. (No known
     tokenizer has one.)

@@ -72,10 +72,12 @@ class DataSet:
                 found = outcomes(path, TextRecipe(renderer=renderer, watched=True))
                 items += collect(found, renderer, unlimited=unlimited, split=split)[0]
         if self.labels is not None:
-            for item, label in zip(items, self.labels, strict=True):
-                item.label, item.samples = label, tuple(replace(s, label=0) for s in item.samples)
+            items = [
+                replace(item, label=label, samples=tuple(replace(sample, label=0) for sample in item.samples))
+                for item, label in zip(items, self.labels, strict=True)
+            ]
         self.change(items, self.tokenizer)
-        return items, Facts(renderer, own_template=self.own_template, max_length=renderer.max_length)
+        return items, Facts(renderer, own_template=self.own_template)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def on_samples(change: Callable[[Sample, Any], Sample], only: int | None = 2, **
     def apply(items: list[Item], tokenizer: Any) -> None:
         for number, item in enumerate(items):
             if only is None or number == only:
-                item.samples = tuple(change(sample, tokenizer) for sample in item.samples)
+                items[number] = replace(item, samples=tuple(change(sample, tokenizer) for sample in item.samples))
 
     return lambda: DataSet(change=apply, **options)
 
@@ -205,8 +207,7 @@ BUGS = [
     Bug("eos-not-learned", on_samples(without_end), name="one end without weight"),
     Bug("eos-not-learned", on_samples(dropped_end), name="one end lost"),
     Bug("eos-not-learned", on_samples(without_end, options={"train_on": "all"}), name="one end, train_on all"),
-    Bug("pad-masks-eos", lambda: DataSet(tokenizer=shared_pad(), change=lambda items, tokenizer: [
-        setattr(item, "samples", tuple(without_end(s, tokenizer) for s in item.samples)) for item in items] and None),
+    Bug("pad-masks-eos", lambda: on_samples(without_end, only=None, tokenizer=shared_pad())(),
         tuple(f"train:{n}" for n in range(1, 41))),
     Bug("answer-cut", lambda: DataSet(rows=[*clean_rows(2), talk("Count.", "and " * 200), *clean_rows(9)[3:]],
         options={"max_length": 180, "truncate": True})),

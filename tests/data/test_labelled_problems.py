@@ -311,7 +311,7 @@ def behind(record: Record) -> Record:
 
 
 def test_a_preview_whose_first_source_has_no_class(tmp_path: Path, tiny_llama_dir: Path) -> None:
-    from weft.preview.examined import examine
+    from weft.preview.data_sets import examine
 
     first, second = tmp_path / "a.jsonl", write(tmp_path / "b.jsonl", [])[0]
     first.write_bytes(LINES["empty label"][0] + b"\n")

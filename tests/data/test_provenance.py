@@ -66,8 +66,10 @@ def test_no_template_stays_no_template() -> None:
     """An encoder-decoder reads bare text where there is none."""
     trained = Renderer(bare())
     again, _ = make_renderer(record_of(trained), make_tokenizer())
-    assert again.seq2seq_prompt(TALK[1:]) == trained.seq2seq_prompt(TALK[1:])
-    assert Renderer(make_tokenizer()).seq2seq_prompt(TALK[1:]) != trained.seq2seq_prompt(TALK[1:])
+    assert again.prompt(TALK[1:], task="seq2seq").ids == trained.prompt(TALK[1:], task="seq2seq").ids
+    assert (
+        Renderer(make_tokenizer()).prompt(TALK[1:], task="seq2seq").ids != trained.prompt(TALK[1:], task="seq2seq").ids
+    )
 
 
 def test_several_templates_by_name() -> None:

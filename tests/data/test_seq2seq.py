@@ -57,7 +57,7 @@ def test_property_prompts_equal_inputs_and_data_commands_nothing(name: str, text
     tokenizer = {"T5": T5, "BART": BART}[name]
     conversation = talk(*texts)
     sample = Renderer(tokenizer).seq2seq(conversation)
-    assert sample.input_ids == Renderer(tokenizer).seq2seq_prompt(conversation.messages[:-1])
+    assert sample.input_ids == Renderer(tokenizer).prompt(conversation.messages[:-1], task="seq2seq").ids
     for ids, text in ((sample.input_ids, "\n".join(texts[:-1])), (sample.target_ids, texts[-1])):
         assert tokenizer.decode(ids).removeprefix("<s>" if name == "BART" else "") == text + "</s>"
         assert list(ids).count(tokenizer.eos_token_id) == 1

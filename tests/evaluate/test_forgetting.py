@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.methods import saved_bytes
 from tests import kit
 from tests.kit.tokenizers import byte_tokenizer
 
@@ -13,9 +14,9 @@ from weft.api import Adapters
 from weft.data import Renderer, Sample
 from weft.errors import UserError
 from weft.evaluate.classify import classes_of, predict
-from weft.evaluate.forgetting import read_documents, text_loss, text_samples
-from weft.evaluate.measure import saved_bytes
+from weft.evaluate.forgetting import read_documents, text_samples
 from weft.models import describe
+from weft.objectives.passes import evaluate_loss
 from weft.training.step import Work
 
 
@@ -45,10 +46,10 @@ def test_the_loss_is_the_mean_over_tokens_and_an_adapters_own() -> None:
     adapters = Adapters(model, describe(model))
     adapter = adapters.add("it", kit.method_config("lora"))
     # transformers computes norms and angles in float32 whatever the dtype.
-    assert text_loss(adapters, None, samples) == pytest.approx(wanted, rel=1e-6)
-    assert text_loss(adapters, "it", samples) == text_loss(adapters, None, samples)
+    assert evaluate_loss(adapters, None, samples) == pytest.approx(wanted, rel=1e-6)
+    assert evaluate_loss(adapters, "it", samples) == evaluate_loss(adapters, None, samples)
     kit.randomize(adapter)
-    assert abs(text_loss(adapters, "it", samples) - wanted) > 1e-4
+    assert abs(evaluate_loss(adapters, "it", samples) - wanted) > 1e-4
 
 
 def test_bytes_for_the_backward_pass() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.data.planted import clean_rows
 
-from weft.preview.examined import examine
+from weft.preview.data_sets import examine
 from weft.preview.packing import Packing
 from weft.training.config import load_config
 from weft.training.run import prepare

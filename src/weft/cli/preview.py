@@ -90,7 +90,7 @@ def _settings(words: list[str], model: str | None, data: str | None) -> RunConfi
 def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Sequence[str]) -> list[View]:
     from weft.data.auditing.audit import audit
     from weft.data.auditing.statistics import statistics
-    from weft.preview.examined import examine
+    from weft.preview.data_sets import examine
     from weft.preview.view import View
 
     if settings.shape == "full":

@@ -211,7 +211,7 @@ def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample
     if as_chat:
         prompt = renderer.prompt([Message("user", text)], source=source)
     draft = Draft(prompt.ids, [0.0] * len(prompt.ids), list(prompt.slots))
-    draft.remove(*renderer.limit.cut_ids(prompt.ids, source, "the record", head=len(renderer.encoder.bos)))
+    draft.remove(*renderer.settings.cut_ids(prompt.ids, source, "the record", head=len(renderer.encoder.bos)))
     # Without a cut a slot may stand at the very end.
     return Sample(draft.ids, draft.weights, source, slots=tuple(draft.slots), cut=draft.cut)
 
@@ -223,7 +223,7 @@ def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
     encoded = tokenizer(*texts, **options)
     length = len(encoded["input_ids"])
     if limit is not None and length > limit:
-        renderer.limit.cut_ids(encoded["input_ids"], source, "the record")  # raises, unless the policy is to cut
+        renderer.settings.cut_ids(encoded["input_ids"], source, "the record")  # raises, unless the policy is to cut
         if renderer.truncation != "right":
             raise UserError(
                 f"an encoder's texts are cut by `truncation: right` only (the longer of two first), not by "

@@ -21,7 +21,7 @@ from weft.data.formats.labels import ordered
 from weft.data.problems import OnBadRecord, Problem, Problems, about_record
 from weft.data.reading.records import first_rows, iter_items, iter_records
 from weft.data.reading.rows import Record
-from weft.data.rendering.render import Rendered, Renderer, Task
+from weft.data.rendering.render import Renderer, RenderResult, Task
 from weft.data.rendering.sample import Sample, TooLongError
 from weft.data.settings import EmptyAnswers, ReadSettings
 from weft.data.sources import content_key, number_of
@@ -200,7 +200,7 @@ class TextRecipe(Recipe):
         except UserError as error:
             return self.refused(error, "format", item)
 
-    def _rendered(self, record: Record, example: SFT, made: Rendered) -> Outcome:
+    def _rendered(self, record: Record, example: SFT, made: RenderResult) -> Outcome:
         if isinstance(made, UserError):
             return self.refused(made, "render", record, example)
         if not made:

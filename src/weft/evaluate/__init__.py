@@ -1,8 +1,7 @@
-"""Evaluation: exact answers, classes, and the base's forgetting."""
+"""Evaluation: exact answers, classes, forgetting, and the demo."""
 
 from weft.evaluate.classify import Predictions, predict
 from weft.evaluate.exact_match import Answer, Question, answer_questions, exact_match, read_questions
-from weft.evaluate.forgetting import text_loss
 
 __all__ = [
     "Answer",
@@ -12,5 +11,4 @@ __all__ = [
     "exact_match",
     "predict",
     "read_questions",
-    "text_loss",
 ]

@@ -1,4 +1,4 @@
-"""The predictions of a classification adapter."""
+"""Predictions of a classification adapter."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tok
 
 
 def text_sample(adapters: Adapters, renderer: Renderer, text: str, source: str = "the text") -> Sample:
-    """A text, or a pair of texts with a tab between them, as training encodes it.
+    """A text, or a pair of texts with a tab between them, encoded as in training.
 
     Raises:
         UserError: There are more texts than the base takes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ JOBS: list[dict[str, Any]] = [
 STEPS, BATCH_SIZE = 300, 16
 
 
-@dataclass
-class Measured:
+@dataclass(frozen=True)
+class MethodResult:
     """One row of the demo's table."""
 
     method: str
@@ -41,18 +41,18 @@ class Measured:
     seconds: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoResult:
-    """The result of the demo."""
+    """The result of the demo. ``picture`` is the path of the drawn losses."""
 
     model: str
     output_dir: str
-    picture: str = ""
+    picture: str
     _: KW_ONLY
-    rows: list[Measured] = field(default_factory=list)
-    by_task: dict[str, dict[str, float]] = field(default_factory=dict)
-    samples: list[dict[str, str]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    rows: list[MethodResult]
+    by_task: dict[str, dict[str, float]]
+    samples: list[dict[str, str]]
+    seconds: dict[str, float]
 
 
 def demo_config(model: str, output_dir: str, steps: int = STEPS) -> RunConfig:
@@ -106,25 +106,29 @@ def run_demo(
     result = train(config, on_event=note, should_stop=should_stop, on_ready=ready, on_trained=measure.after)
     if not result.completed:
         return None
-    found = DemoResult(model, output_dir)
-    found.picture = str(draw_losses(events, Path(output_dir) / "loss.png", model))
-    for job in config.jobs:
-        weights = weights_path(Path(output_dir) / "adapters" / job.name)
-        found.rows.append(
-            Measured(
-                job.name,
-                measure.parameters[job.name],
-                file_bytes=weights.stat().st_size if weights.is_file() else 0,
-                exact_match_before=exact_match(measure.answers[None]),
-                exact_match_after=exact_match(measure.answers[job.name]),
-                base_text_loss_change=measure.text_losses[job.name] - measure.text_losses[None],
-                seconds=result.jobs[job.name]["seconds"],
-            )
-        )
-    found.by_task = {name or "base": _by_task(answers) for name, answers in measure.answers.items()}
-    found.samples = _samples(measure, [job.name for job in config.jobs])
-    found.seconds = {**measure.seconds, "training": result.seconds, "total": time.monotonic() - begun}
-    return found
+    names = [job.name for job in config.jobs]
+    return DemoResult(
+        model,
+        output_dir,
+        str(draw_losses(events, Path(output_dir) / "loss.png", model)),
+        rows=[_method_result(name, measure, output_dir, result.jobs[name]["seconds"]) for name in names],
+        by_task={name or "base": _by_task(answers) for name, answers in measure.answers.items()},
+        samples=_samples(measure),
+        seconds={**measure.seconds, "training": result.seconds, "total": time.monotonic() - begun},
+    )
+
+
+def _method_result(name: str, measure: Measure, output_dir: str, seconds: float) -> MethodResult:
+    weights = weights_path(Path(output_dir) / "adapters" / name)
+    return MethodResult(
+        name,
+        measure.parameters[name],
+        file_bytes=weights.stat().st_size if weights.is_file() else 0,
+        exact_match_before=exact_match(measure.answers[None]),
+        exact_match_after=exact_match(measure.answers[name]),
+        base_text_loss_change=measure.text_losses[name] - measure.text_losses[None],
+        seconds=seconds,
+    )
 
 
 def _by_task(answers: Sequence[Answer]) -> dict[str, float]:
@@ -132,7 +136,7 @@ def _by_task(answers: Sequence[Answer]) -> dict[str, float]:
     return {task: exact_match([a for a in answers if a.question.task == task]) for task in tasks}
 
 
-def _samples(measure: Measure, names: Sequence[str]) -> list[dict[str, str]]:
+def _samples(measure: Measure) -> list[dict[str, str]]:
     """The first question of each task: the reference, and the answers of the base and of every method."""
     seen: set[str] = set()
     samples = []

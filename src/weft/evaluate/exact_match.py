@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from weft.core.adapters import Adapters
 from weft.data import Conversation, Message, Record, Renderer, to_example
 from weft.data.pipeline import read_all
 from weft.errors import UserError
 from weft.generation import Request, generate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from weft.generation.text import decode
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,12 @@ def answer_questions(
     answers: dict[str | None, list[Answer]] = {}
     for number, name in enumerate(names):
         own = completions[number * len(prompts) : (number + 1) * len(prompts)]
-        texts = [decode(renderer.tokenizer, completion.ids) for completion in own]
+        texts = [decode(renderer.tokenizer, completion.ids).strip() for completion in own]
         answers[name] = [
             Answer(question, text, fold(text) == fold(question.reference))
             for question, text in zip(questions, texts, strict=True)
         ]
     return answers
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of an answer, without control tokens."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def fold(text: str) -> str:

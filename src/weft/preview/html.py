@@ -1,15 +1,16 @@
-"""``weft preview --html``: one page with everything in it, no script, nothing fetched, every text escaped."""
+"""``weft preview --html``: one page with everything. It has no script and fetches nothing; all text is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from weft.data.auditing.base import Item
-    from weft.data.auditing.pieces import Piece
-    from weft.preview.view import View
+from weft.data.auditing.audit import grouped
+from weft.data.auditing.base import Item
+from weft.data.auditing.pieces import TokenText, pieces, visible
+from weft.preview.text import place_of, rows_of, step_in_words, summary, text_of
+from weft.preview.view import View
 
 _LISTED = 50  # findings of a check
 _PACKS = 16  # of the first step
@@ -53,7 +54,7 @@ def page(title: str, views: Sequence[View]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Should anything slip through the escaping, the browser still neither runs nor fetches it.
+        # Even if something passed the escaping, the browser would neither run nor fetch it.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>weft preview: {escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body><h1>weft preview: {escape(title)}</h1>\n{body}</body></html>\n"
@@ -61,8 +62,6 @@ def page(title: str, views: Sequence[View]) -> str:
 
 
 def _view(view: View) -> Iterator[str]:
-    from weft.preview.text import rows_of
-
     names = escape(", ".join(view.data_set.names))
     yield from _findings(view)
     for name, missed in view.data_set.not_reached.items():
@@ -86,9 +85,7 @@ def _view(view: View) -> Iterator[str]:
 
 
 def _first_step(packing: dict[str, Any]) -> Iterator[str]:
-    """The packs of the first step, to scale."""
-    from weft.preview.text import step_in_words
-
+    """The packs of the first step, drawn to scale."""
     yield f"<h2>Packs</h2><p>{escape(step_in_words(packing))}.</p>\n"
     packs = packing["first_step"]
     for number, pack in enumerate(packs[:_PACKS], start=1):
@@ -108,15 +105,8 @@ def _first_step(packing: dict[str, Any]) -> Iterator[str]:
 
 
 def _findings(view: View) -> Iterator[str]:
-    from weft.data.auditing.audit import grouped
-    from weft.preview.text import count_of
-
-    errors = sum(finding.severity == "error" for finding in view.findings)
-    if not view.findings:
-        yield '<h2 class="ok">Audit: nothing found</h2>\n'
-        return
-    warnings = count_of(len(view.findings) - errors, "warning")
-    yield f"<h2>Audit: {count_of(errors, 'error')}, {warnings}</h2>\n"
+    style = "" if view.findings else ' class="ok"'
+    yield f"<h2{style}>Audit: {summary(view.findings)}</h2>\n"
     for group in grouped(view.findings):
         kind, count = group.findings[0].severity, len(group.findings)
         yield (
@@ -126,8 +116,8 @@ def _findings(view: View) -> Iterator[str]:
         lines = []
         for finding in group.findings[:_LISTED]:
             place = f"<code>{escape(finding.source)}</code> " if finding.source else ""
-            shown = f'<br><code class="faint">{escape(_seen(finding.shown))}</code>' if finding.shown else ""
-            lines.append(f'<div class="finding">{place}{escape(_seen(finding.message))}{shown}</div>\n')
+            shown = f'<br><code class="faint">{escape(visible(finding.shown))}</code>' if finding.shown else ""
+            lines.append(f'<div class="finding">{place}{escape(visible(finding.message))}{shown}</div>\n')
         yield "".join(lines[:3])
         if count > 3:
             more = f'<p class="faint">… and {count - _LISTED:,} more; --json lists all</p>' if count > _LISTED else ""
@@ -145,14 +135,11 @@ def _histogram(bars: Sequence[dict[str, Any]]) -> str:
 
 
 def _item(item: Item, view: View) -> str:
-    from weft.data.auditing.pieces import pieces
-    from weft.preview.text import place_of
-
     label = f", label {escape(item.label)}" if item.label is not None else ""
     parts = [f"<h3>{escape(item.source)}{label}</h3>"]
     if item.problem is not None and not item.samples:
-        text = escape(_seen(item.text or item.shown))
-        parts.append(f'<p class="error">Becomes no sample: {escape(_seen(item.problem[1]))}</p>')
+        text = escape(visible(item.text or item.shown))
+        parts.append(f'<p class="error">Becomes no sample: {escape(visible(item.problem[1]))}</p>')
         parts.append(f'<div class="tokens">{text}</div>\n')
     for sample in item.samples:
         found, place = pieces(view.data_set.facts.tokenizer, sample), place_of(item, view, sample)
@@ -166,27 +153,21 @@ def _item(item: Item, view: View) -> str:
     return "".join(parts)
 
 
-def _token(piece: Piece) -> str:
+def _token(piece: TokenText) -> str:
     kind = f"t{' l' if piece.weight else ''}{' s' if piece.special else ''}"
     weight = f"<sup>{piece.weight:g}</sup>" if piece.weight not in (0.0, 1.0) else ""
-    title = escape(f"position {piece.position}, id {piece.id}, weight {piece.weight:g}, token {_seen(piece.token)}")
-    text = escape(_seen(piece.text))
+    title = escape(f"position {piece.position}, id {piece.id}, weight {piece.weight:g}, token {visible(piece.token)}")
+    text = escape(visible(piece.text))
     return f'<span class="{kind}" title="{title}">{text}{weight}</span>' + ("\n" if "\n" in piece.text else "")
 
 
-def _table(found: Sequence[Piece]) -> str:
+def _table(found: Sequence[TokenText]) -> str:
     rows = []
     for piece in found:
-        text = _seen(piece.text) if piece.text else "(part of a character)" if piece.part else ""
+        token, text = escape(visible(piece.token)), escape(text_of(piece))
         rows.append(
             f'<tr{" class=on" if piece.weight else ""}><td class="n">{piece.position}</td><td class="n">{piece.id}</td>'
-            f'<td>{escape(_seen(piece.token))}</td><td>{escape(text)}</td><td class="n">{piece.weight:g}</td></tr>'
+            f'<td>{token}</td><td>{text}</td><td class="n">{piece.weight:g}</td></tr>'
         )
     head = "<tr><th>position</th><th>id</th><th>token</th><th>text</th><th>weight</th></tr>"
     return f'<div class="wide"><table class="list">{head}{"".join(rows)}</table></div>'
-
-
-def _seen(text: str) -> str:
-    from weft.data.auditing.pieces import visible
-
-    return visible(text)

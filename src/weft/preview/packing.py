@@ -1,4 +1,4 @@
-"""What the model is given, step by step, as figures and as places: for previews."""
+"""The packs that the model sees, step by step, as figures and as places: for previews."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Packing:
 
     @functools.cached_property
     def epoch(self) -> list[list[list[int]]]:
-        """The first epoch: of every step its packs, of every pack the samples."""
+        """The first epoch: the packs of every step, each a list of samples."""
         return [self.batches[step] for step in range(self.batches.steps_in(0))]
 
     @functools.cached_property
     def places(self) -> dict[int, Place]:
-        """Of every sample of the first epoch its place (a mixture leaves some out)."""
+        """The place of every sample of the first epoch. (A mixture leaves some out.)"""
         found = {}
         for step, packs in enumerate(self.epoch, start=1):
             for number, pack in enumerate(packs, start=1):
@@ -47,7 +47,7 @@ class Packing:
         return found
 
     def figures(self) -> dict[str, object]:
-        """As JSON holds them; ``padding`` is what the batches would hold if each were padded to its longest."""
+        """The figures as JSON holds them. ``padding`` counts the pad tokens of batches padded to their longest."""
         packs = [pack for step in self.epoch for pack in step]
         largest = max(map(self.batches.tokens, packs))
         padded, held = self._padded()
@@ -71,7 +71,7 @@ class Packing:
         return {"source": sample.source, "tokens": size(sample), "begin": place.begin, "end": place.end}
 
     def _padded(self) -> tuple[int, int]:
-        """Tokens of padded batches, and of the samples in them."""
+        """The size in tokens of padded batches, and of the samples in them."""
         lengths = self.batches.lengths
         groups = [[lengths[index] for index in group] for group in self.batches.unpacked(0)]
         return sum(max(group) * len(group) for group in groups), sum(map(sum, groups))

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from weft.data.auditing.base import Item
-    from weft.data.auditing.pieces import Piece
-    from weft.data.rendering.sample import Sample
-    from weft.preview.view import View
+from weft.data.auditing.audit import grouped
+from weft.data.auditing.base import Finding, Item
+from weft.data.auditing.pieces import TokenText, pieces, visible
+from weft.data.rendering.sample import Sample
+from weft.preview.view import View
 
 _LISTED = 3  # findings of a check that are shown
 _WIDEST = 120  # tokens in longer lines are hard to follow
 _LINES = 60  # of one sample
 _PACKS, _SEQUENCES = 4, 8  # of the first step
-# Neighbouring tokens differ in colour, so that one sees where each begins.
+# Neighbouring tokens differ in colour, which shows where each begins.
 _LEARNED, _UNLEARNED, _SPECIAL = ("bold green", "bold cyan"), ("dim", "bright_black"), ("magenta", "bold magenta")
 
 
 def show(view: View, out: Console, *, tokens: bool = False) -> None:
-    """Samples, figures and findings of one data set, in this order: what matters most stands last."""
+    """Print samples, figures and findings of one data set, in this order: what matters most stands last."""
     renderer = view.data_set.renderer
     if view.shown:
         out.print(Text("learned tokens", "bold green"), Text("other tokens", "dim"), Text("special tokens", "magenta"))
     for item in view.shown:
         _sample(item, view, out, tokens)
-    for packing in view.packings[:1]:  # the others' are in the page and in --json
+    for packing in view.packings[:1]:  # those of the other jobs are in the page and in --json
         _first_step(packing, out)
     for split, figures in view.figures.items():
         out.print(Text(f"{split} data of {', '.join(view.data_set.names)}", "bold"))
@@ -43,21 +42,18 @@ def show(view: View, out: Console, *, tokens: bool = False) -> None:
 
 
 def _sample(item: Item, view: View, out: Console, tokens: bool) -> None:
-    from weft.data.auditing.pieces import pieces, visible
-
     label = f"  label {item.label}" if item.label is not None else ""
     if item.problem is not None and not item.samples:
         out.print(Text(f"── {item.source}", "bold"))
         out.print(Text(f"becomes no sample: {visible(item.problem[1])}", "red"), soft_wrap=not out.is_terminal)
         out.print(Text(visible(item.text or item.shown)))
     for sample in item.samples:
-        learned = len(sample.target_ids) or sum(map(bool, sample.weights))
-        total = len(sample.input_ids) + len(sample.target_ids)
+        found = pieces(view.data_set.facts.tokenizer, sample)
+        learned = sum(bool(piece.weight) for piece in found)
         cut = f"  cut from {len(sample.input_ids) + sample.cut:,} tokens" if sample.cut else ""
         place = place_of(item, view, sample)
-        head = f"── {item.source}{label}  {total} tokens, {learned} learned{cut}{'  ' * bool(place)}{place}"
+        head = f"── {item.source}{label}  {len(found)} tokens, {learned} learned{cut}{'  ' * bool(place)}{place}"
         out.print(Text(head, "bold"), soft_wrap=not out.is_terminal)
-        found = pieces(view.data_set.facts.tokenizer, sample)
         _lines(found, out)
         if tokens:
             _table(found, out)
@@ -65,7 +61,7 @@ def _sample(item: Item, view: View, out: Console, tokens: bool) -> None:
 
 
 def place_of(item: Item, view: View, sample: Sample) -> str:
-    """Where training comes to a sample, in words."""
+    """When training reads a sample, in words."""
     place = view.place(sample)
     if place is not None:
         return f"step {place.step:,}, pack {place.pack}, rows {place.begin:,}–{place.end - 1:,}"
@@ -75,7 +71,7 @@ def place_of(item: Item, view: View, sample: Sample) -> str:
 
 
 def _first_step(packing: dict[str, Any], out: Console) -> None:
-    """The packs of the first step: whole sequences end to end, drawn to scale, and what stands where."""
+    """Draw the packs of the first step to scale, and list their sequences."""
     packs, width = packing["first_step"], min(out.width, _WIDEST) - 30
     out.print(Text(step_in_words(packing), "bold"))
     for number, pack in enumerate(packs[:_PACKS], start=1):
@@ -97,7 +93,7 @@ def _first_step(packing: dict[str, Any], out: Console) -> None:
 
 
 def step_in_words(packing: dict[str, Any]) -> str:
-    """What the first step is made of."""
+    """The contents of the first step."""
     packs = packing["first_step"]
     what = f"{count_of(sum(map(len, packs)), 'sequence')} in {count_of(len(packs), 'pack')}"
     return (
@@ -106,7 +102,7 @@ def step_in_words(packing: dict[str, Any]) -> str:
     )
 
 
-def _lines(found: Sequence[Piece], out: Console) -> None:
+def _lines(found: Sequence[TokenText], out: Console) -> None:
     width = min(out.width, _WIDEST)
     for number, (position, weight, text) in enumerate(laid_out(found, width - 16)):
         if number == _LINES:
@@ -116,13 +112,11 @@ def _lines(found: Sequence[Piece], out: Console) -> None:
         out.print(margin + text, no_wrap=True, crop=False, overflow="ignore")
 
 
-def laid_out(found: Sequence[Piece], width: int) -> Iterator[tuple[int, float, Text]]:
+def laid_out(found: Sequence[TokenText], width: int) -> Iterator[tuple[int, float, Text]]:
     """Lines of at most ``width`` columns, each of one loss weight: (its first token's position, the weight, the text).
 
     A line ends with the token that holds a line end. A token that is wider than a line is broken.
     """
-    from weft.data.auditing.pieces import visible
-
     line, start, weight = Text(), 0, 0.0
     for number, piece in enumerate(found):
         text = visible(piece.text)
@@ -154,25 +148,27 @@ def _broken(text: str, width: int) -> list[str]:
     return [*parts, part]
 
 
-def style_of(piece: Piece, number: int) -> str:
-    """How a token is shown: learned ones stand out, special ones have a colour of their own."""
+def style_of(piece: TokenText, number: int) -> str:
+    """The style of a token: learned ones stand out, special ones have their own colour."""
     if piece.special:
         return _SPECIAL[bool(piece.weight)]
     return (_LEARNED if piece.weight else _UNLEARNED)[number % 2]
 
 
-def _table(found: Sequence[Piece], out: Console) -> None:
-    from weft.data.auditing.pieces import visible
+def text_of(piece: TokenText) -> str:
+    """A token's text, in which nothing is hidden."""
+    return visible(piece.text) if piece.text else "(part of a character)" if piece.part else ""
 
+
+def _table(found: Sequence[TokenText], out: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("position", "id", "weight"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("token", "text"):
         table.add_column(heading, overflow="fold")
     for number, piece in enumerate(found):
-        text = visible(piece.text) if piece.text else "(part of a character)" if piece.part else ""
         row = (str(piece.position), str(piece.id), f"{piece.weight:g}" if piece.weight else "·")
-        table.add_row(*map(Text, row), Text(visible(piece.token)), Text(text), style=style_of(piece, number))
+        table.add_row(*map(Text, row), Text(visible(piece.token)), Text(text_of(piece)), style=style_of(piece, number))
     out.print(table)
 
 
@@ -245,9 +241,6 @@ def _percent(share: float) -> str:
 
 
 def _findings(view: View, out: Console) -> None:
-    from weft.data.auditing.audit import grouped
-
-    errors = sum(finding.severity == "error" for finding in view.findings)
     for group in grouped(view.findings):
         kind = group.findings[0].severity
         colour = "bold red" if kind == "error" else "bold yellow"
@@ -255,26 +248,27 @@ def _findings(view: View, out: Console) -> None:
         count = Text(f"  {len(group.findings):,}×" if len(group.findings) > 1 else "", colour)
         out.print(head + count, soft_wrap=not out.is_terminal)
         for finding in group.findings[:_LISTED]:
-            line = Text(f"  {finding.source + ': ' if finding.source else ''}{_printable(finding.message)}")
-            out.print(line, soft_wrap=not out.is_terminal)  # a line of a file can be searched
+            line = Text(f"  {finding.source + ': ' if finding.source else ''}{visible(finding.message)}")
+            out.print(line, soft_wrap=not out.is_terminal)  # a search finds a whole line in a file
             if finding.shown:
-                shown = Text(f"    {_printable(finding.shown)}", "dim")
+                shown = Text(f"    {visible(finding.shown)}", "dim")
                 shown.truncate(out.width, overflow="ellipsis")
                 out.print(shown, no_wrap=True)
         if len(group.findings) > _LISTED:
             out.print(Text(f"  … and {len(group.findings) - _LISTED:,} more (--json lists all)", "dim"))
         out.print(Text(f"  mend: {group.findings[0].mend}.", "italic"), soft_wrap=not out.is_terminal)
-    what = f"{count_of(errors, 'error')}, {count_of(len(view.findings) - errors, 'warning')}"
+    errors = any(finding.severity == "error" for finding in view.findings)
     colour = "bold red" if errors else "bold yellow" if view.findings else "bold green"
-    out.print(Text(f"audit: {what if view.findings else 'nothing found'}", colour))
+    out.print(Text(f"audit: {summary(view.findings)}", colour))
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """``2 errors, 1 warning``."""
+    errors = sum(finding.severity == "error" for finding in findings)
+    what = f"{count_of(errors, 'error')}, {count_of(len(findings) - errors, 'warning')}"
+    return what if findings else "nothing found"
 
 
 def count_of(number: int, what: str) -> str:
     """``2 errors``, ``1 error``."""
     return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _printable(text: str) -> str:
-    from weft.data.auditing.pieces import visible
-
-    return visible(text)

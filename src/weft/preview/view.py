@@ -1,4 +1,4 @@
-"""What there is to show of one data set, for the terminal, a page and JSON alike."""
+"""The view of one data set, for the terminal, a page and JSON alike."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from weft.data.auditing.audit import findings_json
 from weft.data.auditing.base import Finding, Item
 from weft.data.auditing.pieces import pieces
 from weft.data.rendering.sample import Sample
-from weft.preview.examined import Examined
+from weft.preview.data_sets import DataSet
 from weft.preview.packing import Place
 
 
 class View:
-    """What there is to show of one data set."""
+    """All that a preview shows of one data set."""
 
     def __init__(
-        self, data_set: Examined, findings: Sequence[Finding], figures: dict[str, Any], shown: Sequence[Item]
+        self, data_set: DataSet, findings: Sequence[Finding], figures: dict[str, Any], shown: Sequence[Item]
     ) -> None:
         self.data_set, self.findings, self.figures, self.shown = data_set, list(findings), figures, list(shown)
         self.packings = [packing.figures() for packing in data_set.packings]
 
     @functools.cached_property
     def _numbers(self) -> dict[int, int]:
-        """By identity, the number of every sample that is trained on."""
+        """The number of every training sample, by its identity."""
         items = self.data_set.windows or [item for item in self.data_set.items if item.split == "train"]
         return {id(sample): number for number, sample in enumerate(sample for item in items for sample in item.samples)}
 
     def place(self, sample: Sample) -> Place | None:
-        """Where the first jobs' first epoch has a sample; None: nowhere (it is held out, or a mixture's later one)."""
+        """The place of a sample in the first jobs' first epoch; None if it is held out, or a mixture has it later."""
         packings = self.data_set.packings
         number = self._numbers.get(id(sample)) if packings else None
         return None if number is None else packings[0].places.get(number)
 
     def json(self) -> dict[str, Any]:
-        """All of it as JSON holds it."""
+        """The view as JSON holds it."""
         return {
             "jobs": list(self.data_set.names),
             "statistics": self.figures,

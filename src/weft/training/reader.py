@@ -165,7 +165,7 @@ class Reader:
             evaluated = [part.samples for part in read.evaluated]
         else:
             evaluated = [samples.picked(out) for samples, out in pairs]
-        if read.sources[0].names or self.renderer.limit.documents != "joined":
+        if read.sources[0].names or self.renderer.settings.documents != "joined":
             return train, evaluated
         # After the split: no window holds text of both sides.
         train, evaluated = ([self._stored(self.renderer.join(part)) for part in side] for side in (train, evaluated))

@@ -1,1 +1,1 @@
-"""What is wrong with data, and what there is of it: checks, duplicates, figures."""
+"""Checks of data, duplicates, and figures."""

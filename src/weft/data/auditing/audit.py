@@ -1,7 +1,7 @@
 """The audit: every check over all records, before a week of training is spent on them.
 
-``audit`` makes all checks and gives what they find; ``audit_before_training`` makes the few that cost next to nothing.
-A check is one function in ``audit_tokens``, ``audit_text``, ``audit_template`` or ``audit_whole``.
+``audit`` makes all checks; ``audit_before_training`` makes the few that cost next to nothing. A check is one function
+in ``tokens``, ``text``, ``template`` or ``whole``.
 """
 
 from __future__ import annotations
@@ -9,31 +9,27 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from weft.data.auditing import template as audit_template
-from weft.data.auditing import text as audit_text
-from weft.data.auditing import tokens as audit_tokens
-from weft.data.auditing import whole as audit_whole
+from weft.data.auditing import template, text, tokens, whole
 from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records
+from weft.data.auditing.stream import chunks
 from weft.data.rendering.render import Renderer, Sample
 from weft.data.views import chained, distinct, sizes
 from weft.errors import UserError, nearest
 
-_CHECKERS = (audit_tokens, audit_text, audit_whole, audit_template)  # importing them fills CHECKS
+_CHECKERS = (tokens, text, whole, template)  # importing them fills CHECKS
 logger = logging.getLogger(__name__)
 
-_PART = 1 << 18  # tokens that the early checks look at at once
+_PART = 1 << 18  # tokens that the early checks look at together
 _KEPT = 1000  # findings of each early check that are kept; the others are counted
 AuditMode = Literal["error", "warn", "off"]
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The findings of one check; ``count`` of them, of which only the first may be kept."""
+    """The findings of one check. ``count`` is their number; ``findings`` may be only the first of them."""
 
     check: Check
     findings: tuple[Finding, ...]
@@ -43,7 +39,7 @@ class Group:
 def audit(
     items: Sequence[Item], facts: Facts, *, ignore: Collection[str] = (), only: Collection[str] | None = None
 ) -> list[Finding]:
-    """What is wrong with the records, errors first, by check in the order of CHECKS.
+    """The findings about the records: errors first, then by check in the order of CHECKS.
 
     Args:
         items: the records (``weft.data.auditing.items.collect``), training and evaluation together.
@@ -52,18 +48,14 @@ def audit(
         only: codes of the only checks to make.
 
     Raises:
-        UserError: ``ignore`` or ``only`` name a check that is not there.
+        UserError: ``ignore`` or ``only`` name an unknown check.
     """
     for code in (*ignore, *(only or ())):
         if code not in CHECKS:
             raise UserError(f"there is no check {code!r}.{nearest(code, CHECKS)} Checks: {', '.join(CHECKS)}.")
-    return _findings(Records(items, facts), ignore, only)
-
-
-def _findings(records: Records, ignore: Collection[str], only: Collection[str] | None) -> list[Finding]:
+    records = Records(items, facts)
     wanted = [check for check in CHECKS.values() if check.code not in ignore and (only is None or check.code in only)]
-    skips = records.facts.skips_bad_records
-    found = [_finding(check, hit, skips) for check in wanted for hit in check.run(records)]
+    found = [_finding(check, hit, facts.skips_bad_records) for check in wanted for hit in check.run(records)]
     return sorted(found, key=lambda finding: finding.severity != "error")
 
 
@@ -76,7 +68,7 @@ def _finding(check: Check, hit: Hit, skips_bad_records: bool = False) -> Finding
 
 
 def grouped(findings: Iterable[Finding]) -> list[Group]:
-    """Findings by check, in their order."""
+    """The findings by check, in their order."""
     groups: dict[str, list[Finding]] = {}
     for finding in findings:
         groups.setdefault(finding.code, []).append(finding)
@@ -91,18 +83,18 @@ def audit_before_training(
     *,
     part: int = _PART,
 ) -> list[Finding]:
-    """The checks of the rendered tokens, a few percent of what rendering costs. A sample given twice counts once.
+    """Check the rendered tokens, for a few percent of the cost of rendering. A sample given twice counts once.
 
-    Looks at ``part`` tokens after the other, and gives the first 1,000 findings of each check. Warnings are logged, a
-    line per check. With ``error`` findings of a check that refuses (nothing to learn, an end that is not learned, two
-    BOS …) end the run; with ``warn`` they are logged as well; with ``off`` nothing is done.
+    The checks look at ``part`` tokens at a time. The result holds the first 1,000 findings of each check. Warnings are
+    logged, a line per check. With ``error``, findings of a check that refuses (nothing to learn, an end that is not
+    learned, two BOS …) end the run; with ``warn`` they are logged as well; with ``off`` nothing is done.
 
     Raises:
-        UserError: naming the first records, and what to do.
+        UserError: The data would train wrongly; names the first records, and what to do.
     """
     if mode == "off":
         return []
-    groups = early_findings(Facts(renderer, max_length=renderer.max_length), train, held, part)
+    groups = early_findings(Facts(renderer), train, held, part)
     refused = []
     for group in groups:
         if group.check.early == "refuse" and mode == "error":
@@ -119,7 +111,7 @@ def audit_before_training(
 
 
 def early_findings(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: int = _PART) -> list[Group]:
-    """What the early checks find, errors first, ``part`` tokens at once: the same for any number of them."""
+    """What the early checks find, errors first. They look at ``part`` tokens at a time; any number finds the same."""
     train, held = distinct(train, held)
     ends = _ends(facts, train, held, part)
     checks = [check for check in CHECKS.values() if check.early]
@@ -139,7 +131,7 @@ def early_findings(facts: Facts, train: Sequence[Sample], held: Sequence[Sample]
 
 
 def _ends(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: int) -> Ends:
-    """Those of all the data; of good data the first part tells."""
+    """The ends of all the data. Good data tells them in its first part."""
     first = None
     for samples in _parts(train, held, part):
         ends = Records((), facts, samples).ends
@@ -152,30 +144,19 @@ def _ends(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: i
 def _parts(
     train: Sequence[Sample], held: Sequence[Sample], size: int
 ) -> Iterator[tuple[Sequence[Sample], Sequence[Sample]]]:
-    """Some samples to train on and to evaluate on after the other, ``size`` tokens or one sample more; one at least."""
-    ends, count = np.cumsum(sizes(chained([train, held]))), len(train)
-    start = 0
-    while start < len(ends) or not start:
-        before = ends[start - 1] if start else 0
-        stop = min(int(np.searchsorted(ends, before + size)) + 1, len(ends))
+    """Parts of both sequences in order, of about ``size`` tokens; at least one part."""
+    count = len(train)
+    for start, stop in list(chunks(sizes(chained([train, held])), size)) or [(0, 0)]:
         yield train[start:stop], held[max(start - count, 0) : max(stop - count, 0)]
-        if not len(ends):
-            return
-        start = stop
 
 
 def _line(group: Group) -> str:
     first = group.findings[0]
     count = f" ({group.count:,} records)" if group.count > 1 else ""
     place = f"{first.source}: " if first.source else ""
-    return f"{group.check.code}{count}: {place}{first.message}. {_capital(first.mend)}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return f"{group.check.code}{count}: {place}{first.message}. {first.mend[:1].upper()}{first.mend[1:]}."
 
 
 def findings_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """All findings as JSON holds them."""
-    keys = ("code", "severity", "source", "split", "message", "shown", "mend")
-    return [{key: getattr(finding, key) for key in keys} for finding in findings]
+    """The findings as JSON holds them."""
+    return [asdict(finding) for finding in findings]

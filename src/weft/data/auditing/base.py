@@ -1,4 +1,4 @@
-"""What the checks of an audit have in common: the records they look at, what they find, and the list of them all.
+"""The common parts of the checks of an audit: records, findings, and the list of all checks.
 
 A check is a function with a decorator and nothing else: ``@each`` for one that looks at record after record, ``@over``
 for one that needs all of them at once.
@@ -9,27 +9,31 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, TypeVar
 
+from weft.data.auditing.pieces import decode
 from weft.data.auditing.stream import Tokens
 from weft.data.formats.examples import SFT, Conversation, Message
 from weft.data.rendering.render import Renderer, Sample
+from weft.data.rendering.tokens import special_texts
 from weft.data.views import chained
 
 Severity = Literal["error", "warning"]
 Split = Literal["train", "eval"]
+Early = Literal["refuse", "warn"]
+_T = TypeVar("_T")
 _SHOWN = 160
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Item:
-    """A record as the audit sees it: what was read, what it became, or why it became nothing.
+    """A record for the audit: what it says, and its samples or the problem that it has.
 
     ``problem`` is ``(code of the check, message)`` of a record that training would refuse or leave out. ``length`` is
-    in tokens before anything was cut. ``text`` is all that the record says; ``question`` the message before the last
-    learned answer, ``prompt`` everything before it, ``answer`` the last learned answer itself.
-    ``torn``: some windows of the text are to train on; these are the others.
+    in tokens before anything was cut. ``text`` is all that the record says, ``question`` the message before the last
+    learned answer, ``prompt`` everything before it, and ``answer`` the last learned answer itself. ``torn``: training
+    has some windows of the text; these are the others.
     """
 
     split: Split
@@ -45,11 +49,11 @@ class Item:
     question: str = ""
     answer: str = ""
     torn: bool = False
-    shown: str = ""  # of a record that became nothing: its fields
+    shown: str = ""  # the fields of a record that became nothing
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The turns of a conversation; of anything else none."""
+        """The turns of a conversation; none for anything else."""
         return self.example.messages if isinstance(self.example, Conversation) else ()
 
 
@@ -60,9 +64,12 @@ class Facts:
     renderer: Renderer
     task: str = "causal_lm"
     own_template: str | None = None  # the tokenizer's, where the configuration names another
-    _: KW_ONLY
-    max_length: int | None = None
     skips_bad_records: bool = False
+
+    @property
+    def max_length(self) -> int | None:
+        """The renderer's."""
+        return self.renderer.max_length
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -70,27 +77,29 @@ class Facts:
         return self.renderer.tokenizer
 
     def special(self, name: Literal["eos", "bos", "pad", "unk"]) -> int | None:
-        """The number of a special token, if the tokenizer has it."""
+        """The id of a special token, if the tokenizer has it."""
         number = getattr(self.tokenizer, f"{name}_token_id", None)
         return number if isinstance(number, int) else None
 
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str] | None:
-        """The tokenizer's control tokens as they would be typed."""
-        texts = {str(text) for text in self.tokenizer.all_special_tokens}
-        texts |= {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        """A pattern for the tokenizer's control tokens in a text."""
         # Byte and reserved tokens of one or two characters would be found everywhere.
-        listed = sorted((text for text in texts if len(text) > 2), key=lambda text: (-len(text), text))
-        return re.compile("|".join(map(re.escape, listed))) if listed else None
+        texts = [text for text in special_texts(self.tokenizer) if len(text) > 2]
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Tokens as text, special ones included."""
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, ids)
+
+    def show(self, ids: Iterable[int]) -> str:
+        """Tokens as text in one line."""
+        return short(self.decode(ids))
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong: with the record at ``source``, or (source "") with all of the data."""
+    """One fault: of the record at ``source``, or (``source`` "") of all the data."""
 
     code: str
     severity: Severity
@@ -104,7 +113,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """What a check hands back: the record (None: it is about all of them), what is wrong, and the text to show."""
+    """The result of a check: the record (None for all of them), what is wrong, and the text to show."""
 
     item: Item | None
     message: str
@@ -113,8 +122,11 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Of all the data: how many samples there are, whether one learns the end-of-sequence token, and if none does, the
-    end of the first learned stretch (None: nothing is learned)."""
+    """How answers end, in all the data.
+
+    ``samples`` is the number of samples. ``learned``: one of them learns the end-of-sequence token. If none does,
+    ``first`` is the end of the first learned stretch (None if nothing is learned).
+    """
 
     samples: int
     learned: bool
@@ -124,8 +136,8 @@ class Ends:
 class Records:
     """All records of an audit, and what several checks make of them.
 
-    ``samples`` stand for themselves where the records they came from are not at hand: (to train on, to evaluate on).
-    ``ends`` are those of more records than these, where these are a part of the data.
+    ``samples`` (to train on, to evaluate on) stand alone where their records are not at hand. ``ends`` are those of all
+    the data, where these records are a part of it.
     """
 
     def __init__(
@@ -136,9 +148,16 @@ class Records:
         ends: Ends | None = None,
     ) -> None:
         self.items, self.facts, self.samples = items, facts, samples
-        self.kept: dict[str, Any] = {}  # for checks that share work
+        self._shared: dict[Callable[[Records], object], Any] = {}
         if ends is not None:
             self.ends = ends
+
+    def shared(self, make: Callable[[Records], _T]) -> _T:
+        """What ``make`` gives of these records. It is called once, for all checks that need it."""
+        if make not in self._shared:
+            self._shared[make] = make(self)
+        found: _T = self._shared[make]
+        return found
 
     @functools.cached_property
     def tokens(self) -> Tokens:
@@ -152,14 +171,14 @@ class Records:
         learned = eos is not None and bool((tokens.learned & (tokens.ids == eos)).any())
         if learned or not len(places := tokens.stretches()[0]):
             return Ends(len(tokens.samples), learned, None)
-        return Ends(len(tokens.samples), False, short(self.facts.decode(tokens.around(int(places[0])))))
+        return Ends(len(tokens.samples), False, self.facts.show(tokens.around(int(places[0]))))
 
     def owner(self, number: int) -> Item:
-        """The record that a sample of ``tokens`` came from."""
+        """The record of a sample in ``tokens``."""
         train, held = self.samples
         if number >= len(train) + len(held):
             return self._owners[number - len(train) - len(held)]
-        # Made only for what is found: 50,000 of them would cost more than the checks.
+        # Made only for findings: 50,000 of them would cost more than the checks.
         sample = self.tokens.samples[number]
         return Item("train" if number < len(train) else "eval", sample.source, samples=(sample,))
 
@@ -172,7 +191,7 @@ class Records:
         return [item for item in self.items if item.split == split]
 
     def spread(self, count: int) -> list[Item]:
-        """Up to ``count`` conversations that were rendered, evenly over the data, for checks that cost too much."""
+        """Up to ``count`` rendered conversations, evenly over the data, for checks that cost too much."""
         fitting = [item for item in self.items if item.messages and item.samples]
         step = max(1, len(fitting) // count)
         return fitting[::step][:count]
@@ -180,10 +199,10 @@ class Records:
 
 @dataclass(frozen=True)
 class Check:
-    """One check. ``early``: whether ``weft train`` makes it before its first step, and refuses to go on or warns.
+    """One check. ``early``: ``weft train`` makes it before its first step, and refuses to go on or warns.
 
-    An early check is made of one part of the data after the other. What it finds is about single records, or
-    (``once``) about all of the data, and then what it finds first is all.
+    An early check sees one part of the data after the other. It finds faults of single records, or (``once``) of all
+    the data; then its first finding is all.
     """
 
     code: str
@@ -192,24 +211,21 @@ class Check:
     _: KW_ONLY
     run: Callable[[Records], Iterator[Hit]]
     about: str
-    early: Literal["refuse", "warn"] | None = field(default=None)
+    early: Early | None = None
     once: bool = False
 
 
 CHECKS: dict[str, Check] = {}
+_Run = Callable[[Records], Iterator[Hit]]
+_Look = Callable[[Item, Facts], tuple[str, str] | None]
 
 
 def over(
-    code: str,
-    severity: Severity,
-    mend: str,
-    *,
-    early: Literal["refuse", "warn"] | None = None,
-    once: bool = False,
-) -> Callable[[Callable[[Records], Iterator[Hit]]], Callable[[Records], Iterator[Hit]]]:
+    code: str, severity: Severity, mend: str, *, early: Early | None = None, once: bool = False
+) -> Callable[[_Run], _Run]:
     """Register a check of all records at once. The first line of its docstring says what it finds."""
 
-    def register(run: Callable[[Records], Iterator[Hit]]) -> Callable[[Records], Iterator[Hit]]:
+    def register(run: _Run) -> _Run:
         assert code not in CHECKS, code
         about = (run.__doc__ or "").strip().split("\n")[0]
         CHECKS[code] = Check(code, severity, mend, run=run, about=about, early=early, once=once)
@@ -218,14 +234,10 @@ def over(
     return register
 
 
-def each(
-    code: str, severity: Severity, mend: str
-) -> Callable[[Callable[[Item, Facts], tuple[str, str] | None]], Callable[[Item, Facts], tuple[str, str] | None]]:
-    """Register a check of one record after the other: it gives ``(what is wrong, text to show)``, or None."""
+def each(code: str, severity: Severity, mend: str) -> Callable[[_Look], _Look]:
+    """Register a check of one record after the other. It returns ``(what is wrong, text to show)``, or None."""
 
-    def register(
-        look: Callable[[Item, Facts], tuple[str, str] | None],
-    ) -> Callable[[Item, Facts], tuple[str, str] | None]:
+    def register(look: _Look) -> _Look:
         def run(records: Records) -> Iterator[Hit]:
             for item in records.items:
                 found = look(item, records.facts)
@@ -240,7 +252,7 @@ def each(
 
 
 def short(text: str, around: int | None = None) -> str:
-    """Text to show in one line: its beginning, or what stands around a place."""
+    """Text to show in one line: its beginning, or what is around a place."""
     start = 0 if around is None else max(0, around - _SHOWN // 3)
     part = text[start : start + _SHOWN].replace("\n", "⏎")
     return f"{'…' * (start > 0)}{part}{'…' * (start + _SHOWN < len(text))}"

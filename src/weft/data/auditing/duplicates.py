@@ -1,21 +1,22 @@
-"""Find records that are the same, and records that are nearly the same, among tens of thousands.
+"""Find records that are the same or nearly the same among tens of thousands.
 
-Texts are compared by their shingles: all stretches of five characters of the normalised text, where a character of
-Chinese, Japanese or Korean counts as two (it says as much as two or three Latin letters, so a changed word costs about
-as many shingles in either script). Nearly the same means a Jaccard similarity of the two sets of shingles of 0.8 or
-more. MinHash (Broder 1997) with banding finds the pairs worth looking at; each of those is then measured exactly, so
-that every pair reported is one, and only a pair not looked at can be missed.
+The shingles of a text are all stretches of five characters after ``normalise``. A character of Chinese, Japanese or
+Korean counts as two. (It says as much as two or three Latin letters, so a changed word costs about as many shingles in
+either script.) Two texts are nearly the same if the Jaccard similarity of their sets of shingles is 0.8 or more.
+MinHash (Broder 1997) with banding finds the pairs that are worth a look. Each of them is then measured exactly. So
+every reported pair is one, and only a pair without a look can be missed.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from weft.data.auditing.stream import chunks
+from weft.data.views import Array
 
 THRESHOLD = 0.8
 SHINGLE = 5
@@ -23,20 +24,18 @@ SHINGLE = 5
 # 0.05.
 _BANDS, _ROWS = 20, 5
 _MINIMA = _BANDS * _ROWS
-# Of many texts in one bucket each is compared to as many of those after it: a template filled in 50,000 times would
-# otherwise be 10^9 pairs.
+# In a bucket a text is compared to this many of the texts after it. Otherwise a template that is filled in 50,000 times
+# would be 10^9 pairs.
 _NEIGHBOURS = 16
-# Standard deviation of the estimate from 100 minima at 0.8: 0.04. Five of them below, a pair is not worth measuring.
+# The standard deviation of the estimate from 100 minima is 0.04 at 0.8. This is five of them.
 _MARGIN = 0.2
 _PAD = 0
 _CHUNK = 1 << 20
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two texts, by their places (``first < second``), and the Jaccard similarity of their shingles."""
+    """Two texts by their places (``first < second``), and the Jaccard similarity of their shingles."""
 
     first: int
     second: int
@@ -44,28 +43,14 @@ class Pair:
 
 
 def normalise(text: str) -> str:
-    """What makes no difference taken away: Unicode's compatibility forms, case, and how white space is written."""
+    """The text without what makes no difference: Unicode's compatibility forms, case, and the kind of white space."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
 
 
-def same(texts: Sequence[str]) -> list[list[int]]:
-    """Places of texts that are equal after ``normalise``: groups of two or more, each ascending. Empty ones are not."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, text in enumerate(texts):
-        groups[normalise(text)].append(place)
-    return [group for key, group in groups.items() if key and len(group) > 1]
-
-
-def jaccard(one: str, other: str) -> float:
-    """The similarity of two texts, 0 to 1: shingles in both by shingles in either."""
-    sets = Shingles([normalise(one), normalise(other)])
-    return float(sets.similarities(np.array([[0, 1]]))[0])
-
-
-def near(texts: Sequence[str], threshold: float = THRESHOLD) -> list[Pair]:
-    """Pairs of texts whose similarity is ``threshold`` or more, most alike first; equal texts are among them.
+def near(texts: Sequence[str]) -> list[Pair]:
+    """Pairs of texts whose similarity is 0.8 or more, the most alike first. Equal texts are among them.
 
     Of many texts that are all alike, not every pair is given, but every text is in one.
     """
@@ -74,30 +59,21 @@ def near(texts: Sequence[str], threshold: float = THRESHOLD) -> list[Pair]:
     shingles = Shingles([normalise(text) for text in texts])
     minima = shingles.minima()
     pairs = _candidates(minima, shingles.counts > 0)
-    estimates = _estimates(minima, pairs)
-    pairs = pairs[estimates >= threshold - _MARGIN]
+    pairs = pairs[_estimates(minima, pairs) >= THRESHOLD - _MARGIN]
     measured = shingles.similarities(pairs)
-    kept = measured >= threshold
+    kept = measured >= THRESHOLD
     found = [Pair(int(a), int(b), round(float(s), 4)) for (a, b), s in zip(pairs[kept], measured[kept], strict=True)]
     return sorted(found, key=lambda pair: (-pair.similarity, pair.first, pair.second))
 
 
 class Shingles:
-    """The shingles of texts as 32-bit hashes, text after text, as they come in the text (a shingle may come twice)."""
+    """The shingles of texts as 32-bit hashes in the order of the texts. A shingle may come twice."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        parts, counts, held, size = [], [], [], 0
-        for text in texts:
-            held.append(text)
-            size += len(text)
-            if size >= _CHUNK:
-                hashes, count = _shingled(held)
-                parts.append(hashes)
-                counts.append(count)
-                held, size = [], 0
-        hashes, count = _shingled(held)
-        self.hashes: Array = np.concatenate([*parts, hashes])
-        self.counts: Array = np.concatenate([*counts, count])
+        stretches = chunks(np.array([len(text) for text in texts]), _CHUNK)
+        hashes, counts = zip(*(_shingled(texts[first:last]) for first, last in stretches), strict=True)
+        self.hashes: Array = np.concatenate(hashes)
+        self.counts: Array = np.concatenate(counts)
         self.starts: Array = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
 
     def minima(self) -> Array:
@@ -107,7 +83,7 @@ class Shingles:
         addends = draw.integers(0, 1 << 32, _MINIMA, dtype=np.uint32)
         result = np.full((len(self.counts), _MINIMA), np.iinfo(np.uint32).max, np.uint32)
         filled = np.flatnonzero(self.counts)
-        for first, last in _chunks(self.counts[filled], 1 << 16):
+        for first, last in chunks(self.counts[filled], 1 << 16):
             places = filled[first:last]
             begin, end = self.starts[places[0]], self.starts[places[-1] + 1]
             block, starts = self.hashes[begin:end], self.starts[places] - begin
@@ -115,7 +91,7 @@ class Shingles:
             for number in range(_MINIMA):
                 np.multiply(block, factors[number], out=scratch)
                 scratch += addends[number]
-                # The low bits of a product are the poorest.
+                # The low bits of a product are the least random.
                 scratch ^= scratch >> np.uint32(15)
                 result[places, number] = np.minimum.reduceat(scratch, starts)
         return result
@@ -124,14 +100,14 @@ class Shingles:
         """The exact Jaccard similarity of each pair [pairs, 2] of places."""
         result = np.zeros(len(pairs))
         sizes = self.counts[pairs].sum(axis=1) if len(pairs) else np.zeros(0, np.int64)
-        for first, last in _chunks(sizes, 1 << 22):
+        for first, last in chunks(sizes, 1 << 22):
             result[first:last] = self._similarities(pairs[first:last])
         return result
 
     def _similarities(self, pairs: Array) -> Array:
         one, many_one = self._gathered(pairs[:, 0])
         two, many_two = self._gathered(pairs[:, 1])
-        # Sorted with the pair's number in front, a shingle that both have stands twice in a row.
+        # Sorted with the number of the pair in front, a common shingle stands twice in a row.
         both = np.concatenate([np.unique(many_one << np.uint64(32) | one), np.unique(many_two << np.uint64(32) | two)])
         both.sort()
         twice = both[1:][both[1:] == both[:-1]] >> np.uint64(32)
@@ -140,7 +116,7 @@ class Shingles:
         return shared / np.maximum(total - shared, 1)
 
     def _gathered(self, places: Array) -> tuple[Array, Array]:
-        """The shingles of texts one after another, and for each the number of the text among ``places``."""
+        """The shingles of the texts at ``places``, end to end, and for each the number of its text among them."""
         counts = self.counts[places]
         ends = np.cumsum(counts)
         within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
@@ -149,7 +125,7 @@ class Shingles:
 
 
 def _shingled(texts: Sequence[str]) -> tuple[Array, Array]:
-    """Hashes of the shingles of normalised texts, and how many each has: none if it is empty, one if it is short."""
+    """The hashes of the shingles of normalised texts, and the count of each text: 0 if empty, 1 if short."""
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     twice = 1 + _is_wide(codes)
@@ -172,7 +148,7 @@ def _shingled(texts: Sequence[str]) -> tuple[Array, Array]:
 
 
 def _scrambled(values: Array) -> Array:
-    """32 well-mixed bits of 64 (the end of MurmurHash3)."""
+    """32 well-mixed bits of 64, as at the end of MurmurHash3."""
     values ^= values >> np.uint64(33)
     values *= np.uint64(0xFF51AFD7ED558CCD)
     values ^= values >> np.uint64(33)
@@ -184,15 +160,6 @@ def _scrambled(values: Array) -> Array:
 def _is_wide(codes: Array) -> Array:
     """1 for the characters of Chinese, Japanese and Korean."""
     return (((codes >= 0x2E80) & (codes < 0xFB00)) | ((codes >= 0x20000) & (codes < 0x40000))).astype(np.int64)
-
-
-def _chunks(sizes: Array, limit: int) -> Iterator[tuple[int, int]]:
-    """Stretches [first, last) of about ``limit`` in all, each of at least one."""
-    if not len(sizes):
-        return
-    marks = np.cumsum(sizes) // limit
-    edges = np.flatnonzero(np.diff(marks)) + 1
-    yield from zip([0, *edges.tolist()], [*edges.tolist(), len(sizes)], strict=True)
 
 
 def _candidates(minima: Array, filled: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The outcomes of records as an audit and a preview look at them: with their texts, lengths and findings."""
+"""The outcomes of records as items of an audit and a preview, with their texts, lengths and problems."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from weft.data.auditing.base import Item, Split, short
 from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, Tokenised
 from weft.data.pipeline import BEHIND, Kept, LeftOut, Outcome, Refused
 from weft.data.problems import Problem
 from weft.data.rendering.render import Renderer, Task
+from weft.data.rendering.sample import Sample
+from weft.data.rendering.transcript import learned_turns
 from weft.errors import UserError
 
 
@@ -24,88 +27,126 @@ def collect(
     task: Task = "causal_lm",
     classes: Sequence[str] = (),
 ) -> tuple[list[Item], Counter[str]]:
-    """The records of a ``watched`` recipe as Items, and why how many were left out.
+    """The records of a ``watched`` recipe as Items, and how many were left out, by reason.
 
     A record that training refuses is an Item with a ``problem``. ``unlimited`` is the renderer without a
-    ``max_length``: it tells how long a record is before it is cut. ``classes`` are those that labels are numbers of.
+    ``max_length``; it gives the length of a record before it is cut. The labels of samples are numbers of ``classes``.
     """
     items: list[Item] = []
     left_out = Counter[str]()
-    long: list[tuple[Item, SFT]] = []
+    long: list[tuple[int, SFT]] = []
     for one in found:
         if isinstance(one, LeftOut):
             left_out[one.why] += one.why != BEHIND
             continue
-        item = make_item(one.example, split) if one.example else Item(split, one.source, label=one.label)
-        items.append(item)
-        if isinstance(one, Refused):
-            item.problem = _code(one, item), _told(one.problem)
-            if one.fields is not None and not one.example:
-                item.shown = short(json.dumps(one.fields, ensure_ascii=False, default=str))
-        elif isinstance(one, Kept):
-            item.samples, item.length = one.samples, sum(len(sample.input_ids) for sample in one.samples)
-        if isinstance(one.example, Tokenised) and (item.samples or (item.problem and item.problem[0] == "too-long")):
-            item.text = str(renderer.tokenizer.decode(list(one.example.input_ids)))
+        item = _item(one, split, renderer.tokenizer)
         if one.example and (item.problem or len(item.samples) > 1 or any(sample.cut for sample in item.samples)):
-            long.append((item, one.example))
+            long.append((len(items), one.example))
+        items.append(item)
     if unlimited is not None:
-        _measure(long, unlimited, task)
-    _classify([item for item in items if item.label is not None], renderer, classes)
-    return items, +left_out
+        _measure(items, long, unlimited, task)
+    return _with_classes(items, renderer.tokenizer, classes), +left_out
 
 
-def _code(refused: Refused, item: Item) -> str:
+def _item(outcome: Outcome, split: Split, tokenizer: Any) -> Item:
+    example, texts, problem, shown = outcome.example, _Texts(), None, ""
+    samples: tuple[Sample, ...] = ()
+    if isinstance(outcome, Kept):
+        samples, texts = outcome.samples, _texts_of(example, tokenizer)
+    elif isinstance(outcome, Refused):
+        # Only of token ids that are too many is it known that they can be decoded.
+        texts = _texts_of(example, tokenizer if outcome.too_long else None)
+        problem = _code(outcome, texts), _message(outcome.problem)
+        if outcome.fields is not None and not example:
+            shown = short(json.dumps(outcome.fields, ensure_ascii=False, default=str))
+    return Item(
+        split,
+        outcome.source,
+        example,
+        samples=samples,
+        length=tokens_in(samples),
+        label=outcome.label,
+        problem=problem,
+        text=texts.text,
+        prompt=texts.prompt,
+        question=texts.question,
+        answer=texts.answer,
+        shown=shown,
+    )
+
+
+def tokens_in(samples: Iterable[Sample]) -> int:
+    """The number of ``input_ids`` of all samples."""
+    return sum(len(sample.input_ids) for sample in samples)
+
+
+def _code(refused: Refused, texts: _Texts) -> str:
     """The check that finds the record."""
     if refused.too_long:
         return "too-long"
     if refused.problem.kind == "render":
-        return "nothing-to-learn" if item.messages and not item.answer else "not-rendered"
+        return "nothing-to-learn" if isinstance(refused.example, Conversation) and not texts.answer else "not-rendered"
     return "empty-answer" if refused.problem.kind == "empty_answer" else "not-read"
 
 
-def _told(problem: Problem) -> str:
-    """The message without what else the record could be."""
+def _message(problem: Problem) -> str:
+    """The message without a list of other formats."""
     text = problem.what.lstrip(": ").split(" Known formats:")[0]
     return text if len(text) <= 400 else text[:397] + "…"
 
 
-def _measure(long: Sequence[tuple[Item, SFT]], unlimited: Renderer, task: Task) -> None:
-    """Fill in how long records were before they were cut or refused."""
-    for (item, _), whole in zip(long, unlimited.outcomes((example for _, example in long), task), strict=True):
+def _measure(items: list[Item], long: Sequence[tuple[int, SFT]], unlimited: Renderer, task: Task) -> None:
+    """Put in the length of records before they were cut or refused."""
+    rendered = unlimited.outcomes((example for _, example in long), task)
+    for (place, _), whole in zip(long, rendered, strict=True):
         if isinstance(whole, UserError):
             continue
-        item.length = sum(len(sample.input_ids) for sample in whole)
-        if item.problem and item.problem[0] == "not-rendered":  # of a cut record nothing was left to learn
-            item.problem = "nothing-to-learn", item.problem[1]
+        problem = items[place].problem
+        if problem and problem[0] == "not-rendered":  # without the cut there is something to learn
+            problem = "nothing-to-learn", problem[1]
+        items[place] = replace(items[place], length=tokens_in(whole), problem=problem)
 
 
-def _classify(items: Sequence[Item], renderer: Renderer, classes: Sequence[str]) -> None:
-    """Fill in the numbers of classes, and as texts what the tokens decode to."""
+def _with_classes(items: list[Item], tokenizer: Any, classes: Sequence[str]) -> list[Item]:
+    """The items; those with a label get the number of its class, and the text of their tokens."""
     number = {name: index for index, name in enumerate(classes)}
-    ids = [item.samples[0].input_ids for item in items]
-    texts = renderer.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of nothing it gives one
-    for item, text in zip(items, texts, strict=True):
-        item.text, item.samples = text, (replace(item.samples[0], label=number[item.label or ""]),)
+    found = []
+    for item in items:
+        if item.label is not None:
+            (sample,) = item.samples
+            text = str(tokenizer.decode(sample.input_ids, skip_special_tokens=True))
+            item = replace(item, text=text, samples=(replace(sample, label=number[item.label]),))
+        found.append(item)
+    return found
 
 
-def make_item(example: SFT, split: Split = "train") -> Item:
-    """An example with its texts; not rendered yet."""
-    item = Item(split, example.source, example)
+class _Texts(NamedTuple):
+    """The texts of an ``Item``."""
+
+    text: str = ""
+    prompt: str = ""
+    question: str = ""
+    answer: str = ""
+
+
+def _texts_of(example: SFT | None, tokenizer: Any) -> _Texts:
+    """The texts of an example. Token ids need the tokenizer."""
     if isinstance(example, PlainText):
-        item.text = example.text
-    elif isinstance(example, Segments):
-        item.text = "".join(text for text, _ in example.segments)
-        item.answer = "".join(text for text, learned in example.segments if learned)
+        return _Texts(example.text)
+    if isinstance(example, Segments):
+        answer = "".join(text for text, learned in example.segments if learned)
+        return _Texts("".join(text for text, _ in example.segments), answer=answer)
+    if isinstance(example, Tokenised) and tokenizer is not None:
+        return _Texts(str(tokenizer.decode(list(example.input_ids))))
     if not isinstance(example, Conversation):
-        return item
+        return _Texts()
     messages = example.messages
-    item.text = "\n".join(map(_said, messages))
-    learned = [i for i, turn in enumerate(messages) if i and turn.role == "assistant" and turn.train is not False]
-    if learned:
-        item.answer = messages[learned[-1]].content
-        item.question = messages[learned[-1] - 1].content
-        item.prompt = "\n".join(message.content for message in messages[: learned[-1]])
-    return item
+    whole = "\n".join(map(_said, messages))
+    learned = learned_turns(messages)
+    if not learned:
+        return _Texts(whole)
+    *before, question, answer = (message.content for message in messages[: learned[-1] + 1])
+    return _Texts(whole, "\n".join([*before, question]), question, answer)
 
 
 def _said(message: Message) -> str:

@@ -1,4 +1,4 @@
-"""Tell the language of a text by its letters: enough to see what a data set is made of, and quick."""
+"""The language of a text by its letters: quick, and enough to see the languages of a data set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-# Where each script begins and ends among Unicode's code points; between them stands what belongs to none.
+# The first code point of each script, and the first behind it. What lies between scripts belongs to none.
 _RANGES: tuple[tuple[int, int, str], ...] = (
     (0x41, 0x5B, "Latin"), (0x61, 0x7B, "Latin"), (0xC0, 0x250, "Latin"), (0x370, 0x400, "Greek"),
     (0x400, 0x530, "Cyrillic"), (0x590, 0x600, "Hebrew"), (0x600, 0x780, "Arabic"), (0x900, 0x980, "Devanagari"),
@@ -27,12 +27,12 @@ _CODE = re.compile(
     r"(?:const|let|var) \w+ = |SELECT .+ FROM |<(?:html|div|table|body|script)\b|return\b.*;$)",
     re.MULTILINE,
 )
-# As many of a text's letters, and the text is in that script (Japanese is written with Chinese characters as well).
+# The share of letters that makes a text one of the script. (Japanese is written with Chinese characters as well.)
 _JAPANESE, _OTHERS = 0.05, 0.3
 
 
 def languages(texts: Sequence[str]) -> list[str]:
-    """For each text the script most of its letters are of, ``code`` if it holds a program, ``none`` without letters."""
+    """For each text the script of most of its letters, ``code`` for a program, or ``none`` without letters."""
     counts = np.zeros((len(texts), len(_NAMES) + 1), np.int64)
     for first in range(0, len(texts), 1024):
         part = texts[first : first + 1024]
@@ -45,7 +45,7 @@ def languages(texts: Sequence[str]) -> list[str]:
 
 
 def looks_like_code(text: str) -> bool:
-    """Whether it holds a program, or a part of one."""
+    """Whether the text holds a program, or a part of one."""
     return bool(_CODE.search(text))
 
 
@@ -58,6 +58,6 @@ def _language(text: str, counts: list[int]) -> str:
     found = Counter(dict(zip(_NAMES, counts, strict=True)))
     if found["Japanese"] >= _JAPANESE * letters:
         return "Japanese"
-    # A Chinese character says as much as a word does, and Latin names stand in any text.
+    # A Chinese character says as much as a word, and Latin names occur in any text.
     other = max((name for name in _NAMES if name != "Latin"), key=lambda name: found[name])
     return other if found[other] >= _OTHERS * letters else "Latin"

@@ -1,8 +1,8 @@
-"""Tell what looks like a person's or a service's secret: keys, e-mail addresses, phone, identity and card numbers.
+"""Secrets of persons and services in a text: keys, e-mail addresses, phone, identity and card numbers.
 
-A model learns by heart what it sees often enough, so such text does not belong into training data. What is found is
-never shown whole. Numbers count only if their check digit is right, or if the words around them say what they are;
-documentation's own examples (user@example.com, 555-0100) do not.
+A model learns by heart what it sees often enough, so secrets do not belong into training data. None is ever shown
+whole. Numbers count only if their check digit is right, or if the words around them say what they are. The examples of
+documentation (user@example.com, 555-0100) do not count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """One find: its ``kind`` (a key of KINDS) and the text ``masked`` so that it can be shown."""
+    """One find: its ``kind`` (a key of KINDS), and the text ``masked`` so that it can be shown."""
 
     kind: str
     masked: str
@@ -22,7 +22,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """``hint`` is text without which the pattern cannot match (quick to look for; "" none)."""
+    """A kind of secret. No text without ``hint`` matches the pattern, and a hint is quick to look for ("": none)."""
 
     what: str
     hint: str
@@ -31,7 +31,7 @@ class _Kind:
 
 
 def find_secrets(text: str) -> Iterator[Secret]:
-    """What in ``text`` looks like a secret, kind by kind, each stretch of text once."""
+    """The secrets in ``text``, kind by kind. No stretch of text is found twice."""
     taken: list[tuple[int, int]] = []
     digits = bool(_DIGITS.search(text))
     for name, kind in KINDS.items():
@@ -45,7 +45,7 @@ def find_secrets(text: str) -> Iterator[Secret]:
 
 
 def mask(text: str) -> str:
-    """The first characters and how many there are."""
+    """The first characters, and the length."""
     shown = text[: 4 if len(text) > 12 else 2].replace("\n", " ")
     return f"{shown}… ({len(text)} characters)"
 
@@ -58,7 +58,7 @@ def luhn(digits: str) -> bool:
 
 def _card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
-    # Visa, Mastercard, American Express, Discover, UnionPay; issuers' own test numbers repeat themselves.
+    # Visa, Mastercard, American Express, Discover, UnionPay. The test numbers of issuers repeat digits.
     issued = re.match(r"4|5[1-5]|2[2-7]|3[47]|6(?:011|5|2)", digits)
     return 13 <= len(digits) <= 19 and bool(issued) and len(set(digits)) > 3 and luhn(digits)
 
@@ -89,7 +89,7 @@ def _phone(text: str) -> bool:
 
 
 def _random_looking(text: str) -> bool:
-    """A key has digits and letters, few repetitions, and does not tell its reader what to put there."""
+    """Whether it looks like a key: digits and letters, few repetitions, and no word on what to put there."""
     value = re.split(r"[\s:=\"']+", text.rstrip("\"'"))[-1]
     told = re.search(r"(?i)your|example|xxx|placeholder|changeme|dummy|<|\{", value)
     return not told and len(set(value)) >= min(10, len(value) // 2) and bool(re.search(r"\d", value))

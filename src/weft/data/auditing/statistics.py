@@ -1,4 +1,4 @@
-"""Figures of a data set: how long its records are, what is learned of them, which languages."""
+"""Figures of a data set: lengths of records, learned tokens, languages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from weft.data.auditing.base import Finding, Item
 from weft.data.auditing.scripts import languages
 from weft.data.auditing.stream import Tokens
-from weft.data.views import samples_of
+from weft.data.views import Array, samples_of
 
 _BARS = 12
 
@@ -26,6 +26,7 @@ def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> di
     samples = [sample for item in usable for sample in item.samples]
     tokens = Tokens(samples_of(samples))
     learned = int(tokens.learned.sum())
+    lengths = np.array([item.length for item in usable], np.int64)
     total = sum(len(sample.input_ids) + len(sample.target_ids) for sample in samples)
     mine = {item.source for item in items}
     copies = Counter(finding.code for finding in findings if finding.source in mine)
@@ -34,8 +35,8 @@ def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> di
         "usable": len(usable),
         "unusable": len(items) - len(usable),
         "samples": len(samples),
-        "lengths": _lengths(np.array([item.length for item in usable], np.int64)),
-        "histogram": _histogram(np.array([item.length for item in usable], np.int64)),
+        "lengths": _lengths(lengths),
+        "histogram": _histogram(lengths),
         "tokens": total,
         "learned_tokens": learned,
         "learned_share": round(learned / total, 4) if total else 0.0,
@@ -52,18 +53,18 @@ def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> di
     return result
 
 
-def _lengths(lengths: np.ndarray[Any, Any]) -> dict[str, int]:
-    """In tokens, before anything was cut."""
+def _lengths(lengths: Array) -> dict[str, int]:
+    """Lengths in tokens, before anything was cut."""
     if not len(lengths):
         return {}
     marks = {"median": 50, "p95": 95, "p99": 99}
-    # The smallest length that so many records do not exceed: a length that occurs.
+    # The smallest length that this share of records does not exceed. So it is a length that occurs.
     found = {name: int(np.percentile(lengths, share, method="inverted_cdf")) for name, share in marks.items()}
     return {"min": int(lengths.min()), **found, "max": int(lengths.max())}
 
 
-def _histogram(lengths: np.ndarray[Any, Any]) -> list[dict[str, int]]:
-    """Counts of lengths, in steps of equal width up to the 99th percentile; the last step holds all that are longer."""
+def _histogram(lengths: Array) -> list[dict[str, int]]:
+    """Counts of lengths, in steps of equal width up to the 99th percentile. The last step holds all longer ones."""
     if not len(lengths):
         return []
     width = max(1, math.ceil(float(np.percentile(lengths, 99)) / _BARS))
@@ -77,7 +78,7 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[dict[str, int]]:
 
 
 def _weights(tokens: Tokens) -> dict[str, int]:
-    """How many tokens have each loss weight."""
+    """The number of tokens with each loss weight."""
     values, counts = np.unique(tokens.weights, return_counts=True)
     return {f"{value:g}": int(count) for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
 

@@ -1,7 +1,6 @@
-"""Checks of the template: what training sees must be what serving gives, token by token.
+"""Checks of the template: training must see what serving gives, token by token.
 
-They render again, so they look at some records only, spread evenly over the data: a template that differs, differs
-everywhere.
+They render again. So they look only at some records, evenly over the data. A template that differs, differs everywhere.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from weft.data.auditing.base import Facts, Hit, Item, Records, over, short
 from weft.data.formats.detect import Conversation
 from weft.data.rendering.render import Sample
 from weft.data.rendering.sandbox import render_chat
+from weft.data.rendering.transcript import learned_turns
 from weft.errors import UserError
 
 _PROMPTS, _ANSWERS = 64, 256
@@ -102,28 +102,22 @@ def answer_not_learned(records: Records) -> Iterator[Hit]:
             learned = [number for number, weight in pairs if weight]
         unknown = facts.special("unk")
         if not learned or "<think" in item.answer or (unknown is not None and unknown in learned):
-            continue  # templates take thoughts out
+            continue  # templates remove thoughts
         text = facts.decode(learned)
         if _letters(item.answer) not in _letters(text):
             yield Hit(item, "the learned tokens are not the answer", f"{short(text)} ↔ {short(item.answer)}")
 
 
 def _answered(records: Records, count: int) -> Iterator[tuple[Item, Sample, int]]:
-    """Some records that were not cut, each with its sample and the number of the last learned turn."""
+    """Some records that were not cut, each with its sample and the place of its last learned turn."""
     for item in records.spread(count):
-        sample, number = item.samples[-1], last_answer(item)
+        sample, learned = item.samples[-1], learned_turns(item.messages)
         whole = len(item.samples) == 1 and item.length in (0, len(sample.input_ids))
-        if number is None or not whole or (sample.answer is None and not sample.target_ids):
+        if not learned or not whole or (sample.answer is None and not sample.target_ids):
             continue
         pattern = records.facts.control_pattern
         if pattern is None or not pattern.search(item.text):
-            yield item, sample, number
-
-
-def last_answer(item: Item) -> int | None:
-    """The number of the last turn that is learned, from 0."""
-    turns = [i for i, turn in enumerate(item.messages) if i and turn.role == "assistant" and turn.train is not False]
-    return turns[-1] if turns else None
+            yield item, sample, learned[-1]
 
 
 def _tools(item: Item) -> Sequence[dict[str, object]]:
@@ -136,40 +130,37 @@ def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
         if sample.target_ids or sample.answer is None:
             continue
         turns = [
-            {
-                "role": turn.role,
-                "content": turn.content,
-                **({"tool_calls": [*turn.tool_calls]} if turn.tool_calls else {}),
-            }
+            # render_chat leaves out what is None
+            {"role": turn.role, "content": turn.content, "tool_calls": list(turn.tool_calls) or None}
             for turn in item.messages[:number]
         ]
         try:
             text = render_chat(
                 facts.tokenizer,
                 turns,
-                tools=list(_tools(item)) or None,
+                tools=_tools(item),
                 chat_template=template,
                 add_generation_prompt=True,
                 **facts.renderer.settings.template_kwargs,
             )
             served = facts.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # a template is a program, and this one is not the run's
+        except Exception as error:  # a template is a program, and the run does not use this one
             yield Hit(item, f"the tokenizer's own template refuses this conversation: {error}")
             continue
-        trained, whose = sample.input_ids[: sample.answer], "the tokenizer's own template gives"
-        message = _difference(trained, list(served), facts, whose)
+        trained = sample.input_ids[: sample.answer]
+        message = _difference(trained, list(served), facts, "the tokenizer's own template gives")
         if message:
             yield Hit(item, *message)
 
 
 def _difference(trained: list[int], served: list[int], facts: Facts, who: str) -> tuple[str, str] | None:
-    """The first token in which two prompts differ, and both from there on."""
+    """The first token in which two prompts differ, and both prompts from there on."""
     if trained == served:
         return None
     shorter = min(len(trained), len(served))
     place = next((i for i in range(shorter) if trained[i] != served[i]), shorter)
     one, other = (repr(facts.decode(ids[place : place + 12])) for ids in (trained, served))
-    shown = short(facts.decode(trained[max(0, place - 12) :]))
+    shown = facts.show(trained[max(0, place - 12) :])
     return f"from token {place} on training sees {one}, and {who} {other}", shown
 
 

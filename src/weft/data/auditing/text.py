@@ -28,20 +28,20 @@ _REFUSAL = re.compile(
     r"|^\W*(?:抱歉|对不起)?[，, ]*(?:我是|作为)(?:一个|一名|一款)?"
     r"(?:AI|人工智能|语言模型|大型语言模型|大语言模型)(?:语言模型|助手|模型)?[，,]? ?(?:我)?(?:无法|不能|没有)"
 )
-# {{name}}, ${name}, and {instruction}: the last only for the names that prompt templates use.
+# {{name}}, ${name}, and {instruction}. The last counts only with a name that prompt templates use.
 _VARIABLE = re.compile(
     r"\{\{ ?[A-Za-z_\u4e00-\u9fff][\w. \u4e00-\u9fff]{0,40}\}\}|\$\{[A-Za-z_]\w{0,40}\}|\{\{?(?:instruction|input|"
     r"output|prompt|response|question|answer|context|system|query|history|completion|user_input|name|author)\}|"
     r"\{%-? ?(?:for|if|endif|endfor|set)\b"
 )
-# The marks that templates of chat models write; none is text that people write.
+# The marks that templates of chat models write, and people do not.
 _MARKUP = re.compile(
     r"<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|begin_of_text|endoftext|end|user|assistant|system)\|>"
     r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<｜(?:User|Assistant|end▁of▁sentence)｜>"
     r"|^### (?:Instruction|Response|指令|回答):?\s*$|^(?:USER|ASSISTANT|Human|Assistant): ",
     re.MULTILINE,
 )
-# UTF-8 read as Windows-1252: the first byte of a character of two or three as Ã, â …, and those that go on.
+# UTF-8 that was read as Windows-1252: Ã, â … for the first byte of a character of two or three, then the others.
 _MISREAD = re.compile("[ÂÃÄÅÐÑØÙâãäåæçèé][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]{1,2}")
 _GARBLED = re.compile("锟斤拷|烫烫烫|屯屯屯|鈥[檚淍]|銆[傚俔]|\ufeff.|ï»¿")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f\ue000-\uf8ff]")
@@ -88,7 +88,7 @@ def template_variable(item: Item, facts: Facts) -> tuple[str, str] | None:
 
 
 def _about_templates(text: str) -> bool:
-    """Whether braces are what the text is about: programs, mark-up, formulas."""
+    """Whether the text is about braces: programs, mark-up, formulas."""
     return looks_like_code(text) or bool(re.search(r"`|</|\(\)|;\s*$|\\[a-z]+\{|print\(|\bf\"", text, re.MULTILINE))
 
 

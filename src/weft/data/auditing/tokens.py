@@ -1,4 +1,4 @@
-"""Checks of what the records became: is anything learned, is the end, are the special tokens where they belong."""
+"""Checks of the rendered tokens: is anything learned, is the end learned, are special tokens in their places."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from weft.data.auditing.base import Facts, Hit, Item, Records, each, over, short
-from weft.data.auditing.stream import Array
+from weft.data.auditing.base import Hit, Records, over, short
+from weft.data.views import Array
 
 _UNKNOWN_SHARE, _UNKNOWN_COUNT = 0.05, 3
 
@@ -23,9 +23,8 @@ def nothing_to_learn(records: Records) -> Iterator[Hit]:
     """A record of which no token is learned."""
     tokens = records.tokens
     for sample in np.flatnonzero((tokens.count(tokens.learned) == 0) & tokens.writes).tolist():
-        begin, end = tokens.starts[sample : sample + 2].tolist()
-        text = records.facts.decode(tokens.ids[begin:end].tolist())
-        yield Hit(records.owner(sample), "no token of this record is learned", short(text))
+        shown = records.facts.show(tokens.of(sample))
+        yield Hit(records.owner(sample), "no token of this record is learned", shown)
     yield from _problems(records, "nothing-to-learn")
 
 
@@ -40,7 +39,7 @@ def nothing_to_learn(records: Records) -> Iterator[Hit]:
 def eos_never_learned(records: Records) -> Iterator[Hit]:
     """The end-of-sequence token is learned in no record."""
     eos, ends = records.facts.special("eos"), records.ends
-    if ends.learned or not any(_ends_of(records).values()):
+    if ends.learned or not any(records.shared(_ends).values()):
         return
     name = "the tokenizer has none" if eos is None else f"{records.facts.tokenizer.eos_token!r}, id {eos}"
     message = f"the end-of-sequence token ({name}) is learned in none of {ends.samples} samples"
@@ -59,9 +58,10 @@ def pad_masks_eos(records: Records) -> Iterator[Hit]:
     facts = records.facts
     if facts.special("eos") is None or facts.special("pad") != facts.special("eos"):
         return
-    for item, place in _ends_without_eos(records, "masked"):
-        shown = short(facts.decode(records.tokens.around(place)))
-        yield Hit(item, "the answer's end-of-sequence token has weight 0, and is the pad token as well", shown)
+    for sample, place in records.shared(_ends)["masked"]:
+        shown = facts.show(records.tokens.around(place))
+        message = "the answer's end-of-sequence token has weight 0, and is the pad token as well"
+        yield Hit(records.owner(sample), message, shown)
 
 
 @over(
@@ -76,11 +76,11 @@ def eos_not_learned(records: Records) -> Iterator[Hit]:
     facts, shared = records.facts, records.facts.special("pad") == records.facts.special("eos")
     if not records.ends.learned:
         return  # eos-never-learned says so once
-    found = [(place, sample, "is missing") for sample, place in _ends_of(records)["missing"]]
+    found = [(place, sample, "is missing") for sample, place in records.shared(_ends)["missing"]]
     if not shared:
-        found += [(place, sample, "follows with weight 0") for sample, place in _ends_of(records)["masked"]]
+        found += [(place, sample, "follows with weight 0") for sample, place in records.shared(_ends)["masked"]]
     for place, sample, what in sorted(found):
-        shown = short(facts.decode(records.tokens.around(place)))
+        shown = facts.show(records.tokens.around(place))
         yield Hit(records.owner(sample), f"after this learned text the end-of-sequence token {what}", shown)
 
 
@@ -94,7 +94,8 @@ def eos_not_learned(records: Records) -> Iterator[Hit]:
 def answer_cut(records: Records) -> Iterator[Hit]:
     """max_length cut an answer off, and with it the end-of-sequence token."""
     facts = records.facts
-    for item, place in _ends_without_eos(records, "cut"):
+    for sample, place in records.shared(_ends)["cut"]:
+        item = records.owner(sample)
         lost = f" ({item.length:,} tokens in all)" if item.length > (facts.max_length or 0) else ""
         shown = short("…" + facts.decode(records.tokens.around(place)))
         yield Hit(item, f"the answer is cut off at max_length {facts.max_length}{lost}: its end is not learned", shown)
@@ -115,7 +116,7 @@ def double_bos(records: Records) -> Iterator[Hit]:
     first = tokens.starts[:-1][tokens.lengths > 1]
     for place in first[(tokens.ids[first] == bos) & (tokens.ids[first + 1] == bos)].tolist():
         item = records.owner(int(tokens.owner(np.array([place]))[0]))
-        yield Hit(item, "two beginning-of-sequence tokens in a row", short(facts.decode(tokens.around(place, 0, 12))))
+        yield Hit(item, "two beginning-of-sequence tokens in a row", facts.show(tokens.around(place, 0, 12)))
 
 
 @over(
@@ -133,7 +134,7 @@ def double_eos(records: Records) -> Iterator[Hit]:
     for place in np.flatnonzero(ends[1:] & ends[:-1]).tolist():
         owner = tokens.owner(np.array([place, place + 1]))
         if owner[0] == owner[1]:
-            shown = short(facts.decode(tokens.around(place)))
+            shown = facts.show(tokens.around(place))
             yield Hit(records.owner(int(owner[0])), "two learned end-of-sequence tokens in a row", shown)
 
 
@@ -149,8 +150,7 @@ def pad_learned(records: Records) -> Iterator[Hit]:
     if pad is None or pad in (facts.special("eos"), facts.special("bos"), facts.special("unk")):
         return
     for sample in np.flatnonzero(tokens.count(tokens.learned & (tokens.ids == pad))).tolist():
-        begin, end = tokens.starts[sample : sample + 2].tolist()
-        yield Hit(records.owner(sample), "pad tokens are learned", short(facts.decode(tokens.ids[begin:end].tolist())))
+        yield Hit(records.owner(sample), "pad tokens are learned", facts.show(tokens.of(sample)))
 
 
 @over(
@@ -164,13 +164,12 @@ def prompt_learned(records: Records) -> Iterator[Hit]:
     tokens, facts = records.tokens, records.facts
     if facts.renderer.settings.train_on == "all" or facts.task == "seq2seq":
         return
-    # Samples with a second token before their answer, which is learned: few, if any.
+    # Samples that learn a second token before their answer: few, if any.
     second = np.flatnonzero((tokens.begins > 1) & (tokens.lengths > 1))
     for number in second[tokens.learned[tokens.starts[second] + 1]].tolist():
-        begin = int(tokens.starts[number])
-        end = begin + int(tokens.begins[number])
-        if tokens.learned[begin + 1 : end].all():
-            shown = short(facts.decode(tokens.ids[begin:end].tolist()))
+        begin, length = int(tokens.starts[number]), int(tokens.begins[number])
+        if tokens.learned[begin + 1 : begin + length].all():
+            shown = facts.show(tokens.of(number)[:length])
             yield Hit(records.owner(number), "the prompt is learned, from its second token on", shown)
 
 
@@ -189,21 +188,18 @@ def unknown_tokens(records: Records) -> Iterator[Hit]:
     counts = tokens.count(tokens.ids == unk)
     flooded = (counts >= _UNKNOWN_COUNT) & (counts > _UNKNOWN_SHARE * tokens.lengths)
     for sample in np.flatnonzero(flooded).tolist():
-        begin, end = tokens.starts[sample : sample + 2].tolist()
-        message = f"{counts[sample]} of {end - begin} tokens are unknown to the tokenizer"
-        yield Hit(records.owner(sample), message, short(facts.decode(tokens.ids[begin:end].tolist())))
+        message = f"{counts[sample]} of {tokens.lengths[sample]} tokens are unknown to the tokenizer"
+        yield Hit(records.owner(sample), message, facts.show(tokens.of(sample)))
 
 
 def _problem_check(code: str, mend: str, about: str) -> None:
-    """A check that tells of records which training would refuse."""
+    """Register a check for records that training would refuse."""
 
-    def look(item: Item, facts: Facts) -> tuple[str, str] | None:
-        if item.problem is None or item.problem[0] != code:
-            return None
-        return item.problem[1], item.shown or short(item.text)
+    def check(records: Records) -> Iterator[Hit]:
+        yield from _problems(records, code)
 
-    look.__doc__ = about
-    each(code, "error", mend)(look)
+    check.__doc__ = about
+    over(code, "error", mend)(check)
 
 
 _problem_check(
@@ -225,20 +221,11 @@ def _problems(records: Records, code: str) -> Iterator[Hit]:
 # ---------------------------------------------------------------------------------------------------- ends of answers
 
 
-def _ends_without_eos(records: Records, kind: str) -> Iterator[tuple[Item, int]]:
-    """Learned stretches that do not end as they should: ``cut`` by max_length, EOS ``masked``, or ``missing``."""
-    for sample, place in _ends_of(records)[kind]:
-        yield records.owner(sample), place
+def _ends(records: Records) -> dict[str, list[tuple[int, int]]]:
+    """Learned stretches with a wrong end: ``cut`` by max_length, EOS ``masked``, or EOS ``missing``.
 
-
-def _ends_of(records: Records) -> dict[str, list[tuple[int, int]]]:
-    if "ends" not in records.kept:
-        records.kept["ends"] = _sorted_ends(records)
-    found: dict[str, list[tuple[int, int]]] = records.kept["ends"]
-    return found
-
-
-def _sorted_ends(records: Records) -> dict[str, list[tuple[int, int]]]:
+    Each is a sample and the place of the last token of the stretch.
+    """
     tokens, facts, eos = records.tokens, records.facts, records.facts.special("eos")
     found: dict[str, list[tuple[int, int]]] = {"cut": [], "masked": [], "missing": []}
     ends, owners = _ends_to_look_at(records)
@@ -248,24 +235,21 @@ def _sorted_ends(records: Records) -> dict[str, list[tuple[int, int]]]:
     for end, sample, at_end, at_limit, next_id in zip(
         ends.tolist(), owners.tolist(), last.tolist(), full.tolist(), following.tolist(), strict=True
     ):
-        if tokens.answers[sample]:
-            kind = "cut" if at_end and at_limit else "masked" if not at_end and next_id == eos else "missing"
-        elif at_limit:
-            continue  # text that goes on in another window, or was cut: there is no answer to end
-        else:
-            kind = "masked" if not at_end and next_id == eos else "missing"
+        if at_limit and not tokens.answers[sample]:
+            continue  # this text goes on in another window, or was cut: it has no answer that must end
+        kind = "cut" if at_end and at_limit else "masked" if not at_end and next_id == eos else "missing"
         found[kind].append((sample, end))
     return found
 
 
 def _ends_to_look_at(records: Records) -> tuple[Array, Array]:
-    """The last tokens of learned stretches that are no EOS, and their samples."""
+    """The last tokens of learned stretches, where they are no EOS, and their samples."""
     tokens, eos = records.tokens, records.facts.special("eos")
     ends, owners = tokens.stretches()
     wrong = tokens.ids[ends] != (-1 if eos is None else eos)
     if records.facts.renderer.settings.train_on == "all":
-        # What the template writes after an answer is learned too, so the end may stand inside a stretch: of each
-        # sample the last answer is looked at, and whatever follows it.
+        # The text after an answer is learned too, so the end may be inside a stretch. So only the last answer of each
+        # sample counts, with all that follows it.
         final = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
         learned_eos = tokens.learned & (tokens.ids == (-1 if eos is None else eos))
         starts = tokens.starts[:-1] + tokens.begins

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from weft.data.auditing.base import Hit, Item, Records, over, short
 from weft.data.auditing.duplicates import Pair, near, normalise
@@ -19,7 +19,7 @@ _FEW, _ENOUGH = 10, 100
 def duplicate(records: Records) -> Iterator[Hit]:
     """The same record again, but for case and white space."""
     first: dict[tuple[str, str, str | None], Item] = {}
-    for item, key in zip(records.items, _texts(records), strict=True):
+    for item, key in zip(records.items, records.shared(_texts), strict=True):
         if not key:
             continue
         original = first.setdefault((item.split, key, item.label), item)
@@ -31,7 +31,7 @@ def duplicate(records: Records) -> Iterator[Hit]:
 def near_duplicate(records: Records) -> Iterator[Hit]:
     """A record that nearly is another one (Jaccard similarity of 0.8 or more)."""
     told: set[int] = set()
-    for pair, one, other in _near(records):
+    for pair, one, other in records.shared(_near):
         if one.split == other.split and pair.second not in told:
             told.add(pair.second)
             what = f"nearly the same as {one.source} (similarity {pair.similarity:.2f})"
@@ -44,7 +44,7 @@ def leak(records: Records) -> Iterator[Hit]:
     evaluation = records.of("eval")
     if not evaluation:
         return
-    keys = dict(zip(map(id, records.items), _texts(records), strict=True))
+    keys = dict(zip(map(id, records.items), records.shared(_texts), strict=True))
     whole = {keys[id(item)]: item for item in reversed(records.of("train"))}
     prompts = {normalise(item.prompt): item for item in reversed(records.of("train")) if item.prompt.strip()}
     told = set()
@@ -54,7 +54,7 @@ def leak(records: Records) -> Iterator[Hit]:
             if found is not None and found.text and id(item) not in told:
                 told.add(id(item))
                 yield Hit(item, f"{what} stands in the training data too, {found.source}", short(item.text))
-    for pair, one, other in _near(records):
+    for pair, one, other in records.shared(_near):
         train, held = (one, other) if one.split == "train" else (other, one)
         if one.split != other.split and id(held) not in told:
             told.add(id(held))
@@ -74,7 +74,7 @@ def torn_text(records: Records) -> Iterator[Hit]:
 def contradiction(records: Records) -> Iterator[Hit]:
     """The same prompt with different answers, or the same text with different labels."""
     first: dict[tuple[str, str], Item] = {}
-    for item, key in zip(records.items, _texts(records), strict=True):
+    for item, key in zip(records.items, records.shared(_texts), strict=True):
         prompt = key if item.label is not None else normalise(item.prompt)
         if not prompt:
             continue
@@ -89,21 +89,22 @@ def contradiction(records: Records) -> Iterator[Hit]:
 @over("common-prompt", "warning", "thin these records out: one prompt drowns the rest")
 def common_prompt(records: Records) -> Iterator[Hit]:
     """One prompt stands in too large a share of the training data."""
-    items = [item for item in records.of("train") if item.prompt.strip()]
-    for key, count in Counter(normalise(item.prompt) for item in items).most_common(5):
-        if count > _COMMON_COUNT and count > _COMMON_SHARE * len(items):
-            share = f"{count:,} of {len(items):,} records ({100 * count / len(items):.0f} %) have this prompt"
-            yield Hit(None, share, short(key))
+    yield from _common([item.prompt for item in records.of("train")], "prompt", most=5, share=_COMMON_SHARE)
 
 
 @over("common-answer", "warning", "the model can learn to say this always: add records with other answers")
 def common_answer(records: Records) -> Iterator[Hit]:
     """One answer stands in most of the training data."""
-    items = [item for item in records.of("train") if item.answer.strip()]
-    for key, count in Counter(normalise(item.answer) for item in items).most_common(1):
-        if count > _COMMON_COUNT and count > _ONE_ANSWER * len(items):
-            share = f"{count:,} of {len(items):,} records ({100 * count / len(items):.0f} %) have this answer"
-            yield Hit(None, share, short(key))
+    yield from _common([item.answer for item in records.of("train")], "answer", most=1, share=_ONE_ANSWER)
+
+
+def _common(texts: Sequence[str], what: str, *, most: int, share: float) -> Iterator[Hit]:
+    """The ``most`` frequent texts that make up more than a ``share`` of all that are not blank."""
+    keys = [normalise(text) for text in texts if text.strip()]
+    for key, count in Counter(keys).most_common(most):
+        if count > _COMMON_COUNT and count > share * len(keys):
+            message = f"{count:,} of {len(keys):,} records ({100 * count / len(keys):.0f} %) have this {what}"
+            yield Hit(None, message, short(key))
 
 
 @over("one-class", "error", "add records of the other classes, or check the column that holds the label")
@@ -144,30 +145,24 @@ def small_eval(records: Records) -> Iterator[Hit]:
 
 def _texts(records: Records) -> list[str]:
     """The normalised text of each record."""
-    if "texts" not in records.kept:
-        records.kept["texts"] = [normalise(item.text) for item in records.items]
-    return list(records.kept["texts"])
+    return [normalise(item.text) for item in records.items]
 
 
 def _near(records: Records) -> list[tuple[Pair, Item, Item]]:
-    """Pairs of records that nearly are each other; equal ones are not among them."""
-    if "near" not in records.kept:
-        # Of copies in one split one is enough, and a pair that is equal across the splits is known to ``leak``.
-        texts, first = _texts(records), dict[tuple[str, str], int]()
-        for place, (text, item) in enumerate(zip(texts, records.items, strict=True)):
-            if text:
-                first.setdefault((text, item.split), place)
-        kept = list(first.values())
-        records.kept["near"] = [
-            (pair, records.items[kept[pair.first]], records.items[kept[pair.second]])
-            for pair in near([texts[place] for place in kept])
-            if texts[kept[pair.first]] != texts[kept[pair.second]]
-        ]
-    return list(records.kept["near"])
+    """Pairs of records that nearly equal each other. Equal ones are not among them."""
+    # One of several copies in a split is enough, and ``leak`` knows the pairs that are equal across the splits.
+    first: dict[tuple[str, str], Item] = {}
+    for item, text in zip(records.items, records.shared(_texts), strict=True):
+        if text:
+            first.setdefault((text, item.split), item)
+    texts, kept = [text for text, _ in first], list(first.values())
+    return [
+        (pair, kept[pair.first], kept[pair.second]) for pair in near(texts) if texts[pair.first] != texts[pair.second]
+    ]
 
 
 def _classes(records: Records) -> dict[str, Counter[str]]:
-    """How often each label stands in each split."""
+    """The count of each label in each split."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in records.items:
         if item.label is not None:

@@ -1,1 +1,1 @@
-"""Examples to token ids with a loss weight per token."""
+"""Rendering: examples become token ids with a loss weight per token."""

@@ -1,11 +1,12 @@
-"""What one rendering of a chat template may use, and how each operation's cost is told before it is paid.
+"""The budget of one rendering of a chat template: each operation tells its cost before it runs.
 
-Limits grow with what the template is given, so that a long conversation is never too long: they stop what grows by
-itself. Time is the thread's own, so that a busy machine refuses nothing.
+The limits grow with the input, so that a long conversation is never too long. They stop what grows by itself. Time is
+that of the thread, so that a busy machine refuses nothing.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,14 +17,14 @@ from typing import Any
 SECONDS = 1.0  # and a second more for each million characters given
 STRING = 4 << 20  # characters of one string, and 16 times those given
 CREATED = 32 << 20  # characters and entries made in all, and 128 times those given
-VALUES = 500_000  # of nested lists and objects that are written or compared as one, and 16 times those given
+VALUES = 500_000  # in a nested list or object that is written or compared, and 16 times those given
 NUMBER = 100_000  # largest width, count or precision
 _BITS = 4096
 _LOOK = 32  # ticks between two looks at the clock
 _INDENT = 32
 _WIDTH = re.compile(r"\d+")
 _PERCENT = re.compile(r"%(?:\(([^()]*)\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
-_ENTRIES = 100_000  # of a list that operators make
+_ENTRIES = 100_000  # of a list that an operator makes
 
 BUDGET: ContextVar[Budget] = ContextVar("weft_template_budget")
 
@@ -33,7 +34,7 @@ class LimitError(Exception):
 
 
 class Budget:
-    """Counts what one rendering does. Methods that take a value give it back, or what it is written as."""
+    """Counts what one rendering does. Methods that take a value return it, or its text."""
 
     def __init__(self, given: Any) -> None:
         self._most_values = 1 << 62
@@ -48,7 +49,7 @@ class Budget:
     # -- steps
 
     def tick(self, written: int = 0) -> bool:
-        """One turn of a loop, call, filter or test, in which the template writes that many characters of its own."""
+        """Count a turn of a loop, a call, a filter or a test, in which the template writes that many characters."""
         self._ticks += 1
         if written:
             self._charge(written)
@@ -59,13 +60,13 @@ class Budget:
         return True
 
     def steps(self, value: Any) -> None:
-        """As many turns as something that goes through all of ``value`` may take."""
+        """Count the turns that a walk through all of ``value`` may take."""
         if isinstance(value, (list, tuple, dict, str, range)):
             self._ticks += len(value) >> 8
         self.tick()
 
     def written(self, piece: str) -> None:
-        """A piece of the result."""
+        """Count a piece of the result."""
         self._output += len(piece)
         if self._output > self._most_string:
             raise LimitError(f"it writes more than {self._most_string} characters")
@@ -78,7 +79,7 @@ class Budget:
     # -- values
 
     def made(self, value: Any) -> Any:
-        """A new value: its size counts."""
+        """Count the size of a new value."""
         kind = type(value)
         if kind is str:
             self._fits(len(value))
@@ -88,31 +89,26 @@ class Budget:
         return value
 
     def out(self, value: Any) -> str:
-        """A value as it is written."""
-        if type(value) is not str:
-            self.check_text(value)
-            value = str(value)
-        self._charge(len(value))
-        return value
+        """The text of a value that the template writes."""
+        text = self._text(value)
+        self._charge(len(text))
+        return text
 
     def concatenated(self, values: list[Any]) -> str:
-        """``a ~ b ~ c``."""
-        for value in values:
-            if type(value) is not str:
-                self.check_text(value)
-        pieces = [value if type(value) is str else str(value) for value in values]
+        """The text of ``a ~ b ~ c``."""
+        pieces = [self._text(value) for value in values]
         self._fits(sum(map(len, pieces)))
         self.tick()
         return self.made("".join(pieces))
 
     def new(self, value: Any) -> Any:
-        """A literal list, tuple or object: what it nests is weighed, for it may hold one value many times."""
+        """Weigh a literal list, tuple or object with all that it nests, because it may hold one value many times."""
         self.tick()
         self._charge(self._weigh(value)[0] // 8)
         return value
 
     def compared(self, value: Any) -> Any:
-        """An operand of a comparison: of a large one, all of it may be looked at."""
+        """Count an operand of a comparison, which may look at all of it."""
         kind = type(value)
         if kind is str or kind is bool or kind is int or value is None:
             return value
@@ -122,8 +118,14 @@ class Budget:
                 self._charge(self._weigh(value)[0] // 64)
         return value
 
+    def _text(self, value: Any) -> str:
+        if type(value) is str:
+            return value
+        self.check_text(value)
+        return str(value)
+
     def check_text(self, value: Any) -> None:
-        """Refuse a value that is too large as text; containers may hold one value many times."""
+        """Refuse a value whose text would be too long. Containers may hold one value many times."""
         if isinstance(value, (list, tuple, dict)):
             self._fits(sum(self._weigh(value)))
 
@@ -132,7 +134,7 @@ class Budget:
             raise LimitError(f"it makes a string of more than {self._most_string} characters")
 
     def _weigh(self, value: Any) -> tuple[int, int]:
-        """(values, characters) in what may be nested, each counted as often as it would be written."""
+        """(values, characters) of a nested value; each counts as often as its text would hold it."""
         nodes = characters = 0
         todo = [value]
         while todo:
@@ -151,7 +153,7 @@ class Budget:
     # -- operators
 
     def check_sum(self, left: Any, right: Any) -> None:
-        """``left + right``."""
+        """Refuse ``left + right`` if it would be too large."""
         if isinstance(left, str) and isinstance(right, str):
             self._fits(len(left) + len(right))
         elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
@@ -159,7 +161,7 @@ class Budget:
         self.tick()
 
     def check_product(self, left: Any, right: Any) -> None:
-        """``left * right``."""
+        """Refuse ``left * right`` if it would be too large."""
         if isinstance(left, int) and not isinstance(right, int):
             left, right = right, left
         if isinstance(left, str) and isinstance(right, int):
@@ -171,7 +173,7 @@ class Budget:
         self.tick()
 
     def check_power(self, left: Any, right: Any) -> None:
-        """``left ** right``."""
+        """Refuse ``left ** right`` if it would be too large."""
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > _BITS:
             raise LimitError(f"it makes a number of more than {_BITS} bits")
         self.tick()
@@ -189,18 +191,18 @@ class Budget:
                 raise LimitError(f"{name} is given a number of more than {NUMBER}")
 
     def check_width(self, spec: str) -> None:
-        """The same of the format of a field."""
+        """Refuse a format of a field with such a width."""
         self._fits(len(spec))
         if any(len(digits) > 9 or int(digits) > NUMBER for digits in _WIDTH.findall(spec)):
             raise LimitError(f"a format is wider than {NUMBER}")
 
     def check_replaced(self, text: str, old: Any, new: Any) -> None:
-        """``text.replace(old, new)``."""
+        """Refuse ``text.replace(old, new)`` if it would be too large."""
         if isinstance(old, str) and isinstance(new, str):
             self._fits(len(text) + text.count(old) * len(new))
 
     def check_joined(self, items: list[Any], between: Any) -> None:
-        """``between.join(items)``."""
+        """Refuse ``between.join(items)`` if it would be too large."""
         self._fits(sum(self._weigh(items)) + len(items) * len(str(between)))
 
 
@@ -251,8 +253,9 @@ _TEXTS = frozenset(
 
 
 def guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of jinja's that looks at its arguments and counts its result."""
+    """A filter of jinja's with its arguments checked and its result counted."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
+    signature, guard = inspect.signature(function), _MULTIPLY.get(name)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         budget = BUDGET.get()
@@ -262,50 +265,54 @@ def guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             budget.check_numbers(name, (*rest, *kwargs.values()))
         if name in _TEXTS:
             budget.check_text(value)
-        if name == "join":
-            items = list(value)
-            budget.check_joined(items, rest[0] if rest else kwargs.get("d", ""))
-            args = (*args[:first], items, *rest)
-        elif name in _MULTIPLY:
-            _MULTIPLY[name](budget, value, rest, kwargs)
+        if name == "join":  # an iterator gives its items only once
+            args = (*args[:first], list(value), *rest)
+        if guard is not None:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            guard(budget, given.arguments)
         return budget.made(function(*args, **kwargs))
 
     return update_wrapper(guarded, function)
 
 
-def _replace(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    old, new = [*rest, kwargs.get("old", ""), kwargs.get("new", "")][:2] if len(rest) > 1 else (
-        rest[0] if rest else kwargs.get("old", ""), kwargs.get("new", ""))  # fmt: skip
-    for text in (value, old, new):
+def _join(budget: Budget, given: Mapping[str, Any]) -> None:
+    budget.check_joined(given["value"], given["d"])
+
+
+def _replace(budget: Budget, given: Mapping[str, Any]) -> None:
+    texts = [given[name] for name in ("s", "old", "new")]
+    for text in texts:
         budget.check_text(text)
-    budget.check_replaced(str(value), str(old), str(new))
+    budget.check_replaced(*map(str, texts))
 
 
-def _indent(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    width = rest[0] if rest else kwargs.get("width", 4)
+def _indent(budget: Budget, given: Mapping[str, Any]) -> None:
+    text, width = str(given["s"]), given["width"]
     blanks = width if isinstance(width, int) else len(str(width))
-    budget._fits(len(str(value)) + (str(value).count("\n") + 1) * blanks)
+    budget._fits(len(text) + (text.count("\n") + 1) * blanks)
 
 
-def _tojson(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    for option in (*rest, *kwargs.values()):
+def _tojson(budget: Budget, given: Mapping[str, Any]) -> None:
+    for option in list(given.values())[1:]:
         if (isinstance(option, int) and option > _INDENT) or (isinstance(option, str) and len(option) > _INDENT):
             raise LimitError(f"tojson is given more than {_INDENT} blanks")
         if isinstance(option, (list, tuple)) and any(len(str(one)) > _INDENT for one in option):
             raise LimitError("tojson is given long separators")
 
 
-def _format(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    guard_percent(budget, str(value), dict(kwargs) or rest)
+def _format(budget: Budget, given: Mapping[str, Any]) -> None:
+    guard_percent(budget, str(given["value"]), given["kwargs"] or given["args"])
 
 
-def _sum(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    start = rest[1] if len(rest) > 1 else kwargs.get("start", 0)
-    if not isinstance(start, (int, float)):
+def _sum(budget: Budget, given: Mapping[str, Any]) -> None:
+    if not isinstance(given["start"], (int, float)):
         raise LimitError("sum begins with something else than a number")
 
 
-_MULTIPLY: dict[str, Callable[[Budget, Any, tuple[Any, ...], Mapping[str, Any]], None]] = {
+# The check of a filter gets its arguments by the names of the parameters of the filter's function.
+_MULTIPLY: dict[str, Callable[[Budget, Mapping[str, Any]], None]] = {
+    "join": _join,
     "replace": _replace,
     "indent": _indent,
     "tojson": _tojson,
@@ -315,7 +322,7 @@ _MULTIPLY: dict[str, Callable[[Budget, Any, tuple[Any, ...], Mapping[str, Any]],
 
 
 def guard_test(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A test of jinja's that takes a step, and looks at what it compares."""
+    """A test of jinja's that counts as a step, with what it compares."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     def guarded(*args: Any, **kwargs: Any) -> Any:

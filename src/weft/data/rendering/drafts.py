@@ -1,20 +1,21 @@
-"""A record's text as token ids with a loss weight per token, before it is a sample.
+"""Drafts: token ids with a loss weight each, before they are a sample.
 
-A conversation is rendered by the tokenizer's chat template to one string, which is cut at the ends of the learned
-answers; every piece is tokenised on its own. So a learned answer follows exactly the ids that a prompt gives at
-generation time, whatever the tokenizer would have merged across the seam.
+The tokenizer's chat template renders a conversation to one string. The string is cut at the ends of the learned
+answers, and every piece is tokenised on its own. So a learned answer follows exactly the ids that a prompt has at
+generation, whatever the tokenizer would have merged across the seam.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from weft.data.formats.examples import SFT, Conversation, PlainText
 from weft.data.formats.verbatim import token_weights
 from weft.data.rendering.sample import Draft, Origin
 from weft.data.rendering.templates import find_template
-from weft.data.rendering.tokens import SOFT, Encoder, Known
+from weft.data.rendering.tokens import SOFT, Encoder, KnownIds
 from weft.data.rendering.transcript import Script, Span, Turns, TurnSettings
 from weft.data.rendering.truncation import Limit, Truncation, fit, in_todays_words, without_oldest_round
 from weft.errors import UserError
@@ -30,44 +31,34 @@ class RenderSettings(Limit, TurnSettings):
 
 
 class Drafter:
-    """Drafts records for one tokenizer. Holds no state that changes; see docs/data.md.
+    """Drafts records for one tokenizer. Its state never changes; see docs/data.md.
 
-    ``keys`` are those of ``RenderSettings``, by name; they win over ``settings``.
-    Raises UserError for a value that cannot be used, TypeError for a key that is not there.
+    ``keys`` are those of ``RenderSettings``, by name. They win over ``settings``. Raises UserError for a value that
+    cannot be used, TypeError for an unknown key.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: RenderSettings | None = None,
-        **keys: Any,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RenderSettings | None = None, **keys: Any) -> None:
         keys = {key: value for key, value in in_todays_words(keys).items() if value is not None}
         if unknown := keys.keys() - RenderSettings.model_fields.keys():
             raise TypeError(f"a Renderer has no setting {', '.join(sorted(unknown))}")
         self.settings = (settings or RenderSettings()).model_copy(update=keys)
-        self.limit.check()
+        self.settings.check()
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
-        self.template = find_template(self.settings, tokenizer, self.encoder)
+        self.template = find_template(self.settings, self.encoder)
         self.chat_template = None if self.template.origin == "own" else self.template.text
-        self.turns = Turns(tokenizer, self.encoder, self.chat_template, self.settings)
+        self.turns = Turns(self.encoder, self.chat_template, self.settings)
 
-    # -- what it is set to
-
-    @property
-    def limit(self) -> Limit:
-        """How long a sample may be."""
-        return self.settings
+    # -- settings
 
     @property
     def max_length(self) -> int | None:
-        """The longest sample in tokens; None: any."""
+        """The longest sample in tokens; None for no limit."""
         return self.settings.max_length
 
     @property
     def truncation(self) -> Truncation:
-        """What becomes of longer samples."""
+        """The policy for longer samples."""
         return self.settings.truncation
 
     @property
@@ -75,7 +66,7 @@ class Drafter:
         """The token that ends an answer.
 
         Raises:
-            UserError: There is none. (It is asked for only where one is needed.)
+            UserError: The tokenizer has none. (Only what needs one asks for it.)
         """
         eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int):
@@ -86,7 +77,7 @@ class Drafter:
         return eos
 
     def script(self, example: SFT) -> Script:
-        """The example as text, with the stretches to be learned; what ``sample`` tokenises."""
+        """The example as text, with the stretches to learn. ``sample`` tokenises it."""
         if isinstance(example, PlainText):
             return self.turns.plain(example)
         if isinstance(example, Conversation):
@@ -94,13 +85,13 @@ class Drafter:
         return Script("", (), 0.0, source=example.source, fixed=token_weights(example, self.encoder))
 
     def drafted(self, example: SFT) -> tuple[SFT, Script, Draft]:
-        """What the example's sample is made of: the example (shorter where turns were left out), script and draft."""
+        """The example (shorter where turns were left out), its script and its draft, which ``sample`` finishes."""
         return self._cut(self.script(example), example)
 
-    def _cut(self, script: Script, example: SFT, known: Known | None = None) -> tuple[SFT, Script, Draft]:
-        """The draft under the policy for long records, and the example and the script it is of."""
+    def _cut(self, script: Script, example: SFT, known: KnownIds | None = None) -> tuple[SFT, Script, Draft]:
+        """The draft under the policy for long records, with the example and the script that it comes from."""
         source = example.source
-        self.limit.check_text(script, source)
+        self.settings.check_text(script, source)
         draft = self._assemble(script, known)
         length = len(draft.ids)
         if not any(draft.weights):
@@ -108,9 +99,11 @@ class Drafter:
                 f"{source}: nothing of this record would be learned (train_on: {self.settings.train_on}). It needs an "
                 "assistant turn that follows another turn and is not marked as untrained."
             )
-        if not self.limit.exceeded(length) or (script.plain and self.limit.documents != "separate"):
+        if not self.settings.exceeded(length) or (script.plain and self.settings.documents != "separate"):
             return example, script, draft
-        while isinstance(example, Conversation) and self.truncation == "left" and self.limit.exceeded(len(draft.ids)):
+        while (
+            isinstance(example, Conversation) and self.truncation == "left" and self.settings.exceeded(len(draft.ids))
+        ):
             shorter = without_oldest_round(example)
             if shorter is None:
                 break
@@ -119,9 +112,8 @@ class Drafter:
             except UserError:  # the template does not allow it: take tokens instead
                 break
             example, draft = shorter, self._assemble(script)
-        draft.cut = length - len(draft.ids)
-        fit(draft, self.limit, source, head=self._head(example, script, draft))
-        draft.weights[0] = 0.0
+        draft = replace(draft, cut=length - len(draft.ids))
+        fit(draft, self.settings, source, head=self._head(example, script, draft))
         if not any(draft.weights):
             raise UserError(
                 f"{source}: cut to max_length {self.max_length}, this record keeps no token to learn: its prompt alone "
@@ -130,7 +122,7 @@ class Drafter:
         return example, script, draft
 
     def _head(self, example: SFT, script: Script, draft: Draft) -> int:
-        """How many tokens open the record and stay: the BOS, and a system message that the template puts apart."""
+        """The number of tokens that open the record and stay: BOS, and a system message that stands apart."""
         bos = len(self.encoder.bos) if draft.ids[: len(self.encoder.bos)] == self.encoder.bos else 0
         if not isinstance(example, Conversation) or example.messages[0].role != "system":
             return bos
@@ -142,7 +134,7 @@ class Drafter:
         ids = self.encoder.missing_head(ids) + ids
         return len(ids) if script.text.startswith(opening) and draft.ids[: len(ids)] == ids else bos
 
-    def _assemble(self, script: Script, known: Known | None = None) -> Draft:
+    def _assemble(self, script: Script, known: KnownIds | None = None) -> Draft:
         """Tokenise a script."""
         if script.fixed is not None:
             ids, weights = script.fixed
@@ -158,18 +150,16 @@ class Drafter:
         self._add(draft, text, at, len(text), weight=script.base, known=known)
         if script.plain:
             draft.add([self.eos_token_id], 1.0)
-        # What is plain cannot have written a BOS itself.
-        draft.prepend(self.encoder.bos if script.plain else self.encoder.missing_head(draft.ids))
-        if draft.weights:
-            draft.weights[0] = 0.0
+        # Plain text has no template that could have written a BOS.
+        draft.open(self.encoder.bos if script.plain else self.encoder.missing_head(draft.ids))
         return draft
 
-    def _add(self, draft: Draft, text: str, start: int, end: int, weight: float, known: Known | None) -> None:
+    def _add(self, draft: Draft, text: str, start: int, end: int, weight: float, known: KnownIds | None) -> None:
         if end > start:
             ids, slots = self.encoder.encode(text[start:end], first=start == 0, known=known)
             draft.add(ids, weight, slots, (start, end, 0))
 
-    def _add_answer(self, draft: Draft, script: Script, span: Span, weight: float, known: Known | None) -> None:
+    def _add_answer(self, draft: Draft, script: Script, span: Span, weight: float, known: KnownIds | None) -> None:
         """Add a learned answer up to its end, and what the template writes after that."""
         start, stop, base = span.start, span.end, script.base
         answer, eos, began = script.text[start:stop], self.eos_token_id, len(draft.ids)

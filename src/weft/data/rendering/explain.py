@@ -1,4 +1,4 @@
-"""What a record's tokens are: for previews and audits. One record at a time; nothing of it is used in training."""
+"""The text, weight and kind of every token of a record, for a reader. Training uses none of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Kind = Literal["bos", "template", "prompt", "answer", "text", "eos"]
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of a sample. The texts of all tokens, one after another, are the rendering.
+    """One token of a sample. The texts of all tokens, joined, are the rendering.
 
-    ``kind``: "bos"; "template", what the chat template wrote; "prompt", contents that are not learned as an answer;
-    "answer", a learned answer with what the template puts into it; "text", plain text; "eos", the end of an answer or
-    a text. ``weight`` is that of ``Sample.weights``, whatever the kind.
+    ``kind`` is "bos"; "template", written by the chat template; "prompt", contents that are not learned as an answer;
+    "answer", a learned answer with what the template puts into it; "text", plain text; or "eos", the end of an answer
+    or a text. ``weight`` is that of ``Sample.weights``, whatever the kind.
     """
 
     id: int
@@ -44,13 +44,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """``sample`` is what ``Renderer.sample`` gives (of a text that becomes windows: the whole, uncut)."""
+    """``sample`` is the result of ``Renderer.sample``. (A text that becomes windows is explained whole.)"""
 
     sample: Sample
     tokens: tuple[Token, ...]
 
     def pieces(self) -> list[Piece]:
-        """The tokens joined where kind and weight are equal."""
+        """The tokens, joined where kind and weight are equal."""
         found, at = [], 0
         for (kind, weight), group in groupby(self.tokens, key=lambda token: (token.kind, token.weight)):
             tokens = list(group)
@@ -72,7 +72,7 @@ def explain(renderer: Drafter, example: SFT) -> Explanation:
 
 
 class _Kinds:
-    """Tells what a token is, from its place among the tokens and in the rendering."""
+    """Tells the kind of a token from its place among the tokens and in the rendering."""
 
     def __init__(self, renderer: Drafter, script: Script, draft: Draft, contents: list[tuple[int, int]] | None) -> None:
         bos = renderer.encoder.bos
@@ -100,7 +100,7 @@ class _Kinds:
 
 
 def _spelled(renderer: Drafter, script: Script, draft: Draft) -> Iterator[tuple[str, int | None]]:
-    """Of every token of the draft the characters that it adds, and where in the script's text it begins."""
+    """For every token of the draft: the characters that it adds, and where in the script's text it begins."""
     at = 0
     for origin in draft.origins:
         if origin.start == origin.end:

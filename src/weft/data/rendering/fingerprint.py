@@ -1,4 +1,4 @@
-"""What decides the tokens that a record becomes, as a few readable fields and SHA-256 sums."""
+"""The fingerprint of a renderer: readable fields and SHA-256 sums of all that decides its tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fingerprint(renderer: Drafter) -> dict[str, Any]:
         **renderer.settings.model_dump(exclude={"chat_template", "allow_unknown_markers"}),
         "tokenizer": {"vocab_size": len(renderer.tokenizer), "sha256": tokenizer_hash(renderer.tokenizer)},
     }
-    # Plain data only, so that what is read back from a file compares equal.
+    # Only plain data, so that a fingerprint from a file compares equal.
     fields = json.loads(json.dumps(fields, ensure_ascii=False, default=str))
     return {**fields, "sha256": _sum(json.dumps(fields, ensure_ascii=False, sort_keys=True))}
 
@@ -28,17 +28,17 @@ _PROBE = "  What's 12,345 + 67?\n\n\tNaïve café: 你好，世界 — 🧵 <s> 
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of everything that turns text into ids: vocabulary, merges, rules, special tokens; not the template."""
+    """SHA-256 of all that turns text into ids: vocabulary, merges, rules and special tokens, not the template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
-        for passing in ("truncation", "padding"):  # set anew by every call
+        for passing in ("truncation", "padding"):  # every call sets them anew
             state.pop(passing, None)
     else:
         state = {"vocabulary": tokenizer.get_vocab()}
-    # What a slow tokenizer does besides its vocabulary shows in what it makes of a text.
+    # The rules of a slow tokenizer show in the ids of a text.
     state["probe"] = list(tokenizer(_PROBE, verbose=False)["input_ids"])
-    # Who pads, and with what, changes no token of ours.
+    # The pad token changes no token of ours.
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     return _sum(json.dumps([state, special], ensure_ascii=False, sort_keys=True))
 

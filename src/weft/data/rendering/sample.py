@@ -1,4 +1,4 @@
-"""What rendering gives: token ids with a loss weight each, and the draft that they are put together in."""
+"""Samples, which are token ids with a loss weight each, and the drafts from which they are made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weft.errors import UserError
 
 
 class TooLongError(UserError):
-    """A record longer than ``max_length``; its own class, so that a caller may leave such records out."""
+    """A record is longer than ``max_length``. The class lets a caller leave such records out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What generation starts from: token ids, and the places of slots, each 0 … len(ids), as in ``Sample.slots``."""
+    """The input of generation: token ids, and the places of slots, each 0 … len(ids), as in ``Sample.slots``."""
 
     ids: list[int]
     slots: tuple[int, ...] = ()
@@ -49,7 +49,7 @@ class Prompt:
 class Origin:
     """Where tokens of a draft come from: ``ids[skip : skip + count]`` of the characters [start, end) of the rendering.
 
-    Tokens that stand in no rendering (an automatic BOS, an EOS that the template lacks) have ``start == end``.
+    Tokens that are in no rendering (an automatic BOS, an EOS that the template lacks) have ``start == end``.
     """
 
     start: int
@@ -60,7 +60,10 @@ class Origin:
 
 @dataclass(slots=True)
 class Draft:
-    """A sample in the making; ``answers`` are the places [start, end) of learned answers, in order."""
+    """A sample that is not finished. ``answers`` are the places [start, end) of learned answers, in order.
+
+    ``cut``: how many tokens of the record it has lost.
+    """
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -73,27 +76,28 @@ class Draft:
     def add(
         self, ids: list[int], weight: float, slots: Iterable[int] = (), origin: tuple[int, int, int] = (0, 0, 0)
     ) -> None:
-        """Append; ``slots`` count from the beginning of ``ids``; ``origin`` as in ``Origin``, without the count."""
+        """Append ids. ``slots`` count from the beginning of ``ids``; ``origin`` is an ``Origin`` without the count."""
         self.slots += [len(self.ids) + slot for slot in slots]
         self.ids += ids
         self.weights += [weight] * len(ids)
         self.origins.append(Origin(*origin, len(ids)))
 
-    def prepend(self, ids: list[int]) -> None:
-        """Put ids of weight 0 in front."""
-        if not ids:
-            return
+    def open(self, ids: list[int]) -> None:
+        """Put ids of weight 0 in front. Nothing predicts the first token, so it loses its weight."""
         n = len(ids)
         self.ids, self.weights = ids + self.ids, [0.0] * n + self.weights
+        if self.weights:
+            self.weights[0] = 0.0
         self.slots = [slot + n for slot in self.slots]
         self.answers = [(start + n, end + n) for start, end in self.answers]
-        self.origins.insert(0, Origin(0, 0, 0, n))
+        if ids:
+            self.origins.insert(0, Origin(0, 0, 0, n))
 
     def remove(self, start: int, stop: int) -> None:
-        """Take the tokens [start, stop) out; slots strictly between, or at the end of everything, go with them.
+        """Remove the tokens [start, stop). Slots strictly between, or at the end of everything, go with them.
 
-        What follows the gap would be predicted from text that is not there: its first token loses its weight, and so
-        does the rest of an answer whose beginning is gone.
+        A token after the gap would be predicted from text that is not there. So the first one loses its weight, and so
+        does the rest of an answer that lost its beginning.
         """
         length, gap = len(self.ids), stop - start
         if gap <= 0:

@@ -1,11 +1,12 @@
-"""Chat templates are programs of strangers: this is the one place that runs them, with limits beside jinja's sandbox.
+"""The one place that runs chat templates, which are programs of strangers, within limits.
 
-Jinja's immutable sandbox keeps a template from reaching Python; it does not keep it from running for ever or from
+Jinja's immutable sandbox keeps a template from reaching Python. It does not keep it from running for ever or from
 filling the memory (``'x' * 10**9``, ``9**9**9``, loops in loops, a string that doubles itself). So the template's tree
 is rewritten before it is compiled: loops, macros, outputs, concatenations, literals and comparisons report to a
-``Budget``, as do operators, calls, filters and tests. Whatever would become too large is refused before it is made.
-What a template sees and may call is as in transformers' ``apply_chat_template``, so that an ordinary one gives the
-same text.
+``Budget``, as do operators, calls, filters and tests. The budget refuses a value before it becomes too large.
+
+A template sees and may call what transformers' ``apply_chat_template`` offers, so that an ordinary one gives the same
+text.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LONGEST = 128 << 10  # characters of a template; the longest that is known has 40,000
-# Seconds that a template has spent and was stopped, and from when on it is not tried again: data has many records.
+# Seconds that templates spent before they were stopped. Data has many records, so beyond _PATIENCE none is tried again.
 _STOPPED: dict[str, float] = {}
 _PATIENCE = 1.5
-# Filters and functions that no chat template needs, and whose cost is not told by their arguments.
+# Filters that no chat template needs, and whose arguments do not tell their cost.
 _WITHOUT = ("urlize", "wordwrap", "striptags", "pprint", "xmlattr", "random", "wordcount", "filesizeformat")
 
 
@@ -47,7 +48,7 @@ def render_chat(
     add_generation_prompt: bool = False,
     **variables: Any,
 ) -> str:
-    """The conversation as the tokenizer's chat template (or another) writes it.
+    """The conversation as the tokenizer's chat template, or another one, writes it.
 
     Raises:
         UserError: the template reaches a limit.
@@ -98,7 +99,7 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 def _plain(value: Any) -> Any:
-    """Only what JSON has: other objects have methods that the sandbox knows nothing of."""
+    """The value with only the types of JSON: other objects have methods that the sandbox does not know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -111,8 +112,8 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
-class _Limited(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which the tree is rewritten and what is called is measured."""
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with limits: it rewrites the tree and measures calls."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -155,7 +156,7 @@ class _Limited(ImmutableSandboxedEnvironment):
 
 
 class _Formatter(SandboxedFormatter):
-    """``str.format`` that measures each field."""
+    """``str.format`` with a limit for each field."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         budget = BUDGET.get()
@@ -165,43 +166,40 @@ class _Formatter(SandboxedFormatter):
 
 
 class _Rewriter(NodeTransformer):
-    """Lets what a template does report to the budget, through filters that no template can name."""
+    """Rewrites a template so that it reports to the budget, through filters that no template can name."""
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         node.nodes = [one if isinstance(one, nodes.TemplateData) else _through(one, "out") for one in node.nodes]
         return node
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+    def visit_Macro(self, node: nodes.Macro | nodes.CallBlock | nodes.For) -> nodes.Node:  # noqa: N802
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
-        node.body.insert(0, _tick(node, written))
-        if node.test is not None:
-            node.test = nodes.And(_counted(node, 0), node.test, lineno=node.lineno)
-        return node
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
-        written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        self.generic_visit(node)
-        node.body.insert(0, _tick(node, written))
+        node.body.insert(0, nodes.ExprStmt(_tick(node, written), lineno=node.lineno))
         return node
 
     visit_CallBlock = visit_Macro  # noqa: N815
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        self.visit_Macro(node)
+        if node.test is not None:
+            node.test = nodes.And(_tick(node, 0), node.test, lineno=node.lineno)
+        return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _through(nodes.List(node.nodes, lineno=node.lineno), "cat")
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
+    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return node if all(isinstance(item, nodes.Const) for item in node.items) else _through(node, "new")
+        values = [item.value if isinstance(item, nodes.Pair) else item for item in node.items]
+        return node if all(isinstance(value, nodes.Const) for value in values) else _through(node, "new")
+
+    visit_Dict = visit_List  # noqa: N815
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
-        return self.visit_List(node) if node.ctx == "load" else node  # type: ignore[arg-type]
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return node if all(isinstance(pair.value, nodes.Const) for pair in node.items) else _through(node, "new")
+        return self.visit_List(node) if node.ctx == "load" else node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -228,16 +226,12 @@ def _compared(node: nodes.Expr) -> nodes.Expr:
     return node if isinstance(node, nodes.Const) else _through(node, "cmp")
 
 
-def _counted(node: nodes.Node, written: int) -> nodes.Expr:
+def _tick(node: nodes.Node, written: int) -> nodes.Expr:
     return _through(nodes.Const(written, lineno=node.lineno), "tick")
 
 
-def _tick(node: nodes.Node, written: int) -> nodes.Stmt:
-    return nodes.ExprStmt(_counted(node, written), lineno=node.lineno)
-
-
 class _Generation(Extension):
-    """``{% generation %}`` … ``{% endgeneration %}``, which only other tools take note of."""
+    """``{% generation %}`` … ``{% endgeneration %}``: marks for other tools, which change no text."""
 
     tags = {"generation"}
 
@@ -251,7 +245,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """The ``dict`` of templates: not the class, of which attributes lead elsewhere."""
+    """The ``dict`` of templates. The class itself has attributes that lead out of the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -262,7 +256,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Jinja's, without names that begin with an underscore."""
+    """Jinja's namespace, without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, given = args[0], dict(*args[1:], **kwargs)
@@ -297,10 +291,10 @@ def _strftime_now(wanted: str) -> str:
 
 
 def _measures() -> dict[str, Any]:
-    """The filters that ``_Rewriter`` puts in; the blank in their names is not to be written in a template."""
+    """The filters that ``_Rewriter`` inserts. Their names hold a blank, so that no template can write them."""
 
     def measure(function: Any) -> Any:
-        # Whoever asks for the context is not run while a template is compiled, when there is no budget.
+        # Jinja runs no filter that asks for the context at compile time, when there is no budget.
         return jinja2.pass_context(lambda _, value: function(BUDGET.get(), value))
 
     return {
@@ -314,8 +308,8 @@ def _measures() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> _Limited:
-    made = _Limited(
+def _environment() -> _Environment:
+    made = _Environment(
         trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols], cache_size=0
     )
     made.filters["tojson"] = _tojson

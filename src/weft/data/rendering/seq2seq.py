@@ -1,11 +1,11 @@
-"""Sequence to sequence: what the encoder reads, and the answer that the decoder is to write."""
+"""Sequence to sequence: the input of the encoder, and the answer that the decoder learns to write."""
 
 from __future__ import annotations
 
 from weft.data.formats.examples import SFT, Conversation, PlainText
 from weft.data.rendering.drafts import Drafter
 from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
-from weft.data.rendering.transcript import learnable
+from weft.data.rendering.transcript import learned_turns
 from weft.errors import UserError
 
 
@@ -22,7 +22,7 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
     if not isinstance(example, Conversation):
         raise UserError(f"{place}: {type(example).__name__} holds no question and answer, which seq2seq needs.")
     messages = example.messages
-    learned = [i for i, turn in enumerate(messages) if i and learnable(turn)]
+    learned = learned_turns(messages)
     if not learned:
         raise UserError(f"{place}: no assistant turn after another turn is learned, which seq2seq needs.")
     answer = messages[learned[-1]]
@@ -31,15 +31,16 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
     if answer.loss_weight != 1.0:
         raise UserError(f"{place}: seq2seq learns answers at weight 1; this one has {answer.loss_weight:g}.")
     prompt = seq2seq_source(renderer, Conversation(messages[: learned[-1]], place, example.tools))
-    # Special tokens typed in the answer are split like other text; the tokenizer still adds its own around it.
+    # Special tokens in the text of the answer are split like other text. The tokenizer still adds its own around it.
     encoded = renderer.tokenizer(text_target=answer.content, split_special_tokens=True, verbose=False)
     target = list(encoded["input_ids"])
     target += [] if renderer.eos_token_id in target else [renderer.eos_token_id]
-    limit, head, tail = renderer.limit, len(renderer.encoder.head), len(renderer.encoder.tail)
+    limit, head, tail = renderer.settings, len(renderer.encoder.head), len(renderer.encoder.tail)
     draft = Draft(list(prompt.ids), [0.0] * len(prompt.ids), list(prompt.slots))
     draft.remove(*limit.cut_ids(prompt.ids, place, "the input", head=head, tail=tail))
+    slots = tuple(draft.slots)
     if draft.cut and limit.truncation == "right":
-        draft.slots = [slot for slot in draft.slots if slot < len(draft.ids) - tail]
+        slots = tuple(slot for slot in slots if slot < len(draft.ids) - tail)
     if limit.exceeded(len(target)) and limit.truncation in ("left", "middle"):
         raise TooLongError(
             f"{place}: the answer is {len(target)} tokens long, max_length is {limit.max_length}, and `truncation: "
@@ -47,12 +48,12 @@ def seq2seq_sample(renderer: Drafter, example: SFT) -> Sample:
         )
     start, stop = limit.cut_ids(target, place, "the answer")
     target = target[:start] + target[stop:]
-    slots, cut = tuple(draft.slots), draft.cut + stop - start
+    cut = draft.cut + stop - start
     return Sample(draft.ids, draft.weights, place, slots=slots, target_ids=tuple(target), cut=cut)
 
 
 def seq2seq_source(renderer: Drafter, example: Conversation) -> Prompt:
-    """The encoder's input, in the special tokens that its tokenizer puts around a text.
+    """The encoder's input, between the special tokens that its tokenizer puts around a text.
 
     Raises:
         UserError: There are no messages, or tools without a template for them.
@@ -60,7 +61,7 @@ def seq2seq_source(renderer: Drafter, example: Conversation) -> Prompt:
     messages, source, encoder = example.messages, example.source, renderer.encoder
     if not messages:
         raise UserError(f"{source}: there are no messages.")
-    if renderer.template.origin == "fallback":  # trained on bare text, not on headings
+    if renderer.template.origin == "fallback":  # such models were trained on bare text, not on headings
         if example.tools or any(message.tool_calls for message in messages):
             raise UserError(f"{source}: tools need a `chat_template` that renders them; the tokenizer has none.")
         ordered = sorted(messages, key=lambda message: message.role != "system")

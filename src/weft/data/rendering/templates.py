@@ -1,6 +1,6 @@
-"""Chat templates by name, for tokenizers that have none; and finding the one that a configuration means.
+"""Chat templates by name, and the choice of the template that a configuration means.
 
-The files under ``chat_templates`` are written for Weft from what is known of the formats. Like any template they run
+The files under ``chat_templates`` were written for Weft after descriptions of the formats. Like any template they run
 only in ``weft.data.rendering.sandbox``.
 """
 
@@ -18,8 +18,6 @@ from weft.errors import UserError, nearest
 from weft.foreign import read_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from weft.data.rendering.tokens import Encoder
 
 _FOLDER = Path(__file__).parent / "chat_templates"
@@ -28,9 +26,9 @@ _SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 @dataclass(frozen=True, slots=True)
 class NamedTemplate:
-    """A template of ours. ``markers`` are the tokens that it needs the tokenizer to have.
+    """A template of Weft. Its ``markers`` must be tokens of the tokenizer.
 
-    ``system``: it takes a system message (those that refuse one say so); ``tools``: it renders tools and calls.
+    ``system``: it takes a system message (those that refuse one say so). ``tools``: it renders tools and calls.
     """
 
     name: str
@@ -77,7 +75,7 @@ TEMPLATES: dict[str, NamedTemplate] = {
         NamedTemplate("zephyr"),
     )
 }
-# Other words for them, other tools' among them; written without regard to case, `_` and `-`.
+# Other names, some from other tools. Case, `_` and `-` make no difference.
 ALIASES = {
     "plain": "alpaca",
     "chatglm": "chatglm3",
@@ -103,9 +101,9 @@ ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The chat template that is in use: its name ("" for a text or a file of the user's), and its text.
+    """The chat template in use: its name ("" for a text or a file of the user), and its text.
 
-    ``origin``: whether somebody "asked" for it, it is the tokenizer's "own", or the "fallback" for one that has none.
+    ``origin``: the user "asked" for it, it is the tokenizer's "own", or the "fallback" for a tokenizer without one.
     """
 
     name: str
@@ -131,23 +129,24 @@ class TemplateSettings(BaseModel):
     @field_validator("chat_template")
     @classmethod
     def _text_of_a_file(cls, value: str | None) -> str | None:
-        """A file's text and not its name: the run is to render alike when the file has moved or changed."""
+        """The text of a file instead of its name: the run must render alike when the file has moved or changed."""
         return value if value is None or not is_file_name(value) else template_text(value).text
 
 
-def find_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> Template:
-    """The template that ``chat_template`` means (a name, a ``.jinja`` file, or Jinja text); None: the tokenizer's own.
+def find_template(settings: TemplateSettings, encoder: Encoder) -> Template:
+    """The template that ``chat_template`` means: a name, a ``.jinja`` file, Jinja text, or None for the tokenizer's
+    own.
 
     Raises:
         UserError: The name is unknown, the file cannot be read, or the markers of a named template are no tokens of the
-            tokenizer (unless ``allow_unknown_markers``: they are then tokenised like other text).
+            tokenizer. (``allow_unknown_markers`` lets them be tokenised like other text.)
     """
     wanted = settings.chat_template
     if wanted is None:
-        own = tokenizer.chat_template
+        own = encoder.tokenizer.chat_template
         if not own:
             return Template("alpaca", PLAIN_TEMPLATE, "fallback")
-        # A tokenizer may have several, by name; transformers chooses among them, and so does not get told.
+        # A tokenizer may have several by name. Transformers chooses among them, so this text only identifies them.
         text = own if isinstance(own, str) else json.dumps(own, ensure_ascii=False, sort_keys=True)
         return Template("", text, "own")
     template = template_text(wanted)
@@ -165,7 +164,7 @@ def find_template(settings: TemplateSettings, tokenizer: PreTrainedTokenizerBase
 
 
 def template_text(wanted: str) -> Template:
-    """The template that ``wanted`` (a name, a ``.jinja`` file, or Jinja text) names, for any tokenizer.
+    """The template that ``wanted`` names (a name, a ``.jinja`` file, or Jinja text), for any tokenizer.
 
     Raises:
         UserError: The file cannot be read, or there is no such template.
@@ -177,8 +176,8 @@ def template_text(wanted: str) -> Template:
             return Template("", read_text(wanted))
         except UserError as error:
             raise UserError(f"chat_template: {wanted} cannot be read: {error} Give a UTF-8 file.") from None
-    name = _key(wanted)
-    name = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}.get(name, "")
+    names = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}
+    name = names.get(_key(wanted), "")
     if not name:
         wanted = wanted[:80]
         raise UserError(

@@ -1,4 +1,4 @@
-"""A conversation as text: what the chat template makes of it, and which stretches of that are learned."""
+"""The transcript of a conversation: the text that the chat template writes, and which stretches are learned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -15,9 +15,6 @@ from weft.data.rendering.sandbox import render_chat
 from weft.data.rendering.templates import TemplateSettings
 from weft.data.rendering.tokens import Encoder
 from weft.errors import UserError, check_word
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Two of Unicode's noncharacters, for ``Turns.contents``.
 _BEGIN, _END = "\ufdd2", "\ufdd3"
@@ -28,7 +25,7 @@ TrainOn = Literal["answers", "last_answer", "all"]
 class TurnSettings(TemplateSettings):
     """The keys that decide what text a conversation becomes and which of it is learned.
 
-    ``train_on``: every assistant turn, the last one, or every token but the first. A message's own ``train`` wins.
+    ``train_on``: every assistant turn, the last one, or every token but the first. The ``train`` of a message wins.
     """
 
     train_on: TrainOn = Field("answers", description="which tokens are learned ([data.md](data.md))")
@@ -36,9 +33,9 @@ class TurnSettings(TemplateSettings):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters [start, end) of a rendering: what a turn (named as in "turn 2 of 4") adds to its own prompt.
+    """Characters [start, end) of a rendering: what a turn ("turn 2 of 4") adds to its own prompt.
 
-    ``weight`` is None where the turn is not learned.
+    ``weight`` is None if the turn is not learned.
     """
 
     start: int
@@ -49,10 +46,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """An example as text that is not tokenised yet. Outside its ``spans`` every token has the weight ``base``.
+    """The text of an example, before it is tokenised. Outside its ``spans`` every token has the weight ``base``.
 
     ``plain`` text is learned whole and ends with the end-of-sequence token. ``fixed``: the ids and weights of an
-    example that says them itself and has no text.
+    example that gives them itself and has no text.
     """
 
     text: str
@@ -76,30 +73,30 @@ class Script:
         return [*found, (self.text[at:], at == 0)]
 
 
-def learnable(message: Message) -> bool:
-    """Whether it is an assistant turn that is not switched off."""
-    return message.role == "assistant" and message.train is not False and message.loss_weight > 0
+def learned_turns(messages: Sequence[Message]) -> list[int]:
+    """The places of assistant turns that follow another turn and are not switched off."""
+    return [
+        place
+        for place, turn in enumerate(messages)
+        if place and turn.role == "assistant" and turn.train is not False and turn.loss_weight > 0
+    ]
 
 
 class Turns:
-    """Renders messages by one chat template, which runs in ``rendering.sandbox``. Holds no state that changes."""
+    """Renders messages by one chat template, in ``rendering.sandbox``. Its state never changes."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        encoder: Encoder,
-        template: str | None,
-        settings: TurnSettings,
-    ) -> None:
+    def __init__(self, encoder: Encoder, template: str | None, settings: TurnSettings) -> None:
         check_word("train_on", settings.train_on, get_args(TrainOn))
-        self.tokenizer, self.encoder, self.template, self.settings = tokenizer, encoder, template, settings
+        self.encoder, self.template, self.settings = encoder, template, settings
+        self.tokenizer = encoder.tokenizer
 
     def plain(self, example: PlainText) -> Script:
-        """Text as it stands."""
+        """The script of a plain text."""
         return Script(self.encoder.guard(example.text), (), 1.0, source=example.source, plain=True)
 
     def script(self, example: Conversation, *, generation: bool = False) -> Script:
-        """The one path of training and generation: equal messages give equal text up to a learned answer.
+        """The script of a conversation, for training and generation: equal messages give equal text up to a learned
+        answer.
 
         Raises:
             UserError: There are no messages.
@@ -116,9 +113,9 @@ class Turns:
         return Script(text, tuple(spans), base, source=source)
 
     def contents(self, script: Script, example: Conversation) -> list[tuple[int, int]] | None:
-        """Where in the script's text contents of messages stand; None where the template does not let that be told.
+        """Where in the script's text the contents of messages are; None if the template hides that.
 
-        They are rendered once more between two marks each; without the marks that must be the script's text.
+        A second rendering puts a mark before and after each. Without the marks it must equal the script's text.
         """
         marked = []
         for message in example.messages:
@@ -141,7 +138,7 @@ class Turns:
         return places if bare_text == script.text else None
 
     def text(self, example: Conversation, *, generation: bool) -> str:
-        """Only the rendering."""
+        """The rendering alone."""
         turns = [self._turn(message) for message in example.messages]
         return self._render(turns, [self.encoder.guard(tool) for tool in example.tools], generation, example.source)
 
@@ -154,7 +151,7 @@ class Turns:
         generation: bool,
         source: str,
     ) -> list[Span]:
-        """Where the turns whose weight differs from their surroundings lie in ``text``, in order."""
+        """The places in ``text`` of turns whose weight differs from their surroundings, in order."""
         spans = []
         for index, weight in marked:
             turn = f"turn {index + 1} of {len(turns)}"
@@ -179,7 +176,7 @@ class Turns:
         return spans
 
     def _marked(self, messages: Sequence[Message], generation: bool, source: str) -> list[tuple[int, float | None]]:
-        """Turns to be told apart from the text around them: (index, its weight if it is learned)."""
+        """The turns to tell apart from the text around them: (index, its weight if it is learned)."""
         default = self.settings.train_on == "all"
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         last = None if generation or not answers else answers[-1]
@@ -230,5 +227,5 @@ class Turns:
             )
         except UserError as error:
             raise UserError(f"{source}: {error}.") from error
-        except Exception as error:  # the template is a program of the user's: whatever it raises is about their data
+        except Exception as error:  # the template is a program of the user: whatever it raises is about their data
             raise UserError(f"{source}: the chat template refuses this conversation: {error}.") from error

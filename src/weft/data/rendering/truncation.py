@@ -1,4 +1,4 @@
-"""What becomes of records longer than ``max_length``: the policies, windows over long texts, documents joined."""
+"""Records longer than ``max_length``: policies for them, windows over long texts, joined documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weft.data.formats.detect import Conversation
 from weft.data.rendering.sample import Draft, Sample, TooLongError
-from weft.data.rendering.transcript import Script, learnable
+from weft.data.rendering.transcript import Script, learned_turns
 from weft.errors import UserError, check_word
 
 Truncation = Literal["refuse", "drop", "left", "right", "middle"]
@@ -37,7 +37,7 @@ def in_todays_words(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Limit(BaseModel):
-    """The keys that say how long a sample may be and what becomes of a longer one, and what follows from them."""
+    """The keys for the length of a sample and for longer records, and what follows from them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class Limit(BaseModel):
         """Refuse keys that do not go together, once the longest sequence of the model is known.
 
         Raises:
-            UserError: they do not.
+            UserError: The keys do not go together.
         """
         check_word("truncation", self.truncation, get_args(Truncation))
         check_word("documents", self.documents, get_args(Documents))
@@ -79,11 +79,11 @@ class Limit(BaseModel):
             )
 
     def exceeded(self, length: int) -> bool:
-        """Whether so many tokens are too many."""
+        """Whether a sample of ``length`` tokens is too long."""
         return self.max_length is not None and length > self.max_length
 
     def hopeless(self, script: Script) -> bool:
-        """Whether a text need not be tokenised to know that it is to be refused: it would take minutes."""
+        """Whether a text is so long that it is refused without tokenising it, which would take minutes."""
         refuses = self.truncation in ("refuse", "drop") and (self.documents == "separate" or not script.plain)
         return refuses and self.max_length is not None and len(script.text) > _CHARACTERS * max(self.max_length, 1000)
 
@@ -91,7 +91,7 @@ class Limit(BaseModel):
         """Refuse a ``hopeless`` text.
 
         Raises:
-            TooLongError: It is.
+            TooLongError: It is hopeless.
         """
         if self.hopeless(script):
             raise TooLongError(
@@ -99,25 +99,22 @@ class Limit(BaseModel):
                 "`truncation`, raise `max_length`, or remove this one."
             )
 
-    def refuse(self, length: int, source: str, what: str = "the record") -> TooLongError:
-        """The error to raise for a record of so many tokens."""
-        return TooLongError(
-            f"{source}: {what} is {length} tokens long, max_length is {self.max_length}. Raise `max_length`, set "
-            "`truncation` (`right` cuts the end off, as `truncate: true` does; `left` the oldest turns and the "
-            "beginning of the prompt; `drop` leaves such records out), or remove this one."
-        )
-
     def cut_ids(self, ids: list[int], source: str, what: str, *, head: int = 0, tail: int = 0) -> tuple[int, int]:
-        """The tokens [start, stop) to take out of ``ids`` so that they fit; the first ``head``, last ``tail`` stay.
+        """The tokens [start, stop) to remove from ``ids`` so that they fit. The first ``head`` and the last ``tail``
+        stay.
 
         Raises:
-            TooLongError: The policy is to refuse or to drop, or no token is left to take.
+            TooLongError: The policy is to refuse or to drop, or no token is left to remove.
         """
         length, limit = len(ids), self.max_length
         if limit is None or length <= limit:
             return length, length
         if self.truncation in ("refuse", "drop"):
-            raise self.refuse(length, source, what)
+            raise TooLongError(
+                f"{source}: {what} is {length} tokens long, max_length is {limit}. Raise `max_length`, set "
+                "`truncation` (`right` cuts the end off, as `truncate: true` does; `left` the oldest turns and the "
+                "beginning of the prompt; `drop` leaves such records out), or remove this one."
+            )
         gap, stop = length - limit, length - tail
         if stop - gap < head:
             raise TooLongError(f"{source}: max_length {limit} leaves no room for {what}. Raise `max_length`.")
@@ -128,8 +125,8 @@ class Limit(BaseModel):
 def fit(draft: Draft, limit: Limit, source: str, *, head: int) -> None:
     """Cut a draft to ``max_length`` as the policy says. The first ``head`` tokens stay, except under ``right``.
 
-    ``left`` and ``middle`` take tokens of what comes before the last learned answer, which stays whole, with its end
-    and all that follows; text without answers loses its beginning or its middle.
+    ``left`` and ``middle`` remove tokens before the last learned answer. The answer stays whole, with its end and all
+    that follows. Text without answers loses its beginning or its middle.
 
     Raises:
         TooLongError: That cannot be done, or the policy is to refuse or to drop.
@@ -153,23 +150,21 @@ def fit(draft: Draft, limit: Limit, source: str, *, head: int) -> None:
 
 
 def without_oldest_round(example: Conversation) -> Conversation | None:
-    """The conversation without its first user turn and what answers that; None if only one round leads to an answer.
+    """The conversation without its first user turn and the answer to that; None if only one round leads to an answer.
 
-    A system message that opens it stays.
+    A system message at the beginning stays.
     """
     messages = example.messages
     first = 1 if messages and messages[0].role == "system" else 0
-    learned = [i for i, turn in enumerate(messages) if learnable(turn)]
-    last = learned[-1] if learned else 0
-    following = (i for i in range(first + 1, last) if messages[i].role == "user")
-    start = next(following, None)
+    last = max(learned_turns(messages), default=0)
+    start = next((i for i in range(first + 1, last) if messages[i].role == "user"), None)
     return None if start is None else replace(example, messages=messages[:first] + messages[start:])
 
 
 def windows(sample: Sample, limit: Limit) -> Iterator[Sample]:
     """A long text as several samples of at most ``max_length`` tokens.
 
-    Each begins with the last ``window_overlap`` tokens of the one before, as context that is not learned twice.
+    Each begins with the last ``window_overlap`` tokens of the one before, as context that is not learned again.
     """
     size = limit.max_length
     if size is None or len(sample.input_ids) <= size:
@@ -183,10 +178,10 @@ def windows(sample: Sample, limit: Limit) -> Iterator[Sample]:
 
 
 def joined(samples: Iterable[Sample], limit: Limit, *, bos: Sequence[int]) -> Iterator[Sample]:
-    """Plain texts end to end, cut into windows of exactly ``max_length`` tokens (the last may be shorter).
+    """Plain texts end to end, cut into windows of exactly ``max_length`` tokens. The last window may be shorter.
 
-    Every text ends with its end-of-sequence token already; the first token of the next is learned too, unless it is a
-    BOS. Conversations (samples with an answer) pass through as they are.
+    Every text ends with its end-of-sequence token already. The first token of the next text is learned too, unless it
+    is a BOS. Conversations (samples with an answer) pass through unchanged.
     """
     size, overlap = limit.max_length or 0, limit.window_overlap
     ids: list[int] = []
@@ -201,7 +196,7 @@ def joined(samples: Iterable[Sample], limit: Limit, *, bos: Sequence[int]) -> It
         weights += sample.weights if opens or not ids else [1.0, *sample.weights[1:]]
         ids += sample.input_ids
         at = 0
-        while len(ids) - at > size:  # and not yet when it is full: it may be the last
+        while len(ids) - at > size:  # a window that is just full may be the last, which ends below
             yield _window(ids[at : at + size], weights[at : at + size], at, begins)
             at += size - overlap
             weights[at : at + overlap] = [0.0] * overlap
@@ -219,7 +214,7 @@ def _window(ids: list[int], weights: list[float], at: int, begins: Sequence[tupl
 
 
 def _windows(length: int, size: int, overlap: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, the first token that no window before holds)."""
+    """(start, stop, the first token that no earlier window holds)."""
     start = new = 0
     while new < length:
         stop = min(start + size, length)

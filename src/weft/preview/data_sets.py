@@ -1,10 +1,11 @@
-"""A configuration's data as training would read and render it, with neither weights nor adapters: for previews."""
+"""The data of a configuration as training would read and render it, without weights: for previews."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from contextlib import closing
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,9 @@ import numpy as np
 
 from weft.adapters import Adapters
 from weft.core.heads import ClassificationTask
-from weft.data import Renderer, Sample
+from weft.data import Renderer
 from weft.data.auditing.base import Facts, Item, Split
-from weft.data.auditing.items import collect
+from weft.data.auditing.items import collect, tokens_in
 from weft.data.views import Array
 from weft.errors import UserError
 from weft.models import Base, reach
@@ -28,32 +29,32 @@ from weft.training.settings import JobConfig, RunConfig
 
 
 @dataclass(frozen=True)
-class Examined:
+class DataSet:
     """The data that some of the jobs (``names``) share, and how they pack it.
 
-    ``left_out``: why how many records are not there. ``not_reached``: by job, what of the base its adapter leaves as it
-    is though one may expect otherwise. ``windows``: with ``documents: joined`` what the model is given
-    instead of the records.
+    ``windows``: with ``documents: joined``, what the model is given instead of the records. ``left_out`` counts the
+    records that are missing, by reason. ``not_reached``: by job, what its adapter leaves unchanged in the base,
+    though one may expect otherwise.
     """
 
     names: tuple[str, ...]
     items: list[Item]
     facts: Facts
     _: KW_ONLY
-    packings: list[Packing] = field(default_factory=list)
-    windows: list[Item] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    not_reached: dict[str, LeftOut] = field(default_factory=dict)
+    packings: list[Packing]
+    windows: list[Item]
+    left_out: Counter[str]
+    not_reached: dict[str, LeftOut]
 
     @property
     def renderer(self) -> Renderer:
-        """What rendered it."""
+        """The renderer of its samples."""
         return self.facts.renderer
 
 
 @dataclass(frozen=True)
 class _Outline:
-    """What of a base decides how text is rendered for it, and ``sketch``: it without weights, if it is there."""
+    """What decides how text is rendered for a base. ``sketch`` is the base without weights, if its folder has one."""
 
     tokenizer: Any
     max_length: int | None
@@ -63,24 +64,21 @@ class _Outline:
     sketch: Base | None = None
 
     def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, LeftOut | None]:
-        """How many learned tokens the job's adapter puts into every sequence (0 if there is but a tokenizer), and what
-        of the base it does not reach."""
+        """The number of virtual tokens of the job's adapter (0 without a sketch), and what it does not reach."""
         if self.sketch is None:
             return 0, None
-        adapters = Adapters(self.sketch.model, self.sketch.architecture)
-        try:
+        model, architecture = self.sketch.model, self.sketch.architecture
+        with closing(Adapters(model, architecture)) as adapters:
             method = job.method_config()
-            made = adapters.add(job.name, method, tokenizer=self.tokenizer, classification=classes, blank=True)
-            return made.num_virtual_tokens, reach.left_out(made, self.sketch.model, self.sketch.architecture)
-        finally:
-            adapters.close()
+            adapter = adapters.add(job.name, method, tokenizer=self.tokenizer, classification=classes, blank=True)
+            return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture)
 
 
-def examine(config: RunConfig) -> list[Examined]:
-    """Read and render what the jobs train and evaluate on; jobs with the same data come together.
+def examine(config: RunConfig) -> list[DataSet]:
+    """Read and render what the jobs train and evaluate on. Jobs with the same data share a ``DataSet``.
 
     Raises:
-        UserError: the model's folder, a file or a setting cannot be used. A record that cannot is an Item that says so.
+        UserError: The model's folder, a file or a setting cannot be used. (A bad record is an Item with a problem.)
     """
     places, outline = data_files(config), _outline(config)
     renderer = config.renderer(outline.tokenizer, outline.max_length)
@@ -91,11 +89,11 @@ def examine(config: RunConfig) -> list[Examined]:
         key = (repr(job.data or config.data), repr(job.eval_data or config.eval_data), job.task, repr(columns))
         groups.setdefault(key, []).append(job)
     reader = Reader(config, renderer, outline, places, watched=True)
-    return [_Group(config, outline, reader, unlimited, jobs).examined() for jobs in groups.values()]
+    return [_Group(config, outline, reader, unlimited, jobs).data_set() for jobs in groups.values()]
 
 
 def _outline(config: RunConfig) -> _Outline:
-    """From config.json and the tokenizer; a folder with a tokenizer alone will do."""
+    """The outline from config.json and the tokenizer. A folder with a tokenizer alone is enough."""
     folder = Path(config.model).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
@@ -114,7 +112,7 @@ class _Group:
         self.config, self.outline, self.reader, self.unlimited, self.jobs = config, outline, reader, unlimited, jobs
         self.left_out, self.not_reached = Counter[str](), dict[str, LeftOut]()
 
-    def examined(self) -> Examined:
+    def data_set(self) -> DataSet:
         config, reader, job = self.config, self.reader, self.jobs[0]
         read = reader.read(job)
         sources = [self._items(part, "train") for part in read.sources]
@@ -124,27 +122,18 @@ class _Group:
         train: list[Item] = []
         for items, marks in zip(sources, held, strict=True):
             train += _parted(items, marks, evaluated)
-        # A source of which nothing is left ends the training, whatever is to become of bad records.
+        # A source without any sample ends the training, whatever `on_bad_record` says.
         whole = all(len(part.samples) for part in (*read.sources, *(read.evaluated or ())))
-        own = self.outline.tokenizer.chat_template if config.chat_template else None
-        skips = config.on_bad_record != "error" and whole
-        facts = Facts(
-            reader.renderer,
-            self.outline.task,
-            own or None,
-            max_length=reader.renderer.max_length,
-            skips_bad_records=skips,
-        )
+        own = (self.outline.tokenizer.chat_template or None) if config.chat_template else None
+        facts = Facts(reader.renderer, self.outline.task, own, config.on_bad_record != "error" and whole)
         windows: list[Item] = []
         if not job.classifies and config.documents == "joined":
-            windows = [Item("train", s.source, samples=(s,), length=len(s.input_ids)) for s in data.train]
-        # Where nothing is left, training would end at what is wrong with the records.
+            windows = [Item("train", s.source, samples=(s,), length=tokens_in([s])) for s in data.train]
+        # Without samples, training would end at the problems of the records.
         packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
-        names = tuple(job.name for job in self.jobs)
-        items = [*train, *evaluated]
-        return Examined(
-            names,
-            items,
+        return DataSet(
+            tuple(job.name for job in self.jobs),
+            [*train, *evaluated],
             facts,
             packings=packings,
             windows=windows,
@@ -161,9 +150,9 @@ class _Group:
             task=self.outline.task,
             classes=part.names,
         )
-        if not items:  # here training ends as well
-            told = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
-            raise UserError(f"{part.path}: no record is left: {told}.")
+        if not items:  # training ends here as well
+            reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+            raise UserError(f"{part.path}: no record is left: {reasons}.")
         self.left_out += left_out
         return items
 
@@ -176,7 +165,7 @@ class _Group:
             return [np.zeros(len(part.samples), bool) for part in read.sources]  # training ends at these records first
 
     def _packings(self, data: JobData) -> list[Packing]:
-        """How the jobs pack what they train on; those that do it alike come together."""
+        """The packs of what the jobs train on. Jobs that pack alike share them."""
         alike: dict[Any, list[JobConfig]] = {}
         for job in self.jobs:
             keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
@@ -195,9 +184,9 @@ class _Group:
 
 
 def _parted(items: Sequence[Item], held: Array, evaluated: list[Item]) -> Iterator[Item]:
-    """Those to train on; the others, of which ``held`` marks the samples, go to ``evaluated``.
+    """The items to train on. The others, whose samples ``held`` marks, go to ``evaluated``.
 
-    A text in several windows may be on both sides, and is two Items then.
+    A text in several windows may be on both sides. It becomes two items then.
     """
     at = 0
     for item in items:
@@ -206,11 +195,7 @@ def _parted(items: Sequence[Item], held: Array, evaluated: list[Item]) -> Iterat
             yield item
         elif marks.all():
             evaluated.append(replace(item, split="eval"))
-        else:  # the texts of the record are looked at once
+        else:  # the texts of the record are checked once, in the training part
             mine, rest = (tuple(compress(item.samples, side)) for side in (marks, ~marks))
-            evaluated.append(Item("eval", item.source, samples=mine, length=_tokens(mine), torn=True))
-            yield replace(item, samples=rest, length=_tokens(rest))
-
-
-def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(len(sample.input_ids) for sample in samples)
+            evaluated.append(Item("eval", item.source, samples=mine, length=tokens_in(mine), torn=True))
+            yield replace(item, samples=rest, length=tokens_in(rest))
