@@ -68,8 +68,8 @@ def model_config(kind: str, **more: Any) -> PretrainedConfig:
         )  # fmt: skip
     assert kind == "gpt2"
     return GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-        **{**special, "pad_token_id": None}, **more,
+        vocab_size=VOCABULARY, n_layer=2, n_head=4, n_positions=64,
+        **{"n_embd": 32, **special, "pad_token_id": None, **more},
     )  # fmt: skip
 
 

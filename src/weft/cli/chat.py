@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -190,7 +189,7 @@ class Conversation:
         said.append(stream.flush())
         if self.as_json:
             whole = {"adapter": self.adapter, "prompt": text, "answer": "".join(said), "finish_reason": reason}
-            print(json.dumps(whole, ensure_ascii=False), flush=True)
+            common.print_json(whole, indent=None)
         else:
             print(said[-1], flush=True)
         self.messages = [*messages, Message("assistant", "".join(said))]

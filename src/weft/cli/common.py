@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -65,9 +66,25 @@ def tell_hub(model: str) -> None:
         say(f"{model} is no folder here; looking for it in the Hugging Face cache and hub")
 
 
-def print_json(value: object) -> None:
-    """One JSON object on stdout. JSON knows no NaN, so what is not finite becomes null."""
-    print(json.dumps(finite(value), ensure_ascii=False, indent=2), flush=True)
+def open_streams() -> None:
+    """A console shows ``?`` for what its encoding lacks, and lines that are piped in are UTF-8 on every machine."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        # What is not UTF-8 arrives as surrogates, which the reader of the lines refuses by number.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """One JSON object on stdout, UTF-8 whatever the console's encoding. What is not finite becomes null."""
+    text = json.dumps(finite(value), ensure_ascii=False, indent=indent) + "\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode(errors="replace"))
+    else:
+        sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def finite(value: object) -> object:

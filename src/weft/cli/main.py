@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     if not debug:
         common.quiet_libraries()
+    common.open_streams()
     common.show_warnings()
     try:
         words = _load_extensions(words)

@@ -339,6 +339,17 @@ class Adapter(nn.Module):
         """The learning rate of one parameter in a job whose rate is ``rate``."""
         return rate * self.learning_rate_factor(parameter)
 
+    def decays(self, parameter: str) -> bool:
+        """Whether weight decay pulls one parameter to 0.
+
+        Not what a layer stores whole (``stored_whole``: its parameters' names, or True for all): a norm's gain, a scale
+        and a copy of a weight begin where the base is, not at 0.
+        """
+        path, _, name = parameter.rpartition(".")
+        layers = [path[:end] for end in range(len(path) + 1) if end == len(path) or path[end] == "."]
+        whole = [getattr(self.get_submodule(layer), "stored_whole", ()) for layer in layers]
+        return not any(found is True or name in (found or ()) for found in whole)
+
     def default_learning_rate(self, parameter: str) -> float:
         """The rate of one parameter if the job names none."""
         return self.config.learning_rate(self.hidden_size)

@@ -30,6 +30,7 @@ class VariantLinear(nn.Module):
         dora: Train a magnitude [out].
     """
 
+    stored_whole = ("lora_magnitude_vector",)
     base: nn.Module
 
     def __init__(
@@ -100,6 +101,7 @@ class LoraEmbedding(nn.Module):
     As in PEFT, A [r, vocabulary] begins as zero and B [d, r] Gaussian. DoRA's lengths are those of E's columns.
     """
 
+    stored_whole = ("lora_magnitude_vector",)
     base: nn.Embedding
 
     def __init__(

@@ -119,6 +119,8 @@ def _last_parts(paths: Iterable[str]) -> set[str]:
 class IA3Scale(nn.Module):
     """The vector of one linear module: [out, 1] for its output, [1, in] for its input."""
 
+    stored_whole = True
+
     def __init__(self, base: nn.Module, inner: bool, config: IA3Config, context: BuildContext) -> None:
         super().__init__()
         self.inner = inner

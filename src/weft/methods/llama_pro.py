@@ -55,6 +55,8 @@ class LlamaProConfig(MethodConfig):
 class InsertedBlock(nn.Module):
     """A block of the base's kind. Its parameters have the adapter's dtype; it computes in the base's."""
 
+    stored_whole = True
+
     def __init__(self, block: nn.Module, context: BuildContext) -> None:
         super().__init__()
         self.dtypes = {name: p.dtype for name, p in block.named_parameters()}

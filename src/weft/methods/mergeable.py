@@ -53,10 +53,16 @@ class MergedModule:
         """A matrix of the module's layout in that of ``weight``, or the other way round: Conv1D keeps [in, out]."""
         return tensor.t() if self.linear and not isinstance(self.module, nn.Linear) else tensor
 
+    def _in_files(self, weight: Tensor) -> Tensor:
+        """The weight in the layout of the base's own files: a quantised Conv1D runs as a linear, and is none there."""
+        source = getattr(self.module, "source_cls", None)
+        turned = isinstance(source, type) and not issubclass(source, nn.Linear)
+        return weight.t() if turned else self.laid_out(weight)
+
     def tensors(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> dict[str, Tensor]:
         """The module's tensors in its own layout and shapes, rounded; on the CPU, because the base fills the GPU."""
         weight = self.weight if self._input_scale is None else self.weight * self._input_scale
-        found = {"weight": self.laid_out(weight).to(weight_dtype).cpu().contiguous()}
+        found = {"weight": self._in_files(weight).to(weight_dtype).cpu().contiguous()}
         return found if self.bias is None else {**found, "bias": self.bias.to(bias_dtype).cpu().contiguous()}
 
 

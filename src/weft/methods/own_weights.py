@@ -186,6 +186,7 @@ def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, Wei
 class OwnWeights(nn.Module):
     """``y = f(x; W', b')`` with W' (and b') whole, in the adapter's own dtype; they begin as the base's."""
 
+    stored_whole = True
     base: nn.Module
 
     def __init__(self, module: nn.Module, parts: Sequence[str], context: BuildContext) -> None:

@@ -81,7 +81,8 @@ class Job:
         self.parameters: list[nn.Parameter] = list(named.values())
         # By the seed the same after a resume, whose values are only then put back.
         self._began = {n: _witness(p) for n, p in named.items()}
-        self.optimizer = make_optimizer(config, self.parameters, rates) if named else None
+        decays = [adapter.decays(n) for n in named]
+        self.optimizer = make_optimizer(config, self.parameters, rates, decays) if named else None
         self.progress = Progress()
         if not named:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared

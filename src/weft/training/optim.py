@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,28 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(
-    config: JobConfig, parameters: Sequence[nn.Parameter], rates: Sequence[float]
+    config: JobConfig, parameters: Sequence[nn.Parameter], rates: Sequence[float], decays: Sequence[bool] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) or SGD with momentum, over one job's parameters and the learning rate of each;
-    a group's own rate, before the schedule, stands in its ``peak_lr``."""
-    by_rate: dict[float, list[nn.Parameter]] = {}
-    for parameter, rate in zip(parameters, rates, strict=True):
-        by_rate.setdefault(rate, []).append(parameter)
-    groups = [{"params": params, "lr": rate, "peak_lr": rate} for rate, params in by_rate.items()]
+    """AdamW (Loshchilov & Hutter 2019) or SGD with momentum, over one job's parameters.
+
+    Args:
+        rates: the learning rate of each; a group's own, before the schedule, stands in its ``peak_lr``.
+        decays: whether ``weight_decay`` pulls each to 0; default: all.
+    """
+    # A checkpoint numbers the parameters by rate alone: as it did before some of them did not decay.
+    order = sorted(range(len(parameters)), key=lambda i: rates.index(rates[i]))
+    alike: dict[tuple[float, float], list[int]] = {}
+    for number, i in enumerate(order):
+        decay = config.weight_decay if not decays or decays[i] else 0.0
+        alike.setdefault((rates[i], decay), []).append(number)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameters[order[n]] for n in numbers], "numbers": numbers, "lr": rate, "peak_lr": rate,
+         "weight_decay": decay}
+        for (rate, decay), numbers in alike.items()
+    ]  # fmt: skip
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, foreach=False)
-    return torch.optim.AdamW(
-        groups,
-        betas=config.adam_betas,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+        return torch.optim.SGD(groups, momentum=config.momentum, foreach=False)
+    return torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_epsilon, fused=True)
 
 
 def schedule_factor(kind: str, step: int, total: int, warmup: int) -> float:
@@ -49,14 +54,23 @@ def schedule_factor(kind: str, step: int, total: int, warmup: int) -> float:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as tensors ``<parameter's number>.<what>``, in their own shapes (a step is a scalar)."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items() if value is not None}
+    state, numbers = optimizer.state_dict()["state"], _numbers(optimizer)
+    return {
+        f"{numbers[i]}.{key}": value for i, entry in state.items() for key, value in entry.items() if value is not None
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back the tensors of ``optimizer_tensors``, in the same shapes."""
+    places = {number: place for place, number in _numbers(optimizer).items()}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, what = key.split(".", 1)
-        state.setdefault(int(number), {})[what] = value.clone()
+        state.setdefault(places[int(number)], {})[what] = value.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """The number of each parameter in a checkpoint, by its number in torch's state dict."""
+    groups = optimizer.state_dict()["param_groups"]
+    return {place: number for group in groups for place, number in zip(group["params"], group["numbers"], strict=True)}

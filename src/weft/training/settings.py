@@ -75,7 +75,11 @@ class JobConfig(BaseModel):
     )
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's ε")
     momentum: float = Field(0.9, ge=0, lt=1, description="of `sgd`")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled for `adamw`")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="decoupled for `adamw`; not for what is stored whole: norms, biases and scales of their own",
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="wins over `warmup_ratio`")
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises")
