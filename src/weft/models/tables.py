@@ -70,11 +70,11 @@ def as_before(model: nn.Module) -> Iterator[None]:
 class _PerSequence(Mixin):
     """A module that answers for one sequence after the other, each as if it were the first."""
 
-    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> Any:
+    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> object:
         route: Route | None = self.__dict__[_ROUTER].current
         fresh: _Fresh = self.__dict__[_FRESH]
 
-        def alone(positions: Tensor) -> Any:
+        def alone(positions: Tensor) -> object:
             fresh.put_back(self)
             found = super(_PerSequence, self).forward(x, positions, *args, **kwargs)
             fresh.put_back(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def register_objective(name: str) -> Callable[[_Function], _Function]:
     return OBJECTIVES.register(name, lambda function: function)
 
 
-def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
+def make_objective(name: str, settings: Mapping[str, object]) -> Objective:
     """The objective of this name with its settings.
 
     Raises:

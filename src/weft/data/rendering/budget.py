@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import update_wrapper
-from typing import Any
+from typing import Any, TypeVar
 
 SECONDS = 1.0  # and a second more for each million characters given
 STRING = 4 << 20  # characters of one string, and 16 times those given
@@ -25,6 +25,7 @@ _WIDTH = re.compile(r"\d+")
 _PERCENT = re.compile(r"%(?:\(([^()]*)\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
 _ENTRIES = 100_000  # of a list that operators make
 
+Value = TypeVar("Value")
 BUDGET: ContextVar[Budget] = ContextVar("weft_template_budget")
 
 
@@ -35,7 +36,7 @@ class LimitError(Exception):
 class Budget:
     """Counts what one rendering does. Methods that take a value give it back, or what it is written as."""
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, given: object) -> None:
         self._most_values = 1 << 62
         nodes, characters = self._weigh(given)
         size = nodes + characters
@@ -58,7 +59,7 @@ class Budget:
                 raise LimitError(f"it takes more than {SECONDS:g} s; it seems to loop without end")
         return True
 
-    def steps(self, value: Any) -> None:
+    def steps(self, value: object) -> None:
         """As many turns as something that goes through all of ``value`` may take."""
         if isinstance(value, (list, tuple, dict, str, range)):
             self._ticks += len(value) >> 8
@@ -87,7 +88,7 @@ class Budget:
             self._charge(len(value))
         return value
 
-    def out(self, value: Any) -> str:
+    def out(self, value: object) -> str:
         """A value as it is written."""
         if type(value) is not str:
             self.check_text(value)
@@ -95,7 +96,7 @@ class Budget:
         self._charge(len(value))
         return value
 
-    def concatenated(self, values: list[Any]) -> str:
+    def concatenated(self, values: list[object]) -> str:
         """``a ~ b ~ c``."""
         for value in values:
             if type(value) is not str:
@@ -105,13 +106,13 @@ class Budget:
         self.tick()
         return self.made("".join(pieces))
 
-    def new(self, value: Any) -> Any:
+    def new(self, value: Value) -> Value:
         """A literal list, tuple or object: what it nests is weighed, for it may hold one value many times."""
         self.tick()
         self._charge(self._weigh(value)[0] // 8)
         return value
 
-    def compared(self, value: Any) -> Any:
+    def compared(self, value: Value) -> Value:
         """An operand of a comparison: of a large one, all of it may be looked at."""
         kind = type(value)
         if kind is str or kind is bool or kind is int or value is None:
@@ -122,7 +123,7 @@ class Budget:
                 self._charge(self._weigh(value)[0] // 64)
         return value
 
-    def check_text(self, value: Any) -> None:
+    def check_text(self, value: object) -> None:
         """Refuse a value that is too large as text; containers may hold one value many times."""
         if isinstance(value, (list, tuple, dict)):
             self._fits(sum(self._weigh(value)))
@@ -131,7 +132,7 @@ class Budget:
         if size > self._most_string:
             raise LimitError(f"it makes a string of more than {self._most_string} characters")
 
-    def _weigh(self, value: Any) -> tuple[int, int]:
+    def _weigh(self, value: object) -> tuple[int, int]:
         """(values, characters) in what may be nested, each counted as often as it would be written."""
         nodes = characters = 0
         todo = [value]
@@ -150,7 +151,7 @@ class Budget:
 
     # -- operators
 
-    def check_sum(self, left: Any, right: Any) -> None:
+    def check_sum(self, left: object, right: object) -> None:
         """``left + right``."""
         if isinstance(left, str) and isinstance(right, str):
             self._fits(len(left) + len(right))
@@ -158,7 +159,7 @@ class Budget:
             self._entries(len(left) + len(right))
         self.tick()
 
-    def check_product(self, left: Any, right: Any) -> None:
+    def check_product(self, left: object, right: object) -> None:
         """``left * right``."""
         if isinstance(left, int) and not isinstance(right, int):
             left, right = right, left
@@ -170,7 +171,7 @@ class Budget:
             raise LimitError(f"it makes a number of more than {_BITS} bits")
         self.tick()
 
-    def check_power(self, left: Any, right: Any) -> None:
+    def check_power(self, left: object, right: object) -> None:
         """``left ** right``."""
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > _BITS:
             raise LimitError(f"it makes a number of more than {_BITS} bits")
@@ -182,7 +183,7 @@ class Budget:
 
     # -- arguments
 
-    def check_numbers(self, name: str, values: Iterable[Any]) -> None:
+    def check_numbers(self, name: str, values: Iterable[object]) -> None:
         """Refuse widths, counts and precisions that no text has."""
         for value in values:
             if isinstance(value, int) and abs(value) > NUMBER:
@@ -194,21 +195,21 @@ class Budget:
         if any(len(digits) > 9 or int(digits) > NUMBER for digits in _WIDTH.findall(spec)):
             raise LimitError(f"a format is wider than {NUMBER}")
 
-    def check_replaced(self, text: str, old: Any, new: Any) -> None:
+    def check_replaced(self, text: str, old: object, new: object) -> None:
         """``text.replace(old, new)``."""
         if isinstance(old, str) and isinstance(new, str):
             self._fits(len(text) + text.count(old) * len(new))
 
-    def check_joined(self, items: list[Any], between: Any) -> None:
+    def check_joined(self, items: list[object], between: object) -> None:
         """``between.join(items)``."""
         self._fits(sum(self._weigh(items)) + len(items) * len(str(between)))
 
 
-def _items(value: Any) -> Iterable[Any]:
+def _items(value: Sequence[object] | dict[object, object]) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value
 
 
-def guard_percent(budget: Budget, text: str, values: Any) -> None:
+def guard_percent(budget: Budget, text: str, values: object) -> None:
     """Refuse ``text % values`` that would be too large."""
     budget._fits(len(text))
     places = 0
@@ -224,7 +225,7 @@ def guard_percent(budget: Budget, text: str, values: Any) -> None:
     budget._fits(len(text) + (total if one_by_one else places * total))
 
 
-def guard_method(budget: Budget, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def guard_method(budget: Budget, owner: object, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse a method of a string or a number whose result would be too large."""
     budget.check_numbers(name, (*args, *kwargs.values()))
     if not isinstance(owner, str):
@@ -273,7 +274,7 @@ def guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return update_wrapper(guarded, function)
 
 
-def _replace(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _replace(budget: Budget, value: object, rest: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     old, new = [*rest, kwargs.get("old", ""), kwargs.get("new", "")][:2] if len(rest) > 1 else (
         rest[0] if rest else kwargs.get("old", ""), kwargs.get("new", ""))  # fmt: skip
     for text in (value, old, new):
@@ -281,13 +282,13 @@ def _replace(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[
     budget.check_replaced(str(value), str(old), str(new))
 
 
-def _indent(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _indent(budget: Budget, value: object, rest: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     width = rest[0] if rest else kwargs.get("width", 4)
     blanks = width if isinstance(width, int) else len(str(width))
     budget._fits(len(str(value)) + (str(value).count("\n") + 1) * blanks)
 
 
-def _tojson(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _tojson(budget: Budget, value: object, rest: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     for option in (*rest, *kwargs.values()):
         if (isinstance(option, int) and option > _INDENT) or (isinstance(option, str) and len(option) > _INDENT):
             raise LimitError(f"tojson is given more than {_INDENT} blanks")
@@ -295,17 +296,17 @@ def _tojson(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[s
             raise LimitError("tojson is given long separators")
 
 
-def _format(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _format(budget: Budget, value: object, rest: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     guard_percent(budget, str(value), dict(kwargs) or rest)
 
 
-def _sum(budget: Budget, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _sum(budget: Budget, value: object, rest: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     start = rest[1] if len(rest) > 1 else kwargs.get("start", 0)
     if not isinstance(start, (int, float)):
         raise LimitError("sum begins with something else than a number")
 
 
-_MULTIPLY: dict[str, Callable[[Budget, Any, tuple[Any, ...], Mapping[str, Any]], None]] = {
+_MULTIPLY: dict[str, Callable[[Budget, object, tuple[object, ...], Mapping[str, object]], None]] = {
     "replace": _replace,
     "indent": _indent,
     "tojson": _tojson,
