@@ -19,8 +19,9 @@ from weft.core.architecture import (
     is_norm,
     is_router,
     linear_shape,
+    linears_in,
 )
-from weft.core.embeddings import config_of
+from weft.core.embeddings import config_of, input_embeddings, output_head
 from weft.errors import UserError
 from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
@@ -108,13 +109,10 @@ def sketch(model: nn.Module, called: Collection[str] = ()) -> Architecture:
     Raises:
         UserError: The model has no list of blocks with linear modules in it.
     """
-    shape = _decoder_or_encoder(model, called) if not _is_pair(model) else describe_encoder_decoder(model)
+    pair = getattr(model.config, "is_encoder_decoder", False)
+    shape = describe_encoder_decoder(model) if pair else _decoder_or_encoder(model, called)
     outside = [path for path in (shape.head, shape.embeddings) if path]
     return replace(shape, file_paths=paths_in_files(model, [*shape.linears, *outside]))
-
-
-def _is_pair(model: nn.Module) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def _first_position(model: nn.Module, text: PreTrainedConfig, facts: Facts | None, limit: int | None) -> int:
@@ -127,18 +125,13 @@ def _first_position(model: nn.Module, text: PreTrainedConfig, facts: Facts | Non
 
 def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architecture:
     config = config_of(model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config()
     facts = FACTS.get(config.model_type) or ENCODERS.get(config.model_type)
     encoder = facts is not None and facts.encoder
     if encoder and getattr(config, "is_decoder", False):
         raise UserError(f"this {config.model_type} model is configured as a decoder (is_decoder), which is not known.")
     blocks = _blocks(model, called)
-    linears = tuple(
-        f"{block}.{path}"
-        for block in blocks
-        for path, module in model.get_submodule(block).named_modules()
-        if is_linear(module)
-    )
+    linears = linears_in(model, blocks)
     if not linears:
         raise UserError(f"no blocks with linear modules found in this {config.model_type} model.")
     if facts and facts.outside:
@@ -175,9 +168,9 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
         max_length=int(limit) - first if limit else None,
         install_attention=facts.install if facts else install_interface,
         head_form=_head_form(config),
-        embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
-        embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
-        head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
+        embedding_size=input_embeddings(model).weight.shape[1],
+        embeddings=_path_of(model, input_embeddings(model)),
+        head=_path_of(model, output_head(model)),
         rows_named={path: "position_ids" for path, module in modules if _asked_by_name(module)},
         bidirectional=encoder,
         norms_sums=encoder
@@ -241,6 +234,5 @@ def _outputs(
         inside = [path for path in linears if path.startswith(f"{block}.")]
         in_attention = [p for p in inside if "attn" in p.lower() or "attention" in p.lower()]
         pool = in_attention if part == "attn" else [p for p in inside if p not in set(in_attention)]
-        found += next(([p for p in pool if p.endswith(f".{name}")][:1] for name in names
-                       if any(p.endswith(f".{name}") for p in pool)), [])  # fmt: skip
+        found += [path for name in names for path in pool if path.endswith(f".{name}")][:1]
     return tuple(found)

@@ -13,7 +13,7 @@ from weft.core.architecture import Architecture, holds_experts
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Omission:
     """Parameters of the base that an adapter on linears leaves as they are.
 
     Attributes:
@@ -44,7 +44,7 @@ class LeftOut:
         return {"names": list(self.names), "share": self.share, "target_parameters": list(self.to_include)}
 
 
-def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> LeftOut | None:
+def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> Omission | None:
     """What an adapter on linears does not reach of the experts; None: nothing, or it is none of these methods."""
     methods = tuple(part.config.method for part in adapter.parts if hasattr(part.config, "target_modules"))
     reached = {(path, name) for path, found in adapter.parameter_sites().items() for name in found}
@@ -61,7 +61,7 @@ def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> 
     if not names:
         return None
     share = missed / sum(map(_size, model.parameters()))
-    return LeftOut(methods, tuple(names), share, tuple(name for name, can in names.items() if can))
+    return Omission(methods, tuple(names), share, tuple(name for name, can in names.items() if can))
 
 
 def unquantized(model: nn.Module, architecture: Architecture) -> str | None:

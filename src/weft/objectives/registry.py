@@ -24,7 +24,7 @@ def register_objective(name: str) -> Callable[[_Function], _Function]:
     """A decorator of an ``Objective``.
 
     Raises:
-        UserError: the name is taken.
+        UserError: The name is taken.
     """
     return OBJECTIVES.register(name, lambda function: function)
 
@@ -33,7 +33,7 @@ def make_objective(name: str, settings: Mapping[str, object]) -> Objective:
     """The objective of this name with its settings.
 
     Raises:
-        UserError: there is no such objective, or it has no such setting; when called: it gives another shape.
+        UserError: There is no such objective, or it has no such setting; when called: it gives another shape.
     """
     function = OBJECTIVES.find(name)
     try:

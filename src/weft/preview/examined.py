@@ -20,7 +20,7 @@ from weft.data.views import Array
 from weft.errors import UserError
 from weft.models import Base, reach
 from weft.models.load import load_tokenizer
-from weft.models.reach import LeftOut
+from weft.models.reach import Omission
 from weft.preview.packing import Packing
 from weft.training.batches import Batches
 from weft.training.reader import JobData, Loaded, Read, Reader, data_files
@@ -43,7 +43,7 @@ class Examined:
     packings: list[Packing] = field(default_factory=list)
     windows: list[Item] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
-    not_reached: dict[str, LeftOut] = field(default_factory=dict)
+    not_reached: dict[str, Omission] = field(default_factory=dict)
 
     @property
     def renderer(self) -> Renderer:
@@ -62,7 +62,7 @@ class _Outline:
     bidirectional: bool
     sketch: Base | None = None
 
-    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, LeftOut | None]:
+    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, Omission | None]:
         """How many learned tokens the job's adapter puts into every sequence (0 if there is but a tokenizer), and what
         of the base it does not reach."""
         if self.sketch is None:
@@ -112,7 +112,7 @@ class _Group:
         self, config: RunConfig, outline: _Outline, reader: Reader, unlimited: Renderer, jobs: list[JobConfig]
     ) -> None:
         self.config, self.outline, self.reader, self.unlimited, self.jobs = config, outline, reader, unlimited, jobs
-        self.left_out, self.not_reached = Counter[str](), dict[str, LeftOut]()
+        self.left_out, self.not_reached = Counter[str](), dict[str, Omission]()
 
     def examined(self) -> Examined:
         config, reader, job = self.config, self.reader, self.jobs[0]
