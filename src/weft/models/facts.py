@@ -1,7 +1,8 @@
-"""The facts about architectures: one line per ``model_type``, and a look at the modules for the rest."""
+"""The facts about architectures by ``model_type``, and a look at the modules for the rest."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass, replace
@@ -52,19 +53,11 @@ class Facts:
     outside: tuple[str, ...] = ()
 
 
-_LLAMA = Facts("self_attn.o_proj", "mlp.down_proj")
 FACTS: dict[str, Facts] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "phi3": _LLAMA,
-    "olmo2": _LLAMA,
-    "granite": _LLAMA,
-    "cohere": _LLAMA,
-    "stablelm": _LLAMA,
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "granite", "cohere", "stablelm"),
+        Facts("self_attn.o_proj", "mlp.down_proj"),
+    ),
     "starcoder2": Facts("self_attn.o_proj", "mlp.c_proj"),
     "phi": Facts("self_attn.dense", "mlp.fc2"),
     "gpt2": Facts("attn.c_proj", "mlp.c_proj"),
@@ -75,23 +68,11 @@ FACTS: dict[str, Facts] = {
 }
 
 
-def _encoder(head: str, *, padding_first: bool = False) -> Facts:
-    return Facts(
-        "attention.output.dense",
-        "output.dense",
-        install_bidirectional,
-        encoder=True,
-        head=head,
-        padding_first=padding_first,
-    )
-
-
+_BERT = functools.partial(Facts, "attention.output.dense", "output.dense", install_bidirectional, encoder=True)
 ENCODERS: dict[str, Facts] = {
-    "bert": _encoder("classifier"),
-    "roberta": _encoder("dense_classifier", padding_first=True),
-    "xlm-roberta": _encoder("dense_classifier", padding_first=True),
-    "camembert": _encoder("dense_classifier", padding_first=True),
-    "electra": _encoder("gelu_classifier"),
+    "bert": _BERT(head="classifier"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _BERT(head="dense_classifier", padding_first=True)),
+    "electra": _BERT(head="gelu_classifier"),
     "distilbert": Facts("attention.out_lin", "ffn.lin2", install_bidirectional, encoder=True, head="pre_classifier"),
 }
 # The usual names in other architectures, most specific first.

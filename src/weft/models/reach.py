@@ -10,6 +10,7 @@ from torch import nn
 
 from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture, holds_experts
+from weft.methods.dense import kind_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> 
 
 def unquantized(model: nn.Module, architecture: Architecture) -> str | None:
     """A message about a quantised base whose experts are not quantised; None for any other base."""
-    quantized = any(hasattr(p, "quant_state") or hasattr(p, "SCB") for p in model.parameters())
+    quantized = any(kind_of(p) for p in model.parameters())
     own = [p for path in architecture.experts for p in model.get_submodule(path).parameters(recurse=False)]
     if not (quantized and own):
         return None
