@@ -27,7 +27,7 @@ class Adapters(core.Adapters):
         """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model.
 
         Raises:
-            UserError: there is none of that name, or a tensor is not finite.
+            UserError: There is none of that name, or a tensor is not finite.
         """
         save_adapter(self, name, Path(folder), base_name=base_name)
 
@@ -35,7 +35,7 @@ class Adapters(core.Adapters):
         """Add an adapter from a folder in PEFT's layout, ours or peft's.
 
         Raises:
-            UserError: a file is missing, broken, or made for another base; nothing is added then.
+            UserError: A file is missing, broken, or made for another base; nothing is added then.
         """
         return load_adapter(self, name, Path(folder), tokenizer=tokenizer)
 
@@ -43,7 +43,7 @@ class Adapters(core.Adapters):
         """The weights of a model that computes by itself what the base computes with adapter ``name``.
 
         Raises:
-            UserError: what the adapter, or a part of it, computes cannot be weights of the base.
+            UserError: What the adapter, or a part of it, computes cannot be weights of the base.
         """
         return merge_adapter(self, name, dtype)
 
@@ -65,7 +65,7 @@ class Adapters(core.Adapters):
         What each setting means, and which rule works for which method: ``weft.combine.rules``, docs/cli.md.
 
         Raises:
-            UserError: the adapters do not fit together, or their method has no such rule.
+            UserError: The adapters do not fit together, or their method has no such rule.
         """
         headed = [part for part in names if self[part].head.labels]
         if headed:

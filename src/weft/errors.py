@@ -24,6 +24,13 @@ def check_word(key: str, value: object, known: Sequence[str]) -> None:
         raise UserError(f"{key} is {value!r}; expected one of {', '.join(known)}.{nearest(str(value), known)}")
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message that says something; its kind if there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # A line that ends with a colon has no meaning without the next.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string if none is close."""
     match = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)

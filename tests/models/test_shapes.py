@@ -30,7 +30,7 @@ def test_ids_are_known_by_their_names(name: str, kind: str) -> None:
     tokenizer = tiny_tokenizer(name)
     config = tiny_config(name, tokenizer)
     assert config.model_type == kind
-    model = random_model(AutoModelForCausalLM, config, torch.float32)
+    model = random_model(AutoModelForCausalLM, config)
     shape = describe(model)
     assert (shape.num_layers, shape.hidden_size, shape.num_heads) == (2, 64, 4)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_a_folders_own_configuration_is_shrunk(tmp_path) -> None:
 def test_the_weights_are_the_same_every_time_and_torchs_generator_is_left_alone() -> None:
     tokenizer = tiny_tokenizer("x/llama")
     before = torch.get_rng_state()
-    one, two = (random_model(AutoModelForCausalLM, tiny_config("x/llama", tokenizer), torch.float32) for _ in range(2))
+    one, two = (random_model(AutoModelForCausalLM, tiny_config("x/llama", tokenizer)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 

@@ -22,7 +22,7 @@ from weft.extensions import loaded_files
 from weft.foreign import json_lines
 
 if TYPE_CHECKING:
-    from weft.models.reach import LeftOut
+    from weft.models.reach import Omission
     from weft.training.job import Job
     from weft.training.loop import TrainResult
     from weft.training.run import Setup
@@ -173,7 +173,7 @@ def _facts(setup: Setup) -> list[dict[str, Any]]:
     ]
 
 
-def _missed(setup: Setup, job: Job) -> LeftOut | None:
+def _missed(setup: Setup, job: Job) -> Omission | None:
     from weft.models.reach import left_out
 
     return left_out(job.adapter, setup.base.model, setup.base.architecture)

@@ -60,6 +60,14 @@ class BuildContext:
         values = torch.randn(*shape, generator=self.generator, dtype=torch.float32) * std
         return values.to(self.device, self.dtype)
 
+    def uniform(self, *shape: int, inputs: int) -> Tensor:
+        """Numbers of shape ``shape``, drawn like ``normal``, uniform within 1 / sqrt(inputs).
+
+        That is Kaiming-uniform with a = sqrt(5), torch's own choice for a linear of so many inputs.
+        """
+        values = torch.rand(*shape, generator=self.generator, dtype=torch.float32) * 2 - 1
+        return (values / math.sqrt(inputs)).to(self.device, self.dtype)
+
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of shape ``shape`` in the adapter's dtype."""
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)

@@ -82,7 +82,6 @@ class Architecture:
     # The linears of a decoder that read the encoder's states; empty where there is no encoder.
     memory_linears: tuple[str, ...] = ()
     # The number of segments that the embeddings tell apart (encoders of pairs: 2); 0: the model has no such embedding.
-    # How many kinds of segment the embeddings tell apart; 0: the model is not told.
     token_types: int = 0
     # The module that the model's forward calls for its hidden states; "": ``model.base_model``.
     body: str = ""
@@ -144,9 +143,9 @@ class Architecture:
         wanted: str | list[str] = targets if isinstance(targets, str) else list(targets)
         if not isinstance(wanted, str):
             for name in wanted:
-                if not any(_matches(path, [name]) for path in (*self.linears, *more)):
+                if not any(named(path, [name]) for path in (*self.linears, *more)):
                     for path in self.unreachable:
-                        if _matches(path, [name]):
+                        if named(path, [name]):
                             self.check_reachable(path)
                     raise UserError(self._no_match(name, more))
         last = max(int(block.rsplit(".", 1)[-1]) for block in self.blocks)
@@ -165,12 +164,12 @@ class Architecture:
 
     def naming(self, paths: Sequence[str]) -> list[str]:
         """The ``target_modules`` by which PEFT finds just these linears: last parts of their paths, or whole paths."""
-        names = {path.rsplit(".", 1)[-1] for path in paths}
-        rest = {path.rsplit(".", 1)[-1] for path in {*self.linears, self.head} - set(paths)} | self.other_names
+        names = last_parts(paths)
+        rest = last_parts({*self.linears, self.head} - set(paths)) | self.other_names
         return sorted(names) if self.other_names and not names & rest else list(paths)
 
     def _no_match(self, wanted: str | list[str], more: Sequence[str]) -> str:
-        names = sorted({path.rsplit(".", 1)[-1] for path in (*self.linears, *more)})
+        names = sorted(last_parts((*self.linears, *more)))
         hint = nearest(wanted, names) if isinstance(wanted, str) else ""
         return (
             f"target_modules {wanted!r} matches no linear module of this {self.model_type} model.{hint} "
@@ -181,7 +180,17 @@ class Architecture:
 def _matches(path: str, wanted: str | list[str]) -> bool:
     if isinstance(wanted, str):
         return wanted == "all-linear" or pattern(wanted, "target_modules").full(path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in wanted)
+    return named(path, wanted)
+
+
+def named(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the path of a module or parameter, or the last parts of it, as in PEFT."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def last_parts(paths: Iterable[str]) -> set[str]:
+    """The last parts of paths: the names by which ``target_modules`` can name them."""
+    return {path.rsplit(".", 1)[-1] for path in paths}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -242,6 +251,12 @@ def is_layer(module: nn.Module) -> bool:
     """Whether the module is one of torch's own kinds that hold a weight: linear, norm, embedding, convolution."""
     known = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return is_linear(module) or is_norm(module) or isinstance(module, known)
+
+
+def linears_in(model: nn.Module, blocks: Iterable[str]) -> tuple[str, ...]:
+    """Paths of the linears in these blocks of the model."""
+    inside = (found for block in blocks for found in model.get_submodule(block).named_modules(prefix=block))
+    return tuple(path for path, module in inside if is_linear(module))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

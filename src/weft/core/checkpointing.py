@@ -21,7 +21,7 @@ _CLASS = "_weft_checkpoint_class"
 
 
 class _CheckpointedForward(Mixin):
-    def forward(self, hidden: torch.Tensor, *args: object, **kwargs: Any) -> Any:
+    def forward(self, hidden: torch.Tensor, *args: object, **kwargs: Any) -> object:
         run = functools.partial(self.__dict__[_CLASS].forward, self)
         # Below the lowest adapter nothing needs a gradient: saving and recomputing there would be pure loss.
         if not (torch.is_grad_enabled() and hidden.requires_grad):

@@ -24,7 +24,7 @@ class Groups:
         """The number of rows."""
         return sum(self.sizes)
 
-    def split(self, value: Any) -> list[Any]:
+    def split(self, value: object) -> list[object]:
         """Each group's rows of a tensor that has these rows; of any other value the whole for each group."""
         if isinstance(value, tuple):
             return list(zip(*map(self.split, value), strict=True)) if value else [value] * len(self.sizes)
@@ -34,7 +34,7 @@ class Groups:
         fits = [i for i in (self.dim, *range(value.dim())) if i < value.dim() and value.shape[i] == self.total]
         return list(value.split(self.sizes, fits[0])) if fits else [value] * len(self.sizes)
 
-    def join(self, parts: Sequence[Any], path: str) -> Any:
+    def join(self, parts: Sequence[Any], path: str) -> object:
         """Join the groups' results into one.
 
         Raises:

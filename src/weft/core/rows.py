@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,13 @@ class Call:
     """
 
     name: str | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: tuple[object, ...] = ()
+    kwargs: dict[str, object] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.args or self.kwargs)
 
-    def run(self, forward: Callable[..., Any], module: nn.Module, x: Any) -> Any:
+    def run(self, forward: Callable[..., Result], module: nn.Module, x: object) -> Result:
         """Run ``forward`` of the module with the rows ``x`` and all other arguments as they came."""
         if self.name is not None:
             return forward(module, *self.args, **{self.name: x}, **self.kwargs)
@@ -33,14 +35,15 @@ class Call:
     def part(self, rows: Rows, x: Tensor, index: int) -> Call:
         """The call for segment ``index``: its rows of tensors of x's shape but for the last side (a gate), else all."""
 
-        def own(value: Any) -> Any:
-            alike = torch.is_tensor(value) and value.dim() == x.dim() and value.shape[:-1] == x.shape[:-1]
-            return rows.cut(value)[index] if alike else value
+        def own(value: object) -> object:
+            if isinstance(value, Tensor) and value.dim() == x.dim() and value.shape[:-1] == x.shape[:-1]:
+                return rows.cut(value)[index]
+            return value
 
         return Call(self.name, tuple(map(own, self.args)), {key: own(value) for key, value in self.kwargs.items()})
 
 
-def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
+def split_call(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, Call]:
     """Split a call into the rows, its first argument (or the first tensor by name), and the rest."""
     if args:
         return args[0], Call(None, args[1:], kwargs)

@@ -28,11 +28,11 @@ class _OwnMemory(torch.autograd.Function):
     """The identity, whose results, forward and backward, are fresh contiguous tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: object, x: Tensor) -> Tensor:
         return x.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         return grad.clone(memory_format=torch.contiguous_format)
 
 
@@ -71,7 +71,7 @@ class Site:
         for found in (self.inputs, self.functions, self.inserted, self.parameters):
             found.pop(adapter, None)
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """The module's forward under the current route.
 
         Raises:
@@ -92,7 +92,7 @@ class Site:
             raise UserError(f"module '{self.path}' is not called with rows of the text; no adapter can sit on it.")
         if named:
             return self._change_all(rows, self.base_class.forward(module, *args, **kwargs), Call(), route)
-        return self.apply(module, x, call, route)
+        return self.apply(module, rows, call, route)
 
     def apply(self, module: nn.Module, x: Tensor, call: Call, route: Route) -> Tensor:
         """Run the base module on x, [1, N, in] or padded [B, T, in], then each segment's functions on its rows.
@@ -144,7 +144,7 @@ class Site:
             y = function(x, y, segment)
         return y
 
-    def _run_block(self, module: nn.Module, x: Any, call: Call, route: Route) -> Any:
+    def _run_block(self, module: nn.Module, x: object, call: Call, route: Route) -> object:
         """Run the block, then each segment's inserted blocks on its rows alone, with its part of the arguments."""
         out = call.run(self.base_class.forward, module, x)
         if not any(segment.adapter in self.inserted for segment in route.segments):
@@ -165,7 +165,9 @@ class Site:
         y = lie.join(pieces)
         return type(out)([y, *out[1:]]) if isinstance(out, (tuple, list)) else y
 
-    def _run_changed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
+    def _run_changed(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], route: Route
+    ) -> object:
         """Run the module once per segment whose adapter changes its parameters, and once for all others in between."""
         alone = [route.exact or segment.adapter in self.parameters for segment in route.segments]
         groups: list[range] = []
@@ -206,7 +208,7 @@ def _shadowed(module: nn.Module, functions: Mapping[str, ParameterFunction]) -> 
 class _RoutedForward:
     """The part that a swapped class adds to its base class."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         site: Site = self.__dict__[_SITE]
         return site.run(cast(nn.Module, self), args, kwargs)
 
@@ -275,7 +277,7 @@ def replace_class(module: nn.Module, base_class: type[nn.Module]) -> None:
 @contextlib.contextmanager
 def without_sites(model: nn.Module) -> Iterator[None]:
     """Inside, every site is the module that it was: neither an adapter nor the swap has an effect."""
-    swapped: list[tuple[nn.Module, Any]] = [(module, type(module)) for module, _ in sites_in(model)]
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = [(module, type(module)) for module, _ in sites_in(model)]
     for module, _ in swapped:
         module.__class__ = plain_class(module)
     try:

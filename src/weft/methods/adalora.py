@@ -67,7 +67,7 @@ class AdaLoraConfig(LowRankConfig):
 
     @field_validator("rank_pattern")
     @classmethod
-    def _as_long_as_the_rank(cls, value: dict[str, list[bool]] | None) -> dict[str, list[bool]] | None:
+    def _none_for_empty(cls, value: dict[str, list[bool]] | None) -> dict[str, list[bool]] | None:
         return value or None
 
     @model_validator(mode="after")
@@ -269,9 +269,6 @@ class AdaLora(SiteAdapter):
     def ranks(self) -> dict[str, int]:
         """Module path -> the number of ranks in its file."""
         return {path: int(layer.stored().sum()) for path, layer in self._svd_layers()}
-
-    def stored_name(self, part: str) -> str:
-        return part
 
     def stored_config(self) -> MethodConfig:
         stored = {f"{path}.lora_E": layer.stored() for path, layer in self._svd_layers()}

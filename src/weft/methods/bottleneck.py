@@ -8,7 +8,6 @@ the addition, as in BERT: norm(s + r)), after the MLP only. Parallel: h = r, bes
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -178,7 +177,7 @@ class BottleneckConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
-class _Around:
+class _Surroundings:
     """The modules of a block around its sub-layers, in pairs for attention and MLP.
 
     They are the modules whose input is the residual stream before the sub-layer ("": there is none, because the
@@ -190,17 +189,17 @@ class _Around:
     holders: tuple[str, str] = ("attention_adapters", "output_adapters")
 
 
-_PRE = _Around(("input_layernorm", "post_attention_layernorm"))
+_PRE = _Surroundings(("input_layernorm", "post_attention_layernorm"))
 _BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
-_BERT = _Around(("attention.self.query", "intermediate.dense"), _BERT_NORMS, ("attention.output", "output"))
-_AROUND: dict[str, _Around] = {
+_BERT = _Surroundings(("attention.self.query", "intermediate.dense"), _BERT_NORMS, ("attention.output", "output"))
+_AROUND: dict[str, _Surroundings] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "starcoder2", "stablelm"), _PRE),
     **dict.fromkeys(("bloom", "falcon", "gpt_neox"), _PRE),
-    "gpt2": _Around(("ln_1", "ln_2")),
-    "opt": _Around(("self_attn_layer_norm", "final_layer_norm")),
-    "phi": _Around(("input_layernorm", "")),
+    "gpt2": _Surroundings(("ln_1", "ln_2")),
+    "opt": _Surroundings(("self_attn_layer_norm", "final_layer_norm")),
+    "phi": _Surroundings(("input_layernorm", "")),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    "distilbert": _Around(("attention.q_lin", "ffn.lin1"), ("sa_layer_norm", "output_layer_norm")),
+    "distilbert": _Surroundings(("attention.q_lin", "ffn.lin1"), ("sa_layer_norm", "output_layer_norm")),
 }
 
 
@@ -296,7 +295,7 @@ class BottleneckLayer(nn.Module):
 
 
 def _initial(config: BottleneckConfig, part: str, shape: tuple[int, int], context: BuildContext) -> Tensor:
-    """AdapterHub's initial values. ``mam_adapter`` is Kaiming-uniform with a = sqrt(5), uniform within 1 / sqrt(in)."""
+    """AdapterHub's initial values; ``mam_adapter`` is Kaiming-uniform."""
     if config.init_weights == "bert":
         return context.normal(*shape, std=0.02)
     if config.init_weights == "houlsby":
@@ -304,8 +303,7 @@ def _initial(config: BottleneckConfig, part: str, shape: tuple[int, int], contex
         return values.to(context.device, context.dtype)
     if part == "up":
         return context.zeros(*shape)
-    uniform = torch.rand(*shape, generator=context.generator, dtype=torch.float32) * 2 - 1
-    return (uniform / math.sqrt(shape[1])).to(context.device, context.dtype)
+    return context.uniform(*shape, inputs=shape[1])
 
 
 class Bottleneck(SiteAdapter):

@@ -15,13 +15,14 @@ from weft.core.site import replace_class
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a linear module as [out, in] in ``dtype``, dequantised if it is bitsandbytes'."""
     weight: Any = module.weight
-    if hasattr(weight, "quant_state"):
-        return _dequantized(weight).to(dtype)
-    if hasattr(weight, "SCB"):
+    kind = kind_of(weight)
+    if kind == "int8":
         state: Any = module.state
         # bitsandbytes moves the scales from the weight to the module when it first runs.
         scale = weight.SCB if weight.SCB is not None else state.SCB
         return weight.data.to(dtype) * (scale.to(dtype) / 127)[:, None]
+    if kind:
+        return _dequantized(weight).to(dtype)
     dense: Tensor = weight.detach().to(dtype)
     return dense if isinstance(module, nn.Linear) else dense.t()
 
@@ -30,16 +31,21 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Make every quantised linear of a model that is not needed any more a plain one, of its dequantised weight."""
     for module in model.modules():
-        if is_linear(module) and (hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB")):
+        if is_linear(module) and kind_of(module.weight):
             module._parameters["weight"] = nn.Parameter(dense_weight(module, dtype), requires_grad=False)
             replace_class(module, nn.Linear)
 
 
+def kind_of(weight: object) -> str | None:
+    """How bitsandbytes keeps a weight: ``nf4``, ``fp4`` or ``int8``; None: it is plain."""
+    if hasattr(weight, "quant_type"):
+        return str(weight.quant_type)
+    return "int8" if hasattr(weight, "SCB") else None
+
+
 def how_kept(model: nn.Module, dtype: torch.dtype) -> dict[str, object]:
     """What a merge has to know of the base of a training: ``dtype`` and ``quantization`` (nf4, fp4, int8, or None)."""
-    parameters: list[Any] = list(model.parameters())
-    kinds = {str(p.quant_type) for p in parameters if hasattr(p, "quant_state")}
-    kinds |= {"int8" for p in parameters if hasattr(p, "SCB")}
+    kinds = {kind for parameter in model.parameters() if (kind := kind_of(parameter))}
     return {"dtype": str(dtype).removeprefix("torch."), "quantization": min(kinds, default=None)}
 
 

@@ -110,8 +110,7 @@ def drawn(module: M, inputs: int, context: BuildContext) -> M:
     module = module.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in module.parameters():
-            uniform = torch.rand(parameter.shape, generator=context.generator, dtype=torch.float32) * 2 - 1
-            parameter.copy_(uniform / inputs**0.5)
+            parameter.copy_(context.uniform(*parameter.shape, inputs=inputs))
     return module
 
 
@@ -129,8 +128,6 @@ def orthogonal(layer: nn.Linear, context: BuildContext) -> nn.Linear:
 
 def normal_rows(count: int, width: int, context: BuildContext) -> nn.Parameter:
     """The first inputs of an encoder: standard normal, [count, width]."""
-    if context.device.type == "meta":
-        return nn.Parameter(torch.empty(count, width, dtype=context.dtype, device="meta"))
     return nn.Parameter(torch.randn(count, width, generator=context.generator).to(context.dtype))
 
 
@@ -153,7 +150,7 @@ def text_ids(text: str, key: str, context: BuildContext) -> list[int]:
     """The ids of ``text`` without special tokens.
 
     Raises:
-        UserError: there is no tokenizer, or the text has no tokens.
+        UserError: There is no tokenizer, or the text has no tokens.
     """
     if context.tokenizer is None:
         raise UserError(f"{key} needs the tokenizer: pass tokenizer= to Adapters.add.")

@@ -42,7 +42,8 @@ class FreezeConfig(MethodConfig):
     train_head: bool = Field(False, description="the head too")
 
     def build(self, name: str, context: BuildContext) -> WeightDeltas:
-        chosen = self._of_blocks(context) | self._by_name(context) | self._by_kind(context)
+        named = _matching(self.name_patterns, _names(context.model), "name_patterns")
+        chosen = self._of_blocks(context) | named | self._by_kind(context)
         if not chosen:
             raise UserError(
                 "freeze finds nothing to train: num_layers_trainable is 0, and neither name_patterns nor train_norms, "
@@ -71,9 +72,6 @@ class FreezeConfig(MethodConfig):
             return set(inside)
         return _matching(self.trainable_modules, inside, "trainable_modules")
 
-    def _by_name(self, context: BuildContext) -> set[str]:
-        return _matching(self.name_patterns, _names(context.model), "name_patterns")
-
     def _by_kind(self, context: BuildContext) -> set[str]:
         shape = context.architecture
         wanted = {
@@ -85,12 +83,8 @@ class FreezeConfig(MethodConfig):
         own = {id(parameter): name for name, parameter in context.model.named_parameters()}
         found: set[str] = set()
         for key, paths in wanted.items():
-            here = {
-                own[id(parameter)]
-                for path in paths
-                if path
-                for parameter in context.model.get_submodule(path).parameters()
-            }
+            modules = [context.model.get_submodule(path) for path in paths if path]
+            here = {own[id(parameter)] for module in modules for parameter in module.parameters()}
             if paths and not here:
                 raise UserError(f"freeze: {key} finds nothing in this {shape.model_type} model.")
             found |= here

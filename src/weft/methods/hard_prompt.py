@@ -3,19 +3,19 @@ of the other prompt methods."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from weft.core.adapter import Adapter, BuildContext, Run
+from weft.core.adapter import Adapter, BuildContext
 from weft.core.architecture import Architecture
 from weft.core.embeddings import input_embeddings
 from weft.errors import UserError
 from weft.methods.encoder import KEY, text_ids
-from weft.methods.prompt_tuning import SoftPromptConfig, embedded, embedding_width, virtual_places
+from weft.methods.prompt_tuning import SoftPromptConfig, VirtualTokens, embedded, embedding_width
 
 
 class HardPromptConfig(SoftPromptConfig):
@@ -59,7 +59,7 @@ class HardPromptConfig(SoftPromptConfig):
         return {**super().to_peft(architecture), **entries}
 
 
-class HardPrompt(Adapter):
+class HardPrompt(VirtualTokens):
     """Rows of the base's table of embeddings. They are a buffer, because they are not trained."""
 
     rows: Tensor
@@ -76,9 +76,6 @@ class HardPrompt(Adapter):
         rows = empty if context.blank else embedded(torch.tensor(ids), context)
         self.register_buffer("rows", rows.to(context.device, context.dtype, copy=True))
         self.num_virtual_tokens = len(ids)
-
-    def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
-        return virtual_places(self.position, self.num_virtual_tokens, answer, slots)
 
     def virtual_tokens(self, seed: int | None = None) -> Tensor:
         return self.rows

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig, SiteFunction
-from weft.core.architecture import Architecture, linear_shape
+from weft.core.architecture import Architecture, last_parts, linear_shape
 from weft.core.route import Segment
 from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
@@ -77,14 +77,14 @@ class IA3Config(MethodConfig):
         if self.feedforward_modules and not inner:
             raise UserError(
                 f"ia3: feedforward_modules {self.feedforward_modules!r} is none of the targets, which are: "
-                f"{', '.join(sorted(_last_parts(targets)))}."
+                f"{', '.join(sorted(last_parts(targets)))}."
             )
         return targets, inner
 
     def _targets(self, architecture: Architecture) -> str | list[str]:
         if self.target_modules is not None:
             return self.target_modules
-        last = _last_parts(architecture.linears)
+        last = last_parts(architecture.linears)
         found = [name for pair in _KEYS_VALUES if last.issuperset(pair) for name in pair]
         found = found or [name for name in _FUSED if name in last][:1]
         if not found:
@@ -112,10 +112,6 @@ def _scales_input(path: str, wanted: str | Iterable[str]) -> bool:
     return any(path.endswith(name) for name in wanted)
 
 
-def _last_parts(paths: Iterable[str]) -> set[str]:
-    return {path.rsplit(".", 1)[-1] for path in paths}
-
-
 class IA3Scale(nn.Module):
     """The vector of one linear module: [out, 1] for its output, [1, in] for its input."""
 
@@ -137,6 +133,10 @@ class IA3Scale(nn.Module):
         """``l * y`` of y [..., out]."""
         return self.scale(y)
 
+    def on_input(self, x: Tensor, segment: Segment) -> Tensor:
+        """``l * x`` of x [..., in]."""
+        return self.scale(x)
+
     def merge_into(self, merged: MergedModule) -> None:
         """W diag(l), or diag(l) W and l b."""
         scale = merged.cast(self.ia3_l).flatten()
@@ -152,23 +152,13 @@ class IA3(SiteAdapter):
 
     def __init__(self, config: IA3Config, name: str, context: BuildContext) -> None:
         targets, inner = config.places(context.architecture)
-        self.inner = frozenset(inner)
         modules = {path: context.model.get_submodule(path) for path in targets}
-        super().__init__(config, name, {p: IA3Scale(m, p in self.inner, config, context) for p, m in modules.items()})
+        super().__init__(config, name, {p: IA3Scale(m, p in inner, config, context) for p, m in modules.items()})
 
     def sites(self) -> Mapping[str, SiteFunction]:
-        return {path: function for path, function in super().sites().items() if path not in self.inner}
+        inputs = self.input_sites()
+        return {path: function for path, function in super().sites().items() if path not in inputs}
 
     def input_sites(self) -> Mapping[str, InputFunction]:
-        layers = dict(zip(self.paths, self.layers, strict=True))
-        return {path: _input_of(layers[path]) for path in self.paths if path in self.inner}
-
-
-def _input_of(layer: nn.Module) -> InputFunction:
-    assert isinstance(layer, IA3Scale)
-    scale = layer.scale
-
-    def run(x: Tensor, segment: Segment) -> Tensor:
-        return scale(x)
-
-    return run
+        layers = zip(self.paths, self.layers, strict=True)
+        return {path: layer.on_input for path, layer in layers if isinstance(layer, IA3Scale) and layer.inner}

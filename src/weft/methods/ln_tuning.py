@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.architecture import Architecture
+from weft.core.architecture import Architecture, last_parts, named
 from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
 from weft.methods.own_weights import OwnWeights, weight_parts
@@ -42,17 +42,17 @@ class LNTuningConfig(MethodConfig):
             UserError: An entry matches no norm.
         """
         norms, wanted = architecture.norms, self.target_modules
-        last = sorted({path.rsplit(".", 1)[-1] for path in norms})
+        last = sorted(last_parts(norms))
         if wanted is None:
             found = list(norms)
         elif isinstance(wanted, str):
             found = [path for path in norms if pattern(wanted, "target_modules").full(path)]
         else:
-            stray = next((name for name in wanted if not any(_named(path, name) for path in norms)), None)
+            stray = next((name for name in wanted if not any(named(path, [name]) for path in norms)), None)
             if stray is not None:
                 hint = nearest(stray, last)
                 raise UserError(f"ln_tuning: {stray!r} is no norm of this model.{hint} There are: {', '.join(last)}.")
-            found = [path for path in norms if any(_named(path, name) for name in wanted)]
+            found = [path for path in norms if named(path, wanted)]
         if not found:
             raise UserError(f"ln_tuning finds no norm for target_modules {wanted!r}; there are: {', '.join(last)}.")
         return found
@@ -67,10 +67,6 @@ class LNTuningConfig(MethodConfig):
         own = [key for key in keys if f".{_STORED}." in key]
         tuned = sorted({key.removeprefix(SiteAdapter.prefix).split(f".{_STORED}.")[0] for key in own})
         return super().from_peft({**entries, "target_modules": tuned}, keys)
-
-
-def _named(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 class LNTuning(SiteAdapter):

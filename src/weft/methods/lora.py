@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weft.combine.rules import ON_PRODUCTS, Combination, Source
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, ParameterFunction
-from weft.core.architecture import Architecture, linear_shape
+from weft.core.architecture import Architecture, linear_shape, named
 from weft.core.route import Segment, seeded_dropout
 from weft.core.site_adapter import SiteAdapter
 from weft.core.tensors import checked, copy_into
@@ -28,7 +28,6 @@ from weft.methods.lora_parameters import (
     find_parameters,
     modules_among,
     name_as_parameters,
-    names_parameter,
     of_pattern,
     stored_paths,
 )
@@ -87,12 +86,32 @@ class LoraConfig(LowRankConfig):
         """Whether A and B begin as the principal part of the weight."""
         return str(self.init_lora_weights).startswith("pissa")
 
+    @property
+    def from_weight(self) -> bool:
+        """Whether A and B begin as a part of the weight."""
+        return self.pissa or self.init_lora_weights == "loftq"
+
     def check_quantization(self, quantization: str | None) -> None:
         if self.init_lora_weights == "loftq" and quantization not in ("nf4", "fp4"):
             raise UserError(
                 f"init_lora_weights: loftq makes up for what 4-bit quantisation lost, and quantization is "
                 f"{quantization or 'not set'}. Set quantization: nf4, or use init_lora_weights: true or pissa."
             )
+
+    def check_parameters(self, key: str) -> None:
+        """Refuse settings that do not go with ``target_parameters``, which names the parameter ``key``.
+
+        Raises:
+            UserError: One is set.
+        """
+        init = self.init_lora_weights if self.from_weight else None
+        wrong = {"lora_dropout": self.lora_dropout, "use_dora": self.use_dora, "init_lora_weights": init}
+        for setting, value in wrong.items():
+            if value:
+                raise UserError(
+                    f"{setting}: {value} does not go with target_parameters ('{key}'): LoRA sees only an expert's "
+                    "weights there, not its input. Leave one of them out."
+                )
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return Lora(self, name, context)
@@ -108,7 +127,7 @@ class LoraConfig(LowRankConfig):
 
     def _pattern_key(self, path: str) -> str:
         """The name that patterns see: the weight's, for a linear that ``target_parameters`` names."""
-        return weight if names_parameter(self.target_parameters, weight := f"{path}.weight") else path
+        return weight if named(weight := f"{path}.weight", self.target_parameters or ()) else path
 
     def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
         return combine_lora(sources, how)
@@ -137,7 +156,7 @@ class LoraConfig(LowRankConfig):
                 "rank_pattern": {pattern: 2 * r for pattern, r in self.rank_pattern.items()},
                 "alpha_pattern": {pattern: factor * alpha for pattern, alpha in self.alpha_pattern.items()},
             }
-        if self.pissa or self.init_lora_weights == "loftq":
+        if self.from_weight:
             entries["init_lora_weights"] = True  # else peft would change the base when it loads the adapter
         return entries
 
@@ -186,19 +205,21 @@ def _make_layer(config: LoraConfig, path: str, base: nn.Module, context: BuildCo
     r, scaling = check_rank(key, config.rank(path), path, base, context), config.scaling(path)
     how = config.init_lora_weights
     if isinstance(base, nn.Embedding):
-        if config.pissa or how == "loftq":
+        if config.from_weight:
             raise UserError(
                 f"init_lora_weights: {how} is for linear modules, and '{path}' is an embedding; leave it out of "
                 "target_modules or use another init_lora_weights."
             )
         return LoraEmbedding(r, base, scaling, context, dora=config.use_dora, identity=bool(how))
-    if (config.pissa or how == "loftq") and context.blank:
-        inputs, outputs = linear_shape(base)
+    inputs, outputs = linear_shape(base)
+    if config.from_weight and context.blank:
         a, b = context.zeros(r, inputs), context.zeros(outputs, r)
     elif config.pissa:
-        a, b = pissa_factors(config, path, base, context)
+        a, b = pissa_factors(str(how), base, r, scaling, context)
+    elif how == "loftq":
+        a, b = loftq_initial_factors(path, base, r, scaling, context)
     else:
-        a, b = (loftq_initial_factors if how == "loftq" else drawn_factors)(config, path, base, context)
+        a, b = drawn_factors(how, r, inputs, outputs, context)
     if not (config.pissa or config.use_dora):
         return LoraLinear(path, a, b, scaling, config.lora_dropout)
     return VariantLinear(
@@ -207,15 +228,22 @@ def _make_layer(config: LoraConfig, path: str, base: nn.Module, context: BuildCo
     )  # fmt: skip
 
 
+def _make_parameter(config: LoraConfig, path: str, name: str, context: BuildContext) -> LoraParameter:
+    key, init = f"{path}.{name}", config.init_lora_weights
+    return LoraParameter(path, name, context, rank=config.rank(key), scaling=config.scaling(key), init=init)
+
+
 class Lora(SiteAdapter):
     """A low-rank update on every targeted module."""
 
     def __init__(self, config: LoraConfig, name: str, context: BuildContext) -> None:
-        linears, parameters = find_parameters(config, context)
+        linears, parameters = find_parameters(config.target_parameters or [], context)
+        if parameters:
+            config.check_parameters(".".join(parameters[0]))
         modules, own = find_targets(config, context, linears, optional=bool(parameters))
         super().__init__(config, name, {p: _make_layer(config, p, m, context) for p, m in modules.items()}, own)
         self.lora = config
-        self.stacks = nn.ModuleList(LoraParameter(config, *parameter, context) for parameter in parameters)
+        self.stacks = nn.ModuleList(_make_parameter(config, *parameter, context) for parameter in parameters)
         self.stack_paths = stored_paths(parameters)
 
     def parameter_sites(self) -> Mapping[str, Mapping[str, ParameterFunction]]:

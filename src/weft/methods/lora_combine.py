@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ from weft.ops.combine import truncated_svd, truncated_svd_of_product
 _FACTOR = re.compile(
     r"(?P<head>(?:base_model\.model\.)?(?P<path>.+)\.lora_(?:embedding_)?)(?P<side>[AB])(?P<tail>\.weight)?"
 )
+
+
+class _Scaling(Protocol):
+    """LoRA's configuration, as far as it is asked here."""
+
+    def scaling(self, path: str) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def combine_lora(sources: Sequence[Source], how: Combination) -> tuple[MethodCon
     modules: dict[tuple[str, str], list[_Factors]] = {}
     for source, weight in zip(sources, how.weights, strict=True):
         for names, path, a, b in _factors(source):
-            scaling = source.config.scaling(path)  # type: ignore[attr-defined]
+            scaling = cast(_Scaling, source.config).scaling(path)
             modules.setdefault(names, []).append(_Factors(source.name, a, b, scaling=scaling, weight=weight))
     # peft's rule: every rule only weights a single adapter.
     kind = "linear" if len(sources) == 1 else how.combination_type

@@ -3,63 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import BuildContext
-from weft.core.architecture import linear_shape
 from weft.errors import UserError
 from weft.methods.dense import dense_weight
 from weft.ops.lowrank import loftq_factors, principal_factors, sketched_factors
 
 
-class LoraSettings(Protocol):
-    """What of a LoRA's configuration its first values and adapted parameters depend on (``LoraConfig`` has them)."""
+def drawn_factors(
+    init: bool | str, rank: int, inputs: int, outputs: int, context: BuildContext, *, count: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A [count * r, in] Kaiming-uniform (or Gaussian), B [out, count * r] zero (``init`` false: Gaussian).
 
-    @property
-    def init_lora_weights(self) -> bool | str: ...
-    @property
-    def target_parameters(self) -> list[str] | None: ...
-    @property
-    def lora_dropout(self) -> float: ...
-    @property
-    def use_dora(self) -> bool: ...
-    @property
-    def pissa(self) -> bool: ...
-
-    def rank(self, path: str) -> int: ...
-
-    def scaling(self, path: str) -> float: ...
-
-
-def drawn_factors(config: LoraSettings, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
-    """A [r, in] Kaiming-uniform (or Gaussian), B [out, r] zero (``init_lora_weights: false``: Gaussian)."""
-    inputs, outputs = linear_shape(base)
-    r = config.rank(path)
-    # Kaiming-uniform with a = sqrt(5), the reference implementation's choice, is uniform within 1 / sqrt(in).
-    std = 1.0 / r if config.init_lora_weights == "gaussian" else 1.0 / math.sqrt(3 * inputs)
-    if config.init_lora_weights == "gaussian":
-        a = context.normal(r, inputs, std=std)
+    ``count`` is the number of matrices that have factors of their own in them.
+    """
+    if init == "gaussian":
+        a = context.normal(count * rank, inputs, std=1.0 / rank)
     else:
-        uniform = torch.rand(r, inputs, generator=context.generator, dtype=torch.float32) * 2 - 1
-        a = (uniform / math.sqrt(inputs)).to(context.device, context.dtype)
-    b = context.zeros(outputs, r) if config.init_lora_weights else context.normal(outputs, r, std=std)
-    return a, b
+        a = context.uniform(count * rank, inputs, inputs=inputs)
+    if init:
+        return a, context.zeros(outputs, count * rank)
+    return a, context.normal(outputs, count * rank, std=1.0 / math.sqrt(3 * inputs))
 
 
-def pissa_factors(config: LoraSettings, path: str, base: nn.Module, context: BuildContext) -> tuple[Tensor, Tensor]:
+def pissa_factors(
+    init: str, base: nn.Module, rank: int, scaling: float, context: BuildContext
+) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] of the weight's principal part (Meng et al. 2024): its r largest singular values."""
-    weight, r, scaling = dense_weight(base, context.dtype), config.rank(path), config.scaling(path)
-    _, _, iterations = str(config.init_lora_weights).partition("_niter_")
+    weight = dense_weight(base, context.dtype)
+    _, _, iterations = init.partition("_niter_")
     if iterations:
-        return sketched_factors(weight, r, scaling, int(iterations), context.generator)
-    return principal_factors(weight, r, scaling)
+        return sketched_factors(weight, rank, scaling, int(iterations), context.generator)
+    return principal_factors(weight, rank, scaling)
 
 
 def loftq_initial_factors(
-    config: LoraSettings, path: str, base: nn.Module, context: BuildContext
+    path: str, base: nn.Module, rank: int, scaling: float, context: BuildContext
 ) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] nearest to the part of the weight that NF4 lost (Li et al. 2023).
 
@@ -90,5 +71,5 @@ def loftq_initial_factors(
             f"init_lora_weights: loftq: the original weight of module '{path}' is {tuple(original.shape)}, the "
             f"quantised one {tuple(quantized.shape)}; they must be of the same model."
         )
-    _, a, b = loftq_factors(original, config.rank(path), config.scaling(path), lambda _: quantized, 1)
+    _, a, b = loftq_factors(original, rank, scaling, lambda _: quantized, 1)
     return a, b

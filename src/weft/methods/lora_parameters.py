@@ -7,7 +7,6 @@ a module has several parameters, the last has that path, the one before it ``<pa
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,27 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import BuildContext
-from weft.core.architecture import Architecture, holds_experts, holds_layers, is_layer, is_linear
+from weft.core.architecture import Architecture, holds_experts, holds_layers, is_layer, is_linear, named
 from weft.core.site import plain_class
 from weft.errors import UserError, nearest
-from weft.methods.lora_init import LoraSettings
+from weft.methods.lora_init import drawn_factors
 from weft.methods.mergeable import LARGE
 from weft.ops.lowrank import low_rank_merged, stacked_low_rank_add
 from weft.patterns import pattern
 
 
-def names_parameter(names: Sequence[str] | None, key: str) -> bool:
-    """Whether ``target_parameters`` names the parameter: by its whole name or the last parts of it, as in PEFT."""
-    return any(key == name or key.endswith(f".{name}") for name in names or ())
-
-
-def find_parameters(config: LoraSettings, context: BuildContext) -> tuple[list[str], list[tuple[str, str]]]:
+def find_parameters(names: Sequence[str], context: BuildContext) -> tuple[list[str], list[tuple[str, str]]]:
     """The linears whose weight ``target_parameters`` names, and (module path, parameter) of its other parameters.
 
     Raises:
         UserError: A name matches no parameter, or one that cannot be adapted like that.
     """
-    model, names = context.model, config.target_parameters or []
+    model = context.model
     own = {
         f"{path}.{name}": (path, module, name)
         for path, module in (model.named_modules() if names else ())
@@ -44,7 +38,7 @@ def find_parameters(config: LoraSettings, context: BuildContext) -> tuple[list[s
         if module._parameters[name] is not None
     }
     for name in names:
-        if not any(names_parameter([name], key) for key in own):
+        if not any(named(key, [name]) for key in own):
             held = set(context.architecture.experts)
             some = sorted({".".join(key.split(".")[-2:]) for key, (path, _, _) in own.items() if path in held})
             known = f"Its experts' are: {', '.join(some)}." if held else "Its experts, if any, are linear modules."
@@ -54,15 +48,13 @@ def find_parameters(config: LoraSettings, context: BuildContext) -> tuple[list[s
             )
     linears, others = [], []
     for key, (path, module, name) in own.items():
-        if not names_parameter(names, key):
+        if not named(key, names):
             continue
         if is_linear(module) and isinstance(module, nn.Linear) and name == "weight":
             linears.append(path)
         else:
             _check(key, module, module.get_parameter(name), context)
             others.append((path, name))
-    if others:
-        _check_settings(config, ".".join(others[0]))
     return linears, others
 
 
@@ -94,39 +86,23 @@ def _check(key: str, module: nn.Module, parameter: Tensor, context: BuildContext
         )
 
 
-def _check_settings(config: LoraSettings, key: str) -> None:
-    wrong = {
-        "lora_dropout": config.lora_dropout,
-        "use_dora": config.use_dora,
-        "init_lora_weights": config.init_lora_weights if config.pissa or config.init_lora_weights == "loftq" else None,
-    }
-    for setting, value in wrong.items():
-        if value:
-            raise UserError(
-                f"{setting}: {value} does not go with target_parameters ('{key}'): LoRA sees only an expert's weights "
-                "there, not its input. Leave one of them out."
-            )
-
-
 class LoraParameter(nn.Module):
     """A and B of one parameter [E, out, in] (``transposed``: [E, in, out]) or [out, in]."""
 
-    def __init__(self, config: LoraSettings, path: str, name: str, context: BuildContext) -> None:
+    def __init__(
+        self, path: str, name: str, context: BuildContext, *, rank: int, scaling: float, init: bool | str
+    ) -> None:
         super().__init__()
         module = context.model.get_submodule(path)
         base, key = module.get_parameter(name), f"{path}.{name}"
-        self.path, self.parameter, self.scaling = path, name, config.scaling(key)
+        self.path, self.parameter, self.scaling = path, name, scaling
         self.transposed = base.dim() == 3 and bool(getattr(module, "is_transposed", False))
         outputs, inputs = base.shape[-2:] if not self.transposed else base.shape[:-3:-1]
-        count, r = (len(base) if base.dim() == 3 else 1), config.rank(key)
-        if not 1 <= r <= min(inputs, outputs) and not context.loading:
-            raise UserError(f"the rank of '{key}' is {r}, but there it can be 1 to {min(inputs, outputs)}.")
-        self.lora_A = nn.Parameter(_drawn(config, r, r * count, inputs, inputs=inputs, context=context))
-        if config.init_lora_weights:
-            b = context.zeros(outputs, r * count)
-        else:
-            b = context.normal(outputs, r * count, std=1.0 / math.sqrt(3 * inputs))
-        self.lora_B = nn.Parameter(b)
+        if not 1 <= rank <= min(inputs, outputs) and not context.loading:
+            raise UserError(f"the rank of '{key}' is {rank}, but there it can be 1 to {min(inputs, outputs)}.")
+        count = len(base) if base.dim() == 3 else 1
+        a, b = drawn_factors(init, rank, inputs, outputs, context, count=count)
+        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The parameter with the update, in weight's shape and dtype."""
@@ -145,14 +121,6 @@ class LoraParameter(nn.Module):
         return added.to(weight.dtype)
 
 
-def _drawn(config: LoraSettings, r: int, rows: int, columns: int, inputs: int, context: BuildContext) -> Tensor:
-    """A, as ``lora_init.drawn_factors`` draws it for a linear module."""
-    if config.init_lora_weights == "gaussian":
-        return context.normal(rows, columns, std=1.0 / r)
-    uniform = torch.rand(rows, columns, generator=context.generator, dtype=torch.float32) * 2 - 1
-    return (uniform / math.sqrt(inputs)).to(context.device, context.dtype)
-
-
 # On bases with experts PEFT reads these as names of experts, which older transformers kept as linear modules. It then
 # adapts today's experts and routers, even if a linear module was meant.
 _TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
@@ -165,29 +133,21 @@ def name_as_parameters(
 
     The weight of a linear is a parameter too. Under that name it has the same tensors in the file and the same results.
     """
-    by_weight = [
-        path
-        for path in targets
-        if names_parameter(names, f"{path}.weight")
-        or (architecture.experts and path.rsplit(".", 1)[-1] in _TAKEN_FOR_EXPERTS)
-    ]
-    if not by_weight and not names:
+    rest = [path for path in targets if not named(f"{path}.weight", names or ())]
+    taken = [path for path in rest if architecture.experts and path.rsplit(".", 1)[-1] in _TAKEN_FOR_EXPERTS]
+    if not taken and not names:
         return entries
     ranks, alphas = dict(entries["rank_pattern"]), dict(entries["alpha_pattern"])
-    for path in by_weight:
+    for path in taken:
         key = f"{path}.weight"
-        if names_parameter(names, key):
-            continue
         for patterns, default in ((ranks, entries["r"]), (alphas, entries["lora_alpha"])):
             value = of_pattern(patterns, path, default)
             if value != of_pattern(patterns, key, default):
                 patterns[re.escape(key)] = value
-    found = [f"{path}.weight" for path in by_weight if not names_parameter(names, f"{path}.weight")]
-    rest = [path for path in targets if path not in set(by_weight)]
     return {
         **entries,
-        "target_modules": architecture.naming(rest),
-        "target_parameters": [*(names or ()), *found],
+        "target_modules": architecture.naming([path for path in rest if path not in set(taken)]),
+        "target_parameters": [*(names or ()), *(f"{path}.weight" for path in taken)],
         "layers_to_transform": None,
         "layers_pattern": None,
         "rank_pattern": ranks,
@@ -198,15 +158,15 @@ def name_as_parameters(
 
 def modules_among(tuned: Sequence[str], entries: dict[str, Any]) -> list[str]:
     """Those of the paths in a file that are of modules which target_modules names, not of parameters."""
-    named = entries.get("target_modules") or []
-    if isinstance(named, str) and named != "all-linear":
-        named_so = pattern(named, "adapter_config.json: target_modules")
-        return [path for path in tuned if named_so.full(path)]
-    if isinstance(named, str):
+    wanted = entries.get("target_modules") or []
+    if isinstance(wanted, str) and wanted != "all-linear":
+        expression = pattern(wanted, "adapter_config.json: target_modules")
+        return [path for path in tuned if expression.full(path)]
+    if isinstance(wanted, str):
         holders = {name.rpartition(".")[0] for name in entries["target_parameters"]} - {""}
         paths = [path for path in tuned if not path.endswith(".base_layer")]
-        return [path for path in paths if not names_parameter(sorted(holders), path)]
-    return [path for path in tuned if names_parameter(named, path)]
+        return [path for path in paths if not named(path, holders)]
+    return [path for path in tuned if named(path, wanted)]
 
 
 def of_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:

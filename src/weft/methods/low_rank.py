@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from weft.core.adapter import BuildContext, MethodConfig
-from weft.core.architecture import Architecture, is_linear, linear_shape
+from weft.core.architecture import Architecture, is_linear, last_parts, linear_shape, named
 from weft.core.site import plain_class
 from weft.core.site_adapter import SavesModules, SiteAdapter
 from weft.errors import UserError
@@ -117,7 +117,8 @@ class LowRankConfig(SavesModules):
     @classmethod
     def tuned_modules(cls, entries: dict[str, object], keys: list[str]) -> list[str]:
         """The tuned modules by the file's keys; its target_modules may be a default that we would have to guess."""
-        return sorted({module_path(key) for key in keys if ".lora_" in key})
+        paths = (key.removeprefix(SiteAdapter.prefix) for key in keys if ".lora_" in key)
+        return sorted({re.sub(r"\.lora_\w+(\.\w+)?$", "", path) for path in paths})
 
     @classmethod
     def _check_foreign(cls, entries: Mapping[str, object]) -> None:
@@ -128,11 +129,6 @@ class LowRankConfig(SavesModules):
                 expect(one, kind, where)
             if isinstance(value, str) and value != "all-linear":
                 pattern(value, where)
-
-
-def module_path(key: str) -> str:
-    """The base module that a tensor of the adapter's file belongs to."""
-    return re.sub(r"\.lora_\w+(\.\w+)?$", "", key.removeprefix(SiteAdapter.prefix))
 
 
 def find_targets(
@@ -164,13 +160,13 @@ def find_targets(
 def _refuse_other_kinds(name: str, config: LowRankConfig, context: BuildContext) -> None:
     """Refuse a name that matches modules of other kinds only. (``Architecture.match`` refuses one without a match.)"""
     shape = context.architecture
-    named = {p: m for p, m in context.model.named_modules() if p and (p == name or p.endswith(f".{name}"))}
+    found = {p: m for p, m in context.model.named_modules() if p and named(p, [name])}
     could = {*shape.linears, shape.head, *([shape.embeddings] if config.takes_embeddings else [])}
-    if named and not could & set(named):
-        for path in named:
+    if found and not could & set(found):
+        for path in found:
             shape.check_reachable(path)
-        path, module = next(iter(named.items()))
-        names = sorted({p.rsplit(".", 1)[-1] for p in could if p})
+        path, module = next(iter(found.items()))
+        names = sorted(last_parts(could) - {""})
         raise UserError(
             f"target_modules {name!r} matches no linear module: '{path}' is of the kind "
             f"{plain_class(module).__name__}, on which {config.method} cannot be. "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.core.adapter import BuildContext
-from weft.core.architecture import NEVER_CALLED, is_linear, is_norm
+from weft.core.architecture import NEVER_CALLED, is_linear, is_norm, last_parts
 from weft.core.route import Segment
 from weft.core.site import _SITE, plain_class, site_of
 from weft.errors import UserError
@@ -40,20 +40,15 @@ def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:
     return parts
 
 
-class _Shell:
-    """A copy of a base module that runs its forward with other tensors; the module itself is not touched."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, x: Tensor, tensors: Mapping[str, Tensor], segment: Segment | None = None) -> Tensor:
-        shell = copy.copy(self.module)
-        shell.__dict__.pop(_SITE, None)
-        shell.__dict__["_parameters"] = {**self.module._parameters, **tensors}
-        shell.__class__ = plain_class(self.module)
-        if segment is None or segment.call is None:
-            return shell(x)
-        return segment.call.run(lambda module, *args, **kwargs: module(*args, **kwargs), shell, x)
+def _computed(module: nn.Module, x: Tensor, tensors: Mapping[str, Tensor], segment: Segment | None = None) -> Tensor:
+    """The forward of a base module with other tensors, by a copy: the module itself is not touched."""
+    shell = copy.copy(module)
+    shell.__dict__.pop(_SITE, None)
+    shell.__dict__["_parameters"] = {**module._parameters, **tensors}
+    shell.__class__ = plain_class(module)
+    if segment is None or segment.call is None:
+        return shell(x)
+    return segment.call.run(lambda module, *args, **kwargs: module(*args, **kwargs), shell, x)
 
 
 class WeightDelta(nn.Module):
@@ -129,8 +124,7 @@ class WeightDelta(nn.Module):
     def _norm(self, x: Tensor, segment: Segment) -> Tensor:
         """f(x; W + ΔW, b + Δb) - f(x; W, b), in the delta's precision."""
         assert self.weight_delta is not None
-        norm: nn.Module = self.__dict__["base"]
-        run, x = _Shell(norm), x.to(self.weight_delta.dtype)
+        norm, x = self.base, x.to(self.weight_delta.dtype)
         change = {"weight": self.weight_delta}
         if norm._parameters.get("bias") is not None:
             change["bias"] = torch.zeros_like(self.weight_delta) if self.bias_delta is None else self.bias_delta
@@ -140,14 +134,14 @@ class WeightDelta(nn.Module):
                 some = some.expand(*change["weight"].shape[:-1], x.shape[-1])
                 none = {part: torch.zeros_like(delta) for part, delta in change.items()}
                 try:
-                    self._linear_in_weight = not bool(run(some[None], none).any())
+                    self._linear_in_weight = not bool(_computed(norm, some[None], none).any())
                 except (ValueError, RuntimeError):  # xLSTM's wants its rows by head
                     self._linear_in_weight = False
         if self._linear_in_weight:
-            return run(x, change)
+            return _computed(norm, x, change)
         base = {part: norm.get_parameter(part).to(x.dtype) for part in change}
         changed = {part: base[part] + delta for part, delta in change.items()}
-        return run(x, changed, segment) - run(x, base, segment)
+        return _computed(norm, x, changed, segment) - _computed(norm, x, base, segment)
 
 
 def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, WeightDelta]:
@@ -207,16 +201,16 @@ class OwnWeights(nn.Module):
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         """f(x; W', b') of x [..., in] (ids [...] of an embedding), [..., out] as y."""
         base = self.base
-        if set(self._parameters) == {"bias"}:
+        if not self.replaces_output:
             bias = self.get_parameter("bias")
             return y + (bias - base.get_parameter("bias").to(bias.dtype)).to(y.dtype)
         own = {part: value.to(base.get_parameter(part).dtype) for part, value in self.named_parameters()}
-        return _Shell(base)(x, own, segment).to(y.dtype)
+        return _computed(base, x, own, segment).to(y.dtype)
 
     def merge_into(self, merged: MergedModule) -> None:
         """W', b'."""
         own = {part: merged.cast(value) for part, value in self.named_parameters()}
-        if set(own) == {"bias"}:
+        if not self.replaces_output:
             assert merged.base_bias is not None
             merged.add_bias(own["bias"] - merged.base_bias)
             return
@@ -231,7 +225,7 @@ def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[st
         UserError: A name matches no module, or one whose weights cannot be trained.
     """
     own: dict[str, OwnWeights] = {}
-    for path, module in modules_named(context.model, names or (), "modules_to_save").items():
+    for path, module in _modules_named(context.model, names or ()).items():
         inside = [
             (p, m) for p, m in module.named_modules(prefix=path) if next(m.parameters(recurse=False), None) is not None
         ]
@@ -261,7 +255,7 @@ def saved_biases(
     }
 
 
-def modules_named(model: nn.Module, names: Sequence[str], key: str) -> dict[str, nn.Module]:
+def _modules_named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """Modules, by path, whose path ends with one of ``names``, at a dot or not, as in PEFT's ``modules_to_save``.
 
     So ``norm`` names every ``input_layernorm`` too.
@@ -274,9 +268,7 @@ def modules_named(model: nn.Module, names: Sequence[str], key: str) -> dict[str,
     for name in names:
         own = {p: m for p, m in paths.items() if name and p.endswith(name)}
         if not own:
-            last = sorted(
-                {p.rsplit(".", 1)[-1] for p, m in paths.items() if next(m.parameters(False), None) is not None}
-            )
-            raise UserError(f"{key}: {name!r} matches no module of this model; there are: {', '.join(last)}.")
+            last = sorted(last_parts(p for p, m in paths.items() if next(m.parameters(False), None) is not None))
+            raise UserError(f"modules_to_save: {name!r} matches no module of this model; there are: {', '.join(last)}.")
         found |= own
     return found

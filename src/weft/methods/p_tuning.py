@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, BuildContext
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
 from weft.core.route import stable_seed
 from weft.methods.encoder import RowEncoder, drawn, linear, normal_rows, orthogonal, sampled_ids
@@ -68,11 +68,9 @@ class PTuningConfig(SoftPromptConfig):
         return self.encoder_hidden_size or double * (architecture.embedding_size or architecture.hidden_size)
 
     @classmethod
-    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> PTuningConfig:
+    def from_peft(cls, entries: dict[str, object], keys: list[str]) -> MethodConfig:
         # PEFT's file holds the encoder's output but not the encoder, so it loads as a plain soft prompt.
-        found = super().from_peft({k: v for k, v in entries.items() if not k.startswith("encoder_")}, keys)
-        assert isinstance(found, PTuningConfig)
-        return found
+        return super().from_peft({k: v for k, v in entries.items() if not k.startswith("encoder_")}, keys)
 
 
 class PTuning(PromptTuning):

@@ -96,7 +96,44 @@ class PromptTuningConfig(SoftPromptConfig):
         return super().from_peft({k: v for k, v in entries.items() if k not in how}, keys)
 
 
-class PromptTuning(EncodedRows):
+class VirtualTokens(Adapter):
+    """An adapter whose rows stand in the text, before it, before its answer or at its slots."""
+
+    position: Position
+
+    def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
+        """The places of the virtual tokens in a sequence; see ``Adapter.places``.
+
+        Slots get equal numbers of them, and the first ones take one more each if there is a rest.
+
+        Raises:
+            UserError: The sequence has no answer, or no slots, or more slots than there are virtual tokens.
+        """
+        count = self.num_virtual_tokens
+        if self.position == "before":
+            return ((0, count),)
+        if self.position == "after":
+            if answer is None:
+                raise UserError(
+                    "virtual_position is 'after', but a text has no answer that the virtual tokens could stand before. "
+                    "Train on conversations or instructions, or take virtual_position: before."
+                )
+            return ((answer, count),)
+        if not slots:
+            raise UserError(
+                "virtual_position is 'slots', but a text has no slot. Write <|soft|> where virtual tokens shall stand, "
+                "in the chat_template or in the text, or take virtual_position: before."
+            )
+        if count < len(slots):
+            raise UserError(
+                f"a text has {len(slots)} slots for {count} virtual tokens; each slot takes one or more. Raise "
+                "num_virtual_tokens, or write fewer <|soft|>."
+            )
+        share, more = divmod(count, len(slots))
+        return tuple((place, share + (index < more)) for index, place in enumerate(slots))
+
+
+class PromptTuning(EncodedRows, VirtualTokens):
     """The learned rows, and their place."""
 
     def __init__(
@@ -104,44 +141,10 @@ class PromptTuning(EncodedRows):
     ) -> None:
         super().__init__(config, name, rows, encoder, context)
         self.num_virtual_tokens = len(rows)
-        self.position: Position = config.virtual_position
-
-    def places(self, length: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
-        return virtual_places(self.position, self.num_virtual_tokens, answer, slots)
+        self.position = config.virtual_position
 
     def virtual_tokens(self, seed: int | None = None) -> Tensor:
         return self.values(seed)
-
-
-def virtual_places(position: Position, count: int, answer: int | None, slots: Sequence[int]) -> Sequence[Run]:
-    """The places of ``count`` virtual tokens in a sequence; see ``Adapter.places``.
-
-    Slots get equal numbers of them, and the first ones take one more each if there is a rest.
-
-    Raises:
-        UserError: The sequence has no answer, or no slots, or more slots than there are virtual tokens.
-    """
-    if position == "before":
-        return ((0, count),)
-    if position == "after":
-        if answer is None:
-            raise UserError(
-                "virtual_position is 'after', but a text has no answer that the virtual tokens could stand before. "
-                "Train on conversations or instructions, or take virtual_position: before."
-            )
-        return ((answer, count),)
-    if not slots:
-        raise UserError(
-            "virtual_position is 'slots', but a text has no slot. Write <|soft|> where virtual tokens shall stand, in "
-            "the chat_template or in the text, or take virtual_position: before."
-        )
-    if count < len(slots):
-        raise UserError(
-            f"a text has {len(slots)} slots for {count} virtual tokens; each slot takes one or more. Raise "
-            "num_virtual_tokens, or write fewer <|soft|>."
-        )
-    share, more = divmod(count, len(slots))
-    return tuple((place, share + (index < more)) for index, place in enumerate(slots))
 
 
 def embedded(ids: Tensor, context: BuildContext) -> Tensor:
@@ -153,8 +156,7 @@ def embedded(ids: Tensor, context: BuildContext) -> Tensor:
 
 def embedding_width(context: BuildContext) -> int:
     """The width of the base's embeddings."""
-    table = input_embeddings(context.model)
-    return table.weight.shape[1]
+    return input_embeddings(context.model).weight.shape[1]
 
 
 def _initial_prompt(config: PromptTuningConfig, context: BuildContext) -> Tensor:

@@ -4,6 +4,7 @@ part of its own size. Only the vectors λ_d [r] and λ_b [out] are trained. With
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,6 @@ from weft.core.architecture import Architecture, linear_shape
 from weft.core.route import Segment, seeded_dropout
 from weft.core.site_adapter import SiteAdapter
 from weft.methods.mergeable import MergedModule
-from weft.methods.shared import SharedSiteAdapter
 from weft.ops.lowrank import low_rank_merged
 
 
@@ -89,15 +89,26 @@ class VeraLinear(nn.Module):
         merged.weight = low_rank_merged(merged.weight, a, merged.cast(self.vera_lambda_b)[:, None] * b, 1.0)
 
 
-class Vera(SharedSiteAdapter):
-    """Scaled random projections on every targeted linear module."""
+class Vera(SiteAdapter):
+    """Scaled random projections on every targeted linear module.
+
+    A and B are buffers. A checkpoint holds them, and with ``save_projection`` so does the adapter's file. Loading
+    copies into them, so that all layers see the file's values.
+    """
 
     def __init__(self, config: VeraConfig, name: str, context: BuildContext) -> None:
         paths = context.architecture.match(config.target_modules, config.layers_to_transform)
         modules = {path: context.model.get_submodule(path) for path in paths}
         a, b = _projections(config, list(modules.values()), context)
         layers = {path: VeraLinear(config, path, module, a, b=b, context=context) for path, module in modules.items()}
-        super().__init__(config, name, layers, {"vera_A": a, "vera_B": b}, stored=config.save_projection)
+        super().__init__(config, name, layers)
+        self.save_projection = config.save_projection
+        self.register_buffer("vera_A", a)
+        self.register_buffer("vera_B", b)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        shared = ("vera_A", "vera_B") if self.save_projection else ()
+        return {**super().tensors(), **{f"base_model.{key}": self.get_buffer(key) for key in shared}}
 
 
 def _projections(config: VeraConfig, modules: list[nn.Module], context: BuildContext) -> tuple[Tensor, Tensor]:

@@ -151,24 +151,17 @@ def _without_gradient(
     trained: Mapping[str, nn.Parameter],
     called: set[str],
 ) -> set[str]:
-    handles = [
-        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
-        for path, module in adapters.model.named_modules()
-    ]
-    try:
-        with torch.enable_grad():
-            hidden = _run(adapters, [Part(name, sequences)])
-            if adapters.changes_head(name):
-                hidden = adapters.logits(hidden, [(name, len(hidden))])
-            generator = torch.Generator().manual_seed(0)
-            weights = torch.randn(hidden.shape, generator=generator).to(hidden)
-            loss = (hidden * weights).sum()
-            penalty = adapters[name].penalty()
-            loss = loss if penalty is None else loss + penalty.to(loss)
-            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with trial.calls(adapters.model) as order, torch.enable_grad():
+        hidden = _run(adapters, [Part(name, sequences)])
+        if adapters.changes_head(name):
+            hidden = adapters.logits(hidden, [(name, len(hidden))])
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(hidden.shape, generator=generator).to(hidden)
+        loss = (hidden * weights).sum()
+        penalty = adapters[name].penalty()
+        loss = loss if penalty is None else loss + penalty.to(loss)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    called.update(order)
     return {key for key, g in zip(trained, gradients, strict=True) if g is None or not bool(g.any())}
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.errors import UserError
+from weft.errors import UserError, reason_of
 from weft.files.adapter_folder import WEIGHTS as ADAPTER
 from weft.files.adapter_folder import write_json
 from weft.foreign import check_regular
@@ -31,7 +31,7 @@ _INSIDE = ("state_dict", "model_state_dict", "model")
 
 
 @dataclass(frozen=True)
-class Converted:
+class Conversion:
     """The result of a conversion: the folder, the numbers of tensors and bytes, and the files they came from."""
 
     folder: Path
@@ -40,7 +40,7 @@ class Converted:
     files: tuple[str, ...]
 
 
-def convert_folder(folder: str | Path, output: str | Path) -> Converted:
+def convert_folder(folder: str | Path, output: str | Path) -> Conversion:
     """Write a model's (or an adapter's) folder with its pickled weights as safetensors, beside copies of its texts.
 
     Raises:
@@ -67,7 +67,7 @@ def convert_folder(folder: str | Path, output: str | Path) -> Converted:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return Converted(output, count, size, tuple(path.name for path in files))
+    return Conversion(output, count, size, tuple(path.name for path in files))
 
 
 def _pickles(folder: Path) -> list[Path]:
@@ -118,11 +118,11 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         if type(error).__name__ == "UnpicklingError":
+            lines = (line.strip() for line in str(error).splitlines())
             said = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), "it is no such pickle")
             raise UserError(f"{path} asks for more than tensors, so it is not read: {said[:200]}") from None
-        raise UserError(f"{path} cannot be read: {lines[0][:200]}") from None
+        raise UserError(f"{path} cannot be read: {reason_of(error)[:200]}") from None
     for key in _INSIDE:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,18 @@ def _first_tensor(out: object) -> Tensor | None:
     return next((value for value in values if torch.is_tensor(value)), None)
 
 
+def _by_path(notes: Iterable[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for path, out in notes:
+        found.setdefault(path, []).append(out)
+    return found
+
+
+def _differs(out: Tensor, expected: Tensor) -> bool:
+    near = _NEAR[expected.dtype] * float(expected.abs().max())
+    return not bool(((out - expected).abs() <= near).all())
+
+
 @torch.no_grad()
 def first_difference(
     model: nn.Module,
@@ -59,18 +71,12 @@ def first_difference(
     """
     with _recorded(model) as alone:
         own([sequences[place]])
-    adapters = Adapters(model, shape)
-    try:
-        with _recorded(model) as ours:
-            stream = adapters.stream([Part(None, sequences)])
-            adapters.logits(adapters.forward(stream))
-    finally:
-        adapters.close()
+    with contextlib.closing(Adapters(model, shape)) as adapters, _recorded(model) as ours:
+        stream = adapters.stream([Part(None, sequences)])
+        adapters.logits(adapters.forward(stream))
     rows = slice(sum(len(s) for s in sequences[:place]), sum(len(s) for s in sequences[: place + 1]))
     total, length = sum(len(s) for s in sequences), len(sequences[place])
-    found: dict[str, list[Tensor]] = {}
-    for path, out in ours:
-        found.setdefault(path, []).append(out)
+    found = _by_path(ours)
     inside = set(body_of(model, shape).modules())
     for path, expected in alone:
         outs = found.get(path)
@@ -82,8 +88,7 @@ def first_difference(
         part = _part(out, place, rows, total=total, length=length, padded=adapters.layout.route.padded)
         if part is None or part.numel() != expected.numel():
             continue
-        near = _NEAR[expected.dtype] * float(expected.abs().max())
-        if not bool(((part.reshape(expected.shape) - expected).abs() <= near).all()):
+        if _differs(part.reshape(expected.shape), expected):
             return named(model, path)
     return "" if shape.bidirectional else f"what is made of the output of {named(model, shape.head)}"
 
@@ -101,9 +106,7 @@ def first_beside(adapters: Adapters, name: str, sequences: Sequence[Sequence[int
     with _recorded(adapters.model) as both:
         stream = adapters.stream([Part(name, sequences), Part(None, sequences)])
         adapters.forward(stream)
-    found: dict[str, list[Tensor]] = {}
-    for path, out in both:
-        found.setdefault(path, []).append(out)
+    found = _by_path(both)
     for path, expected in alone:
         # A site may run its module again for some rows only; the whole batch has more rows than the part.
         whole = [(out, dim) for out in found.get(path, []) if (dim := _grown(out, expected)) is not None]
@@ -112,7 +115,7 @@ def first_beside(adapters: Adapters, name: str, sequences: Sequence[Sequence[int
         out, dim = whole[0]
         found[path] = [other for other in found[path] if other is not out]
         beside = out.narrow(dim, out.shape[dim] - expected.shape[dim], expected.shape[dim])
-        if not bool(((beside - expected).abs() <= _NEAR[expected.dtype] * float(expected.abs().max())).all()):
+        if _differs(beside, expected):
             return named(adapters.model, path)
     return ""
 

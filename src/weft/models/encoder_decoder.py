@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from weft.core.architecture import Architecture, HeadForm, is_activation, is_linear, is_norm
+from weft.core.architecture import Architecture, HeadForm, is_activation, is_norm, linears_in
 from weft.core.embeddings import config_of, input_embeddings, output_head, stacks
 from weft.core.seq2seq import start_token
 from weft.errors import UserError
@@ -46,12 +46,7 @@ def describe_encoder_decoder(model: nn.Module) -> Architecture:
     paths = {id(module): path for path, module in model.named_modules()}
     of_encoder, of_decoder = (_blocks(stack, paths[id(stack)]) for stack in stacks(model))
     blocks = (*of_encoder, *of_decoder)
-    linears = tuple(
-        f"{block}.{path}"
-        for block in blocks
-        for path, module in model.get_submodule(block).named_modules()
-        if is_linear(module)
-    )
+    linears = linears_in(model, blocks)
     # T5 scales its head's input where the head is tied to the embeddings.
     scaled = getattr(config, "scale_decoder_outputs", config.model_type == "umt5")
     return Architecture(

@@ -1,7 +1,8 @@
-"""The facts about architectures: one line per ``model_type``, and a look at the modules for the rest."""
+"""The facts about architectures by ``model_type``, and a look at the modules for the rest."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass, replace
@@ -19,8 +20,9 @@ from weft.core.architecture import (
     is_norm,
     is_router,
     linear_shape,
+    linears_in,
 )
-from weft.core.embeddings import config_of
+from weft.core.embeddings import config_of, input_embeddings, output_head
 from weft.errors import UserError
 from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
@@ -51,19 +53,11 @@ class Facts:
     outside: tuple[str, ...] = ()
 
 
-_LLAMA = Facts("self_attn.o_proj", "mlp.down_proj")
 FACTS: dict[str, Facts] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "phi3": _LLAMA,
-    "olmo2": _LLAMA,
-    "granite": _LLAMA,
-    "cohere": _LLAMA,
-    "stablelm": _LLAMA,
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "granite", "cohere", "stablelm"),
+        Facts("self_attn.o_proj", "mlp.down_proj"),
+    ),
     "starcoder2": Facts("self_attn.o_proj", "mlp.c_proj"),
     "phi": Facts("self_attn.dense", "mlp.fc2"),
     "gpt2": Facts("attn.c_proj", "mlp.c_proj"),
@@ -74,23 +68,11 @@ FACTS: dict[str, Facts] = {
 }
 
 
-def _encoder(head: str, *, padding_first: bool = False) -> Facts:
-    return Facts(
-        "attention.output.dense",
-        "output.dense",
-        install_bidirectional,
-        encoder=True,
-        head=head,
-        padding_first=padding_first,
-    )
-
-
+_BERT = functools.partial(Facts, "attention.output.dense", "output.dense", install_bidirectional, encoder=True)
 ENCODERS: dict[str, Facts] = {
-    "bert": _encoder("classifier"),
-    "roberta": _encoder("dense_classifier", padding_first=True),
-    "xlm-roberta": _encoder("dense_classifier", padding_first=True),
-    "camembert": _encoder("dense_classifier", padding_first=True),
-    "electra": _encoder("gelu_classifier"),
+    "bert": _BERT(head="classifier"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _BERT(head="dense_classifier", padding_first=True)),
+    "electra": _BERT(head="gelu_classifier"),
     "distilbert": Facts("attention.out_lin", "ffn.lin2", install_bidirectional, encoder=True, head="pre_classifier"),
 }
 # The usual names in other architectures, most specific first.
@@ -108,13 +90,10 @@ def sketch(model: nn.Module, called: Collection[str] = ()) -> Architecture:
     Raises:
         UserError: The model has no list of blocks with linear modules in it.
     """
-    shape = _decoder_or_encoder(model, called) if not _is_pair(model) else describe_encoder_decoder(model)
+    pair = getattr(model.config, "is_encoder_decoder", False)
+    shape = describe_encoder_decoder(model) if pair else _decoder_or_encoder(model, called)
     outside = [path for path in (shape.head, shape.embeddings) if path]
     return replace(shape, file_paths=paths_in_files(model, [*shape.linears, *outside]))
-
-
-def _is_pair(model: nn.Module) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def _first_position(model: nn.Module, text: PreTrainedConfig, facts: Facts | None, limit: int | None) -> int:
@@ -127,18 +106,13 @@ def _first_position(model: nn.Module, text: PreTrainedConfig, facts: Facts | Non
 
 def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architecture:
     config = config_of(model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config()
     facts = FACTS.get(config.model_type) or ENCODERS.get(config.model_type)
     encoder = facts is not None and facts.encoder
     if encoder and getattr(config, "is_decoder", False):
         raise UserError(f"this {config.model_type} model is configured as a decoder (is_decoder), which is not known.")
     blocks = _blocks(model, called)
-    linears = tuple(
-        f"{block}.{path}"
-        for block in blocks
-        for path, module in model.get_submodule(block).named_modules()
-        if is_linear(module)
-    )
+    linears = linears_in(model, blocks)
     if not linears:
         raise UserError(f"no blocks with linear modules found in this {config.model_type} model.")
     if facts and facts.outside:
@@ -175,9 +149,9 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
         max_length=int(limit) - first if limit else None,
         install_attention=facts.install if facts else install_interface,
         head_form=_head_form(config),
-        embedding_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[operator]
-        embeddings=_path_of(model, model.get_input_embeddings()),  # type: ignore[operator]
-        head=_path_of(model, model.get_output_embeddings()),  # type: ignore[operator]
+        embedding_size=input_embeddings(model).weight.shape[1],
+        embeddings=_path_of(model, input_embeddings(model)),
+        head=_path_of(model, output_head(model)),
         rows_named={path: "position_ids" for path, module in modules if _asked_by_name(module)},
         bidirectional=encoder,
         norms_sums=encoder
@@ -241,6 +215,5 @@ def _outputs(
         inside = [path for path in linears if path.startswith(f"{block}.")]
         in_attention = [p for p in inside if "attn" in p.lower() or "attention" in p.lower()]
         pool = in_attention if part == "attn" else [p for p in inside if p not in set(in_attention)]
-        found += next(([p for p in pool if p.endswith(f".{name}")][:1] for name in names
-                       if any(p.endswith(f".{name}") for p in pool)), [])  # fmt: skip
+        found += [path for name in names for path in pool if path.endswith(f".{name}")][:1]
     return tuple(found)

@@ -56,8 +56,7 @@ def with_way(shape: Architecture, way: Way, kinds: Kinds | None = None) -> Archi
 
 def fused_kinds(shape: Architecture) -> Kinds:
     """The modules that are fused when it runs, and the classes that fuse them."""
-    kinds: Kinds = getattr(shape.install_attention, "keywords", {}).get("kinds", {})
-    return kinds
+    return getattr(shape.install_attention, "keywords", {}).get("kinds", {})
 
 
 def finding_of(proved: Architecture) -> Finding:

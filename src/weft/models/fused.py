@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +139,8 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
         updates: dict[int, LoraLinear] = {}
         for i, site in enumerate(sites):
             functions = _functions(site, segment)
-            if len(functions) == 1 and _is_plain_lora(only := functions[0]) and _draws_nothing(only, segment):
-                updates[i] = only
+            if (lora := _only_lora(functions, segment)) is not None:
+                updates[i] = lora
             elif functions:
                 later[i][index] = functions
         factors += [factor for lora in updates.values() for factor in (lora.lora_A, lora.lora_B)]
@@ -158,13 +158,12 @@ def _functions(site: Site | None, segment: Segment) -> list[SiteFunction]:
     return [] if site is None or segment.adapter is None else site.functions.get(segment.adapter, [])
 
 
-def _is_plain_lora(function: SiteFunction) -> TypeGuard[LoraLinear]:
-    """Whether it is LoRA's own layer; a subclass may compute something else."""
-    return type(function) is LoraLinear
-
-
-def _draws_nothing(lora: LoraLinear, segment: Segment) -> bool:
-    return lora.dropout == 0.0 or segment.seed is None
+def _only_lora(functions: Sequence[SiteFunction], segment: Segment) -> LoraLinear | None:
+    """The only function, if it is LoRA's own layer and draws nothing; a subclass may compute something else."""
+    lora = functions[0] if len(functions) == 1 else None
+    if type(lora) is not LoraLinear:
+        return None
+    return lora if lora.dropout == 0.0 or segment.seed is None else None
 
 
 def _is_plain(module: nn.Module, site: Site | None) -> bool:

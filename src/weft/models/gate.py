@@ -9,14 +9,15 @@ checks of ``weft.models.vetting``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import UserError
 from weft.foreign import check_json, check_regular, check_safetensors
-from weft.models.originals import weight_map
+from weft.models.originals import INDEX, WEIGHTS, weight_map
 from weft.models.vetting import (
     check_budget,
     check_config,
@@ -30,10 +31,14 @@ from weft.models.vetting import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # The endings of files of weights that are pickles, or run code in other ways.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_TEXTS = ("vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.json")
+_TOKENIZER_CHECKS: dict[str, Callable[[Path], object]] = {
+    "config.json": check_config,
+    "tokenizer_config.json": check_tokenizer,
+    **dict.fromkeys(("vocab.json", "added_tokens.json", "special_tokens_map.json"), check_json),
+    "tokenizer.json": check_tokenizer_json,
+}
 _CHAT_TEMPLATES = "additional_chat_templates"
 
 
@@ -73,16 +78,10 @@ def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Pre
     """transformers' tokenizer in a folder, or under a hub's id. It raises as ``load_config`` does."""
     from transformers import AutoTokenizer
 
-    for name in ("config.json", "tokenizer_config.json", *_TEXTS):
+    for name, check in _TOKENIZER_CHECKS.items():
         path = _file(source, name, local_files_only)
-        if path is not None and name == "config.json":
-            check_config(path)
-        elif path is not None and name == "tokenizer_config.json":
-            check_tokenizer(path)
-        elif path is not None and name == "tokenizer.json":
-            check_tokenizer_json(path)
-        elif path is not None:
-            check_json(path)
+        if path is not None:
+            check(path)
     if Path(source).is_dir():
         _check_files(Path(source))
     with no_questions():
@@ -106,7 +105,7 @@ def load_weights(auto: Any, source: str | Path, config: PreTrainedConfig, **opti
 def check_folder(source: str | Path, config: PreTrainedConfig) -> None:
     """Refuse early, for a folder with its weights in it, some of what ``load_weights`` refuses."""
     folder = Path(source)
-    if folder.is_dir() and any((folder / name).exists() for name in (_WEIGHTS, _INDEX)):
+    if folder.is_dir() and any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         check_layers(config, _check_weights(folder)[1], f"{source}/config.json")
 
 
@@ -132,7 +131,7 @@ def _file(source: str | Path, name: str, local_files_only: bool) -> Path | None:
     """The path of a file of a folder or of a hub's id; None if there is none (or the hub does not say)."""
     if Path(source).is_dir():
         path = Path(source) / name
-        return path if path.is_symlink() or path.exists() else None
+        return path if os.path.lexists(path) else None
     from transformers.utils import cached_file
 
     try:
@@ -149,7 +148,7 @@ def _check_files(folder: Path) -> None:
     if (folder / _CHAT_TEMPLATES).is_dir():
         beside += (folder / _CHAT_TEMPLATES).glob("*.jinja")
     for path in beside:
-        if path.is_symlink() or path.exists():
+        if os.path.lexists(path):
             check_regular(path)
 
 
@@ -164,10 +163,10 @@ def _check_weights(folder: Path) -> tuple[int, int]:
             f"{folder} holds an adapter (adapter_config.json) beside the files of a model, and would be loaded with it "
             "or without it depending on what is installed. Move the adapter's files into a folder of their own."
         )
-    index, one = folder / _INDEX, folder / _WEIGHTS
-    if one.is_symlink() or one.exists():
+    index, one = folder / INDEX, folder / WEIGHTS
+    if os.path.lexists(one):
         files = {one}
-    elif index.is_symlink() or index.exists():
+    elif os.path.lexists(index):
         files = {folder / name for name in weight_map(index).values()}
     else:
         pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(PICKLES))
@@ -176,6 +175,6 @@ def _check_weights(folder: Path) -> tuple[int, int]:
                 f"{folder} keeps its weights in {pickles[0]}, a pickle, which can run code and is never loaded. "
                 f"Convert it to safetensors first: weft convert {folder} NEW_FOLDER"
             )
-        raise UserError(f"{folder} holds no weights: neither {_WEIGHTS} nor {_INDEX} is there.")
+        raise UserError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
     tensors = sum(len(check_safetensors(path)) for path in files)
     return sum(path.stat().st_size for path in files), tensors

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from weft.errors import UserError
-from weft.models.hub_datasets import SUFFIXES, HubSplit, first_line, listed, load_split, readable
+from weft.errors import UserError, reason_of
+from weft.models.hub_datasets import SUFFIXES, HubSplit, listed, load_split, readable
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -28,7 +28,7 @@ def fetch_model(name: str, hub: Hub = "huggingface") -> str:
     try:
         return str(snapshot_download(name, ignore_file_pattern=[r"\.bin$", r"\.pth?$"]))
     except Exception as error:  # its client raises many kinds
-        raise UserError(f"ModelScope has no model {name!r}, or cannot be reached: {first_line(error)}") from error
+        raise UserError(f"ModelScope has no model {name!r}, or cannot be reached: {reason_of(error)}") from error
 
 
 def folder_of(source: str) -> Path | None:
@@ -82,7 +82,7 @@ def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path | HubSplit:
         raise
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(
-            f"data {data!r} is no file here, and as a data set of {hub} it cannot be fetched: {first_line(error)}"
+            f"data {data!r} is no file here, and as a data set of {hub} it cannot be fetched: {reason_of(error)}"
         ) from error
 
 
@@ -97,10 +97,11 @@ def _list_files(name: str, hub: Hub) -> list[str]:
 
         if constants.HF_HUB_OFFLINE:  # use the files that were fetched before
             folder = Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
-            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        return list(HfApi().list_repo_files(name, repo_type="dataset"))
-    folder = _modelscope_dataset(name)
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        else:
+            return list(HfApi().list_repo_files(name, repo_type="dataset"))
+    else:
+        folder = _modelscope_dataset(name)
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _download(name: str, file: str, hub: Hub) -> str:

@@ -104,7 +104,9 @@ def install_interface(model: nn.Module, router: Router, *, causal: bool = True) 
     for module in modules:
         module.__dict__ |= {ROUTER: router, CAUSAL: causal}
     configs: dict[int, Any] = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items() if _attends(config)}
+    before = {
+        k: config._attn_implementation for k, config in configs.items() if hasattr(config, "_attn_implementation")
+    }
     for key in before:
         configs[key]._attn_implementation = NAME
 
@@ -116,10 +118,6 @@ def install_interface(model: nn.Module, router: Router, *, causal: bool = True) 
             configs[key]._attn_implementation = implementation
 
     return undo
-
-
-def _attends(config: object) -> bool:
-    return hasattr(config, "_attn_implementation")
 
 
 def install_bidirectional(model: nn.Module, router: Router) -> Callable[[], None]:

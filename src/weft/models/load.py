@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
-from weft.errors import UserError, nearest
+from weft.errors import UserError, nearest, reason_of
 from weft.models import gate
 from weft.models.facts import ENCODERS
 from weft.models.hub import Hub, fetch_model, folder_of
@@ -126,7 +126,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # as in load_base
         there = not Path(name).is_dir() or (Path(name) / "tokenizer.json").is_file()
         hint = "" if there else " (no tokenizer.json there)"
-        raise UserError(f"the tokenizer of {name!r} cannot be loaded{hint}: {_first_line(error)}") from error
+        raise UserError(f"the tokenizer of {name!r} cannot be loaded{hint}: {reason_of(error)}") from error
 
 
 def _source(name: str, shape: Shape, hub: Hub) -> str:
@@ -138,7 +138,6 @@ def sketch_base(
     name: str,
     *,
     dtype: str = "auto",
-    tokenizer: PreTrainedTokenizerBase | None = None,
     shape: Shape = "full",
     hub: Hub = "huggingface",
 ) -> Base:
@@ -148,8 +147,7 @@ def sketch_base(
         UserError: It does not exist, or its configuration cannot be read.
     """
     source, kind = _source(name, shape, hub), resolve_dtype(dtype)
-    if tokenizer is None:
-        tokenizer = tiny_tokenizer(source) if shape == "tiny" else load_tokenizer(source)
+    tokenizer = tiny_tokenizer(source) if shape == "tiny" else load_tokenizer(source)
     try:
         config = tiny_config(source, tokenizer) if shape == "tiny" else gate.load_config(source)
         if shape == "full":
@@ -161,7 +159,7 @@ def sketch_base(
     except UnknownTypeError:
         raise
     except Exception as error:  # as in load_base
-        raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the model {name!r} cannot be loaded: {reason_of(error)}") from error
     return Base(model.eval(), tokenizer, describe(model), name=name)
 
 
@@ -190,7 +188,7 @@ def load_base(
         with tempfile.TemporaryDirectory() as made:
             # It goes through a folder, so that it is loaded and quantised like a real one.
             config = tiny_config(source, tokenizer)
-            random_model(_auto_class(config, name), config, torch.float32).save_pretrained(made)
+            random_model(_auto_class(config, name), config).save_pretrained(made)
             model = _load_model(name, made, kind, where, quantization)
             originals = HeldWeights(made) if quantization else None
     else:
@@ -224,7 +222,7 @@ def _load_model(
     except UnknownTypeError:
         raise
     except Exception as error:  # transformers raises many kinds for a folder that is no model
-        raise UserError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the model {name!r} cannot be loaded: {reason_of(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     model, report = loaded
@@ -274,9 +272,3 @@ def _headless(model: PreTrainedModel) -> nn.Module:
             if child is not model.base_model:
                 setattr(model, name, nn.Identity())
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # A line that ends with a colon has no meaning without the next.
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

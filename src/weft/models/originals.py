@@ -12,7 +12,7 @@ from torch import Tensor
 from weft.errors import UserError
 from weft.foreign import entry, expect, read_json
 
-_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -40,7 +40,11 @@ class OriginalWeights:
         self.files: dict[str, Path] | None = None
 
     def __call__(self, path: str) -> Tensor:
-        """Raises UserError if the folder has no safetensors or none under that name."""
+        """The weight [out, in] of the module at ``path``.
+
+        Raises:
+            UserError: The folder has no safetensors, or none under that name.
+        """
         files = self._where()
         key = f"{path}.weight"
         found = next((name for name in (key, key.partition(".")[2]) if name in files), None)
@@ -49,19 +53,18 @@ class OriginalWeights:
                 f"{self.folder} holds no tensor '{key}', which the quantised weight of module '{path}' was made from."
             )
         with safe_open(files[found], framework="pt") as file:
-            value: Tensor = file.get_tensor(found)
-        return value
+            return file.get_tensor(found)
 
     def _where(self) -> dict[str, Path]:
         if self.files is None:
-            one, index = self.folder / _ONE, self.folder / _INDEX
+            one, index = self.folder / WEIGHTS, self.folder / INDEX
             if index.is_file():
                 self.files = {key: self.folder / name for key, name in weight_map(index).items()}
             elif one.is_file():
                 with safe_open(one, framework="pt") as file:
                     self.files = dict.fromkeys(file.keys(), one)
             else:
-                raise UserError(f"{self.folder} holds no {_ONE}, which the weights from before quantisation are in.")
+                raise UserError(f"{self.folder} holds no {WEIGHTS}, which the weights from before quantisation are in.")
         return self.files
 
 
@@ -69,9 +72,9 @@ class HeldWeights:
     """The weights of a folder that will be deleted: all of its tensors are in memory."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.tensors: dict[str, Tensor] = load_file(Path(folder) / _ONE)
+        self.tensors: dict[str, Tensor] = load_file(Path(folder) / WEIGHTS)
 
     def __call__(self, path: str) -> Tensor:
-        """The weight of the module at ``path``."""
+        """The weight [out, in] of the module at ``path``."""
         key = f"{path}.weight"
         return self.tensors[key if key in self.tensors else key.partition(".")[2]].to(torch.float32)

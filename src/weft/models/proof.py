@@ -11,6 +11,7 @@ the same text in a batch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from weft.core.architecture import Architecture, HeadForm, is_linear, linear_sha
 from weft.core.body import accepted, body_of, own_logits, scaled
 from weft.core.embeddings import config_of, input_embeddings, output_head
 from weft.core.stream import Part
-from weft.errors import UserError
+from weft.errors import UserError, reason_of
 from weft.models import trial
 from weft.models.difference import first_difference
 from weft.models.facts import FACTS, sketch
@@ -33,7 +34,7 @@ from weft.models.finding import finding_of, fused_kinds, settled, with_tables, w
 from weft.models.fused import recognise
 from weft.models.interface import install_interface
 from weft.models.kept import KeptProof
-from weft.models.quantize import PACKS
+from weft.models.quantize import PACKS, one_kernel
 from weft.models.tables import as_before, neighbour_dependent
 from weft.models.truth import (
     MOST,
@@ -45,7 +46,6 @@ from weft.models.truth import (
     limit_of,
     limit_of_narrow,
     name_of,
-    reason_of,
     truth_of,
 )
 
@@ -89,11 +89,8 @@ def describe(model: nn.Module, folder: Path | None = None) -> Architecture:
 def _proved(model: nn.Module, shape: Architecture) -> Architecture:
     """``prove`` on a model in evaluation mode; afterwards it is in its former mode."""
     training = [module for module in model.modules() if module.training]
-    # bitsandbytes packs 4-bit weights anew at the first pass without gradients, unless this is off (``one_kernel``).
-    packs = [module for module in model.modules() if getattr(module, PACKS, False)]
+    packs = one_kernel(model)
     model.eval()
-    for module in packs:
-        setattr(module, PACKS, False)
     try:
         with torch.no_grad(), as_before(model), trial.unchanging(model):
             if not shape.memory_linears:
@@ -146,8 +143,8 @@ def _prove_short(model: nn.Module, shape: Architecture, depth: int) -> Architect
     """``prove`` of the first ``depth`` blocks.
 
     Raises:
-        UserError: no way is right.
-        _OtherBlocksError: the model's own forward does not call the blocks.
+        UserError: No way is right.
+        _OtherBlocksError: The model's own forward does not call the blocks.
     """
     short = replace(shape, blocks=shape.blocks[:depth], linears=_within(shape.linears, shape, depth),
                     norms=_within(shape.norms, shape, depth))  # fmt: skip
@@ -228,12 +225,9 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
     check_finite(model, outputs)
     again = trial.own_pair(model, [sources[0]] * 3, [targets[0]] * 3)
     truth = Truth(targets, outputs, limit_of(model, outputs, outputs[0], again))
-    adapters = Adapters(model, shape)
-    try:
+    with contextlib.closing(Adapters(model, shape)) as adapters:
         _, hidden = adapters.run([Part(None, sources, targets=targets)])
         found = adapters.logits(hidden).split([len(target) for target in targets])
-    finally:
-        adapters.close()
     distance = max(truth.distances(found, typical=outputs[0].dtype in MOST))
     if distance > truth.limit:
         raise UserError(
@@ -333,14 +327,10 @@ def _takes_embeddings(model: nn.Module, shape: Architecture) -> bool:
 
 def our_output(model: nn.Module, shape: Architecture, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """The results of our path for the sequences in one batch: logits [T, vocabulary] each, or an encoder's [T, d]."""
-    adapters = Adapters(model, shape)
-    try:
-        stream = adapters.stream([Part(None, sequences)])
-        hidden = adapters.forward(stream)
+    with contextlib.closing(Adapters(model, shape)) as adapters:
+        hidden = adapters.forward(adapters.stream([Part(None, sequences)]))
         found = hidden if shape.bidirectional else adapters.logits(hidden)
-        return list(found.split([len(s) for s in sequences]))
-    finally:
-        adapters.close()
+    return list(found.split([len(s) for s in sequences]))
 
 
 def _narrow(model: nn.Module, way: Architecture, truth: Truth) -> float:

@@ -40,12 +40,13 @@ def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> BitsA
     )
 
 
-def one_kernel(model: nn.Module) -> None:
-    """Let 4-bit linears on a CPU compute the same with and without gradients.
+def one_kernel(model: nn.Module) -> list[nn.Module]:
+    """Let 4-bit linears on a CPU compute the same with and without gradients; returns those that would not have.
 
     At the first pass without gradients, bitsandbytes packs their weights anew for a faster kernel that rounds
     differently (by 6e-3 in logits of a tiny Llama). Whether a layer has gradients depends on the methods in the batch.
     """
-    for module in model.modules():
-        if hasattr(module, PACKS):
-            setattr(module, PACKS, False)
+    packs = [module for module in model.modules() if getattr(module, PACKS, False)]
+    for module in packs:
+        setattr(module, PACKS, False)
+    return packs

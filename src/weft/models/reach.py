@@ -10,10 +10,11 @@ from torch import nn
 
 from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture, holds_experts
+from weft.methods.dense import kind_of
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Omission:
     """Parameters of the base that an adapter on linears leaves as they are.
 
     Attributes:
@@ -44,7 +45,7 @@ class LeftOut:
         return {"names": list(self.names), "share": self.share, "target_parameters": list(self.to_include)}
 
 
-def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> LeftOut | None:
+def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> Omission | None:
     """What an adapter on linears does not reach of the experts; None: nothing, or it is none of these methods."""
     methods = tuple(part.config.method for part in adapter.parts if hasattr(part.config, "target_modules"))
     reached = {(path, name) for path, found in adapter.parameter_sites().items() for name in found}
@@ -61,12 +62,12 @@ def left_out(adapter: Adapter, model: nn.Module, architecture: Architecture) -> 
     if not names:
         return None
     share = missed / sum(map(_size, model.parameters()))
-    return LeftOut(methods, tuple(names), share, tuple(name for name, can in names.items() if can))
+    return Omission(methods, tuple(names), share, tuple(name for name, can in names.items() if can))
 
 
 def unquantized(model: nn.Module, architecture: Architecture) -> str | None:
     """A message about a quantised base whose experts are not quantised; None for any other base."""
-    quantized = any(hasattr(p, "quant_state") or hasattr(p, "SCB") for p in model.parameters())
+    quantized = any(kind_of(p) for p in model.parameters())
     own = [p for path in architecture.experts for p in model.get_submodule(path).parameters(recurse=False)]
     if not (quantized and own):
         return None

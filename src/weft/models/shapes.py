@@ -90,9 +90,12 @@ def tiny_tokenizer(source: str) -> PreTrainedTokenizerBase:
         return gate.load_tokenizer(model_path(EMBEDDED_MODELS[-1]))
 
 
-def random_model(auto_class: object, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of that configuration. Every call gives the same weights and does not change torch's generator."""
+def random_model(auto_class: object, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of that configuration in float32.
+
+    Every call gives the same weights and does not change torch's generator.
+    """
     check_budget(gate.empty_model(auto_class, config), 0, "the configuration for shape: tiny")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return gate.build_model(auto_class, config, dtype)
+        return gate.build_model(auto_class, config, torch.float32)

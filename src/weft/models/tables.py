@@ -20,10 +20,10 @@ from weft.core.mixin import Mixin, mixed
 from weft.core.route import Route, Router
 
 _ROUTER = "_weft_table_router"
-_FRESH = "_weft_table_fresh"
+_FIRST = "_weft_table_first"
 
 
-class _Fresh:
+class _FirstState:
     """A module's buffers and attributes before it has seen any text.
 
     transformers' dynamic tables keep their first frequencies beside those of the last text.
@@ -59,25 +59,25 @@ class _Fresh:
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
     """Inside, modules of positions may change; afterwards they are as before."""
-    kept = [(module, _Fresh(module)) for module in model.modules() if _takes_positions(module)]
+    kept = [(module, _FirstState(module)) for module in model.modules() if _takes_positions(module)]
     try:
         yield
     finally:
-        for module, fresh in kept:
-            fresh.put_back(module)
+        for module, first in kept:
+            first.put_back(module)
 
 
 class _PerSequence(Mixin):
     """A module that answers for one sequence after the other, each as if it were the first."""
 
-    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> Any:
+    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> object:
         route: Route | None = self.__dict__[_ROUTER].current
-        fresh: _Fresh = self.__dict__[_FRESH]
+        first: _FirstState = self.__dict__[_FIRST]
 
-        def alone(positions: Tensor) -> Any:
-            fresh.put_back(self)
+        def alone(positions: Tensor) -> object:
+            first.put_back(self)
             found = super(_PerSequence, self).forward(x, positions, *args, **kwargs)
-            fresh.put_back(self)
+            first.put_back(self)
             return found
 
         if route is None:
@@ -98,13 +98,13 @@ def install_tables(model: nn.Module, router: Router, paths: Sequence[str]) -> Ca
     """Let the modules at ``paths`` answer sequence by sequence; returns the function that undoes it."""
     modules = [model.get_submodule(path) for path in paths]
     for module in modules:
-        module.__dict__[_ROUTER], module.__dict__[_FRESH] = router, _Fresh(module)
+        module.__dict__[_ROUTER], module.__dict__[_FIRST] = router, _FirstState(module)
         module.__class__ = mixed("PerSequence", _PerSequence, type(module))
 
     def undo() -> None:
         for module in modules:
-            module.__dict__[_FRESH].put_back(module)
-            del module.__dict__[_ROUTER], module.__dict__[_FRESH]
+            module.__dict__[_FIRST].put_back(module)
+            del module.__dict__[_ROUTER], module.__dict__[_FIRST]
             module.__class__ = type(module).__mro__[2]
 
     return undo
@@ -117,16 +117,12 @@ def neighbour_dependent(model: nn.Module) -> list[str]:
     Modules of positions have no parameters and take ``x`` and ``position_ids``. The trial exceeds every limit that a
     module or the model's configuration names.
     """
-    found = []
-    for path, module in model.named_modules():
-        if next(module.parameters(), None) is None and _takes_positions(module):
-            fresh = _Fresh(module)
-            try:
-                if not _alike(module, fresh, (0, 1), (0, 1, _limits(module, model))):
-                    found.append(path)
-            finally:
-                fresh.put_back(module)
-    return found
+    return [
+        path
+        for path, module in model.named_modules()
+        if next(module.parameters(), None) is None and _takes_positions(module)
+        if not _alike(module, _FirstState(module), (0, 1), (0, 1, _limits(module, model)))
+    ]
 
 
 def _takes_positions(module: nn.Module) -> bool:
@@ -138,12 +134,9 @@ def tables_move(model: nn.Module, length: int, longer: int, paths: Sequence[str]
     """Whether a module at one of ``paths`` gives other tables for ``longer`` tokens than for ``length``."""
     for path in paths:
         module = model.get_submodule(path)
-        fresh: _Fresh = module.__dict__.get(_FRESH) or _Fresh(module)
-        try:
-            if not _alike(module, fresh, (0, 1, length - 1), (0, 1, longer - 1)):
-                return True
-        finally:
-            fresh.put_back(module)
+        first = module.__dict__.get(_FIRST) or _FirstState(module)
+        if not _alike(module, first, (0, 1, length - 1), (0, 1, longer - 1)):
+            return True
     return False
 
 
@@ -155,21 +148,23 @@ def _limits(module: nn.Module, model: nn.Module) -> int:
     return 2 * max([64, *(v for v in numbers if v < 2**24), getattr(config, "max_position_embeddings", None) or 0])
 
 
-def _alike(module: nn.Module, fresh: _Fresh, some: tuple[int, ...], others: tuple[int, ...]) -> bool:
-    """Whether positions 0 and 1 have the same tables among ``some`` positions and among ``others``."""
+def _alike(module: nn.Module, first: _FirstState, some: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether positions 0 and 1 have the same tables among ``some`` and ``others``; the module is as before."""
     buffer = next((b for b in module.buffers() if b is not None), torch.zeros(()))
     x = torch.zeros(1, 2, 4, device=buffer.device)
 
     def ask(*positions: int) -> list[Tensor]:
-        fresh.put_back(module)
+        first.put_back(module)
         ids = torch.tensor([positions], device=buffer.device)
         types = sorted(set(getattr(module, "layer_types", None) or ())) or [None]
         answers = [module(x, ids) if kind is None else module(x, ids, kind) for kind in types]
         tables = [table for answer in answers for table in (answer if isinstance(answer, tuple) else (answer,))]
-        first = [table[..., :2, :] for table in tables]
-        return [torch.view_as_real(table) if table.is_complex() else table.float() for table in first]
+        two = [table[..., :2, :] for table in tables]
+        return [torch.view_as_real(table) if table.is_complex() else table.float() for table in two]
 
     try:
         return all(torch.equal(a, b) for a, b in zip(ask(*some), ask(*others), strict=True))
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
         return True  # the proof of the whole pass tries it with the model's own positions
+    finally:
+        first.put_back(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -25,8 +26,7 @@ def sequences_for(model: nn.Module, shape: Architecture, learned: int = 0) -> li
 
     ``learned`` tokens of an adapter stand before each, and count against the model's limit.
     """
-    config = config_of(model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config_of(model).get_text_config()
     windows = [v for v in vars(text).values() if type(v) is int and 16 < v <= 128] if _small(model) else []
     longest = max([23, *(window + 5 for window in windows)])
     # All but the shortest sequence exceed a window of a few tokens. MPT has another name for its limit.
@@ -47,28 +47,24 @@ def _small(model: nn.Module) -> bool:
 @torch.no_grad()
 def own_output(model: nn.Module, shape: Architecture, batch: Sequence[Sequence[int]]) -> Tensor:
     """The model's own logits [B, T, vocabulary] for sequences of one length; of an encoder its hidden states."""
-    table = input_embeddings(model)
     run = model.base_model if shape.bidirectional else model
     assert isinstance(run, nn.Module)
-    ids = torch.tensor(batch, device=table.weight.device)
+    ids = torch.tensor(batch, device=input_embeddings(model).weight.device)
     out = run(input_ids=ids, **accepted(run, use_cache=False, return_dict=True))
-    found: Tensor = out.last_hidden_state if shape.bidirectional else out.logits
-    return found
+    return out.last_hidden_state if shape.bidirectional else out.logits
 
 
 @torch.no_grad()
 def own_pair(model: nn.Module, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
     """An encoder-decoder's own logits [B, T, vocabulary] of targets of one length, for sources of one length."""
-    table = input_embeddings(model)
     begin = start_token(model)
-    ids = torch.tensor(sources, device=table.weight.device)
+    ids = torch.tensor(sources, device=input_embeddings(model).weight.device)
     before = torch.tensor([[begin, *target[:-1]] for target in targets], device=ids.device)
-    found: Tensor = model(input_ids=ids, decoder_input_ids=before, use_cache=False).logits
-    return found
+    return model(input_ids=ids, decoder_input_ids=before, use_cache=False).logits
 
 
 @dataclass
-class _Seen:
+class _Notes:
     """Notes on one module: its calls and their rows, a strange result, and whether its weight was read."""
 
     calls: int = 0
@@ -84,7 +80,7 @@ class Trace:
     """The steps of a run of the model: the modules' paths in the order of their calls, and notes on linears."""
 
     order: list[str]
-    seen: dict[str, _Seen]
+    seen: dict[str, _Notes]
 
     @property
     def body(self) -> str:
@@ -92,9 +88,9 @@ class Trace:
         return next(path for path in self.order if path)
 
 
-class _Watched(Mixin):
+class _Watch(Mixin):
     def forward(self, *args: object, **kwargs: object) -> object:
-        seen: _Seen = self.__dict__[_SEEN]
+        seen: _Notes = self.__dict__[_SEEN]
         seen.calls, seen.inside = seen.calls + 1, True
         try:
             out: object = super().forward(*args, **kwargs)
@@ -117,26 +113,37 @@ class _Watched(Mixin):
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
-    """Inside, the model notes the order of all calls, and the use of the modules at ``paths``."""
-    trace = Trace([], {})
-    handles = []
-    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, path=path: trace.order.append(path)))
-    for path in paths:
-        module = model.get_submodule(path)
-        if _SEEN in module.__dict__:  # one module under two paths
-            trace.seen[path] = module.__dict__[_SEEN]
-            continue
-        trace.seen[path] = module.__dict__[_SEEN] = _Seen()
-        swapped.append((module, type(module)))
-        module.__class__ = mixed("Watched", _Watched, type(module))
+def calls(model: nn.Module) -> Iterator[list[str]]:
+    """Inside, the model notes the paths of its modules in the order of their calls."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: order.append(path))
+        for path, module in model.named_modules()
+    ]
     try:
-        yield trace
+        yield order
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, paths: Sequence[str]) -> Iterator[Trace]:
+    """Inside, the model notes the order of all calls, and the use of the modules at ``paths``."""
+    seen: dict[str, _Notes] = {}
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+    for path in paths:
+        module = model.get_submodule(path)
+        if _SEEN in module.__dict__:  # one module under two paths
+            seen[path] = module.__dict__[_SEEN]
+            continue
+        seen[path] = module.__dict__[_SEEN] = _Notes()
+        swapped.append((module, type(module)))
+        module.__class__ = mixed("Watched", _Watch, type(module))
+    try:
+        with calls(model) as order:
+            yield Trace(order, seen)
+    finally:
         for module, own in swapped:
             module.__class__ = own
             del module.__dict__[_SEEN]
@@ -158,15 +165,10 @@ def unreachable(trace: Trace) -> dict[str, str]:
 
 def has_called_sibling(path: str, called: set[str]) -> bool:
     """Whether another module of the same list was called: it is an expert that got no token."""
-    parts = path.split(".")
-    for place, part in enumerate(parts):
-        if part.isdigit() and place and "expert" in parts[place - 1]:
-            before, after = ".".join(parts[:place]), ".".join(parts[place + 1 :])
-            if any(
-                other.startswith(f"{before}.") and other.endswith(f".{after}" if after else "") and other != path
-                for other in called
-            ):
-                return True
+    for found in re.finditer(r"expert[^.]*(\.)\d+(?=\.|$)", path):
+        before, after = path[: found.end(1)], path[found.end() :]
+        if any(other.startswith(before) and other.endswith(after) and other != path for other in called):
+            return True
     return False
 
 
@@ -274,8 +276,7 @@ def shallow(model: nn.Module, shape: Architecture) -> Iterator[int]:
     """
     depth = _depth(model, shape)
     parent, _, name = shape.blocks[0].rpartition(".")[0].rpartition(".")
-    config = config_of(model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config_of(model).get_text_config()
     if depth == len(shape.blocks) or not hasattr(text, "num_hidden_layers"):
         yield len(shape.blocks)
         return
@@ -299,8 +300,7 @@ def _depth(model: nn.Module, shape: Architecture) -> int:
 
 def first_alike(model: nn.Module, shape: Architecture) -> dict[str, int]:
     """The path of each block -> the number of the first block of its kind."""
-    config = config_of(model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config_of(model).get_text_config()
     types = getattr(text, "layer_types", None) or itertools.repeat(None)
     first: dict[object, int] = {}
     return {

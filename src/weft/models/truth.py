@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from weft.core.architecture import Architecture
 from weft.core.embeddings import config_of, input_embeddings
 from weft.core.site import mixes_rows
-from weft.errors import UserError
+from weft.errors import UserError, reason_of
 from weft.models import trial
 
 # Our path may differ from the truth by so many times the difference of two orders of summation,
@@ -105,9 +105,7 @@ def limit_of_narrow(model: nn.Module, own: Tensor, rounding: float) -> float:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """The dtype in which it computes; some models (Mamba) give logits in float32 in any case."""
-    table = input_embeddings(model)
-    dtype: torch.dtype = table.weight.dtype
-    return dtype
+    return input_embeddings(model).weight.dtype
 
 
 def largest(outputs: Sequence[Tensor]) -> float:
@@ -173,8 +171,7 @@ def check_indexer(model: nn.Module) -> None:
     Raises:
         UserError: The configuration has an ``index_topk``.
     """
-    config = config_of(model)
-    chosen = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "index_topk", None)
+    chosen = getattr(config_of(model).get_text_config(), "index_topk", None)
     if chosen is None and any(path.rpartition(".")[2] == "indexer" for path, _ in model.named_modules()):
         chosen = "some"
     if chosen:
@@ -183,11 +180,6 @@ def check_indexer(model: nn.Module) -> None:
             "equal scores depends on the batch: an adapter would be trained on other answers than it gives later. Take "
             "another base."
         )
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def name_of(model: nn.Module) -> str:

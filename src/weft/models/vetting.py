@@ -62,9 +62,8 @@ def check_config(path: Path) -> None:
         name = key.strip("_").removesuffix("_internal")
         if name in _COMPUTED_BY:
             _check_way(value, place)
-        elif key in _NEVER and value:
-            raise UserError(f"{place} is {_short(value)}, which would have code or files loaded that are not the "
-                            "model's; Weft does not.")  # fmt: skip
+        elif key in _NEVER:
+            _check_never(value, place, "model's")
         elif key == "tokenizer_class" and value is not None:
             _check_class(value, place)
         elif isinstance(value, float) and value != value:
@@ -118,9 +117,8 @@ def check_tokenizer(path: Path) -> None:
         )
     for where, key, value in _entries(entries):
         place = f"{path}: {where}{key}"
-        if key in _NEVER and value:
-            raise UserError(f"{place} is {_short(value)}, which would have code or files loaded that are not the "
-                            "tokenizer's; Weft does not.")  # fmt: skip
+        if key in _NEVER:
+            _check_never(value, place, "tokenizer's")
         if key.endswith(("_file", "_path", "_files", "_dir", "dicdir")):
             _check_inside(value, place)
         if key in ("chat_template", "template") and isinstance(value, str) and len(value) > 1 << 20:
@@ -213,6 +211,14 @@ def _entries(values: dict[str, object]) -> Iterator[tuple[str, str, object]]:
                 todo.append((f"{where}{str(key)[:60]}.", item))
         elif isinstance(value, list):
             todo += ((where, item) for item in value if isinstance(item, (dict, list)))
+
+
+def _check_never(value: object, place: str, whose: str) -> None:
+    if value:
+        raise UserError(
+            f"{place} is {_short(value)}, which would have code or files loaded that are not the {whose}; Weft does "
+            "not."
+        )
 
 
 def _check_way(value: object, place: str) -> None:

@@ -104,7 +104,7 @@ def logits_of(adapters: Adapters, name: str | None, samples: Sequence[Sample]) -
 def answer_logits(
     adapters: Adapters, name: str | None, stream: Stream, hidden: Tensor, sequences: Sequence[int]
 ) -> Tensor:
-    """The same for some sequences of a batch, all of adapter ``name``, from its last hidden states [N, d]."""
+    """Such logits for some sequences of a batch, all of adapter ``name``, from its last hidden states [N, d]."""
     head = adapters.head(name)
     at = head.rows(stream, sequences)
     rows = [(name, len(at))]
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def evaluate_loss(adapters: Adapters, adapter: str | None, samples: Sequence[Sample], max_tokens: int = 4096) -> float:
-    """The loss alone."""
+    """The loss of ``evaluate`` alone."""
     found = evaluate(adapters, adapter, samples, max_tokens)
     assert found is not None
     return found.loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -24,16 +24,16 @@ def register_objective(name: str) -> Callable[[_Function], _Function]:
     """A decorator of an ``Objective``.
 
     Raises:
-        UserError: the name is taken.
+        UserError: The name is taken.
     """
     return OBJECTIVES.register(name, lambda function: function)
 
 
-def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
+def make_objective(name: str, settings: Mapping[str, object]) -> Objective:
     """The objective of this name with its settings.
 
     Raises:
-        UserError: there is no such objective, or it has no such setting; when called: it gives another shape.
+        UserError: There is no such objective, or it has no such setting; when called: it gives another shape.
     """
     function = OBJECTIVES.find(name)
     try:

@@ -34,13 +34,6 @@ from weft.ops.autograd import Context
 from weft.ops.decoding import cap_and_bias, softmax_with_sinks
 from weft.ops.sequence_layout import Bucket, SequenceLayout
 
-__all__ = [
-    "Bucket",
-    "SequenceLayout",
-    "varlen_attention",
-    "varlen_attention_ref",
-]
-
 QUERY_CHUNK = 128  # queries per score block; longer sequences are cut (measured, see benchmarks/attention.py)
 
 

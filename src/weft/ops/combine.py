@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MajoritySign = Literal["total", "frequency"]
 
@@ -95,7 +95,9 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Rows and columns beyond the matrix's smaller side are zero.
     """
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    return _padded(u[:, :rank] * s[:rank], rank, 1), _padded(v[:rank], rank, 0)
+    missing = max(rank - len(s), 0)
+    b, a = u[:, :rank] * s[:rank], v[:rank]
+    return nn.functional.pad(b, (0, missing)), nn.functional.pad(a, (0, 0, 0, missing))
 
 
 def truncated_svd_of_product(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -104,10 +106,3 @@ def truncated_svd_of_product(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, T
     q_a, r_a = torch.linalg.qr(a.t())
     new_b, new_a = truncated_svd(r_b @ r_a.t(), rank)
     return q_b @ new_b, new_a @ q_a.t()
-
-
-def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:
-    missing = size - matrix.shape[dim]
-    if missing <= 0:
-        return matrix
-    return torch.cat([matrix, matrix.new_zeros([missing if i == dim else n for i, n in enumerate(matrix.shape)])], dim)

@@ -158,7 +158,7 @@ def linear_cross_entropy(
         chunk_tokens: The rows of logits that exist at a time (default: ``LOGIT_BYTES`` of them).
 
     Raises:
-        ValueError: hidden and weight differ in dtype.
+        ValueError: Hidden and weight differ in dtype.
     """
     if not hidden.dtype == weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, the head {weight.dtype}; cast one of them")

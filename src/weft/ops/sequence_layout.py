@@ -7,6 +7,7 @@ Letters as in ``weft.ops.attention``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
@@ -88,9 +89,7 @@ class SequenceLayout:
             raise ValueError(f"every sequence needs at least one token, got lengths {lengths}")
         if len(groups) != len(lengths):
             raise ValueError(f"{len(lengths)} lengths but {len(groups)} groups")
-        starts = [0]
-        for n in lengths:
-            starts.append(starts[-1] + n)
+        starts = [0, *itertools.accumulate(lengths)]
         # Sequences that may share a bucket have the same key; None is the common pool.
         pools: dict[int | None, list[int]] = {}
         for s, g in enumerate(groups):

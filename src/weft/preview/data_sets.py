@@ -21,7 +21,7 @@ from weft.data.views import Array
 from weft.errors import UserError
 from weft.models import Base, reach
 from weft.models.load import load_tokenizer
-from weft.models.reach import LeftOut
+from weft.models.reach import Omission
 from weft.preview.packing import Packing
 from weft.training.batches import Batches
 from weft.training.reader import JobData, Loaded, Read, Reader, data_files
@@ -44,7 +44,7 @@ class DataSet:
     packings: list[Packing]
     windows: list[Item]
     left_out: Counter[str]
-    not_reached: dict[str, LeftOut]
+    not_reached: dict[str, Omission]
 
     @property
     def renderer(self) -> Renderer:
@@ -63,7 +63,7 @@ class _Outline:
     bidirectional: bool
     sketch: Base | None = None
 
-    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, LeftOut | None]:
+    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, Omission | None]:
         """The number of virtual tokens of the job's adapter (0 without a sketch), and what it does not reach."""
         if self.sketch is None:
             return 0, None
@@ -110,7 +110,7 @@ class _Group:
         self, config: RunConfig, outline: _Outline, reader: Reader, unlimited: Renderer, jobs: list[JobConfig]
     ) -> None:
         self.config, self.outline, self.reader, self.unlimited, self.jobs = config, outline, reader, unlimited, jobs
-        self.left_out, self.not_reached = Counter[str](), dict[str, LeftOut]()
+        self.left_out, self.not_reached = Counter[str](), dict[str, Omission]()
 
     def data_set(self) -> DataSet:
         config, reader, job = self.config, self.reader, self.jobs[0]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import update_wrapper
-from typing import Any
+from typing import Any, TypeVar
 
 SECONDS = 1.0  # and a second more for each million characters given
 STRING = 4 << 20  # characters of one string, and 16 times those given
@@ -26,6 +26,7 @@ _WIDTH = re.compile(r"\d+")
 _PERCENT = re.compile(r"%(?:\(([^()]*)\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
 _ENTRIES = 100_000  # of a list that an operator makes
 
+Value = TypeVar("Value")
 BUDGET: ContextVar[Budget] = ContextVar("weft_template_budget")
 
 
@@ -36,7 +37,7 @@ class LimitError(Exception):
 class Budget:
     """Counts what one rendering does. Methods that take a value return it, or its text."""
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, given: object) -> None:
         self._most_values = 1 << 62
         nodes, characters = self._weigh(given)
         size = nodes + characters
@@ -59,7 +60,7 @@ class Budget:
                 raise LimitError(f"it takes more than {SECONDS:g} s; it seems to loop without end")
         return True
 
-    def steps(self, value: Any) -> None:
+    def steps(self, value: object) -> None:
         """Count the turns that a walk through all of ``value`` may take."""
         if isinstance(value, (list, tuple, dict, str, range)):
             self._ticks += len(value) >> 8
@@ -88,26 +89,26 @@ class Budget:
             self._charge(len(value))
         return value
 
-    def out(self, value: Any) -> str:
+    def out(self, value: object) -> str:
         """The text of a value that the template writes."""
         text = self._text(value)
         self._charge(len(text))
         return text
 
-    def concatenated(self, values: list[Any]) -> str:
+    def concatenated(self, values: list[object]) -> str:
         """The text of ``a ~ b ~ c``."""
         pieces = [self._text(value) for value in values]
         self._fits(sum(map(len, pieces)))
         self.tick()
         return self.made("".join(pieces))
 
-    def new(self, value: Any) -> Any:
+    def new(self, value: Value) -> Value:
         """Weigh a literal list, tuple or object with all that it nests, because it may hold one value many times."""
         self.tick()
         self._charge(self._weigh(value)[0] // 8)
         return value
 
-    def compared(self, value: Any) -> Any:
+    def compared(self, value: Value) -> Value:
         """Count an operand of a comparison, which may look at all of it."""
         kind = type(value)
         if kind is str or kind is bool or kind is int or value is None:
@@ -118,13 +119,13 @@ class Budget:
                 self._charge(self._weigh(value)[0] // 64)
         return value
 
-    def _text(self, value: Any) -> str:
+    def _text(self, value: object) -> str:
         if type(value) is str:
             return value
         self.check_text(value)
         return str(value)
 
-    def check_text(self, value: Any) -> None:
+    def check_text(self, value: object) -> None:
         """Refuse a value whose text would be too long. Containers may hold one value many times."""
         if isinstance(value, (list, tuple, dict)):
             self._fits(sum(self._weigh(value)))
@@ -133,7 +134,7 @@ class Budget:
         if size > self._most_string:
             raise LimitError(f"it makes a string of more than {self._most_string} characters")
 
-    def _weigh(self, value: Any) -> tuple[int, int]:
+    def _weigh(self, value: object) -> tuple[int, int]:
         """(values, characters) of a nested value; each counts as often as its text would hold it."""
         nodes = characters = 0
         todo = [value]
@@ -152,7 +153,7 @@ class Budget:
 
     # -- operators
 
-    def check_sum(self, left: Any, right: Any) -> None:
+    def check_sum(self, left: object, right: object) -> None:
         """Refuse ``left + right`` if it would be too large."""
         if isinstance(left, str) and isinstance(right, str):
             self._fits(len(left) + len(right))
@@ -160,7 +161,7 @@ class Budget:
             self._entries(len(left) + len(right))
         self.tick()
 
-    def check_product(self, left: Any, right: Any) -> None:
+    def check_product(self, left: object, right: object) -> None:
         """Refuse ``left * right`` if it would be too large."""
         if isinstance(left, int) and not isinstance(right, int):
             left, right = right, left
@@ -172,7 +173,7 @@ class Budget:
             raise LimitError(f"it makes a number of more than {_BITS} bits")
         self.tick()
 
-    def check_power(self, left: Any, right: Any) -> None:
+    def check_power(self, left: object, right: object) -> None:
         """Refuse ``left ** right`` if it would be too large."""
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > _BITS:
             raise LimitError(f"it makes a number of more than {_BITS} bits")
@@ -184,7 +185,7 @@ class Budget:
 
     # -- arguments
 
-    def check_numbers(self, name: str, values: Iterable[Any]) -> None:
+    def check_numbers(self, name: str, values: Iterable[object]) -> None:
         """Refuse widths, counts and precisions that no text has."""
         for value in values:
             if isinstance(value, int) and abs(value) > NUMBER:
@@ -196,21 +197,21 @@ class Budget:
         if any(len(digits) > 9 or int(digits) > NUMBER for digits in _WIDTH.findall(spec)):
             raise LimitError(f"a format is wider than {NUMBER}")
 
-    def check_replaced(self, text: str, old: Any, new: Any) -> None:
+    def check_replaced(self, text: str, old: object, new: object) -> None:
         """Refuse ``text.replace(old, new)`` if it would be too large."""
         if isinstance(old, str) and isinstance(new, str):
             self._fits(len(text) + text.count(old) * len(new))
 
-    def check_joined(self, items: list[Any], between: Any) -> None:
+    def check_joined(self, items: list[object], between: object) -> None:
         """Refuse ``between.join(items)`` if it would be too large."""
         self._fits(sum(self._weigh(items)) + len(items) * len(str(between)))
 
 
-def _items(value: Any) -> Iterable[Any]:
+def _items(value: Sequence[object] | dict[object, object]) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value
 
 
-def guard_percent(budget: Budget, text: str, values: Any) -> None:
+def guard_percent(budget: Budget, text: str, values: object) -> None:
     """Refuse ``text % values`` that would be too large."""
     budget._fits(len(text))
     places = 0
@@ -226,7 +227,7 @@ def guard_percent(budget: Budget, text: str, values: Any) -> None:
     budget._fits(len(text) + (total if one_by_one else places * total))
 
 
-def guard_method(budget: Budget, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def guard_method(budget: Budget, owner: object, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse a method of a string or a number whose result would be too large."""
     budget.check_numbers(name, (*args, *kwargs.values()))
     if not isinstance(owner, str):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -41,12 +41,12 @@ _WITHOUT = ("urlize", "wordwrap", "striptags", "pprint", "xmlattr", "random", "w
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, object]],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
     chat_template: str | None = None,
     add_generation_prompt: bool = False,
-    **variables: Any,
+    **variables: object,
 ) -> str:
     """The conversation as the tokenizer's chat template, or another one, writes it.
 
@@ -66,7 +66,7 @@ def render_chat(
     return render_template(text, {key: _plain(value) for key, value in shown.items()})
 
 
-def render_template(text: str, variables: Mapping[str, Any]) -> str:
+def render_template(text: str, variables: Mapping[str, object]) -> str:
     """Run a template within its limits, which grow with its input.
 
     Raises:
@@ -98,7 +98,7 @@ def _compiled(text: str) -> jinja2.Template:
     return _environment().from_string(text)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """The value with only the types of JSON: other objects have methods that the sandbox does not know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -240,7 +240,7 @@ class _Generation(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
 
-    def _inside(self, caller: Any) -> str:
+    def _inside(self, caller: Callable[[], object]) -> str:
         return str(caller())
 
 
@@ -264,22 +264,22 @@ class _Namespace(Namespace):
             _Namespace._check(name)
         Namespace.__init__(self, given)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _Namespace._check(name)
         super().__setitem__(name, value)
 
     @staticmethod
-    def _check(name: Any) -> None:
+    def _check(name: object) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"a namespace cannot have the attribute {name[:40]!r}")
 
 
-def _raise_exception(message: Any) -> None:
+def _raise_exception(message: object) -> None:
     raise jinja2.exceptions.TemplateError(str(message)[:1000])
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: object, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
