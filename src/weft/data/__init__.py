@@ -1,10 +1,9 @@
 """Data: files to records, records to conversations, conversations to token ids with loss weights."""
 
-from weft.data.formats.detect import (
-    FORMATS,
+from weft.data.formats.detect import format_of, register_format, to_example
+from weft.data.formats.examples import (
     Classified,
     Conversation,
-    EmptyAnswerError,
     Example,
     LabelledAnswer,
     Message,
@@ -15,12 +14,9 @@ from weft.data.formats.detect import (
     StepLabels,
     Tokenised,
     describe,
-    format_of,
-    formats_table,
-    known_formats,
-    register_format,
-    to_example,
 )
+from weft.data.formats.registry import FORMATS, formats_table, known_formats
+from weft.data.formats.turns import EmptyAnswerError
 from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.pipeline import load_samples
 from weft.data.problems import BadRecordError, Problem, Problems

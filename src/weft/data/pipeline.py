@@ -15,9 +15,10 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, Self, TypeVar, get_args
 
-from weft.data.formats.detect import EmptyAnswerError, to_example
+from weft.data.formats.detect import to_example
 from weft.data.formats.examples import SFT
 from weft.data.formats.labels import ordered
+from weft.data.formats.turns import EmptyAnswerError
 from weft.data.problems import OnBadRecord, Problem, Problems, about_record
 from weft.data.reading.records import first_rows, iter_items, iter_records
 from weft.data.reading.rows import Record

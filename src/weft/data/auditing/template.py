@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from weft.data.auditing.base import Facts, Hit, Item, Records, over, short
-from weft.data.formats.detect import Conversation
+from weft.data.formats.examples import Conversation
 from weft.data.rendering.render import Sample
 from weft.data.rendering.sandbox import render_chat
 from weft.errors import UserError

@@ -14,21 +14,7 @@ from typing import Any, Literal, overload
 
 from weft.data.formats import refusals
 from weft.data.formats.columns import map_columns
-from weft.data.formats.examples import (
-    SFT,
-    Classified,
-    Conversation,
-    Example,
-    LabelledAnswer,
-    Message,
-    PlainText,
-    Preference,
-    Ranked,
-    Segments,
-    StepLabels,
-    Tokenised,
-    describe,
-)
+from weft.data.formats.examples import SFT, Conversation, Example
 from weft.data.formats.judged import verdict
 from weft.data.formats.registry import (
     ACCEPTS,
@@ -41,37 +27,10 @@ from weft.data.formats.registry import (
     Format,
     Purpose,
     Reader,
-    formats_table,
-    known_formats,
 )
-from weft.data.formats.turns import ROLES, EmptyAnswerError
 from weft.data.reading.records import Record
-from weft.errors import UserError, nearest
+from weft.errors import UserError, check_word, nearest
 from weft.extensions import HOW_TO_LOAD
-
-__all__ = [
-    "FORMATS",
-    "ROLES",
-    "Classified",
-    "Conversation",
-    "EmptyAnswerError",
-    "Example",
-    "LabelledAnswer",
-    "Message",
-    "PlainText",
-    "Preference",
-    "Purpose",
-    "Ranked",
-    "Segments",
-    "StepLabels",
-    "Tokenised",
-    "describe",
-    "format_of",
-    "formats_table",
-    "known_formats",
-    "register_format",
-    "to_example",
-]
 
 _JUDGE = "kto"
 
@@ -136,10 +95,7 @@ def to_example(
             unknown, or a conversation has no assistant turn. The message names the line.
         EmptyAnswerError: An answer is empty.
     """
-    if columns:
-        record = map_columns(record, columns, _names())
-    if purpose not in ACCEPTS:
-        raise UserError(f"purpose is {purpose!r}; expected one of {', '.join(ACCEPTS)}.{nearest(purpose, ACCEPTS)}")
+    check_word("purpose", purpose, tuple(ACCEPTS))
     record, fit, plan = _choose(record, format, columns)
     if fit.entry.purpose not in ACCEPTS[purpose]:
         refusals.wrong_purpose(record, fit.name, purpose)
@@ -160,13 +116,13 @@ def to_example(
 
 def format_of(record: Record, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> str:
     """The name of the record's format, one of FORMATS. Raises UserError as ``to_example`` does where none is clear."""
-    if columns:
-        record = map_columns(record, columns, _names())
     return _choose(record, format, columns)[1].name
 
 
 def _choose(record: Record, format: str | None, columns: Mapping[str, str] | None) -> tuple[Record, _Fit, _Plan]:
     """The record in our spelling, and what reads it."""
+    if columns:
+        record = map_columns(record, columns, _names())
     fields = record.fields
     present = tuple(fields)
     if None in fields.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _MARK = re.compile(r'["{}\[\]]')
+_INSIDE = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # of a string, up to its end or a last backslash
 _CLOSES = {"{": "}", "[": "]"}
 
 
@@ -57,26 +58,16 @@ class Extent:
 
     def _string(self, text: str, at: int) -> int:
         """The place behind the string that ``at`` lies in, -1 if it goes on."""
-        while True:
-            quote = text.find('"', at)
-            end = quote if quote >= 0 else len(text)
-            run = end
-            while run > at and text[run - 1] == "\\":
-                run -= 1
-            slashes = end - run + (self._escaped and run == at)
-            if quote < 0:
-                self._escaped = slashes % 2 == 1
-                return -1
-            self._escaped = False
-            if slashes % 2 == 0:
-                return quote + 1
-            at = quote + 1
+        inside = _INSIDE.match(text, at + self._escaped)
+        assert inside is not None
+        end = inside.end()
+        self._escaped = text[end : end + 1] == "\\"
+        return end + 1 if text[end : end + 1] == '"' else -1
 
 
 def _before(text: str, at: int) -> bool:
     """Whether a string can begin at ``at``."""
-    before = text[:at].rstrip() if at < 64 else text[at - 64 : at].rstrip()
-    return before[-1:] in ("{", "[", ",", ":")
+    return text[max(at - 64, 0) : at].rstrip()[-1:] in ("{", "[", ",", ":")
 
 
 def _after(text: str, at: int) -> bool:

@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,10 +137,7 @@ def _readable_kind(file: Path) -> Path:
 
 def _one_kind(files: list[Path], what: str, pattern: str) -> list[Path]:
     """``files`` if they are all of one kind (.json and .jsonl are one)."""
-    kinds: dict[str, int] = {}
-    for file in files:
-        suffix = kind_of(file)[0].replace(".jsonl", ".json")
-        kinds[suffix] = kinds.get(suffix, 0) + 1
+    kinds = Counter(kind_of(file)[0].replace(".jsonl", ".json") for file in files)
     if len(kinds) > 1:
         listed = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(kinds.items()))
         star = pattern.rsplit("*", 1)[0] + "*"
@@ -147,8 +145,7 @@ def _one_kind(files: list[Path], what: str, pattern: str) -> list[Path]:
             f"{what} holds files of several kinds: {listed}. Name one kind with a pattern such as "
             f"{star}{min(kinds)}, or list the files one by one."
         )
-    same = [file for file in files if kind_of(file)[0] in SUFFIXES]
-    return unique(same)
+    return unique(files)
 
 
 def unique(files: Sequence[Path]) -> list[Path]:

@@ -36,7 +36,8 @@ class JsonFile:
         if first == "[":
             yield from self._array()
         elif first == "{" and (array := self._wrapped()) is not None:
-            window.at, whole = array
+            start, whole = array
+            window.seek(start)
             yield from self._array()
             if not whole and not self._stopped:
                 yield from self._after_wrapped()
@@ -45,16 +46,15 @@ class JsonFile:
             yield from self._sequence()
             return
         if not self._stopped and window.peek():
-            yield self._problem(RowError("unread", "malformed JSON: something follows the end of the array.",
-                                      window.at))  # fmt: skip
+            yield self._problem_here("unread", "malformed JSON: something follows the end of the array.")
 
     # -- the three shapes
 
     def _array(self) -> Iterator[Record | Problem]:
         window = self.window
-        window.at += 1
+        window.skip()
         if window.peek() == "]":
-            window.at += 1
+            window.skip()
             return
         while True:
             item, broken = self._item()
@@ -62,7 +62,7 @@ class JsonFile:
             mark, resumed = window.peek(), False
             if not broken and mark not in (",", "]"):
                 what = "malformed JSON: expected ',' or ']' after a record (is the file cut off?)."
-                yield self._problem(RowError("malformed_json" if mark else "cut_off", what, window.at))
+                yield self._problem_here("malformed_json" if mark else "cut_off", what)
                 broken = mark not in ("{", "[")
             if broken:
                 if not self._resume(in_array=True):
@@ -72,13 +72,12 @@ class JsonFile:
                 mark, resumed = window.peek(), True
             if mark in ("{", "[") or (resumed and mark not in (",", "]")):
                 continue
-            window.at += 1
+            window.skip()
             if mark == "]":
                 return
             if window.peek() == "]":
-                what = "malformed JSON: a comma with no record after it."
-                yield self._problem(RowError("malformed_json", what, window.at))
-                window.at += 1
+                yield self._problem_here("malformed_json", "malformed JSON: a comma with no record after it.")
+                window.skip()
                 return
 
     def _sequence(self) -> Iterator[Record | Problem]:
@@ -136,15 +135,15 @@ class JsonFile:
         window = self.window
         try:
             while window.peek() == ",":
-                window.at += 1
+                window.skip()
                 window.peek()
-                key, window.at = window.value()
+                key = window.take()[0]
                 if window.peek() != ":":
                     raise RowError("malformed_json", "malformed JSON: expecting ':' delimiter.", window.at)
-                window.at += 1
+                window.skip()
                 if window.peek() == "[" and key in _WRAPPERS:
                     yield self._unread(f"a second array of records ('{key}')")
-                window.at = window.value(strict=False)[1]
+                window.take(strict=False)
             if window.peek() != "}":
                 what = "malformed JSON: expected '}' after the array (is the file cut off?)."
                 raise RowError("cut_off", what, window.at)
@@ -160,12 +159,11 @@ class JsonFile:
         self._note_indent()
         try:
             try:
-                value, end = window.value()
+                value, start, end = window.take()
             except RowError as fault:
                 if not fault.broken and fault.kind != "too_long":
-                    window.at = window.value(strict=False)[1]  # a fault of meaning: the brackets tell where it ends
+                    window.take(strict=False)  # the fault is one of meaning: the brackets tell where the record ends
                 raise fault
-            start, window.at = window.at, end
             window.check(start, end)
             fields = as_fields(value)
             check_text(fields, window.text, start, end)
@@ -190,15 +188,16 @@ class JsonFile:
             line, column = self.window.place(fault.at)
         return Problem(fault.kind, self.path, fault.what, line=line, column=column)
 
+    def _problem_here(self, kind: str, what: str) -> Problem:
+        return self._problem(RowError(kind, what, self.window.at))
+
     def _unread(self, what: str = "the rest of the file") -> Problem:
         self._stopped = True
-        line, column = self.window.place(self.window.at)
-        return Problem(
-            "unread", self.path,
+        return self._problem_here(
+            "unread",
             f"{what} from here on is not read, for it is not certain where the next record begins. Mend what was "
             "reported before it.",
-            line=line, column=column,
-        )  # fmt: skip
+        )
 
     # -- going on after a broken record
 
@@ -230,7 +229,7 @@ class JsonFile:
         """
         window = self.window
         if window.peek() == ",":
-            window.at += 1
+            window.skip()
             if window.peek() in ("{", "]"):
                 return True
         if self._indent is not None:
@@ -240,7 +239,7 @@ class JsonFile:
         while True:
             end = Extent(careful=True).feed(window.text[window.at :])
             if end is not None:
-                window.at += max(end, 0)
+                window.seek(window.at + max(end, 0))
                 return end >= 0 and window.peek() in (",", "]") if in_array else window.peek() == "{"
             if len(window.text) - window.at > PENDING or not window.more():
                 return False
@@ -253,14 +252,14 @@ class JsonFile:
         while True:
             found = _beginning(indent, in_array).search(window.text, window.at)
             if found:
-                window.at = found.end() - 1
+                window.seek(found.end() - 1)
                 if window.text[window.at] == "]":
                     return True
                 return bool(indent) or self._aligned or self._on_one_line()
             keep = len(indent) + 2  # a beginning may lie across the seam
-            window.at = max(window.at, len(window.text) - keep)
+            window.seek(max(window.at, len(window.text) - keep))
             if not window.more():
-                window.at = len(window.text)
+                window.seek(len(window.text))
                 return False
 
     def _trusted(self) -> bool:
@@ -271,13 +270,11 @@ class JsonFile:
         return bool(self._indent) or self._aligned or text[at + 1 : at + 2] not in ("\n", "\r")
 
     def _on_one_line(self) -> bool:
-        window = self.window
-        start = window.at
         try:
-            end = window.value()[1]
+            end = self.window.value()[1]
         except RowError:
             return False
-        return "\n" not in window.text[start if window.at == start else window.at : end]
+        return "\n" not in self.window.text[self.window.at : end]
 
 
 @lru_cache(maxsize=8)

@@ -20,12 +20,19 @@ class Window:
         self.file, self.limit = file, limit
         self.text, self.at = "", 0
         self.ended = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._broken = False  # whether bytes that are no UTF-8 have been seen
-        self._first = True
         self._line, self._before, self._counted = 1, 0, 0  # line at `_counted`; characters of line 1 that were dropped
 
     # -- text
+
+    def seek(self, position: int) -> None:
+        """Go on reading at ``position``."""
+        self.at = position
+
+    def skip(self) -> None:
+        """Step over one character."""
+        self.at += 1
 
     def more(self, size: int = _CHUNK) -> bool:
         """Drop what was read and take in more; False at the end of the file."""
@@ -44,9 +51,6 @@ class Window:
             self.ended = not raw
             chunk = self._decoder.decode(raw, self.ended)
         self._broken = self._broken or (not chunk.isascii() and BROKEN.search(chunk) is not None)
-        if self._first and chunk:
-            chunk, self._first = chunk.removeprefix("\ufeff"), False
-            return chunk or self._take(size)
         return chunk
 
     def drop(self, to: int) -> None:
@@ -104,6 +108,12 @@ class Window:
                 self.at = end
                 raise self._too_long()
             return value, end
+
+    def take(self, *, strict: bool = True) -> tuple[Any, int, int]:
+        """Decode the value that begins here and step over it: (value, its start, its end). Raises RowError."""
+        value, end = self.value(strict=strict)
+        start, self.at = self.at, end
+        return value, start, end
 
     def _whole(self) -> None:
         """Take in the rest of the long value that begins here; step over one longer than the limit, and refuse it."""
