@@ -1,18 +1,18 @@
-"""Data: files to records, records to conversations, conversations to token ids with loss weights."""
+"""Data: files become records, records become examples, examples become token ids with loss weights."""
 
 from weft.data.formats.detect import format_of, register_format, to_example
 from weft.data.formats.examples import (
-    Classified,
+    ClassifiedText,
     Conversation,
     Example,
     LabelledAnswer,
     Message,
     PlainText,
     Preference,
-    Ranked,
+    Ranking,
     Segments,
     StepLabels,
-    Tokenised,
+    TokenisedText,
     describe,
 )
 from weft.data.formats.registry import FORMATS, formats_table, known_formats
@@ -25,7 +25,7 @@ from weft.data.rendering.render import Renderer
 from weft.data.rendering.sample import Prompt, Sample, TooLongError
 from weft.data.rendering.templates import PLAIN_TEMPLATE, TEMPLATES
 from weft.data.rendering.tokens import SOFT
-from weft.data.sources import Mixture, Source, epoch_order, parse_sources, split_by_hash, split_holdout
+from weft.data.sources import Mixture, Source, parse_sources, split_holdout
 
 __all__ = [
     "FORMATS",
@@ -33,7 +33,7 @@ __all__ = [
     "SOFT",
     "TEMPLATES",
     "BadRecordError",
-    "Classified",
+    "ClassifiedText",
     "Conversation",
     "EmptyAnswerError",
     "Example",
@@ -45,17 +45,16 @@ __all__ = [
     "Problem",
     "Problems",
     "Prompt",
-    "Ranked",
+    "Ranking",
     "Record",
     "Renderer",
     "Sample",
     "Segments",
     "Source",
     "StepLabels",
-    "Tokenised",
+    "TokenisedText",
     "TooLongError",
     "describe",
-    "epoch_order",
     "format_of",
     "formats_table",
     "iter_records",
@@ -65,7 +64,6 @@ __all__ = [
     "parse_sources",
     "read_records",
     "register_format",
-    "split_by_hash",
     "split_holdout",
     "to_example",
     "unlabelled_sample",

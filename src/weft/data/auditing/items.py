@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from weft.data.auditing.base import Item, Split, short
-from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, Tokenised
-from weft.data.pipeline import BEHIND, Kept, LeftOut, Outcome, Refused
+from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, TokenisedText
+from weft.data.pipeline import BEHIND, Acceptance, Omission, Outcome, Refusal
 from weft.data.problems import Problem
 from weft.data.rendering.render import Renderer, Task
 from weft.errors import UserError
@@ -33,18 +33,20 @@ def collect(
     left_out = Counter[str]()
     long: list[tuple[Item, SFT]] = []
     for one in found:
-        if isinstance(one, LeftOut):
+        if isinstance(one, Omission):
             left_out[one.why] += one.why != BEHIND
             continue
         item = make_item(one.example, split) if one.example else Item(split, one.source, label=one.label)
         items.append(item)
-        if isinstance(one, Refused):
+        if isinstance(one, Refusal):
             item.problem = _code(one, item), _told(one.problem)
             if one.fields is not None and not one.example:
                 item.shown = short(json.dumps(one.fields, ensure_ascii=False, default=str))
-        elif isinstance(one, Kept):
+        elif isinstance(one, Acceptance):
             item.samples, item.length = one.samples, sum(len(sample.input_ids) for sample in one.samples)
-        if isinstance(one.example, Tokenised) and (item.samples or (item.problem and item.problem[0] == "too-long")):
+        if isinstance(one.example, TokenisedText) and (
+            item.samples or (item.problem and item.problem[0] == "too-long")
+        ):
             item.text = str(renderer.tokenizer.decode(list(one.example.input_ids)))
         if one.example and (item.problem or len(item.samples) > 1 or any(sample.cut for sample in item.samples)):
             long.append((item, one.example))
@@ -54,7 +56,7 @@ def collect(
     return items, +left_out
 
 
-def _code(refused: Refused, item: Item) -> str:
+def _code(refused: Refusal, item: Item) -> str:
     """The check that finds the record."""
     if refused.too_long:
         return "too-long"

@@ -1,4 +1,4 @@
-"""Where a JSON value ends, told from its brackets and quotation marks alone, piece by piece."""
+"""Find the end of a JSON value from its brackets and quotation marks alone, piece by piece."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _CLOSES = {"{": "}", "[": "]"}
 
 
 class Extent:
-    """Follows one value through pieces of text that begin where it does.
+    """Follows one value through pieces of text; the first piece begins where the value does.
 
-    ``careful`` is for values that are known to be malformed: brackets must match by kind, a string must not hold a line
-    break, and must begin and end where strings can; else the end is not to be trusted.
+    ``careful`` is for values that are known to be malformed. Their end counts only if brackets match by kind, and if no
+    string holds a line break or begins or ends where strings cannot.
     """
 
     def __init__(self, *, careful: bool = False) -> None:
@@ -23,7 +23,7 @@ class Extent:
         self._in_string = self._escaped = False
 
     def feed(self, text: str) -> int | None:
-        """The place behind the value, counted in this piece; None if it goes on; -1 if it cannot be told."""
+        """The place behind the value, counted in this piece; None if the value goes on; -1 if its end is not known."""
         at = 0
         while at < len(text):
             if self._in_string:
@@ -57,7 +57,7 @@ class Extent:
         return None
 
     def _string(self, text: str, at: int) -> int:
-        """The place behind the string that ``at`` lies in, -1 if it goes on."""
+        """The place behind the string that ``at`` lies in; -1 if the string goes on."""
         inside = _INSIDE.match(text, at + self._escaped)
         assert inside is not None
         end = inside.end()

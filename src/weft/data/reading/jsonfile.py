@@ -1,7 +1,7 @@
 """Records of .json files of any size: the text passes through a window, from which whole values are decoded.
 
-After a record that is no JSON, reading goes on where the next one begins for certain; where that is, see ``_resume``.
-What cannot be read then is a problem of its own (``unread``): nothing is lost silently.
+After a malformed record, reading goes on where the next one certainly begins; ``_resume`` tells where that is. If there
+is no such place, the rest is a problem of its own (``unread``): nothing is lost silently.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from weft.data.problems import Problem
 from weft.data.reading.extent import Extent
-from weft.data.reading.files import Bytes
+from weft.data.reading.files import ByteSource
 from weft.data.reading.rows import Record, RowError, after_space, as_fields, check_text, decode
 from weft.data.reading.window import PENDING, Window
 
@@ -23,9 +23,9 @@ _PROBE = 1 << 20  # characters in which a wrapper around the records is recognis
 class JsonFile:
     """The records of one .json file, in order, and a Problem in the place of each that cannot be read."""
 
-    def __init__(self, file: Bytes, path: str, limit: int) -> None:
+    def __init__(self, file: ByteSource, path: str, limit: int) -> None:
         self.window, self.path = Window(file, limit), path
-        # How records begin: white space before them on their line; None as soon as one begins elsewhere.
+        # The white space before a record on its line; None as soon as one record begins otherwise.
         self._indent: str | None = None
         self._begun = self._aligned = self._stopped = False
 
@@ -92,7 +92,7 @@ class JsonFile:
                 return
 
     def _wrapped(self) -> tuple[int, bool] | None:
-        """Where the array of ``{"train": [...]}`` or ``{"data": [...]}`` begins, and whether all of the file was seen.
+        """The place of the array of ``{"train": [...]}`` or ``{"data": [...]}``, and whether the whole file was seen.
 
         In a file that is larger than the probe the first such array is taken.
         """
@@ -131,7 +131,7 @@ class JsonFile:
         return found[name], True
 
     def _after_wrapped(self) -> Iterator[Problem]:
-        """What follows the array of a wrapper: other fields, which must be whole and hold no second array."""
+        """Check what follows the array of a wrapper: other fields must be whole and hold no second array."""
         window = self.window
         try:
             while window.peek() == ",":
@@ -153,7 +153,7 @@ class JsonFile:
     # -- one record
 
     def _item(self) -> tuple[Record | Problem, bool]:
-        """The record that begins here, and a step over it; (problem, True): its end is not known, and no step."""
+        """The record that begins here, and a step over it. (problem, True): its end is not known, and nothing moved."""
         window = self.window
         line = window.line(window.at)
         self._note_indent()
@@ -173,7 +173,7 @@ class JsonFile:
         return Record(fields, f"{self.path}:{line}"), False
 
     def _own(self, fault: RowError) -> RowError:
-        """``fault``, but not blamed on the next record where this one was not closed before it."""
+        """``fault``, blamed on this record if it was not closed before the next one began."""
         text, at = self.window.text, self.window.at
         if not fault.broken or fault.at is None or self._indent is None or not self._trusted():
             return fault
@@ -202,7 +202,7 @@ class JsonFile:
     # -- going on after a broken record
 
     def _note_indent(self) -> None:
-        """Whether the record that begins here stands first on its line, as the ones before it."""
+        """Note whether the record that begins here stands first on its line, as those before it did."""
         text, at = self.window.text, self.window.at
         if (self._begun and self._indent is None) or text[at : at + 1] not in ("{", "["):
             return
@@ -215,7 +215,7 @@ class JsonFile:
             self._indent = None
 
     def _note_lines(self, start: int, end: int) -> None:
-        """A whole record within which no line begins as records do is evidence that only records begin so."""
+        """Note whether a whole record has lines that begin as records do. If none has, only records begin so."""
         if self._indent is not None:
             self._aligned = True
             if _beginning(self._indent).search(self.window.text, start, end):
@@ -224,8 +224,8 @@ class JsonFile:
     def _resume(self, *, in_array: bool) -> bool:
         """Step to where the next record certainly begins, or the array ends. False: there is no such place.
 
-        That is behind a comma too many; where records stand first on their lines, equally indented, the next line that
-        begins so; else behind the brackets of the broken record, if they and its quotation marks match.
+        The place is behind a comma too many. If records stand first on their lines and equally indented, it is the next
+        line that begins so. Else it is behind the broken record, if its brackets and quotation marks match.
         """
         window = self.window
         if window.peek() == ",":
@@ -263,8 +263,10 @@ class JsonFile:
                 return False
 
     def _trusted(self) -> bool:
-        """Whether lines indented as records are may be taken for their beginnings. Without any white space they may be
-        inner ones, unless whole records have shown otherwise, or the broken one does not begin as one of many lines.
+        """Whether lines that are indented as records are count as their beginnings.
+
+        Without white space such lines may lie inside a record, unless whole records have shown otherwise or the broken
+        one does not begin as one of many lines.
         """
         text, at = self.window.text, self.window.at
         return bool(self._indent) or self._aligned or text[at + 1 : at + 2] not in ("\n", "\r")
@@ -279,6 +281,6 @@ class JsonFile:
 
 @lru_cache(maxsize=8)
 def _beginning(indent: str, in_array: bool = False) -> re.Pattern[str]:
-    """A line of that indentation that begins a value; in an array, also a less indented one that ends it."""
+    """Matches a line of that indentation that begins a value; in an array also a less indented one that ends it."""
     ends = f"|\\n[ \\t]{{0,{max(len(indent) - 1, 0)}}}\\]" if in_array else ""
     return re.compile(f"\\n{re.escape(indent)}[^ \\t\\r\\n}}\\],:]{ends}")
