@@ -149,8 +149,7 @@ class ListStore:
     def columns_at(self, places: Places) -> Columns:
         """The tokens of the samples at ``places``."""
         samples = [self.samples[place] for place in places]
-        rows = [sample.target_ids or sample.input_ids for sample in samples]
-        weights = ([1.0] * len(sample.target_ids) if sample.target_ids else sample.weights for sample in samples)
+        rows, weights = zip(*(sample.written for sample in samples), strict=True) if samples else ((), ())
         total = sum(map(len, rows))
         return Columns(
             np.fromiter(itertools.chain.from_iterable(rows), np.int64, total),

@@ -51,11 +51,11 @@ def _sample(item: Item, view: View, out: Console, tokens: bool) -> None:
         out.print(Text(f"becomes no sample: {visible(item.problem[1])}", "red"), soft_wrap=not out.is_terminal)
         out.print(Text(visible(item.text or item.shown)))
     for sample in item.samples:
-        learned = len(sample.target_ids) or sum(map(bool, sample.weights))
-        total = len(sample.input_ids) + len(sample.target_ids)
         cut = f"  cut from {len(sample.input_ids) + sample.cut:,} tokens" if sample.cut else ""
         place = place_of(item, view, sample)
-        head = f"── {item.source}{label}  {total} tokens, {learned} learned{cut}{'  ' * bool(place)}{place}"
+        head = (
+            f"── {item.source}{label}  {sample.size} tokens, {sample.learned} learned{cut}{'  ' * bool(place)}{place}"
+        )
         out.print(Text(head, "bold"), soft_wrap=not out.is_terminal)
         found = pieces(view.data_set.facts.tokenizer, sample)
         _lines(found, out)

@@ -112,7 +112,9 @@ def read_text(record: Record, shape: Sequence[str]) -> PlainText:
     Raises:
         UserError: It is empty.
     """
-    (text,) = texts_of(record, shape)
+    text = string(record, shape[0])
+    if not text.strip():
+        raise UserError(f"{record.source}: '{shape[0]}' is empty. Remove the record.")
     return PlainText(text, record.source)
 
 

@@ -34,7 +34,7 @@ def string(record: Record, name: str, *, optional: bool = False) -> str:
         return value
     if value is None and optional:
         return ""
-    raise UserError(f"{record.source}: '{name}' must be a string, found {shown(value)}.")
+    raise UserError(f"{record.source}: '{name}' must be a string, found {short(value)}.")
 
 
 def as_list(value: object, name: str, source: str) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from weft.data.formats.fields import shown, string
+from weft.data.formats.fields import shown
 from weft.data.reading.records import Record
 from weft.errors import UserError
 
@@ -39,10 +39,15 @@ def texts_of(record: Record, columns: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: A column holds no text, or there is nothing but white space.
     """
-    texts = tuple(string(record, column) for column in columns)
+    texts = []
+    for column in columns:
+        value = record.fields.get(column)
+        if not isinstance(value, str):
+            raise UserError(f"{record.source}: '{column}' must be a string, found {shown(value)}.")
+        texts.append(value)
     if not any(text.strip() for text in texts):
         raise UserError(f"{record.source}: {' + '.join(map(repr, columns))} is empty. Remove the record.")
-    return texts
+    return tuple(texts)
 
 
 def label_name(record: Record, column: str) -> str:
