@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Self
 
@@ -298,15 +298,12 @@ def _columns(
 
 
 def _unclear(record: Record, what: str) -> NoReturn:
+    found = ", ".join(map(repr, record.fields)) or "none"
     raise UserError(
-        f"{record.source}: {what} Columns found: {_quoted(record.fields) or 'none'}. Usual names of texts: "
+        f"{record.source}: {what} Columns found: {found}. Usual names of texts: "
         f"{', '.join(' + '.join(group) for group in TEXTS)}; of labels: {', '.join(LABELS)}. If these are not the "
         "names of columns, the file lacks a header row: add one."
     )
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 # --------------------------------------------------------------------------------------------------------------- values

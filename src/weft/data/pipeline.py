@@ -30,7 +30,7 @@ from weft.data.workers import in_order
 from weft.errors import UserError, check_word
 
 T = TypeVar("T")
-Path = str | os.PathLike[str]
+DataPath = str | os.PathLike[str]
 EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
 BEHIND = "behind the limit"
 _PEEK = 50  # records that a recipe sees before it makes any
@@ -132,7 +132,7 @@ class Recipe:
         return Refusal(source=record.source, problem=problem, too_long=isinstance(error, TooLongError), **seen)
 
 
-def outcomes(path: Path, recipe: Recipe, *, limit: int | None = None, workers: int = 0) -> Iterator[Outcome]:
+def outcomes(path: DataPath, recipe: Recipe, *, limit: int | None = None, workers: int = 0) -> Iterator[Outcome]:
     """The outcomes of all records of a path, in order; ``workers`` processes make them.
 
     Raises:
@@ -247,7 +247,7 @@ class Fold:
     has the first place of every class.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, problems: Problems) -> None:
+    def __init__(self, path: DataPath, recipe: Recipe, problems: Problems) -> None:
         self.path, self.recipe, self.problems = path, recipe, problems
         self.kept = self.cut = self.refused = 0
         self.left_out, self.first = Counter[str](), dict[str, str]()
@@ -294,7 +294,7 @@ class Fold:
 
 
 def load_samples(
-    path: Path,
+    path: DataPath,
     renderer: Renderer,
     *,
     format: str | None = None,
@@ -303,7 +303,7 @@ def load_samples(
     empty_answers: EmptyAnswers = "error",
     task: Task = "causal_lm",
     on_bad_record: OnBadRecord = "error",
-    bad_records_file: Path | None = None,
+    bad_records_file: DataPath | None = None,
     data_workers: int = 0,
 ) -> list[Sample]:
     """Read the first ``limit`` records of a path (see ``iter_records``, ``to_example``) and render each, in order.
@@ -331,7 +331,7 @@ def load_samples(
     return list(renderer.join(found))
 
 
-def read_all(path: Path, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
+def read_all(path: DataPath, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
     """Apply ``read`` to every record of data that is not learned (prompts, questions).
 
     Raises:

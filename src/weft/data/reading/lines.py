@@ -28,6 +28,13 @@ class Line:
     text: str
     fault: RowError | None = None
 
+    def text_fault(self) -> RowError | None:
+        """What makes the line no text: its ``fault``, or a NUL character."""
+        nul = self.text.find("\0")
+        if self.fault is not None or nul < 0:
+            return self.fault
+        return RowError("nul", "a NUL character, which no text has. Remove it (is this a text file?).", nul)
+
 
 class Lines:
     """The lines of a file. Only newlines split them: ``str.splitlines`` would also split at U+2028 inside text."""
@@ -101,16 +108,10 @@ def _json_row(text: str, start: int) -> dict[str, Any]:
 def read_txt(lines: Lines) -> Iterator[Record | Problem]:
     """One record per line that is not blank."""
     for line in lines:
-        if line.fault is not None:
-            yield lines.problem(line.number, line.fault)
-        elif (nul := line.text.find("\0")) >= 0:
-            yield lines.problem(line.number, _nul(nul))
+        if (fault := line.text_fault()) is not None:
+            yield lines.problem(line.number, fault)
         elif line.text.strip():
             yield Record({"text": line.text.rstrip("\r\n")}, f"{lines.path}:{line.number}")
-
-
-def _nul(at: int) -> RowError:
-    return RowError("nul", "a NUL character, which no text has. Remove it (is this a text file?).", at)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -211,15 +212,11 @@ def table_rows(lines: Lines, *, tabs: bool) -> Iterator[tuple[int, list[str]] | 
             csv.field_size_limit(limit)
         if row is None:
             return
-        fault = next((_line_fault(line) for line in feed.row if line.fault or "\0" in line.text), None)
-        if fault is not None:
-            yield fault if isinstance(fault, Problem) else lines.problem(*fault)
+        faults = [(line.number, fault) for line in feed.row if (fault := line.text_fault()) is not None]
+        if faults:
+            yield lines.problem(*faults[0])
         elif row:
             yield feed.row[0].number, row
-
-
-def _line_fault(line: Line) -> tuple[int, RowError]:
-    return line.number, line.fault or _nul(line.text.index("\0"))
 
 
 def _bad_row(lines: Lines, feed: _Feed, error: csv.Error | RowError) -> Problem:
