@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.data import Problems, Record, Renderer, iter_records
-from weft.data.formats.detect import EmptyAnswerError
+from weft.data.formats.turns import EmptyAnswerError
 from weft.data.pipeline import Fold, TextRecipe, outcomes
 
 MAX_LENGTH = 600

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.data import Renderer, Sample, to_example
-from weft.data.formats.detect import EmptyAnswerError
+from weft.data.formats.turns import EmptyAnswerError
 from weft.data.reading.records import read_records
 
 MAX_LENGTH = 512

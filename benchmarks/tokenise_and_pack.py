@@ -27,7 +27,7 @@ import torch
 from weft.core.stream import Part, build_stream
 from weft.data import EmptyAnswerError, Renderer, Sample, load_samples, read_records, to_example
 from weft.data.pack import fill, pack, pack_in_order
-from weft.data.sources import epoch_order
+from weft.data.sources import Mixture
 from weft.errors import UserError
 from weft.models.load import load_tokenizer
 from weft.ops.attention import SequenceLayout
@@ -96,7 +96,7 @@ def measure(name: str, path: Path, tokenizer: Any, capacity: int, limit: int | N
     renderer = Renderer(tokenizer, max_length=capacity, truncate=True)
     samples, seconds = phases(path, renderer, limit)
     lengths = [len(sample.input_ids) for sample in samples]
-    order = epoch_order((len(samples),), None, 0, 0)
+    order = Mixture((len(samples),)).order(0, 0)
     inside, packing = timed(lambda: pack_in_order([lengths[i] for i in order], capacity))
     packs = [[order[place] for place in one] for one in inside]
     assert sorted(i for one in packs for i in one) == list(range(len(samples)))

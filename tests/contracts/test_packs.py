@@ -15,7 +15,6 @@ from weft.data import Sample
 from weft.data.pack import fill, pack, pack_in_order
 from weft.models import describe
 from weft.objectives.passes import Work, sequence_losses
-from weft.training.batches import size
 
 CAPACITY = 64
 
@@ -23,7 +22,7 @@ CAPACITY = 64
 def packed(virtual: int) -> list[list[Sample]]:
     """Two packs, by either rule, each of several sequences and next to full."""
     samples = kit.samples(60, high=20, seed=3)
-    lengths = [size(sample) + virtual for sample in samples]
+    lengths = [sample.size + virtual for sample in samples]
     found = []
     for packs in (pack_in_order(lengths, CAPACITY), pack(lengths, CAPACITY)):
         found.append(next(one for one in packs if len(one) >= 4 and fill(lengths, [one], CAPACITY) > 0.95))
@@ -96,7 +95,7 @@ def test_the_gradient_with_respect_to_a_neighbours_rows_is_zero(kind: str, monke
     for method in kit.ALL:
         samples = packed(adapters[method].num_virtual_tokens)[0]
         (losses,) = sequence_losses(adapters, [Work(method, samples)])
-        lengths = [size(sample) + adapters[method].num_virtual_tokens for sample in samples]
+        lengths = [sample.size + adapters[method].num_virtual_tokens for sample in samples]
         for own, loss in enumerate(losses):
             (grad,) = torch.autograd.grad(loss, kept[0], retain_graph=True)
             assert [bool(rows.any()) for rows in grad.split(lengths)] == [i == own for i in range(len(samples))], method

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from weft.data import EmptyAnswerError, LabelledAnswer, Message, Preference, Ranked, Record, StepLabels, to_example
+from weft.data import EmptyAnswerError, LabelledAnswer, Message, Preference, Ranking, Record, StepLabels, to_example
 from weft.errors import UserError
 
 
@@ -173,7 +173,7 @@ def test_a_bad_answer_is_not_taught_even_if_its_format_is_named() -> None:
 
 def test_ranked() -> None:
     example = read({"instruction": "i", "input": "j", "output": ["x", "y", "y"], "history": [["q", "o"]]})
-    assert isinstance(example, Ranked)
+    assert isinstance(example, Ranking)
     assert said(example.prompt) == "u:q a:o u:i\nj"
     assert [answer.content for answer in example.answers] == ["x", "y", "y"]
     pairs = example.pairs()

@@ -18,7 +18,7 @@ from tests.kit.tokenizers import bert_tokenizer, byte_tokenizer
 from weft.data import Problems, Record, Renderer, load_labelled, read_records
 from weft.data.auditing.items import collect
 from weft.data.labelled import ClassRecipe, given_labels
-from weft.data.pipeline import TOO_LONG, Behind, Fold, outcomes
+from weft.data.pipeline import TOO_LONG, Fold, RecordBehindLimit, outcomes
 from weft.data.problems import KINDS
 from weft.errors import UserError
 from weft.models import describe
@@ -302,12 +302,12 @@ def test_what_workers_are_sent_and_send_back(tmp_path: Path) -> None:
     made = recipe.begun(records).make(records)
     sent = copy.deepcopy((recipe.begun(records), records))
     assert copy.deepcopy(sent[0].make(sent[1])) == made
-    assert [type(one).__name__ for one in made][-2:] == ["LeftOut", "LeftOut"]
+    assert [type(one).__name__ for one in made][-2:] == ["Omission", "Omission"]
 
 
 def behind(record: Record) -> Record:
     """Records of the last two lines as those behind the limit."""
-    return Behind(record.fields, record.source) if int(record.source.rpartition(":")[2]) > 7 else record
+    return RecordBehindLimit(record.fields, record.source) if int(record.source.rpartition(":")[2]) > 7 else record
 
 
 def test_a_preview_whose_first_source_has_no_class(tmp_path: Path, tiny_llama_dir: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +202,11 @@ def test_reading_goes_on_where_the_next_record_begins(tmp_path: Path) -> None:
 
 def test_workers_keep_the_order() -> None:
     numbers = list(range(3000))
-    assert list(in_order(iter(numbers), Doubler(), 3)) == [2 * n for n in numbers]
+    assert list(in_order(iter(numbers), Doubler().make, 3)) == [2 * n for n in numbers]
     with pytest.raises(UserError, match="data_workers: 0"):
-        list(in_order(iter([*numbers, -1]), Doubler(), 2))
+        list(in_order(iter([*numbers, -1]), Doubler().make, 2))
     with pytest.raises(UserError, match="a setting is wrong"):
-        list(in_order(iter([*numbers, -2]), Doubler(), 2))
+        list(in_order(iter([*numbers, -2]), Doubler().make, 2))
 
 
 @pytest.mark.parametrize("sizes", [[1] * 1500, [200_000] * 9, [1 << 30, 1, 1 << 30, *[1] * 600]])
@@ -215,12 +214,11 @@ def test_chunks_are_bounded_by_number_and_size(sizes: list[int]) -> None:
     """A chunk of long texts in the making would take gigabytes."""
     given: list[list[int]] = []
 
-    class Kept:
-        def make(self, items: Sequence[int]) -> list[int]:
-            given.append(list(items))
-            return given[-1]
+    def keep(items: list[int]) -> list[int]:
+        given.append(items)
+        return items
 
-    assert list(in_order(iter(sizes), Kept(), 0, lambda size: size)) == sizes
+    assert list(in_order(iter(sizes), keep, 0, lambda size: size)) == sizes
     assert all(len(chunk) <= 512 and sum(chunk[:-1]) < 1 << 18 for chunk in given)
     assert len(given) <= 5
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import pytest
@@ -14,9 +16,19 @@ from hypothesis import strategies as st
 from tests.kit.tokenizers import talk
 
 from weft.core.route import stable_seed
-from weft.data import Message, Mixture, PlainText, Source, epoch_order, parse_sources, split_by_hash
-from weft.data.sources import content_key, epoch_counts
+from weft.data import Message, Mixture, PlainText, Source, parse_sources
+from weft.data.sources import content_key, held_by_hash, number_of
 from weft.errors import UserError
+
+
+def mixed(sizes: Sequence[int], weights: Sequence[float] | None) -> Mixture:
+    return Mixture(tuple(sizes), None if weights is None else tuple(weights))
+
+
+def split_by_hash(keys: list[str], share: float) -> tuple[list[str], list[str]]:
+    """Those to train on and those held out."""
+    held = held_by_hash(map(number_of, keys), share)
+    return [key for key, out in zip(keys, held, strict=True) if not out], list(compress(keys, held))
 
 
 def test_what_a_configuration_means() -> None:
@@ -71,18 +83,18 @@ def test_one_source_is_in_the_order_that_jobs_have_always_had() -> None:
     for seed, epoch, size in [(0, 0, 10), (7, 3, 1001), (2**62, 5, 1)]:
         generator = torch.Generator().manual_seed(stable_seed(seed, "order", epoch))
         expected = torch.randperm(size, generator=generator).tolist()
-        assert epoch_order([size], None, seed, epoch) == expected
-        assert epoch_order([size], [0.3], seed, epoch) == expected
-    assert sorted(epoch_order([3, 4], None, 0, 0)) == list(range(7))
+        assert mixed([size], None).order(seed, epoch) == expected
+        assert mixed([size], [0.3]).order(seed, epoch) == expected
+    assert sorted(mixed([3, 4], None).order(0, 0)) == list(range(7))
 
 
 def test_the_largest_epoch_that_no_source_is_too_small_for() -> None:
-    assert epoch_counts([70, 1000], [0.7, 0.3]) == (70, 30)
-    assert epoch_counts([1000, 3], [0.7, 0.3]) == (7, 3)
-    assert epoch_counts([10, 10, 10], [1, 1, 1]) == (10, 10, 10)
-    assert epoch_counts([100, 100], [7, 3]) == (99, 43)
+    assert mixed([70, 1000], [0.7, 0.3]).counts == (70, 30)
+    assert mixed([1000, 3], [0.7, 0.3]).counts == (7, 3)
+    assert mixed([10, 10, 10], [1, 1, 1]).counts == (10, 10, 10)
+    assert mixed([100, 100], [7, 3]).counts == (99, 43)
     with pytest.raises(UserError, match="none of them from source 1"):
-        epoch_counts([50, 50], [0.001, 0.999])
+        _ = mixed([50, 50], [0.001, 0.999]).counts
 
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
@@ -93,7 +105,7 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 def test_property_nothing_is_seen_twice_before_all_was_seen(sizes: list[int], data: Any, seed: int) -> None:
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     try:
-        counts = epoch_counts(sizes, weights)
+        counts = mixed(sizes, weights).counts
     except UserError:
         return
     total = sum(counts)
@@ -104,7 +116,7 @@ def test_property_nothing_is_seen_twice_before_all_was_seen(sizes: list[int], da
     seen: Counter[int] = Counter()
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     for epoch in range(7):
-        order = epoch_order(sizes, weights, seed, epoch)
+        order = mixed(sizes, weights).order(seed, epoch)
         assert len(set(order)) == len(order) == total, "once per epoch"
         seen.update(order)
         for start, size, count in zip(starts, sizes, counts, strict=True):
@@ -116,9 +128,9 @@ def test_property_nothing_is_seen_twice_before_all_was_seen(sizes: list[int], da
     random.Random(seed).shuffle(again)
     from weft.data.sources import _pass
 
-    orders = {epoch: epoch_order(sizes, weights, seed, epoch) for epoch in again}
+    orders = {epoch: mixed(sizes, weights).order(seed, epoch) for epoch in again}
     _pass.cache_clear()
-    assert all(epoch_order(sizes, weights, seed, epoch) == orders[epoch] for epoch in sorted(again)), "a pure function"
+    assert all(mixed(sizes, weights).order(seed, epoch) == orders[epoch] for epoch in sorted(again)), "a pure function"
 
 
 def test_seeds_and_epochs_differ() -> None:
@@ -126,23 +138,23 @@ def test_seeds_and_epochs_differ() -> None:
     assert mixture.per_epoch == 60
     orders = {tuple(mixture.order(seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
-    halves = [[i for i in epoch_order([30, 15], [1, 1], 0, epoch) if i < 30] for epoch in range(4)]
+    halves = [[i for i in mixed([30, 15], [1, 1]).order(0, epoch) if i < 30] for epoch in range(4)]
     assert set(halves[0]) | set(halves[1]) == set(halves[2]) | set(halves[3]) == set(range(30))
     assert set(halves[0]) != set(halves[2]), "every pass has an order of its own"
 
 
 def test_split_by_hash_stays_when_records_move_or_come() -> None:
     keys = [content_key(talk(f"question {i}", f"answer {i}")) for i in range(2000)]
-    train, held = split_by_hash(keys, keys, 0.05)
+    train, held = split_by_hash(keys, 0.05)
     assert 60 < len(held) < 140
     assert sorted(train + held) == sorted(keys)
     shuffled = random.Random(1).sample(keys, len(keys))
-    assert set(split_by_hash(shuffled, shuffled, 0.05)[1]) == set(held)
+    assert set(split_by_hash(shuffled, 0.05)[1]) == set(held)
     more = keys + [content_key(PlainText(f"text {i}", "a:1")) for i in range(500)] + keys[:100]
-    train, held_more = split_by_hash(more, more, 0.05)
+    train, held_more = split_by_hash(more, 0.05)
     assert set(held) <= set(held_more)
     assert not set(train) & set(held_more)
-    assert set(held) <= set(split_by_hash(keys, keys, 0.2)[1]), "a larger share holds out the same and more"
+    assert set(held) <= set(split_by_hash(keys, 0.2)[1]), "a larger share holds out the same and more"
 
 
 def test_the_hash_is_of_what_is_said() -> None:
@@ -163,4 +175,4 @@ def test_the_hash_is_of_what_is_said() -> None:
 def test_splits_that_cannot_be(share: float, text: str) -> None:
     keys = [content_key(PlainText(str(i), "")) for i in range(5)]
     with pytest.raises(UserError, match=text):
-        split_by_hash(keys, keys, share)
+        split_by_hash(keys, share)

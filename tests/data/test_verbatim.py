@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.kit.tokenizers import byte_tokenizer, learned, space_tokenizer
 
-from weft.data import SOFT, Record, Renderer, Segments, Tokenised, load_samples, to_example
+from weft.data import SOFT, Record, Renderer, Segments, TokenisedText, load_samples, to_example
 from weft.errors import UserError
 
 
@@ -17,7 +17,7 @@ def read(fields: dict[str, Any]) -> Any:
 
 def test_tokenised_records_are_taken_as_they_stand() -> None:
     example = read({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]})
-    assert example == Tokenised((5, 6, 7, 8), (-100, -100, 7, 8), "d.json:7")
+    assert example == TokenisedText((5, 6, 7, 8), (-100, -100, 7, 8), "d.json:7")
     sample = Renderer(byte_tokenizer(adds_bos=True)).sample(example)
     assert (sample.input_ids, sample.weights, sample.answer) == ([5, 6, 7, 8], [0.0, 0.0, 1.0, 1.0], None)
 

@@ -16,7 +16,7 @@ from weft.errors import UserError
 from weft.models import describe
 from weft.objectives.passes import Work, forward_losses
 from weft.training import Job, JobConfig, Trainer
-from weft.training.batches import Batches, size
+from weft.training.batches import Batches
 from weft.training.step import train_step
 
 MODEL = kit.make_model("llama")
@@ -47,7 +47,7 @@ def test_every_record_once_per_epoch(count: int, tokens: int, accumulation: int,
             assert batches.locate(step) == (epoch, within)
             micros = batches[step]
             assert 0 < len(micros) <= accumulation
-            assert all(0 < sum(size(samples[i]) for i in micro) <= tokens for micro in micros)
+            assert all(0 < sum(samples[i].size for i in micro) <= tokens for micro in micros)
             seen += [i for micro in micros for i in micro]
             step += 1
         assert sorted(seen) == list(range(count))
@@ -117,21 +117,21 @@ def test_a_step_is_packed_into_few_passes(
     batches = Batches(config, samples)
     order = batches.mixture.order(seed, 0)
     unpacked = [order[i : i + size_] for i in range(0, count, size_)]
-    fullest = max(sum(size(samples[i]) for i in batch) for batch in unpacked)
-    assert batches.capacity == (tokens or max(fullest, *map(size, samples)))
+    fullest = max(sum(samples[i].size for i in batch) for batch in unpacked)
+    assert batches.capacity == (tokens or max(fullest, *(s.size for s in samples)))
     for step in range(batches.steps_in(0)):
         before = unpacked[step * accumulation : (step + 1) * accumulation]
         packs = batches[step]
         assert sorted(i for pack in packs for i in pack) == sorted(i for batch in before for i in batch)
-        assert all(0 < sum(size(samples[i]) for i in pack) <= batches.capacity for pack in packs)
+        assert all(0 < sum(samples[i].size for i in pack) <= batches.capacity for pack in packs)
         came = [i for batch in before for i in batch]
         assert all(pack == sorted(pack, key=came.index) for pack in packs), "in the order drawn"
-        if all(sum(size(samples[i]) for i in batch) <= batches.capacity for batch in before):
+        if all(sum(samples[i].size for i in batch) <= batches.capacity for batch in before):
             assert len(packs) < len(before) or packs == before
-        if sum(size(samples[i]) for batch in before for i in batch) <= batches.capacity:
+        if sum(samples[i].size for batch in before for i in batch) <= batches.capacity:
             assert packs == [came]
     for step in range(batches.total_steps):  # later epochs keep to what the first one took
-        assert all(sum(size(samples[i]) for i in pack) <= batches.capacity for pack in batches[step])
+        assert all(sum(samples[i].size for i in pack) <= batches.capacity for pack in batches[step])
 
 
 def test_accumulation_is_packed_by_default() -> None:
@@ -161,7 +161,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_own_tokens() -> None:
     weight = sum(map(job.adapter.head.loss_weight, samples))
     wanted = sum(float(forward_losses(adapters, [Work("one", [s], divisor=weight)])[0].detach()) for s in samples)
     found = train_step(adapters, [job])["one"]
-    assert found.tokens == sum(map(size, samples))
+    assert found.tokens == sum(s.size for s in samples)
     kit.measured("loss of a packed step", abs(found.loss - wanted), 1e-12)
     adapters.close()
 
@@ -174,7 +174,7 @@ def test_jobs_with_and_without_train_side_by_side() -> None:
         jobs.append(Job(config, adapters.add(name, config.method_config()), kit.samples(20)))
     result = Trainer(adapters, jobs).run()
     assert result.completed
-    tokens = sum(size(s) for s in kit.samples(20))
+    tokens = sum(s.size for s in kit.samples(20))
     assert [result.jobs[name]["tokens"] for name in ("full", "few")] == [2 * tokens, 2 * tokens]
     assert jobs[0].epoch == jobs[1].epoch == 2
     adapters.close()

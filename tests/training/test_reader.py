@@ -7,6 +7,7 @@ import hashlib
 import json
 import tracemalloc
 import weakref
+from itertools import compress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,10 @@ from tests import kit
 from tests.kit.tokenizers import byte_tokenizer
 
 from weft.core.head import TokenHead
-from weft.data import Renderer, Sample, split_by_hash, split_holdout
+from weft.data import Renderer, Sample, split_holdout
 from weft.data.auditing.audit import audit_before_training
-from weft.data.pipeline import Kept, TextRecipe, outcomes
+from weft.data.pipeline import Acceptance, TextRecipe, outcomes
+from weft.data.sources import held_by_hash
 from weft.errors import UserError
 from weft.models import describe
 from weft.training import Job, JobConfig, RunConfig, load_config, make_config
@@ -75,10 +77,11 @@ def test_the_split_is_the_same_for_other_files(tmp_path: Path) -> None:
 def listed(made: RunConfig, renderer: Renderer, paths: list[str]) -> tuple[list[Sample], list[Sample]]:
     """What a job trains on and holds out, made of lists."""
     keyed = TextRecipe(renderer=renderer, keyed=True)
-    found = [[one for one in outcomes(path, keyed) if isinstance(one, Kept)] for path in paths]
+    found = [[one for one in outcomes(path, keyed) if isinstance(one, Acceptance)] for path in paths]
     pairs = [(number, sample, one.key) for number, part in enumerate(found) for one in part for sample in one.samples]
     if made.eval_split is not None:
-        sides = split_by_hash(pairs, [f"{key:016x}" for _, _, key in pairs], made.eval_split)
+        held = held_by_hash((key for _, _, key in pairs), made.eval_split)
+        sides = [pair for pair, out in zip(pairs, held, strict=True) if not out], list(compress(pairs, held))
     else:
         sides = split_holdout(pairs, made.eval_size, seed=0)
     numbers = range(len(paths))

@@ -46,6 +46,10 @@ class Sample(Protocol):
     def target_ids(self) -> Sequence[int]: ...
     @property
     def token_types(self) -> Sequence[int]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def written(self) -> tuple[Sequence[int], Sequence[float]]: ...
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ class TokenHead(Head):
 
     def loss_weight(self, sample: Sample) -> float:
         """Its learned tokens."""
-        return float(len(sample.target_ids)) if sample.target_ids else sum(sample.weights)
+        return sum(sample.written[1])
 
     def logits(self, hidden: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         return base(hidden)

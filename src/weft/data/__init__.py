@@ -1,26 +1,22 @@
-"""Data: files to records, records to conversations, conversations to token ids with loss weights."""
+"""Data: files become records, records become examples, examples become token ids with loss weights."""
 
-from weft.data.formats.detect import (
-    FORMATS,
-    Classified,
+from weft.data.formats.detect import format_of, register_format, to_example
+from weft.data.formats.examples import (
+    ClassifiedText,
     Conversation,
-    EmptyAnswerError,
     Example,
     LabelledAnswer,
     Message,
     PlainText,
     Preference,
-    Ranked,
+    Ranking,
     Segments,
     StepLabels,
-    Tokenised,
+    TokenisedText,
     describe,
-    format_of,
-    formats_table,
-    known_formats,
-    register_format,
-    to_example,
 )
+from weft.data.formats.registry import FORMATS, formats_table, known_formats
+from weft.data.formats.turns import EmptyAnswerError
 from weft.data.labelled import load_labelled, unlabelled_sample
 from weft.data.pipeline import load_samples
 from weft.data.problems import BadRecordError, Problem, Problems
@@ -29,7 +25,7 @@ from weft.data.rendering.render import Renderer
 from weft.data.rendering.sample import Prompt, Sample, TooLongError
 from weft.data.rendering.templates import PLAIN_TEMPLATE, TEMPLATES
 from weft.data.rendering.tokens import SOFT
-from weft.data.sources import Mixture, Source, epoch_order, parse_sources, split_by_hash, split_holdout
+from weft.data.sources import Mixture, Source, parse_sources, split_holdout
 
 __all__ = [
     "FORMATS",
@@ -37,7 +33,7 @@ __all__ = [
     "SOFT",
     "TEMPLATES",
     "BadRecordError",
-    "Classified",
+    "ClassifiedText",
     "Conversation",
     "EmptyAnswerError",
     "Example",
@@ -49,17 +45,16 @@ __all__ = [
     "Problem",
     "Problems",
     "Prompt",
-    "Ranked",
+    "Ranking",
     "Record",
     "Renderer",
     "Sample",
     "Segments",
     "Source",
     "StepLabels",
-    "Tokenised",
+    "TokenisedText",
     "TooLongError",
     "describe",
-    "epoch_order",
     "format_of",
     "formats_table",
     "iter_records",
@@ -69,7 +64,6 @@ __all__ = [
     "parse_sources",
     "read_records",
     "register_format",
-    "split_by_hash",
     "split_holdout",
     "to_example",
     "unlabelled_sample",

@@ -1,8 +1,8 @@
-"""Classification data: a file of texts with a label each, to samples with the number of their class.
+"""Classification data: a file of texts with labels becomes samples with the numbers of their classes.
 
-Which columns hold the texts and which the label is told from their names, or by the user; a file that is not clear is
-refused, for a model trained on the wrong column looks like one that learns badly. Records that cannot be used are
-Problems, as everywhere.
+The names of the columns tell which hold the texts and which the label, or the user says it. A file that is not clear is
+refused: a model trained on the wrong column looks like one that learns badly. Records that cannot be used are Problems,
+as everywhere.
 """
 
 from __future__ import annotations
@@ -11,14 +11,24 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Self
 
 from weft.data.formats.examples import Message
-from weft.data.formats.labels import LABELS, TEXTS, label_name, text_of
-from weft.data.pipeline import BEHIND, TOO_LONG, Behind, Fold, Kept, LeftOut, Outcome, Recipe, Refused, outcomes
-from weft.data.problems import Problem, Problems
+from weft.data.formats.labels import LABELS, TEXTS, label_name, texts_of
+from weft.data.pipeline import (
+    BEHIND,
+    TOO_LONG,
+    Acceptance,
+    Fold,
+    Omission,
+    Outcome,
+    Recipe,
+    RecordBehindLimit,
+    outcomes,
+)
+from weft.data.problems import Problems
 from weft.data.reading.rows import Record
 from weft.data.rendering.render import Renderer
 from weft.data.rendering.sample import Draft, Prompt, Sample, TooLongError
@@ -32,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ClassRecipe(Recipe):
-    """Texts with a class each; the fields are arguments of ``load_labelled``.
+    """The recipe for texts with classes; its fields are arguments of ``load_labelled``.
 
-    Without ``labels`` the classes are those of the whole file: of records behind the limit only they are looked at.
+    Without ``labels`` the classes are those of the whole file: records behind the limit are read for their classes.
     """
 
     renderer: Renderer
@@ -52,7 +62,7 @@ class ClassRecipe(Recipe):
 
     @property
     def encodes(self) -> bool:
-        """Whether the tokenizer's own encoding of one or two texts is wanted."""
+        """Whether the tokenizer itself encodes one or two texts."""
         return bool(self.renderer.encoder.tail) and not self.as_chat if self.encoder is None else self.encoder
 
     @property
@@ -61,11 +71,11 @@ class ClassRecipe(Recipe):
         return self.labels is None
 
     def header(self, rows: Callable[[], list[list[str]]]) -> Sequence[str] | None:
-        """The columns of a table whose first ``rows`` do not name them."""
+        """The columns of a table, if its first ``rows`` do not name them."""
         return _missing_header(rows(), {*(self.text_columns or ()), self.label_column})
 
     def begun(self, head: Sequence[Record]) -> Self:
-        """The recipe with the columns that these records have.
+        """The recipe with the columns of these records.
 
         Raises:
             UserError: The columns are not clear.
@@ -75,24 +85,20 @@ class ClassRecipe(Recipe):
             raise UserError(f"text_columns names {len(texts)} columns; an encoder takes one text or a pair of them.")
         return replace(self, text_columns=texts, label_column=label)
 
-    def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
-        """The outcome of each. Raises UserError for settings that are wrong."""
-        return [
-            Refused(source=one.place, problem=one) if isinstance(one, Problem) else self._made(one) for one in items
-        ]
+    def of(self, records: Sequence[Record]) -> list[Outcome]:
+        """The outcomes of records, one for each."""
+        return list(map(self._outcome, records))
 
-    def _made(self, record: Record) -> Outcome:
-        source, columns, label = record.source, self.text_columns or (), self.label_column or ""
+    def _outcome(self, record: Record) -> Outcome:
+        source, label = record.source, self.label_column or ""
         name, kind = None, "label"
         try:
             name = label_name(record, label)
             _check_name(name, record, label, self.labels)
-            if isinstance(record, Behind):
-                return LeftOut(source=source, label=name, why=BEHIND)
+            if isinstance(record, RecordBehindLimit):
+                return Omission(source=source, label=name, why=BEHIND)
             kind = "format"
-            texts = [text_of(record, column) for column in columns]
-            if not any(text.strip() for text in texts):
-                raise UserError(f"{source}: {_quoted(columns)} is empty. Remove the record.")
+            texts = texts_of(record, self.text_columns or ())
             kind = "render"
             sample = unlabelled_sample(
                 self.renderer,
@@ -104,10 +110,10 @@ class ClassRecipe(Recipe):
             )
         except UserError as error:
             if isinstance(error, TooLongError) and self.renderer.truncation == "drop":
-                return LeftOut(source=source, label=name, why=TOO_LONG)
+                return Omission(source=source, label=name, why=TOO_LONG)
             return self.refused(error, kind, record)
         key = number_of(hashlib.sha256(repr(sample.input_ids).encode()).hexdigest()) if self.keyed else 0
-        return Kept(source=source, label=name, samples=(sample,), key=key)
+        return Acceptance(source=source, label=name, samples=(sample,), key=key)
 
     def end(self, fold: Fold) -> None:
         """Log the number of records that were left out.
@@ -149,13 +155,13 @@ def load_labelled(
 ) -> tuple[list[Sample], tuple[str, ...]]:
     """Read the first ``limit`` labelled records of a file: ``(samples, label names)``; ``Sample.label`` is an index.
 
-    ``labels`` names the classes in order; without it they are those of the file's good records (all of it, whatever
-    ``limit``), numbers by size and names by code point. ``encoder`` True encodes as the tokenizer itself does for one
-    or two texts (BERT: ``[CLS] a [SEP] b [SEP]``); False joins the texts by ``pair_separator`` after a BOS, if there is
-    one; None does the first where the tokenizer puts tokens after a text. ``as_chat`` makes the joined texts a user's
-    message of the chat template. Records that cannot be used go to ``problems``, which the caller checks; without it up
-    to 20 are listed in one error: what the file's reader refuses, a text or a label that is missing, a label that is
-    not in ``labels``, a record longer than the renderer's ``max_length`` (unless it truncates).
+    ``labels`` names the classes in order. Without it the classes are those of the file's good records, whatever
+    ``limit`` is; numbers are sorted by size and names by code point. ``encoder`` True encodes as the tokenizer itself
+    does for one or two texts (BERT: ``[CLS] a [SEP] b [SEP]``). False joins the texts by ``pair_separator`` after a
+    BOS, if there is one. None does the first where the tokenizer puts tokens after a text. ``as_chat`` makes the joined
+    texts a user's message of the chat template. Records that cannot be used go to ``problems``, which the caller
+    checks; without it one error lists up to 20. They are records that the file's reader refuses, that lack a text or a
+    label, whose label is not in ``labels``, or that are longer than ``max_length`` (unless the renderer truncates).
 
     Raises:
         UserError: The columns are not clear, there is a single class, or no sample is left.
@@ -199,14 +205,14 @@ def unlabelled_sample(
     as_chat: bool = False,
     pair_separator: str = "\n",
 ) -> Sample:
-    """One record's texts as ``load_labelled`` encodes them."""
+    """Encode the texts of one record as ``load_labelled`` does."""
     if encoder:
         return _own_encoding(renderer, list(texts), source)
     return _joined(renderer, pair_separator.join(texts), as_chat, source)
 
 
 def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample:
-    """One text as a language model reads it."""
+    """Encode one text as a language model reads it."""
     prompt = Prompt(renderer.text_ids(text))
     if as_chat:
         prompt = renderer.prompt([Message("user", text)], source=source)
@@ -217,7 +223,7 @@ def _joined(renderer: Renderer, text: str, as_chat: bool, source: str) -> Sample
 
 
 def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
-    """One text or a pair as the tokenizer itself encodes it; a cut takes from the longer of the two."""
+    """Encode one text or a pair as the tokenizer itself does; a cut takes from the longer of the two."""
     tokenizer, limit = renderer.tokenizer, renderer.max_length
     options: dict[str, object] = {"split_special_tokens": True, "verbose": False}  # a typed [SEP] is ordinary text
     encoded = tokenizer(*texts, **options)
@@ -242,7 +248,7 @@ def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
 
 
 def _missing_header(rows: list[list[str]], named: set[str | None]) -> tuple[str, ...] | None:
-    """The columns of a table without a header row, if it is one that can be told: CoLA's, or a text and a number."""
+    """The columns of a table without a header row, if they are clear: CoLA's, or a text and a number."""
     if not rows or named & set(rows[0]):
         return None
     rows = [row for row in rows if len(row) == len(rows[0])]  # the others are bad records
@@ -259,9 +265,9 @@ def _missing_header(rows: list[list[str]], named: set[str | None]) -> tuple[str,
 def _columns(
     head: Sequence[Record], text_columns: Sequence[str] | None, label_column: str | None
 ) -> tuple[tuple[str, ...], str]:
-    """The columns of texts, and that of the label.
+    """The columns of texts, and the column of the label.
 
-    They are told by the names of all fields of the first records: one of them alone may lack its text or its label.
+    The names of all fields of the first records tell them: one record alone may lack its text or its label.
     """
     record = Record({name: None for one in head for name in one.fields}, head[0].source)
     found = {name.strip().lower(): name for name in record.fields}
@@ -292,22 +298,19 @@ def _columns(
 
 
 def _unclear(record: Record, what: str) -> NoReturn:
+    found = ", ".join(map(repr, record.fields)) or "none"
     raise UserError(
-        f"{record.source}: {what} Columns found: {_quoted(record.fields) or 'none'}. Usual names of texts: "
+        f"{record.source}: {what} Columns found: {found}. Usual names of texts: "
         f"{', '.join(' + '.join(group) for group in TEXTS)}; of labels: {', '.join(LABELS)}. If these are not the "
         "names of columns, the file lacks a header row: add one."
     )
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 # --------------------------------------------------------------------------------------------------------------- values
 
 
 def given_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The classes as the user names them.
+    """Check the classes that the user names.
 
     Raises:
         UserError: There are fewer than two, or one stands twice.

@@ -1,9 +1,9 @@
 """Fill packs of a fixed number of tokens with whole sequences.
 
 A pack is a micro-batch: one stream of sequences end to end, in which no token sees another sequence
-(``weft.core.stream``). So what goes together is free: only how full the packs are counts, and how random.
-Packs by best-fit decreasing hold either a few long sequences or many short ones; ``pack_in_order`` is as full and keeps
-a random order random (figures in docs/data.md), so that is what training uses.
+(``weft.core.stream``). So any sequences may go together; only how full and how random the packs are counts. Packs by
+best-fit decreasing hold either a few long sequences or many short ones. ``pack_in_order`` fills packs as well and keeps
+a random order random (docs/data.md has the figures), so it is used where each pack is a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Returns:
         Every index of ``lengths`` exactly once; packs in the order in which they were opened. Of equal sequences the
-        one that comes first in ``lengths`` is placed first, of equally full packs the one opened first is taken.
+        first in ``lengths`` is placed first. Of equally full packs the first that was opened is taken.
 
     Raises:
         ValueError: a length is below 1 or above ``capacity``: sequences are never cut, nor left out.
@@ -53,7 +53,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_ref(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """``pack`` as the textbook has it: every pack is asked for every sequence, O(n²)."""
+    """``pack`` as in the textbook: every sequence looks at every pack, O(n²)."""
     packs: list[list[int]] = []
     rooms: list[int] = []
     for index in _longest_first(lengths, capacity):
@@ -69,7 +69,7 @@ def pack_ref(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_in_order(lengths: Sequence[int], capacity: int, window: int = 1024) -> list[list[int]]:
-    """One pack after the other: what comes next as long as it fits, then what fits best among what comes soon.
+    """Fill one pack after the other: with the next sequences while they fit, then with the best of those that follow.
 
     Each pack begins with the first sequence that is left, and goes on with those after it. When the next one does not
     fit, the longest that does is taken out of the ``window`` sequences from the pack's first on, until none fits.
@@ -117,7 +117,7 @@ def pack_in_order(lengths: Sequence[int], capacity: int, window: int = 1024) -> 
 
 
 def pack_in_order_ref(lengths: Sequence[int], capacity: int, window: int = 1024) -> list[list[int]]:
-    """``pack_in_order``, looking through the whole window for every sequence."""
+    """``pack_in_order`` with a look through the whole window for every sequence."""
     _check(lengths, capacity)
     packs: list[list[int]] = []
     left = list(range(len(lengths)))
@@ -137,7 +137,7 @@ def pack_in_order_ref(lengths: Sequence[int], capacity: int, window: int = 1024)
 
 
 def fill(lengths: Sequence[int], packs: Sequence[Sequence[int]], capacity: int) -> float:
-    """The share of the packs' room that is taken; 1.0 where there are no packs."""
+    """The share of the packs' room that is taken; 1.0 if there are no packs."""
     return sum(lengths[index] for one in packs for index in one) / (len(packs) * capacity) if packs else 1.0
 
 

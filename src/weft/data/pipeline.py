@@ -15,9 +15,10 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, Self, TypeVar, get_args
 
-from weft.data.formats.detect import EmptyAnswerError, to_example
+from weft.data.formats.detect import to_example
 from weft.data.formats.examples import SFT
 from weft.data.formats.labels import ordered
+from weft.data.formats.turns import EmptyAnswerError
 from weft.data.problems import OnBadRecord, Problem, Problems, about_record
 from weft.data.reading.records import first_rows, iter_items, iter_records
 from weft.data.reading.rows import Record
@@ -26,10 +27,10 @@ from weft.data.rendering.sample import Sample, TooLongError
 from weft.data.settings import EmptyAnswers, ReadSettings
 from weft.data.sources import content_key, number_of
 from weft.data.workers import in_order
-from weft.errors import UserError, nearest
+from weft.errors import UserError, check_word
 
 T = TypeVar("T")
-Path = str | os.PathLike[str]
+DataPath = str | os.PathLike[str]
 EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
 BEHIND = "behind the limit"
 _PEEK = 50  # records that a recipe sees before it makes any
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 class Outcome:
     """What became of the record at ``source``.
 
-    ``label`` is the name of its class, where it has one. ``example``, of a ``watched`` recipe, is what the record says.
+    ``label`` is the name of its class, if it has one. ``example`` is what it says, if the recipe is ``watched``.
     """
 
     source: str
@@ -52,30 +53,30 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept(Outcome):
-    """The record became samples (a long text several). ``key``, of a ``keyed`` recipe, is a hash of what it says."""
+class Acceptance(Outcome):
+    """The record became samples (a long text several). ``key`` hashes what it says, if the recipe is ``keyed``."""
 
     samples: tuple[Sample, ...] = ()
     key: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut(Outcome):
-    """The record is not wanted: EMPTY, TOO_LONG, or BEHIND (only its class counts)."""
+class Omission(Outcome):
+    """The record is left out: it is EMPTY, TOO_LONG, or BEHIND (only its class counts)."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refused(Outcome):
-    """The record cannot be used. ``fields``, of a ``watched`` recipe, are its own."""
+class Refusal(Outcome):
+    """The record cannot be used. ``fields`` are the record's, if the recipe is ``watched``."""
 
     problem: Problem
     too_long: bool = False
     fields: Mapping[str, Any] | None = None
 
 
-class Behind(Record):
+class RecordBehindLimit(Record):
     """A record behind the limit, of which only the class counts."""
 
     __slots__ = ()
@@ -88,8 +89,8 @@ class Behind(Record):
 class Recipe:
     """What becomes of records of one kind.
 
-    ``labels`` names the classes, if they are known beforehand. ``keyed``: also hash what each record says. ``watched``:
-    outcomes carry what was read.
+    ``labels`` names the classes, if they are known beforehand. A ``keyed`` recipe also hashes what each record says.
+    The outcomes of a ``watched`` recipe carry what was read.
     """
 
     labels: tuple[str, ...] | None = None
@@ -102,7 +103,7 @@ class Recipe:
         return False
 
     def header(self, rows: Callable[[], list[list[str]]]) -> Sequence[str] | None:
-        """The columns of a table whose first ``rows`` do not name them."""
+        """The columns of a table, if its first ``rows`` do not name them."""
         return None
 
     def begun(self, head: Sequence[Record]) -> Self:
@@ -110,51 +111,61 @@ class Recipe:
         return self
 
     def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
-        """The outcome of each. Raises UserError for settings that are wrong."""
+        """The outcomes of items, one for each. Raises UserError for settings that are wrong."""
+        found = iter(self.of([item for item in items if isinstance(item, Record)]))
+        return [_unread(item) if isinstance(item, Problem) else next(found) for item in items]
+
+    def of(self, records: Sequence[Record]) -> list[Outcome]:
+        """The outcomes of records, one for each. Raises UserError for settings that are wrong."""
         raise NotImplementedError
 
     def end(self, fold: Fold) -> None:
         """Log what was left out. Raises UserError where there is nothing to learn."""
         raise NotImplementedError
 
-    def refused(self, error: UserError, kind: str, record: Record, example: SFT | None = None) -> Refused:
-        """The outcome of a record that ``error`` is about. Raises ``error`` itself if it is about the settings."""
+    def refused(self, error: UserError, kind: str, record: Record, example: SFT | None = None) -> Refusal:
+        """The outcome of a record that ``error`` is about. Raises ``error`` itself if that is about the settings."""
         problem = about_record(error, record.source, kind)
         if problem is None:
             raise error
         seen: dict[str, Any] = {"fields": record.fields, "example": example} if self.watched else {}
-        return Refused(source=record.source, problem=problem, too_long=isinstance(error, TooLongError), **seen)
+        return Refusal(source=record.source, problem=problem, too_long=isinstance(error, TooLongError), **seen)
 
 
-def outcomes(path: Path, recipe: Recipe, *, limit: int | None = None, workers: int = 0) -> Iterator[Outcome]:
-    """What becomes of every record of a path, in order; ``workers`` processes make it.
+def outcomes(path: DataPath, recipe: Recipe, *, limit: int | None = None, workers: int = 0) -> Iterator[Outcome]:
+    """The outcomes of all records of a path, in order; ``workers`` processes make them.
 
     Raises:
-        UserError: a file cannot be read, or a setting is wrong.
+        UserError: A file cannot be read, or a setting is wrong.
     """
     header = recipe.header(partial(first_rows, path, _PEEK))
     items = iter_items(path, limit=None if recipe.whole else limit, header=header)
     for item in items:
         if isinstance(item, Problem):
-            yield Refused(source=item.place, problem=item)
+            yield _unread(item)
             continue
         head = [item, *islice(items, _PEEK - 1)]
         begun = recipe.begun([one for one in head if isinstance(one, Record)])
-        yield from in_order(_marked(chain(head, items), limit), begun, workers, _characters)
+        yield from in_order(_marked(chain(head, items), limit), begun.make, workers, _characters)
+
+
+def _unread(problem: Problem) -> Refusal:
+    """The outcome of a record that could not be read."""
+    return Refusal(source=problem.place, problem=problem)
 
 
 def _marked(items: Iterable[Record | Problem], limit: int | None) -> Iterator[Record | Problem]:
-    """The items; records behind the limit are marked as such."""
+    """The items, with each record behind the limit as a RecordBehindLimit."""
     number = 0
     for item in items:
         if isinstance(item, Record):
             number += 1
-            item = Behind(item.fields, item.source) if limit is not None and number > limit else item
+            item = RecordBehindLimit(item.fields, item.source) if limit is not None and number > limit else item
         yield item
 
 
 def _characters(value: Any) -> int:
-    """How much text there is in a record, or a field of it, roughly."""
+    """Roughly how much text a record, or a field of it, holds."""
     if isinstance(value, Record):
         return sum(map(_characters, value.fields.values()))
     if isinstance(value, str):
@@ -168,45 +179,40 @@ def _characters(value: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TextRecipe(Recipe):
-    """Conversations and texts, to learn what they say."""
+    """The recipe for conversations and texts, of which a model learns what they say."""
 
     renderer: Renderer
     settings: ReadSettings = field(default_factory=ReadSettings)
     task: Task = "causal_lm"
 
     def __post_init__(self) -> None:
-        if self.settings.empty_answers not in get_args(EmptyAnswers):
-            raise UserError(f"empty_answers is {self.settings.empty_answers!r}; expected 'error' or 'skip'.")
-        if self.task not in get_args(Task):
-            known = get_args(Task)
-            raise UserError(f"task is {self.task!r}; expected {' or '.join(known)}.{nearest(str(self.task), known)}")
+        check_word("empty_answers", self.settings.empty_answers, get_args(EmptyAnswers))
+        check_word("task", self.task, get_args(Task))
 
-    def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
-        """The outcome of each. Raises UserError for settings that are wrong."""
-        found = [self._recognised(item) for item in items]
+    def of(self, records: Sequence[Record]) -> list[Outcome]:
+        """The outcomes of records, one for each."""
+        found = [self._recognised(record) for record in records]
         read = [one for one in found if not isinstance(one, Outcome)]
         rendered = self.renderer.outcomes((example for _, example in read), self.task)
         return [one if isinstance(one, Outcome) else self._rendered(*one, next(rendered)) for one in found]
 
-    def _recognised(self, item: Record | Problem) -> tuple[Record, SFT] | Outcome:
-        if isinstance(item, Problem):
-            return Refused(source=item.place, problem=item)
+    def _recognised(self, record: Record) -> tuple[Record, SFT] | Outcome:
         try:
-            return item, to_example(item, format=self.settings.data_format, columns=self.settings.columns)
+            return record, to_example(record, format=self.settings.data_format, columns=self.settings.columns)
         except EmptyAnswerError as error:
             if self.settings.empty_answers == "skip":
-                return LeftOut(source=item.source, why=EMPTY)
-            return self.refused(error, "empty_answer", item)
+                return Omission(source=record.source, why=EMPTY)
+            return self.refused(error, "empty_answer", record)
         except UserError as error:
-            return self.refused(error, "format", item)
+            return self.refused(error, "format", record)
 
     def _rendered(self, record: Record, example: SFT, made: RenderResult) -> Outcome:
         if isinstance(made, UserError):
             return self.refused(made, "render", record, example)
         if not made:
-            return LeftOut(source=record.source, why=TOO_LONG)
+            return Omission(source=record.source, why=TOO_LONG)
         key = number_of(content_key(example)) if self.keyed else 0
-        return Kept(source=record.source, samples=made, key=key, example=example if self.watched else None)
+        return Acceptance(source=record.source, samples=made, key=key, example=example if self.watched else None)
 
     def end(self, fold: Fold) -> None:
         """Log how many records were left out or cut.
@@ -235,13 +241,13 @@ class TextRecipe(Recipe):
 
 
 class Fold:
-    """What training makes of the outcomes of one path: it takes the samples, counts the rest and hands problems on.
+    """Training folds the outcomes of one path: it takes the samples, counts the rest and hands problems on.
 
-    The caller checks ``problems``. ``left_out`` counts reasons, ``first`` has the first place of each; ``classes`` has
-    the first place of every class.
+    The caller checks ``problems``. ``left_out`` counts reasons, and ``first`` has the first place of each. ``classes``
+    has the first place of every class.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, problems: Problems) -> None:
+    def __init__(self, path: DataPath, recipe: Recipe, problems: Problems) -> None:
         self.path, self.recipe, self.problems = path, recipe, problems
         self.kept = self.cut = self.refused = 0
         self.left_out, self.first = Counter[str](), dict[str, str]()
@@ -249,23 +255,23 @@ class Fold:
         self._numbers = {name: number for number, name in enumerate(recipe.labels or ())}
 
     def samples(self, found: Iterable[Outcome]) -> Iterator[tuple[Sample, int]]:
-        """The samples of what was kept, each with the record's key; their classes wait for ``numbered``.
+        """The samples that were kept, each with its record's key; ``numbered`` gives them their final classes.
 
         Raises:
-            UserError: there are too many problems.
+            UserError: There are too many problems.
         """
         for one in found:
-            if isinstance(one, Refused):
+            if isinstance(one, Refusal):
                 self.refused += 1
                 self.problems.add(one.problem)
                 continue
             if one.label is not None:
                 self.classes.setdefault(one.label, one.source)
                 self._numbers.setdefault(one.label, len(self._numbers))
-            if isinstance(one, LeftOut):
+            if isinstance(one, Omission):
                 self.left_out[one.why] += 1
                 self.first.setdefault(one.why, one.source)
-            elif isinstance(one, Kept):
+            elif isinstance(one, Acceptance):
                 self.kept += 1
                 self.cut += any(sample.cut for sample in one.samples)
                 for sample in one.samples:
@@ -273,22 +279,22 @@ class Fold:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The classes: those of the recipe, or those that were met, in their order."""
+        """The classes of the recipe, or else those that were met, in order."""
         return self.recipe.labels or ordered(self.classes)
 
     @property
     def settled(self) -> bool:
-        """Whether classes have had their final numbers from the first."""
+        """Whether all classes had their final numbers from the start."""
         return tuple(self._numbers) == self.names
 
     def numbered(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Labelled samples that ``samples`` gave, with the numbers that their classes have in ``names``."""
+        """The labelled ``samples`` of this fold with the numbers that their classes have in ``names``."""
         final = [self.names.index(name) for name in self._numbers]
         return (replace(sample, label=final[sample.label or 0]) for sample in samples)
 
 
 def load_samples(
-    path: Path,
+    path: DataPath,
     renderer: Renderer,
     *,
     format: str | None = None,
@@ -297,7 +303,7 @@ def load_samples(
     empty_answers: EmptyAnswers = "error",
     task: Task = "causal_lm",
     on_bad_record: OnBadRecord = "error",
-    bad_records_file: Path | None = None,
+    bad_records_file: DataPath | None = None,
     data_workers: int = 0,
 ) -> list[Sample]:
     """Read the first ``limit`` records of a path (see ``iter_records``, ``to_example``) and render each, in order.
@@ -325,10 +331,10 @@ def load_samples(
     return list(renderer.join(found))
 
 
-def read_all(path: Path, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
-    """What ``read`` makes of every record, for what is not learned (prompts, questions).
+def read_all(path: DataPath, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
+    """Apply ``read`` to every record of data that is not learned (prompts, questions).
 
     Raises:
-        UserError: of the first record that cannot be used.
+        UserError: A record cannot be used; it is about the first one.
     """
     return [read(record) for record in iter_records(path, limit=limit)]

@@ -1,7 +1,7 @@
-"""What is wrong with records: where, of which kind, and what becomes of it.
+"""Problems of records: their kinds, their places, and what becomes of them.
 
-Readers hand on a ``Problem`` in the place of the record that they could not read, so that good and bad ones stay in
-the order of the file. ``Problems`` decides: the first few end the run (``error``), or all are left out (``skip``) and
+Readers hand on a ``Problem`` in the place of a record that they could not read, so that good and bad ones stay in the
+order of the file. ``Problems`` decides: the first few end the run (``error``), or all are left out (``skip``) and
 written down (``report``).
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +24,13 @@ from weft.errors import UserError, check_word
 OnBadRecord = Literal["error", "skip", "report"]
 SHOWN = 20
 _KNOWN = 10_000  # problems that are recognised when they come again
-_FEW = 3  # so many are listed one by one, even if all say the same
+_FEW = 3  # up to so many are listed one by one, even if all say the same
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: its ``kind`` (a word of KINDS), and ``what`` it is at ``path:line:column``."""
+    """One problem: its ``kind`` (a word of KINDS), and ``what`` is wrong at ``path:line:column``."""
 
     kind: str
     path: str
@@ -47,7 +48,7 @@ class Problem:
         return f"{self.place}: {self.what}"
 
     def row(self) -> dict[str, object]:
-        """As it stands in a report."""
+        """The problem as a row of a report."""
         return {"file": self.path, "line": self.line, "column": self.column, "kind": self.kind, "message": self.what}
 
 
@@ -87,7 +88,7 @@ class BadRecordError(UserError):
 
 
 def about_record(error: UserError, source: str, kind: str) -> Problem | None:
-    """The problem that ``error`` tells of, if it is about the record at ``source``; None if about the settings."""
+    """The problem in ``error``, if that is about the record at ``source``; None if it is about the settings."""
     if isinstance(error, BadRecordError):
         return error.problem
     text, path, line = str(error), *source.rpartition(":")[::2]
@@ -98,12 +99,12 @@ def about_record(error: UserError, source: str, kind: str) -> Problem | None:
 
 
 class Problems:
-    """Takes in the problems of a run's data and does with them what ``on_bad_record`` says.
+    """Takes in the problems of a run's data and treats them as ``on_bad_record`` says.
 
     ``error``: reading goes on until 20 are found, then a UserError lists them. ``skip``: they are left out; their
     number and the first are logged. ``report``: as ``skip``, and ``write`` puts all of them into a file.
-    Memory does not grow with their number. ``errors`` are classes for a kind that is the only problem. What comes again
-    when a file is read again (two jobs read it each in its way) counts once, where ``begin`` opens each reading.
+    Memory does not grow with their number. ``errors`` are classes of errors, by kind, for a run with a single problem.
+    Two jobs may read one file in two ways: if ``begin`` opens each reading, a problem that comes again counts once.
     """
 
     def __init__(
@@ -121,11 +122,11 @@ class Problems:
 
     @property
     def count(self) -> int:
-        """How many there are so far."""
+        """The number of problems so far."""
         return self.kinds.total()
 
     def add(self, problem: Problem) -> None:
-        """Take one in. Raises UserError, listing those before, when it is one too many to go on listing."""
+        """Take in one problem. Raises UserError with the earlier ones if there are too many to list."""
         if self._again(problem):
             return
         self.kinds[problem.kind] += 1
@@ -139,11 +140,11 @@ class Problems:
             self._rows.write(json.dumps(problem.row()) + "\n")
 
     def begin(self) -> None:
-        """A file is read, perhaps not for the first time."""
+        """Begin to read a file, perhaps not for the first time."""
         self._now.clear()
 
     def _again(self, problem: Problem) -> bool:
-        """Whether an earlier reading found it already."""
+        """Whether an earlier reading found this problem already."""
         if problem not in self._known and len(self._known) >= _KNOWN:
             return False
         self._now[problem] += 1
@@ -187,7 +188,7 @@ class Problems:
         """At the end of reading ``what``: raise what was found (``error``), or log it.
 
         Raises:
-            UserError: lists each problem at its place.
+            UserError: There are problems; it lists each at its place.
         """
         if not self.count:
             return
@@ -200,7 +201,7 @@ class Problems:
         """Write all problems as JSON lines; the file appears whole or not at all. No problems: an empty file.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: The file cannot be written.
         """
         target = Path(path)
         if target.is_dir():
@@ -211,8 +212,7 @@ class Problems:
             with partial.open("w", encoding="utf-8") as file:
                 if self._rows is not None:
                     self._rows.seek(0)
-                    for line in self._rows:
-                        file.write(line)
+                    shutil.copyfileobj(self._rows, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, target)
@@ -223,7 +223,7 @@ class Problems:
 
 
 def _places(problems: Sequence[Problem]) -> list[str]:
-    """Where problems stand, a line per file: ``a.jsonl: lines 3, 5:12``."""
+    """The places of problems, one line per file: ``a.jsonl: lines 3, 5:12``."""
     files: dict[str, list[str]] = {}
     for problem in problems:
         place = ":".join(str(part) for part in (problem.line, problem.column) if part is not None)

@@ -1,7 +1,7 @@
-"""How an adapter's data was read, rendered and packed: the part of ``weft.json`` that travels inside its folder.
+"""The part of an adapter's ``weft.json`` that tells how its data was read, rendered and packed.
 
-An adapter answers as it was trained only if its prompt is rendered as in training. So the template's text lies in the
-folder, beside a hash of the tokenizer and what the loss was taken of; ``renderer`` makes a renderer of it again.
+An adapter answers as it was trained only if its prompt is rendered as in training. So the text of the template lies in
+the folder, beside a hash of the tokenizer and the settings of the data. ``make_renderer`` makes a renderer of it again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Template = str | dict[str, str]
 
 
 class TokenizerFacts(BaseModel):
-    """Which tokenizer it was: ``sha256`` tells whether another one is the same, the rest how it differs."""
+    """Facts of a tokenizer: ``sha256`` tells whether another one is the same, the rest tells how it differs."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -45,7 +45,7 @@ class TokenizerFacts(BaseModel):
         )
 
     def differences(self, other: TokenizerFacts) -> list[str]:
-        """What ``other`` has instead, in words; empty if it is the same tokenizer."""
+        """The differences of ``other``, in words; none if it is the same tokenizer."""
         if self.sha256 == other.sha256:
             return []
         said = []
@@ -62,12 +62,12 @@ class Provenance(BaseModel):
     """The section ``data`` of an adapter's ``weft.json``. What is None is not known.
 
     Attributes:
-        chat_template: what conversations were rendered with (a mapping: the tokenizer's templates by name).
-        template_from: the tokenizer, the run's configuration, or Weft's plain headings, for there was neither.
-        settings: the configuration's keys about data; of files on a disk only the names.
-        sha256: of the tokenised training and evaluation data, in order.
-        batch_tokens: what a batch was filled up to; None: it held ``batch_size`` records.
-        parents: of a combined adapter, what each of those that it was made of was trained on.
+        chat_template: the template of conversations (a mapping: the tokenizer's templates by name).
+        template_from: where the template came from; "plain": Weft's plain headings, for there was no other.
+        settings: the configuration's keys about data; a file on a disk is given by its name only.
+        sha256: the hash of the tokenised training and evaluation data, in order.
+        batch_tokens: the tokens that filled a batch; None: a batch held ``batch_size`` records.
+        parents: what the parents of a combined adapter were trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -97,10 +97,10 @@ class Provenance(BaseModel):
 
     @classmethod
     def read(cls, section: Mapping[str, object] | None, where: str) -> Provenance | None:
-        """Of what a folder holds; None where it holds nothing.
+        """The provenance in a section of a folder's file; None without a section.
 
         Raises:
-            UserError: the section is damaged.
+            UserError: The section is damaged.
         """
         if section is None:
             return None
@@ -127,12 +127,12 @@ def template_of(renderer: Renderer) -> dict[str, Any]:
 def make_renderer(
     record: Provenance | None, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> tuple[Renderer, list[str]]:
-    """A renderer as in training, and what the user should know of it.
+    """A renderer as in training, and what the user should know about it.
 
     Args:
-        record: what the adapter's folder says; None: nothing.
-        tokenizer: what it is to use. Its template may be replaced.
-        chat_template: what the user asks for instead.
+        record: what the adapter's folder says; None: it says nothing.
+        tokenizer: the tokenizer of the renderer. Its template may be replaced.
+        chat_template: the template that the user asks for instead.
     """
     if record is None:
         return Renderer(tokenizer, chat_template=chat_template), []
@@ -155,7 +155,7 @@ def make_renderer(
     if record.template_from == "configuration" or (record.template_from == "plain" and trained != PLAIN_TEMPLATE):
         assert isinstance(trained, str)
         return Renderer(tokenizer, chat_template=trained, template_kwargs=kwargs), notes
-    # "plain" is to be no template at all, which is something else to an encoder-decoder.
+    # Without a template an encoder-decoder renders otherwise than with the plain one, so "plain" sets none.
     wanted = None if record.template_from == "plain" else trained
     if (tokenizer.chat_template or None) != wanted:
         # `weft merge` gives a tokenizer without a template the plain one, for other tools to read.
@@ -166,7 +166,7 @@ def make_renderer(
 
 
 def common(records: Mapping[str, Provenance | None]) -> tuple[Provenance | None, list[str]]:
-    """What adapters that are combined have in common, and what they have not, a line each."""
+    """What the adapters of a combination have in common, and lines about what differs."""
     unknown = [name for name, record in records.items() if record is None]
     known = {name: record for name, record in records.items() if record is not None}
     if unknown:
@@ -191,7 +191,7 @@ def common(records: Mapping[str, Provenance | None]) -> tuple[Provenance | None,
 
 
 def file_names(value: object) -> Any:
-    """Settings as they may be shown to others: of a file on this disk its name only."""
+    """Settings as others may see them: a file on this disk is given by its name only."""
     if isinstance(value, Mapping):
         return {key: file_names(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -216,7 +216,7 @@ def _parent(name: str, record: Provenance) -> dict[str, object]:
 
 
 def _shown(key: str, records: Mapping[str, Provenance]) -> str:
-    """A line about a key that differs; templates and tokenizers are too long to show."""
+    """A line about a key that differs. Templates and tokenizers are too long to show."""
     if key in ("chat_template", "tokenizer"):
         return f"{key} is not the same for all"
     name = key.removeprefix("settings.")

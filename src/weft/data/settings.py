@@ -1,6 +1,6 @@
 """The keys of a configuration that say which data is read, and what becomes of it.
 
-Each key stands where its sentence, its type and its allowed values are: here, or beside the code that honours it (the
+Each key stands once, with its sentence, its type and its allowed values: here, or beside the code that honours it (the
 bases of ``RenderSettings``).
 """
 
@@ -18,15 +18,15 @@ from weft.data.sources import Source, parse_sources
 from weft.models.hub import Hub
 
 EmptyAnswers = Literal["error", "skip"]
-# One path, or several with their shares; see ``weft.data.sources``.
+# One path, or several with their shares (``weft.data.sources``).
 DataPaths = str | list[str | dict[str, object]]
-# Marks a key that may differ between a run and its resumption: where it is, how it reports, how it is asked to go on.
+# Marks a key that may change when a run is resumed: it changes no result.
 FREE = object()
 S = TypeVar("S", bound=BaseModel)
 
 
 def checked_paths(data: Any) -> Any:
-    """``data`` as it stands, if ``parse_sources`` can read it. Raises UserError."""
+    """``data`` as it stands. Raises UserError if ``parse_sources`` cannot read it."""
     if data is not None:
         parse_sources(data)
     return data
@@ -38,7 +38,7 @@ def free_keys(cls: type[BaseModel]) -> Collection[str]:
 
 
 def part(cls: type[S], settings: BaseModel, **changes: Any) -> S:
-    """Those of the ``settings`` that ``cls`` has, which is one of their bases, with ``changes``."""
+    """The part of the ``settings`` that belongs to ``cls``, one of their bases, with ``changes``."""
     return cls.model_construct(**{key: getattr(settings, key) for key in cls.model_fields} | changes)
 
 
@@ -68,7 +68,7 @@ class ReadSettings(BaseModel):
     )
 
     def of(self, source: Source) -> ReadSettings:
-        """How one source is read: what it says itself wins."""
+        """How one source is read: its own keys win."""
         return part(
             ReadSettings,
             self,
@@ -102,5 +102,5 @@ class DataSettings(RenderSettings, ReadSettings):
     _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
 
     def unlimited(self) -> Self:
-        """The same for records of any length: nothing is cut, nothing left out."""
+        """The same settings for records of any length: nothing is cut or left out."""
         return self.model_copy(update={"max_length": None, "documents": "separate"})

@@ -1,4 +1,4 @@
-"""Several sources of data: what a configuration means by them, how they mix, and what is held out of them."""
+"""Sources of data: how a configuration names them, how they mix, and which samples are held out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,9 +61,9 @@ def _terms(text: str) -> tuple[Source, ...]:
 
 
 def weighted_terms(text: str) -> list[tuple[str, str]]:
-    """The terms of ``0.7*a.jsonl + 0.3*b.jsonl`` as (weight, path), both as written; of anything else one, unweighted.
+    """The terms of ``0.7*a.jsonl + 0.3*b.jsonl`` as (weight, path), both as written.
 
-    A path that is there is one, whatever it looks like.
+    Anything else is one term without a weight, and so is the path of a file that exists, whatever it looks like.
     """
     parts = _PLUS.split(text)
     if len(parts) == 1 or _is_there(text):
@@ -75,7 +75,7 @@ def weighted_terms(text: str) -> list[tuple[str, str]]:
 def _is_there(path: str) -> bool:
     try:
         return Path(path).exists()
-    except OSError:  # longer than a name may be
+    except OSError:  # the name is too long
         return False
 
 
@@ -135,58 +135,54 @@ class Mixture:
     @property
     def per_epoch(self) -> int:
         """How many samples an epoch has."""
-        return sum(epoch_counts(self.sizes, self.weights))
+        return sum(self.counts)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """The number of samples of each source in an epoch: by weight, as many as possible without giving one twice.
+
+        Raises:
+            UserError: A source would give no sample.
+        """
+        sizes, weights = self.sizes, self.weights
+        if weights is None or len(sizes) == 1:
+            return sizes
+        given = [Fraction(repr(float(weight))) for weight in weights]
+        shares = [weight / sum(given) for weight in given]
+        total = math.floor(min(size / share for size, share in zip(sizes, shares, strict=True)))
+        counts = [math.floor(total * share) for share in shares]
+        rest = sorted(range(len(shares)), key=lambda i: (counts[i] - total * shares[i], i))
+        for index in rest[: total - sum(counts)]:
+            counts[index] += 1
+        for number, count in enumerate(counts, start=1):
+            if not count:
+                raise UserError(
+                    f"data: with sources of {', '.join(map(str, sizes))} samples and weights "
+                    f"{', '.join(f'{weight:g}' for weight in weights)} an epoch has {total} samples, none of them from "
+                    f"source {number}. Raise its weight, or give the smallest source more samples or less weight."
+                )
+        return tuple(counts)
 
     def order(self, seed: int, epoch: int) -> list[int]:
-        """``epoch_order`` of these sources."""
-        return epoch_order(self.sizes, self.weights, seed, epoch)
+        """The samples of an epoch in their order, as places in the concatenation of all sources.
 
-
-def epoch_counts(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
-    """The number of samples of each source in an epoch: by weight, as many as possible without giving one twice.
-
-    Raises:
-        UserError: A source would give no sample.
-    """
-    if weights is None or len(sizes) == 1:
-        return tuple(sizes)
-    given = [Fraction(repr(float(weight))) for weight in weights]
-    shares = [weight / sum(given) for weight in given]
-    total = min(size / share for size, share in zip(sizes, shares, strict=True)).__floor__()
-    counts = [(total * share).__floor__() for share in shares]
-    rest = sorted(range(len(shares)), key=lambda i: (counts[i] - total * shares[i], i))
-    for index in rest[: total - sum(counts)]:
-        counts[index] += 1
-    for number, count in enumerate(counts, start=1):
-        if not count:
-            raise UserError(
-                f"data: with sources of {', '.join(map(str, sizes))} samples and weights "
-                f"{', '.join(f'{weight:g}' for weight in weights)} an epoch has {total} samples, none of them from "
-                f"source {number}. Raise its weight, or give the smallest source more samples or less weight."
-            )
-    return tuple(counts)
-
-
-def epoch_order(sizes: Sequence[int], weights: Sequence[float] | None, seed: int, epoch: int) -> list[int]:
-    """The samples of an epoch in their order, as places in the concatenation of all sources.
-
-    A source that gives a part per epoch goes on in the next where it stopped: none of its samples is seen again before
-    all have been seen, and none twice within an epoch. The same for the same arguments, whatever was asked before.
-    """
-    counts = epoch_counts(sizes, weights)
-    shuffled = _shuffled(sum(counts), seed, "order", epoch)
-    if counts == tuple(sizes):
-        return shuffled
-    chosen: list[int] = []
-    first = 0
-    for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        chosen += [first + place for place in _part(size, count, seed, number, epoch)]
-        first += size
-    return [chosen[place] for place in shuffled]
+        A source that gives a part per epoch goes on in the next where it stopped: none of its samples is seen again
+        before all have been seen, and none twice within an epoch. The order depends on nothing but the arguments and
+        the mixture.
+        """
+        shuffled = _shuffled(self.per_epoch, seed, "order", epoch)
+        if self.counts == self.sizes:
+            return shuffled
+        chosen: list[int] = []
+        first = 0
+        for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            chosen += [first + place for place in _part(size, count, seed, number, epoch)]
+            first += size
+        return [chosen[place] for place in shuffled]
 
 
 def _part(size: int, count: int, seed: int, number: int, epoch: int) -> tuple[int, ...]:
-    """What source ``number`` gives to an epoch: the next ``count`` of its passes, one after another."""
+    """The samples that source ``number`` gives to an epoch: the next ``count`` of its passes."""
     begin = epoch * count
     turn, at = divmod(begin, size)
     now = _pass(size, count, seed, number, turn)
@@ -195,7 +191,7 @@ def _part(size: int, count: int, seed: int, number: int, epoch: int) -> tuple[in
 
 
 def _shuffled(size: int, *seed: object) -> list[int]:
-    import torch  # here, for reading data needs none of it, and importing it takes seconds
+    import torch  # imported here, because it takes seconds and reading data does not need it
 
     from weft.core.route import stable_seed
 
@@ -205,14 +201,14 @@ def _shuffled(size: int, *seed: object) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _pass(size: int, count: int, seed: int, number: int, turn: int) -> tuple[int, ...]:
-    """A random order of all samples of a source, the ``turn``-th.
+    """The ``turn``-th random order of all samples of a source.
 
-    Where an epoch ends one pass and begins the next, what it had of the one does not come first in the other.
+    If an epoch ends one pass and begins the next, the samples it had from the one do not come first in the other.
     """
     order: tuple[int, ...] = ()
     for passed in range(turn + 1):
         fresh = _shuffled(size, seed, "source", number, passed)
-        left = passed * size % count  # of the epoch in which this pass begins, how much the pass before gave
+        left = passed * size % count  # samples that the pass before gave to the epoch in which this one begins
         if left:
             seen = set(order[size - left :])
             head = [place for place in fresh if place not in seen][: count - left]
@@ -226,12 +222,12 @@ def _pass(size: int, count: int, seed: int, number: int, turn: int) -> tuple[int
 
 
 def content_key(example: object) -> str:
-    """A hash of what an example says, wherever it stands and whatever format it came in."""
+    """A hash of what an example says, whatever its place and its format."""
     return hashlib.sha256(json.dumps(_plain(example), sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: object) -> object:
-    """JSON of a dataclass, without its source and whatever is empty (so that a new field changes no hash)."""
+    """A dataclass as JSON, without its source and its empty fields (so that a new field changes no hash)."""
     if dataclasses.is_dataclass(value):
         pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {name: _plain(item) for name, item in pairs if name != "source" and item not in (None, (), "")}
@@ -240,28 +236,19 @@ def _plain(value: object) -> object:
     return value
 
 
-def split_by_hash(samples: Sequence[T], keys: Sequence[str], share: float) -> tuple[list[T], list[T]]:
-    """Hold out about ``share`` of the samples, chosen by the hash of their content: ``(train, eval)``.
-
-    The same record is always on the same side, in whatever order and company it comes. Raises UserError when nothing
-    would be left on one side.
-    """
-    held = held_by_hash(map(number_of, keys), share)
-    return _sides(samples, held)
-
-
-def _sides(samples: Sequence[T], held: bytearray) -> tuple[list[T], list[T]]:
-    train = [sample for sample, out in zip(samples, held, strict=True) if not out]
-    return train, [sample for sample, out in zip(samples, held, strict=True) if out]
-
-
 def number_of(key: str) -> int:
-    """What a split looks at of a hash: its first 64 bits."""
+    """The first 64 bits of a hash, which decide a split."""
     return int(key[:16], 16)
 
 
 def held_by_hash(numbers: Iterable[int], share: float) -> bytearray:
-    """Which samples ``split_by_hash`` holds out, by ``number_of`` their keys: 1 for each.
+    """Which samples are held out (1) if about ``share`` of them are, chosen by the hash of their content.
+
+    The same record is always on the same side, in whatever order and company it comes.
+
+    Args:
+        numbers: ``number_of`` the key of every sample.
+        share: how much is held out.
 
     Raises:
         UserError: Nothing would be held out, or nothing left to train on.
@@ -285,7 +272,8 @@ def split_holdout(samples: Sequence[T], n_eval: int, seed: int) -> tuple[list[T]
     Both parts keep the order of ``samples``. Raises UserError when nothing would be left to train on.
     """
     held = held_by_chance(len(samples), n_eval, seed)
-    return _sides(samples, held)
+    train = [sample for sample, out in zip(samples, held, strict=True) if not out]
+    return train, [sample for sample, out in zip(samples, held, strict=True) if out]
 
 
 def held_by_chance(count: int, n_eval: int, seed: int) -> bytearray:

@@ -1,4 +1,4 @@
-"""Bytes that only grow: in memory as long as they are few, in a temporary file without a name when they are many."""
+"""Bytes that are only appended: few of them stay in memory, many go to a temporary file without a name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from weft.errors import UserError
 _BLOCK = 1 << 20  # what is written at once
 
 
-class Bytes:
-    """Bytes that are appended: up to ``memory`` of them in memory, more in a temporary file.
+class Spill:
+    """Appended bytes: up to ``memory`` of them stay in memory, more go to a temporary file.
 
-    It is read with ``pread``: pages of a mapped file would count as this process's memory.
+    The file is read with ``pread``, because pages of a mapped file would count as this process's memory.
     """
 
     def __init__(self, memory: int) -> None:
@@ -25,7 +25,7 @@ class Bytes:
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of bytes."""
         return self._written + len(self._tail)
 
     def append(self, data: bytes) -> None:
@@ -35,7 +35,7 @@ class Bytes:
             self._write()
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes [start, stop), which were appended at once."""
+        """The bytes [start, stop), which one call appended."""
         if start >= self._written:
             return bytes(self._tail[start - self._written : stop - self._written])
         assert self._file is not None

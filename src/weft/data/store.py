@@ -1,7 +1,7 @@
-"""Rendered samples in compact form: a little of each in memory, the rest in memory or, if there is much, in a file.
+"""Rendered samples in compact form: a little of each stays in memory, the rest goes to a file if it is much.
 
 A ``Sample`` of Python lists takes some 42 bytes per token. Here it is 4 bytes per token and some 70 per sample, of
-which 16 bytes per sample stay in memory however many there are.
+which 16 bytes per sample stay in memory whatever their number.
 """
 
 from __future__ import annotations
@@ -13,34 +13,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from weft.data.rendering.sample import Sample
-from weft.data.spill import Bytes
+from weft.data.spill import Spill
 from weft.data.views import Array, Columns, Places, Samples
 
-_Rest = tuple[tuple[int, ...], int | None, tuple[int, ...], tuple[int, ...], int]
-
 MEMORY = 64 << 20  # bytes of a store that stay in memory; beyond that all of them go to a file
-_NAMES = 1024  # paths that are remembered, to be neither written nor read again
+_NAMES = 1024  # remembered paths, which need not be written or read again
 _HEAD = struct.Struct("=HIqqqI")  # flags, runs of weights, answer, line, place and length of the path
 _RUN = struct.Struct("=dI")
 _RUNS = np.dtype([("weight", "=f8"), ("count", "=u4")])
-_NUMBER, _COUNT = struct.Struct("=q"), struct.Struct("=I")
-_ANSWER, _LINE, _LABEL, _CUT, _SLOTS, _TYPES = 1, 2, 4, 8, 16, 32  # which fields are not their defaults
-_USUAL = _ANSWER | _LINE
+_REST = struct.Struct("=qqII")  # label, cut, numbers of slots and of token types: what few samples have
+_ANSWER, _LINE, _LABEL, _MORE = 1, 2, 4, 8  # fields that differ from their defaults
 _DIGITS = 18
 
 
 class SampleStore(Samples):
-    """Samples that are appended one by one and stay as they are, in the order in which they came.
+    """Samples in the order in which they are appended; none of them changes.
 
-    Up to ``memory`` bytes are held in memory; beyond that all go to a file without a name in the folder for temporary
-    files (the environment variable TMPDIR names another), which is gone with the store or the process.
+    Up to ``memory`` bytes are held in memory. Beyond that all go to a file without a name in the folder for temporary
+    files (the environment variable TMPDIR names another); it vanishes with the store or the process.
 
     Raises:
-        UserError: that folder is full, or cannot be written to.
+        UserError: That folder is full, or cannot be written to.
     """
 
     def __init__(self, memory: int = MEMORY) -> None:
-        self._bytes = Bytes(memory)
+        self._bytes = Spill(memory)
         self._ends, self._inputs, self._targets = array("q"), array("i"), array("i")
         self._written: dict[str, tuple[int, int]] = {}  # path -> its place and length
         self._read: dict[int, str] = {}  # the same the other way round
@@ -49,24 +46,20 @@ class SampleStore(Samples):
         return len(self._ends)
 
     def append(self, sample: Sample) -> None:
-        """Take in one more. Raises struct.error for ids beyond 32 bits, UserError where the disk is full."""
+        """Take in one more. Raises struct.error for ids beyond 32 bits, and UserError if the disk is full."""
         flags, line, path = 0, 0, sample.source
         name, colon, number = path.rpartition(":")
         if colon and number.isascii() and number.isdigit() and len(number) <= _DIGITS and str(int(number)) == number:
             flags, line, path = _LINE, int(number), name
-        parts: list[bytes] = [b"", _packed(sample.input_ids)]
         runs = _runs(sample.weights)
-        parts += runs
-        if sample.target_ids:
-            parts.append(_packed(sample.target_ids))
-        for flag, value in ((_LABEL, sample.label), (_CUT, sample.cut or None)):
-            if value is not None:
-                flags |= flag
-                parts.append(_NUMBER.pack(value))
-        for flag, values in ((_SLOTS, sample.slots), (_TYPES, sample.token_types)):
-            if values:
-                flags |= flag
-                parts += (_COUNT.pack(len(values)), _packed(values))
+        parts: list[bytes] = [b"", _packed(sample.input_ids), *runs, _packed(sample.target_ids)]
+        if sample.label is not None:
+            flags |= _LABEL
+        slots, types = sample.slots, sample.token_types
+        if sample.label is not None or sample.cut or slots or types:
+            flags |= _MORE
+            rest = _REST.pack(sample.label or 0, sample.cut, len(slots), len(types))
+            parts += (rest, _packed(slots), _packed(types))
         begin = self._bytes.size
         place = self._written.get(path)
         if place is None:
@@ -85,50 +78,35 @@ class SampleStore(Samples):
         self._targets.append(len(sample.target_ids))
 
     def sample(self, index: int) -> Sample:
-        """The sample at ``index``, 0 … len - 1, made anew."""
+        """Make the sample at ``index``, 0 … len - 1."""
         data = memoryview(self._bytes.read(self._ends[index - 1] if index else 0, self._ends[index]))
         flags, runs, answer, line, place, length = _HEAD.unpack_from(data)
         at = _HEAD.size + 4 * self._inputs[index]
-        ids: list[int] = data[_HEAD.size : at].cast("i").tolist()
+        ids = _unpacked(data[_HEAD.size : at])
         weights: list[float] = []
-        for value, count in _RUN.iter_unpack(data[at : at + _RUN.size * runs]):
+        end = at + _RUN.size * runs
+        for value, count in _RUN.iter_unpack(data[at:end]):
             weights += [value] * count
+        at = end + 4 * self._targets[index]
+        targets = tuple(_unpacked(data[end:at]))
         path = self._read.get(place) or self._path(place, length)
         source = f"{path}:{line}" if flags & _LINE else path
-        rest = () if flags <= _USUAL and not self._targets[index] else self._rest(index, data, at + _RUN.size * runs)
-        slots, label, targets, types, cut = rest or ((), None, (), (), 0)
         given = answer if flags & _ANSWER else None
+        if not flags & _MORE:
+            return Sample(ids, weights, source, answer=given, target_ids=targets)
+        label, cut, slots, types = _REST.unpack_from(data, at)
+        at += _REST.size
         return Sample(
-            ids, weights, source, slots=slots, answer=given, label=label, target_ids=targets, token_types=types, cut=cut
+            ids,
+            weights,
+            source,
+            slots=tuple(_unpacked(data[at : at + 4 * slots])),
+            answer=given,
+            label=label if flags & _LABEL else None,
+            target_ids=targets,
+            token_types=tuple(_unpacked(data[at + 4 * slots : at + 4 * (slots + types)])),
+            cut=cut,
         )
-
-    def _rest(self, index: int, data: memoryview, at: int) -> _Rest:
-        """The fields that few samples have."""
-        flags: int = _HEAD.unpack_from(data)[0]
-
-        def numbers(count: int) -> tuple[int, ...]:
-            nonlocal at
-            at += 4 * count
-            return tuple(data[at - 4 * count : at].cast("i"))
-
-        def number(flag: int) -> int | None:
-            nonlocal at
-            if not flags & flag:
-                return None
-            at += _NUMBER.size
-            found: int = _NUMBER.unpack_from(data, at - _NUMBER.size)[0]
-            return found
-
-        def counted(flag: int) -> tuple[int, ...]:
-            nonlocal at
-            if not flags & flag:
-                return ()
-            at += _COUNT.size
-            return numbers(_COUNT.unpack_from(data, at - _COUNT.size)[0])
-
-        targets, label, cut = numbers(self._targets[index]), number(_LABEL), number(_CUT)
-        slots, types = counted(_SLOTS), counted(_TYPES)
-        return slots, label, targets, types, cut or 0
 
     def columns_at(self, places: Places) -> Columns:
         """The tokens of the samples at ``places``."""
@@ -154,13 +132,13 @@ class SampleStore(Samples):
         )
 
     def lengths_at(self, places: Places) -> tuple[Array, Array]:
-        """Of the samples at ``places`` the number of ``input_ids`` and of ``target_ids``."""
+        """The numbers of ``input_ids`` and of ``target_ids`` of the samples at ``places``."""
         chosen = slice(places.start, places.stop) if isinstance(places, range) else places
         inputs, targets = (np.frombuffer(numbers, np.int32)[chosen] for numbers in (self._inputs, self._targets))
         return inputs.astype(np.int64), targets.astype(np.int64)  # copies: an array that is looked at cannot grow
 
     def known_at(self, places: Places) -> tuple[int, Places]:
-        """A sample is told by its place in the store."""
+        """A sample is known by its place in the store."""
         return id(self), places
 
     def parts(self) -> Sequence[tuple[SampleStore, Places]]:
@@ -176,7 +154,7 @@ class SampleStore(Samples):
 
 
 def _runs(weights: Sequence[float]) -> list[bytes]:
-    """``(weight, how often)`` in turn; weights of equal bits are equal, so that -0.0 and NaN come back too."""
+    """Runs of equal weights as ``(weight, count)``; their bits are compared, so that -0.0 and NaN come back too."""
     if not weights:
         return []
     bits = np.frombuffer(struct.pack(f"={len(weights)}d", *weights), np.int64)
@@ -187,3 +165,7 @@ def _runs(weights: Sequence[float]) -> list[bytes]:
 
 def _packed(numbers: Sequence[int]) -> bytes:
     return struct.pack(f"={len(numbers)}i", *numbers)  # twice as fast as an array
+
+
+def _unpacked(data: memoryview) -> list[int]:
+    return data.cast("i").tolist()

@@ -1,6 +1,6 @@
-"""Sequences of samples that are made when they are asked for: places in stores, one part after the other.
+"""Sequences of samples that lie in stores: a sample is made when it is asked for.
 
-They cost some bytes per sample, however long the samples are.
+A sequence is places in stores, one part after the other. It costs some bytes per sample, however long the samples are.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _NONE: Array = np.zeros(0, np.int64)
 
 
 class Columns(NamedTuple):
-    """What samples are to write, end to end: of a sequence-to-sequence sample the targets, all of which are learned.
+    """The tokens that samples write, end to end; a sequence-to-sequence sample writes its targets and learns all.
 
-    ``ids`` and ``weights`` of the tokens [N]; of every sample its length, where its last answer begins (-1: nowhere),
-    whether it has targets, and a label.
+    ``ids`` and ``weights`` are those of the tokens [N]. The others have an entry per sample: its number of tokens, the
+    place where its last answer begins (-1: nowhere), whether it has targets, and whether it has a label.
     """
 
     ids: Array
@@ -44,12 +44,12 @@ class Store(Protocol):
     def columns_at(self, places: Places, /) -> Columns: ...
 
     def known_at(self, places: Places, /) -> tuple[int, Places]:
-        """What tells samples apart: numbers, and what they are numbers of."""
+        """The key of a numbering, and the samples' numbers in it: equal ones are the same sample."""
         ...
 
 
 class Samples(Sequence[Sample]):
-    """Samples that lie in stores. Equal to any sequence with equal samples."""
+    """Samples that lie in stores. They equal any sequence with equal samples."""
 
     @abstractmethod
     def parts(self) -> Sequence[tuple[Store, Places]]:
@@ -89,7 +89,7 @@ class Samples(Sequence[Sample]):
         )
 
     def picked(self, wanted: Array) -> Samples:
-        """The samples at the places where ``wanted`` (bool, one per sample) says so."""
+        """The samples for which ``wanted`` (bool [samples]) is true."""
         if wanted.all():
             return self
         cuts = np.split(wanted, np.cumsum([len(places) for _, places in self.parts()])[:-1])
@@ -98,13 +98,13 @@ class Samples(Sequence[Sample]):
         )
 
     def lengths(self) -> tuple[Array, Array]:
-        """Of every sample the number of ``input_ids`` and of ``target_ids``, without making any of a store."""
+        """The numbers of ``input_ids`` and of ``target_ids`` [samples]; no sample of a store is made."""
         found = [store.lengths_at(places) for store, places in self.parts()] or [(_NONE, _NONE)]
         return np.concatenate([one for one, _ in found]), np.concatenate([other for _, other in found])
 
     def columns(self) -> Columns:
-        """The tokens of all samples as arrays, without making any of a store."""
-        found = [store.columns_at(places) for store, places in self.parts()] or [Listed(()).columns_at(range(0))]
+        """The tokens of all samples as arrays; no sample of a store is made."""
+        found = [store.columns_at(places) for store, places in self.parts()] or [ListStore(()).columns_at(range(0))]
         return Columns(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
     def __eq__(self, other: object) -> bool:
@@ -116,7 +116,7 @@ class Samples(Sequence[Sample]):
 
 
 class View(Samples):
-    """Some samples of some stores."""
+    """Some samples of several stores."""
 
     def __init__(self, *parts: tuple[Store, Places]) -> None:
         self._parts = [
@@ -130,8 +130,8 @@ class View(Samples):
         return self._parts
 
 
-class Listed:
-    """A list as a store."""
+class ListStore:
+    """A list in the role of a store."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
@@ -141,7 +141,7 @@ class Listed:
         return self.samples[place]
 
     def lengths_at(self, places: Places) -> tuple[Array, Array]:
-        """Of the samples at ``places`` the number of ``input_ids`` and of ``target_ids``."""
+        """The numbers of ``input_ids`` and of ``target_ids`` of the samples at ``places``."""
         samples = [self.samples[place] for place in places]
         inputs = np.fromiter((len(sample.input_ids) for sample in samples), np.int64, len(samples))
         return inputs, np.fromiter((len(sample.target_ids) for sample in samples), np.int64, len(samples))
@@ -149,8 +149,7 @@ class Listed:
     def columns_at(self, places: Places) -> Columns:
         """The tokens of the samples at ``places``."""
         samples = [self.samples[place] for place in places]
-        rows = [sample.target_ids or sample.input_ids for sample in samples]
-        weights = ([1.0] * len(sample.target_ids) if sample.target_ids else sample.weights for sample in samples)
+        rows, weights = zip(*(sample.written for sample in samples), strict=True) if samples else ((), ())
         total = sum(map(len, rows))
         return Columns(
             np.fromiter(itertools.chain.from_iterable(rows), np.int64, total),
@@ -162,30 +161,30 @@ class Listed:
         )
 
     def known_at(self, places: Places) -> tuple[int, Places]:
-        """A sample is told by being the same object."""
+        """A sample is known by its identity as an object."""
         return 0, np.array([id(self.samples[place]) for place in places], np.int64)
 
 
 def samples_of(samples: Sequence[Sample]) -> Samples:
-    """A list as ``Samples``; those as they are."""
-    return samples if isinstance(samples, Samples) else View((Listed(samples), range(len(samples))))
+    """Make a list ``Samples``; those stay as they are."""
+    return samples if isinstance(samples, Samples) else View((ListStore(samples), range(len(samples))))
 
 
 def chained(groups: Sequence[Sequence[Sample]]) -> Samples:
-    """Samples one group after the other; a single group as it is."""
+    """The samples of several groups, one group after the other."""
     if len(groups) == 1:
         return samples_of(groups[0])
     return View(*(part for group in groups for part in samples_of(group).parts()))
 
 
 def sizes(samples: Sequence[Sample]) -> Array:
-    """Tokens of every sample that a model reads."""
+    """The number of tokens that a model reads of each sample, [samples]."""
     inputs, targets = samples_of(samples).lengths()
     return inputs + targets
 
 
 def distinct(*groups: Sequence[Sample]) -> list[Samples]:
-    """Each group without the samples that stood in it, or in one before it, already."""
+    """Each group without the samples that came earlier in it or in a group before it."""
     seen: dict[int, Array] = {}
     return [View(*(_fresh(*part, seen) for part in samples_of(group).parts())) for group in groups]
 

@@ -1,7 +1,7 @@
-"""Records to samples in several processes, in the order of the records.
+"""Several processes make samples of records, in the order of the records.
 
-The file is read in the one process; chunks of records go out, samples come back. A tokenizer is sent to each worker
-once. The processes are started afresh (``spawn``): a copy of a process with threads may stand still for ever.
+One process reads the file; chunks of records go out, samples come back. A tokenizer is sent to each worker once. The
+processes are started afresh (``spawn``), because a copy of a process with threads may stand still for ever.
 """
 
 from __future__ import annotations
@@ -13,51 +13,44 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from weft.errors import UserError
 from weft.extensions import load_extension, loaded_files
 
 _CHUNK = 512  # records
-_SIZE = 1 << 18  # or fewer, if they are large: a token of a chunk in the making takes some 200 bytes
-Item = TypeVar("Item", contravariant=True)
-Made = TypeVar("Made")
-I = TypeVar("I")  # noqa: E741
-M = TypeVar("M")
-
-
-class Maker(Protocol[Item, Made]):
-    """What is done to items, some hundred at once; it is sent to the workers once."""
-
-    def make(self, items: Sequence[Item], /) -> list[Made]: ...
+_SIZE = 1 << 18  # a chunk of large records has fewer: while it is made, a token takes some 200 bytes
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def in_order(
-    items: Iterable[I], maker: Maker[I, M], workers: int, size: Callable[[I], int] = lambda item: 0
-) -> Iterator[M]:
-    """The results of ``maker.make`` for every item, in order; made in this process if ``workers`` is 0.
+    items: Iterable[Item],
+    make: Callable[[list[Item]], list[Result]],
+    workers: int,
+    size: Callable[[Item], int] = lambda item: 0,
+) -> Iterator[Result]:
+    """The results of ``make`` for all items, in order; this process makes them if ``workers`` is 0.
+
+    ``make`` gets some hundred items at once. Each worker is sent it once.
 
     ``size`` gives the size of an item (in characters, say): large ones go to the workers in smaller chunks. No more
     items are taken ahead than keep the workers busy.
 
     Raises:
-        UserError: A worker dies, or ``workers`` is negative; also all that ``make`` raises.
+        UserError: A worker dies, or ``workers`` is negative; and whatever ``make`` raises.
     """
     if workers < 0:
         raise UserError(f"data_workers is {workers}; expected 0 (none) or the number of processes.")
     chunks = _chunks(items, size)
-    if not workers:
-        for chunk in chunks:
-            yield from maker.make(chunk)
-        return
-    first = list(itertools.islice(chunks, 2))
-    if len(first) < 2:  # not worth the seconds that a process takes to start
-        for chunk in first:
-            yield from maker.make(chunk)
+    first = list(itertools.islice(chunks, 2)) if workers else []
+    if len(first) < 2:  # a single chunk is not worth the seconds that a process takes to start
+        for chunk in itertools.chain(first, chunks):
+            yield from make(chunk)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(maker, loaded_files()))
-    waiting: deque[Future[list[M]]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(make, loaded_files()))
+    waiting: deque[Future[list[Result]]] = deque()
     try:
         for chunk in itertools.chain(first, chunks):
             waiting.append(pool.submit(_make, chunk))
@@ -74,8 +67,8 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(items: Iterable[I], size: Callable[[I], int]) -> Iterator[list[I]]:
-    chunk: list[I] = []
+def _chunks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
     held = 0
     for item in items:
         chunk.append(item)
@@ -87,15 +80,15 @@ def _chunks(items: Iterable[I], size: Callable[[I], int]) -> Iterator[list[I]]:
         yield chunk
 
 
-_maker: Maker
+_worker_make: Callable[[list], list]  # what this worker process does
 
 
-def _begin(maker: Maker, extensions: Sequence[Path]) -> None:
-    global _maker
-    _maker = maker
+def _begin(make: Callable[[list], list], extensions: Sequence[Path]) -> None:
+    global _worker_make
+    _worker_make = make
     for file in extensions:  # those that the user has loaded
         load_extension(file)
 
 
 def _make(chunk: list) -> list:
-    return list(_maker.make(chunk))
+    return _worker_make(chunk)

@@ -161,15 +161,10 @@ def passes(samples: Sequence[AnySample], max_tokens: int) -> Iterator[list[AnySa
     batch: list[AnySample] = []
     held = 0
     for sample in samples:
-        if batch and held + size(sample) > max_tokens:
+        if batch and held + sample.size > max_tokens:
             yield batch
             batch, held = [], 0
         batch.append(sample)
-        held += size(sample)
+        held += sample.size
     if batch:
         yield batch
-
-
-def size(sample: Sample) -> int:
-    """Tokens of a sample that the model reads."""
-    return len(sample.input_ids) + len(sample.target_ids)

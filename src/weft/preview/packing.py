@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weft.data import Sample
-from weft.training.batches import Batches, size
+from weft.training.batches import Batches
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Packing:
     def _entry(self, index: int) -> dict[str, object]:
         place = self.places[index]
         sample = self.samples[index]
-        return {"source": sample.source, "tokens": size(sample), "begin": place.begin, "end": place.end}
+        return {"source": sample.source, "tokens": sample.size, "begin": place.begin, "end": place.end}
 
     def _padded(self) -> tuple[int, int]:
         """The size in tokens of padded batches, and of the samples in them."""

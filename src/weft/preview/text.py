@@ -49,10 +49,11 @@ def _sample(item: Item, view: View, out: Console, tokens: bool) -> None:
         out.print(Text(visible(item.text or item.shown)))
     for sample in item.samples:
         found = pieces(view.data_set.facts.tokenizer, sample)
-        learned = sum(bool(piece.weight) for piece in found)
         cut = f"  cut from {len(sample.input_ids) + sample.cut:,} tokens" if sample.cut else ""
         place = place_of(item, view, sample)
-        head = f"── {item.source}{label}  {len(found)} tokens, {learned} learned{cut}{'  ' * bool(place)}{place}"
+        head = (
+            f"── {item.source}{label}  {sample.size} tokens, {sample.learned} learned{cut}{'  ' * bool(place)}{place}"
+        )
         out.print(Text(head, "bold"), soft_wrap=not out.is_terminal)
         _lines(found, out)
         if tokens:

@@ -10,7 +10,6 @@ from weft.data import Mixture, Sample
 from weft.data.pack import pack, pack_in_order
 from weft.data.views import sizes
 from weft.errors import UserError
-from weft.objectives.passes import size
 from weft.training.settings import JobConfig
 
 
@@ -115,7 +114,7 @@ class Batches:
         if longest is not None and self.lengths[longest] > limit:
             learned = f" and the {virtual} learned ones of its adapter" * bool(virtual)
             raise UserError(
-                f"{samples[longest].source}: job '{self.config.name}': {size(samples[longest])} tokens{learned} do not "
+                f"{samples[longest].source}: job '{self.config.name}': {samples[longest].size} tokens{learned} do not "
                 f"fit into {key}: {limit}; sequences are never cut to fit. Set {key} to {self.lengths[longest]} or "
                 f"more, or a max_length (and truncation) of {limit - virtual} or less."
             )

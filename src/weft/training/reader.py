@@ -12,7 +12,7 @@ import numpy as np
 
 from weft.core.heads import ClassificationTask
 from weft.data import Mixture, Problems, Renderer, Sample, Source, parse_sources
-from weft.data.formats.detect import EmptyAnswerError
+from weft.data.formats.turns import EmptyAnswerError
 from weft.data.labelled import ClassRecipe, given_labels
 from weft.data.pipeline import Fold, Outcome, Recipe, TextRecipe, outcomes
 from weft.data.problems import OnBadRecord

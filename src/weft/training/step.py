@@ -15,7 +15,6 @@ from torch import Tensor
 
 from weft.core.adapters import Adapters
 from weft.objectives.passes import Work, forward_losses
-from weft.training.batches import size
 from weft.training.job import Job
 
 
@@ -63,7 +62,7 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
             total[job.name] = total.get(job.name, 0) + loss.detach()
     results = {}
     for job in jobs:
-        tokens = sum(size(s) for micro in batches[job.name] for s in micro)
+        tokens = sum(s.size for micro in batches[job.name] for s in micro)
         rate = job.learning_rate()
         job.progress.tokens += tokens
         results[job.name] = StepResult(float(total[job.name]), job.update(), rate, tokens)

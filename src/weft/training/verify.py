@@ -20,7 +20,7 @@ from weft.core.site import sites_in
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
-from weft.objectives.passes import Work, sequence_losses, size
+from weft.objectives.passes import Work, sequence_losses
 from weft.training.job import Job
 
 _ADVICE = (
@@ -88,7 +88,7 @@ def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
 def _shortest(samples: Sequence[Sample]) -> list[Sample]:
     """The shortest, and the longest last: what leaks into it comes mostly from what stands before it, and tables of
     positions are chosen by it."""
-    by_size = sorted(samples, key=size)
+    by_size = sorted(samples, key=lambda sample: sample.size)
     return by_size if len(by_size) <= _SEQUENCES else [*by_size[: _SEQUENCES - 1], by_size[-1]]
 
 

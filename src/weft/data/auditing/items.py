@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from weft.data.auditing.base import Item, Split, short
-from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, Tokenised
-from weft.data.pipeline import BEHIND, Kept, LeftOut, Outcome, Refused
+from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, TokenisedText
+from weft.data.pipeline import BEHIND, Acceptance, Omission, Outcome, Refusal
 from weft.data.problems import Problem
 from weft.data.rendering.render import Renderer, Task
 from weft.data.rendering.sample import Sample
@@ -36,7 +36,7 @@ def collect(
     left_out = Counter[str]()
     long: list[tuple[int, SFT]] = []
     for one in found:
-        if isinstance(one, LeftOut):
+        if isinstance(one, Omission):
             left_out[one.why] += one.why != BEHIND
             continue
         item = _item(one, split, renderer.tokenizer)
@@ -51,9 +51,9 @@ def collect(
 def _item(outcome: Outcome, split: Split, tokenizer: Any) -> Item:
     example, texts, problem, shown = outcome.example, _Texts(), None, ""
     samples: tuple[Sample, ...] = ()
-    if isinstance(outcome, Kept):
+    if isinstance(outcome, Acceptance):
         samples, texts = outcome.samples, _texts_of(example, tokenizer)
-    elif isinstance(outcome, Refused):
+    elif isinstance(outcome, Refusal):
         # Only of token ids that are too many is it known that they can be decoded.
         texts = _texts_of(example, tokenizer if outcome.too_long else None)
         problem = _code(outcome, texts), _message(outcome.problem)
@@ -80,7 +80,7 @@ def tokens_in(samples: Iterable[Sample]) -> int:
     return sum(len(sample.input_ids) for sample in samples)
 
 
-def _code(refused: Refused, texts: _Texts) -> str:
+def _code(refused: Refusal, texts: _Texts) -> str:
     """The check that finds the record."""
     if refused.too_long:
         return "too-long"
@@ -136,7 +136,7 @@ def _texts_of(example: SFT | None, tokenizer: Any) -> _Texts:
     if isinstance(example, Segments):
         answer = "".join(text for text, learned in example.segments if learned)
         return _Texts("".join(text for text, _ in example.segments), answer=answer)
-    if isinstance(example, Tokenised) and tokenizer is not None:
+    if isinstance(example, TokenisedText) and tokenizer is not None:
         return _Texts(str(tokenizer.decode(list(example.input_ids))))
     if not isinstance(example, Conversation):
         return _Texts()

@@ -27,7 +27,7 @@ def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> di
     tokens = Tokens(samples_of(samples))
     learned = int(tokens.learned.sum())
     lengths = np.array([item.length for item in usable], np.int64)
-    total = sum(len(sample.input_ids) + len(sample.target_ids) for sample in samples)
+    total = sum(sample.size for sample in samples)
     mine = {item.source for item in items}
     copies = Counter(finding.code for finding in findings if finding.source in mine)
     result: dict[str, Any] = {
@@ -91,6 +91,6 @@ def _sources(items: Iterable[Item]) -> dict[str, dict[str, int]]:
         entry = found[file]
         entry["records"] += 1
         for sample in item.samples:
-            entry["tokens"] += len(sample.input_ids) + len(sample.target_ids)
-            entry["learned_tokens"] += len(sample.target_ids) or sum(map(bool, sample.weights))
+            entry["tokens"] += sample.size
+            entry["learned_tokens"] += sample.learned
     return dict(found)

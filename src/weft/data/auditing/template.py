@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from weft.data.auditing.base import Facts, Hit, Item, Records, over, short
-from weft.data.formats.detect import Conversation
+from weft.data.formats.examples import Conversation
 from weft.data.rendering.render import Sample
 from weft.data.rendering.sandbox import render_chat
 from weft.data.rendering.transcript import learned_turns
@@ -94,12 +94,8 @@ def answer_not_learned(records: Records) -> Iterator[Hit]:
     """The learned tokens do not decode to the answer."""
     facts = records.facts
     for item, sample, _ in _answered(records, _ANSWERS):
-        if sample.target_ids:
-            learned = list(sample.target_ids)
-        else:
-            first = sample.answer or 0
-            pairs = zip(sample.input_ids[first:], sample.weights[first:], strict=True)
-            learned = [number for number, weight in pairs if weight]
+        (ids, weights), first = sample.written, sample.answer or 0
+        learned = [number for number, weight in zip(ids[first:], weights[first:], strict=True) if weight]
         unknown = facts.special("unk")
         if not learned or "<think" in item.answer or (unknown is not None and unknown in learned):
             continue  # templates remove thoughts

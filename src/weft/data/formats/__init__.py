@@ -1,1 +1,1 @@
-"""Records to examples: what the field's formats look like, told by their keys."""
+"""Records become examples: the names of a record's fields tell its format."""

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from weft.data.formats.examples import Classified, Conversation, Message, PlainText
+from weft.data.formats.examples import ClassifiedText, Conversation, Message, PlainText
 from weft.data.formats.fields import as_list, short, string
-from weft.data.formats.labels import label_name, text_of
+from weft.data.formats.labels import label_name, texts_of
 from weft.data.formats.turns import conversation, turns
 from weft.data.reading.records import Record
 from weft.errors import UserError
 
 
 def read_pair(record: Record, shape: Sequence[str]) -> Conversation:
-    """A question in ``shape[0]``, its answer in ``shape[1]``, earlier exchanges in ``history``."""
+    """Read a question from ``shape[0]``, its answer from ``shape[1]`` and earlier exchanges from ``history``."""
     question = asked(record, shape[:1])
     return conversation(record, [*question, Message("assistant", string(record, shape[1]))])
 
 
 def read_alpaca(record: Record, shape: Sequence[str]) -> Conversation:
-    """``instruction``, what it is about in ``input``, and the answer in ``shape[1]``."""
+    """Read ``instruction``, its material in ``input``, and the answer in ``shape[1]``."""
     question = asked(record, (shape[0], "input"))
     return conversation(record, [*question, Message("assistant", string(record, shape[1]))])
 
 
 def read_instruct(record: Record, shape: Sequence[str]) -> Conversation:
-    """``instruction``, what it is about in ``context`` (Dolly) or ``input``, and the answer in ``response``.
+    """Read ``instruction``, its material in ``context`` (Dolly) or ``input``, and the answer in ``response``.
 
     Raises:
         UserError: Both ``context`` and ``input`` hold text.
@@ -67,7 +67,7 @@ def history(record: Record) -> list[Message]:
     """``history``: pairs of a question and its answer, the oldest first.
 
     Raises:
-        UserError: An entry is no pair of strings, or its question is empty.
+        UserError: An entry is not a pair of strings, or its question is empty.
     """
     messages: list[Message] = []
     for number, turn in enumerate(as_list(record.fields["history"], "history", record.source), start=1):
@@ -83,7 +83,7 @@ def history(record: Record) -> list[Message]:
 
 
 def read_prompt_completion(record: Record, shape: Sequence[str]) -> Conversation:
-    """Strings, or lists of messages; the loss is on the completion alone, whatever the prompt holds.
+    """Read two strings or two lists of messages. The loss is on the completion alone, whatever the prompt holds.
 
     Raises:
         UserError: The completion holds no assistant turn, or one is a string and the other is not.
@@ -107,7 +107,7 @@ def read_prompt_completion(record: Record, shape: Sequence[str]) -> Conversation
 
 
 def read_text(record: Record, shape: Sequence[str]) -> PlainText:
-    """Text to be learned as it stands.
+    """Read a text that is learned as it stands.
 
     Raises:
         UserError: It is empty.
@@ -118,13 +118,10 @@ def read_text(record: Record, shape: Sequence[str]) -> PlainText:
     return PlainText(text, record.source)
 
 
-def read_classified(record: Record, shape: Sequence[str]) -> Classified:
-    """One text or two, and the class in the last field of ``shape``.
+def read_classified(record: Record, shape: Sequence[str]) -> ClassifiedText:
+    """Read one text or two, and their class in the last field of ``shape``.
 
     Raises:
         UserError: The text is empty.
     """
-    texts = tuple(text_of(record, column) for column in shape[:-1])
-    if not any(text.strip() for text in texts):
-        raise UserError(f"{record.source}: {' + '.join(map(repr, shape[:-1]))} is empty. Remove the record.")
-    return Classified(texts, label_name(record, shape[-1]), record.source)
+    return ClassifiedText(texts_of(record, shape[:-1]), label_name(record, shape[-1]), record.source)

@@ -1,4 +1,4 @@
-"""``columns``: the user's own names of fields, paths into nested ones, texts made of several, and constants."""
+"""The key ``columns``: the user's names of fields, paths into nested ones, templates of several, and constants."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
 
 def map_columns(record: Record, columns: Mapping[str, str], known: Collection[str]) -> Record:
-    """The record with our names for fields; those that were read are gone. ``known`` are the fields of all formats.
+    """The record under our names of fields, without the fields that were read. ``known``: the fields of all formats.
 
     A value of ``columns`` is a field's name, a path (``data.answers.0``), a text in which ``{field}`` or ``{path}``
     stands for the field's text, or a constant after ``=``.
 
     Raises:
-        UserError: A name is not there.
+        UserError: The record has no such field, or no format has one of that name.
     """
     made: dict[str, object] = {}
     used: set[str] = set()
@@ -30,33 +30,33 @@ def map_columns(record: Record, columns: Mapping[str, str], known: Collection[st
                 f"columns: '{ours}' is a field of no format.{nearest(ours, known)} Write `<field of the format>: "
                 f"<field in the data>`; the formats stand in docs/data.md."
             )
-        made[ours] = _made(record, theirs, used)
+        made[ours] = _value(record, theirs, used)
     fields = {name: value for name, value in record.fields.items() if name not in used}
     fields.update(made)
     return Record(fields, record.source)
 
 
-def _made(record: Record, theirs: str, used: set[str]) -> object:
+def _value(record: Record, theirs: str, used: set[str]) -> object:
     if theirs in record.fields:
         used.add(theirs)
         return record.fields[theirs]
     if theirs.startswith("="):
         return theirs[1:]
     if "{" not in theirs and "}" not in theirs:
-        return _found(record, theirs, used)
+        return _at_path(record, theirs, used)
 
     def text(found: re.Match[str]) -> str:
         if found[0] in ("{{", "}}"):
             return found[0][0]
         if found[1] is None:
             raise UserError(f"columns: '{theirs}' holds a single '{found[0]}'. Write {{{{ and }}}} for the braces.")
-        return _as_text(_found(record, found[1], used), found[1], record)
+        return _as_text(_at_path(record, found[1], used), found[1], record)
 
     return _PLACE.sub(text, theirs)
 
 
-def _found(record: Record, path: str, used: set[str]) -> object:
-    """The value of a field, or at a path of fields and places in lists; None where a part of it is null."""
+def _at_path(record: Record, path: str, used: set[str]) -> object:
+    """The value of a field, or at a path of fields and places in lists; None where a part of the path is null."""
     if path in record.fields:
         used.add(path)
         return record.fields[path]
@@ -80,7 +80,7 @@ def _found(record: Record, path: str, used: set[str]) -> object:
 
 
 def _as_text(value: object, name: str, record: Record) -> str:
-    """A field within a text: strings, numbers, and lists of them, an entry a line."""
+    """A field as a part of a text: a string, a number, or a list of them with one entry a line."""
     if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
         return "\n".join(_as_text(item, name, record) for item in value)
     if isinstance(value, bool):

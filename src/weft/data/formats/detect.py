@@ -1,8 +1,8 @@
 """Find the format of a record, and read it into an example.
 
-The format is told from the names of the fields (``registry.py`` has them all), or named by the user; ``columns``
-renames fields first. Whatever could be read in two ways, would lose what the record says, or is not for the caller's
-purpose is an error that says where and what to add.
+The names of the fields tell the format (``registry.py`` has them all), or the user names it. ``columns`` renames fields
+first. A record is refused if it could be read in two ways, if a part of it would be lost, or if it is not for the
+caller's purpose. The error says where the record is and what to add.
 """
 
 from __future__ import annotations
@@ -14,21 +14,7 @@ from typing import Any, Literal, overload
 
 from weft.data.formats import refusals
 from weft.data.formats.columns import map_columns
-from weft.data.formats.examples import (
-    SFT,
-    Classified,
-    Conversation,
-    Example,
-    LabelledAnswer,
-    Message,
-    PlainText,
-    Preference,
-    Ranked,
-    Segments,
-    StepLabels,
-    Tokenised,
-    describe,
-)
+from weft.data.formats.examples import SFT, Conversation, Example
 from weft.data.formats.judged import verdict
 from weft.data.formats.registry import (
     ACCEPTS,
@@ -41,46 +27,19 @@ from weft.data.formats.registry import (
     Format,
     Purpose,
     Reader,
-    formats_table,
-    known_formats,
 )
-from weft.data.formats.turns import ROLES, EmptyAnswerError
 from weft.data.reading.records import Record
-from weft.errors import UserError, nearest
+from weft.errors import UserError, check_word, nearest
 from weft.extensions import HOW_TO_LOAD
-
-__all__ = [
-    "FORMATS",
-    "ROLES",
-    "Classified",
-    "Conversation",
-    "EmptyAnswerError",
-    "Example",
-    "LabelledAnswer",
-    "Message",
-    "PlainText",
-    "Preference",
-    "Purpose",
-    "Ranked",
-    "Segments",
-    "StepLabels",
-    "Tokenised",
-    "describe",
-    "format_of",
-    "formats_table",
-    "known_formats",
-    "register_format",
-    "to_example",
-]
 
 _JUDGE = "kto"
 
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """A format that fits a set of fields: by which shape, and which fields of ``UNREAD`` it leaves unread.
+    """A format that fits a set of fields, the shape that fits, and the fields of ``UNREAD`` that it leaves unread.
 
-    ``base``: for a mark on a conversation, how the conversation is read.
+    ``base``, of a mark on a conversation, says how the conversation is read.
     """
 
     name: str
@@ -93,9 +52,9 @@ class _Fit:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How records with one set of fields are read: the first of ``fits`` whose values agree; else ``problem``.
+    """How records with one set of fields are read: by the first of ``fits`` whose values agree, else ``problem``.
 
-    ``spelled`` maps other spellings of fields, as they stand in the data, to ours.
+    ``spelled`` maps the data's spellings of fields to ours.
     """
 
     fits: tuple[_Fit, ...]
@@ -129,17 +88,14 @@ def to_example(
     """Read one record.
 
     ``columns`` maps a format's field to the data's own, e.g. ``{"completion": "reply"}``; see docs/data.md for paths,
-    templates and constants. ``purpose`` is the caller's use: data made for another one is refused.
+    templates and constants. ``purpose`` is the caller's use; data for another use is refused.
 
     Raises:
         UserError: The record has no known format or more than one, a field is missing or of the wrong type, a role is
             unknown, or a conversation has no assistant turn. The message names the line.
         EmptyAnswerError: An answer is empty.
     """
-    if columns:
-        record = map_columns(record, columns, _names())
-    if purpose not in ACCEPTS:
-        raise UserError(f"purpose is {purpose!r}; expected one of {', '.join(ACCEPTS)}.{nearest(purpose, ACCEPTS)}")
+    check_word("purpose", purpose, tuple(ACCEPTS))
     record, fit, plan = _choose(record, format, columns)
     if fit.entry.purpose not in ACCEPTS[purpose]:
         refusals.wrong_purpose(record, fit.name, purpose)
@@ -160,13 +116,13 @@ def to_example(
 
 def format_of(record: Record, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> str:
     """The name of the record's format, one of FORMATS. Raises UserError as ``to_example`` does where none is clear."""
-    if columns:
-        record = map_columns(record, columns, _names())
     return _choose(record, format, columns)[1].name
 
 
 def _choose(record: Record, format: str | None, columns: Mapping[str, str] | None) -> tuple[Record, _Fit, _Plan]:
-    """The record in our spelling, and what reads it."""
+    """The record in our spelling, and the fit and the plan by which it is read."""
+    if columns:
+        record = map_columns(record, columns, _names())
     fields = record.fields
     present = tuple(fields)
     if None in fields.values():
@@ -203,7 +159,7 @@ def _read(record: Record, fit: _Fit) -> Example:
 
 
 def _check_unread(record: Record, fit: _Fit, theirs: Mapping[str, str]) -> None:
-    """Refuse a record that says something which the format that fits does not read."""
+    """Refuse a record that says something in a field which its format does not read."""
     for name in fit.unread:
         value = record.fields[name]
         if (isinstance(value, (int, float)) and value in (0, 1)) if name == "label" else value:
@@ -213,7 +169,7 @@ def _check_unread(record: Record, fit: _Fit, theirs: Mapping[str, str]) -> None:
 
 
 def _check_marks(record: Record) -> None:
-    """Whoever names a format may learn the answers that are marked as good, but never bad ones."""
+    """Refuse an answer that is marked as bad: naming a format allows learning the good ones only."""
     for (name,) in FORMATS[_JUDGE].shapes:
         if verdict(record.fields.get(name)) is False:
             raise UserError(
@@ -234,11 +190,11 @@ def register_format(
 ) -> Callable[[Reader], Reader]:
     """A decorator of a function that reads a record: records with the fields of one of ``shapes`` are of this format.
 
-    The function takes the record and the shape that fits and gives what ``purpose`` is for: a ``Conversation`` or a
-    ``PlainText`` for "sft". The rest is told in ``Format``.
+    The function takes the record and the shape that fits, and returns an example of the ``purpose``: a ``Conversation``
+    or a ``PlainText`` for "sft". ``Format`` explains the other arguments.
 
     Raises:
-        UserError: the name is taken.
+        UserError: The name is taken.
     """
 
     def entry(read: Reader) -> Format:
@@ -260,7 +216,7 @@ def _names() -> frozenset[str]:
 
 @lru_cache(maxsize=4096)  # data sets have few sets of fields, and many records of each
 def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) -> _Plan:
-    """Which formats fit records that have these fields. ``mapped`` are those that the user has named himself."""
+    """Which formats fit records that have these fields. ``mapped`` are the fields that the user named."""
     spelled = {name: ours for name in present if (ours := _ours(name)) != name and ours not in mapped}
     names = [spelled.get(name, name) for name in present]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -276,7 +232,7 @@ def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) 
 
 
 def _ours(name: str) -> str:
-    """A field's name in our spelling: ``Question `` and ``问题`` are ``question``."""
+    """The name of a field in our spelling: ``Question `` and ``问题`` are ``question``."""
     if name in _names():
         return name
     plain = name.strip().lower()
@@ -285,7 +241,7 @@ def _ours(name: str) -> str:
 
 
 def _fits(names: frozenset[str], formats: Mapping[str, Format], mapped: frozenset[str]) -> tuple[list[_Fit], str]:
-    """The formats that fit, one of a tier; and why there are no more, if a tier has several."""
+    """The formats that fit, one of each tier, up to a tier with several; and then why that is one too many."""
     fits: list[_Fit] = []
     for tier in sorted({entry.tier for entry in formats.values()}):
         entries = {name: entry for name, entry in formats.items() if entry.tier == tier}
@@ -313,7 +269,7 @@ def _shapes(name: str, entry: Format, names: frozenset[str], mapped: frozenset[s
 
 
 def _covered(place: int, fits: list[_Fit]) -> bool:
-    """Whether another format reads all that this one does (of two that read the same, the first is meant)."""
+    """Whether another format reads all that this one does. Of two that read the same, the first counts."""
     mine = fits[place]
     return any(
         _covers(other, mine) and (number < place or not _covers(mine, other))

@@ -1,7 +1,7 @@
-"""What a record becomes: the kinds of example, and how each is shown to people.
+"""The kinds of example that a record can be, and how people are shown each.
 
-Only the first four teach a model to write (``SFT``). The others hold good and bad answers side by side, or classes, and
-are for objectives that can tell them apart.
+Only four kinds teach a model to write (``SFT``). The others hold good and bad answers side by side, or classes, for
+objectives that can tell them apart.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import KW_ONLY, dataclass
 
 from weft.data.formats.fields import short
 
-IGNORED = -100  # the label of a token that is not learned, everywhere in the field
+IGNORED = -100  # the field's label of a token that is not learned
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. ``role`` is one of ROLES; ``train`` overrides whether the turn is learned (None: as ``train_on`` says).
+    """One turn.
 
+    ``role`` is "system", "user", "assistant" or "tool". ``train`` overrides whether the turn is learned (None: as
+    ``train_on`` says).
     ``tool_calls`` are ``{"type": "function", "function": {"name": str, "arguments": dict}}``, as chat templates
     expect them. ``loss_weight`` scales the loss of a learned turn.
     """
@@ -34,7 +36,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order, and the tools (JSON schemas) that the template is to list."""
+    """Messages in order, and the tools (JSON schemas) that the template lists."""
 
     messages: tuple[Message, ...]
     source: str
@@ -43,15 +45,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text to be learned as it stands."""
+    """A text that is learned as it stands."""
 
     text: str
     source: str
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """Token ids made elsewhere, without padding; ``labels[i]`` is ``input_ids[i]`` where learned, else -100."""
+class TokenisedText:
+    """Token ids of the data, without padding; ``labels[i]`` is ``input_ids[i]`` where learned, else -100."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -60,7 +62,7 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class Segments:
-    """Pieces of one text, each with whether it is learned; control tokens written in it are meant as such."""
+    """Pieces of one text, and whether each is learned; control tokens written in them are control tokens."""
 
     segments: tuple[tuple[str, bool], ...]
     source: str
@@ -80,7 +82,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class LabelledAnswer:
-    """One continuation of a prompt that was judged good (``label`` True) or bad: what KTO learns from."""
+    """One continuation of a prompt, judged good (``label`` True) or bad: KTO learns from these."""
 
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]
@@ -91,7 +93,7 @@ class LabelledAnswer:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class Ranking:
     """Several answers to one prompt, the best first."""
 
     prompt: tuple[Message, ...]
@@ -100,7 +102,7 @@ class Ranked:
     tools: tuple[dict[str, object], ...] = ()
 
     def pairs(self) -> tuple[Preference, ...]:
-        """Every two unequal answers as a preference, the better one chosen."""
+        """A preference for every two unequal answers; the better one is chosen."""
         return tuple(
             Preference(self.prompt, (better,), (worse,), source=self.source, tools=self.tools)
             for index, better in enumerate(self.answers)
@@ -111,7 +113,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class StepLabels:
-    """The steps of one answer, each judged right or wrong: what process reward models learn from."""
+    """The steps of one answer, each judged right or wrong: process reward models learn from these."""
 
     prompt: tuple[Message, ...]
     completions: tuple[str, ...]
@@ -120,7 +122,7 @@ class StepLabels:
 
 
 @dataclass(frozen=True)
-class Classified:
+class ClassifiedText:
     """One text or more, and the name of their class."""
 
     texts: tuple[str, ...]
@@ -128,15 +130,15 @@ class Classified:
     source: str
 
 
-SFT = Conversation | PlainText | Tokenised | Segments
-Example = SFT | Preference | LabelledAnswer | Ranked | StepLabels | Classified
+SFT = Conversation | PlainText | TokenisedText | Segments
+Example = SFT | Preference | LabelledAnswer | Ranking | StepLabels | ClassifiedText
 
-# Characters that would move a terminal's cursor or colour it; data may hold them, a preview must not obey them.
+# Data may hold characters that move a terminal's cursor or colour it; a preview must not obey them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def describe(example: Example, *, limit: int | None = None) -> str:
-    """Any example as text for people: a line or more per turn, roles first, contents cut to ``limit`` characters."""
+    """Describe any example to people: each turn has its role and its content, cut to ``limit`` characters."""
     return "\n".join(_lines(example, limit))
 
 
@@ -147,7 +149,7 @@ def _lines(example: Example, limit: int | None) -> Iterable[str]:
             yield from _turns(example.messages, limit)
         case PlainText():
             yield _entry("text", example.text, limit)
-        case Tokenised():
+        case TokenisedText():
             learned = sum(label != IGNORED for label in example.labels)
             yield f"{len(example.input_ids)} tokens, {learned} of them learned"
             yield _entry("input_ids", " ".join(map(str, example.input_ids)), limit)
@@ -161,7 +163,7 @@ def _lines(example: Example, limit: int | None) -> Iterable[str]:
         case LabelledAnswer():
             yield from _turns(example.prompt, limit)
             yield from _turns(example.completion, limit, "good " if example.label else "bad ")
-        case Ranked():
+        case Ranking():
             yield from _turns(example.prompt, limit)
             for number, answer in enumerate(example.answers, start=1):
                 yield from _turns((answer,), limit, f"answer {number}, ")
@@ -169,7 +171,7 @@ def _lines(example: Example, limit: int | None) -> Iterable[str]:
             yield from _turns(example.prompt, limit)
             for step, label in zip(example.completions, example.labels, strict=True):
                 yield _entry("right step" if label else "wrong step", step, limit)
-        case Classified():
+        case ClassifiedText():
             for text in example.texts:
                 yield _entry("text", text, limit)
             yield _entry("class", example.label, limit)

@@ -1,4 +1,4 @@
-"""What every reader of records does with single fields: check their type, and complain in the same words."""
+"""Functions with which every reader of records checks the type of a field, and complains in the same words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from weft.data.reading.records import Record
 from weft.errors import UserError
 
-_REPR = reprlib.Repr()  # bounded in depth as well: the repr of deeply nested data would exhaust the stack
+_REPR = reprlib.Repr()  # bounded in depth too: the repr of deeply nested data would exhaust the stack
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
@@ -38,10 +38,10 @@ def string(record: Record, name: str, *, optional: bool = False) -> str:
 
 
 def as_list(value: object, name: str, source: str) -> list[Any]:
-    """A list, or one that stands as JSON text in a cell of a table.
+    """The value as a list; it may be JSON text in a cell of a table.
 
     Raises:
-        UserError: It is no list.
+        UserError: It is not a list.
     """
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         value = parse_json(value, f"{source}: '{name}'")

@@ -6,21 +6,21 @@ import re
 from collections.abc import Sequence
 
 from weft.data.formats.answers import asked
-from weft.data.formats.examples import Conversation, LabelledAnswer, Message, Preference, Ranked, StepLabels
+from weft.data.formats.examples import Conversation, LabelledAnswer, Message, Preference, Ranking, StepLabels
 from weft.data.formats.fields import as_list, short, string
 from weft.data.formats.turns import EmptyAnswerError, is_silent, message, tools, turns, with_system
 from weft.data.reading.records import Record
 from weft.errors import UserError
 
-# Where the prompt of a pair may stand. `prompt` goes before a list of turns, which then often repeats the whole.
+# The prompt of a pair stands in one of these fields. `prompt` goes first: a list of turns beside it often repeats it.
 _TURN_LISTS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("instruction", "question", "query")
 PROMPTS = ("prompt", *_TURN_LISTS, *_QUESTIONS, "input")
-_HH = re.compile(r"\n\n(Human|Assistant): ?")  # how Anthropic's hh-rlhf writes a dialogue into one string
+_HH = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic's hh-rlhf writes a dialogue into one string so
 
 
 def read_preference(record: Record, shape: Sequence[str]) -> Preference:
-    """``chosen`` and ``rejected``: strings, single messages, or lists of messages that may begin with the prompt."""
+    """Read ``chosen`` and ``rejected``: strings, messages, or lists of messages that may begin with the prompt."""
     prompt = _prompt(record)
     good, bad = (_whole(prompt, _answer(record, name), f"{record.source}: '{name}'") for name in shape)
     return _preference(record, good, bad, tuple(shape))
@@ -40,7 +40,7 @@ def _whole(prompt: list[Message], answer: list[Message], where: str) -> list[Mes
 
 
 def read_rejected(record: Record, shape: Sequence[str]) -> Preference:
-    """ms-swift's: a good conversation, and a worse last answer (or a worse conversation) in the last of ``shape``.
+    """Read ms-swift's good conversation, and its worse answer or conversation in the last field of ``shape``.
 
     Raises:
         UserError: The good conversation does not end with an answer.
@@ -55,7 +55,7 @@ def read_rejected(record: Record, shape: Sequence[str]) -> Preference:
 
 
 def read_two_responses(record: Record, shape: Sequence[str]) -> Preference:
-    """A question, the better answer, the worse answer."""
+    """Read a question, the better answer and the worse answer."""
     prompt = asked(record, shape[:1])
     good, bad = ([*prompt, _said(string(record, name))] for name in shape[1:])
     return _preference(record, good, bad, (shape[1], shape[2]))
@@ -66,7 +66,7 @@ def _said(text: str) -> Message:
 
 
 def _prompt(record: Record) -> list[Message]:
-    """What comes before both answers, as far as the record says it apart from them."""
+    """The messages before both answers, as far as the record has them in a field of their own."""
     fields = record.fields
     if fields.get("prompt") is not None:
         return turns(record, "prompt") if isinstance(fields["prompt"], list) else asked(record, ("prompt",))
@@ -127,14 +127,14 @@ def _preference(record: Record, good: list[Message], bad: list[Message], names: 
 
 
 def verdict(value: object) -> bool | None:
-    """A verdict as data has it: true or false, also as a word in a table's cell. None: it is something else."""
+    """The verdict in a value: true or false, also as a word in a table's cell. None: it is something else."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
     return value if isinstance(value, bool) else None
 
 
 def judge(read: Conversation, record: Record, name: str) -> LabelledAnswer:
-    """A conversation whose end, all that follows the last user turn, is good or bad as the field ``name`` says.
+    """Judge a conversation: all that follows the last user turn is good or bad, as the field ``name`` says.
 
     Raises:
         UserError: The field is neither true nor false, or no answer follows the last user turn.
@@ -149,11 +149,11 @@ def judge(read: Conversation, record: Record, name: str) -> LabelledAnswer:
     return LabelledAnswer(read.messages[:at], read.messages[at:], label, source=record.source, tools=read.tools)
 
 
-def read_ranked(record: Record, shape: Sequence[str]) -> Ranked:
-    """``instruction`` and ``input``, and a list of answers, the best first.
+def read_ranked(record: Record, shape: Sequence[str]) -> Ranking:
+    """Read ``instruction``, ``input`` and a list of answers, the best first.
 
     Raises:
-        UserError: An answer is no string, or there are fewer than two different ones.
+        UserError: An answer is not a string, or there are fewer than two different ones.
         EmptyAnswerError: An answer is empty.
     """
     prompt = with_system(record, asked(record, (shape[0], "input")))
@@ -170,14 +170,14 @@ def read_ranked(record: Record, shape: Sequence[str]) -> Ranked:
             f"{record.source}: '{shape[1]}' must list two different answers or more, the best first; {found}. Remove "
             "the record (a single answer to be learned is written as a string)."
         )
-    return Ranked(tuple(prompt), tuple(map(_said, answers)), record.source, tools(record))
+    return Ranking(tuple(prompt), tuple(map(_said, answers)), record.source, tools(record))
 
 
 def read_steps(record: Record, shape: Sequence[str]) -> StepLabels:
-    """``prompt``, the steps in ``completions``, a verdict each in ``labels``.
+    """Read ``prompt``, the steps in ``completions`` and their verdicts in ``labels``.
 
     Raises:
-        UserError: The steps are no strings, or the verdicts are not one per step.
+        UserError: A step is not a string, or there is not one verdict per step.
     """
     prompt, steps, labels = shape
     texts = as_list(record.fields[steps], steps, record.source)

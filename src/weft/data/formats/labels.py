@@ -1,16 +1,16 @@
-"""Which columns of classification data hold texts and which the class, by the names that data sets give them."""
+"""The usual names of the columns that hold the texts and the class of classification data."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from weft.data.formats.fields import shown
 from weft.data.reading.records import Record
 from weft.errors import UserError
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
-# Names that GLUE, SuperGLUE, CLUE and their likes use; compared without regard to case.
+# GLUE, SuperGLUE, CLUE and their likes use these names; case does not matter.
 TEXTS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
@@ -33,16 +33,21 @@ LABELS = (
 )  # fmt: skip
 
 
-def text_of(record: Record, column: str) -> str:
-    """The text in a column.
+def texts_of(record: Record, columns: Sequence[str]) -> tuple[str, ...]:
+    """The texts in some columns.
 
     Raises:
-        UserError: The column holds no text.
+        UserError: A column holds no text, or there is nothing but white space.
     """
-    value = record.fields.get(column)
-    if not isinstance(value, str):
-        raise UserError(f"{record.source}: '{column}' must be a string, found {shown(value)}.")
-    return value
+    texts = []
+    for column in columns:
+        value = record.fields.get(column)
+        if not isinstance(value, str):
+            raise UserError(f"{record.source}: '{column}' must be a string, found {shown(value)}.")
+        texts.append(value)
+    if not any(text.strip() for text in texts):
+        raise UserError(f"{record.source}: {' + '.join(map(repr, columns))} is empty. Remove the record.")
+    return tuple(texts)
 
 
 def label_name(record: Record, column: str) -> str:

@@ -1,4 +1,4 @@
-"""What is said of records that fit no format, more than one, or one that is not for the caller's purpose."""
+"""Messages about records that fit no format, several formats, or a format for another purpose."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NOUNS = {
     "steps": "an answer whose steps are marked as right or wrong",
     "classification": "a text with the label of its class",
 }
-_LONG = 40  # a name that is longer is a row of data
-# Names that hold a question, and an answer, in data of no known format: what is guessed to be meant.
+_LONG = 40  # a longer name is a row of data
+# In data of no known format, fields with these words in their names are guessed to hold a question or an answer.
 _ASKS = ("question", "query", "prompt", "instruction", "input", "ask", "problem", "source", "title", "q")
 _SAYS = ("answer", "response", "reply", "completion", "output", "solution", "target", "content", "summary", "text", "a")
 
 
 def wrong_purpose(record: Record, name: str, purpose: Purpose) -> NoReturn:
-    """Refuse a record that another kind of training is for.
+    """Refuse a record that is for another kind of training.
 
     Raises:
         UserError: Always.
@@ -38,14 +38,14 @@ def wrong_purpose(record: Record, name: str, purpose: Purpose) -> NoReturn:
 
 
 def _telling(record: Record, name: str) -> Iterable[str]:
-    """The fields that made it that format."""
+    """The fields by which the format was told."""
     present = {field for field, value in record.fields.items() if value is not None}
     shape = max(FORMATS[name].shapes, key=lambda fields: present.issuperset(fields) * len(fields))
     return (f"'{field}'" for field in shape)
 
 
 def _instead(record: Record, name: str, purpose: Purpose) -> str:
-    """What can be done where supervised training is wanted all the same."""
+    """Advice to a user who wants supervised training all the same."""
     if purpose != "sft":
         return ""
     fields = record.fields
@@ -67,7 +67,7 @@ def _instead(record: Record, name: str, purpose: Purpose) -> str:
 
 
 def ambiguous(fits: Sequence[tuple[str, tuple[str, ...]]]) -> str:
-    """Why a record that several formats read cannot be used as it stands."""
+    """The reason why a record that several formats read cannot be used as it stands."""
     listed = " and ".join(f"{name} ({', '.join(shape)})" for name, shape in fits)
     name, shape = fits[0]
     if any(other != name for other, _ in fits):
@@ -80,7 +80,7 @@ def ambiguous(fits: Sequence[tuple[str, tuple[str, ...]]]) -> str:
 
 
 def lacking(format: str, names: Iterable[str], mapped: Collection[str]) -> str:
-    """Why a record is not of the format that the user has named. ``mapped`` are the fields named in `columns`."""
+    """The reason why a record is not of the format that the user named. ``mapped``: the fields named in `columns`."""
     known = FORMATS[format].names()
     foreign = next((name for name in mapped if name not in known), None)
     if foreign is not None and not FORMATS[format].judge:
@@ -94,7 +94,7 @@ def lacking(format: str, names: Iterable[str], mapped: Collection[str]) -> str:
 
 
 def no_format(present: Sequence[str]) -> str:
-    """Why a record with these fields cannot be used, and what to write."""
+    """The reason why a record with these fields cannot be used, and what to write."""
     known = [field for entry in FORMATS.values() for field in entry.names()]
     unfamiliar = [name for name in present if name not in known]
 

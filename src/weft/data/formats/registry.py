@@ -1,7 +1,7 @@
 """Every format of a record: its fields, what they mean, what it is for, who reads it, and an example.
 
-A new format is an entry here and its reader; one of an extension is added by ``weft.register_format``. How the entry
-that fits a record is found stands in ``detect.py``.
+A new format is an entry here and its reader. Extensions add theirs by ``weft.register_format``. ``detect.py`` finds the
+entry that fits a record.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from weft.data.reading.records import Record
 from weft.extensions import Registry
 
 Purpose = Literal["sft", "preference", "kto", "ranked", "steps", "classification", "any"]
-# What a caller with a purpose may be given (by the purposes of the formats), and what that is called.
+# The purposes of formats that a caller with a purpose accepts.
 ACCEPTS: dict[Purpose, tuple[Purpose, ...]] = {
     "sft": ("sft",),
     "preference": ("preference", "ranked"),
@@ -36,17 +36,17 @@ TRAINING = {
     "classification": "classification (`task: sequence_classification`)",
 }
 
-# The record and the shape of it that fits -> what it is.
+# Takes the record and the shape that fits.
 Reader = Callable[[Record, tuple[str, ...]], Example]
 
 
 @dataclass(frozen=True)
 class Format:
-    """``shapes``: sets of fields of which a record has one; of several formats that fit, the lowest ``tier`` is meant.
+    """A record is of this format if it has all fields of one of ``shapes``; the lowest ``tier`` that fits wins.
 
-    ``read`` takes the record and the shape that fits; ``judge``, for a mark that may stand on any conversation, the
-    conversation as well. ``when`` looks at values where fields alone cannot tell. ``copies`` are fields that often
-    repeat the record in another form, and are passed over. ``fields`` replaces the list of shapes in what is printed.
+    ``read`` takes the record and the shape that fits. ``judge``, of a mark on any conversation, also takes the
+    conversation. ``when`` looks at values where fields alone cannot tell. ``copies`` are fields that often repeat the
+    record in another form, and are passed over. ``fields`` is printed in place of the list of shapes.
     """
 
     tier: int
@@ -95,7 +95,7 @@ _USER, _GOOD, _BAD = (
 )
 
 
-# A corpus often names the kind of its texts: only these columns make a class of them.
+# A corpus often names the kind of its texts. In these columns that is no class.
 _METADATA = {"category", "class", "target", "quality", "类别"}
 _CORPORA = (("text",), ("content",), ("文本",))
 _CLASSES = tuple(
@@ -116,7 +116,7 @@ def _is_class(fields: Mapping[str, object], shape: tuple[str, ...]) -> bool:
 
 
 _OWN: dict[str, Format] = {
-    # -- records that say themselves which tokens are learned
+    # -- the record itself says which tokens are learned
     "tokenised": Format(
         tier=0, purpose="sft", shapes=(("input_ids", "labels"),), optional=("attention_mask",),
         what="token ids as they stand; learned where the label is the id, not where it is -100",
@@ -129,7 +129,7 @@ _OWN: dict[str, Format] = {
         example={"segments": [{"label": False, "text": "1+1?"}, {"label": True, "text": "2</s>"}]},
         read=verbatim.read_segments,
     ),
-    # -- answers that were judged, which supervised training never reads
+    # -- answers were judged; supervised training never reads these
     "steps": Format(
         tier=1, purpose="steps", shapes=(("prompt", "completions", "labels"),), optional=_SYSTEM,
         what="the steps of an answer, each right or wrong",
@@ -285,8 +285,8 @@ SPELLINGS = {
     "历史": "history",
 }
 
-# Fields that change what a record means, where the format that fits does not read them. A record in which one holds
-# something is refused, with what to do about it.
+# These fields change what a record means. If its format does not read one that holds something, the record is refused
+# with this advice.
 _MEDIA = "Weft reads text only. Remove the field, or the records that need it."
 _LEAVE_OUT = ", or name the format to leave it out (`data_format: {format}`)."
 _TO_PROMPT = (
@@ -318,7 +318,7 @@ UNREAD = {
 
 
 def known_formats(purpose: Purpose = "any") -> str:
-    """The formats that a caller with this purpose reads, one per line: name, fields, what they are."""
+    """List the formats that a caller with this purpose reads, one a line: name, fields, meaning."""
     chosen = {name: entry for name, entry in FORMATS.items() if entry.purpose in ACCEPTS[purpose]}
     return "\n".join(f"  {name} ({entry.listed()}): {entry.what}" for name, entry in chosen.items())
 

@@ -1,4 +1,4 @@
-"""Lists of turns (OpenAI's, sharegpt's, ms-swift's, XTuner's) to messages; what every conversation must have."""
+"""Lists of turns (OpenAI's, sharegpt's, ms-swift's, XTuner's) become messages; every conversation is checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from weft.data.formats.fields import as_list, parse_json, short, shown, string
 from weft.data.reading.records import Record
 from weft.errors import UserError, nearest
 
-ROLES = ("system", "user", "assistant", "tool")
 _ROLE_OF = {
     "system": "system",
     "developer": "system",
@@ -32,7 +31,7 @@ _ROLE_OF = {
 _SWITCHES = ("train", "loss", "training")
 _WEIGHTS = ("weight", "loss_scale")
 _MARKS = frozenset((*_SWITCHES, *_WEIGHTS))
-# Turns that say more than is read here: dropping it silently would train something else than the data says.
+# Turns with these fields say more than is read here. To drop it silently would train something else.
 _UNREAD = {
     "train_detail": "Write the parts as a record of `segments`",
     "training_detail": "Write the parts as a record of `segments`",
@@ -41,14 +40,14 @@ _UNREAD = {
 
 
 class EmptyAnswerError(UserError):
-    """A record whose answer is empty; its own class, so that a caller may decide to skip such records."""
+    """The answer of a record is empty. The error has a class of its own, so that a caller may skip such records."""
 
 
 # -------------------------------------------------------------------------------------------------------- conversations
 
 
 def read_turns(record: Record, shape: Sequence[str]) -> Conversation:
-    """A record whose turns are listed in the field ``shape[0]``."""
+    """Read a record whose turns are listed in the field ``shape[0]``."""
     return conversation(record, turns(record, shape[0]))
 
 
@@ -95,10 +94,10 @@ def with_system(record: Record, messages: Sequence[Message]) -> Sequence[Message
 
 
 def tools(record: Record) -> tuple[dict[str, object], ...]:
-    """``tools``: a list of schemas, as it is or as a JSON string (sharegpt).
+    """The schemas in ``tools``, a list or a JSON string (sharegpt).
 
     Raises:
-        UserError: An entry is no object.
+        UserError: An entry is not an object.
     """
     value = record.fields.get("tools")
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -136,7 +135,7 @@ def turns(record: Record, name: str) -> list[Message]:
 
 
 def _exchange(item: dict[str, Any], where: str) -> list[Message]:
-    """A question with its answer in one entry: ms-swift's and Firefly's keys, or XTuner's. Empty if it is neither."""
+    """The two messages of an entry with ms-swift's and Firefly's keys, or XTuner's; none if it has neither."""
     asked, said = ("human", "assistant") if "human" in item else ("input", "output")
     if asked not in item or said not in item:
         return []
@@ -150,10 +149,10 @@ def _exchange(item: dict[str, Any], where: str) -> list[Message]:
 
 
 def message(item: object, where: str) -> Message:
-    """One turn in OpenAI's (role, content) or sharegpt's (from, value) keys; ``where`` names the line and the turn.
+    """Read a turn with OpenAI's keys (role, content) or sharegpt's (from, value); ``where`` is its line and number.
 
     Raises:
-        UserError: It is no such turn, its role is unknown, or it holds a field that is not read.
+        UserError: It is no such turn, its role is unknown, or it has a field that is not read.
     """
     if not isinstance(item, dict):
         expected = "an object with 'role' and 'content' (or 'from' and 'value')"
@@ -178,20 +177,18 @@ def message(item: object, where: str) -> Message:
         content = _parts(content, where)
     if not isinstance(content, str):
         raise UserError(f"{where}: '{what}' must be a string, found {short(content)}.")
+    train, weight = None, 1.0
     if len(item) > 2:
         unread = next((key for key in _UNREAD if item.get(key)), None)
         if unread:
             raise UserError(f"{where}: '{unread}' is not read. {_UNREAD[unread]}, or remove the field.")
         if not _MARKS.isdisjoint(item):
             train, weight = _marks(item, where)
-            return Message(
-                role, content, train, tool_calls=_tool_calls(calls, where) if calls else (), loss_weight=weight
-            )
-    return Message(role, content, None, tool_calls=_tool_calls(calls, where) if calls else ())
+    return Message(role, content, train, tool_calls=_tool_calls(calls, where) if calls else (), loss_weight=weight)
 
 
 def _parts(content: list[object], where: str) -> object:
-    """OpenAI's content in parts, if all are text; else as it stands, for the caller to refuse."""
+    """The text of OpenAI's content in parts. A content with other parts stays, for the caller to refuse."""
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
     if content and all(isinstance(text, str) for text in texts):
         return "".join(map(str, texts))
@@ -199,7 +196,7 @@ def _parts(content: list[object], where: str) -> object:
 
 
 def _marks(item: dict[str, object], where: str) -> tuple[bool | None, float]:
-    """Whether the turn asks to be learned (None: it does not say), and the weight of its loss."""
+    """Whether the turn is to be learned (None: it does not say), and the weight of its loss."""
     given = {key: item[key] for key in (*_SWITCHES, *_WEIGHTS) if item.get(key) is not None}
     weights = set()
     for key, value in given.items():
@@ -228,7 +225,7 @@ def _weight(value: object, where: str) -> float:
 
 
 def _parse_calls(content: object, where: str) -> object:
-    """sharegpt's function_call: the call (or a list of them) as JSON text."""
+    """The calls in sharegpt's function_call: JSON text of one call or a list of them."""
     try:
         calls = parse_json(content, where) if isinstance(content, str) else content
     except UserError:

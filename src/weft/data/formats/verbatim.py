@@ -1,20 +1,20 @@
-"""Records that say themselves which tokens are learned: ids with labels, and segments of text."""
+"""Records that mark the learned tokens themselves: ids with labels, and segments of text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weft.data.formats.examples import IGNORED, Segments, Tokenised
+from weft.data.formats.examples import IGNORED, Segments, TokenisedText
 from weft.data.formats.fields import as_list, short
 from weft.data.reading.records import Record
 from weft.data.rendering.tokens import SOFT, Encoder
 from weft.errors import UserError
 
-_MARK = "\ufdd0"  # with which Encoder.guard begins the marks that it leaves in a text
+_MARK = "\ufdd0"  # the marks of Encoder.guard begin with it
 
 
-def read_tokenised(record: Record, shape: Sequence[str]) -> Tokenised:
-    """``input_ids`` and ``labels``, without the padding at either end, where ``attention_mask`` is 0.
+def read_tokenised(record: Record, shape: Sequence[str]) -> TokenisedText:
+    """Read ``input_ids`` and ``labels``, without the padding at either end, where ``attention_mask`` is 0.
 
     Raises:
         UserError: Lengths, ids, labels or the mask do not fit together.
@@ -45,7 +45,7 @@ def read_tokenised(record: Record, shape: Sequence[str]) -> Tokenised:
     if not real or real[-1] - real[0] + 1 != len(real):
         raise UserError(f"{record.source}: 'attention_mask' must be 1 in one stretch: padding stands at the ends only.")
     kept = slice(real[0], real[-1] + 1)
-    return Tokenised(tuple(ids[kept]), tuple(labels[kept]), record.source)
+    return TokenisedText(tuple(ids[kept]), tuple(labels[kept]), record.source)
 
 
 def _integers(record: Record, name: str, *, booleans: bool = False) -> list[int]:
@@ -56,7 +56,7 @@ def _integers(record: Record, name: str, *, booleans: bool = False) -> list[int]
 
 
 def read_segments(record: Record, shape: Sequence[str]) -> Segments:
-    """``segments``: objects of ``text`` and ``label``, true where the text is learned.
+    """Read ``segments``: objects of ``text`` and ``label``, which is true where the text is learned.
 
     Raises:
         UserError: A segment is no such object, or none is learned.
@@ -75,15 +75,15 @@ def read_segments(record: Record, shape: Sequence[str]) -> Segments:
     return Segments(tuple(pieces), record.source)
 
 
-def token_weights(example: Tokenised | Segments, encoder: Encoder) -> tuple[list[int], list[float]]:
-    """``(ids, weights)`` of an example that is learned as it stands: no template, no addition but a missing BOS.
+def token_weights(example: TokenisedText | Segments, encoder: Encoder) -> tuple[list[int], list[float]]:
+    """``(ids, weights)`` of an example without a template; a missing BOS is the only addition.
 
-    Each segment is tokenised on its own; control tokens written in it are control tokens.
+    Each segment is tokenised on its own. Control tokens written in it are control tokens.
 
     Raises:
         UserError: The vocabulary does not have an id; the message names the line.
     """
-    if isinstance(example, Tokenised):
+    if isinstance(example, TokenisedText):
         size = len(encoder.tokenizer)
         place = next((place for place, token in enumerate(example.input_ids) if token >= size), None)
         if place is not None:
@@ -103,5 +103,5 @@ def token_weights(example: Tokenised | Segments, encoder: Encoder) -> tuple[list
 
 
 def _unmarked(text: str, encoder: Encoder) -> str:
-    """Text whose soft-prompt markers, and characters that Weft itself marks text with, are ordinary characters."""
+    """The text with soft-prompt markers, and the characters of Weft's own marks, made ordinary characters."""
     return str(text.replace(_MARK, encoder.guard(_MARK)).replace(SOFT, encoder.guard(SOFT)))

@@ -1,8 +1,9 @@
-"""Rows of an Arrow batch as JSON would have them, with what Hugging Face's ``datasets`` wrote into the schema.
+"""Rows of an Arrow batch are made what they would be in JSON.
 
-Numbers of a ``ClassLabel`` become the names of the classes, ``Json`` what it holds, a turn's lists side by side
-(``{"role": [...], "content": [...]}``) a list of turns, and null inside a record an absent field: Arrow fills in every
-key that any record has. A column of images, audio or video is told by its field alone, none of it is decoded.
+The notes that Hugging Face's ``datasets`` wrote into the schema say how. Numbers of a ``ClassLabel`` become names of
+classes. A ``Json`` string is parsed. Lists side by side (``{"role": [...], "content": [...]}``) become a list of turns.
+A null inside a record becomes an absent field, because Arrow fills in every key that any record has. Of images, audio
+and video only the presence counts: nothing is decoded.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from weft.data.reading.rows import decode
 from weft.foreign import parse_json
 
 Convert = Callable[[Any], Any]
-# What the formats know such a field by; they refuse it, whatever the column is called.
+# The formats refuse fields of these names, so a column of media gets one whatever it is called.
 _MEDIA = {"Image": "images", "Audio": "audios", "Video": "videos", "Pdf": "images", "Nifti": "images", "Mesh": "images"}
 _MEDIA_FIELDS = frozenset(("image", "images", "audio", "audios", "video", "videos"))
-# A struct of lists is a list of turns if it has both of these.
+# A struct of lists is a list of turns if it has both fields of a pair.
 _TURNS = (("role", "content"), ("from", "value"), ("human", "assistant"))
 _LISTS = ("List", "LargeList", "Sequence")
 
 
-class Columns:
-    """How the columns of a schema are read."""
+class RowConverter:
+    """Converts the rows of batches that have one schema."""
 
     def __init__(self, schema: Any) -> None:
         features = _features(schema.metadata or {})
@@ -38,7 +39,7 @@ class Columns:
                 self._convert[field.name] = convert
 
     def plain(self, batch: Any) -> Any:
-        """The batch, where media are a number (how many) or whether there is one: their bytes are not read."""
+        """The batch with each medium replaced by its number or its presence: the bytes are not read."""
         for name in self._media:
             place = batch.schema.get_field_index(name)
             column = batch.column(place)
@@ -46,7 +47,7 @@ class Columns:
         return batch
 
     def row(self, fields: dict[str, object]) -> dict[str, object]:
-        """One row of ``plain(batch).to_pylist()``. Raises RowError for JSON that is none."""
+        """Convert one row of ``plain(batch).to_pylist()``. Raises RowError for a string that is not JSON."""
         for name, convert in self._convert.items():
             if fields[name] is not None:
                 fields[name] = convert(fields[name])
@@ -57,7 +58,7 @@ class Columns:
 
 
 def _features(metadata: Mapping[bytes, bytes]) -> dict[str, object]:
-    """What ``datasets`` notes about each column; of other files nothing."""
+    """What ``datasets`` notes about each column; other files have no such notes."""
     try:
         found = parse_json(metadata[b"huggingface"], "the note of `datasets`", infinities=True)["info"]["features"]
     except (KeyError, TypeError, ValueError):
@@ -66,20 +67,20 @@ def _features(metadata: Mapping[bytes, bytes]) -> dict[str, object]:
 
 
 def _kind(feature: object) -> str:
-    """``Value``, ``ClassLabel``, ``List`` …; empty for a struct."""
+    """The type of a feature (``Value``, ``ClassLabel``, ``List`` …); empty for a struct."""
     kind = feature.get("_type") if isinstance(feature, dict) else None
     return kind if isinstance(kind, str) else ""
 
 
 def _inner(feature: Any) -> object:
-    """Of a list, the feature of its entries."""
+    """The feature of a list's entries."""
     if isinstance(feature, list) and feature:
         return feature[0]
     return feature.get("feature") if _kind(feature) in _LISTS else None
 
 
 def _converter(feature: Any, kind: Any) -> Convert | None:
-    """What makes of a value, as ``to_pylist`` gives it, what it stands for; None where it is that already."""
+    """The function that turns a value of ``to_pylist`` into what it stands for; None if there is nothing to do."""
     import pyarrow as pa
 
     name = _kind(feature)
@@ -101,7 +102,7 @@ def _converter(feature: Any, kind: Any) -> Convert | None:
 
 
 def _struct(feature: Any, kind: Any) -> Convert:
-    """Of a struct; one whose fields are lists of the parts of turns is the list of the turns."""
+    """The converter of a struct. A struct whose fields are lists of parts of turns becomes a list of turns."""
     import pyarrow as pa
 
     inner = _inner(feature)
@@ -127,7 +128,7 @@ def _struct(feature: Any, kind: Any) -> Convert:
 
 
 def _side_by_side(lists: dict[str, list[object]]) -> object:
-    """Lists of equal length as a list of objects, each without what is null in it; other lists as they stand."""
+    """A list of objects, without their nulls, from lists of equal length; other lists stay as they are."""
     if len({len(items) for items in lists.values()}) != 1:
         return lists
     rows = zip(*lists.values(), strict=True)
@@ -139,7 +140,7 @@ def _json(text: object) -> object:
 
 
 def _present(column: Any) -> object:
-    """Of media: how many there are in a list, or whether there is one."""
+    """How many media a list holds, or whether there is one."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

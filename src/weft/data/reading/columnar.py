@@ -1,4 +1,4 @@
-"""Records of Parquet and Arrow files, and of what Hugging Face's ``datasets`` saved or cached. ``path:7`` is row 7."""
+"""Records of Parquet and Arrow files, and of data that ``datasets`` saved or cached. ``path:7`` is row 7."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from weft.data.problems import Problem
-from weft.data.reading.arrow_values import Columns
+from weft.data.reading.arrow_values import RowConverter
 from weft.data.reading.files import Place, Shards, is_saved_dataset, kind_of
 from weft.data.reading.rows import Record, RowError, as_fields, check_nul
 from weft.errors import UserError
 from weft.foreign import entry, expect, read_json
 
-_BATCH = 256  # rows; what is decoded at a time
+_BATCH = 256  # rows that are decoded at a time
 
 
 def read_columnar(place: Place) -> Iterator[Record | Problem]:
-    """The rows in order, batch by batch. Raises UserError without the package, and for a file that is none."""
+    """The rows in order, batch by batch. Raises UserError without the package, and for a file of another kind."""
     if isinstance(place, Shards):
         batches: Iterator[Any] = chain.from_iterable(map(_arrow, place.files))
     else:
         batches = _saved(place) if is_saved_dataset(place) else _arrow(place)
     number = 0
-    columns: Columns | None = None
+    columns: RowConverter | None = None
     for batch in batches:
-        columns = columns or Columns(batch.schema)
+        columns = columns or RowConverter(batch.schema)
         for row in _rows(columns.plain(batch)):
             number += 1
             try:
@@ -41,7 +41,7 @@ def read_columnar(place: Place) -> Iterator[Record | Problem]:
 
 
 def _rows(batch: Any) -> Iterable[Any]:
-    """The rows of a batch; one with a string that is no UTF-8 (Arrow does not look) is a RowError."""
+    """The rows of a batch. A RowError stands for a row with a string that is not UTF-8, which Arrow does not check."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -84,7 +84,12 @@ def _arrow(path: Path) -> Iterator[Any]:
 
 
 def _saved(path: Path) -> Iterator[Any]:
-    datasets = _datasets(str(path))
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f'{path} was saved by `datasets`, which is not installed: pip install "weft[datasets]".'
+        ) from None
     if (path / "state.json").is_file() and _holds_nothing(path / "state.json"):
         return
     for name in ("dataset_info.json", "dataset_dict.json"):
@@ -92,7 +97,7 @@ def _saved(path: Path) -> Iterator[Any]:
             read_json(path / name, infinities=True)
     try:
         data = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever the package raises for a folder that is damaged
+    except Exception as error:  # the package raises many kinds for a damaged folder
         raise UserError(f"{path} cannot be read as a folder saved by `datasets`: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         raise UserError(f"{path} holds the splits {', '.join(data)}: name one, for instance {path / next(iter(data))}.")
@@ -102,23 +107,13 @@ def _saved(path: Path) -> Iterator[Any]:
 
 
 def _holds_nothing(state: Path) -> bool:
-    """Whether a data set without rows was saved, which the package cannot load again."""
+    """Whether the saved data set has no rows; ``datasets`` cannot load such a folder again."""
     try:
         found = entry(read_json(state, infinities=True), "_data_files", list, str(state))
     except UserError as error:
         raise UserError(f"{state.parent} cannot be read as a folder saved by `datasets`: {error}") from None
     for one in found:
         name = entry(expect(one, dict, str(state)), "filename", str, str(state))
-        if Path(name).name != name:  # a cache would be read from anywhere, also with ".." in it
+        if Path(name).name != name:  # any file of the disk could be read so, also with ".."
             raise UserError(f"{state} names the file {name[:200]!r}, which is not in its folder.")
     return not found
-
-
-def _datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f'{what} was saved by `datasets`, which is not installed: pip install "weft[datasets]".'
-        ) from None
-    return datasets

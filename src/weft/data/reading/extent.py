@@ -1,18 +1,19 @@
-"""Where a JSON value ends, told from its brackets and quotation marks alone, piece by piece."""
+"""Find the end of a JSON value from its brackets and quotation marks alone, piece by piece."""
 
 from __future__ import annotations
 
 import re
 
 _MARK = re.compile(r'["{}\[\]]')
+_INSIDE = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # of a string, up to its end or a last backslash
 _CLOSES = {"{": "}", "[": "]"}
 
 
 class Extent:
-    """Follows one value through pieces of text that begin where it does.
+    """Follows one value through pieces of text; the first piece begins where the value does.
 
-    ``careful`` is for values that are known to be malformed: brackets must match by kind, a string must not hold a line
-    break, and must begin and end where strings can; else the end is not to be trusted.
+    ``careful`` is for values that are known to be malformed. Their end counts only if brackets match by kind, and if no
+    string holds a line break or begins or ends where strings cannot.
     """
 
     def __init__(self, *, careful: bool = False) -> None:
@@ -22,7 +23,7 @@ class Extent:
         self._in_string = self._escaped = False
 
     def feed(self, text: str) -> int | None:
-        """The place behind the value, counted in this piece; None if it goes on; -1 if it cannot be told."""
+        """The place behind the value, counted in this piece; None if the value goes on; -1 if its end is not known."""
         at = 0
         while at < len(text):
             if self._in_string:
@@ -56,27 +57,17 @@ class Extent:
         return None
 
     def _string(self, text: str, at: int) -> int:
-        """The place behind the string that ``at`` lies in, -1 if it goes on."""
-        while True:
-            quote = text.find('"', at)
-            end = quote if quote >= 0 else len(text)
-            run = end
-            while run > at and text[run - 1] == "\\":
-                run -= 1
-            slashes = end - run + (self._escaped and run == at)
-            if quote < 0:
-                self._escaped = slashes % 2 == 1
-                return -1
-            self._escaped = False
-            if slashes % 2 == 0:
-                return quote + 1
-            at = quote + 1
+        """The place behind the string that ``at`` lies in; -1 if the string goes on."""
+        inside = _INSIDE.match(text, at + self._escaped)
+        assert inside is not None
+        end = inside.end()
+        self._escaped = text[end : end + 1] == "\\"
+        return end + 1 if text[end : end + 1] == '"' else -1
 
 
 def _before(text: str, at: int) -> bool:
     """Whether a string can begin at ``at``."""
-    before = text[:at].rstrip() if at < 64 else text[at - 64 : at].rstrip()
-    return before[-1:] in ("{", "[", ",", ":")
+    return text[max(at - 64, 0) : at].rstrip()[-1:] in ("{", "[", ",", ":")
 
 
 def _after(text: str, at: int) -> bool:

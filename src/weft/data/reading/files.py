@@ -1,4 +1,4 @@
-"""Which files a path means, and their bytes: folders, globs, compression, names that do not fit the content."""
+"""Find the files that a path means, and open them: folders, globs, compression, names that hide another content."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ PLAIN = (".json", ".jsonl", *TABLES, ".txt")
 SUFFIXES = (*PLAIN, *COLUMNAR)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHUNK = 1 << 20
-_MEMORY = 128 << 20  # `xz -9` wants 65 MiB; a header may ask for 4 GiB
+_MEMORY = 128 << 20  # `xz -9` needs 65 MiB; a header may ask for 4 GiB
 _MAGIC = {
     b"\x1f\x8b": ("compressed with gzip", ".gz"),
     b"BZh": ("compressed with bzip2", ".bz2"),
@@ -36,13 +37,13 @@ _MAGIC = {
     b"\xff\xfe": ("text in UTF-16", None),
     b"\xfe\xff": ("text in UTF-16", None),
 }
-# What stands beside data in a folder and is none.
+# Files of these names lie beside data in a folder and hold none.
 _BESIDE = ("readme", "license", "licence", "dataset_info", "dataset_infos", "state", "dataset_dict")
 
 
 @dataclass(frozen=True)
 class Shards(os.PathLike[str]):
-    """The Arrow files of one split of a data set, in order; its records stand at ``name:row``, not in some cache."""
+    """The Arrow files of one split of a data set, in order. Its records stand at ``name:row``, not in some cache."""
 
     name: str
     files: tuple[Path, ...]
@@ -57,7 +58,7 @@ class Shards(os.PathLike[str]):
 Place = Path | Shards
 
 
-class Bytes(Protocol):
+class ByteSource(Protocol):
     """What the readers ask of an open file."""
 
     def read(self, size: int, /) -> bytes: ...
@@ -81,7 +82,7 @@ def is_saved_dataset(path: Path) -> bool:
 def find_files(path: str | os.PathLike[str]) -> list[Path]:
     """The data files of a file, a folder (with the folders in it) or a glob, sorted by path.
 
-    A folder that ``datasets`` has saved stands for itself, Shards for their files.
+    A folder that ``datasets`` has saved stands for itself. Shards stand for their files.
 
     Raises:
         UserError: There is no file, a file is of no known kind, or a folder or glob has files of several kinds.
@@ -135,11 +136,8 @@ def _readable_kind(file: Path) -> Path:
 
 
 def _one_kind(files: list[Path], what: str, pattern: str) -> list[Path]:
-    """``files`` if they are all of one kind (.json and .jsonl are one)."""
-    kinds: dict[str, int] = {}
-    for file in files:
-        suffix = kind_of(file)[0].replace(".jsonl", ".json")
-        kinds[suffix] = kinds.get(suffix, 0) + 1
+    """``files``, if all are of one kind (.json and .jsonl count as one)."""
+    kinds = Counter(kind_of(file)[0].replace(".jsonl", ".json") for file in files)
     if len(kinds) > 1:
         listed = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(kinds.items()))
         star = pattern.rsplit("*", 1)[0] + "*"
@@ -147,15 +145,14 @@ def _one_kind(files: list[Path], what: str, pattern: str) -> list[Path]:
             f"{what} holds files of several kinds: {listed}. Name one kind with a pattern such as "
             f"{star}{min(kinds)}, or list the files one by one."
         )
-    same = [file for file in files if kind_of(file)[0] in SUFFIXES]
-    return unique(same)
+    return unique(files)
 
 
 def unique(files: Sequence[Path]) -> list[Path]:
     """``files``, all of which must be different files.
 
     Raises:
-        UserError: A file is another one under a second name.
+        UserError: Two of the paths mean one file.
     """
     seen: dict[object, Path] = {}
     for file in files:
@@ -176,9 +173,9 @@ def unique(files: Sequence[Path]) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked as its name says. Raises UserError where the content is of another kind."""
+    """Open a file and unpack it as its name says. Raises UserError if the content is of another kind."""
     compression = kind_of(path)[1]
-    check_regular(path)  # a FIFO would be waited for, a device never ends
+    check_regular(path)  # a FIFO would block, a device never ends
     with path.open("rb") as raw:
         _check_magic(path, raw.read(8), compression)
         raw.seek(0)
@@ -220,15 +217,15 @@ def _unpacked(path: Path, raw: IO[bytes], compression: str) -> Any:
         import zstandard
     except ImportError:
         raise UserError(f'{path}: .zst files need a package: pip install "weft[zstandard]" (or unpack it).') from None
-    # It cannot be told how much to give at once: 1 KiB unpacks to 32 MiB at most.
+    # Its output cannot be bounded, so its input is: 1 KiB unpacks to 32 MiB at most.
     unpacker = zstandard.ZstdDecompressor(max_window_size=_MEMORY)
     return _Unpacker(raw, unpacker.decompressobj, 1 << 10, bounded=False)
 
 
 class _Unpacker(io.RawIOBase):
-    """Frame after frame of a compressed stream, in pieces that stay small however much they unpack to.
+    """Unpacks a compressed stream frame by frame, in small pieces however much they unpack to.
 
-    Unlike ``lzma.LZMAFile`` it limits the memory that a header may ask for, unlike zstandard's own reader it notices
+    Unlike ``lzma.LZMAFile`` it limits the memory that a header may ask for. Unlike zstandard's own reader it notices
     that a file is cut off.
     """
 
@@ -260,7 +257,7 @@ class _Unpacker(io.RawIOBase):
 
 
 def damaged(error: BaseException) -> bool:
-    """Whether this is what an unpacker raises for a file that is damaged or ends too early."""
+    """Whether an unpacker raised this error because the file is damaged or ends too early."""
     # bz2 and gzip raise OSError without a number; zstandard has a class of its own.
     plain = isinstance(error, OSError) and error.errno is None
     return plain or isinstance(error, (EOFError, lzma.LZMAError, zlib.error)) or type(error).__name__ == "ZstdError"

@@ -1,7 +1,7 @@
 """Records of .json files of any size: the text passes through a window, from which whole values are decoded.
 
-After a record that is no JSON, reading goes on where the next one begins for certain; where that is, see ``_resume``.
-What cannot be read then is a problem of its own (``unread``): nothing is lost silently.
+After a malformed record, reading goes on where the next one certainly begins; ``_resume`` tells where that is. If there
+is no such place, the rest is a problem of its own (``unread``): nothing is lost silently.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from weft.data.problems import Problem
 from weft.data.reading.extent import Extent
-from weft.data.reading.files import Bytes
+from weft.data.reading.files import ByteSource
 from weft.data.reading.rows import Record, RowError, after_space, as_fields, check_text, decode
 from weft.data.reading.window import PENDING, Window
 
@@ -23,9 +23,9 @@ _PROBE = 1 << 20  # characters in which a wrapper around the records is recognis
 class JsonFile:
     """The records of one .json file, in order, and a Problem in the place of each that cannot be read."""
 
-    def __init__(self, file: Bytes, path: str, limit: int) -> None:
+    def __init__(self, file: ByteSource, path: str, limit: int) -> None:
         self.window, self.path = Window(file, limit), path
-        # How records begin: white space before them on their line; None as soon as one begins elsewhere.
+        # The white space before a record on its line; None as soon as one record begins otherwise.
         self._indent: str | None = None
         self._begun = self._aligned = self._stopped = False
 
@@ -36,7 +36,8 @@ class JsonFile:
         if first == "[":
             yield from self._array()
         elif first == "{" and (array := self._wrapped()) is not None:
-            window.at, whole = array
+            start, whole = array
+            window.seek(start)
             yield from self._array()
             if not whole and not self._stopped:
                 yield from self._after_wrapped()
@@ -45,16 +46,15 @@ class JsonFile:
             yield from self._sequence()
             return
         if not self._stopped and window.peek():
-            yield self._problem(RowError("unread", "malformed JSON: something follows the end of the array.",
-                                      window.at))  # fmt: skip
+            yield self._problem_here("unread", "malformed JSON: something follows the end of the array.")
 
     # -- the three shapes
 
     def _array(self) -> Iterator[Record | Problem]:
         window = self.window
-        window.at += 1
+        window.skip()
         if window.peek() == "]":
-            window.at += 1
+            window.skip()
             return
         while True:
             item, broken = self._item()
@@ -62,7 +62,7 @@ class JsonFile:
             mark, resumed = window.peek(), False
             if not broken and mark not in (",", "]"):
                 what = "malformed JSON: expected ',' or ']' after a record (is the file cut off?)."
-                yield self._problem(RowError("malformed_json" if mark else "cut_off", what, window.at))
+                yield self._problem_here("malformed_json" if mark else "cut_off", what)
                 broken = mark not in ("{", "[")
             if broken:
                 if not self._resume(in_array=True):
@@ -72,13 +72,12 @@ class JsonFile:
                 mark, resumed = window.peek(), True
             if mark in ("{", "[") or (resumed and mark not in (",", "]")):
                 continue
-            window.at += 1
+            window.skip()
             if mark == "]":
                 return
             if window.peek() == "]":
-                what = "malformed JSON: a comma with no record after it."
-                yield self._problem(RowError("malformed_json", what, window.at))
-                window.at += 1
+                yield self._problem_here("malformed_json", "malformed JSON: a comma with no record after it.")
+                window.skip()
                 return
 
     def _sequence(self) -> Iterator[Record | Problem]:
@@ -93,7 +92,7 @@ class JsonFile:
                 return
 
     def _wrapped(self) -> tuple[int, bool] | None:
-        """Where the array of ``{"train": [...]}`` or ``{"data": [...]}`` begins, and whether all of the file was seen.
+        """The place of the array of ``{"train": [...]}`` or ``{"data": [...]}``, and whether the whole file was seen.
 
         In a file that is larger than the probe the first such array is taken.
         """
@@ -132,19 +131,19 @@ class JsonFile:
         return found[name], True
 
     def _after_wrapped(self) -> Iterator[Problem]:
-        """What follows the array of a wrapper: other fields, which must be whole and hold no second array."""
+        """Check what follows the array of a wrapper: other fields must be whole and hold no second array."""
         window = self.window
         try:
             while window.peek() == ",":
-                window.at += 1
+                window.skip()
                 window.peek()
-                key, window.at = window.value()
+                key = window.take()[0]
                 if window.peek() != ":":
                     raise RowError("malformed_json", "malformed JSON: expecting ':' delimiter.", window.at)
-                window.at += 1
+                window.skip()
                 if window.peek() == "[" and key in _WRAPPERS:
                     yield self._unread(f"a second array of records ('{key}')")
-                window.at = window.value(strict=False)[1]
+                window.take(strict=False)
             if window.peek() != "}":
                 what = "malformed JSON: expected '}' after the array (is the file cut off?)."
                 raise RowError("cut_off", what, window.at)
@@ -154,18 +153,17 @@ class JsonFile:
     # -- one record
 
     def _item(self) -> tuple[Record | Problem, bool]:
-        """The record that begins here, and a step over it; (problem, True): its end is not known, and no step."""
+        """The record that begins here, and a step over it. (problem, True): its end is not known, and nothing moved."""
         window = self.window
         line = window.line(window.at)
         self._note_indent()
         try:
             try:
-                value, end = window.value()
+                value, start, end = window.take()
             except RowError as fault:
                 if not fault.broken and fault.kind != "too_long":
-                    window.at = window.value(strict=False)[1]  # a fault of meaning: the brackets tell where it ends
+                    window.take(strict=False)  # the fault is one of meaning: the brackets tell where the record ends
                 raise fault
-            start, window.at = window.at, end
             window.check(start, end)
             fields = as_fields(value)
             check_text(fields, window.text, start, end)
@@ -175,7 +173,7 @@ class JsonFile:
         return Record(fields, f"{self.path}:{line}"), False
 
     def _own(self, fault: RowError) -> RowError:
-        """``fault``, but not blamed on the next record where this one was not closed before it."""
+        """``fault``, blamed on this record if it was not closed before the next one began."""
         text, at = self.window.text, self.window.at
         if not fault.broken or fault.at is None or self._indent is None or not self._trusted():
             return fault
@@ -190,20 +188,21 @@ class JsonFile:
             line, column = self.window.place(fault.at)
         return Problem(fault.kind, self.path, fault.what, line=line, column=column)
 
+    def _problem_here(self, kind: str, what: str) -> Problem:
+        return self._problem(RowError(kind, what, self.window.at))
+
     def _unread(self, what: str = "the rest of the file") -> Problem:
         self._stopped = True
-        line, column = self.window.place(self.window.at)
-        return Problem(
-            "unread", self.path,
+        return self._problem_here(
+            "unread",
             f"{what} from here on is not read, for it is not certain where the next record begins. Mend what was "
             "reported before it.",
-            line=line, column=column,
-        )  # fmt: skip
+        )
 
     # -- going on after a broken record
 
     def _note_indent(self) -> None:
-        """Whether the record that begins here stands first on its line, as the ones before it."""
+        """Note whether the record that begins here stands first on its line, as those before it did."""
         text, at = self.window.text, self.window.at
         if (self._begun and self._indent is None) or text[at : at + 1] not in ("{", "["):
             return
@@ -216,7 +215,7 @@ class JsonFile:
             self._indent = None
 
     def _note_lines(self, start: int, end: int) -> None:
-        """A whole record within which no line begins as records do is evidence that only records begin so."""
+        """Note whether a whole record has lines that begin as records do. If none has, only records begin so."""
         if self._indent is not None:
             self._aligned = True
             if _beginning(self._indent).search(self.window.text, start, end):
@@ -225,12 +224,12 @@ class JsonFile:
     def _resume(self, *, in_array: bool) -> bool:
         """Step to where the next record certainly begins, or the array ends. False: there is no such place.
 
-        That is behind a comma too many; where records stand first on their lines, equally indented, the next line that
-        begins so; else behind the brackets of the broken record, if they and its quotation marks match.
+        The place is behind a comma too many. If records stand first on their lines and equally indented, it is the next
+        line that begins so. Else it is behind the broken record, if its brackets and quotation marks match.
         """
         window = self.window
         if window.peek() == ",":
-            window.at += 1
+            window.skip()
             if window.peek() in ("{", "]"):
                 return True
         if self._indent is not None:
@@ -240,7 +239,7 @@ class JsonFile:
         while True:
             end = Extent(careful=True).feed(window.text[window.at :])
             if end is not None:
-                window.at += max(end, 0)
+                window.seek(window.at + max(end, 0))
                 return end >= 0 and window.peek() in (",", "]") if in_array else window.peek() == "{"
             if len(window.text) - window.at > PENDING or not window.more():
                 return False
@@ -253,35 +252,35 @@ class JsonFile:
         while True:
             found = _beginning(indent, in_array).search(window.text, window.at)
             if found:
-                window.at = found.end() - 1
+                window.seek(found.end() - 1)
                 if window.text[window.at] == "]":
                     return True
                 return bool(indent) or self._aligned or self._on_one_line()
             keep = len(indent) + 2  # a beginning may lie across the seam
-            window.at = max(window.at, len(window.text) - keep)
+            window.seek(max(window.at, len(window.text) - keep))
             if not window.more():
-                window.at = len(window.text)
+                window.seek(len(window.text))
                 return False
 
     def _trusted(self) -> bool:
-        """Whether lines indented as records are may be taken for their beginnings. Without any white space they may be
-        inner ones, unless whole records have shown otherwise, or the broken one does not begin as one of many lines.
+        """Whether lines that are indented as records are count as their beginnings.
+
+        Without white space such lines may lie inside a record, unless whole records have shown otherwise or the broken
+        one does not begin as one of many lines.
         """
         text, at = self.window.text, self.window.at
         return bool(self._indent) or self._aligned or text[at + 1 : at + 2] not in ("\n", "\r")
 
     def _on_one_line(self) -> bool:
-        window = self.window
-        start = window.at
         try:
-            end = window.value()[1]
+            end = self.window.value()[1]
         except RowError:
             return False
-        return "\n" not in window.text[start if window.at == start else window.at : end]
+        return "\n" not in self.window.text[self.window.at : end]
 
 
 @lru_cache(maxsize=8)
 def _beginning(indent: str, in_array: bool = False) -> re.Pattern[str]:
-    """A line of that indentation that begins a value; in an array, also a less indented one that ends it."""
+    """Matches a line of that indentation that begins a value; in an array also a less indented one that ends it."""
     ends = f"|\\n[ \\t]{{0,{max(len(indent) - 1, 0)}}}\\]" if in_array else ""
     return re.compile(f"\\n{re.escape(indent)}[^ \\t\\r\\n}}\\],:]{ends}")

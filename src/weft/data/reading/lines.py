@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.data.problems import Problem
-from weft.data.reading.files import Bytes
+from weft.data.reading.files import ByteSource
 from weft.data.reading.rows import BROKEN, Record, RowError, after_space, as_fields, check_text, decode, not_utf8
 from weft.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
 _PIECE = 1 << 20
-_MAX_CELL = 2**31 - 1  # the csv module's own limit, 128 KiB, is less than one long document
+_MAX_CELL = 2**31 - 1  # one long document is longer than the csv module's own limit, 128 KiB
 _LINE_COST = 512  # bytes that a remembered line takes besides its characters
 _LINE_END = re.compile("(?<=\r)(?!\n)")  # the csv module counts a lone carriage return as the end of a line
 
@@ -28,11 +28,18 @@ class Line:
     text: str
     fault: RowError | None = None
 
+    def text_fault(self) -> RowError | None:
+        """What makes the line no text: its ``fault``, or a NUL character."""
+        nul = self.text.find("\0")
+        if self.fault is not None or nul < 0:
+            return self.fault
+        return RowError("nul", "a NUL character, which no text has. Remove it (is this a text file?).", nul)
+
 
 class Lines:
-    """The lines of a file, split at newlines only: ``str.splitlines`` would also split at U+2028 inside text."""
+    """The lines of a file. Only newlines split them: ``str.splitlines`` would also split at U+2028 inside text."""
 
-    def __init__(self, file: Bytes, path: str, limit: int) -> None:
+    def __init__(self, file: ByteSource, path: str, limit: int) -> None:
         self.file, self.path, self.limit = file, path, limit
 
     def __iter__(self) -> Iterator[Line]:
@@ -101,16 +108,10 @@ def _json_row(text: str, start: int) -> dict[str, Any]:
 def read_txt(lines: Lines) -> Iterator[Record | Problem]:
     """One record per line that is not blank."""
     for line in lines:
-        if line.fault is not None:
-            yield lines.problem(line.number, line.fault)
-        elif (nul := line.text.find("\0")) >= 0:
-            yield lines.problem(line.number, _nul(nul))
+        if (fault := line.text_fault()) is not None:
+            yield lines.problem(line.number, fault)
         elif line.text.strip():
             yield Record({"text": line.text.rstrip("\r\n")}, f"{lines.path}:{line.number}")
-
-
-def _nul(at: int) -> RowError:
-    return RowError("nul", "a NUL character, which no text has. Remove it (is this a text file?).", at)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -148,7 +149,7 @@ def read_table(lines: Lines, names: Sequence[str] | None, *, tabs: bool) -> Iter
 
 
 class _Feed:
-    """Hands lines to the csv reader and remembers those of the row being read, so that they can be read again."""
+    """Hands lines to the csv reader and remembers the lines of the current row, so that they can be read again."""
 
     def __init__(self, lines: Lines) -> None:
         self.lines = iter(lines)
@@ -186,14 +187,14 @@ class _Feed:
         self.row, self.size = [], 0
 
     def back(self) -> None:
-        """All lines of the row but its first are to be read again."""
+        """Read all lines of the row but its first again."""
         self.again += self.row[:0:-1]
 
 
 def table_rows(lines: Lines, *, tabs: bool) -> Iterator[tuple[int, list[str]] | Problem]:
     """Rows that are not blank, each with the line where it begins (a quoted cell may span lines).
 
-    A .csv is quoted as spreadsheets do; a .tsv has no quoting: a quotation mark there is a character like another.
+    A .csv is quoted as spreadsheets do. In a .tsv a quotation mark is a character like any other.
     """
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     feed = _Feed(lines)
@@ -211,22 +212,18 @@ def table_rows(lines: Lines, *, tabs: bool) -> Iterator[tuple[int, list[str]] | 
             csv.field_size_limit(limit)
         if row is None:
             return
-        fault = next((_line_fault(line) for line in feed.row if line.fault or "\0" in line.text), None)
-        if fault is not None:
-            yield fault if isinstance(fault, Problem) else lines.problem(*fault)
+        faults = [(line.number, fault) for line in feed.row if (fault := line.text_fault()) is not None]
+        if faults:
+            yield lines.problem(*faults[0])
         elif row:
             yield feed.row[0].number, row
 
 
-def _line_fault(line: Line) -> tuple[int, RowError]:
-    return line.number, line.fault or _nul(line.text.index("\0"))
-
-
 def _bad_row(lines: Lines, feed: _Feed, error: csv.Error | RowError) -> Problem:
-    """What is wrong with the row, after a step to where the next begins.
+    """Say what is wrong with the row, and go to where the next one begins.
 
-    A quotation mark that was left open swallows lines up to the next one, which then stands where a cell begins: all
-    lines but the first are read again. Otherwise what was swallowed are lines of a long cell.
+    A quotation mark that was left open swallows lines up to the next mark, which then stands where a cell begins. In
+    that case all lines but the first are read again. Otherwise the swallowed lines belong to a long cell.
     """
     first, last = feed.row[0], feed.row[-1]
     if isinstance(error, RowError):

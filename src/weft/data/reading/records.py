@@ -1,8 +1,8 @@
-"""Read data files into records, each of which knows the line that it came from.
+"""Read data files into records; each record knows the line that it came from.
 
-Every reader counts lines itself, so that a complaint about record 31,000 of a JSON array points at a line that the
-user can open; none holds more of a file than one record and a piece of constant size. Nothing here knows what the
-fields mean: that is ``weft.data.formats.detect``.
+Every reader counts lines itself, so that a complaint about record 31,000 of a JSON array names a line that the user can
+open. No reader holds more of a file than one record and a piece of constant size. What the fields mean is the business
+of ``weft.data.formats.detect``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from weft.data.problems import BadRecordError, Problem, Problems
 from weft.data.reading.files import (
     COLUMNAR,
     TABLES,
-    Bytes,
+    ByteSource,
     Place,
     Shards,
     damaged,
@@ -48,8 +48,9 @@ def iter_records(
     ``path`` is a file (.json, .jsonl, .csv, .tsv, .txt, also compressed; .parquet, .arrow), a folder or a glob of them,
     or a folder that ``datasets`` saved. A .json file may hold an array of objects, an object with such an array under
     ``train`` or ``data``, one object, or objects one after another. A row that is a list of messages is taken as
-    ``{"messages": row}``. ``header`` names the columns of a table whose file does not. ``limit`` counts records.
-    What is wrong goes to ``problems``, and reading goes on behind it; without it the first is raised.
+    ``{"messages": row}``. ``header`` names the columns of a table without a header row. ``limit`` counts records.
+    Records that cannot be read go to ``problems``, and reading goes on behind them; without ``problems`` the first is
+    raised.
 
     Raises:
         UserError: A file cannot be read or holds no record.
@@ -111,7 +112,7 @@ def _empty(file: Place) -> str:
 
 
 def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
-    """The first good rows of a .csv or .tsv file as they stand, the header first; no rows of other files.
+    """The first good rows of a .csv or .tsv file, header included; other files have none.
 
     Raises:
         BadRecordError: The header itself cannot be read.
@@ -137,7 +138,7 @@ def _items(file: Place, header: Sequence[str] | None, record_limit: int) -> Iter
         from weft.data.reading.columnar import read_columnar
 
         if isinstance(file, Path) and file.is_file():
-            with opened(file):  # the content is what the name says
+            with opened(file):  # this checks that the content is what the name says
                 pass
         yield from read_columnar(file)
         return
@@ -162,9 +163,9 @@ def _unreadable(file: Path, error: OSError) -> UserError:
 
 
 class _Progress:
-    """A file of bytes that counts the lines that were read of it."""
+    """A file of bytes that counts the lines that were read."""
 
-    def __init__(self, raw: Bytes) -> None:
+    def __init__(self, raw: ByteSource) -> None:
         self.raw, self.lines = raw, 0
 
     def readline(self, size: int, /) -> bytes:

@@ -1,4 +1,4 @@
-"""One record and its checks: decode a JSON value strictly, and refuse what would go wrong far from here."""
+"""One record and its checks: JSON is decoded strictly, and what would fail far from here is refused here."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-# Bytes that are no UTF-8 are decoded to these (``errors="surrogateescape"``), so that their place is known.
+# Bytes that are not UTF-8 are decoded to these (``errors="surrogateescape"``), so that their place is known.
 BROKEN = re.compile("[\udc80-\udcff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_DIGITS = 308  # of the largest integer that a double holds
-_LONG = 6 << 20  # characters; more than what a window holds of several records
+_DIGITS = 308  # the largest integer that a double holds has so many
+_LONG = 6 << 20  # characters; a window of several records holds fewer
 _NESTED = 500_000
 _HALVES = ("\\ud", "\\uD")
 
@@ -26,8 +26,11 @@ class Record:
 
 
 class RowError(Exception):
-    """What is wrong with one record. ``at`` is the place in the text, if one character can be blamed; ``begun`` says
-    that the text ended before the value did, ``broken`` that the brackets do not tell where the record ends."""
+    """What is wrong with one record.
+
+    ``at`` is the place in the text, if one character can be blamed. ``begun`` says that the text ended before the value
+    did. ``broken`` says that the brackets do not tell where the record ends.
+    """
 
     def __init__(
         self, kind: str, what: str, at: int | None = None, *, begun: bool = False, broken: bool = False
@@ -85,7 +88,7 @@ def _check_values(text: str, at: int) -> None:
 
 
 def after_space(text: str, at: int = 0) -> int:
-    """The place of the first character from ``at`` on that is no white space."""
+    """The place of the first character from ``at`` on that is not white space."""
     found = _SPACE.match(text, at)
     assert found is not None
     return found.end()
@@ -99,7 +102,7 @@ def decode(text: str, at: int, *, strict: bool = True) -> tuple[Any, int]:
         return (_STRICT if strict else _LENIENT).raw_decode(text, at)
     except json.JSONDecodeError as error:
         message = error.msg[:1].lower() + error.msg[1:]
-        # What the decoder stumbles over in a text that was cut anywhere: an open string, or one of its last characters.
+        # In a text that was cut anywhere the decoder stumbles over an open string, or over one of the last characters.
         begun = message.startswith("unterminated string") or error.pos >= len(text) - 12
         raise RowError("malformed_json", f"malformed JSON: {message}.", error.pos, begun=begun, broken=True) from None
     except RecursionError:
@@ -107,11 +110,11 @@ def decode(text: str, at: int, *, strict: bool = True) -> tuple[Any, int]:
 
 
 def check_text(fields: object, text: str, start: int, end: int) -> None:
-    """Refuse a row whose source, ``text[start:end]``, holds NUL characters or halves of characters as escapes."""
+    """Refuse a row if its source, ``text[start:end]``, has escapes of NUL characters or of halves of characters."""
     if text.find("\\u0000", start, end) >= 0:
         check_nul(fields)
     if any(text.find(escape, start, end) >= 0 for escape in _HALVES):
-        # Half of a UTF-16 pair is legal in JSON but is no character: tokenizers fail on it far from here.
+        # JSON allows half of a UTF-16 pair, but it is not a character: tokenizers fail on it far from here.
         try:
             json.dumps(fields, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
@@ -123,7 +126,7 @@ def check_text(fields: object, text: str, start: int, end: int) -> None:
 
 
 def check_nul(value: object) -> None:
-    """Refuse NUL characters anywhere in decoded JSON: no text has them, and programs in C end a string there."""
+    """Refuse NUL characters anywhere in decoded JSON: texts have none, and programs in C end a string there."""
     todo = [value]
     while todo:
         item = todo.pop()

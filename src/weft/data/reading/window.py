@@ -1,4 +1,4 @@
-"""A window that passes over the text of a JSON file: whole values are decoded from it, memory stays bounded."""
+"""A window passes over the text of a JSON file: whole values are decoded from it, and memory stays bounded."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import codecs
 from typing import Any
 
 from weft.data.reading.extent import Extent
-from weft.data.reading.files import Bytes
+from weft.data.reading.files import ByteSource
 from weft.data.reading.rows import BROKEN, RowError, after_space, decode, not_utf8
 
 _CHUNK = 1 << 20
-PENDING = 4 << 20  # of a longer value its end is looked for before it is decoded
+PENDING = 4 << 20  # characters; a longer value is decoded only when its end was found
 
 
 class Window:
-    """A part of a file's text. ``at`` is where reading stands; lines and columns are those of the whole file."""
+    """A part of a file's text. Reading stands at ``at``. Lines and columns are counted in the whole file."""
 
-    def __init__(self, file: Bytes, limit: int) -> None:
+    def __init__(self, file: ByteSource, limit: int) -> None:
         self.file, self.limit = file, limit
         self.text, self.at = "", 0
         self.ended = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._broken = False  # whether bytes that are no UTF-8 have been seen
-        self._first = True
-        self._line, self._before, self._counted = 1, 0, 0  # line at `_counted`; characters of line 1 that were dropped
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self._broken = False  # whether bytes that are not UTF-8 have been seen
+        self._line, self._before, self._counted = 1, 0, 0  # the line at `_counted`; dropped characters of the line
 
     # -- text
 
+    def seek(self, position: int) -> None:
+        """Go on reading at ``position``."""
+        self.at = position
+
+    def skip(self) -> None:
+        """Step over one character."""
+        self.at += 1
+
     def more(self, size: int = _CHUNK) -> bool:
-        """Drop what was read and take in more; False at the end of the file."""
-        # White space before a record stays: it tells whether the record stands first on its line.
+        """Drop what was read and take in more text; False at the end of the file."""
+        # White space before a record stays, for it tells whether the record stands first on its line.
         newline = self.text.rfind("\n", 0, self.at)
         self.drop(newline if newline >= 0 and self.text[newline : self.at].isspace() else self.at)
         chunk = self._take(size)
@@ -37,16 +44,13 @@ class Window:
         return bool(chunk)
 
     def _take(self, size: int) -> str:
-        """The next characters of the file, some unless it has ended."""
+        """The next characters of the file; none if it has ended."""
         chunk = ""
         while not chunk and not self.ended:
             raw = self.file.read(size)
             self.ended = not raw
             chunk = self._decoder.decode(raw, self.ended)
         self._broken = self._broken or (not chunk.isascii() and BROKEN.search(chunk) is not None)
-        if self._first and chunk:
-            chunk, self._first = chunk.removeprefix("\ufeff"), False
-            return chunk or self._take(size)
         return chunk
 
     def drop(self, to: int) -> None:
@@ -66,13 +70,13 @@ class Window:
         return self._line
 
     def place(self, position: int) -> tuple[int, int]:
-        """(line, column) of any position behind the last that ``line`` was asked about."""
+        """(line, column) of a position behind the last one that ``line`` was asked about."""
         newline = self.text.rfind("\n", 0, position)
         column = position - newline if newline >= 0 else position + self._before + 1
         return self._line + self.text.count("\n", self._counted, position), column
 
     def peek(self) -> str:
-        """Skip white space; the next character, or an empty string at the end."""
+        """Skip white space and return the next character, or an empty string at the end."""
         while True:
             self.at = after_space(self.text, self.at)
             if self.at < len(self.text):
@@ -83,7 +87,7 @@ class Window:
     # -- values
 
     def value(self, *, strict: bool = True) -> tuple[Any, int]:
-        """Decode the value that begins here, without stepping over it: (value, its end). Raises RowError."""
+        """Decode the value that begins here and stay before it: (value, its end). Raises RowError."""
         while True:
             if len(self.text) - self.at > min(PENDING, self.limit) and not self.ended:
                 self._whole()
@@ -105,8 +109,14 @@ class Window:
                 raise self._too_long()
             return value, end
 
+    def take(self, *, strict: bool = True) -> tuple[Any, int, int]:
+        """Decode the value that begins here and step over it: (value, its start, its end). Raises RowError."""
+        value, end = self.value(strict=strict)
+        start, self.at = self.at, end
+        return value, start, end
+
     def _whole(self) -> None:
-        """Take in the rest of the long value that begins here; step over one longer than the limit, and refuse it."""
+        """Take in the rest of the long value that begins here. One beyond the limit is stepped over and refused."""
         extent = Extent()
         parts = [self.text[self.at :]]
         seen, end = len(parts[0]), extent.feed(parts[0])
@@ -135,6 +145,6 @@ class Window:
                      f"limit. Split it.{more}")  # fmt: skip
 
     def check(self, start: int, end: int) -> None:
-        """Refuse bytes that are no UTF-8 in ``text[start:end]``."""
+        """Refuse bytes that are not UTF-8 in ``text[start:end]``."""
         if self._broken and (found := BROKEN.search(self.text, start, end)):
             raise not_utf8(self.text, found.start())

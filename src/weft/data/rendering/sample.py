@@ -36,6 +36,23 @@ class Sample:
     token_types: tuple[int, ...] = ()
     cut: int = 0
 
+    @property
+    def size(self) -> int:
+        """The number of tokens that a model reads."""
+        return len(self.input_ids) + len(self.target_ids)
+
+    @property
+    def written(self) -> tuple[Sequence[int], Sequence[float]]:
+        """The tokens that a model writes, and their weights: the targets if there are any, which are all learned."""
+        if self.target_ids:
+            return self.target_ids, [1.0] * len(self.target_ids)
+        return self.input_ids, self.weights
+
+    @property
+    def learned(self) -> int:
+        """The number of learned tokens."""
+        return sum(map(bool, self.written[1]))
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from weft.data.formats.detect import Conversation, Message, PlainText
+from weft.data.formats.examples import Conversation, Message, PlainText
 from weft.data.rendering.sandbox import render_chat
 from weft.data.rendering.templates import TemplateSettings
 from weft.data.rendering.tokens import Encoder

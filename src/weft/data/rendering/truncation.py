@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from weft.data.formats.detect import Conversation
+from weft.data.formats.examples import Conversation
 from weft.data.rendering.sample import Draft, Sample, TooLongError
 from weft.data.rendering.transcript import Script, learned_turns
 from weft.errors import UserError, check_word
