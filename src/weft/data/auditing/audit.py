@@ -53,9 +53,12 @@ def audit(
     for code in (*ignore, *(only or ())):
         if code not in CHECKS:
             raise UserError(f"there is no check {code!r}.{nearest(code, CHECKS)} Checks: {', '.join(CHECKS)}.")
-    records = Records(items, facts)
+    return _findings(Records(items, facts), ignore, only)
+
+
+def _findings(records: Records, ignore: Collection[str], only: Collection[str] | None) -> list[Finding]:
     wanted = [check for check in CHECKS.values() if check.code not in ignore and (only is None or check.code in only)]
-    found = [_finding(check, hit, facts.skips_bad_records) for check in wanted for hit in check.run(records)]
+    found = [_finding(check, hit, records.facts.skips_bad_records) for check in wanted for hit in check.run(records)]
     return sorted(found, key=lambda finding: finding.severity != "error")
 
 
