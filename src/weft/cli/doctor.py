@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -75,14 +74,16 @@ def _short(error: BaseException) -> str:
 
 
 def _versions() -> Iterator[Check]:
+    from importlib import metadata
+
     import weft
 
     yield Check("versions", "weft", OK, weft.__version__)
     yield Check("versions", "python", OK, platform.python_version())
     for name in (*_NEEDED, *_USEFUL):
         try:
-            yield Check("versions", name, OK, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
+            yield Check("versions", name, OK, metadata.version(name))
+        except metadata.PackageNotFoundError:
             yield Check("versions", name, FAILED if name in _NEEDED else ABSENT)
 
 

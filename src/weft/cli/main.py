@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,14 +13,6 @@ import typer
 
 import weft
 from weft.cli import common
-from weft.cli.chat import chat
-from weft.cli.combine import combine
-from weft.cli.convert import convert
-from weft.cli.doctor import doctor
-from weft.cli.generate import generate
-from weft.cli.merge import merge
-from weft.cli.preview import preview
-from weft.cli.train import train
 from weft.errors import UserError, nearest
 from weft.extensions import load_extension
 
@@ -30,28 +21,8 @@ _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 _LONGEST = 4000  # characters of a message
 
-app = typer.Typer(
-    name="weft",
-    help="Fine-tune one frozen language model into many adapters, of any methods, in one pass.",
-    epilog=common.EPILOG,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    suggest_commands=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-VERBS: dict[str, Any] = {
-    "train": train,
-    "preview": preview,
-    "chat": chat,
-    "generate": generate,
-    "combine": combine,
-    "merge": merge,
-    "convert": convert,
-    "doctor": doctor,
-}
-# Verbs that are registered if their module is there; its top level must stay free of torch.
-_OPTIONAL_VERBS = ("demo",)
+# Each has a module with a function of its name.
+VERBS = ("train", "preview", "chat", "generate", "combine", "merge", "convert", "doctor", "demo")
 
 
 def _show_version(wanted: bool) -> None:
@@ -60,7 +31,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _weft(
     extension: Annotated[
         list[str] | None,
@@ -74,16 +44,26 @@ def _weft(
     """Fine-tune one frozen language model into many adapters, of any methods, in one pass."""
 
 
-def _register() -> None:
-    for verb in _OPTIONAL_VERBS:
-        if importlib.util.find_spec(f"weft.cli.{verb}") is not None:
-            function = getattr(importlib.import_module(f"weft.cli.{verb}"), verb, None)
-            VERBS.update({verb: function} if function is not None else {})
-    for verb, function in VERBS.items():
-        app.command(verb, epilog=common.EPILOG)(function)
+def _app(verb: str | None) -> typer.Typer:
+    """The command with this verb; without one all verbs, to be listed, for which their descriptions are enough."""
+    app = typer.Typer(
+        name="weft",
+        epilog=common.EPILOG,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        suggest_commands=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_weft)
+    for name in VERBS if verb is None else (verb,):
+        function = getattr(importlib.import_module(f"weft.cli.{name}"), name)
+        app.command(name, help=function.__doc__, epilog=common.EPILOG)(function if verb else _listed)
+    return app
 
 
-_register()
+def _listed() -> None:
+    """Stand for a verb whose options nobody asks for: to find them takes as long as all the rest."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.show_warnings()
     try:
         words = _load_extensions(words)
-        _check_verb(words)
-        code = typer.main.get_command(app).main(words, prog_name="weft", standalone_mode=False)
+        code = typer.main.get_command(_app(_verb(words))).main(words, prog_name="weft", standalone_mode=False)
         return code if isinstance(code, int) else common.DONE
     except SystemExit as leaving:
         if isinstance(leaving.__context__, BrokenPipeError):  # click's doing
@@ -122,10 +101,16 @@ def _load_extensions(words: Sequence[str]) -> list[str]:
     return rest
 
 
-def _check_verb(words: Sequence[str]) -> None:
+def _verb(words: Sequence[str]) -> str | None:
+    """The verb that the words begin with; None if an option stands before it, which then is all that counts.
+
+    Raises:
+        UserError: There is no such verb.
+    """
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
         raise UserError(f"there is no verb '{verb}'.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}.")
+    return verb if words[:1] == [verb] else None
 
 
 def _failure(error: BaseException, *, as_json: bool) -> int:

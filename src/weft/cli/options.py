@@ -12,7 +12,6 @@ import typer
 
 import weft
 from weft.errors import UserError
-from weft.foreign import read_text
 
 Target = Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Folder of a run, of an adapter, or a model.")]
 Model = Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")]
@@ -56,6 +55,8 @@ def template_text(given: str | None) -> str | None:
     Raises:
         UserError: there is no such file, and it is no template either.
     """
+    from weft.foreign import read_text
+
     if given is None or "{{" in given or "{%" in given:
         return given
     try:

@@ -19,7 +19,6 @@ from weft.cli.options import meaning
 from weft.cli.progress import Reporter, make_reporter
 from weft.errors import UserError
 from weft.extensions import loaded_files
-from weft.foreign import json_lines
 
 if TYPE_CHECKING:
     from weft.models.reach import LeftOut
@@ -242,6 +241,8 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
 
 def _metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The events that the run has logged, those before a resumption too."""
+    from weft.foreign import json_lines
+
     path = folder / "metrics.jsonl"
     if path.is_file():
         yield from json_lines(path)
