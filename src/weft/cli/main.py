@@ -45,7 +45,7 @@ def _weft(
 
 
 def _app(verb: str | None) -> typer.Typer:
-    """The command with this verb; without one all verbs, to be listed, for which their descriptions are enough."""
+    """Make the command with this verb; without one, with the names and descriptions of all verbs."""
     app = typer.Typer(
         name="weft",
         epilog=common.EPILOG,
@@ -63,13 +63,13 @@ def _app(verb: str | None) -> typer.Typer:
 
 
 def _listed() -> None:
-    """Stand for a verb whose options nobody asks for: to find them takes as long as all the rest."""
+    """Stand for a verb in the list of all. Its options are not looked for, which would take long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; ``argv`` are the words after ``weft``."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Both options wherever they stand: people add them to the end of the line that has just failed.
+    # Both options may stand anywhere: people add them to the end of the line that has just failed.
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not debug:
@@ -115,7 +115,7 @@ def _verb(words: Sequence[str]) -> str | None:
 
 def _failure(error: BaseException, *, as_json: bool) -> int:
     """Say what went wrong and give the exit code."""
-    if isinstance(error, common.Interrupted):
+    if isinstance(error, common.Interruption):
         common.say("interrupted before training began; nothing was written.")
         return 128 + error.signum
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
@@ -129,7 +129,7 @@ def _failure(error: BaseException, *, as_json: bool) -> int:
     if message is None:
         code = common.DEFECT
         message = f"{type(error).__name__}: {error}\nThis is a defect of Weft; --debug shows where it happened."
-    if len(message) > _LONGEST:  # what a file holds may be quoted in it
+    if len(message) > _LONGEST:  # it may quote what a file holds
         message = f"{message[: _LONGEST - 200]} … {message[-200:]}"
     common.say(f"error: {message}")
     if as_json:
@@ -141,7 +141,7 @@ def _users_fault(error: BaseException) -> str | None:
     """The message for what the user can mend, or None for a defect."""
     if isinstance(error, UserError):
         return str(error)
-    # typer brings its own copy of click, or uses the installed one: told by what both have.
+    # typer brings its own copy of click or uses the installed one; both have this method.
     if hasattr(error, "format_message"):
         return _usage(error)
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
@@ -155,7 +155,7 @@ def _users_fault(error: BaseException) -> str | None:
 
 
 def _usage(error: Any) -> str:
-    """What the argument parser complains of, and where to look."""
+    """The complaint of the argument parser, and where to look."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "weft"
     message = str(error.format_message()).rstrip()

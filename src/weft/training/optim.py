@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 def make_optimizer(
     config: JobConfig, parameters: Sequence[nn.Parameter], rates: Sequence[float]
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) or SGD with momentum, over one job's parameters and the learning rate of each;
-    a group's own rate, before the schedule, stands in its ``peak_lr``."""
+    """Make AdamW (Loshchilov & Hutter 2019) or SGD with momentum, for one job's parameters and their rates.
+
+    The rate of a group before the schedule stands in its ``peak_lr``.
+    """
     by_rate: dict[float, list[nn.Parameter]] = {}
     for parameter, rate in zip(parameters, rates, strict=True):
         by_rate.setdefault(rate, []).append(parameter)
@@ -34,7 +36,7 @@ def make_optimizer(
 
 
 def schedule_factor(kind: str, step: int, total: int, warmup: int) -> float:
-    """What the learning rate is multiplied with at ``step`` (from 0) of ``total``.
+    """The factor of the learning rate at ``step`` (from 0) of ``total``.
 
     Warm-up rises linearly and reaches 1 at its end; then ``constant``, ``linear`` to 0, or ``cosine`` (half a period,
     1 to 0; Loshchilov & Hutter 2017 without restarts).
