@@ -17,8 +17,8 @@ Config = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG.yaml] [KEY=VALUE]...",
-        help="The run's configuration (or, for `weft train`, the folder of a run to resume); then settings that win over "
-        "it, such as learning_rate=1e-3 or jobs.0.r=16 (docs/config.md has them all).",
+        help="The run's configuration (or, for `weft train`, the folder of a run to resume); then settings that win "
+        "over it, such as learning_rate=1e-3 or jobs.0.r=16 (docs/config.md has them all).",
         show_default=False,
     ),
 ]
