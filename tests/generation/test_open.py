@@ -42,10 +42,10 @@ def test_room_for_an_answer(opened: Target) -> None:
 
 
 def test_a_question_is_a_conversation_and_raw_text_is_not(opened: Target) -> None:
-    assert opened.prompt("one") == opened.prompt([Message("user", "one")])
-    raw = opened.prompt("one", raw=True).ids
+    assert opened.prompt_ids("one") == opened.prompt_ids([Message("user", "one")])
+    raw = opened.prompt_ids("one", raw=True)
     assert opened.base.tokenizer.decode(raw) == "one"
-    assert len(raw) < len(opened.prompt("one").ids)
+    assert len(raw) < len(opened.prompt_ids("one"))
 
 
 def test_every_token_that_ends_an_answer(opened: Target) -> None:

@@ -43,13 +43,13 @@ def wanted_ids(run: Path) -> list[int]:
     opened = open_target(run)
     opened.close()
     assert opened.notes == []
-    return opened.prompt(TALK).ids
+    return opened.prompt_ids(TALK)
 
 
 def opened_ids(folder: Path, **options: Any) -> tuple[list[int], list[str]]:
     opened = open_target(folder, **options)
     opened.close()
-    return opened.prompt(TALK).ids, opened.notes
+    return opened.prompt_ids(TALK), opened.notes
 
 
 def changed_base(base: Path, to: Path, change: Any) -> Path:
@@ -91,7 +91,7 @@ def test_a_base_with_another_template(trained: Path, tiny_llama_dir: Path, tmp_p
     own = provenance_of(trained / "adapters/one")["template_from"] == "tokenizer"  # type: ignore[index]
     assert len(notes) == own
     assert all("chat template is not the one of training; training's is used" in note for note in notes)
-    assert open_target(base).prompt(TALK).ids != ids
+    assert open_target(base).prompt_ids(TALK) != ids
 
 
 def test_a_base_with_one_more_token(trained: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:

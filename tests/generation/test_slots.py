@@ -149,7 +149,7 @@ def test_chat_generate_and_exact_match_pass_them(
     wanted = opened.renderer.prompt(asked)
     assert len(wanted.slots) == 2
     assert opened.prompt("Count.") == opened.prompt(asked) == wanted
-    assert opened.prompt("Count.").ids == wanted.ids
+    assert opened.prompt_ids("Count.") == wanted.ids
 
     Talk(opened, None, None, Sampling(), 3).take("Count.")
     answer_questions(opened.adapters, opened.renderer, [Question(asked, "one", "q:1")], [None])

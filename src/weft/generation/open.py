@@ -91,6 +91,10 @@ class Target:
             return Prompt(list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"]))
         return self.prompt([Message("user", prompt)])
 
+    def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+        """``prompt(...).ids``, for adapters that need no slots."""
+        return self.prompt(prompt, raw=raw).ids
+
     def room(
         self, length: int, adapter: str | None, wanted: int | None, *, what: str = "the prompt", clip: bool = False
     ) -> int:
