@@ -27,7 +27,7 @@ class KeyValueCache:
 
     def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
         """Store the prompts' keys and values, [kv_heads, N, head_dim], each row's after its prefix."""
-        pair = self.store(layer, k, v, slice(0, len(self.lengths)))
+        pair = self.store(layer, k, v)
         first = 0
         for group, segment in enumerate(route.segments):
             rows = slice(first, first + segment.sequences)
@@ -40,12 +40,12 @@ class KeyValueCache:
         """Every layer has stored the prompts; single tokens follow."""
         self.prefilled = True
 
-    def store(self, layer: int, k: Tensor, v: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Store the prompts [kv_heads, N of these rows, head_dim]; returns the layer's keys and values of all rows."""
+    def store(self, layer: int, k: Tensor, v: Tensor, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Store the prompts of these (or all) rows [kv_heads, N, head_dim]; returns the layer's keys and values."""
         if layer not in self._layers:
             shape = (len(self.lengths), k.shape[0], self._capacity, k.shape[2])
             self._layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
-        here = (self._row >= rows.start) & (self._row < rows.stop)
+        here = slice(None) if rows is None else (self._row >= rows.start) & (self._row < rows.stop)
         for side, x in zip(self._layers[layer], (k, v), strict=True):
             side[self._row[here], :, self._place[here]] = x.transpose(0, 1)
         return self._layers[layer]
