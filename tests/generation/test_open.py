@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,7 @@ def opened(tiny_llama_dir: Path) -> Iterator[Target]:
     """The plain model, with an adapter of five virtual tokens put on."""
     found = open_target(tiny_llama_dir)
     found.adapters.add("mine", kit.method_config("prompt_tuning"))
-    found.names = ("mine",)
-    yield found
+    yield replace(found, names=("mine",))
     found.close()
 
 
