@@ -13,7 +13,7 @@ from weft.core import adapters as core
 from weft.core.adapter import Adapter
 from weft.errors import UserError
 from weft.files.adapter_folder import add_with_tensors, load_adapter, save_adapter
-from weft.merge.weights import Merged, merge_adapter
+from weft.merge.weights import MergedWeights, merge_adapter
 from weft.ops.combine import MajoritySign
 
 
@@ -39,7 +39,7 @@ class Adapters(core.Adapters):
         """
         return load_adapter(self, name, Path(folder), tokenizer=tokenizer)
 
-    def merge(self, name: str, dtype: torch.dtype | None = None) -> Merged:
+    def merge(self, name: str, dtype: torch.dtype | None = None) -> MergedWeights:
         """The weights of a model that computes by itself what the base computes with adapter ``name``.
 
         Raises:

@@ -8,7 +8,7 @@ from weft.data import Message, Renderer, register_format
 from weft.errors import UserError
 from weft.extensions import load_extension
 from weft.generation import Request, generate
-from weft.generation.open import Opened, open_target
+from weft.generation.open import Target, open_target
 from weft.generation.sampling import Sampling
 from weft.methods import (
     BitFitConfig,
@@ -30,7 +30,6 @@ __all__ = [
     "BottleneckConfig",
     "LoraConfig",
     "Message",
-    "Opened",
     "Part",
     "PrefixTuningConfig",
     "PromptTuningConfig",
@@ -38,6 +37,7 @@ __all__ = [
     "Request",
     "RunConfig",
     "Sampling",
+    "Target",
     "UserError",
     "describe",
     "generate",

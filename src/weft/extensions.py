@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,7 +134,9 @@ def _load_installed() -> None:
     if _installed_searched:
         return
     _installed_searched = True
-    # Only where installers write, for the working directory in sys.path may be the folder of a model.
+    from importlib import metadata  # slow, and not needed for --help
+
+    # Where installers write. Not the whole of sys.path: the folder of a model may be the working directory.
     places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
     points: dict[str, Any] = {}
     for package in metadata.distributions(path=places):

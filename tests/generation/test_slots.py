@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_chat_generate_and_exact_match_pass_them(
     monkeypatch.setattr("weft.generation.generate", record)
     monkeypatch.setattr(importlib.import_module("weft.evaluate.exact_match"), "generate", record)
     opened = open_target(str(tiny_llama_dir))
-    opened.renderer = Renderer(opened.base.tokenizer, chat_template=TEMPLATE)
+    opened = replace(opened, renderer=Renderer(opened.base.tokenizer, chat_template=TEMPLATE))
     asked = (Message("user", "Count."),)
     wanted = opened.renderer.prompt(asked)
     assert len(wanted.slots) == 2

@@ -13,7 +13,7 @@ from weft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from weft.data import Message
-    from weft.generation.open import Opened
+    from weft.generation.open import Target
     from weft.generation.sampling import Sampling
 
 COMMANDS = {
@@ -72,7 +72,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, or the lines of stdin."""
+    """The lines that the user types, or those of stdin."""
     if not sys.stdin.isatty():
         for number, line in enumerate(sys.stdin, 1):
             if any("\ud800" <= character <= "\udfff" for character in line):
@@ -87,10 +87,7 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             line = input("> ")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         if line.strip():
@@ -98,11 +95,11 @@ def _lines() -> Iterator[str]:
 
 
 class Conversation:
-    """The turns so far, and who answers."""
+    """A conversation: its turns so far, and the adapter that answers."""
 
     def __init__(
         self,
-        opened: Opened,
+        opened: Target,
         adapter: str | None,
         system: str | None,
         sampling: Sampling,
@@ -115,7 +112,7 @@ class Conversation:
         self.reset()
 
     def introduction(self) -> str:
-        """Who answers, and who else could."""
+        """The sentence that says who answers, and who else could."""
         others = [name for name in (*self.opened.names, "base") if name != (self.adapter or "base")]
         rest = f" (also there: {', '.join(others)}; /adapter NAME switches)" if self.opened.names and others else ""
         return f"{self.adapter or 'base'} answers{rest}. /help lists the commands."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weft.cli import common
+from weft.cli import common, options
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Found:
+class AdapterFolder:
     """One adapter's folder, and the run that it belongs to."""
 
     folder: Path
@@ -29,7 +27,7 @@ class Found:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The name in messages."""
         return str(self.folder)
 
 
@@ -55,7 +53,7 @@ def combine(
     model: Annotated[
         str | None, typer.Option(help="Base, if the adapters do not name it or name it differently.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
 ) -> int:
     """Combine trained adapters of one kind into a new one. The base's weights are not loaded.
 
@@ -63,6 +61,7 @@ def combine(
     """
     from weft.combine.rules import Combination
     from weft.files import adapter_folder as files
+    from weft.files.whole import new_folder
     from weft.models.load import resolve_model, sketch_base
 
     given = _weights(weights)
@@ -74,35 +73,28 @@ def combine(
         svd_rank=svd_rank,
         seed=seed,
     )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is there already; it is left alone. Take another folder.")
-    found = [one for source in sources for one in _find(source, adapter)]
-    if given and len(given) != len(found):
-        names = ", ".join(one.name for one in found)
-        raise UserError(f"--weights has {len(given)} numbers; there are {len(found)} adapters: {names}.")
-    base_name = resolve_model(model) if model else _base(found)
-    common.tell_hub(base_name)
-    base = sketch_base(base_name)
-
-    new = _combined(found, how, base, base_name, _name(output))
-    part = output.absolute().with_name(f".{output.name}.unfinished")
-    shutil.rmtree(part, ignore_errors=True)
-    files.save(new, base.architecture, part, base_name=base_name)
-    _save_tokenizer(found, part)
-    if output.exists():
-        output.rmdir()  # empty, or it would have been refused
-    part.replace(output)
+    with new_folder(output, "--output ") as part:
+        found = [one for source in sources for one in _find(source, adapter)]
+        if given and len(given) != len(found):
+            names = ", ".join(one.name for one in found)
+            raise UserError(f"--weights has {len(given)} numbers; there are {len(found)} adapters: {names}.")
+        base_name = resolve_model(model) if model else _base(found)
+        common.tell_hub(base_name)
+        base = sketch_base(base_name)
+        new = _combined(found, how, base, base_name, files.name_for(output))
+        files.save(new, base.architecture, part, base_name=base_name)
+        _save_tokenizer(found, part)
     _tell(output, found, how, sum(tensor.numel() for tensor in new.tensors().values()), as_json=as_json)
     return common.DONE
 
 
-def _combined(found: list[Found], how: Combination, base: Base, base_name: str, name: str) -> Adapter:
+def _combined(found: list[AdapterFolder], how: Combination, base: Base, base_name: str, name: str) -> Adapter:
     """The new adapter, which knows where it comes from."""
     from weft.combine.rules import Source
     from weft.combine.rules import combine as compose
     from weft.files import adapter_folder as files
 
-    def load(one: Found) -> Source:
+    def load(one: AdapterFolder) -> Source:
         config, tensors, task = files.read(one.folder, base.model)
         if task is not None:
             raise UserError(f"{one.name} has a classification head; heads trained apart cannot be made one.")
@@ -120,11 +112,6 @@ def _combined(found: list[Found], how: Combination, base: Base, base_name: str, 
     return new
 
 
-def _name(output: Path) -> str:
-    """What the adapter is called where its file says so."""
-    return re.sub(r"[^\w\-]", "_", output.absolute().name, flags=re.ASCII).strip("_") or "adapter"
-
-
 def _weights(text: str | None) -> tuple[float, ...]:
     if text is None:
         return ()
@@ -134,10 +121,10 @@ def _weights(text: str | None) -> tuple[float, ...]:
         raise UserError(f"--weights {text!r}: expected numbers separated by commas, such as 0.7,0.3.") from None
 
 
-def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
+def _find(source: str, wanted: Sequence[str] | None) -> list[AdapterFolder]:
     """The adapters that a folder stands for."""
-    from weft.files.adapter_folder import CONFIG, OWN_CONFIG
-    from weft.files.run_folder import RUN_FILE, RunStore
+    from weft.files.adapter_folder import CONFIG, is_adapter
+    from weft.files.run_folder import RUN_FILE, RunStore, run_of
     from weft.training.config import read_run_config
 
     folder = Path(source).expanduser()
@@ -146,24 +133,14 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[Found]:
         chosen = [name for name in names if not wanted or name in wanted]
         if not chosen:
             raise UserError(f"{folder} has no adapter {', '.join(wanted or ())}; there are: {', '.join(names)}.")
-        found = [Found(RunStore(folder).adapters / name, folder) for name in chosen]
-        missing = next((one for one in found if not one.folder.is_dir()), None)
-        if missing is not None:
-            for name, reason in RunStore(folder).failed([missing.folder.name]).items():
-                raise UserError(
-                    f"{folder} has no adapter '{name}', for its job failed: {reason}. Name the others with --adapter."
-                )
-            raise UserError(f"{folder} is not finished: there is no {missing.name} yet. Go on with it (--resume).")
-        return found
-    if not any((folder / name).is_file() for name in (CONFIG, OWN_CONFIG)):
+        return [AdapterFolder(path, folder) for path in RunStore(folder).finished(chosen)]
+    if not is_adapter(folder):
         raise UserError(f"{folder} holds neither a run ({RUN_FILE}) nor an adapter ({CONFIG}).")
-    run = folder.absolute().parent.parent
-    inside = folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file()
-    return [Found(folder, run if inside else None)]
+    return [AdapterFolder(folder, run_of(folder))]
 
 
-def _common_provenance(found: Sequence[Found]) -> dict[str, object] | None:
-    """How the adapters' data was read and rendered, as far as that was the same; tells where it was not."""
+def _common_provenance(found: Sequence[AdapterFolder]) -> dict[str, object] | None:
+    """What the adapters' provenances have in common; tells the user where they differ."""
     from weft.data import provenance
     from weft.files.adapter_folder import OWN_CONFIG, provenance_of
 
@@ -176,7 +153,7 @@ def _common_provenance(found: Sequence[Found]) -> dict[str, object] | None:
     return None if record is None else record.model_dump(mode="json")
 
 
-def _base(found: Sequence[Found]) -> str:
+def _base(found: Sequence[AdapterFolder]) -> str:
     """The one base that all adapters, or their runs, name."""
     from weft.files.adapter_folder import base_of
     from weft.files.run_folder import RunStore
@@ -198,8 +175,8 @@ def _base(found: Sequence[Found]) -> str:
     return str(bases[found[0].name])
 
 
-def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
-    """An adapter that leaves its run takes the tokenizer and the chat template along."""
+def _save_tokenizer(found: Sequence[AdapterFolder], folder: Path) -> None:
+    """Write the tokenizer and the chat template of the adapters' run, if there is one."""
     from weft.data.rendering.templates import template_text
     from weft.files.run_folder import RunStore
     from weft.models.load import load_tokenizer
@@ -214,8 +191,10 @@ def _save_tokenizer(found: Sequence[Found], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _tell(output: Path, found: Sequence[Found], how: Combination, parameters: int, *, as_json: bool) -> None:
-    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+def _tell(output: Path, found: Sequence[AdapterFolder], how: Combination, parameters: int, *, as_json: bool) -> None:
+    from weft.files.whole import weights_bytes
+
+    size = weights_bytes(output)
     if as_json:
         common.print_json(
             {

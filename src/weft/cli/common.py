@@ -1,4 +1,4 @@
-"""What the verbs share: exit codes, the two consoles, JSON on stdout, and quiet libraries."""
+"""The parts that all verbs share: exit codes, the two consoles, JSON on stdout, quiet libraries."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ EXIT_CODES: dict[int, str] = {
 }
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in sorted(EXIT_CODES.items())) + "."
 
-# Wide enough that a table in a file or a pipe is never cut.
+# No table in a file or a pipe is wider.
 _PIPE_WIDTH = 160
 
 
-class Interrupted(BaseException):
-    """A signal arrived where nothing has to be saved. Not an Exception, so that no ``except Exception`` swallows it."""
+class Interruption(BaseException):
+    """A signal that arrives where nothing has to be saved. It is no Exception, so that no handler swallows it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -56,7 +56,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(text: str) -> None:
-    """One line for the user beside the result: on stderr."""
+    """Write a line for the user to stderr, beside the result."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -97,7 +97,7 @@ def finite(value: object) -> object:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' chatter off the screen; has to come before they are imported."""
+    """Keep other libraries' messages off the screen. This must come before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -109,29 +109,29 @@ def quiet_libraries() -> None:
 
 
 def show_warnings() -> None:
-    """Weft's own warnings (records left out, for one) as ``warning: …`` on stderr."""
+    """Write Weft's own warnings (records left out, for one) as ``warning: …`` to stderr."""
     logger = logging.getLogger("weft")
-    for old in [handler for handler in logger.handlers if getattr(handler, "of_cli", False)]:
+    for old in [handler for handler in logger.handlers if handler.name == __name__]:
         logger.removeHandler(old)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    handler.of_cli = True  # type: ignore[attr-defined]
+    handler.set_name(__name__)
     logger.addHandler(handler)
     logger.propagate = False
 
 
 def human_size(count: int) -> str:
-    """Bytes as people read them."""
+    """A number of bytes as people read it."""
     size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
-    raise AssertionError
+    return f"{size:.1f} GB"
 
 
 def human_time(seconds: float) -> str:
-    """Seconds as 8s, 3:08 or 1:02:08."""
+    """A number of seconds as 8s, 3:08 or 1:02:08."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

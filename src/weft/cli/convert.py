@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from weft.cli import common
+from weft.cli import common, options
 
 
 def convert(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model or an adapter whose weights are a pickle.")],
     output: Annotated[Path, typer.Argument(metavar="NEW_FOLDER", help="Folder to write; it must be new or empty.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
 ) -> int:
     """Write a folder with its pickled weights (pytorch_model.bin, adapter_model.bin, .pt, .ckpt) as safetensors.
 

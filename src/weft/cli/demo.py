@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weft.cli import common
-from weft.cli.progress import Reporter, make_reporter
-from weft.cli.train import Signals
+from weft.cli import common, options
+from weft.cli.session import Session
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,38 +23,32 @@ def demo(
     ),
     output_dir: Annotated[str, typer.Option(help="Folder of the run; a demo in it is replaced.")] = "runs/demo",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps (default: 300).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result.")] = False,
 ) -> int:
     """Train five methods at once on an embedded base, and show what each has learned and forgotten."""
     from weft.evaluate.demo import STEPS, run_demo
 
-    signals = Signals()
-    reporter: list[Reporter] = []
+    session = Session(quiet=quiet)
 
     def ready(setup: Setup) -> None:
-        signals.training = True
         if not quiet:
             common.say(f"{len(setup.jobs)} methods over one frozen {model}; first the base answers by itself")
-        reporter.append(make_reporter([(j.name, 0, j.total_steps) for j in setup.jobs], quiet=quiet))
+        session.begin(setup.jobs)
 
-    with signals.installed():
-        try:
-            result = run_demo(
-                model,
-                output_dir,
-                steps=steps or STEPS,
-                on_event=lambda event: reporter[0].event(event),
-                on_ready=ready,
-                should_stop=signals.stop,
-            )
-        finally:
-            for each in reporter:
-                each.close()
+    with session.open():
+        result = run_demo(
+            model,
+            output_dir,
+            steps=steps or STEPS,
+            on_event=session.event,
+            on_ready=ready,
+            should_stop=session.should_stop,
+        )
     if result is None:
-        return 128 + (signals.received or 2)
+        return 128 + (session.received or 2)
     if as_json:
-        common.print_json(as_json_object(result))
+        common.print_json(asdict(result))
     else:
         show(result, common.console())
     return common.DONE
@@ -99,8 +92,3 @@ def show(result: DemoResult, console: Console) -> None:
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def as_json_object(result: DemoResult) -> dict[str, object]:
-    """The machine-readable result."""
-    return asdict(result)

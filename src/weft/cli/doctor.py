@@ -1,8 +1,7 @@
-"""``weft doctor``: what of this machine and installation works, found by trying it."""
+"""``weft doctor``: tries which parts of this machine and installation work."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -11,11 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from weft.cli import common
+from weft.cli import common, options
 
 OK, ABSENT, FAILED = "ok", "absent", "failed"
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
@@ -23,7 +20,7 @@ _USEFUL = ("peft", "bitsandbytes", "accelerate")
 _VARIABLES = (
     "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
 )  # fmt: skip
-# What makes bfloat16 fast on a CPU, by the names of /proc/cpuinfo.
+# These make bfloat16 fast on a CPU; /proc/cpuinfo names them so.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 
 
@@ -38,7 +35,7 @@ class Check:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
 ) -> int:
     """Check this installation: versions, devices, number formats, memory, embedded models, every method.
 
@@ -54,18 +51,18 @@ def doctor(
 
 
 def run_checks() -> Iterator[Check]:
-    """All checks; none raises."""
+    """Run all checks; none raises."""
     for section in (_versions, _devices, _dtypes, _machine, _settings, _embedded, _methods):
         try:
             yield from section()
-        except Exception as error:  # a check that cannot even run is what the report is for
+        except Exception as error:  # the report is for checks that cannot even run
             yield Check(section.__name__.strip("_"), "check", FAILED, _short(error))
 
 
 def _try(section: str, name: str, attempt: Callable[[], str]) -> Check:
     try:
         return Check(section, name, OK, attempt())
-    except Exception as error:  # whatever it is, the user is to see it in the table
+    except Exception as error:  # the user is to see it in the table, whatever it is
         return Check(section, name, FAILED, _short(error))
 
 
@@ -75,14 +72,16 @@ def _short(error: BaseException) -> str:
 
 
 def _versions() -> Iterator[Check]:
+    from importlib import metadata
+
     import weft
 
     yield Check("versions", "weft", OK, weft.__version__)
     yield Check("versions", "python", OK, platform.python_version())
     for name in (*_NEEDED, *_USEFUL):
         try:
-            yield Check("versions", name, OK, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
+            yield Check("versions", name, OK, metadata.version(name))
+        except metadata.PackageNotFoundError:
             yield Check("versions", name, FAILED if name in _NEEDED else ABSENT)
 
 
@@ -108,7 +107,7 @@ def _dtypes() -> Iterator[Check]:
 
 
 def _product(device: str, dtype: str) -> str:
-    """A product with its gradient, compared with float64."""
+    """Compare a product and its gradient with float64."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -174,7 +173,7 @@ def _methods() -> Iterator[Check]:
 
 
 def train_one_step(method: str) -> str:
-    """One optimizer step of a method on a model of two tiny blocks; says whether the loss went down."""
+    """Take one optimizer step of a method on a model of two tiny blocks; says whether the loss went down."""
     from weft.adapters import Adapters
     from weft.data import Sample
     from weft.methods import METHODS

@@ -16,7 +16,7 @@ from weft.errors import UserError
 if TYPE_CHECKING:
     from weft.data import Message, Record
     from weft.data import Prompt as Rendered
-    from weft.generation.open import Opened
+    from weft.generation.open import Target
     from weft.generation.sampling import Sampling
 
 
@@ -28,7 +28,7 @@ class Prompt:
     source: str
 
     def shown(self) -> object:
-        """As JSON has it."""
+        """The content as JSON."""
         if isinstance(self.content, str):
             return self.content
         return [{"role": message.role, "content": message.content} for message in self.content]
@@ -65,7 +65,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that decode together.")] = 64,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print all answers as one JSON object.")] = False,
+    as_json: options.Json = False,
 ) -> int:
     """Answer prompts with one or many adapters, all in one batch; a classification adapter answers with the label.
 
@@ -83,7 +83,9 @@ def generate(
         common.say(note)
     who = _who(opened, adapter, all_adapters)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    how = _How(system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size)
+    how = _AnswerSettings(
+        system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size
+    )
     results = _answer(opened, prompts, who, how)
     if output is not None:
         _write(output, results)
@@ -104,7 +106,7 @@ def _check(
     output: Path | None,
     overwrite: bool,
 ) -> None:
-    """What can be told before a model is loaded."""
+    """Refuse what can be refused before a model is loaded."""
     if bool(prompt) == (input_file is not None):
         raise UserError("give the prompts by --prompt TEXT (may be repeated) or by --input FILE, one of the two.")
     if output is not None and output.is_dir():
@@ -117,7 +119,7 @@ def _check(
         raise UserError("--all-adapters and --adapter exclude each other.")
 
 
-def _who(opened: Opened, adapter: list[str] | None, everyone: bool) -> list[str | None]:
+def _who(opened: Target, adapter: list[str] | None, everyone: bool) -> list[str | None]:
     if adapter:
         return list(dict.fromkeys(opened.adapter(name) for name in adapter))
     if everyone or len(opened.names) < 2:
@@ -128,8 +130,8 @@ def _who(opened: Opened, adapter: list[str] | None, everyone: bool) -> list[str 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _How:
-    """How all prompts are answered."""
+class _AnswerSettings:
+    """The settings by which all prompts are answered."""
 
     system: str | None
     max_new_tokens: int | None
@@ -138,18 +140,24 @@ class _How:
     batch_size: int
 
 
-def _answer(opened: Opened, prompts: Sequence[Prompt], who: Sequence[str | None], how: _How) -> list[dict[str, Any]]:
+def _answer(
+    opened: Target, prompts: Sequence[Prompt], who: Sequence[str | None], how: _AnswerSettings
+) -> list[dict[str, Any]]:
+    """A row for every prompt and, of each, for every adapter."""
+    labels = {n: _classify(opened, prompts, n) for n in who if n is not None and not opened.adapters.head(n).writes}
+    writers = [name for name in who if name not in labels]
+    texts = iter(_continue(opened, prompts, writers, how) if writers else ())
+    return [labels[name][i] if name in labels else next(texts) for i in range(len(prompts)) for name in who]
+
+
+def _continue(
+    opened: Target, prompts: Sequence[Prompt], who: Sequence[str | None], how: _AnswerSettings
+) -> list[dict[str, Any]]:
+    """Let the adapters write, all in the same batches."""
     from weft.generation import Request
     from weft.generation import generate as run
     from weft.generation.text import decode
 
-    classifiers = [name for name in who if name is not None and not opened.adapters.head(name).writes]
-    if classifiers:
-        labelled = {name: _classify(opened, prompts, name) for name in classifiers}
-        others = [name for name in who if name not in labelled]
-        more = _answer(opened, prompts, others, how) if others else []
-        written = iter(more)
-        return [labelled[n][i] if n in labelled else next(written) for i in range(len(prompts)) for n in who]
     requests, owners = [], []
     for prompt in prompts:
         rendered = _rendered(opened, prompt, how.system, how.raw)
@@ -171,7 +179,7 @@ def _answer(opened: Opened, prompts: Sequence[Prompt], who: Sequence[str | None]
     ]
 
 
-def _classify(opened: Opened, prompts: Sequence[Prompt], name: str) -> list[dict[str, Any]]:
+def _classify(opened: Target, prompts: Sequence[Prompt], name: str) -> list[dict[str, Any]]:
     """The class of every prompt; two texts have a tab between them."""
     from weft.evaluate.classify import predict, text_sample
 
@@ -193,7 +201,7 @@ def _classify(opened: Opened, prompts: Sequence[Prompt], name: str) -> list[dict
     ]
 
 
-def _rendered(opened: Opened, prompt: Prompt, system: str | None, raw: bool) -> Rendered:
+def _rendered(opened: Target, prompt: Prompt, system: str | None, raw: bool) -> Rendered:
     """Ids and slots of a prompt."""
     from weft.data import Message
 
@@ -243,13 +251,13 @@ def _prompt(record: Record) -> Prompt:
 
 
 def _write(path: Path, results: Sequence[dict[str, object]]) -> None:
-    part = path.with_name(f".{path.name}.unfinished")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results), encoding="utf-8")
-    part.replace(path)
+    from weft.files.whole import write_whole
+
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
 
 
 def _show(results: Sequence[dict[str, Any]]) -> None:
-    """The text alone if there is one answer, else each under a heading."""
+    """Print the text alone if there is one answer, else each under a heading."""
     if len(results) == 1:
         print(results[0]["text"])
         return

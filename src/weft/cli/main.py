@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,14 +13,6 @@ import typer
 
 import weft
 from weft.cli import common
-from weft.cli.chat import chat
-from weft.cli.combine import combine
-from weft.cli.convert import convert
-from weft.cli.doctor import doctor
-from weft.cli.generate import generate
-from weft.cli.merge import merge
-from weft.cli.preview import preview
-from weft.cli.train import train
 from weft.errors import UserError, nearest
 from weft.extensions import load_extension
 
@@ -30,28 +21,8 @@ _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 _LONGEST = 4000  # characters of a message
 
-app = typer.Typer(
-    name="weft",
-    help="Fine-tune one frozen language model into many adapters, of any methods, in one pass.",
-    epilog=common.EPILOG,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    suggest_commands=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-VERBS: dict[str, Any] = {
-    "train": train,
-    "preview": preview,
-    "chat": chat,
-    "generate": generate,
-    "combine": combine,
-    "merge": merge,
-    "convert": convert,
-    "doctor": doctor,
-}
-# Verbs that are registered if their module is there; its top level must stay free of torch.
-_OPTIONAL_VERBS = ("demo",)
+# Each has a module with a function of its name.
+VERBS = ("train", "preview", "chat", "generate", "combine", "merge", "convert", "doctor", "demo")
 
 
 def _show_version(wanted: bool) -> None:
@@ -60,7 +31,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _weft(
     extension: Annotated[
         list[str] | None,
@@ -74,22 +44,32 @@ def _weft(
     """Fine-tune one frozen language model into many adapters, of any methods, in one pass."""
 
 
-def _register() -> None:
-    for verb in _OPTIONAL_VERBS:
-        if importlib.util.find_spec(f"weft.cli.{verb}") is not None:
-            function = getattr(importlib.import_module(f"weft.cli.{verb}"), verb, None)
-            VERBS.update({verb: function} if function is not None else {})
-    for verb, function in VERBS.items():
-        app.command(verb, epilog=common.EPILOG)(function)
+def _app(verb: str | None) -> typer.Typer:
+    """Make the command with this verb; without one, with the names and descriptions of all verbs."""
+    app = typer.Typer(
+        name="weft",
+        epilog=common.EPILOG,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        suggest_commands=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_weft)
+    for name in VERBS if verb is None else (verb,):
+        function = getattr(importlib.import_module(f"weft.cli.{name}"), name)
+        app.command(name, help=function.__doc__, epilog=common.EPILOG)(function if verb else _listed)
+    return app
 
 
-_register()
+def _listed() -> None:
+    """Stand for a verb in the list of all. Its options are not looked for, which would take long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; ``argv`` are the words after ``weft``."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Both options wherever they stand: people add them to the end of the line that has just failed.
+    # Both options may stand anywhere: people add them to the end of the line that has just failed.
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not debug:
@@ -98,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.show_warnings()
     try:
         words = _load_extensions(words)
-        _check_verb(words)
-        code = typer.main.get_command(app).main(words, prog_name="weft", standalone_mode=False)
+        code = typer.main.get_command(_app(_verb(words))).main(words, prog_name="weft", standalone_mode=False)
         return code if isinstance(code, int) else common.DONE
     except SystemExit as leaving:
         if isinstance(leaving.__context__, BrokenPipeError):  # click's doing
@@ -123,15 +102,21 @@ def _load_extensions(words: Sequence[str]) -> list[str]:
     return rest
 
 
-def _check_verb(words: Sequence[str]) -> None:
+def _verb(words: Sequence[str]) -> str | None:
+    """The verb that the words begin with; None if an option stands before it, which then is all that counts.
+
+    Raises:
+        UserError: There is no such verb.
+    """
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
         raise UserError(f"there is no verb '{verb}'.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}.")
+    return verb if words[:1] == [verb] else None
 
 
 def _failure(error: BaseException, *, as_json: bool) -> int:
     """Say what went wrong and give the exit code."""
-    if isinstance(error, common.Interrupted):
+    if isinstance(error, common.Interruption):
         common.say("interrupted before training began; nothing was written.")
         return 128 + error.signum
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
@@ -145,7 +130,7 @@ def _failure(error: BaseException, *, as_json: bool) -> int:
     if message is None:
         code = common.DEFECT
         message = f"{type(error).__name__}: {error}\nThis is a defect of Weft; --debug shows where it happened."
-    if len(message) > _LONGEST:  # what a file holds may be quoted in it
+    if len(message) > _LONGEST:  # it may quote what a file holds
         message = f"{message[: _LONGEST - 200]} … {message[-200:]}"
     common.say(f"error: {message}")
     if as_json:
@@ -157,7 +142,7 @@ def _users_fault(error: BaseException) -> str | None:
     """The message for what the user can mend, or None for a defect."""
     if isinstance(error, UserError):
         return str(error)
-    # typer brings its own copy of click, or uses the installed one: told by what both have.
+    # typer brings its own copy of click or uses the installed one; both have this method.
     if hasattr(error, "format_message"):
         return _usage(error)
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
@@ -171,7 +156,7 @@ def _users_fault(error: BaseException) -> str | None:
 
 
 def _usage(error: Any) -> str:
-    """What the argument parser complains of, and where to look."""
+    """The complaint of the argument parser, and where to look."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "weft"
     message = str(error.format_message()).rstrip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ def merge(
         str | None, typer.Option(help="nf4, fp4 or int8, if the base of the training was and the folder does not say.")
     ] = None,
     device: options.Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
 ) -> int:
     """Write the base with an adapter in its weights, as a plain Hugging Face folder; prove that it answers alike.
 
@@ -47,7 +48,7 @@ def merge(
         common.say(note)
     if as_json:
         common.print_json({"output": str(output), "bytes": result.bytes, **result.entries,
-                           "proof": result.proof.as_json(), "notes": list(result.notes)})  # fmt: skip
+                           "proof": asdict(result.proof), "notes": list(result.notes)})  # fmt: skip
         return common.DONE
     print(f"{adapter} ({result.entries['method']}) in its base's weights -> {output} ({result.entries['dtype']}, "
           f"{common.human_size(result.bytes)})")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Options that ``chat`` and ``generate`` have in common."""
+"""Options that several verbs have in common."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ import typer
 
 import weft
 from weft.errors import UserError
-from weft.foreign import read_text
 
+Config = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [KEY=VALUE]...",
+        help="The run's configuration (or, for `weft train`, the folder of a run to resume); then settings that win "
+        "over it, such as learning_rate=1e-3 or jobs.0.r=16 (docs/config.md has them all).",
+        show_default=False,
+    ),
+]
 Target = Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Folder of a run, of an adapter, or a model.")]
 Model = Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")]
 System = Annotated[str | None, typer.Option(help="System message.")]
@@ -26,12 +34,13 @@ TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likel
 TopK = Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draws; every answer has its own generator.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Dtype = Annotated[str, typer.Option(help="auto (as in training), float32, bfloat16, float16")]
 
 
 @cache
 def _sentences() -> dict[str, str]:
-    """The configuration's sentences by key, read and not imported, which would load torch."""
+    """The sentence of each key of the configuration. The files are parsed and not imported, which would load torch."""
     found = {}
     for file in ("training/settings.py", "data/settings.py"):  # a run's key wins over a job's
         for node in ast.walk(ast.parse((Path(weft.__file__).parent / file).read_text(encoding="utf-8"))):
@@ -51,11 +60,13 @@ def meaning(key: str) -> str:
 
 
 def template_text(given: str | None) -> str | None:
-    """A template's text: what was given, or what is in the file that was.
+    """The text of a template, which was given itself or by a file's name.
 
     Raises:
         UserError: there is no such file, and it is no template either.
     """
+    from weft.foreign import read_text
+
     if given is None or "{{" in given or "{%" in given:
         return given
     try:

@@ -1,4 +1,4 @@
-"""``weft preview``: what training would see, without training: samples, figures, and the audit."""
+"""``weft preview``: shows what training would see, without training: samples, figures, the audit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import common
-from weft.cli.options import meaning
+from weft.cli import common, options
 from weft.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,16 +20,9 @@ if TYPE_CHECKING:
 
 
 def preview(
-    config: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG.yaml] [KEY=VALUE]...",
-            help="The configuration that `weft train` would be given, and settings that win over it.",
-            show_default=False,
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help=meaning("model"))] = None,
-    data: Annotated[str | None, typer.Option(help=meaning("data"))] = None,
+    config: options.Config = None,
+    model: Annotated[str | None, typer.Option(help=options.meaning("model"))] = None,
+    data: Annotated[str | None, typer.Option(help=options.meaning("data"))] = None,
     samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 3,
     record: Annotated[
         list[str] | None, typer.Option(help="Show this record: its number, or file:line. May be repeated.")
@@ -38,7 +30,7 @@ def preview(
     tokens: Annotated[bool, typer.Option("--tokens", help="Also list each sample token by token.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave out a check, by its code. May be repeated.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write everything to one HTML page as well.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
 ) -> int:
     """Show what training would see: tokens with their loss weights, figures, and an audit. Loads no weights.
 

@@ -1,11 +1,10 @@
-"""What a training run shows while it runs: a live table on a terminal, plain lines anywhere else. On stderr."""
+"""The progress of a training run on stderr: a live table on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from weft.cli import common
 
@@ -13,34 +12,24 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleRenderable
 
 
-class Reporter(Protocol):
-    """Takes the trainer's events."""
+class Reporter:
+    """Takes the trainer's events; this one shows warnings only."""
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """One event: ``step``, ``eval``, ``warning`` or ``end``."""
+        """Take an event: ``step``, ``eval``, ``warning`` or ``end``."""
+        if event["event"] == "warning":
+            common.say(f"warning: {event['message']}")
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
 
 
-class QuietReporter:
-    """Warnings only."""
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        if event["event"] == "warning":
-            common.say(f"warning: {event['message']}")
-
-    def close(self) -> None:
-        pass
-
-
-class PlainReporter(QuietReporter):
-    """One ``key=value`` line per event."""
+class PlainReporter(Reporter):
+    """Writes a ``key=value`` line for each event."""
 
     def event(self, event: Mapping[str, Any]) -> None:
         super().event(event)
-        line = plain_line(event)
-        if line:
+        if line := plain_line(event):
             common.say(line)
 
 
@@ -61,28 +50,14 @@ def plain_line(event: Mapping[str, Any]) -> str | None:
     )
 
 
-@dataclass
-class _Row:
-    """The last that is known of a job."""
+class LiveReporter(Reporter):
+    """Shows a line for each job, which is rewritten in place."""
 
-    step: int = 0
-    total: int = 0
-    loss: float | None = None
-    _: KW_ONLY
-    eval_loss: float | None = None
-    accuracy: float | None = None
-    speed: float | None = None
-    eta: float | None = None
-
-
-class LiveReporter:
-    """One line per job that is rewritten in place."""
-
-    def __init__(self, jobs: Sequence[tuple[str, int, int]], console: Console) -> None:
-        """``jobs``: name, steps done, steps in all."""
+    def __init__(self, jobs: Sequence[tuple[str, int]], console: Console) -> None:
+        """``jobs``: their names, and the steps of each."""
         from rich.live import Live
 
-        self.rows = {name: _Row(step, total) for name, step, total in jobs}
+        self.rows: dict[str, dict[str, Any]] = {name: {"step": 0, "total_steps": total} for name, total in jobs}
         self.memory = 0.0
         self.console = console
         self.live = Live(self.table(), console=console, refresh_per_second=4, get_renderable=self.table)
@@ -91,14 +66,9 @@ class LiveReporter:
     def event(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "warning":
             self.console.print(f"warning: {event['message']}", markup=False, highlight=False)
-        elif event["event"] == "eval":
-            row = self.rows[event["job"]]
-            row.eval_loss, row.accuracy = event["eval_loss"], event.get("eval_accuracy")
-        elif event["event"] == "step":
-            row = self.rows[event["job"]]
-            row.step, row.total, row.loss = event["step"], event["total_steps"], event["loss"]
-            row.speed, row.eta = event["tokens_per_second"], event["eta_seconds"]
-            self.memory = max(self.memory, event["memory_gb"])
+        elif event["event"] in ("step", "eval"):
+            self.rows[event["job"]].update(event)
+            self.memory = max(self.memory, event.get("memory_gb", 0.0))
 
     def close(self) -> None:
         self.live.stop()
@@ -113,19 +83,19 @@ class LiveReporter:
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column("job", max_width=24, no_wrap=True)
         table.add_column("", min_width=8)
-        classifies = any(row.accuracy is not None for row in self.rows.values())
+        classifies = any("eval_accuracy" in row for row in self.rows.values())
         for heading in ("step", "loss", "eval", *(["acc"] if classifies else []), "tok/s", "ETA"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
-            bar = ProgressBar(total=max(row.total, 1), completed=row.step, width=None)
+            bar = ProgressBar(total=max(row["total_steps"], 1), completed=row["step"], width=None)
             cells = [
-                f"{row.step}/{row.total}",
-                _number(row.loss, ".4f"),
-                _number(row.eval_loss, ".4f"),
-                *([_number(row.accuracy, ".3f")] if classifies else []),
-                _number(row.speed, ".0f"),
-                "" if row.eta is None else common.human_time(row.eta),
+                f"{row['step']}/{row['total_steps']}",
+                _number(row.get("loss"), ".4f"),
+                _number(row.get("eval_loss"), ".4f"),
+                *([_number(row.get("eval_accuracy"), ".3f")] if classifies else []),
+                _number(row.get("tokens_per_second"), ".0f"),
+                common.human_time(row["eta_seconds"]) if "eta_seconds" in row else "",
             ]
             table.add_row(name, bar, *cells, "")
         return table
@@ -135,10 +105,10 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def make_reporter(jobs: Sequence[tuple[str, int, int]], *, quiet: bool) -> Reporter:
-    """The reporter that fits where stderr goes."""
+def make_reporter(jobs: Sequence[tuple[str, int]], *, quiet: bool) -> Reporter:
+    """Make the reporter that fits where stderr goes."""
     if quiet:
-        return QuietReporter()
+        return Reporter()
     console = common.console(stderr=True)
     if sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
         return LiveReporter(jobs, console)

@@ -2,92 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import common
-from weft.cli.options import meaning
-from weft.cli.progress import Reporter, make_reporter
+from weft.cli import common, options
+from weft.cli.session import Session
 from weft.errors import UserError
 from weft.extensions import loaded_files
-from weft.foreign import json_lines
 
 if TYPE_CHECKING:
     from weft.models.reach import Omission
-    from weft.training.job import Job
     from weft.training.loop import TrainResult
     from weft.training.run import Setup
     from weft.training.settings import RunConfig
 
 
-class Signals:
-    """SIGINT and SIGTERM: while loading they end the program; while training the first asks to save and leave."""
-
-    def __init__(self) -> None:
-        self.training = False
-        self.received: int | None = None
-        self._told = False
-
-    def stop(self) -> bool:
-        """Whether to save and leave; says so once."""
-        # Not said by the handler: it may have interrupted a print, and printing again there raises.
-        if self.received is not None and not self._told:
-            self._told = True
-            common.say("stopping: saving after this step (Ctrl-C leaves at once, without saving)")
-        return self.received is not None
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        first = self.received is None
-        if first:
-            self.received = signum
-        if not self.training:
-            # Python drops what is raised inside a destructor; the flag then still ends the run at its first step.
-            raise common.Interrupted(signum)
-        if not first and signum == signal.SIGINT:
-            if sys.stderr.isatty():
-                os.write(2, b"\x1b[?25h\n")  # the live display has hidden the cursor
-            os._exit(common.INTERRUPTED)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle both signals inside the block."""
-        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def train(
-    config: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG.yaml] [KEY=VALUE]...",
-            help="The run's configuration, or the folder of a run to resume; then settings that win over it, such as "
-            "learning_rate=1e-3 or jobs.0.r=16 (docs/config.md has them all).",
-            show_default=False,
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help=meaning("model"))] = None,
-    data: Annotated[str | None, typer.Option(help=meaning("data"))] = None,
+    config: options.Config = None,
+    model: Annotated[str | None, typer.Option(help=options.meaning("model"))] = None,
+    data: Annotated[str | None, typer.Option(help=options.meaning("data"))] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; repeat it to train several at once.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help=meaning("output_dir"))] = None,
-    shape: Annotated[str | None, typer.Option(help=meaning("shape"))] = None,
-    resume: Annotated[bool, typer.Option("--resume", help=meaning("resume"))] = False,
+    output_dir: Annotated[str | None, typer.Option(help=options.meaning("output_dir"))] = None,
+    shape: Annotated[str | None, typer.Option(help=options.meaning("shape"))] = None,
+    resume: Annotated[bool, typer.Option("--resume", help=options.meaning("resume"))] = False,
     overwrite_output_dir: Annotated[
-        bool, typer.Option("--overwrite-output-dir", help=meaning("overwrite_output_dir"))
+        bool, typer.Option("--overwrite-output-dir", help=options.meaning("overwrite_output_dir"))
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")] = False,
 ) -> int:
     """Train one or many adapters over one base.
@@ -100,10 +45,10 @@ def train(
     flags |= {"method": None if not method else method[0] if len(method) == 1 else method}
     flags |= {"shape": shape, "resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
     given = {key: value for key, value in flags.items() if value is not None}
-    signals = Signals()
-    with signals.installed():
+    session = Session(quiet=quiet)
+    with session.open():
         settings = _settings(config or [], given)
-        return _run(settings, signals, as_json=as_json, quiet=quiet)
+        return _run(settings, session, as_json=as_json, quiet=quiet)
 
 
 def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
@@ -123,69 +68,53 @@ def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
     return load_config(file, overrides, flags=flags)
 
 
-def _run(settings: RunConfig, signals: Signals, *, as_json: bool, quiet: bool) -> int:
+def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -> int:
+    from weft.models.reach import left_out
     from weft.training.run import train as run_training
 
     if settings.shape == "full":
         common.tell_hub(settings.model)
-    reporter: list[Reporter] = []
     jobs: list[dict[str, Any]] = []
 
     def ready(setup: Setup) -> None:
-        # From here on a signal must let the trainer save.
-        signals.training = True
-        jobs.extend(_facts(setup))
+        missed = {job.name: left_out(job.adapter, setup.base.model, setup.base.architecture) for job in setup.jobs}
+        jobs.extend(_facts(setup, missed))
         if not quiet:
-            for line in _opening(setup, jobs):
+            for line in _opening(setup, jobs, missed):
                 (common.say if as_json else print)(line)
-        reporter.append(make_reporter([(j.name, 0, j.total_steps) for j in setup.jobs], quiet=quiet))
+        session.begin(setup.jobs)
 
-    def event(value: Mapping[str, Any]) -> None:
-        reporter[0].event(value)
-
-    try:
-        result = run_training(settings, on_event=event, should_stop=signals.stop, on_ready=ready)
-    finally:
-        for each in reporter:
-            each.close()
+    result = run_training(settings, on_event=session.event, should_stop=session.should_stop, on_ready=ready)
+    session.close()
     summary = _summary(settings, result, jobs)
     if as_json:
         common.print_json(summary)
     else:
         _show(summary)
-    if signals.received is not None and not result.completed:
-        return 128 + signals.received
+    if session.received is not None and not result.completed:
+        return 128 + session.received
     return common.JOB_FAILED if any(job["ended"] == "failed" for job in summary["jobs"]) else common.DONE
 
 
-def _facts(setup: Setup) -> list[dict[str, Any]]:
+def _facts(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[dict[str, Any]]:
     """What is known of each job before it trains."""
-    folder = Path(setup.config.output_dir) / "adapters"
-    return [
-        {
+    for job in setup.jobs:
+        left_out = missed[job.name]
+        yield {
             "name": job.name,
             "method": job.config.method,
             "trainable_parameters": job.adapter.num_trainable(),
-            "not_reached": missed.json() if (missed := _missed(setup, job)) else None,
-            "folder": str(folder / job.name),
+            "not_reached": left_out.json() if left_out else None,
+            "folder": str(Path(setup.config.output_dir) / "adapters" / job.name),
         }
-        for job in setup.jobs
-    ]
 
 
-def _missed(setup: Setup, job: Job) -> Omission | None:
-    from weft.models.reach import left_out
-
-    return left_out(job.adapter, setup.base.model, setup.base.architecture)
-
-
-def _opening(setup: Setup, jobs: list[dict[str, Any]]) -> Iterator[str]:
-    """PEFT's sentence for each job, and where it goes; what of the base it does not reach."""
+def _opening(setup: Setup, jobs: list[dict[str, Any]], missed: Mapping[str, Omission | None]) -> Iterator[str]:
+    """PEFT's sentence for each job, with its folder, and the parts of the base that it does not reach."""
     from weft.models.reach import unquantized
 
     if told := unquantized(setup.base.model, setup.base.architecture):
         yield told
-    missed = {job.name: _missed(setup, job) for job in setup.jobs}
     base = sum(p.numel() for p in setup.base.model.parameters())
     for job in jobs:
         own = job["trainable_parameters"]
@@ -193,13 +122,17 @@ def _opening(setup: Setup, jobs: list[dict[str, Any]]) -> Iterator[str]:
             f"{job['name']}: trainable params: {own:,} || all params: {base + own:,} || "
             f"trainable%: {100 * own / (base + own):.4f} -> {job['folder']}"
         )
-        if missed[job["name"]] is not None:
+        if missed[job["name"]]:
             yield f"{job['name']}: {missed[job['name']]}"
 
 
 def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     """The machine-readable result."""
-    logged = list(_metrics(Path(settings.output_dir)))
+    from weft.files.whole import weights_bytes
+    from weft.foreign import json_lines
+
+    metrics = Path(settings.output_dir) / "metrics.jsonl"  # it also holds the events before a resumption
+    logged: list[Mapping[str, Any]] = [*json_lines(metrics)] if metrics.is_file() else []
     rows = []
     for job in jobs:
         state, name = result.jobs[job["name"]], job["name"]
@@ -208,7 +141,7 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
         evals = [e["eval_loss"] for e in told]
         right = [e["eval_accuracy"] for e in told if "eval_accuracy" in e]
         kept = result.completed and state["ended"] != "failed"
-        size = sum(p.stat().st_size for p in Path(job["folder"]).rglob("*.safetensors")) if kept else 0
+        size = weights_bytes(Path(job["folder"])) if kept else 0
         rows.append(
             {
                 **job,
@@ -238,13 +171,6 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
         "seconds": round(result.seconds, 3),
         "jobs": rows,
     }
-
-
-def _metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The events that the run has logged, those before a resumption too."""
-    path = folder / "metrics.jsonl"
-    if path.is_file():
-        yield from json_lines(path)
 
 
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -280,7 +206,7 @@ def _show(summary: Mapping[str, Any]) -> None:
     if Measurement.get(out, out.options.update(max_width=1000), table).maximum <= out.width:
         out.print(table)
     else:
-        # A table that is cut says nothing; on a narrow screen every job gets a few lines instead.
+        # A table that is cut says nothing. On a narrow screen every job gets a few lines instead.
         for job in summary["jobs"]:
             cells = {heading: cell(job) for heading, cell in columns.items()}
             print("{job} ({method}): {ended}, {steps} steps, {params} params {file}".format(**cells).rstrip())
@@ -288,7 +214,7 @@ def _show(summary: Mapping[str, Any]) -> None:
             losses = [f"{heading} {cells[heading]}" for heading in figures if heading in cells]
             print("  " + "  ".join(text for text in losses if not text.endswith(" ")))
     print()
-    # Under the table, not in it: a path that is cut cannot be copied.
+    # Paths stand under the table, because one that is cut cannot be copied.
     if summary["completed"]:
         for job in summary["jobs"]:
             print(f"{job['name']} -> {job['folder'] or 'failed, and is not kept: ' + str(job['reason'])}")

@@ -1,1 +1,1 @@
-"""Several adapters into one: rules for their tensors, and what ``weft combine`` does with their folders."""
+"""The combination of several adapters into one."""

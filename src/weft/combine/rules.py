@@ -20,13 +20,13 @@ from weft.core.route import stable_seed
 from weft.errors import UserError, nearest
 from weft.ops.combine import MajoritySign, merge
 
-# Rules for tensors that are changes from zero; PEFT's names.
+# These rules are for tensors that are changes from zero; their names are PEFT's.
 ON_CHANGES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-# Rules for changes that are products of two factors.
+# These are for changes that are products of two factors.
 ON_PRODUCTS = (
     *ON_CHANGES, "cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
 )  # fmt: skip
-# Settings of an adapter's beginning, of its training, or of its place (which its tensors show too).
+# These settings are of an adapter's beginning, its training, or its place (which its tensors show too).
 _MAY_DIFFER = re.compile("init|dropout|encoder|projection|seed|target|layers|leave_out|add_missing|loraplus")
 
 
@@ -90,7 +90,7 @@ class Combination:
         return self.rule not in ("linear", "cat")
 
     def generator(self, key: str) -> torch.Generator:
-        """For the random choices at one tensor or module."""
+        """The generator of the random choices at one tensor or module."""
         return torch.Generator().manual_seed(stable_seed(self.seed, "combine", key))
 
     def merge(
@@ -140,7 +140,7 @@ def combine(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, 
 def _combine_parts(
     first: CombinedConfig, sources: Sequence[Source], how: Combination
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """Part by part: the first parts of all adapters, the second ones …"""
+    """Combine the first parts of all adapters, then the second ones …"""
     configs: list[MethodConfig] = []
     tensors: dict[str, Tensor] = {}
     parts = [source.config.parts for source in sources if isinstance(source.config, CombinedConfig)]

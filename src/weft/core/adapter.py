@@ -244,6 +244,11 @@ class Adapter(nn.Module):
     hidden_size: int = 2048
 
     @property
+    def num_learned_tokens(self) -> int:
+        """The positions that the adapter takes of every sequence: virtual tokens and learned keys."""
+        return self.num_virtual_tokens + self.num_prefix_tokens
+
+    @property
     def parts(self) -> Sequence[Adapter]:
         """The methods in it, in order: itself, if it is one only."""
         return (self,)

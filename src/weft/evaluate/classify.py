@@ -43,7 +43,7 @@ def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tok
         UserError: The adapter has no classes, or a sample is longer than the model's positions.
     """
     names, adapter, limit = classes_of(adapters, name), adapters[name], adapters.architecture.max_length
-    learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+    learned = adapter.num_learned_tokens
     for sample in samples:
         if limit is not None and len(sample.input_ids) + learned > limit:
             raise UserError(

@@ -1,12 +1,9 @@
-"""Merging an adapter's folder with its base into a plain model's folder, which is loaded again and compared."""
+"""The merge of an adapter's folder with its base into a plain model's folder, which is loaded again and compared."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +12,18 @@ from torch import Tensor, nn
 
 from weft.data.provenance import file_names, template_of
 from weft.errors import UserError
-from weft.export.proof import Expected, Proof, compare, fixed_prompts, routed_logits
+from weft.export.proof import Proof, Reference, compare, fixed_prompts, routed_logits
 from weft.files import adapter_folder as files
-from weft.files.run_folder import RUN_FILE, RunStore
-from weft.generation.open import Opened, open_target
+from weft.files.run_folder import RUN_FILE, RunStore, run_of
+from weft.files.whole import new_folder, sha256_of, weights_bytes
+from weft.generation.open import Target, open_target
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears, how_kept
 from weft.models.load import resolve_dtype
 from weft.models.quantize import Quantization
 from weft.training.config import read_run_config
-from weft.training.run import base_fingerprint
+from weft.training.run import base_fingerprint, is_base
 from weft.version import __version__
 
 if TYPE_CHECKING:
@@ -68,15 +66,8 @@ def merge_folder(
             does not answer as the adapter does; nothing is left behind.
     """
     folder, output = _adapter_folder(Path(adapter).expanduser()), Path(output).expanduser()
-    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is there already; it is left alone. Take another folder.")
-    above = next(path for path in output.absolute().parents if os.path.lexists(path))
-    if not above.is_dir():
-        raise UserError(f"--output {output}: {above} is no folder.")
-    given = resolve_dtype(dtype)
-    part = output.absolute().with_name(f".{output.name}.unfinished")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with new_folder(output, "--output ") as part:
+        given = resolve_dtype(dtype)
         opened, notes = _open(folder, model, device, quantization)
         written = _write(opened, folder, part, given if isinstance(given, torch.dtype) else None)
         where = opened.adapters.device
@@ -88,15 +79,9 @@ def merge_folder(
                 f"{'; '.join(proof.lines())}; asked for: {proof.bar}. --dtype float32 rounds less; or serve the "
                 "adapter beside its base."
             )
-        entries = written.entries | {"proof": proof.as_json()}
+        entries = written.entries | {"proof": asdict(proof)}
         data = {} if written.data is None else {"data": written.data}
         files.write_json(part / files.OWN_CONFIG, {"merged": entries, **data})
-        if output.exists():
-            output.rmdir()  # empty, or it would have been refused
-        part.replace(output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     kwargs = (written.data or {}).get("template_kwargs")
     if isinstance(kwargs, dict) and kwargs:
         notes.append(
@@ -108,8 +93,7 @@ def merge_folder(
             f"the base of the training was {entries['quantization']}: its dequantised weights, beside which the "
             f"adapter learned, are what it was merged with, written in {entries['dtype']}."
         )
-    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
-    return Result(output, entries, proof, notes=tuple(notes), bytes=size)
+    return Result(output, entries, proof, notes=tuple(notes), bytes=weights_bytes(output))
 
 
 def _adapter_folder(folder: Path) -> Path:
@@ -121,28 +105,19 @@ def _adapter_folder(folder: Path) -> Path:
                 f"{folder} is a run with the adapters {', '.join(names)}; one is merged at a time: --adapter "
                 f"{RunStore(folder).adapters / names[0]}, for one."
             )
-        failed = RunStore(folder).failed(names)
-        if failed:
-            raise UserError(f"{folder} has no adapter, for its job '{names[0]}' failed: {failed[names[0]]}.")
-        folder = RunStore(folder).adapters / names[0]
-        if not folder.is_dir():
-            raise UserError(f"the run is not finished: there is no {folder} yet. Go on with it (--resume).")
+        (folder,) = RunStore(folder).finished(names)
     if files.merged_from(folder) is not None:
         raise UserError(f"{folder} is a merged model already, not an adapter.")
-    if not any(
-        path.is_file() for path in (folder / files.CONFIG, folder / files.OWN_CONFIG, files.weights_path(folder))
-    ):
+    if not files.is_adapter(folder):
         raise UserError(f"{folder} holds no adapter ({files.CONFIG}).")
     return folder
 
 
-def _open(folder: Path, model: str | None, device: str, quantization: Quantization | None) -> tuple[Opened, list[str]]:
-    """The adapter on its base, kept as it was in training."""
+def _open(folder: Path, model: str | None, device: str, quantization: Quantization | None) -> tuple[Target, list[str]]:
+    """Open the adapter on its base, kept as it was in training."""
     kept = files.trained_on(folder)
-    run = folder.absolute().parent.parent
-    of_run = folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file()
-    notes = []
-    if kept is None and of_run:
+    run, notes = run_of(folder), []
+    if kept is None and run is not None:
         config = read_run_config(run)
         kept = {"dtype": config.dtype, "quantization": config.quantization}
     if kept is None:
@@ -160,13 +135,12 @@ def _open(folder: Path, model: str | None, device: str, quantization: Quantizati
             folder,
             model=model,
             device=device,
-            dtype="auto" if of_run and model is None else str(kept.get("dtype", "auto")),
+            dtype="auto" if run is not None and model is None else str(kept.get("dtype", "auto")),
             quantization=quantization or kept.get("quantization"),
         )
     except UserError as error:
         raise UserError(f"{folder}, on {model or 'its base'}: {error}") from None
-    found = base_fingerprint(opened.base)
-    if any(found[key] != kept.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors")):
+    if not is_base(opened.base, kept):
         if model is None:
             opened.close()
             raise UserError(
@@ -179,18 +153,18 @@ def _open(folder: Path, model: str | None, device: str, quantization: Quantizati
 
 
 @dataclass(frozen=True)
-class _Written:
+class _MergedFolder:
     entries: dict[str, object]
     data: Mapping[str, object] | None
-    expected: list[Expected]
+    expected: list[Reference]
 
 
-def _write(opened: Opened, folder: Path, part: Path, dtype: torch.dtype | None) -> _Written:
+def _write(opened: Target, folder: Path, part: Path, dtype: torch.dtype | None) -> _MergedFolder:
     """Write the model and its tokenizer, and close what was opened. The base is this function's own."""
     adapters, name = opened.adapters, opened.names[0]
     adapter, quantized = adapters[name], bool(getattr(adapters.model, "is_quantized", False))
     check_mergeable(adapter)
-    # What is wider holds the weights of training as they are, and both sides are compared in one precision.
+    # A wider dtype holds the weights of training as they are, and both sides are compared in one precision.
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
         _recast(opened, folder, dtype)
         adapter = adapters[name]
@@ -201,11 +175,11 @@ def _write(opened: Opened, folder: Path, part: Path, dtype: torch.dtype | None) 
     del new
     expected = _expected(opened, folder, written)
     opened.close()
-    return _Written(entries, adapter.provenance, expected)
+    return _MergedFolder(entries, adapter.provenance, expected)
 
 
-def _expected(opened: Opened, folder: Path, written: torch.dtype) -> list[Expected]:
-    """What the merged model must give. Changes the base's dtype."""
+def _expected(opened: Target, folder: Path, written: torch.dtype) -> list[Reference]:
+    """Compute what the merged model must give. This changes the base's dtype."""
     adapters, name = opened.adapters, opened.names[0]
     prompts = fixed_prompts(adapters, name, opened.renderer)
     precise = routed = routed_logits(adapters, name, prompts)
@@ -217,23 +191,23 @@ def _expected(opened: Opened, folder: Path, written: torch.dtype) -> list[Expect
     if written.itemsize < 4:
         _recast(opened, folder, written)
         rounded = routed_logits(adapters, name, prompts)
-    return [Expected(*row) for row in zip(prompts, routed, precise, rounded, strict=True)]
+    return [Reference(*row) for row in zip(prompts, routed, precise, rounded, strict=True)]
 
 
-def _recast(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
-    """The base in another dtype, and the adapter on it anew, for adapters know what their base has."""
+def _recast(opened: Target, folder: Path, dtype: torch.dtype) -> None:
+    """Give the base another dtype, and load the adapter anew, for adapters know what their base has."""
     name = opened.names[0]
     nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
     opened.adapters.remove(name)
     opened.adapters.load(name, folder, tokenizer=opened.base.tokenizer)
 
 
-def _entries(opened: Opened, folder: Path, new: PreTrainedModel) -> dict[str, object]:
-    """The section ``merged`` of weft.json: what was made of what. Of files on this machine only the names."""
+def _entries(opened: Target, folder: Path, new: PreTrainedModel) -> dict[str, object]:
+    """The section ``merged`` of weft.json: what was made of what. Paths are cut to their names."""
     adapter = opened.adapters[opened.names[0]]
     found = {
         "adapter": folder.resolve().name,
-        "adapter_sha256": {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*.safetensors"))},
+        "adapter_sha256": {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*.safetensors"))},
         "method": "+".join(part.method for part in adapter.config.methods()),
         "base": base_fingerprint(opened.base) | {"model": file_names(opened.base.name)},
         "quantization": how_kept(opened.adapters.model, opened.adapters.dtype)["quantization"],
@@ -245,16 +219,11 @@ def _entries(opened: Opened, folder: Path, new: PreTrainedModel) -> dict[str, ob
     return found
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _save(opened: Opened, new: PreTrainedModel, part: Path) -> None:
-    """The model, and the tokenizer with the chat template of training."""
+def _save(opened: Target, new: PreTrainedModel, part: Path) -> None:
+    """Write the model, and the tokenizer with the chat template of training."""
     tokenizer = opened.base.tokenizer
     made = template_of(opened.renderer)
-    # To an encoder-decoder no template is something else than the plain one.
+    # An encoder-decoder without a template renders otherwise than with the plain one.
     if opened.renderer.chat_template is not None and not (
         made["template_from"] == "plain" and opened.adapters.architecture.stacks > 1
     ):

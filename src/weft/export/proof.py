@@ -1,11 +1,11 @@
-"""Proving a merge: a folder's plain transformers model against the base with its adapter, on fixed prompts."""
+"""The proof of a merge: a folder's plain transformers model against the base with its adapter, on fixed prompts."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ class Proof:
     @property
     def asked(self) -> float:
         """The largest difference that is allowed to a model in 32 bits."""
-        # In this order: what is not a number does not widen it.
+        # The order matters: a NaN does not widen it.
         return max(LARGEST_DIFFERENCE, ROUNDINGS * (self.own_rounding or 0.0))
 
     @property
@@ -97,7 +97,7 @@ class Proof:
 
     @property
     def bar(self) -> str:
-        """What is asked for, in words."""
+        """The demand, in words."""
         if self.exact:
             return f"a relative difference of at most {self.asked:.2g}"
         return (
@@ -106,7 +106,7 @@ class Proof:
         )
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The figures as lines for people."""
         found = [
             f"against the adapter on its base, {self.prompts} prompts, {self.positions} positions: largest relative "
             f"difference of logits {self.routed_difference:.2g}, same likeliest token at {100 * self.agreement:.4g} %"
@@ -124,13 +124,9 @@ class Proof:
             )
         return found
 
-    def as_json(self) -> dict[str, object]:
-        """For weft.json."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Expected:
+class Reference:
     """What base and adapter give for one prompt, logits [positions, tokens or classes]: as the base was in training, in
     32 bits, and, if the merged model has fewer, in its dtype."""
 
@@ -162,13 +158,13 @@ def fixed_prompts(adapters: Adapters, name: str, renderer: Renderer) -> list[lis
 @torch.no_grad()
 def routed_logits(adapters: Adapters, name: str, prompts: Sequence[list[int]]) -> list[Tensor]:
     """The logits [positions, tokens or classes] of token ids that the base with adapter ``name`` gives."""
-    # What an encoder-decoder would write is here the text itself.
+    # The text itself stands for what an encoder-decoder would write.
     samples = [Sample(ids, [0.0] * len(ids), "a fixed text", target_ids=tuple(ids)) for ids in prompts]
     return [logits_of(adapters, name, [sample]).cpu() for sample in samples]
 
 
 @torch.no_grad()
-def compare(folder: Path, expected: Sequence[Expected], device: torch.device) -> Proof:
+def compare(folder: Path, expected: Sequence[Reference], device: torch.device) -> Proof:
     """Load what lies in ``folder`` with transformers alone and run it on the same ids.
 
     Raises:
@@ -181,17 +177,52 @@ def compare(folder: Path, expected: Sequence[Expected], device: torch.device) ->
     auto = getattr(transformers, config.architectures[0])
     model = nn.Module.to(gate.load_weights(auto, folder, config, dtype="auto"), device).eval()
     check_as_written(model, folder)
-    totals = _Totals()
+    positions = same = 0
+    from_routed = from_precise = 0.0
+    exact = expected[0].rounded is None
     for one in expected:
-        totals.add(one, _plain_logits(model, one.ids, device))
-    if not totals.exact:
-        model.to(torch.float32)
-        for one in expected:
-            totals.add_in_32_bits(one, _plain_logits(model, one.ids, device))
-    proof = totals.proof()
-    if proof.exact and model.dtype == torch.float32 and LARGEST_DIFFERENCE < proof.precise_difference < math.inf:
+        merged = _plain_logits(model, one.ids, device)
+        positions += len(merged)
+        same += _same(one.routed, merged)
+        from_routed = _larger(from_routed, one.routed.double(), merged)
+        if exact:
+            from_precise = _larger(from_precise, one.precise.double(), merged)
+    figures = functools.partial(Proof, len(expected), positions, from_routed, agreement=same / positions, exact=exact)
+    if not exact:
+        return _in_32_bits(figures, model.to(torch.float32), expected, device)
+    proof = figures(precise_difference=from_precise)
+    if model.dtype == torch.float32 and LARGEST_DIFFERENCE < from_precise < math.inf:
         proof = replace(proof, own_rounding=_own_rounding(model, [one.ids for one in expected], device))
     return proof
+
+
+def _in_32_bits(
+    figures: Callable[..., Proof], model: nn.Module, expected: Sequence[Reference], device: torch.device
+) -> Proof:
+    """The proof of a model that was written in 16 bits and now computes in 32."""
+    decided = same = 0
+    from_precise = error = own_error = 0.0
+    for one in expected:
+        assert one.rounded is not None
+        merged, precise, rounded = _plain_logits(model, one.ids, device), one.precise.double(), one.rounded.double()
+        best, second = precise.topk(2, -1).values.unbind(-1)
+        clear = best - second > 2 * (rounded - precise).abs().max()
+        decided += int(clear.sum())
+        same += _same(precise[clear], merged[clear])
+        from_precise = _larger(from_precise, precise, merged)
+        error += float((merged - precise).square().sum())
+        own_error += float((rounded - precise).square().sum())
+    return figures(
+        precise_difference=from_precise,
+        decided=decided,
+        decided_agreement=same / decided if decided else 0.0,
+        rounding=math.sqrt(error / own_error) if own_error else math.inf,
+    )
+
+
+def _same(wanted: Tensor, found: Tensor) -> int:
+    """The number of positions with the same likeliest token, of logits [positions, tokens]."""
+    return int((wanted.argmax(-1) == found.argmax(-1)).sum())
 
 
 def _own_rounding(model: nn.Module, prompts: Sequence[list[int]], device: torch.device) -> float:
@@ -212,59 +243,6 @@ def _plain_logits(model: nn.Module, ids: list[int], device: torch.device) -> Ten
         more = {"decoder_input_ids": torch.cat([start, inputs[:, :-1]], dim=1)}
     logits: Tensor = model(input_ids=inputs, **more).logits.cpu().double()
     return logits[0] if logits.dim() == 3 else logits
-
-
-@dataclass
-class _Totals:
-    prompts: int = 0
-    positions: int = 0
-    same: int = 0
-    _: KW_ONLY
-    decided: int = 0
-    decided_same: int = 0
-    from_routed: float = 0.0
-    from_precise: float = 0.0
-    error: float = 0.0
-    own_error: float = 0.0
-    exact: bool = True
-
-    def add(self, one: Expected, merged: Tensor) -> None:
-        """One prompt's logits [positions, tokens] as the merged model gives them."""
-        routed = one.routed.double()
-        self.prompts, self.positions = self.prompts + 1, self.positions + len(routed)
-        self.same += int((routed.argmax(-1) == merged.argmax(-1)).sum())
-        self.from_routed = _larger(self.from_routed, routed, merged)
-        self.exact = one.rounded is None
-        if self.exact:
-            self.from_precise = _larger(self.from_precise, one.precise.double(), merged)
-
-    def add_in_32_bits(self, one: Expected, merged: Tensor) -> None:
-        """The same as its weights give them in 32 bits."""
-        assert one.rounded is not None
-        precise, rounded = one.precise.double(), one.rounded.double()
-        best, second = precise.topk(2, -1).values.unbind(-1)
-        decided = best - second > 2 * (rounded - precise).abs().max()
-        self.decided += int(decided.sum())
-        self.decided_same += int((decided & (precise.argmax(-1) == merged.argmax(-1))).sum())
-        self.from_precise = _larger(self.from_precise, precise, merged)
-        self.error += float((merged - precise).square().sum())
-        self.own_error += float((rounded - precise).square().sum())
-
-    def proof(self) -> Proof:
-        """All prompts together."""
-        made = functools.partial(
-            Proof,
-            self.prompts,
-            self.positions,
-            self.from_routed,
-            agreement=self.same / self.positions,
-            precise_difference=self.from_precise,
-        )
-        if self.exact:
-            return made(exact=True)
-        share = self.decided_same / self.decided if self.decided else 0.0
-        rounding = math.sqrt(self.error / self.own_error) if self.own_error else math.inf
-        return made(exact=False, decided=self.decided, decided_agreement=share, rounding=rounding)
 
 
 def _larger(before: float, wanted: Tensor, found: Tensor) -> float:

@@ -1,1 +1,1 @@
-"""Folders on disk: adapters in the layouts of PEFT and AdapterHub."""
+"""Files and folders on disk: adapters in the layouts of PEFT and AdapterHub, runs, tensors."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ EXTRA = "encoder.safetensors"
 CONFIG = "adapter_config.json"
 OWN_CONFIG = "weft.json"
 
-# Settings that are a side of the adapter's tensors, and up to where nobody minds.
+# These settings are a side of the adapter's tensors; up to _SMALL nobody minds them.
 _SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers")
 _SMALL = 512
 
@@ -156,7 +157,7 @@ def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
-    return adapter.head.stored(PREFIXES[adapter.num_virtual_tokens + adapter.num_prefix_tokens > 0])
+    return adapter.head.stored(PREFIXES[adapter.num_learned_tokens > 0])
 
 
 @torch.no_grad()
@@ -190,6 +191,16 @@ def weights_path(folder: Path) -> Path:
     """The path of the file of tensors in an adapter's folder; under PEFT's name if there is no file."""
     names = dict.fromkeys((WEIGHTS, *(cls.weights_file for cls in METHODS.values())))
     return next((folder / name for name in names if (folder / name).is_file()), folder / WEIGHTS)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter, or what is left of one."""
+    return any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder)))
+
+
+def name_for(folder: Path) -> str:
+    """The name that an adapter gets from its folder's."""
+    return re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
 
 
 def read(

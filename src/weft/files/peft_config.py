@@ -1,4 +1,4 @@
-"""The reading of PEFT's ``adapter_config.json``: in folders of other programs, and in ours, where both files agree."""
+"""The reader of PEFT's ``adapter_config.json``, in folders of other programs and in ours, where both files agree."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_foreign(
     for cls in METHODS.values():
         if (config := cls.from_layout(entries)) is not None:
             return config, tensors, None
-    # P-tuning v2's files are prefix tuning's, which reads them.
+    # Prefix tuning comes last, and so reads the files of P-tuning v2, which have its type.
     named_so = sorted(METHODS.values(), key=lambda cls: cls.method.upper() == cls.peft_type)
     by_type = {cls.peft_type: cls for cls in named_so}
     peft_type = expect(entries.get("peft_type", ""), str, f"{path}: peft_type")

@@ -10,7 +10,6 @@ adapters/<job>/              the finished adapters, in PEFT's layout
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -24,13 +23,20 @@ from torch import Tensor
 
 from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
+from weft.files.whole import sha256_of, sync, write_whole
 from weft.foreign import check_regular, read_json
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
-# Ending of a checkpoint's name while another of the same step takes its place.
+# A checkpoint's name ends so while another of the same step takes its place.
 _REPLACED = ".replaced"
+
+
+def run_of(folder: Path) -> Path | None:
+    """The folder of the run that an adapter's folder belongs to; None if it lies elsewhere."""
+    parent = folder.absolute().parent
+    return parent.parent if parent.name == "adapters" and (parent.parent / RUN_FILE).is_file() else None
 
 
 class RunStore:
@@ -96,7 +102,11 @@ class RunStore:
         write_whole(self.folder / RUN_FILE, _json(run))
 
     def read_run(self) -> dict[str, Any]:
-        """Read ``run.json``; UserError if this is no run's folder."""
+        """Read ``run.json``.
+
+        Raises:
+            UserError: This is no run's folder.
+        """
         return read_json(self.folder / RUN_FILE)
 
     def log(self, event: Mapping[str, object]) -> None:
@@ -116,7 +126,7 @@ class RunStore:
         metrics = self.folder / METRICS_FILE
         size = 0
         if metrics.exists():
-            _sync(metrics)
+            sync(metrics)
             size = metrics.stat().st_size
         work = self.checkpoints / ".unfinished"
         if work.exists():
@@ -125,20 +135,20 @@ class RunStore:
         for name, group in tensors.items():
             save_file(dict(group), work / f"{name}.safetensors")
         (work / "state.json").write_text(_json({**state, "metrics_bytes": size}), encoding="utf-8")
-        manifest = {path.name: _sha256(path) for path in sorted(work.iterdir())}
+        manifest = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
         (work / "manifest.json").write_text(_json(manifest), encoding="utf-8")
         for path in work.iterdir():
-            _sync(path)
-        _sync(work)
+            sync(path)
+        sync(work)
         final = self.checkpoints / f"step-{step:08d}"
         if final.exists():
-            # It stays a checkpoint, under another name: there may be no other.
+            # It stays a checkpoint under another name, because there may be no other.
             aside = final.with_name(final.name + _REPLACED)
             if aside.exists():
                 shutil.rmtree(aside)
             os.replace(final, aside)
         os.replace(work, final)
-        _sync(self.checkpoints)
+        sync(self.checkpoints)
         # What is newer was passed over as damaged when the run went back; it must not count among those that are kept.
         committed = [path for path in self._committed() if not path.name.endswith(_REPLACED)]
         upto = committed.index(final) + 1
@@ -176,16 +186,31 @@ class RunStore:
             if end.get("ended") == "failed"
         }
 
+    def finished(self, names: Sequence[str]) -> list[Path]:
+        """The folders of these jobs' adapters.
+
+        Raises:
+            UserError: A job has no adapter, because it failed or the run is not finished.
+        """
+        for name, reason in self.failed(names).items():
+            hint = " Name the others with --adapter." * (len(names) > 1)
+            raise UserError(f"{self.folder} has no adapter '{name}', for its job failed: {reason}.{hint}")
+        folders = [self.adapters / name for name in names]
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError(f"{self.folder} is not finished: there is no {folder} yet. Go on with it (--resume).")
+        return folders
+
     def rewind_metrics(self, size: int) -> None:
         """Cut ``metrics.jsonl`` back to what it held at a checkpoint; what came after will be written again."""
         path = self.folder / METRICS_FILE
         if os.path.lexists(path):
             check_regular(path)
-            # Never longer: truncate would fill the gap with zero bytes.
+            # It must not become longer: truncate would fill the gap with zero bytes.
             os.truncate(path, min(size, path.stat().st_size))
 
     def _committed(self) -> list[Path]:
-        """Oldest first; one that was set aside comes before the one that takes its place."""
+        """The checkpoints, oldest first. One that was set aside comes before the one that takes its place."""
         found = (path for path in self.checkpoints.glob("step-*") if path.is_dir())
         return sorted(found, key=lambda path: (path.name.removesuffix(_REPLACED), not path.name.endswith(_REPLACED)))
 
@@ -202,32 +227,10 @@ def _broken(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} has changed"
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one, never a part."""
-    part = path.with_name(f".{path.name}.unfinished")
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    os.replace(part, path)
-    _sync(path.parent)
-
-
 def _json(value: Mapping[str, object]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

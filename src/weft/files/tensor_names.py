@@ -1,4 +1,4 @@
-"""From the names of tensors in others' files to those that PEFT's ``save_pretrained`` gives."""
+"""The names of tensors in others' files, changed to those that PEFT's ``save_pretrained`` gives."""
 
 from __future__ import annotations
 

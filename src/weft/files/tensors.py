@@ -33,7 +33,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, str]:
     """Write an adapter's tensors, of any shape; returns the ``digest`` of each."""
-    # A copy each: two names may share one tensor, which safetensors refuses.
+    # Each gets a copy, because two names may share one tensor, which safetensors refuses.
     written = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     save_file(written, path, metadata={"format": "pt"})
     return {key: digest(tensor) for key, tensor in written.items()}

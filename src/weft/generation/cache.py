@@ -9,7 +9,7 @@ from weft.core.route import Route
 
 
 class KeyValueCache:
-    """Per layer, keys and values [B, kv_heads, capacity, head_dim]; row b holds ``lengths[b]`` of them.
+    """Keys and values [B, kv_heads, capacity, head_dim] of each layer; row b holds ``lengths[b]`` of them.
 
     An adapter's prefix takes the first places of its rows, so from then on it is a key like any other.
     """
@@ -18,7 +18,6 @@ class KeyValueCache:
         """``lengths`` [B]: the prompts' tokens, virtual ones included; ``prefix_lengths`` [B]: learned keys before."""
         self.lengths = lengths + prefix_lengths
         self.prefilled = False
-        self._prefix_lengths = prefix_lengths
         self._capacity = int(self.lengths.max()) + new_tokens
         rows = torch.arange(len(lengths), device=lengths.device)
         self._row = rows.repeat_interleave(lengths)
@@ -28,38 +27,48 @@ class KeyValueCache:
 
     def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
         """Store the prompts' keys and values, [kv_heads, N, head_dim], each row's after its prefix."""
-        heads, _, dim = k.shape
-        pair = []
-        for side, x in enumerate((k, v)):
-            store = x.new_zeros(len(self.lengths), heads, self._capacity, dim)
-            store[self._row, :, self._place] = x.transpose(0, 1)
-            first = 0
-            for group, segment in enumerate(route.segments):
-                if group in route.prefixes:
-                    learned = route.prefixes[group][layer][side]
-                    store[first : first + segment.sequences, :, : learned.shape[1]] = learned.to(x.dtype)
-                first += segment.sequences
-            pair.append(store)
-        self._layers[layer] = (pair[0], pair[1])
+        pair = self.store(layer, k, v)
+        first = 0
+        for group, segment in enumerate(route.segments):
+            rows = slice(first, first + segment.sequences)
+            if group in route.prefixes:
+                for side, learned in zip(pair, route.prefixes[group][layer], strict=True):
+                    side[rows, :, : learned.shape[1]] = learned.to(side.dtype)
+            first = rows.stop
 
-    def part(self, first: int, count: int) -> PartOfCache:
+    def end_prefill(self) -> None:
+        """Every layer has stored the prompts; single tokens follow."""
+        self.prefilled = True
+
+    def store(self, layer: int, k: Tensor, v: Tensor, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Store the prompts of these (or all) rows [kv_heads, N, head_dim]; returns the layer's keys and values."""
+        if layer not in self._layers:
+            shape = (len(self.lengths), k.shape[0], self._capacity, k.shape[2])
+            self._layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+        here = slice(None) if rows is None else (self._row >= rows.start) & (self._row < rows.stop)
+        for side, x in zip(self._layers[layer], (k, v), strict=True):
+            side[self._row[here], :, self._place[here]] = x.transpose(0, 1)
+        return self._layers[layer]
+
+    def part(self, first: int, count: int) -> CacheRows:
         """Rows ``first`` to ``first + count``, for layers that only these pass through."""
-        return PartOfCache(self, slice(first, first + count))
+        return CacheRows(self, slice(first, first + count))
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store one token per row, k and v [kv_heads, B, head_dim]; as ``weft.core.route.KeyValueCache.append``.
+    def append(self, layer: int, k: Tensor, v: Tensor, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """Store one token per row of ``part``, k and v [kv_heads, B, head_dim]; as the router's ``KeyValueCache``.
 
         The caller calls ``advance`` after every layer has stored its token.
         """
-        keys, values = self._layers[layer]
-        rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        keys[rows, :, self.lengths] = k.transpose(0, 1)
-        values[rows, :, self.lengths] = v.transpose(0, 1)
-        longest = int(self.lengths.max()) + 1
-        return keys[:, :, :longest], values[:, :, :longest], self.lengths + 1
+        keys, values = (side[part] for side in self._layers[layer])
+        lengths = self.lengths[part]
+        rows = torch.arange(len(lengths), device=lengths.device)
+        keys[rows, :, lengths] = k.transpose(0, 1)
+        values[rows, :, lengths] = v.transpose(0, 1)
+        longest = int(lengths.max()) + 1
+        return keys[:, :, :longest], values[:, :, :longest], lengths + 1
 
     def advance(self) -> None:
-        """Every layer has stored its token."""
+        """Count the token, which every layer has stored."""
         self.lengths = self.lengths + 1
 
     def keep(self, rows: Tensor) -> None:
@@ -68,7 +77,7 @@ class KeyValueCache:
         self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
 
 
-class PartOfCache:
+class CacheRows:
     """Some neighbouring rows of a cache. An inserted layer's keys and values lie in the cache of all rows, so that rows
     can be dropped without knowing who uses which layer; the other rows' places stay empty."""
 
@@ -82,26 +91,12 @@ class PartOfCache:
 
     def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
         """Store the rows' prompts, [kv_heads, N of these rows, head_dim]."""
-        whole = self.whole
-        here = (whole._row >= self.rows.start) & (whole._row < self.rows.stop)
-        pair = whole._layers.get(layer)
-        if pair is None:
-            shape = (len(whole.lengths), k.shape[0], whole._capacity, k.shape[2])
-            pair = whole._layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
-        for store, x in zip(pair, (k, v), strict=True):
-            store[whole._row[here], :, whole._place[here]] = x.transpose(0, 1)
+        self.whole.store(layer, k, v, self.rows)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``KeyValueCache.append`` for these rows, with the same shapes."""
-        keys, values = (side[self.rows] for side in self.whole._layers[layer])
-        lengths = self.whole.lengths[self.rows]
-        rows = torch.arange(len(lengths), device=lengths.device)
-        keys[rows, :, lengths] = k.transpose(0, 1)
-        values[rows, :, lengths] = v.transpose(0, 1)
-        longest = int(lengths.max()) + 1
-        return keys[:, :, :longest], values[:, :, :longest], lengths + 1
+        return self.whole.append(layer, k, v, self.rows)
 
-    def part(self, first: int, count: int) -> PartOfCache:
-        """Of these rows again some."""
-        begin = self.rows.start + first
-        return PartOfCache(self.whole, slice(begin, begin + count))
+    def part(self, first: int, count: int) -> CacheRows:
+        """Rows ``first`` to ``first + count`` of these rows."""
+        return self.whole.part(self.rows.start + first, count)

@@ -1,4 +1,4 @@
-"""Whether the rows of a model that only runs padded batches may go on from a cache: tried, not assumed.
+"""The proof that the rows of a model that only runs padded batches may go on from a cache.
 
 Once for the base and once for every adapter, two short texts go through ``generation.lockstep`` and, whole, through the
 padded path. If the logits agree within what rounding does to them, the cache is used from then on. If not, or if
@@ -50,13 +50,13 @@ class Kind:
 
 
 def kind(adapters: Adapters, name: str | None, length: int, verdict: Verdict) -> Kind:
-    """Of a row that continues a prompt of ``length`` tokens."""
+    """The kind of a row that continues a prompt of ``length`` tokens."""
     virtual, prefix = learned_tokens(adapters, name)
     return Kind(verdict.rows, length + virtual, prefix) if verdict.rows else Kind()
 
 
 MANY = 1 << 30
-# Of the base (its Adapters) and of every adapter that has generated, with what its parameters were then.
+# The verdict of the base (its Adapters) and of every adapter that has generated, with the state of its parameters.
 _VERDICTS: weakref.WeakKeyDictionary[object, tuple[object, Verdict]] = weakref.WeakKeyDictionary()
 _FOLLOWING = 3  # tokens after the prompt of a proof
 _ROUNDINGS = 10  # per block, about as large as one of what enters
@@ -100,11 +100,11 @@ def _prove(
 def _probes(
     adapters: Adapters, name: str | None, prompt: Sequence[int], slots: Sequence[int]
 ) -> list[tuple[list[list[int]], int]]:
-    """(two texts, tokens of each that are the prompt)."""
+    """Pairs of texts, each with the number of tokens that are the prompt."""
     tokens = int(input_embeddings(adapters.model).weight.shape[0])
     learned = learned_tokens(adapters, name)
     longest = (adapters.architecture.max_length or MANY) - sum(learned) - _FOLLOWING
-    # Shorter and longer than the kernel of a convolution, and longer than a window that is small.
+    # These are shorter and longer than the kernel of a convolution, and longer than a small window.
     lengths = {11, 2} if name is None else {11}
     if name is None or learned[1]:
         lengths |= {n + 3 for n in _windows(adapters.model.config) if n <= 64}
@@ -129,7 +129,7 @@ def _try(
     rows: int,
     cache_name: str | None,
 ) -> Verdict:
-    """One proof: two rows together, of which the first leaves, or (``rows`` 1) one row alone."""
+    """Try the cache with two rows together, of which the first leaves, or (``rows`` 1) with one row alone."""
     texts = texts[:rows]
     wanted = _whole(adapters, name, texts, length, slots)
 
@@ -157,21 +157,16 @@ def _try(
         if name is not None and adapters[name].inserted_blocks() and not _grows_only(group.cache):
             return Verdict(0, f"adapter '{name}' inserts blocks, and the model's layers keep more than keys and values")
         rough = Group(adapters, part(prompts), cache_name=cache_name, jitter=torch.finfo(adapters.dtype).eps)
-        rounding = _distance(logits(rough.hidden), first)
+        rounding = distance(logits(rough.hidden), first)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a model's own code, called as it may not foresee; the other way is slow and right
+    except Exception as error:  # a model's own code may not foresee this call; the other way is slow and right
         return Verdict(0, f"{type(error).__name__}: {error}")
-    difference = max(_distance(ours, whole) for ours, whole in found)
+    difference = max(distance(ours, whole) for ours, whole in found)
     limit = min(_MOST, 10 * rounding * math.sqrt(_ROUNDINGS * adapters.architecture.num_layers))
     if not difference <= limit:
-        return Verdict(
-            0,
-            f"logits differ by {difference:.2g}, rounding explains {limit:.2g}",
-            None,
-            difference=difference,
-            limit=limit,
-        )
+        why = f"logits differ by {difference:.2g}, rounding explains {limit:.2g}"
+        return Verdict(0, why, difference=difference, limit=limit)
     return Verdict(rows, "", group.cache_name, difference=difference, limit=limit)
 
 
@@ -183,8 +178,8 @@ def _whole(adapters: Adapters, name: str | None, texts: list[list[int]], length:
     return logits.double().view(len(texts), _FOLLOWING + 1, -1)
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of what is wanted, of the worst row."""
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference of logits [n, vocabulary] over that of ``wanted``, of the worst row."""
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
 
 

@@ -19,7 +19,7 @@ from weft.generation.ways import Begin, Request, batches
 
 @dataclass
 class Completion:
-    """What came out: token ids without the stop token, and why it ended (``stop`` or ``length``)."""
+    """The token ids of an answer, without the stop token, and why it ended (``stop`` or ``length``)."""
 
     ids: list[int]
     finish_reason: str = "length"
@@ -53,7 +53,7 @@ def generate(
 
 
 def check_writes(adapters: Adapters, name: str | None) -> None:
-    """Whether the base writes text, under adapter ``name``.
+    """Refuse a base that writes no text under adapter ``name``.
 
     Raises:
         UserError: the base is an encoder, or the adapter was trained to classify.
@@ -71,10 +71,7 @@ def _check(request: Request, adapters: Adapters) -> None:
         raise UserError("a prompt without a single token cannot be continued.")
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {request.max_new_tokens}; at least 1 is needed.")
-    learned = 0
-    if request.adapter is not None:
-        adapter = adapters[request.adapter]
-        learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+    learned = 0 if request.adapter is None else adapters[request.adapter].num_learned_tokens
     limit, length = adapters.architecture.max_length, len(request.prompt) + learned
     if limit is not None and length + request.max_new_tokens > limit:
         raise UserError(
@@ -101,7 +98,7 @@ class _Batch:
         self.alive = list(range(len(requests)))
 
     def run(self, begin: Begin) -> list[Completion]:
-        """Token by token, until every row has ended."""
+        """Decode token by token, until every row has ended."""
         parts = [self._part(name, rows) for name, rows in self._groups()]
         rows = begin(self.adapters, parts, max(r.max_new_tokens for r in self.requests))
         ended = set[int]()

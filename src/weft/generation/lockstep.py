@@ -23,13 +23,14 @@ from weft.core.layout import Counts, Decoding
 from weft.core.stream import Part, Stream, embed, padded_prefix, run_body
 from weft.libraries import CACHE_NAMES, cache_name, growing_cache
 
-# What a model's output may call the cache; its forward takes it back under the same name.
+# A model's output may have the cache under these names; its forward takes it back under the same.
 _NAMES = (*CACHE_NAMES, "cache_params", "state", "mems")
 
 
 @final
 class Group(Decoding):
-    """Rows of one length under one cache; ``hidden`` [B, d] are the states after their last tokens."""
+    """Rows of one length under one cache; ``hidden`` [B, d] are the states after their last tokens,
+    ``cache`` what the model keeps of the rows."""
 
     def __init__(
         self, adapters: Adapters, parts: Sequence[Part], *, cache_name: str | None = None, jitter: float = 0.0
@@ -48,7 +49,7 @@ class Group(Decoding):
         self._inserted = _inserted_caches(adapters, self._counts)
         self._next = int(stream.position_ids[-1]) + 1
         self._name, self._jitter = cache_name, jitter
-        self._cache: object = None
+        self.cache: object = None
         self.hidden = self._run(replace(stream, route=replace(stream.route, inserted=self._inserted)))
 
     def step(self, tokens: Tensor, counts: Counts) -> None:
@@ -57,7 +58,7 @@ class Group(Decoding):
         self.hidden = self._run(self.adapters.layout.next_tokens(tokens, places, counts, inserted=self._inserted))
 
     def keep(self, rows: Tensor) -> None:
-        self._cache = select_rows(self._cache, rows)
+        self.cache = select_rows(self.cache, rows)
         first = 0
         for name, count in self._counts:
             if name in self._inserted:
@@ -71,22 +72,17 @@ class Group(Decoding):
         assert self._name is not None
         return self._name
 
-    @property
-    def cache(self) -> object:
-        """What the model keeps of the rows."""
-        return self._cache
-
     def _run(self, stream: Stream) -> Tensor:
         adapters, count = self.adapters, len(stream.lengths)
         with adapters.router.use(stream.route):
             hidden = embed(adapters.model, stream, cast(Any, adapters))
-            if self._cache is None and max(stream.prefix_length):
-                self._cache = growing_cache(padded_prefix(stream, max(stream.prefix_length), hidden))
+            if self.cache is None and max(stream.prefix_length):
+                self.cache = growing_cache(padded_prefix(stream, max(stream.prefix_length), hidden))
             if self._jitter:
                 up = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) < 0.5
                 hidden = hidden + torch.where(up.to(hidden.device), hidden, -hidden) * self._jitter
-            given: dict[str, object] = {} if self._cache is None else {self.cache_name: self._cache}
-            # No mask: every row is whole, and a model makes the causal one by itself.
+            given: dict[str, object] = {} if self.cache is None else {self.cache_name: self.cache}
+            # No mask is given: every row is whole, and a model makes the causal one by itself.
             out = run_body(
                 adapters.model,
                 adapters.architecture,
@@ -98,13 +94,13 @@ class Group(Decoding):
             )
         fields = {field.name for field in dataclasses.fields(out)}
         given_back = next((name for name in _NAMES if name in fields and getattr(out, name) is not None), None)
-        # It may come out under an older name than it goes in.
+        # The output may have an older name for it than the forward.
         self._name = (
             self._name or cache_name(type(body_of(adapters.model, adapters.architecture)).forward) or given_back
         )
         if given_back is None or self._name is None:
             raise NoCacheError(f"{type(adapters.model).__name__} gives no cache")
-        self._cache = getattr(out, given_back)
+        self.cache = getattr(out, given_back)
         return out.last_hidden_state[:, -1]
 
 
@@ -120,7 +116,7 @@ def _inserted_caches(adapters: Adapters, counts: Counts) -> dict[str | None, obj
 def select_rows(cache: object, rows: Tensor) -> Any:
     """The cache with these rows [n] only; transformers' own are changed in place."""
     if hasattr(cache, "reorder_cache"):
-        # Putting rows into another order may leave some out; not every kind of layer can select.
+        # An order of rows may leave some out. Not every kind of layer can select rows.
         cache.reorder_cache(rows)
     if torch.is_tensor(cache):
         return cache.index_select(0, rows) if cache.dim() else cache

@@ -1,4 +1,4 @@
-"""Opening what can be talked to: the folder of a run, an adapter in PEFT's layout, or a plain model.
+"""Targets, which one can talk to: the folder of a run, an adapter in PEFT's layout, a plain model.
 
 A run's folder answers by itself: it says which base, chat template, tokenizer and adapters belong together. If the run
 has not ended, its newest intact checkpoint stands in for the adapters.
@@ -6,11 +6,10 @@ has not ended, its newest intact checkpoint stands in for the adapters.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
@@ -24,26 +23,30 @@ from weft.files.adapter_folder import (
     CONFIG,
     OWN_CONFIG,
     base_of,
+    is_adapter,
     merged_from,
+    name_for,
     provenance_of,
     trained_on,
-    weights_path,
 )
-from weft.files.run_folder import RUN_FILE, RunStore
+from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.generation.engine import check_writes
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.models.quantize import Quantization
 from weft.training.config import RunConfig, read_run_config
-from weft.training.run import base_fingerprint
+from weft.training.run import is_base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASE = "base"
-# Where neither the user nor the model sets a limit.
+# The limit of an answer where neither the user nor the model sets one.
 _DEFAULT_NEW_TOKENS = 256
 
 
-@dataclass
-class Opened:
+@dataclass(frozen=True)
+class Target:
     """A base with adapters, and the renderer that their training used.
 
     Attributes:
@@ -103,9 +106,7 @@ class Opened:
         limit = self.adapters.architecture.max_length
         if limit is None:
             return wanted or _DEFAULT_NEW_TOKENS
-        learned = 0
-        if adapter is not None:
-            learned = self.adapters[adapter].num_virtual_tokens + self.adapters[adapter].num_prefix_tokens
+        learned = 0 if adapter is None else self.adapters[adapter].num_learned_tokens
         left = limit - length - learned
         if left < (1 if clip or wanted is None else wanted):
             taken = f"{length} tokens" + f" and the adapter's {learned}" * bool(learned)
@@ -127,7 +128,7 @@ def open_target(
     dtype: str = "auto",
     quantization: Quantization | None = None,
     chat_template: str | None = None,
-) -> Opened:
+) -> Target:
     """Open a run's folder, an adapter's folder, or a model (folder, hub id, embedded name).
 
     Args:
@@ -141,14 +142,13 @@ def open_target(
     Raises:
         UserError: nothing usable is there, a file is damaged, or the base is not the one that was trained on.
     """
-    asked = _Asked(model=model, device=device, dtype=dtype, quantization=quantization, chat_template=chat_template)
+    asked = _Overrides(model=model, device=device, dtype=dtype, quantization=quantization, chat_template=chat_template)
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, asked, adapters)
-    merged = merged_from(folder) is not None
-    if not merged and any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))):
-        run = folder.absolute().parent.parent
-        if folder.absolute().parent.name == "adapters" and (run / RUN_FILE).is_file() and model is None:
+    if merged_from(folder) is None and is_adapter(folder):
+        run = run_of(folder)
+        if run is not None and model is None:
             return _open_run(run, asked, [folder.absolute().name])
         return _open_adapter(folder, asked)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -160,8 +160,8 @@ def open_target(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What the user asks for instead of what the target says; see ``open_target``."""
+class _Overrides:
+    """The user's choices, which win over what the target says; see ``open_target``."""
 
     model: str | None
     device: str
@@ -170,8 +170,8 @@ class _Asked:
     chat_template: str | None
 
 
-def _open_model(name: str, asked: _Asked) -> Opened:
-    """A model alone; one that ``weft merge`` wrote says how to ask it."""
+def _open_model(name: str, asked: _Overrides) -> Target:
+    """Open a model alone; one that ``weft merge`` wrote says how to ask it."""
     folder = Path(name).expanduser()
     merged = merged_from(folder)
     if merged is not None and "labels" in merged:
@@ -182,15 +182,15 @@ def _open_model(name: str, asked: _Asked) -> Opened:
     record = None if merged is None else Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
     base = load_base(name, device=asked.device, dtype=asked.dtype)
     renderer, notes = make_renderer(record, base.tokenizer, asked.chat_template)
-    return Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
+    return Target(base, Adapters(base.model, base.architecture), renderer, notes=notes)
 
 
-def _open_adapter(folder: Path, asked: _Asked) -> Opened:
+def _open_adapter(folder: Path, asked: _Overrides) -> Target:
     record = Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
     source = asked.model or base_of(folder)
     if source is None:
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
-    # Beside other weights than those it learned beside it would answer otherwise.
+    # An adapter learned beside the weights of its training, and answers otherwise beside others.
     kept = asked.quantization or (trained_on(folder) or {}).get("quantization")
     if kept not in (None, *get_args(Quantization)):
         raise UserError(
@@ -207,14 +207,12 @@ def _open_adapter(folder: Path, asked: _Asked) -> Opened:
     renderer, notes = make_renderer(record, base.tokenizer, asked.chat_template)
     if record is None and tokenizer is None and asked.chat_template is None and (folder / OWN_CONFIG).is_file():
         notes.append(f"{folder} does not say which chat template it was trained with; the tokenizer's own is used.")
-    opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
-    name = re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
-    opened.adapters.load(name, folder, tokenizer=base.tokenizer)
-    opened.names = (name,)
-    return opened
+    adapters, name = Adapters(base.model, base.architecture), name_for(folder)
+    adapters.load(name, folder, tokenizer=base.tokenizer)
+    return Target(base, adapters, renderer, names=(name,), notes=notes)
 
 
-def _open_run(folder: Path, asked: _Asked, wanted: Sequence[str] | None) -> Opened:
+def _open_run(folder: Path, asked: _Overrides, wanted: Sequence[str] | None) -> Target:
     config = read_run_config(folder)
     store = RunStore(folder)
     names = [job.name for job in config.jobs]
@@ -237,20 +235,15 @@ def _open_run(folder: Path, asked: _Asked, wanted: Sequence[str] | None) -> Open
         _same_base(base, recorded, folder)
     renderer, notes = _renderer_of_run(store, config, base, keep, asked.chat_template)
     notes += [f"there is no adapter '{name}', for its job failed: {reason}" for name, reason in failed.items()]
-    opened = Opened(base, Adapters(base.model, base.architecture), renderer, notes=notes)
-    try:
-        _add_adapters(opened, store, config, keep)
-    except BaseException:
-        opened.close()
-        raise
-    opened.names = tuple(keep)
-    return opened
+    adapters = Adapters(base.model, base.architecture)
+    notes += _add_adapters(adapters, store, config, keep, base.tokenizer)
+    return Target(base, adapters, renderer, names=tuple(keep), notes=notes)
 
 
 def _renderer_of_run(
     store: RunStore, config: RunConfig, base: Base, names: Sequence[str], chat_template: str | None
 ) -> tuple[Renderer, list[str]]:
-    """As the finished adapters say; before that, as the configuration does."""
+    """Make the renderer that the finished adapters name; before there are any, that of the configuration."""
     saved = [store.adapters / name for name in names if (store.adapters / name / OWN_CONFIG).is_file()]
     section = provenance_of(saved[0]) if saved else None
     if section is None:
@@ -260,7 +253,7 @@ def _renderer_of_run(
 
 
 def _base_of(config: RunConfig, recorded: dict[str, object]) -> str:
-    """The configuration's own word may be a path relative to where the run was started."""
+    """The base's path as recorded, since the configuration's may be relative to where the run was started."""
     path = recorded.get("model")
     if config.model not in EMBEDDED_MODELS and isinstance(path, str) and Path(path).is_dir():
         return path
@@ -268,34 +261,34 @@ def _base_of(config: RunConfig, recorded: dict[str, object]) -> str:
 
 
 def _same_base(base: Base, recorded: dict[str, object], folder: Path) -> None:
-    found = base_fingerprint(base)
-    if any(found[key] != recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors")):
+    if not is_base(base, recorded):
         raise UserError(
             f"the model at {base.name} is not the one that {folder} was trained on: its tensors have changed since. "
             "Put the old one back; or name a base with --model to use it all the same."
         )
 
 
-def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Sequence[str]) -> None:
-    tokenizer = opened.base.tokenizer
+def _add_adapters(
+    adapters: Adapters, store: RunStore, config: RunConfig, names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Load the finished adapters, and the others from the newest checkpoint; returns what the user should know."""
     unfinished = []
     for name in names:
         folder = store.adapters / name
-        if folder.is_dir():  # finished; if a file of it is gone, say that, and answer from nothing older
-            opened.adapters.load(name, folder, tokenizer=tokenizer)
+        if folder.is_dir():  # it is finished; if a file of it is gone, the user is told, and nothing older answers
+            adapters.load(name, folder, tokenizer=tokenizer)
         else:
             unfinished.append(name)
     if not unfinished:
-        return
+        return []
     found = store.latest()
     if found is None:
         raise UserError(f"{store.folder} has neither finished adapters nor a checkpoint yet (see save_steps).")
     state, tensors, warnings = found
-    opened.notes += [*warnings, f"the run is not finished: {', '.join(unfinished)} as of step {state['step']}"]
     jobs = {job.name: job for job in config.jobs}
     for name in unfinished:
         named = store.read_run().get("labels", {}).get(name)
-        adapter = opened.adapters.add(
+        adapter = adapters.add(
             name,
             jobs[name].method_config(),
             seed=jobs[name].seed,
@@ -309,3 +302,4 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
                 if value is None or value.shape != parameter.shape:
                     raise UserError(f"{store.folder}: the checkpoint does not fit the configuration of job '{name}'.")
                 parameter.copy_(value)
+    return [*warnings, f"the run is not finished: {', '.join(unfinished)} as of step {state['step']}"]

@@ -1,4 +1,4 @@
-"""Token ids to text while they come: a character that takes several tokens appears when it is whole."""
+"""The text of token ids while they come: a character that takes several tokens appears when it is whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What decoding gives for bytes that are no character, or not yet.
+# Decoding gives this for bytes that are no character, or not yet.
 _BROKEN = "�"
 
 
@@ -24,7 +24,7 @@ class TextStream:
         """Take one more token; returns the new text, which may be empty."""
         self.ids.append(token)
         text = decode(self.tokenizer, self.ids)
-        # Some decoders change what they said last once more is known (a space, a joined sign): hold that back.
+        # Some decoders change their last characters when the next token comes (a space, a joined sign): hold them back.
         if text.endswith(_BROKEN) or not text.startswith(self._shown):
             return ""
         new, self._shown = text[len(self._shown) :], text

@@ -1,4 +1,4 @@
-"""How the rows of a batch go on: from a cache, if that was proved to give what the whole text gives, or from the start.
+"""The ways in which rows go on: from a cache, if that was proved to give what the whole text gives, or from the start.
 
 What a cache looks like follows from the layout. One of the stream has rows of any length; one of padded batches has
 rows of one length (``weft.generation.lockstep``); an encoder-decoder keeps what its encoder gave.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
+from weft.core.embeddings import input_embeddings
 from weft.core.layout import Counts, Decoding, Layout, Packed, Padded
 from weft.core.seq2seq import Decoder, EncoderDecoder
 from weft.core.stream import Part
@@ -45,7 +46,7 @@ Begin = Callable[[Adapters, Sequence[Part], int], Decoding]
 
 @dataclass(frozen=True)
 class Plan:
-    """For one layout: what requests must have in common to advance together, and how they do from a cache."""
+    """The plan of a layout: what requests must have in common to advance together, and how they begin from a cache."""
 
     kinds: Callable[[Adapters, Sequence[Request]], list[Kind]]
     from_cache: Begin
@@ -59,11 +60,11 @@ def batches(adapters: Adapters, requests: Sequence[Request], size: int) -> Itera
     for kind, found in itertools.groupby(order, key=lambda i: kinds[i]):
         same, most = list(found), min(size, kind.rows or size)
         for start in range(0, len(same), most):
-            yield same[start : start + most], plan.from_cache if kind.rows else Anew
+            yield same[start : start + most], plan.from_cache if kind.rows else RepeatedRows
 
 
 @final
-class FromCache(Decoding):
+class CachedRows(Decoding):
     """Rows of any length in the stream, each new token beside the keys and values of those before it."""
 
     def __init__(self, adapters: Adapters, parts: Sequence[Part], room: int) -> None:
@@ -74,7 +75,7 @@ class FromCache(Decoding):
         )
         self.cache = KeyValueCache(lengths, prefixes, room)
         hidden = adapters.forward(replace(stream, route=replace(stream.route, cache=self.cache)))
-        self.cache.prefilled = True
+        self.cache.end_prefill()
         self.hidden = hidden[torch.tensor(stream.standing, device=hidden.device)]
 
     def step(self, tokens: Tensor, counts: Counts) -> None:
@@ -92,8 +93,8 @@ class FromCache(Decoding):
 
 
 @final
-class Anew(Decoding):
-    """Where no cache was proved to give the same: every step runs the whole text again. Slow, and right."""
+class RepeatedRows(Decoding):
+    """Rows whose whole text runs again in every step, for want of a proved cache: this is slow, and right."""
 
     patient = False
 
@@ -125,38 +126,37 @@ class Anew(Decoding):
 
 # Adapters -> whether a step from the stream's cache was proved to give what the whole text gives.
 _GOES_ON: weakref.WeakKeyDictionary[Adapters, bool] = weakref.WeakKeyDictionary()
-_STEPS = 3  # of that proof
+_STEPS = 3  # in that proof
 
 
 def goes_on(adapters: Adapters) -> bool:
-    """Whether the base may go on from the cache of the stream: tried once, on two short texts.
+    """Whether the base may go on from the cache of the stream. It is tried once, on two short texts.
 
     A layer that attends twice in one pass, or that is run several times, would overwrite its own keys.
     """
     if adapters not in _GOES_ON:
-        vocabulary = int(adapters.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        vocabulary = int(input_embeddings(adapters.model).weight.shape[0])
         texts = [[(7 * i + n) % vocabulary for i in range(n)] for n in (4, 9)]
         room = adapters.architecture.max_length
         if room is not None and room < 9 + _STEPS:
             return True  # no text of this base is long enough to be tried
         parts = [Part(None, texts, None, answers=[4, 9], slots=[(), ()])]
-        rows, whole = FromCache(adapters, parts, _STEPS + 1), Anew(adapters, parts)
+        rows, whole = CachedRows(adapters, parts, _STEPS + 1), RepeatedRows(adapters, parts)
         worst = 0.0
         for _ in range(_STEPS):
             tokens = adapters.logits(rows.hidden).argmax(-1)
             rows.step(tokens, [(None, 2)])
             whole.step(tokens, [(None, 2)])
             found, wanted = (adapters.logits(one.hidden, [(None, 2)]).double() for one in (rows, whole))
-            worst = max(worst, float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()))
+            worst = max(worst, cache_proof.distance(found, wanted))
         eps = max(torch.finfo(adapters.dtype).eps, torch.finfo(torch.float32).eps)
-        # Every rounding on the way counts; what is wrong is wrong by the size of the logits.
+        # Every rounding on the way counts. A wrong cache differs by the size of the logits.
         _GOES_ON[adapters] = worst <= min(0.2, 64 * eps * math.sqrt(10 * adapters.architecture.num_layers))
     return _GOES_ON[adapters]
 
 
 def _in_the_stream(adapters: Adapters, requests: Sequence[Request]) -> list[Kind]:
-    """All together, but for texts that outgrow their tables of positions: keys in a cache keep the angles that they
-    were given."""
+    """Put all together, but for texts that outgrow their tables of positions: keys in a cache keep their angles."""
     move = adapters.architecture.tables_move
     if move is None:
         return [Kind(MANY if not requests or goes_on(adapters) else 0)] * len(requests)
@@ -168,7 +168,7 @@ def _in_the_stream(adapters: Adapters, requests: Sequence[Request]) -> list[Kind
 
 
 def _in_padded_batches(adapters: Adapters, requests: Sequence[Request]) -> list[Kind]:
-    """Those of one length, where the cache was proved for the base and the adapter."""
+    """Put those of one length together, where the cache was proved for the base and the adapter."""
     some = {request.adapter: request for request in requests}
     tried = {name: cache_proof.verdict(adapters, name, r.prompt, r.slots) for name, r in some.items()}
     return [cache_proof.kind(adapters, r.adapter, len(r.prompt), tried[r.adapter]) for r in requests]
@@ -183,7 +183,7 @@ def _decoder(adapters: Adapters, parts: Sequence[Part], room: int) -> Decoding:
 
 
 PLANS: dict[type[Layout], Plan] = {
-    Packed: Plan(_in_the_stream, FromCache),
+    Packed: Plan(_in_the_stream, CachedRows),
     Padded: Plan(_in_padded_batches, _group),
     EncoderDecoder: Plan(lambda adapters, requests: [Kind(MANY)] * len(requests), _decoder),
 }

@@ -1,1 +1,1 @@
-"""An adapter into the weights of its base."""
+"""The merge of an adapter into the weights of its base."""

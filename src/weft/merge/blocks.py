@@ -1,4 +1,4 @@
-"""Blocks that a merge puts between those of a model: whether the others may get other numbers."""
+"""The check of a model between whose blocks a merge puts new ones, so that the others get other numbers."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ def _counts_blocks(model: nn.Module, settings: Callable[..., list[object]], bloc
     try:
         with torch.device("meta"):
             longer = type(model)(config)
-    except Exception:  # a configuration with another list per layer: the merged folder's own proof sees the rest
+    except Exception:  # a configuration may have another list per layer; the merged folder's own proof sees the rest
         return False
     return settings(block, longer) != settings(block)

@@ -15,14 +15,16 @@ from weft.core.embeddings import config_of
 from weft.core.head import Head
 from weft.errors import UserError
 from weft.files.tensors import read_tensors
-from weft.merge.weights import Merged
+from weft.merge.weights import MergedWeights
 from weft.models.truth import name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: Head | None = None) -> PreTrainedModel:
+def merged_model(
+    model: nn.Module, shape: Architecture, merged: MergedWeights, head: Head | None = None
+) -> PreTrainedModel:
     """The model with these weights, without a copy of them; to be saved, not run (its buffers are on the meta device).
 
     Args:
@@ -33,7 +35,7 @@ def merged_model(model: nn.Module, shape: Architecture, merged: Merged, head: He
         UserError: The architecture has no place for a tensor, or no such class.
     """
     config = copy.deepcopy(config_of(model))
-    config._attn_implementation = "eager"  # the base's may be Weft's own; not saved
+    config._attn_implementation = "eager"  # the base's may be Weft's own; it is not saved
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if merged.untied:
@@ -85,7 +87,7 @@ def _empty(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
         return cls(config).eval()
 
 
-def _put_in(new: PreTrainedModel, tensors: dict[str, Tensor], merged: Merged) -> None:
+def _put_in(new: PreTrainedModel, tensors: dict[str, Tensor], merged: MergedWeights) -> None:
     known = new.state_dict()
     strange = sorted(set(tensors) - set(known))
     if strange:
@@ -121,21 +123,18 @@ def _with_biases(config: PreTrainedConfig, cls: type[PreTrainedModel], added: Co
     """
     without = set(_empty(cls, config).state_dict())
     wanted = set(added) - without
-    on: list[str] = []
+    switched = copy.deepcopy(config)
     for key, value in vars(config).items():
         if "bias" in key and value is False:
             changed = copy.deepcopy(config)
             setattr(changed, key, True)
             gained = set(_empty(cls, changed).state_dict()) - without
             if gained & wanted:
-                on.append(key)
+                setattr(switched, key, True)
                 wanted -= gained
     if wanted:
         raise UserError(_no_place(config, sorted(wanted)))
-    changed = copy.deepcopy(config)
-    for key in on:
-        setattr(changed, key, True)
-    return changed
+    return switched
 
 
 def _no_place(config: PreTrainedConfig, keys: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Merging: writing the effect of an adapter at a module into the module's own tensors.
+"""The merge of an adapter's effect at a module into the module's own tensors.
 
 A linear, a norm or an embedding ``f(x; W, b)`` with a site on it is often such a module again, with other tensors:
 ``W x + b + s B A x = (W + s B A) x + b``. A layer of a method that knows these tensors has a ``merge_into``
@@ -27,7 +27,7 @@ from weft.methods.mergeable import LARGE, Mergeable, MergeableParameter, MergedB
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedWeights:
     """The weights of a model that computes without an adapter what the base computes with it.
 
     Attributes:
@@ -44,75 +44,22 @@ class Merged:
     untied: bool
 
 
-def merge_adapter(adapters: Adapters, name: str, dtype: torch.dtype | None = None) -> Merged:
+@torch.no_grad()
+def merge_adapter(adapters: Adapters, name: str, dtype: torch.dtype | None = None) -> MergedWeights:
     """The weights of a model that computes by itself what the base computes with adapter ``name``.
 
     The base, which is only read, and the adapter stay what they are. A classification head is not among the
-    weights. ``dtype``: of all of them; default: each in the base's own.
+    weights. ``dtype``: of all of them; default: each one's own, and that of the embeddings for quantised ones.
 
     Raises:
         UserError: what the adapter, or a part of it, computes cannot be weights of the base.
     """
-    adapter = adapters[name]
+    adapter, model, shape = adapters[name], adapters.model, adapters.architecture
     check_mergeable(adapter)
-    changes: Any = adapter.merges()
-    inserted: Any = adapter.inserted_blocks()
+    changes: Mapping[str, Sequence[Any]] = adapter.merges()
+    inserted: Mapping[str, Sequence[Any]] = adapter.inserted_blocks()
     if inserted:
         check_numbers(adapters)
-    return merge_weights(adapters.model, adapters.architecture, changes, inserted, dtype)
-
-
-def check_mergeable(adapter: Adapter) -> None:
-    """Refuse an adapter whose effect cannot be weights of the base.
-
-    Raises:
-        UserError: It cannot; the message says which of its methods, why, and what to do instead.
-    """
-    for part in adapter.parts:
-        reason = _no_weights(part)
-        if reason:
-            method, every = part.config.method, "+".join(p.config.method for p in adapter.parts)
-            named = f" ({method})" if part is adapter else f" ({every}: its part {method})"
-            raise UserError(
-                f"adapter '{adapter.name}'{named} cannot be merged: {reason}. {part.config.instead_of_merging}"
-            )
-
-
-def _no_weights(adapter: Adapter) -> str:
-    """Why the adapter cannot be merged; empty if it can."""
-    if adapter.num_virtual_tokens:
-        return "what it adds are virtual tokens in the text, not weights of the base"
-    if adapter.num_prefix_tokens:
-        return "what it adds are keys and values before the text, not weights of the base"
-    merges = adapter.merges()
-    sites = {**adapter.sites(), **adapter.input_sites(), **adapter.parameter_sites()}
-    known = (Mergeable, MergeableParameter)
-    strange = [path for path in sites if not all(isinstance(layer, known) for layer in merges.get(path, (None,)))]
-    blocks = itertools.chain.from_iterable(adapter.inserted_blocks().values())
-    if strange or not all(isinstance(block, MergedBlock) for block in blocks):
-        where = f" at '{strange[0]}'" if strange else ""
-        return f"what it computes{where} is more than other weights there would"
-    return ""
-
-
-@torch.no_grad()
-def merge_weights(
-    model: nn.Module,
-    shape: Architecture,
-    changes: Mapping[str, Sequence[Mergeable]],
-    inserted: Mapping[str, Sequence[MergedBlock]],
-    dtype: torch.dtype | None = None,
-) -> Merged:
-    """Compute the weights of ``model`` with ``changes`` at its modules and new blocks after its own.
-
-    Args:
-        changes: Module path -> the changes there, in order.
-        inserted: Block path -> the blocks after it.
-        dtype: The dtype of all tensors; None: each one's own, and that of the embeddings for quantised ones.
-
-    Raises:
-        UserError: Two modules share a tensor, and the adapter changes them in different ways.
-    """
     at = {id(model.get_submodule(path)): found for path, found in changes.items()}
     _share_with_copies_of_the_table(model, at)
     rename, blocks = _new_numbers(shape, inserted)
@@ -149,7 +96,40 @@ def merge_weights(
                     "its base instead (weft chat, weft generate)."
                 )
             untied = True
-    return Merged(tensors, blocks, tuple(added), untied)
+    return MergedWeights(tensors, blocks, tuple(added), untied)
+
+
+def check_mergeable(adapter: Adapter) -> None:
+    """Refuse an adapter whose effect cannot be weights of the base.
+
+    Raises:
+        UserError: It cannot; the message says which of its methods, why, and what to do instead.
+    """
+    for part in adapter.parts:
+        reason = _no_weights(part)
+        if reason:
+            method, every = part.config.method, "+".join(p.config.method for p in adapter.parts)
+            named = f" ({method})" if part is adapter else f" ({every}: its part {method})"
+            raise UserError(
+                f"adapter '{adapter.name}'{named} cannot be merged: {reason}. {part.config.instead_of_merging}"
+            )
+
+
+def _no_weights(adapter: Adapter) -> str:
+    """Why the adapter cannot be merged; empty if it can."""
+    if adapter.num_virtual_tokens:
+        return "what it adds are virtual tokens in the text, not weights of the base"
+    if adapter.num_prefix_tokens:
+        return "what it adds are keys and values before the text, not weights of the base"
+    merges = adapter.merges()
+    sites = {**adapter.sites(), **adapter.input_sites(), **adapter.parameter_sites()}
+    known = (Mergeable, MergeableParameter)
+    strange = [path for path in sites if not all(isinstance(layer, known) for layer in merges.get(path, (None,)))]
+    blocks = itertools.chain.from_iterable(adapter.inserted_blocks().values())
+    if strange or not all(isinstance(block, MergedBlock) for block in blocks):
+        where = f" at '{strange[0]}'" if strange else ""
+        return f"what it computes{where} is more than other weights there would"
+    return ""
 
 
 def _follow_ties(

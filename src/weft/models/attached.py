@@ -43,7 +43,7 @@ def prove_attached(adapters: Adapters, name: str) -> None:
     adapter = adapters[name]
     if adapters.architecture.memory_linears or not any(p.requires_grad for p in adapter.parameters()):
         return
-    learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+    learned = adapter.num_learned_tokens
     sequences = trial.sequences_for(adapters.model, adapters.architecture, learned)
     with torch.no_grad():
         # In int8 sites also keep rows apart (``mixes_rows``), and so change the base's rows.

@@ -19,6 +19,7 @@ from torch import Tensor
 from weft.errors import UserError, reason_of
 from weft.files.adapter_folder import WEIGHTS as ADAPTER
 from weft.files.adapter_folder import write_json
+from weft.files.whole import new_folder
 from weft.foreign import check_regular
 from weft.models.gate import PICKLES
 from weft.models.originals import weight_map
@@ -50,23 +51,13 @@ def convert_folder(folder: str | Path, output: str | Path) -> Conversion:
     source, output = Path(folder).expanduser(), Path(output).expanduser()
     if not source.is_dir():
         raise UserError(f"no folder at {source}.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already; it is left alone. Take another folder.")
-    files = _pickles(source)
-    part = output.absolute().with_name(f".{output.name}.unfinished")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with new_folder(output) as part:
+        files = _pickles(source)
         part.mkdir(parents=True)
         count, size = _write(files, part)
         for path in sorted(source.iterdir()):
             if path.suffix in _TEXTS and path.name not in (_INDEX,) and path.is_file():
                 shutil.copyfile(path, part / path.name)
-        if output.exists():
-            output.rmdir()  # it is empty, or it would have been refused
-        part.replace(output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return Conversion(output, count, size, tuple(path.name for path in files))
 
 

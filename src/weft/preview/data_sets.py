@@ -24,7 +24,7 @@ from weft.models.load import load_tokenizer
 from weft.models.reach import Omission
 from weft.preview.packing import Packing
 from weft.training.batches import Batches
-from weft.training.reader import JobData, Loaded, Read, Reader, data_files
+from weft.training.reader import JobData, JobSources, Reader, SourceSamples, data_files
 from weft.training.settings import JobConfig, RunConfig
 
 
@@ -118,7 +118,7 @@ class _Group:
         sources = [self._items(part, "train") for part in read.sources]
         evaluated = [item for part in read.evaluated or () for item in self._items(part, "eval")]
         held = self._held_out(read, sources)
-        data = reader.data(job, read, reader.sides(read, held))
+        data = reader.data(job, read, held)
         train: list[Item] = []
         for items, marks in zip(sources, held, strict=True):
             train += _parted(items, marks, evaluated)
@@ -141,7 +141,7 @@ class _Group:
             not_reached=self.not_reached,
         )
 
-    def _items(self, part: Loaded, split: Split) -> list[Item]:
+    def _items(self, part: SourceSamples, split: Split) -> list[Item]:
         items, left_out = collect(
             part.outcomes,
             self.reader.renderer,
@@ -156,7 +156,7 @@ class _Group:
         self.left_out += left_out
         return items
 
-    def _held_out(self, read: Read, sources: Sequence[Sequence[Item]]) -> list[Array]:
+    def _held_out(self, read: JobSources, sources: Sequence[Sequence[Item]]) -> list[Array]:
         try:
             return self.reader.split(read)
         except UserError:

@@ -8,52 +8,37 @@ from typing import Any
 
 from weft.errors import UserError
 
-# One meaning, several names: transformers and TRL, LLaMA-Factory, axolotl, ms-swift.
-RENAMED: dict[str, str] = {
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "dataset": "data",
-    "train_file": "data",
-    "eval_dataset": "eval_data",
-    "validation_file": "eval_data",
-    "finetuning_type": "method",
-    "peft_type": "method",
-    "adapter": "method",
-    "tuner_type": "method",
-    "train_type": "method",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "cutoff_len": "max_length",
-    "sequence_len": "max_length",
-    "max_seq_length": "max_length",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "max_samples": "limit",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "schedule": "lr_scheduler_type",
-    "accumulation": "gradient_accumulation_steps",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "optim": "optimizer",
-    "max_norm": "max_grad_norm",
-    "torch_dtype": "dtype",
-    "val_size": "eval_size",
-    "num_threads": "threads",
-    "freeze_trainable_layers": "num_layers_trainable",
-    "num_layer_trainable": "num_layers_trainable",
-    "num_expand": "num_new_blocks",
-    "patience": "early_stopping_patience",
-    "neftune_alpha": "neftune_noise_alpha",
-    "noisy_embedding_alpha": "neftune_noise_alpha",
+# Our key -> the names that transformers and TRL, LLaMA-Factory, axolotl and ms-swift have for it.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "model": ("model_name_or_path", "base_model"),
+    "data": ("dataset", "train_file"),
+    "eval_data": ("eval_dataset", "validation_file"),
+    "method": ("finetuning_type", "peft_type", "adapter", "tuner_type", "train_type"),
+    "r": ("lora_r", "lora_rank"),
+    "max_length": ("cutoff_len", "sequence_len", "max_seq_length"),
+    "batch_size": ("per_device_train_batch_size", "micro_batch_size"),
+    "epochs": ("num_train_epochs", "num_epochs"),
+    "limit": ("max_samples",),
+    "learning_rate": ("lr",),
+    "lr_scheduler_type": ("lr_scheduler", "schedule"),
+    "gradient_accumulation_steps": ("accumulation", "gradient_accumulation"),
+    "optimizer": ("optim",),
+    "max_grad_norm": ("max_norm",),
+    "dtype": ("torch_dtype",),
+    "eval_size": ("val_size",),
+    "threads": ("num_threads",),
+    "num_layers_trainable": ("freeze_trainable_layers", "num_layer_trainable"),
+    "num_new_blocks": ("num_expand",),
+    "early_stopping_patience": ("patience",),
+    "neftune_noise_alpha": ("neftune_alpha", "noisy_embedding_alpha"),
 }
+RENAMED = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
 
-# The value of batch_tokens that stands for batch_size * max_length; keys that ask for it.
+# AUTO is the value of batch_tokens that stands for batch_size * max_length; the keys in _SAME ask for it.
 AUTO = "auto"
 _SAME = ("packing", "sample_packing", "neat_packing")
 
-# Other tools' words for a value of ours.
+# The words that other tools have for our values.
 VALUES: dict[str, dict[object, object]] = {
     "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
@@ -89,22 +74,21 @@ def _on(key: str, value: Any, told: str | None = None) -> Switch:
     return Switch(lambda on: (key, value) if on else None, told or f"`{key}: {value}` if on")
 
 
-def _targets(value: Any) -> tuple[str, Any]:
+def _listed(value: object) -> object:
     """LLaMA-Factory writes ``q_proj,v_proj``; here a string is a regular expression over whole paths."""
-    if isinstance(value, str) and value not in ("all", "all-linear"):
-        return "target_modules", [name.strip() for name in value.split(",") if name.strip()]
-    return "target_modules", value
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _targets(value: object) -> tuple[str, object]:
+    return "target_modules", value if value in ("all", "all-linear") else _listed(value)
 
 
 def _names(key: str) -> Switch:
-    """LLaMA-Factory writes ``mlp,self_attn``, and ``all`` for no choice."""
-
-    def split(value: object) -> tuple[str, object] | None:
-        if isinstance(value, str):
-            value = [name.strip() for name in value.split(",") if name.strip()]
-        return None if value in (None, [], ["all"]) else (key, value)
-
-    return Switch(split, f"`{key}`; names separated by commas")
+    """A list of names, with ``all`` for no choice."""
+    return Switch(
+        lambda value: None if _listed(value) in (None, [], ["all"]) else (key, _listed(value)),
+        f"`{key}`; names separated by commas",
+    )
 
 
 def _resume(value: object) -> tuple[str, object]:
@@ -117,7 +101,7 @@ def _resume(value: object) -> tuple[str, object]:
 
 
 def _only_off(key: str) -> Switch:
-    """A feature that is not here: switching it off changes nothing, switching it on cannot be obeyed."""
+    """A key of a feature that Weft does not have: off changes nothing, on is refused."""
 
     def check(value: object) -> None:
         if value not in (None, False, 0, "none", [], ["none"]):
@@ -126,23 +110,15 @@ def _only_off(key: str) -> Switch:
     return Switch(check, "nothing if off; not in this version if on")
 
 
-_BITS = {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None}
+def _word(table: Mapping[object, tuple[str, str] | None], problem: str, told: str) -> Switch:
+    """A key whose few values each stand for a key and a value here; ``problem`` is the message for any other."""
 
+    def look_up(value: object) -> tuple[str, str] | None:
+        if value not in table:
+            raise UserError(problem.format(repr(value)))
+        return table[value]
 
-def _bits(value: object) -> tuple[str, object] | None:
-    if value not in _BITS:
-        raise UserError(f"quantization_bit: {value!r}: a base is kept in 4 (nf4) or 8 bits (int8).")
-    return _BITS[value]
-
-
-# swift's words for which tokens are learned.
-_LOSS_SCALES = {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")}
-
-
-def _loss_scale(value: object) -> tuple[str, object] | None:
-    if value not in _LOSS_SCALES:
-        raise UserError(f"loss_scale: {value!r} is none of {', '.join(_LOSS_SCALES)}.")
-    return _LOSS_SCALES[value]
+    return Switch(look_up, told)
 
 
 # Elsewhere these make packs of max_length tokens, and a batch is batch_size of them.
@@ -150,7 +126,17 @@ _PACKING = _on(
     "batch_tokens", AUTO, "`batch_tokens: auto` if on: packs of `batch_size` times `max_length` tokens, as there"
 )
 _ALL_IF_OFF = "`train_on: all` if off"
-_QUANTISED = Switch(_bits, "`quantization`: 4 → `nf4`, 8 → `int8`")
+_QUANTISED = _word(
+    {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None},
+    "quantization_bit: {}: a base is kept in 4 (nf4) or 8 bits (int8).",
+    "`quantization`: 4 → `nf4`, 8 → `int8`",
+)
+# swift's words for which tokens are learned.
+_LOSS_SCALE = _word(
+    {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")},
+    "loss_scale: {} is none of default, last_round, all.",
+    "`train_on`: `default` → `answers`, `last_round` → `last_answer`, `all` → `all`",
+)
 SWITCHES: dict[str, Switch] = {
     "bf16": _on("dtype", "bfloat16"),
     "fp16": _on("dtype", "float16"),
@@ -161,7 +147,7 @@ SWITCHES: dict[str, Switch] = {
     "completion_only_loss": Switch(lambda on: None if on or on is None else ("train_on", "all"), _ALL_IF_OFF),
     "assistant_only_loss": Switch(lambda on: None if on else ("train_on", "all"), _ALL_IF_OFF),
     "mask_history": _on("train_on", "last_answer"),
-    "loss_scale": Switch(_loss_scale, "`train_on`: `default` → `answers`, `last_round` → `last_answer`, `all` → `all`"),
+    "loss_scale": _LOSS_SCALE,
     "resume_from_checkpoint": Switch(_resume, "`resume`; a path is refused, a run goes on from its newest checkpoint"),
     "load_in_4bit": _on("quantization", "nf4"),
     "load_in_8bit": _on("quantization", "int8"),

@@ -1,4 +1,4 @@
-"""Which samples each optimizer step holds, and how they are packed into passes: a function of seed and step alone."""
+"""The samples of each optimizer step and their packing into passes: a function of seed and step alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weft.training.settings import JobConfig
 
 
 class Batches:
-    """The batches of one job: each optimizer step a list of packs, a pack what goes through the model at once.
+    """The batches of one job. Each optimizer step has a list of packs; a pack goes through the model at once.
 
     Without ``batch_tokens`` a step is ``batch_size`` × ``gradient_accumulation_steps`` samples, packed by best fit into
     passes of at most ``capacity`` tokens. How they are packed changes the number of passes and no result, for a step's
@@ -56,7 +56,7 @@ class Batches:
         return batches if self.config.batch_tokens is not None else self._packed(batches)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step within it)."""
+        """The epoch of a step, and the step's number within it."""
         if self.config.batch_tokens is None:
             return divmod(step, self.steps_in(0))
         for epoch in itertools.count():
@@ -66,7 +66,7 @@ class Batches:
         raise AssertionError
 
     def steps_in(self, epoch: int) -> int:
-        """Optimizer steps of an epoch."""
+        """The number of optimizer steps in an epoch."""
         if self.config.batch_tokens is None:
             return self.config.planned_steps(self.mixture.per_epoch)[0]
         if epoch not in self._steps:
@@ -74,7 +74,7 @@ class Batches:
         return self._steps[epoch]
 
     def tokens(self, indices: Sequence[int]) -> int:
-        """What samples take of a pack, virtual tokens included."""
+        """The number of tokens that samples take of a pack, with their virtual tokens."""
         return sum(self.lengths[index] for index in indices)
 
     def _planned(self) -> int:
@@ -85,7 +85,7 @@ class Batches:
         return sum(map(self.steps_in, range(whole))) + (round(rest * self.steps_in(whole)) if rest else 0)
 
     def unpacked(self, epoch: int) -> list[list[int]]:
-        """An epoch in order: ``batch_size`` samples each, or (these are packs) up to ``batch_tokens`` tokens."""
+        """The batches of an epoch in order: ``batch_size`` samples each, or packs of up to ``batch_tokens`` tokens."""
         if self._latest[0] != epoch:
             order = self.mixture.order(self.config.seed, epoch)
             if self.config.batch_tokens is None:
@@ -100,12 +100,12 @@ class Batches:
         return max(itertools.chain(map(self.tokens, self.unpacked(0)), self.lengths), default=1)
 
     def _packed(self, batches: list[list[int]]) -> list[list[int]]:
-        """A step's samples in as few passes as best fit finds, each in the step's order."""
+        """Pack a step's samples into as few passes as best fit finds, each in the step's order."""
         order = [index for batch in batches for index in batch]
         if self.tokens(order) <= self.capacity:
             return [order]
         packs = [[order[i] for i in sorted(one)] for one in pack([self.lengths[i] for i in order], self.capacity)]
-        # Best fit is no proof of the fewest: as they come may do with as few, and then stays as it is.
+        # Best fit does not always find the fewest packs. If the batches are as few already, they stay as they are.
         as_they_come = len(batches) <= len(packs) and all(self.tokens(batch) <= self.capacity for batch in batches)
         return batches if as_they_come else packs
 

@@ -53,7 +53,7 @@ def build_config(
     source: str = "configuration",
 ) -> RunConfig:
     """``make_config`` of a mapping after ``flags`` and ``key=value`` overrides."""
-    # Translated first: an override of learning_rate has to win over the file's lr.
+    # Keys are translated first, because an override of learning_rate has to win over the file's lr.
     merged = translate(values, source)
     if isinstance(merged.get("jobs"), list):
         jobs = [translate(job, f"{source}: jobs[{i}]") if isinstance(job, dict) else job
@@ -70,7 +70,7 @@ def build_config(
 def load_run_config(
     folder: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, object] | None = None
 ) -> RunConfig:
-    """The configuration of the run in ``folder``, to go on with it there.
+    """Read the configuration of the run in ``folder``, to go on with it there.
 
     Raises:
         UserError: The folder holds no run, or the overrides do not resume it.
@@ -88,7 +88,7 @@ def load_run_config(
 
 
 def read_run_config(folder: str | Path) -> RunConfig:
-    """The configuration of a run from its folder alone.
+    """Read the configuration of a run from its folder alone.
 
     Raises:
         UserError: The file holds no configuration, or is damaged.
@@ -119,8 +119,7 @@ def _override(values: dict[str, object], override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key=value (with dots for what lies deeper).")
     value = parse_yaml(text, f"override {override!r}: the value")
     if parents and parents[0] == "jobs" and "jobs" not in values and "method" in values:
-        methods = values.pop("method")
-        values["jobs"] = [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
+        values["jobs"] = _jobs_of(values.pop("method"))
     place: Any = values
     for part in parents:
         place = place[_index(place, part, key)] if isinstance(place, list) else place.setdefault(part, {})
@@ -131,6 +130,11 @@ def _override(values: dict[str, object], override: str) -> None:
     else:
         before = {name: place[name] for name in ("adam_betas",) if name in place}
         place.update(translate({**before, last: value}, f"override {key!r}") if last != "adam_betas" else {last: value})
+
+
+def _jobs_of(methods: object) -> list[dict[str, object]]:
+    """Make a job of each method, or of the only one."""
+    return [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
 
 
 def _index(place: list[object], part: str, key: str) -> int:
@@ -161,7 +165,7 @@ def make_config(values: Mapping[str, object], *, source: str = "configuration") 
         methods = defaults.pop("method", None)
         if methods is None:
             raise UserError(f"{source}: no method. Give method: lora, method: [lora, prefix_tuning], or a list jobs:.")
-        jobs = [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
+        jobs = _jobs_of(methods)
     if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
         raise UserError(f"{source}: jobs must be a list of mappings, each with a method.")
     places = [f"{source}: jobs[{i}]" for i in range(len(jobs))]
@@ -189,7 +193,7 @@ def _job(given: dict[str, object], defaults: dict[str, object], where: str, max_
     unknown = [key for key in given if key not in known]
     if unknown:
         raise UserError(_unknown(where, unknown, known))
-    # A default of another method's (r, say, for prompt tuning) is meant for the jobs that know it.
+    # A default (r, say) is meant for the jobs whose method knows it.
     fitting = {key: value for key, value in defaults.items() if key in known}
     merged: dict[str, Any] = {"name": "-".join(parts), **fitting, **given}
     for part in classes.keys() & merged.keys():
@@ -220,7 +224,7 @@ def _auto_tokens(batch_size: object, max_length: object, where: str) -> object:
 
 
 def _refuse_switches(settings: Mapping[str, object], cls: type[BaseModel], where: str) -> None:
-    """pydantic takes true for 1, which nobody means."""
+    """Refuse true and false for numbers: pydantic takes true for 1, which nobody means."""
     for key, value in settings.items():
         field = cls.model_fields.get(key)
         if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):

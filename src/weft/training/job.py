@@ -21,19 +21,19 @@ from weft.training.batches import Batches
 from weft.training.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.training.settings import JobConfig
 
-# Of larger tensors so many numbers stand for all when it is asked whether a job has changed them.
+# So many numbers of a larger tensor stand for all of it when we ask whether a job has changed it.
 _WITNESSES = 2**20
 
 
 def _witness(tensor: Tensor) -> str:
-    """What tells whether a tensor has changed: the SHA-256 of it, or of an even choice of its numbers."""
+    """A digest that shows whether a tensor has changed: of all its numbers, or of an even choice of them."""
     stride = max(1, tensor.numel() // _WITNESSES)
     return digest(tensor.detach().reshape(-1)[::stride])
 
 
 @dataclass
 class Progress:
-    """What of a job changes while it trains, apart from its tensors. Written to every checkpoint as JSON."""
+    """The state of a job beside its tensors. It goes into every checkpoint as JSON."""
 
     step: int = 0
     tokens: int = 0
@@ -41,7 +41,7 @@ class Progress:
     _: KW_ONLY
     evaluated_at: int = -1
     best_eval_loss: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, besides the loss
+    metrics: dict[str, float] = field(default_factory=dict)  # those of the last evaluation, without the loss
     evals_without_gain: int = 0
     ended: str | None = None  # why it ended: finished, early_stop, failed
     reason: str | None = None  # why it failed
@@ -79,7 +79,7 @@ class Job:
             adapter.scaled_learning_rate(n, config.learning_rate or adapter.default_learning_rate(n)) for n in named
         ]
         self.parameters: list[nn.Parameter] = list(named.values())
-        # By the seed the same after a resume, whose values are only then put back.
+        # A resumed job has the same ones, by its seed: the checkpoint's values are put back after this.
         self._began = {n: _witness(p) for n, p in named.items()}
         decays = [adapter.decays(n) for n in named]
         self.optimizer = make_optimizer(config, self.parameters, rates, decays) if named else None
@@ -105,21 +105,26 @@ class Job:
         return [[self.samples[i] for i in micro] for micro in self.batches[self.progress.step]]
 
     def dropout_seed(self, micro: int) -> int:
-        """For the ``micro``-th forward pass of the coming step."""
+        """The seed of dropout in the ``micro``-th forward pass of the coming step."""
         return stable_seed(self.config.seed, "dropout", self.progress.step, micro)
 
     def schedule_factor(self) -> float:
-        """What the learning rates are multiplied by in the coming step."""
+        """The factor of the learning rates in the coming step."""
         kind, step = self.config.lr_scheduler_type, self.progress.step
         return schedule_factor(kind, step, self.total_steps, self.warmup)
 
     def learning_rate(self) -> float:
-        """Of the coming step."""
+        """The learning rate of the coming step."""
         return self.rate * self.schedule_factor()
 
-    def update(self) -> float:
+    def scale_losses(self, factor: float) -> None:
+        """Multiply every loss by this, for float16 cannot hold small gradients. Each overflow halves it."""
+        self.progress.loss_scale = factor
+
+    def update(self, tokens: int) -> float:
         """Clip, step the optimizer, clear the gradients; returns the gradients' norm before clipping.
 
+        ``tokens``: how many the step has seen.
         A norm that is not finite changes nothing but the loss scale (float16 bases) or ends the job.
         """
         progress, factor = self.progress, self.schedule_factor()
@@ -127,7 +132,7 @@ class Job:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if progress.loss_scale != 1.0:
             torch._foreach_div_(gradients, progress.loss_scale)
-        # Norm of the norms, each over one whole tensor: does not depend on how the tensors are grouped.
+        # The norm of the tensors' norms does not depend on how the tensors are grouped.
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
         if math.isfinite(norm):
             if self.config.max_grad_norm and norm > self.config.max_grad_norm:
@@ -141,10 +146,15 @@ class Job:
             progress.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
+        progress.tokens += tokens
         self._rescale(math.isfinite(norm))
         if self.active and progress.step >= self.total_steps:
             progress.ended = "finished"
         return norm
+
+    def spend(self, seconds: float) -> None:
+        """Count the time of a step."""
+        self.progress.seconds += seconds
 
     def _rescale(self, finite: bool) -> None:
         progress = self.progress
@@ -162,8 +172,10 @@ class Job:
         self.progress.ended, self.progress.reason = "failed", reason
 
     def judge(self) -> None:
-        """A job that has come to its end with nothing to show for it has failed: a tensor is not finite, or all are
-        what they began as. ``progress.reason`` says why."""
+        """Fail a job that has ended without a result: a tensor is not finite, or all are what they began as.
+
+        ``progress.reason`` says why.
+        """
         progress = self.progress
         if progress.ended not in ("finished", "early_stop") or not self.parameters:
             return
@@ -173,7 +185,7 @@ class Job:
                 self._fail(f"its tensor '{name}' holds numbers that are not finite; take a lower learning_rate")
                 return
         count = f"all {progress.step} steps" if progress.step > 1 else "its one step"
-        # Weight decay moves what has learned nothing, too.
+        # Changed tensors alone prove nothing: weight decay moves them without any learning.
         if progress.skipped == progress.step > 0:
             self._fail(f"the loss or a gradient overflowed in {count}, which changed nothing; take dtype bfloat16 or "
                        "float32 instead of float16")  # fmt: skip
@@ -190,7 +202,7 @@ class Job:
             )
 
     def wants_evaluation(self) -> bool:
-        """Before the first step, every ``eval_steps``, and at the end; never twice at the same step."""
+        """Whether an evaluation is due: before the first step, every ``eval_steps``, at the end; once a step."""
         progress, every = self.progress, self.config.eval_steps
         given_up = progress.ended in ("failed", "early_stop")
         if not self.eval_samples or given_up or progress.evaluated_at == progress.step:
@@ -202,7 +214,7 @@ class Job:
         progress, patience = self.progress, self.config.early_stopping_patience
         progress.evaluated_at, progress.metrics = progress.step, dict(metrics or {})
         best = progress.best_eval_loss
-        # Nothing is below NaN: taken for the best it would stay the best.
+        # Nothing is below NaN, so a NaN would stay the best.
         if math.isfinite(loss) and (best is None or loss < best - self.config.early_stopping_min_delta):
             progress.best_eval_loss, progress.evals_without_gain = loss, 0
             if patience is not None:
@@ -214,13 +226,13 @@ class Job:
 
     @torch.no_grad()
     def take_best(self) -> None:
-        """With early stopping the job ends with the weights that evaluated best."""
+        """Go back to the weights that evaluated best, where early stopping has kept them."""
         if self.best is not None:
             for parameter, value in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, in their own shapes, to go on exactly: parameters (encoders too), optimizer, best weights."""
+        """All tensors that an exact resumption needs, in their own shapes: the adapter's, the optimizer's, the best."""
         named = {f"parameter.{name}": p.detach() for name, p in self.adapter.named_parameters()}
         named |= {f"buffer.{name}": b.detach() for name, b in self.adapter.named_buffers()}
         if self.optimizer is not None:
@@ -243,7 +255,7 @@ class Job:
         self.progress = Progress(**progress)
 
     def state(self) -> dict[str, Any]:
-        """``progress`` as JSON values."""
+        """The progress as JSON values."""
         return asdict(self.progress)
 
     @functools.cached_property

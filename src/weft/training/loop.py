@@ -21,14 +21,19 @@ from weft.training.verify import verify_packing
 from weft.version import __version__
 
 Event = Mapping[str, Any]
-# float16 cannot hold the gradients of a small loss; the first overflow halves this.
+# The loss scale of jobs over a base in float16, before the first step.
 _FIRST_LOSS_SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How it ended: ``completed`` is False if it was asked to stop; per job how it ``ended`` (``finished``,
-    ``early_stop``, or ``failed`` with the ``reason``) and the last evaluation."""
+    """The end of a run.
+
+    Attributes:
+        completed: False if the run was asked to stop.
+        jobs: the progress of each job: how it ``ended`` (``finished``, ``early_stop``, or ``failed`` with the
+            ``reason``), the last evaluation.
+    """
 
     completed: bool
     steps: int
@@ -68,14 +73,14 @@ class Trainer:
         self.step = 0
         if adapters.dtype == torch.float16:
             for job in self.jobs:
-                job.progress.loss_scale = _FIRST_LOSS_SCALE
+                job.scale_losses(_FIRST_LOSS_SCALE)
         self._recent: dict[str, list[float]] = {job.name: [] for job in self.jobs}
 
     def resume(self) -> bool:
         """Go back to the newest intact checkpoint; False if there is none.
 
         Raises:
-            UserError: the checkpoint was made from other data or another environment; says what changed.
+            UserError: the checkpoint was made from other data or another environment; the message says what changed.
         """
         assert self.store is not None
         found = self.store.latest()
@@ -124,7 +129,7 @@ class Trainer:
         return TrainResult(completed, self.step, seconds, jobs)
 
     def _judge(self) -> None:
-        """All jobs have come to their end: the best weights come back, and what has learned nothing fails."""
+        """Put back each job's best weights, and fail the jobs that have learned nothing."""
         for job in self.jobs:
             job.take_best()
             told = job.progress.ended == "failed"
@@ -140,7 +145,7 @@ class Trainer:
         self._tell({"event": "warning", "job": job.name, "message": f"{job.name}: {text}"})
 
     def save(self) -> None:
-        """Commit a checkpoint of this moment."""
+        """Write a checkpoint."""
         if self.store is None:
             return
         state = {
@@ -159,7 +164,7 @@ class Trainer:
         seconds = time.monotonic() - begun
         self.step += 1
         for job in active:
-            job.progress.seconds += seconds
+            job.spend(seconds)
             self._recent[job.name].append(results[job.name].loss)
             if job.progress.step % self.logging_steps == 0 or job.progress.step == 1 or not job.active:
                 self._log_step(job, results[job.name], seconds)
@@ -223,7 +228,7 @@ class Trainer:
 
 
 def environment() -> dict[str, str]:
-    """What the bits of a run depend on besides its configuration."""
+    """The facts, beside its configuration, on which the bits of a run depend."""
     return {
         "weft": __version__,
         "torch": torch.__version__,

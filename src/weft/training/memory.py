@@ -1,4 +1,4 @@
-"""Memory that a run has taken, and keeping what one step frees for the next."""
+"""The memory that a run takes, and memory that one step frees and the next one reuses."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the GPU if the base is there, else resident memory of this process."""
+    """The most bytes held so far: of the GPU if the base is there, else the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# mallopt's names for them, and glibc's own defaults (malloc.h).
+# The parameters of mallopt and glibc's own defaults (malloc.h).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _DEFAULT_THRESHOLD, _LARGEST_MMAP_THRESHOLD, _NEVER = 128 * 1024, 32 * 1024 * 1024, -1
 
 
 @contextlib.contextmanager
 def freed_memory_kept(device: torch.device) -> Iterator[None]:
-    """On a CPU under glibc: inside the block, freed memory stays with the process; afterwards it is given back.
+    """Keep freed memory in the process inside the block, on a CPU under glibc, and give it back afterwards.
 
     Every step allocates the same activations. glibc would map them anew and let the kernel clear every page each time:
     6 % of the tokens per second at the 1.26 B shape. Elsewhere this does nothing.

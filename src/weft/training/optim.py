@@ -39,7 +39,7 @@ def make_optimizer(
 
 
 def schedule_factor(kind: str, step: int, total: int, warmup: int) -> float:
-    """What the learning rate is multiplied with at ``step`` (from 0) of ``total``.
+    """The factor of the learning rate at ``step`` (from 0) of ``total``.
 
     Warm-up rises linearly and reaches 1 at its end; then ``constant``, ``linear`` to 0, or ``cosine`` (half a period,
     1 to 0; Loshchilov & Hutter 2017 without restarts).

@@ -1,4 +1,4 @@
-"""The jobs' data: where it lies, and the samples in it."""
+"""The data of the jobs: its places, and the samples in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from weft.training.settings import JobConfig, RunConfig
 
 @dataclass(frozen=True)
 class JobData:
-    """What a job trains on and what it is evaluated on; the classes, if it classifies; how its sources mix."""
+    """The samples that a job trains on and those that evaluate it; its classes, if any; the mixture of its sources."""
 
     train: Sequence[Sample]
     held: Sequence[Sample]
@@ -37,7 +37,7 @@ class JobData:
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class SourceSamples:
     """The samples of one source, a hash of what each says where a split asks for it, and the names of its classes.
 
     ``outcomes`` are those of all its records, where they are watched.
@@ -59,17 +59,18 @@ class Loaded:
 Sides = tuple[list[Samples], list[Samples]]  # to train on, to evaluate on, by source
 
 
-class Read(NamedTuple):
-    """What was read for a job, source by source: to train on, and to evaluate on (None: that is split off)."""
+class JobSources(NamedTuple):
+    """The samples read for a job, by source: those to train on, and those to evaluate on (None: they are split off)."""
 
-    sources: tuple[Loaded, ...]
-    evaluated: tuple[Loaded, ...] | None
+    sources: tuple[SourceSamples, ...]
+    evaluated: tuple[SourceSamples, ...] | None
 
 
 def data_files(config: RunConfig) -> dict[str, Place]:
-    """Where the data that the jobs name lies; what is on a hub is fetched.
+    """The places of the data that the jobs name. Data on a hub is fetched.
 
-    Raises UserError for what is not there, and for a file that one job would read twice.
+    Raises:
+        UserError: A file is not there, or one job would read it twice.
     """
     places: dict[str, Place] = {}
     for job in config.jobs:
@@ -92,7 +93,7 @@ def _place(path: str, config: RunConfig) -> Place:
 
 
 class Base(Protocol):
-    """What of a base decides how data is read for it."""
+    """The facts of a base that decide how data is read for it."""
 
     @property
     def task(self) -> Task: ...
@@ -113,9 +114,9 @@ class Reader:
         self, config: RunConfig, renderer: Renderer, base: Base, places: Mapping[str, Place], *, watched: bool = False
     ) -> None:
         self.config, self.renderer, self.base, self.places, self.watched = config, renderer, base, places, watched
-        self.files: dict[Any, Loaded] = {}
+        self.files: dict[Any, SourceSamples] = {}
         self.stores = SampleStore(MEMORY // 2), SampleStore(MEMORY // 2)
-        self.made: dict[Read, Sides] = {}
+        self.made: dict[JobSources, Sides] = {}
         mode: OnBadRecord = "skip" if watched else config.on_bad_record
         self.problems = Problems(mode, errors={"empty_answer": EmptyAnswerError})
 
@@ -123,11 +124,9 @@ class Reader:
         """The job's samples to train on and to evaluate on."""
         read = self.read(job)
         self.problems.check("the data")
-        if read not in self.made:
-            self.made[read] = self.sides(read, self.split(read))
-        return self.data(job, read, self.made[read])
+        return self.data(job, read)
 
-    def read(self, job: JobConfig) -> Read:
+    def read(self, job: JobConfig) -> JobSources:
         """The records of the job's sources.
 
         Raises:
@@ -138,16 +137,16 @@ class Reader:
         evaluated = parse_sources(held) if held is not None else ()
         if any(source.weight is not None for source in evaluated):
             raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
-        loaded: list[Loaded] = []
+        loaded: list[SourceSamples] = []
         labels = given_labels(job.labels)
         for source in (*sources, *evaluated):
             loaded.append(self._source(source, job, labels))
             labels = labels or loaded[0].several
         parts = tuple(loaded[: len(sources)]), tuple(loaded[len(sources) :])
-        return Read(parts[0], parts[1] if held is not None else None)
+        return JobSources(parts[0], parts[1] if held is not None else None)
 
-    def split(self, read: Read) -> list[Array]:
-        """Of every source which samples are held out (bool): the same for every job, so that losses compare."""
+    def split(self, read: JobSources) -> list[Array]:
+        """The marks (bool) of the samples held out, by source. All jobs have the same, so that losses compare."""
         sizes = [len(part.samples) for part in read.sources]
         if read.evaluated is not None:
             return [np.zeros(size, bool) for size in sizes]
@@ -157,8 +156,8 @@ class Reader:
             held = held_by_hash((key for part in read.sources for key in part.keys), self.config.eval_split)
         return np.split(np.frombuffer(held, bool), np.cumsum(sizes)[:-1])
 
-    def sides(self, read: Read, held: Sequence[Array]) -> Sides:
-        """What to train on and to evaluate on, where some samples of the sources are held out."""
+    def _sides(self, read: JobSources, held: Sequence[Array]) -> Sides:
+        """The samples to train on and to evaluate on; ``held`` marks those of the sources that are held out."""
         pairs = [(part.samples, out) for part, out in zip(read.sources, held, strict=True)]
         train = [samples.picked(~out) for samples, out in pairs]
         if read.evaluated is not None:
@@ -167,18 +166,19 @@ class Reader:
             evaluated = [samples.picked(out) for samples, out in pairs]
         if read.sources[0].names or self.renderer.settings.documents != "joined":
             return train, evaluated
-        # After the split: no window holds text of both sides.
+        # Documents are joined after the split, so that no window holds text of both sides.
         train, evaluated = ([self._stored(self.renderer.join(part)) for part in side] for side in (train, evaluated))
         return train, evaluated
 
-    def data(self, job: JobConfig, read: Read, sides: Sides) -> JobData:
-        """The job's data."""
+    def data(self, job: JobConfig, read: JobSources, held: Sequence[Array] | None = None) -> JobData:
+        """The job's data. ``held`` marks the samples of the sources that are held out; default: as ``split`` does."""
+        if read not in self.made:
+            self.made[read] = self._sides(read, self.split(read) if held is None else held)
+        train, evaluated = self.made[read]
         weights = [source.weight for source in parse_sources(job.data or self.config.data) if source.weight is not None]
-        train, held = sides
         mixture = Mixture(tuple(map(len, train)), tuple(weights) or None)
         names = read.sources[0].several
-        classes = ClassificationTask(names) if names else None
-        return JobData(chained(train), chained(held), classes, mixture)
+        return JobData(chained(train), chained(evaluated), ClassificationTask(names) if names else None, mixture)
 
     def _stored(self, samples: Iterable[Sample]) -> Samples:
         store = self.stores[1]
@@ -207,7 +207,7 @@ class Reader:
             watched=self.watched,
         )
 
-    def _source(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Loaded:
+    def _source(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> SourceSamples:
         recipe, place = self._recipe(source, job, labels), self.places[source.path]
         limit = self.config.of(source).limit
         key = (source.path, repr(recipe), limit)
@@ -227,5 +227,5 @@ class Reader:
             samples = store[start:]
             if not fold.settled:
                 samples = self._stored(fold.numbered(samples))
-            self.files[key] = Loaded(source.path, samples, keys, names=fold.names, outcomes=seen)
+            self.files[key] = SourceSamples(source.path, samples, keys, names=fold.names, outcomes=seen)
         return self.files[key]

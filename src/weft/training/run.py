@@ -1,11 +1,11 @@
-"""From a configuration to a finished run folder: loads, checks, trains, saves."""
+"""The way from a configuration to the finished folder of a run: load, check, train, save."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
 
 
 def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
-    """The error that ends the reading, with the report written if one was asked for: now it is wanted most."""
+    """Write the report, if one was asked for, before the error ends the run; returns the error with its place."""
     if config.on_bad_record != "report" or error is not problems.ended:
         return error
     path, folder = _report_of(config), Path(config.output_dir)
@@ -129,14 +129,14 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             adapter.begin_training(
                 Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
             )
-            learned = adapter.num_virtual_tokens + adapter.num_prefix_tokens
+            learned = adapter.num_learned_tokens
             _check_lengths(job.name, learned, chained([data.train, data.held]), sketch)
     finally:
         adapters.close()
 
 
 def _check_lengths(name: str, learned: int, samples: Samples, base: Base) -> None:
-    """Virtual and prefix tokens take positions too."""
+    """Refuse samples that leave no positions for the virtual tokens and learned keys."""
     limit = base.architecture.max_length
     if limit is None or not learned:
         return
@@ -171,7 +171,7 @@ def train(
     callbacks = [CALLBACKS.find(name) for name in config.callbacks]
     _check_folder(store, config)
     setup = prepare(config)
-    # Told before the folder is touched: from then on a signal may only stop the run where it can be resumed.
+    # The caller hears of it before the folder is touched: then a signal may stop the run only where it can go on.
     on_ready(setup)
     on_event, should_stop = with_callbacks([callback(setup) for callback in callbacks], on_event, should_stop)
     begun = (store.folder / RUN_FILE).is_file()
@@ -226,7 +226,7 @@ def _train(
 
 
 def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance:
-    """How the job's data was read and rendered; travels in the adapter's folder."""
+    """The record of how the job's data was read and rendered, which travels in the adapter's folder."""
     own, run = job.config, setup.config
     settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
     settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
@@ -246,7 +246,7 @@ def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance
 
 
 def _check_report(config: RunConfig) -> None:
-    """Whether the report of bad records can be written where it is to go."""
+    """Refuse a place where the report of bad records cannot be written."""
     if config.bad_records_file is None:
         return
     path = Path(config.bad_records_file)
@@ -257,7 +257,7 @@ def _check_report(config: RunConfig) -> None:
 
 
 def _check_folder(store: RunStore, config: RunConfig) -> None:
-    """Whether the run can be written where it is to go; changes nothing."""
+    """Refuse a folder where the run cannot be written; changes nothing."""
     folder = store.folder
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -274,7 +274,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
                 f"{folder} already holds a run. Go on with it (resume: true, or --resume), take another output_dir, or "
                 "delete it (overwrite_output_dir: true, or --overwrite-output-dir)."
             )
-    # What a run leaves that was ended before it had written run.json may be taken over.
+    # A run that ended before it had written run.json leaves these, and they may be taken over.
     elif foreign := sorted({path.name for path in folder.iterdir()} - _EMPTY_RUN):
         raise UserError(
             f"{folder} is no run's folder, but holds {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)}; "
@@ -292,8 +292,14 @@ def base_fingerprint(base: Base) -> dict[str, object]:
     return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
 
 
+def is_base(base: Base, recorded: Mapping[str, object]) -> bool:
+    """Whether the base is the one of these fingerprints, as far as they tell."""
+    found = base_fingerprint(base)
+    return all(found[key] == recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors"))
+
+
 def _same_run(config: RunConfig, begun: RunConfig) -> None:
-    """A run is resumed as it was begun: any other setting would make it another run."""
+    """Refuse settings that differ from those with which the run began: they would make it another run."""
     old, new = begun.model_dump(mode="json"), config.model_dump(mode="json")
     free = free_keys(RunConfig)
     changed = [key for key in new if key not in free and old[key] != new[key]]

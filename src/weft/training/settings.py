@@ -143,7 +143,7 @@ class JobConfig(BaseModel):
         return self._method
 
     def own_objective(self) -> Objective | None:
-        """What the job minimises, if it names something; None: the likelihood, or the loss of its task.
+        """The objective that the job names; None: it minimises the likelihood, or the loss of its task.
 
         Raises:
             UserError: there is no such objective, or it has no such setting.
@@ -151,7 +151,7 @@ class JobConfig(BaseModel):
         return None if self.objective is None else make_objective(self.objective, self.objective_settings)
 
     def planned_steps(self, samples: int) -> tuple[int, int]:
-        """(optimizer steps per epoch, of the whole job) with that many samples in batches of ``batch_size``."""
+        """The optimizer steps per epoch and of the whole job, with so many samples in batches of ``batch_size``."""
         per_epoch = math.ceil(math.ceil(samples / self.batch_size) / self.gradient_accumulation_steps)
         return per_epoch, self.steps or max(1, round(self.epochs * per_epoch))
 
@@ -241,7 +241,7 @@ class RunConfig(DataSettings):
         )
 
     def renderer(self, tokenizer: Any, positions: int | None = None) -> Renderer:
-        """What renders the run's data, for a base that has ``positions`` (None: any number).
+        """Make the renderer of the run's data, for a base that has ``positions`` (None: any number).
 
         Raises:
             UserError: a setting asks for what the base or the tokenizer does not have.
@@ -255,7 +255,7 @@ class RunConfig(DataSettings):
 def settings_of(
     part: str, cls: type[MethodConfig], settings: Mapping[str, object], where: str = "configuration"
 ) -> dict[str, object]:
-    """Of the settings of a job with several methods, those of one: what stands under its name wins."""
+    """The settings of one method of a job with several. What stands under the method's name wins."""
     own = own_settings(part, settings.get(part, {}), where)
     return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
 

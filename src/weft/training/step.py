@@ -20,7 +20,7 @@ from weft.training.job import Job
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one job: mean loss per learned token, norm of the gradients before clipping, rate used, tokens seen."""
+    """The figures of one job's step: mean loss per learned token, norm before clipping, rate, tokens seen."""
 
     loss: float
     grad_norm: float
@@ -64,6 +64,5 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
     for job in jobs:
         tokens = sum(s.size for micro in batches[job.name] for s in micro)
         rate = job.learning_rate()
-        job.progress.tokens += tokens
-        results[job.name] = StepResult(float(total[job.name]), job.update(), rate, tokens)
+        results[job.name] = StepResult(float(total[job.name]), job.update(tokens), rate, tokens)
     return results

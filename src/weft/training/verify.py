@@ -1,4 +1,4 @@
-"""Proof, on the first batch of a run, that a sequence does not feel the others that it is packed with.
+"""The proof, on the first batch of a run, that a sequence does not feel the others in its pack.
 
 A few short sequences of every job's first step, of the pack that holds most, go through the model three times:
 together, together with other token ids in all but one of each job, and that one alone. Nothing is drawn and nothing is
@@ -28,17 +28,17 @@ _ADVICE = (
     "gradient_accumulation_steps trains without neighbours (one job per run); verify_packing: false trains all the "
     "same, on samples that feel each other."
 )
-# Sequences of each job in the proof. The shortest and one longest, so that it costs a fraction of a step.
+# So many sequences of each job take part: the shortest and one longest, so that it costs a fraction of a step.
 _SEQUENCES = 4
-# How far the loss alone may lie from the loss in the pack: other shapes, other rounding. Relative to 1 + the loss.
+# How far the loss alone may lie from the loss in the pack, relative to 1 + the loss: other shapes round otherwise.
 _ALONE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-# And how far it may move when only the neighbours' ids change: same shapes, so nothing but for a kernel's caprice.
+# How far it may move when only the neighbours' ids change: the shapes are the same, so only kernels can differ.
 _NEIGHBOURS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found: the largest differences, and how many sequences stood for the rest."""
+    """The largest differences, and how many sequences stood for the rest."""
 
     alone: float = 0.0
     neighbours: float = 0.0
@@ -49,7 +49,7 @@ def verify_packing(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
     """Compare losses in a pack of the jobs' coming step: packed, alone, and beside other neighbours.
 
     Raises:
-        UserError: a loss depends on the neighbours; says whose, by how much, and which attention did it.
+        UserError: a loss depends on the neighbours; the message says whose, by how much, and which attention did it.
     """
     device = adapters.device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -57,7 +57,7 @@ def verify_packing(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
 
 
 def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
-    # Best fit puts long sequences first, alone at times: what is to be proved is proved where most lie together.
+    # Best fit puts long sequences first, at times alone. The proof takes the pack in which most lie together.
     packs = {job.name: _shortest(max(job.micro_batches(), key=len)) for job in jobs if job.active}
     if sum(len(samples) for samples in packs.values()) < 2:
         return Proof()  # nothing is packed
@@ -86,14 +86,14 @@ def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
 
 
 def _shortest(samples: Sequence[Sample]) -> list[Sample]:
-    """The shortest, and the longest last: what leaks into it comes mostly from what stands before it, and tables of
-    positions are chosen by it."""
+    """The shortest samples, and the longest last: most leaks come from what stands before, and it chooses the tables of
+    positions."""
     by_size = sorted(samples, key=lambda sample: sample.size)
     return by_size if len(by_size) <= _SEQUENCES else [*by_size[: _SEQUENCES - 1], by_size[-1]]
 
 
 def _check_positions(adapters: Adapters, packs: dict[str, list[Sample]]) -> None:
-    """Rotary angles hide positions that go on counting: only differences matter to them, until they run out."""
+    """Refuse positions that go on counting. Losses may hide them: rotary angles see differences only."""
     stream = adapters.stream([Part(name, [s.input_ids for s in samples]) for name, samples in packs.items()])
     begins = [end - length for end, length in zip(itertools.accumulate(stream.lengths), stream.lengths, strict=True)]
     samples = [(name, sample) for name, samples in packs.items() for sample in samples]
@@ -114,7 +114,7 @@ def _last_losses(adapters: Adapters, packs: dict[str, list[Sample]]) -> dict[str
 
 
 def _changed(sample: Sample, vocabulary: int) -> Sample:
-    """The same shape, another token everywhere."""
+    """A sample of the same shape with another token everywhere."""
     ids = [(token + 1) % vocabulary for token in sample.input_ids]
     targets = tuple((token + 1) % vocabulary for token in sample.target_ids)
     return replace(sample, input_ids=ids, target_ids=targets)
