@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kit.tokenizers import talk
 
-from weft.core.route import stable_seed
 from weft.data import Message, Mixture, PlainText, Source, epoch_order, parse_sources, split_by_hash
 from weft.data.sources import content_key, epoch_counts
 from weft.errors import UserError
+from weft.ops.seeds import stable_seed
 
 
 def test_what_a_configuration_means() -> None:

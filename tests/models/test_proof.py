@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from weft.api import Adapters
+from weft.base.body import HeadForm
 from weft.core import rows
-from weft.core.architecture import HeadForm
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import METHODS

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from weft.api import Adapters
+from weft.base.body import HeadForm
 from weft.core.adapters import is_open
-from weft.core.architecture import HeadForm
 from weft.core.site import sites_in
 from weft.errors import UserError
 from weft.methods import METHODS

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from weft.core.architecture import Architecture
 from weft.core.head import Head, TokenHead
 from weft.core.route import PrefixStates, Router, Segment
-from weft.core.tensors import copy_into
 from weft.errors import UserError
+from weft.ops.copying import copy_into
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
@@ -63,6 +63,13 @@ class BuildContext:
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of shape ``shape`` in the adapter's dtype."""
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+
+class HeadTask(Protocol):
+    """What a head of an adapter's own is to answer; it makes that head."""
+
+    def build(self, context: BuildContext) -> Head:
+        """Make the head; its initial values come from ``context.generator`` only."""
 
 
 class MethodConfig(BaseModel):
@@ -221,12 +228,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
-        # What it answers with: the base's output layer, or a head of its own (``weft.core.heads``). Not on the class,
-        # where it would hide the module that is put here later.
+        # What it answers with: the base's output layer, or a head of its own. Not on the class, where it would hide the
+        # module that ``set_up`` puts here.
         self.head: Head = TokenHead()
-        # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
         self.provenance: Mapping[str, Any] | None = None
-        # How the base was kept that it was trained on (``weft.methods.dense.how_kept``); None: as the one it is on now.
         self.trained_on: Mapping[str, Any] | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
@@ -234,6 +239,20 @@ class Adapter(nn.Module):
     num_prefix_tokens: int = 0
     # Of the base; the default learning rate depends on it.
     hidden_size: int = 2048
+
+    def set_up(self, hidden_size: int, head: Head) -> None:
+        """Take what only the owner knows, once and before use: the base's width, and what the adapter answers with."""
+        self.hidden_size, self.head = hidden_size, head
+
+    def record_origin(self, provenance: Mapping[str, Any] | None, trained_on: Mapping[str, Any] | None) -> None:
+        """Record where its values come from, for its folder.
+
+        Args:
+            provenance: How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
+            trained_on: How the base was kept that it was trained on (``weft.methods.dense.how_kept``); None: as the
+                one it is on now.
+        """
+        self.provenance, self.trained_on = provenance, trained_on
 
     @property
     def parts(self) -> Sequence[Adapter]:

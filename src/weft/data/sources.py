@@ -197,7 +197,7 @@ def _part(size: int, count: int, seed: int, number: int, epoch: int) -> tuple[in
 def _shuffled(size: int, *seed: object) -> list[int]:
     import torch  # here, for reading data needs none of it, and importing it takes seconds
 
-    from weft.core.route import stable_seed
+    from weft.ops.seeds import stable_seed
 
     order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(stable_seed(*seed))).tolist()
     return order

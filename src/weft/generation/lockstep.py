@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.core.body import body_of
+from weft.core.architecture import body_of
 from weft.core.layout import Counts, Decoding
-from weft.core.stream import Part, Stream, embed, padded_prefix, run_body
+from weft.core.stream import Part, Stream
+from weft.layouts.embedding import embed, run_body
+from weft.layouts.padded_batch import padded_prefix
 from weft.libraries import CACHE_NAMES, cache_name, growing_cache
 
 # What a model's output may call the cache; its forward takes it back under the same name.

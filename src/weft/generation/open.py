@@ -16,7 +16,6 @@ import torch
 
 from weft.adapters import Adapters
 from weft.assets import EMBEDDED_MODELS
-from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
 from weft.errors import UserError
@@ -31,6 +30,7 @@ from weft.files.adapter_folder import (
 )
 from weft.files.run_folder import RUN_FILE, RunStore
 from weft.generation.engine import check_writes
+from weft.heads.classification import ClassificationTask
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.models.quantize import Quantization
@@ -300,7 +300,7 @@ def _add_adapters(opened: Opened, store: RunStore, config: RunConfig, names: Seq
             jobs[name].method_config(),
             seed=jobs[name].seed,
             tokenizer=tokenizer,
-            classification=ClassificationTask(tuple(named)) if named else None,
+            head=ClassificationTask(tuple(named)) if named else None,
         )
         stored = tensors.get(name, {})
         with torch.no_grad():

@@ -22,10 +22,11 @@ from transformers.activations import ACT2CLS, get_activation
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, SiteFunction
 from weft.core.architecture import Architecture
-from weft.core.route import Segment, seeded_dropout
-from weft.core.site_adapter import SiteAdapter
+from weft.core.route import Segment
 from weft.errors import UserError, nearest
 from weft.methods.adapterhub import adapterhub_settings
+from weft.methods.dropout import seeded_dropout
+from weft.methods.site_adapter import SiteAdapter
 
 # Activations with weights of their own are left out.
 NON_LINEARITIES = ("leakyrelu", *sorted(set(ACT2CLS) - {"prelu", "xielu"}))

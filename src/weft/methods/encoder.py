@@ -11,10 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from weft.base.embeddings import input_embeddings
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.embeddings import input_embeddings
-from weft.core.tensors import copy_into
 from weft.errors import UserError
+from weft.ops.copying import copy_into
 
 KEY = "prompt_embeddings"
 _ENCODER = "encoder."

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
 from weft.methods.own_weights import OwnWeights, weight_parts
+from weft.methods.site_adapter import SiteAdapter
 from weft.patterns import pattern
 
 _STORED = "ln_tuning_layers"

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from weft.base.kinds import linear_shape
 from weft.core.adapter import BuildContext
-from weft.core.architecture import linear_shape
 from weft.errors import UserError
 from weft.methods.dense import dense_weight
 from weft.ops.lowrank import loftq_factors, principal_factors, sketched_factors

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.base.kinds import holds_experts, holds_layers, is_layer, is_linear
 from weft.core.adapter import BuildContext
-from weft.core.architecture import Architecture, holds_experts, holds_layers, is_layer, is_linear
+from weft.core.architecture import Architecture
 from weft.core.site import plain_class
 from weft.errors import UserError, nearest
 from weft.methods.lora_init import LoraSettings

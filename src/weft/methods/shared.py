@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from weft.core.adapter import MethodConfig
-from weft.core.site_adapter import SiteAdapter
+from weft.methods.site_adapter import SiteAdapter
 
 
 class SharedSiteAdapter(SiteAdapter):

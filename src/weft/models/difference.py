@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
-from weft.core.architecture import Architecture
-from weft.core.body import body_of
+from weft.core.architecture import Architecture, body_of
 from weft.core.site import plain_class, without_sites
 from weft.core.stream import Part
+from weft.layouts.choice import layout_for
 
 # Relative to a module's largest output. This is far above rounding, because the first wrong module is wrong by more.
 _NEAR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -59,7 +59,7 @@ def first_difference(
     """
     with _recorded(model) as alone:
         own([sequences[place]])
-    adapters = Adapters(model, shape)
+    adapters = Adapters(model, shape, layout_for(shape))
     try:
         with _recorded(model) as ours:
             stream = adapters.stream([Part(None, sequences)])

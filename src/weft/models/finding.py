@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from weft.core.architecture import Architecture, AttentionInstaller, HeadForm
+from weft.base.body import HeadForm
+from weft.core.architecture import Architecture, Installer
 from weft.models.facts import sketch
 from weft.models.fused import MIXINS, Kinds, install_fused
 from weft.models.interface import install_interface
@@ -50,7 +51,7 @@ def with_way(shape: Architecture, way: Way, kinds: Kinds | None = None) -> Archi
     if way == "own":
         return shape
     fused = functools.partial(install_fused, kinds=kinds or {})
-    installers: dict[str, AttentionInstaller | None] = {"fused": fused, "interface": install_interface, "padded": None}
+    installers: dict[str, Installer | None] = {"fused": fused, "interface": install_interface, "padded": None}
     return replace(shape, install_attention=installers[way])
 
 

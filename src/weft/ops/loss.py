@@ -191,3 +191,9 @@ def linear_cross_entropy_ref(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return torch.logsumexp(z, -1) - z.gather(1, targets[:, None])[:, 0]
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """``-log softmax(logits)[target]`` [n] (float32, or float64 for float64 input) of the logits [n, answers]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, targets, reduction="none")

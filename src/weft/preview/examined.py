@@ -12,12 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from weft.adapters import Adapters
-from weft.core.heads import ClassificationTask
 from weft.data import Renderer, Sample
 from weft.data.auditing.base import Facts, Item, Split
 from weft.data.auditing.items import collect
 from weft.data.views import Array
 from weft.errors import UserError
+from weft.heads.classification import ClassificationTask
 from weft.models import Base, reach
 from weft.models.load import load_tokenizer
 from weft.models.reach import LeftOut
@@ -70,7 +70,7 @@ class _Outline:
         adapters = Adapters(self.sketch.model, self.sketch.architecture)
         try:
             method = job.method_config()
-            made = adapters.add(job.name, method, tokenizer=self.tokenizer, classification=classes, blank=True)
+            made = adapters.add(job.name, method, tokenizer=self.tokenizer, head=classes, blank=True)
             return made.num_virtual_tokens, reach.left_out(made, self.sketch.model, self.sketch.architecture)
         finally:
             adapters.close()

@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 import weft.methods
-from weft.core.registry import method_config
 from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError, nearest
 from weft.files.run_folder import RUN_FILE
 from weft.foreign import parse_yaml, read_json, read_yaml
+from weft.methods.registry import method_config
 from weft.training.aliases import AUTO, translate
 from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 

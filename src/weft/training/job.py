@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
-from weft.core.route import stable_seed
 from weft.data import Mixture, Sample
 from weft.files.tensors import digest
+from weft.ops.seeds import stable_seed
 from weft.training.batches import Batches
 from weft.training.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.training.settings import JobConfig

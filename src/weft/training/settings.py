@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from weft.core.adapter import MethodConfig, check_name
-from weft.core.combined import CombinedConfig
-from weft.core.registry import method_config
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
 from weft.errors import UserError
+from weft.methods.combined import CombinedConfig
+from weft.methods.registry import method_config
 from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
