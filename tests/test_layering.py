@@ -295,6 +295,10 @@ def test_the_loader_check_sees(path: str, source: str) -> None:
     assert list(wrong_loaders(path, ast.parse(source)))
 
 
+def test_the_core_is_read_in_one_sitting() -> None:
+    assert sum(path.read_text().count("\n") for path in FILES if path.parent.name == "core") <= 1900
+
+
 def test_files_and_functions_stay_small() -> None:
     """DESIGN.md, section 5: about 400 lines a file, about 60 a function."""
     long = []

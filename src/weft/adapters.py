@@ -69,9 +69,7 @@ class Adapters(core.Adapters):
         head: HeadTask | None = None,
         blank: bool = False,
     ) -> Adapter:
-        """Make a new adapter, and check it; its initial values come from a generator seeded with ``seed`` alone.
-
-        ``head`` gives it a head of its own. ``blank`` says that values will be loaded, so none are computed.
+        """As in ``weft.core``: make a new adapter. And check that it begins as it promises (``weft.models.added``).
 
         Raises:
             UserError: The name is taken or no valid folder name, or the method finds nothing to tune, or does not work
@@ -102,7 +100,7 @@ class Adapters(core.Adapters):
             raise UserError(f"{', '.join(names)}: more than one of them has a classification head of its own.")
         adapter = Combined(CombinedConfig(parts=tuple(part.config for part in parts)), name, parts)
         adapter.set_up(self.architecture.hidden_size, heads[0] if heads else TokenHead())
-        return self._attach(adapter)
+        return self._attach(name, adapter)
 
     def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:
         """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model.

@@ -29,16 +29,8 @@ _OPEN = "_weft_open"
 class Adapters:
     """Adds and removes adapters, and runs batches in which every sequence has its own.
 
-    The model is not wrapped: its modules, keys and parameters stay in place, frozen and in evaluation mode while
-    ``Adapters`` is open. ``close()`` gives back exactly the model that came in.
-
-    Args:
-        model: A transformers model.
-        architecture: The places of its parts (``weft.models.describe``).
-        layout: How batches lie (``weft.layouts``).
-        exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
-        installers: What else is done to the model while it is open, such as ``weft.base.checkpointing``.
-        original_weight: Of a quantised base, the weight [out, in] before, by the module's path (LoftQ asks for it).
+    ``layout`` is how batches lie (``weft.layouts``). ``installers`` are what else is done to the model while it is open
+    (``weft.base.checkpointing``). ``weft.adapters`` chooses both, and says what the other arguments mean.
     """
 
     def __init__(
@@ -137,7 +129,7 @@ class Adapters:
         if reason := self.layout.refusal(adapter):
             raise UserError(reason)
         adapter.set_up(self.architecture.hidden_size, head.build(context) if head else TokenHead())
-        return self._attach(adapter)
+        return self._attach(name, adapter)
 
     def _check_new(self, name: str) -> None:
         check_name(name)
@@ -156,9 +148,9 @@ class Adapters:
             alone_if_exact=path in (*shape.experts, *shape.routers),
         )
 
-    def _attach(self, adapter: Adapter) -> Adapter:
+    def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
-        parameters, name = adapter.parameter_sites(), adapter.name
+        parameters = adapter.parameter_sites()
         # All become sites before one gets its function: a module that cannot leaves no adapter half attached.
         at = {path: self._site(path) for path in (*sites, *inputs, *blocks, *parameters)}
         for path, function in sites.items():
