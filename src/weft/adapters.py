@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weft.base.checkpointing import checkpointing as checkpointed
 from weft.combine.rules import Combination, Source, combine
 from weft.core import adapters as core
-from weft.core.adapter import Adapter, HeadTask, MethodConfig
+from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture
 from weft.core.head import TokenHead
 from weft.errors import UserError
@@ -59,29 +59,8 @@ class Adapters(core.Adapters):
             original_weight=original_weight,
         )
 
-    def add(
-        self,
-        name: str,
-        config: MethodConfig,
-        *,
-        seed: int = 0,
-        tokenizer: Any = None,
-        head: HeadTask | None = None,
-        blank: bool = False,
-    ) -> Adapter:
-        """As in ``weft.core``: make a new adapter. And check that it begins as it promises (``weft.models.added``).
-
-        Raises:
-            UserError: The name is taken or no valid folder name, or the method finds nothing to tune, or does not work
-                on this model.
-        """
-        adapter = super().add(name, config, seed=seed, tokenizer=tokenizer, head=head, blank=blank)
-        try:
-            check_added(self, adapter, fresh=not blank)
-        except BaseException:
-            self.remove(name)
-            raise
-        return adapter
+    def _check(self, adapter: Adapter, *, fresh: bool) -> None:
+        check_added(self, adapter, fresh=fresh)
 
     def stack(self, name: str, names: Sequence[str]) -> Adapter:
         """Let several adapters act on the same rows, in this order, under a new name; nothing is copied.

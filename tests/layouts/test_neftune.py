@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.api import Adapters
 from weft.core.stream import Part
-from weft.layouts.embedding import embed
+from weft.layouts.building import embed
 from weft.models import describe
 from weft.objectives.passes import Work, evaluate_loss, forward_losses
 from weft.training import Job, JobConfig, Trainer

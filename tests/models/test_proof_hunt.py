@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from weft.api import Adapters
-from weft.base.body import HeadForm
 from weft.core.adapters import is_open
 from weft.core.site import sites_in
 from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models import describe
 from weft.models.attached import prove_attached
+from weft.ops.loss import HeadForm
 
 
 class Scaled(LlamaForCausalLM):

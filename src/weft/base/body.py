@@ -11,22 +11,13 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.base.embeddings import output_head
-from weft.libraries import cache_name
-
-
-@dataclass(frozen=True)
-class HeadForm:
-    """Logits are ``c tanh(s (W h + b) / c)``: ``scale`` s and ``softcap`` c (None: no cap), W the output layer."""
-
-    scale: float = 1.0
-    softcap: float | None = None
+from weft.ops.loss import HeadForm
 
 
 @functools.cache
@@ -101,8 +92,3 @@ def head_modules(model: nn.Module, body: nn.Module, form: HeadForm | None) -> li
         return [] if output is None else [output]
     inside = set(body.modules())
     return [module for module in model.modules() if module not in inside and module is not model]
-
-
-def takes_cache(body: nn.Module) -> bool:
-    """Whether the body names a cache among its arguments."""
-    return cache_name(type(body).forward) is not None

@@ -129,7 +129,16 @@ class Adapters:
         if reason := self.layout.refusal(adapter):
             raise UserError(reason)
         adapter.set_up(self.architecture.hidden_size, head.build(context) if head else TokenHead())
-        return self._attach(name, adapter)
+        self._attach(name, adapter)
+        try:
+            self._check(adapter, fresh=not blank)
+        except BaseException:
+            self.remove(name)
+            raise
+        return adapter
+
+    def _check(self, adapter: Adapter, *, fresh: bool) -> None:
+        """Refuse an adapter that was just attached; ``fresh``: it has the values that it begins with. None is, here."""
 
     def _check_new(self, name: str) -> None:
         check_name(name)

@@ -8,9 +8,9 @@ from typing import Literal
 
 from torch import nn
 
-from weft.base.body import HeadForm
 from weft.core.route import Router
 from weft.errors import UserError, nearest
+from weft.ops.loss import HeadForm
 from weft.patterns import pattern
 
 # (model, router) -> the function that undoes the installation.

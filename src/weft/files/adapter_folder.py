@@ -30,7 +30,7 @@ from weft.heads.classification import PREFIXES, ClassificationTask
 from weft.libraries import paths_in_files
 from weft.methods.combined import CombinedConfig
 from weft.methods.dense import how_kept
-from weft.methods.registry import METHODS, method_config
+from weft.methods.registry import METHODS
 from weft.ops.copying import checked
 
 WEIGHTS = "adapter_model.safetensors"
@@ -219,7 +219,7 @@ def read(
         if own:
             method, settings = entry(own, "method", str, str(path)), entry(own, "config", dict, str(path))
             _check_sizes(settings, tensors, str(path))
-            config = method_config(method)(**settings)
+            config = METHODS.find(method)(**settings)
             check_agreement(path, config, folder / CONFIG, entries)
             if (folder / EXTRA).is_file():  # inference does not need it
                 tensors |= _checked_tensors(folder / EXTRA, own)

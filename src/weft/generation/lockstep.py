@@ -21,7 +21,7 @@ from weft.core.adapters import Adapters
 from weft.core.architecture import body_of
 from weft.core.layout import Counts, Decoding
 from weft.core.stream import Part, Stream
-from weft.layouts.embedding import embed, run_body
+from weft.layouts.building import embed, run_body
 from weft.layouts.padded_batch import padded_prefix
 from weft.libraries import CACHE_NAMES, cache_name, growing_cache
 

@@ -25,8 +25,7 @@ from weft.core.layout import Counts, Decoding, Layout
 from weft.core.route import BatchRoute, PrefixStates, Segment
 from weft.core.stream import Part, Stream
 from weft.errors import UserError
-from weft.layouts.building import lay_out
-from weft.layouts.embedding import embed
+from weft.layouts.building import embed, lay_out
 from weft.layouts.padded_batch import padded, padded_prefix, padded_rows, prefix_mask
 from weft.libraries import cache_arguments, fixed_decoder_cache, growing_decoder_cache, keys_values, output_cache
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from weft.core.layout import Layout
 from weft.core.route import KeyValueCache, Route, StreamRoute
 from weft.core.stream import Part, Stream
-from weft.layouts.building import lay_out
-from weft.layouts.embedding import embed, run_body
+from weft.layouts.building import embed, lay_out, run_body
 
 
 @final

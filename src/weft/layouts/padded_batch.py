@@ -8,15 +8,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from weft.base.body import takes_cache
 from weft.core.architecture import body_of
 from weft.core.layout import Layout
 from weft.core.route import BatchRoute
 from weft.core.stream import Part, Stream
 from weft.errors import UserError
-from weft.layouts.building import lay_out
-from weft.layouts.embedding import embed, run_body
-from weft.libraries import cache_arguments, fixed_cache, growing_cache, keys_values, output_cache
+from weft.layouts.building import embed, lay_out, run_body
+from weft.libraries import cache_arguments, cache_name, fixed_cache, growing_cache, keys_values, output_cache
 
 
 @final
@@ -53,7 +51,7 @@ class Padded(Layout):
         if not longest:
             return mask, None
         body, encodes = body_of(self.model, self.shape), self.shape.bidirectional
-        if not takes_cache(body):
+        if cache_name(type(body).forward) is None:
             hint = "; leave out padded" if encodes else ""
             raise UserError(
                 f"{type(body).__name__} takes no prefix in padded batches: it knows no cache of keys and values{hint}."

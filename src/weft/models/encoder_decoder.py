@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from weft.base.body import HeadForm
 from weft.base.embeddings import config_of, input_embeddings, output_head, stacks
 from weft.base.kinds import is_activation, is_linear, is_norm
 from weft.core.architecture import Architecture
 from weft.errors import UserError
 from weft.layouts.encoder_decoder import start_token
+from weft.ops.loss import HeadForm
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from weft.base.body import HeadForm
 from weft.base.embeddings import config_of
 from weft.base.kinds import is_activation, is_experts, is_linear, is_norm, is_router, linear_shape
 from weft.core.architecture import Architecture, Installer
@@ -18,6 +17,7 @@ from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
 from weft.models.encoder_decoder import describe_encoder_decoder
 from weft.models.interface import install_bidirectional, install_interface
+from weft.ops.loss import HeadForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from weft.base.body import HeadForm
 from weft.core.architecture import Architecture, Installer
 from weft.models.facts import sketch
 from weft.models.fused import MIXINS, Kinds, install_fused
 from weft.models.interface import install_interface
 from weft.models.tables import install_tables, tables_move
+from weft.ops.loss import HeadForm
 
 # The way of attention along the stream: with fused blocks, by transformers' attention interface, by an installer of
 # this type of model alone; or none (padded batches).

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weft.base.body import HeadForm, accepted, own_logits, scaled
+from weft.base.body import accepted, own_logits, scaled
 from weft.base.embeddings import config_of, input_embeddings, output_head
 from weft.base.kinds import is_linear, linear_shape
 from weft.core.adapters import Adapters, is_open
@@ -50,6 +50,7 @@ from weft.models.truth import (
     reason_of,
     truth_of,
 )
+from weft.ops.loss import HeadForm
 
 # The proved architecture of each model, for use while adapters are open and its own forward cannot run.
 _PROVED: weakref.WeakKeyDictionary[nn.Module, Architecture] = weakref.WeakKeyDictionary()

@@ -14,7 +14,7 @@ from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
 from weft.errors import UserError
 from weft.methods.combined import CombinedConfig
-from weft.methods.registry import method_config
+from weft.methods.registry import METHODS
 from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
@@ -273,7 +273,7 @@ def method_names(method: str) -> list[str]:
 
 def method_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
     """The configuration of a method, or of several joined by ``+``."""
-    classes = [(name, method_config(name)) for name in method_names(method)]
+    classes = [(name, METHODS.find(name)) for name in method_names(method)]
     if len(classes) == 1:
         name, cls = classes[0]
         return cls(**{key: value for key, value in settings.items() if key != name} | settings.get(name, {}))
