@@ -138,7 +138,7 @@ class Adapters:
         return adapter
 
     def _check(self, adapter: Adapter, *, fresh: bool) -> None:
-        """Refuse an adapter that was just attached; ``fresh``: it has the values that it begins with. None is, here."""
+        """Refuse an adapter that was just attached; here all may stay. ``fresh``: it has the values it begins with."""
 
     def _check_new(self, name: str) -> None:
         check_name(name)
