@@ -10,7 +10,7 @@ MODEL ?= tiny-llama
 help:
 	@echo "make demo           five methods at once on an embedded base (MODEL=tiny-llama or tiny-bloom)"
 	@echo "make test-fast      the inner loop: ops, data, core, one contract per method"
-	@echo "                    (one test: .venv/bin/pytest tests/core/test_stream.py -k every_row)"
+	@echo "                    (one test: .venv/bin/pytest tests/layouts/test_stream.py -k every_row)"
 	@echo "make test           the tests (ten minutes on two cores), with the locked versions"
 	@echo "make test-slow      the long ones as well"
 	@echo "make breakages      break Weft in ten ways and show which tests see it"
@@ -60,7 +60,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
 demo: $(VENV)/.installed
 	$(BIN)/weft demo --model $(MODEL) --output-dir runs/demo
 
-FAST := tests/ops tests/data tests/core tests/test_layering.py tests/test_api.py tests/contracts/test_each_method.py \
+FAST := tests/ops tests/data tests/core tests/layouts tests/test_layering.py tests/test_api.py \
+	tests/contracts/test_each_method.py \
 	tests/contracts/test_routing.py::test_a_sample_alone_has_the_loss_of_plain_cross_entropy \
 	tests/files tests/combine tests/preview "tests/training/test_resume.py::test_asked_to_stop_anywhere[4]"
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from weft import load_base
 from weft.api import Adapters
-from weft.core.architecture import linear_shape
+from weft.base.kinds import linear_shape
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError

@@ -79,7 +79,7 @@ def _adapters(model: nn.Module) -> Iterator[Adapters]:
 
 def _job(adapters: Adapters, method: str, settings: dict[str, Any], batches: Batches, name: str) -> Any:
     """A job that sees exactly ``batches``, in this order."""
-    from weft.core.route import stable_seed
+    from weft.ops.seeds import stable_seed
     from weft.training import Job, JobConfig
 
     flat = [sample for batch in batches for sample in batch]

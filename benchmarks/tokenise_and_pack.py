@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from weft.core.stream import Part, build_stream
+from weft.core.stream import Part
 from weft.data import EmptyAnswerError, Renderer, Sample, load_samples, read_records, to_example
 from weft.data.pack import fill, pack, pack_in_order
 from weft.data.sources import Mixture
 from weft.errors import UserError
+from weft.layouts.building import build_stream
 from weft.models.load import load_tokenizer
 from weft.ops.attention import SequenceLayout
 from weft.training import JobConfig

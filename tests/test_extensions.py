@@ -20,12 +20,12 @@ from torch.nn import functional as F
 import weft
 from weft import extensions
 from weft.cli.main import main
-from weft.core.head import losses_of_logits
-from weft.core.registry import METHODS
 from weft.data import FORMATS, Record, format_of, to_example
 from weft.data.formats import detect
 from weft.errors import UserError
+from weft.methods.registry import METHODS
 from weft.objectives import OBJECTIVES, Supervised, likelihood, make_objective
+from weft.ops.loss import losses_of_logits
 from weft.training.callbacks import CALLBACKS
 from weft.training.run import prepare
 from weft.training.step import train_step

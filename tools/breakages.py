@@ -59,10 +59,8 @@ BREAKAGES = (
     ),
     Breakage(
         "a merge takes alpha for alpha / r",
-        "merged.weight = low_rank_merged(merged.weight, merged.cast(self.lora_A), merged.cast(self.lora_B), "
-        "self.scaling)\n\n\ndef _make_layer",
-        "merged.weight = low_rank_merged(merged.weight, merged.cast(self.lora_A), merged.cast(self.lora_B), "
-        "self.scaling * len(self.lora_A))\n\n\ndef _make_layer",
+        "merged.add_low_rank(self.lora_A, self.lora_B, self.scaling)\n\n\ndef _make_layer",
+        "merged.add_low_rank(self.lora_A, self.lora_B, self.scaling * len(self.lora_A))\n\n\ndef _make_layer",
         ("tests/contracts/test_merge.py::test_in_the_bases_own_dtype[lora]",),
     ),
     Breakage(

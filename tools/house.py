@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _KINDS = re.compile(r"task (==|!=|in) |\bbidirectional\b|\bhead is (not )?None|sequence_classification")
-_KNOWS = ("models/", "core/layout", "core/head", "assets/")  # may ask which kind it is
+_KNOWS = ("models/", "core/layout", "core/head", "layouts/", "heads/", "assets/")  # may ask which kind it is
 _MANY = 6  # positional arguments
 Places = list[str]
 

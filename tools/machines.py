@@ -21,8 +21,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-NUMERIC = ["tests/contracts", "tests/core", "tests/combine", "tests/ops", "tests/methods", "tests/models",
-           "tests/generation", "tests/training", "tests/cli/test_merge.py", "tests/test_libraries.py"]  # fmt: skip
+NUMERIC = ["tests/contracts", "tests/core", "tests/layouts", "tests/combine", "tests/ops", "tests/methods",
+           "tests/models", "tests/generation", "tests/training", "tests/cli/test_merge.py",
+           "tests/test_libraries.py"]  # fmt: skip
 # MKL has kernels of its own, which torch's variable does not reach. Threads that outnumber the cores must not spin.
 SETTINGS = {
     "1 thread": {"WEFT_TEST_THREADS": "1"},

@@ -12,11 +12,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 import weft
+from weft.base.kinds import linear_shape
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.architecture import linear_shape
 from weft.core.route import Segment
-from weft.core.site_adapter import SiteAdapter
 from weft.methods.mergeable import MergedModule
+from weft.methods.site_adapter import SiteAdapter
 
 
 class Scale(nn.Module):

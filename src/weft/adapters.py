@@ -2,26 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from weft.base.checkpointing import checkpointing as checkpointed
 from weft.combine.rules import Combination, Source, combine
 from weft.core import adapters as core
 from weft.core.adapter import Adapter
+from weft.core.architecture import Architecture
+from weft.core.head import TokenHead
 from weft.errors import UserError
 from weft.files.adapter_folder import add_with_tensors, load_adapter, save_adapter
+from weft.layouts.choice import layout_for
 from weft.merge.weights import MergedWeights, merge_adapter
+from weft.methods.combined import Combined, CombinedConfig
+from weft.models.added import check_added
 from weft.ops.combine import MajoritySign
 
 
 class Adapters(core.Adapters):
     """Many adapters, of any methods, over one base model: added, loaded, run, combined, merged and saved.
 
-    See ``weft.core.adapters.Adapters`` for how it is made and how batches run.
+    The model is not wrapped: its modules, keys and parameters stay in place, frozen and in evaluation mode while
+    ``Adapters`` is open. ``close()`` gives back exactly the model that came in. ``weft.core.adapters.Adapters`` says
+    how batches run.
+
+    Args:
+        model: A transformers model.
+        architecture: The places of its parts (``weft.models.describe``).
+        padded: Run padded batches through the model's own attention. Default: only if the model can do nothing else.
+        exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
+        checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
+        original_weight: Of a quantised base, the weight [out, in] before, by the module's path (LoftQ asks for it).
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        *,
+        padded: bool | None = None,
+        exact: bool = False,
+        checkpointing: bool = False,
+        original_weight: Callable[[str], Tensor] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            architecture,
+            layout_for(architecture, padded, exact),
+            exact=exact,
+            installers=(checkpointed(architecture.blocks),) if checkpointing else (),
+            original_weight=original_weight,
+        )
+
+    def _check(self, adapter: Adapter, *, fresh: bool) -> None:
+        check_added(self, adapter, fresh=fresh)
+
+    def stack(self, name: str, names: Sequence[str]) -> Adapter:
+        """Let several adapters act on the same rows, in this order, under a new name; nothing is copied.
+
+        They stay what they are and can be used by themselves; training the stack trains them.
+
+        Raises:
+            UserError: A name is missing, taken or given twice, or two of them have classification heads.
+        """
+        self._check_new(name)
+        parts = [self[part] for part in names]
+        if len(set(names)) < max(len(names), 1):
+            raise UserError(f"a stack needs adapters to apply, each once, not {list(names)}.")
+        heads = [part.head for part in parts if part.head.labels]
+        if len(heads) > 1:
+            raise UserError(f"{', '.join(names)}: more than one of them has a classification head of its own.")
+        adapter = Combined(CombinedConfig(parts=tuple(part.config for part in parts)), name, parts)
+        adapter.set_up(self.architecture.hidden_size, heads[0] if heads else TokenHead())
+        return self._attach(name, adapter)
 
     def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:
         """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model.

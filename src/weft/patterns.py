@@ -1,4 +1,4 @@
-"""Regular expressions from files, with a limit of time, because some would run for ever.
+"""Names, and regular expressions from files: with a limit of time, because some would run for ever.
 
 A pattern like ``(a+)+$`` takes twice as long with every character. Python's own ``re`` cannot be stopped. The package
 ``regex`` (which transformers needs too) reads the same patterns and can be stopped.
@@ -7,7 +7,7 @@ A pattern like ``(a+)+$`` takes twice as long with every character. Python's own
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import regex
@@ -163,3 +163,23 @@ def _overlap(body: str) -> bool:
 
 def _short(text: str) -> str:
     return repr(text) if len(text) <= 80 else repr(text[:77] + "...")
+
+
+def named(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the path of a module or parameter, or the last parts of it, as in PEFT."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def last_parts(paths: Iterable[str]) -> set[str]:
+    """The last parts of paths: the names by which ``target_modules`` can name them."""
+    return {path.rsplit(".", 1)[-1] for path in paths}
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that cannot be a folder's: letters, digits, '.', '_', '-', not beginning with a dot.
+
+    Raises:
+        UserError: It is none.
+    """
+    if not regex.fullmatch(r"[A-Za-z0-9_\-\u4e00-\u9fff][\w.\-]{0,99}", name):
+        raise UserError(f"{name!r} is no name for an adapter: use letters, digits, '_', '-' and '.', at most 100.")

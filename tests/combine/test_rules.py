@@ -16,12 +16,12 @@ from torch import Tensor
 
 from weft.api import Adapters
 from weft.combine.rules import ON_PRODUCTS, Combination
-from weft.core.route import stable_seed
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from weft.models import describe
 from weft.ops.combine import agreeing_mean, drop_at_random, keep_largest, merge, truncated_svd, truncated_svd_of_product
+from weft.ops.seeds import stable_seed
 
 LIMIT = 1e-5
 SEED = 7

@@ -66,7 +66,7 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
     assert set(found.values()) == {"stream"}, found
 
 
-def _no_scale(model: nn.Module, shape: Any, hidden: Tensor) -> Tensor:
+def _no_scale(model: nn.Module, body: Any, form: Any, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden)  # type: ignore[operator]
 
 

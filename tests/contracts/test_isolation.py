@@ -8,9 +8,9 @@ from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core import layout
 from weft.core.stream import Part
 from weft.data import Sample
+from weft.layouts import packed, padded_batch
 from weft.models import describe
 from weft.objectives.passes import Work, forward_losses
 from weft.training import Job, JobConfig
@@ -71,6 +71,7 @@ def test_gradients_with_respect_to_a_neighbour_are_zero(kind: str) -> None:
 def test_gradients_with_respect_to_a_neighbours_rows_are_zero(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = kit.open_with_all(kit.make_model("gpt2", torch.float64), padded=padded)
     kept: list[Tensor] = []
+    layout = padded_batch if padded else packed
     plain = layout.embed
 
     def embed(*args: object) -> Tensor:

@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 from weft.api import Adapters
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.heads import ClassificationTask
-from weft.core.seq2seq import start_token
-from weft.core.site_adapter import SiteAdapter
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
+from weft.heads.classification import ClassificationTask
+from weft.layouts.encoder_decoder import start_token
 from weft.merge.model import merged_model
 from weft.methods import METHODS
+from weft.methods.site_adapter import SiteAdapter
 from weft.models import describe, load_base
 from weft.objectives.passes import logits_of
 
@@ -306,7 +306,7 @@ def test_classifiers(kind: str, method: str, tmp_path: Path) -> None:
     adapters = Adapters(base.model, base.architecture)
     task = ClassificationTask(("a", "b", "c"))
     adapter = kit.randomize(adapters.add("it", METHODS[method](**BITFIT.get(kind, {}) if method == "bitfit" else {}),
-                                         classification=task))  # fmt: skip
+                                         head=task))  # fmt: skip
     merged = merged_model(base.model, base.architecture, adapters.merge("it"), adapter.head)
     if kind not in ENCODERS:
         merged.config.pad_token_id = 0

@@ -27,11 +27,11 @@ from tests.kit.experts import (
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core.combined import CombinedConfig
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.files.adapter_folder import read_json, read_tensors
 from weft.methods import METHODS
+from weft.methods.combined import CombinedConfig
 from weft.models import describe
 from weft.models.interface import install_interface
 from weft.models.reach import left_out

@@ -10,9 +10,9 @@ from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core.layout import Padded
 from weft.core.stream import Part
 from weft.generation import Request, generate
+from weft.layouts.padded_batch import Padded
 from weft.models import describe
 
 

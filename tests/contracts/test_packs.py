@@ -10,9 +10,9 @@ from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core import layout as layout_module
 from weft.data import Sample
 from weft.data.pack import fill, pack, pack_in_order
+from weft.layouts import packed as packed_layout
 from weft.models import describe
 from weft.objectives.passes import Work, sequence_losses
 
@@ -85,13 +85,13 @@ def test_a_neighbours_ids_change_not_one_bit(kind: str, dtype: torch.dtype) -> N
 def test_the_gradient_with_respect_to_a_neighbours_rows_is_zero(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = kit.open_with_all(kit.make_model(kind, torch.float64))
     kept: list[Tensor] = []
-    plain = layout_module.embed
+    plain = packed_layout.embed
 
     def embed(*args: object) -> Tensor:
         kept[:] = [plain(*args).detach().requires_grad_()]  # type: ignore[arg-type]
         return kept[0]
 
-    monkeypatch.setattr(layout_module, "embed", embed)
+    monkeypatch.setattr(packed_layout, "embed", embed)
     for method in kit.ALL:
         samples = packed(adapters[method].num_virtual_tokens)[0]
         (losses,) = sequence_losses(adapters, [Work(method, samples)])
@@ -104,7 +104,7 @@ def test_the_gradient_with_respect_to_a_neighbours_rows_is_zero(kind: str, monke
 
 def test_a_leak_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same comparison, with the mask between sequences gone."""
-    from weft.core import attention
+    from weft.layouts import attention
     from weft.ops.attention import SequenceLayout, varlen_attention
 
     def leaking(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, **options: object) -> Tensor:

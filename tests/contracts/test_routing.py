@@ -106,7 +106,7 @@ def test_checkpointing_changes_nothing(kind: str, padded: bool) -> None:
 
 
 def test_checkpointing_really_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from weft.core import attention
+    from weft.layouts import attention
 
     counts = []
     for checkpointing in (False, True):
@@ -114,10 +114,10 @@ def test_checkpointing_really_recomputes(monkeypatch: pytest.MonkeyPatch) -> Non
         calls: list[int] = []
         plain = attention.varlen_attention
         monkeypatch.setattr(
-            "weft.core.attention.varlen_attention", lambda *a, p=plain, c=calls, **k: (c.append(1), p(*a, **k))[1]
+            "weft.layouts.attention.varlen_attention", lambda *a, p=plain, c=calls, **k: (c.append(1), p(*a, **k))[1]
         )
         torch.autograd.backward(losses(adapters, seed=1))
-        monkeypatch.setattr("weft.core.attention.varlen_attention", plain)
+        monkeypatch.setattr("weft.layouts.attention.varlen_attention", plain)
         counts.append(len(calls))
         blocks = 3 + sum(len(new) for name in kit.ALL for new in adapters[name].inserted_blocks().values())
         adapters.close()

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
 
 from weft.api import Adapters
-from weft.core.seq2seq import Decoder, EncoderDecoder
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
 from weft.generation import Request, generate
+from weft.layouts.encoder_decoder import Decoder, EncoderDecoder
 from weft.libraries import cache_name
 from weft.methods import METHODS
 from weft.models import describe

@@ -7,9 +7,9 @@ from tests import kit
 from tests.kit.encoders import make_encoder
 
 from weft.api import Adapters
-from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample
+from weft.heads.classification import ClassificationTask
 from weft.models import describe
 
 TASK = ClassificationTask(("bad", "good"))
@@ -38,7 +38,7 @@ def test_a_class_is_said_where_all_has_been_seen() -> None:
     """At the last row of a decoder's sequence, at the first of an encoder's."""
     for model, wanted in ((kit.make_model("llama"), [2, 4]), (make_encoder("roberta"), [0, 3])):
         adapters = Adapters(model, describe(model))
-        head = adapters.add("it", kit.method_config("bitfit"), classification=TASK).head
+        head = adapters.add("it", kit.method_config("bitfit"), head=TASK).head
         samples = [Sample([5, 6, 7], [0.0] * 3, "a", label=1), Sample([8, 9], [0.0] * 2, "b", label=0)]
         stream, hidden = adapters.run([Part("it", [s.input_ids for s in samples])])
         batch = head.learned(stream, samples, [0, 1])

@@ -7,10 +7,11 @@ import torch
 from tests import kit
 
 from weft.api import Adapters
-from weft.core.layout import Packed, Padded
 from weft.core.route import BatchRoute, Segment, StreamRoute
 from weft.core.stream import Part
 from weft.generation.cache import KeyValueCache
+from weft.layouts.packed import Packed
+from weft.layouts.padded_batch import Padded
 from weft.models import describe
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from weft.api import Adapters
 from weft.core.adapter import Adapter, InputFunction, SiteFunction
-from weft.core.combined import CombinedConfig
 from weft.core.route import Segment
 from weft.core.stream import Part
+from weft.methods.combined import CombinedConfig
 from weft.models import describe
 from weft.training import Job, JobConfig, Trainer
 

@@ -16,10 +16,10 @@ from tests.contracts.test_routing import picture
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core.combined import Combined, CombinedConfig
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generation import Request, generate
+from weft.methods.combined import Combined, CombinedConfig
 from weft.models import describe
 from weft.training import Job, JobConfig, Trainer
 from weft.training.settings import method_of

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kit.tokenizers import talk
 
-from weft.core.route import stable_seed
 from weft.data import Message, Mixture, PlainText, Source, parse_sources
 from weft.data.sources import content_key, held_by_hash, number_of
 from weft.errors import UserError
+from weft.ops.seeds import stable_seed
 
 
 def mixed(sizes: Sequence[int], weights: Sequence[float] | None) -> Mixture:

@@ -111,12 +111,12 @@ def test_tensors_that_are_missing_or_new_are_named(tmp_path: Path) -> None:
 
 
 def test_every_part_and_the_encoder_and_the_head_are_checked(tmp_path: Path) -> None:
-    from weft.core.combined import CombinedConfig
-    from weft.core.heads import ClassificationTask
+    from weft.heads.classification import ClassificationTask
+    from weft.methods.combined import CombinedConfig
 
     adapters = opened()
     parts = (kit.method_config("lora"), kit.method_config("prefix_tuning", prefix_projection=True))
-    adapters.add("it", CombinedConfig(parts=parts), classification=ClassificationTask(("a", "b")))
+    adapters.add("it", CombinedConfig(parts=parts), head=ClassificationTask(("a", "b")))
     adapters.save("it", tmp_path)
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == 4
@@ -243,7 +243,7 @@ def test_weft_json_can_be_the_one_that_was_changed(tmp_path: Path) -> None:
 
 
 def test_parts_disagree_too(tmp_path: Path) -> None:
-    from weft.core.combined import CombinedConfig
+    from weft.methods.combined import CombinedConfig
 
     adapters = opened()
     adapters.add("it", CombinedConfig(parts=(kit.method_config("lora"), kit.method_config("bitfit"))))
@@ -280,7 +280,7 @@ def test_two_files_that_say_the_same(
 
 def test_every_method_agrees_with_itself(tmp_path: Path) -> None:
     """On bases of all kinds, with a head of its own, and whatever the settings."""
-    from weft.core.heads import ClassificationTask
+    from weft.heads.classification import ClassificationTask
 
     many: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in kit.ALL]
     many += [(method, kit.DROPOUT[method]) for method in kit.DROPOUT]
@@ -296,7 +296,7 @@ def test_every_method_agrees_with_itself(tmp_path: Path) -> None:
                 if labels and "sequence_classification" not in METHODS[method].tasks:
                     continue
                 task = ClassificationTask(labels) if labels else None
-                adapters.add("it", kit.method_config(method, **settings), classification=task)
+                adapters.add("it", kit.method_config(method, **settings), head=task)
                 adapters.save("it", tmp_path / "it")
                 adapters.load("again", tmp_path / "it")
                 adapters.remove("it")

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from weft.api import Adapters
-from weft.core.combined import CombinedConfig
 from weft.core.site import site_of
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
 from weft.generation import Request, generate
+from weft.methods.combined import CombinedConfig
 from weft.methods.llama_pro import LlamaProConfig
 from weft.models import describe
 from weft.models.facts import sketch

@@ -13,10 +13,11 @@ from tests import kit
 from torch import Tensor, nn
 
 from weft.api import Adapters
-from weft.core.combined import CombinedConfig
-from weft.core.route import Segment, seeded_dropout
+from weft.core.route import Segment
 from weft.errors import UserError
 from weft.methods import BitFitConfig, LoraConfig
+from weft.methods.combined import CombinedConfig
+from weft.methods.dropout import seeded_dropout
 from weft.models import describe
 from weft.objectives.passes import evaluate_loss
 from weft.ops.lowrank import (

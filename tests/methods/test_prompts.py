@@ -14,11 +14,11 @@ from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
 from weft.generation import Request, generate
+from weft.heads.classification import ClassificationTask
 from weft.methods.encoder import EncodedRows
 from weft.models import describe
 from weft.objectives.passes import Work, evaluate_loss, forward_losses
@@ -322,7 +322,7 @@ def test_classification_with_a_head_of_its_own(method: str, settings: dict[str, 
     """Texts of two classes are told apart after some steps, and the folder gives back prompt, encoder and head."""
     adapters = open_model("llama", torch.float32)
     task = ClassificationTask(("low", "high"))
-    adapters.add("a", kit.METHODS[method](num_virtual_tokens=3, **settings), classification=task)
+    adapters.add("a", kit.METHODS[method](num_virtual_tokens=3, **settings), head=task)
     texts = [([3 + i % 20] if i % 2 else [70 + i % 20]) * (2 + i % 3) for i in range(16)]
     data = [Sample(ids, [0.0] * len(ids), "s", label=int(ids[0] >= 70)) for ids in texts]
     config = JobConfig(name="a", method=method, steps=30, batch_size=8, learning_rate=1e-2)

@@ -12,11 +12,11 @@ from tests.kit.encoders import make_encoder, save_bert, their_logits, token_type
 from torch import Tensor, nn
 
 from weft.api import Adapters
-from weft.core.heads import ClassificationHead, ClassificationTask
-from weft.core.layout import Padded
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generation import Request, generate
+from weft.heads.classification import ClassificationHead, ClassificationTask
+from weft.layouts.padded_batch import Padded
 from weft.models import describe, load_base
 from weft.models.facts import ENCODERS
 from weft.models.load import sketch_base
@@ -67,7 +67,7 @@ def test_the_plain_model_is_what_transformers_computes(kind: str, padded: bool) 
             assert kit.difference(wanted, their_logits(model, texts)) > 1e-3, "the types must matter"
     before = model.config._attn_implementation
     adapters = Adapters(model, architecture, padded=padded)
-    adapter = adapters.add("it", kit.method_config("lora"), classification=TASK)
+    adapter = adapters.add("it", kit.method_config("lora"), head=TASK)
     copy_head(adapter.head, model)
     with torch.no_grad():
         found = classes(adapters, [Part("it", texts, token_types=types)])
@@ -126,7 +126,7 @@ def test_all_methods_in_the_stream_padded_exact_and_one_by_one(kind: str) -> Non
 def _opened(model: nn.Module, names: list[str], **options: bool) -> Adapters:
     adapters = Adapters(model, describe(model), **options)
     for index, name in enumerate(names):
-        kit.randomize(adapters.add(name, kit.method_config(name), seed=index, classification=TASK), index)
+        kit.randomize(adapters.add(name, kit.method_config(name), seed=index, head=TASK), index)
     return adapters
 
 
@@ -144,14 +144,14 @@ def test_a_misfit_says_why(method: str) -> None:
     model = make_encoder("bert")
     adapters = Adapters(model, describe(model))
     with pytest.raises(UserError, match=REFUSED[method]):
-        adapters.add("it", kit.method_config(method), classification=TASK, blank=True)
+        adapters.add("it", kit.method_config(method), head=TASK, blank=True)
     adapters.close()
 
 
 def test_a_prefix_that_a_padded_batch_would_lose_is_refused() -> None:
     model = make_encoder("distilbert")
     adapters = Adapters(model, describe(model))
-    adapters.add("it", kit.method_config("prefix_tuning", prefix_init="random"), classification=TASK)
+    adapters.add("it", kit.method_config("prefix_tuning", prefix_init="random"), head=TASK)
     adapters.layout = Padded(model, adapters.architecture, adapters.router, adapters._adapters, exact=False)
     with pytest.raises(UserError, match="takes no prefix in padded batches"):
         classes(adapters, [Part("it", kit.texts(2))])

@@ -12,10 +12,10 @@ from tests import kit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from weft.api import Adapters
-from weft.core.layout import Packed
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generation import Request, generate
+from weft.layouts.packed import Packed
 from weft.models import describe
 from weft.models.facts import FACTS
 

@@ -24,13 +24,13 @@ from transformers import (
 
 from weft.api import Adapters
 from weft.core import rows
-from weft.core.architecture import HeadForm
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models import describe, proof, tables, trial
 from weft.models.attached import prove_attached
 from weft.models.finding import fused_kinds
+from weft.ops.loss import HeadForm
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

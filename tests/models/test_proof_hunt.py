@@ -25,12 +25,12 @@ from transformers import (
 
 from weft.api import Adapters
 from weft.core.adapters import is_open
-from weft.core.architecture import HeadForm
 from weft.core.site import sites_in
 from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models import describe
 from weft.models.attached import prove_attached
+from weft.ops.loss import HeadForm
 
 
 class Scaled(LlamaForCausalLM):

@@ -15,8 +15,8 @@ import torch
 from tests import kit
 
 from weft.api import Adapters
-from weft.core.layout import Packed
 from weft.files.run_folder import RunStore
+from weft.layouts.packed import Packed
 from weft.models import describe
 from weft.training import Job, JobConfig, Trainer
 

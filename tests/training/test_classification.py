@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from weft.api import Adapters
-from weft.core.heads import ClassificationTask
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
 from weft.evaluate import predict
 from weft.files.adapter_folder import read_tensors
 from weft.generation import Request, generate
+from weft.heads.classification import ClassificationTask
 from weft.methods import METHODS
 from weft.models import describe
 from weft.objectives import class_metrics
@@ -99,7 +99,7 @@ def test_peft_to_ours(kind: str, method: str, tmp_path: Path) -> None:
     ours = our_logits(adapters, "it", texts, types)
     kit.measured(f"{kind} {method}: ours - peft", kit.difference(ours, wanted), LIMIT)
     assert adapter.head.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
-    plain = Adapters.add(adapters, "plain", kit.method_config("bitfit"), classification=TASK)
+    plain = Adapters.add(adapters, "plain", kit.method_config("bitfit"), head=TASK)
     plain.head.load_state_dict(adapter.head.state_dict())
     assert kit.difference(ours, our_logits(adapters, "plain", texts, types)) > 1e-3, "the method does nothing"
     adapters.close()
@@ -109,7 +109,7 @@ def test_peft_to_ours(kind: str, method: str, tmp_path: Path) -> None:
 def test_ours_to_peft(kind: str, method: str, tmp_path: Path) -> None:
     base, classifier = base_and_classifier(kind)
     adapters = Adapters(base, describe(base))
-    kit.randomize(adapters.add("it", kit.method_config(method), classification=TASK), 5)
+    kit.randomize(adapters.add("it", kit.method_config(method), head=TASK), 5)
     adapters.save("it", tmp_path)
     texts = kit.texts(5, 2, 14, seed=2)
     types = encoder_kit.token_types(kind, texts)
@@ -162,7 +162,7 @@ def job(adapters: Adapters, name: str, method: str, samples: list[Sample], **set
     given = kit.method_config(method).model_dump(mode="json")
     config = JobConfig(name=name, method=method, method_settings=given, seed=len(name), batch_size=4, steps=5,
                        learning_rate=0.01, **settings)  # fmt: skip
-    adapter = adapters.add(name, config.method_config(), seed=len(name), classification=task)
+    adapter = adapters.add(name, config.method_config(), seed=len(name), head=task)
     return Job(config, adapter, samples, samples[:5])
 
 
@@ -237,7 +237,7 @@ def test_figures_of_success() -> None:
 def test_predictions_are_those_that_evaluation_counts() -> None:
     model = make_encoder("roberta")
     adapters = Adapters(model, describe(model))
-    kit.randomize(adapters.add("it", kit.method_config("prefix_tuning"), classification=TASK), 1)
+    kit.randomize(adapters.add("it", kit.method_config("prefix_tuning"), head=TASK), 1)
     samples = classified(23)
     small, large = (predict(adapters, "it", samples, max_tokens=size) for size in (20, 4096))
     assert small.labels == large.labels
@@ -260,7 +260,7 @@ def test_predictions_are_those_that_evaluation_counts() -> None:
 def test_a_classifier_on_a_decoder_writes_no_text() -> None:
     model = kit.make_model("llama")
     adapters = Adapters(model, describe(model))
-    adapters.add("it", kit.method_config("lora"), classification=TASK)
+    adapters.add("it", kit.method_config("lora"), head=TASK)
     with pytest.raises(UserError, match="'it' was trained to classify; it writes no text"):
         generate(adapters, [Request([3, 4], "it")], stop_ids=())
     generate(adapters, [Request([3, 4], None, 2)], stop_ids=())

@@ -13,7 +13,7 @@ from torch import nn
 from weft.api import Adapters, describe
 from weft.methods import METHODS
 from weft.training import JobConfig
-from weft.training.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
+from weft.training.optim import decays, make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
@@ -55,8 +55,8 @@ def test_what_is_stored_whole_does_not_decay(method: str, settings: dict[str, An
     named = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
     began = {name: p.detach().clone() for name, p in named.items()}
     config = JobConfig(name="it", method=method, weight_decay=0.5)
-    decays = [adapter.decays(name) for name in named]
-    optimizer = make_optimizer(config, list(named.values()), [0.1] * len(named), decays)
+    pulled = [decays(adapter, name) for name in named]
+    optimizer = make_optimizer(config, list(named.values()), [0.1] * len(named), pulled)
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -71,8 +71,8 @@ def test_a_state_from_before_some_did_not_decay_comes_back() -> None:
     """The numbers in a checkpoint are those of the rates alone."""
     config = JobConfig(name="one", method="lora", weight_decay=0.1)
     parameters = [nn.Parameter(torch.full((2,), float(i))) for i in range(4)]
-    rates, decays = [0.1, 0.2, 0.1, 0.1], [False, True, True, False]
-    old, new = make_optimizer(config, parameters, rates), make_optimizer(config, parameters, rates, decays)
+    rates, pulled = [0.1, 0.2, 0.1, 0.1], [False, True, True, False]
+    old, new = make_optimizer(config, parameters, rates), make_optimizer(config, parameters, rates, pulled)
     for i, parameter in enumerate(parameters):
         parameter.grad = torch.full((2,), 1.0 + i)
     old.step()

@@ -12,9 +12,10 @@ from tests import kit
 from tests.training import recipe
 
 from weft.api import Adapters
-from weft.core import attention, stream
-from weft.core.layout import Padded
+from weft.core.stream import Stream
 from weft.errors import UserError
+from weft.layouts import attention, building
+from weft.layouts.padded_batch import Padded
 from weft.models import describe, load_base
 from weft.ops.attention import SequenceLayout, varlen_attention
 from weft.training import Job, JobConfig, Trainer
@@ -124,7 +125,7 @@ def test_it_costs_less_than_a_step() -> None:
     passes: list[int] = []
     forward = adapters.forward
 
-    def counted(stream: stream.Stream) -> torch.Tensor:
+    def counted(stream: Stream) -> torch.Tensor:
         passes.append(sum(stream.lengths))
         return forward(stream)
 
@@ -189,15 +190,15 @@ def test_a_leak_that_the_loss_alone_would_hide_is_caught(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_positions_that_go_on_counting_are_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = stream.build_stream
+    plain = building.build_stream
 
-    def counting(*args: Any, **options: Any) -> stream.Stream:
+    def counting(*args: Any, **options: Any) -> Stream:
         made = plain(*args, **options)
         object.__setattr__(made, "position_ids", torch.arange(len(made.input_ids)))
         return made
 
     adapters = open_model(kind)
-    monkeypatch.setattr("weft.core.layout.build_stream", counting)
+    monkeypatch.setattr(building, "build_stream", counting)
     with pytest.raises(UserError, match=r"positions begin at \d+ instead of 0"):
         verify_packing(adapters, jobs_of(adapters, ["lora"], batch_size=4))
     # Also by the loss alone, where positions are learned.
@@ -212,7 +213,7 @@ def test_a_padded_model_that_ignores_its_mask_is_caught(monkeypatch: pytest.Monk
     """Rows of a padded batch that see each other, as after a reshape gone wrong."""
     plain = Padded.forward
 
-    def leaking(self: Padded, made: stream.Stream) -> torch.Tensor:
+    def leaking(self: Padded, made: Stream) -> torch.Tensor:
         hidden = plain(self, made)
         return hidden + 0.01 * hidden.mean()
 

@@ -106,9 +106,8 @@ def _combined(found: list[AdapterFolder], how: Combination, base: Base, base_nam
 
     config, tensors = compose([load(one) for one in found], how)
     new = files.assemble(name, config, tensors, base.model, base.architecture)
-    new.provenance = _common_provenance(found)
     kept = [files.trained_on(one.folder) for one in found]
-    new.trained_on = kept[0] if all(one == kept[0] for one in kept) else {}
+    new.record_origin(_common_provenance(found), kept[0] if all(one == kept[0] for one in kept) else {})
     return new
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from weft.core.adapter import MethodConfig
-from weft.core.combined import CombinedConfig, part_tensors
-from weft.core.route import stable_seed
 from weft.errors import UserError, nearest
 from weft.ops.combine import MajoritySign, merge
+from weft.ops.seeds import stable_seed
 
 # These rules are for tensors that are changes from zero; their names are PEFT's.
 ON_CHANGES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -118,15 +117,20 @@ def combine(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, 
         raise UserError("there is nothing to combine: name one adapter or more.")
     if how.weights and len(how.weights) != len(sources):
         raise UserError(f"{len(how.weights)} weights for {len(sources)} adapters; give one for each.")
-    first, count = sources[0].config, len(sources)
+    first = sources[0].config
     other = next((source for source in sources if type(source.config) is not type(first)), None)
     if other is not None:
         raise UserError(
             f"only adapters of one kind can be combined: '{sources[0].name}' is {first.method}, '{other.name}' is "
             f"{other.config.method}. To apply both, stack them."
         )
-    if isinstance(first, CombinedConfig):
-        return _combine_parts(first, sources, how)
+    if first.methods() == (first,):
+        how = _suited(how, first, len(sources))
+    return first.combine(sources, how) or combine_like_tensors(sources, how)
+
+
+def _suited(how: Combination, first: MethodConfig, count: int) -> Combination:
+    """The settings for ``count`` adapters of a single method, with a weight for each."""
     if how.combination_type not in type(first).combination_types:
         known = ", ".join(type(first).combination_types)
         reason = f"what works: {known}" if known else "its tensors have no meaning of their own that could be added"
@@ -134,28 +138,7 @@ def combine(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, 
     if not how.weights:
         whole = how.combination_type == "cat" and "num_virtual_tokens" in type(first).model_fields
         how = replace(how, weights=(1.0 if whole else 1.0 / count,) * count)
-    return first.combine(sources, how) or combine_like_tensors(sources, how)
-
-
-def _combine_parts(
-    first: CombinedConfig, sources: Sequence[Source], how: Combination
-) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """Combine the first parts of all adapters, then the second ones …"""
-    configs: list[MethodConfig] = []
-    tensors: dict[str, Tensor] = {}
-    parts = [source.config.parts for source in sources if isinstance(source.config, CombinedConfig)]
-    kinds = [[part.method for part in own] for own in parts]
-    if any(kind != kinds[0] for kind in kinds):
-        raise UserError(f"the adapters are made of different methods: {', '.join('+'.join(k) for k in kinds)}.")
-    for index in range(len(first.parts)):
-        own = [
-            Source(one.name, config[index], part_tensors(one.tensors, index))
-            for one, config in zip(sources, parts, strict=True)
-        ]
-        config, found = combine(own, how)
-        configs.append(config)
-        tensors |= {f"{index}.{key}": tensor for key, tensor in found.items()}
-    return CombinedConfig(parts=tuple(configs)), tensors
+    return how
 
 
 def combine_like_tensors(sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:

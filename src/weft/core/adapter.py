@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from weft.core.architecture import Architecture
 from weft.core.head import Head, TokenHead
 from weft.core.route import PrefixStates, Router, Segment
-from weft.core.tensors import copy_into
 from weft.errors import UserError
+from weft.ops.copying import copy_into
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
@@ -60,17 +59,16 @@ class BuildContext:
         values = torch.randn(*shape, generator=self.generator, dtype=torch.float32) * std
         return values.to(self.device, self.dtype)
 
-    def uniform(self, *shape: int, inputs: int) -> Tensor:
-        """Numbers of shape ``shape``, drawn like ``normal``, uniform within 1 / sqrt(inputs).
-
-        That is Kaiming-uniform with a = sqrt(5), torch's own choice for a linear of so many inputs.
-        """
-        values = torch.rand(*shape, generator=self.generator, dtype=torch.float32) * 2 - 1
-        return (values / math.sqrt(inputs)).to(self.device, self.dtype)
-
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of shape ``shape`` in the adapter's dtype."""
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+
+class HeadTask(Protocol):
+    """What a head of an adapter's own is to answer; it makes that head."""
+
+    def build(self, context: BuildContext) -> Head:
+        """Make the head; its initial values come from ``context.generator`` only."""
 
 
 class MethodConfig(BaseModel):
@@ -208,16 +206,6 @@ class MethodConfig(BaseModel):
         return cls(**{**cls.peft_defaults, **known})
 
 
-def check_name(name: str) -> None:
-    """Refuse a name that cannot be a folder's: letters, digits, '.', '_', '-', not beginning with a dot.
-
-    Raises:
-        UserError: It is none.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_\-\u4e00-\u9fff][\w.\-]{0,99}", name):
-        raise UserError(f"{name!r} is no name for an adapter: use letters, digits, '_', '-' and '.', at most 100.")
-
-
 class Adapter(nn.Module):
     """Base of all methods. A method overrides what it uses of the four kinds of site:
 
@@ -229,12 +217,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
-        # What it answers with: the base's output layer, or a head of its own (``weft.core.heads``). Not on the class,
-        # where it would hide the module that is put here later.
+        # What it answers with: the base's output layer, or a head of its own. Not on the class, where it would hide the
+        # module that ``set_up`` puts here.
         self.head: Head = TokenHead()
-        # How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
         self.provenance: Mapping[str, Any] | None = None
-        # How the base was kept that it was trained on (``weft.methods.dense.how_kept``); None: as the one it is on now.
         self.trained_on: Mapping[str, Any] | None = None
 
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
@@ -242,6 +228,20 @@ class Adapter(nn.Module):
     num_prefix_tokens: int = 0
     # Of the base; the default learning rate depends on it.
     hidden_size: int = 2048
+
+    def set_up(self, hidden_size: int, head: Head) -> None:
+        """Take what only the owner knows, once and before use: the base's width, and what the adapter answers with."""
+        self.hidden_size, self.head = hidden_size, head
+
+    def record_origin(self, provenance: Mapping[str, Any] | None, trained_on: Mapping[str, Any] | None) -> None:
+        """Record where its values come from, for its folder.
+
+        Args:
+            provenance: How its data was read and rendered (``weft.data.provenance``), as JSON; None: not known.
+            trained_on: How the base was kept that it was trained on (``weft.methods.dense.how_kept``); None: as the
+                one it is on now.
+        """
+        self.provenance, self.trained_on = provenance, trained_on
 
     @property
     def num_learned_tokens(self) -> int:
@@ -351,17 +351,6 @@ class Adapter(nn.Module):
     def scaled_learning_rate(self, parameter: str, rate: float) -> float:
         """The learning rate of one parameter in a job whose rate is ``rate``."""
         return rate * self.learning_rate_factor(parameter)
-
-    def decays(self, parameter: str) -> bool:
-        """Whether weight decay pulls one parameter to 0.
-
-        Not what a layer stores whole (``stored_whole``: its parameters' names, or True for all): a norm's gain, a scale
-        and a copy of a weight begin where the base is, not at 0.
-        """
-        path, _, name = parameter.rpartition(".")
-        layers = [path[:end] for end in range(len(path) + 1) if end == len(path) or path[end] == "."]
-        whole = [getattr(self.get_submodule(layer), "stored_whole", ()) for layer in layers]
-        return not any(found is True or name in (found or ()) for found in whole)
 
     def default_learning_rate(self, parameter: str) -> float:
         """The rate of one parameter if the job names none."""

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, BuildContext, MethodConfig, check_name
-from weft.core.added import check_added
-from weft.core.architecture import Architecture
-from weft.core.body import head_logits, head_modules
-from weft.core.checkpointing import disable_checkpointing, enable_checkpointing
-from weft.core.combined import Combined, CombinedConfig
-from weft.core.embeddings import input_embeddings
-from weft.core.head import Head, TokenHead, losses_of_logits
-from weft.core.heads import ClassificationHead, ClassificationTask
-from weft.core.layout import Counts, Layout, Packed, Padded
+from weft.base.body import head_logits, head_modules
+from weft.base.embeddings import input_embeddings, output_head
+from weft.base.frozen import freeze
+from weft.core.adapter import Adapter, BuildContext, HeadTask, MethodConfig
+from weft.core.architecture import Architecture, Installer, body_of
+from weft.core.head import Head, TokenHead
+from weft.core.layout import Counts, Layout
 from weft.core.route import Route, Router, Segment, StreamRoute
-from weft.core.seq2seq import EncoderDecoder
-from weft.core.site import attach, detach, mixes_rows, site_of, sites_in, without_sites
+from weft.core.site import Site, attach, detach, mixes_rows, site_of, sites_in
 from weft.core.stream import Part, Stream
-from weft.core.tensors import master_dtype
 from weft.errors import UserError
-from weft.ops.loss import linear_cross_entropy
+from weft.ops.loss import linear_cross_entropy, losses_of_logits
+from weft.patterns import check_name
 
 # The mark of a model whose attention and sites already obey a router: no site would ask a second one.
 _OPEN = "_weft_open"
@@ -34,26 +30,18 @@ _OPEN = "_weft_open"
 class Adapters:
     """Adds and removes adapters, and runs batches in which every sequence has its own.
 
-    The model is not wrapped: its modules, keys and parameters stay in place, frozen and in evaluation mode while
-    ``Adapters`` is open. ``close()`` gives back exactly the model that came in.
-
-    Args:
-        model: A transformers model.
-        architecture: The places of its parts (``weft.models.describe``).
-        padded: Run padded batches through the model's own attention. Default: only if the model can do nothing else.
-        exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
-        checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
-        original_weight: Of a quantised base, the weight [out, in] before, by the module's path (LoftQ asks for it).
+    ``layout`` is how batches lie (``weft.layouts``). ``installers`` are what else is done to the model while it is open
+    (``weft.base.checkpointing``). ``weft.adapters`` chooses both, and says what the other arguments mean.
     """
 
     def __init__(
         self,
         model: nn.Module,
         architecture: Architecture,
+        layout: type[Layout],
         *,
-        padded: bool | None = None,
         exact: bool = False,
-        checkpointing: bool = False,
+        installers: Sequence[Installer] = (),
         original_weight: Callable[[str], Tensor] | None = None,
     ) -> None:
         if is_open(model):
@@ -63,29 +51,22 @@ class Adapters:
         self.router = Router()
         self.exact = exact
         self._adapters: dict[str, Adapter] = {}
-        kind = _kind_of_layout(architecture, padded, exact)
-        self.layout: Layout = kind(model, architecture, self.router, self._adapters, exact)
+        self._body = body_of(model, architecture)
+        self.layout = layout(model, architecture, self.router, self._adapters, exact)
         self.original_weight = original_weight
         model.__dict__[_OPEN] = True
-        self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), _freeze(model)]
-        shape, apart = architecture, (*architecture.linears, *architecture.norms, *architecture.activations)
-        self._exact_paths = frozenset((*apart, *shape.experts, *shape.routers))
+        self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), freeze(model)]
+        shape = architecture
+        # In exact mode sites are needed also where no adapter sits now: the shape of the graph, and with it the order
+        # in which gradients are summed, must not depend on which methods the neighbours use.
+        always = (*shape.linears, *shape.norms, *shape.activations, *shape.experts, *shape.routers) if exact else ()
+        self._always = frozenset(always)
         try:
-            for install in (self.layout.attention, shape.install_tables):
+            for install in (self.layout.attention, shape.install_tables, *installers):
                 if install is not None:
                     self._undo.append(install(model, self.router))
-            if exact:
-                # Sites are needed also where no adapter sits now: the shape of the graph, and with it the order in
-                # which gradients are summed, must not depend on which methods the neighbours use.
-                for path in apart:
-                    attach(model.get_submodule(path), path, self.router)
-                for path in (*shape.experts, *shape.routers):
-                    attach(model.get_submodule(path), path, self.router).alone_if_exact = True
-            for path in shape.linears:
-                if mixes_rows(module := model.get_submodule(path)):
-                    attach(module, path, self.router).apart = True
-            for path in shape.blocks if checkpointing else ():
-                enable_checkpointing(model.get_submodule(path), self.router)
+            for path in (*always, *(p for p in shape.linears if mixes_rows(model.get_submodule(p)))):
+                self._site(path)
         except BaseException:
             self.close()
             raise
@@ -93,14 +74,12 @@ class Adapters:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the base computes."""
-        weight = input_embeddings(self.model).weight
-        return weight.dtype
+        return input_embeddings(self.model).weight.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the base."""
-        weight = input_embeddings(self.model).weight
-        return weight.device
+        return input_embeddings(self.model).weight.device
 
     @property
     def names(self) -> list[str]:
@@ -122,24 +101,23 @@ class Adapters:
         *,
         seed: int = 0,
         tokenizer: Any = None,
-        classification: ClassificationTask | None = None,
+        head: HeadTask | None = None,
         blank: bool = False,
     ) -> Adapter:
         """Make a new adapter; its initial values come from a generator seeded with ``seed`` alone.
 
-        ``classification`` gives it a head of its own. ``blank`` says that values will be loaded, so none are computed.
+        ``head`` gives it a head of its own. ``blank`` says that values will be loaded, so none are computed.
 
         Raises:
             UserError: The name is taken or no valid folder name, or the method finds nothing to tune.
         """
-        check_name(name)
-        if name in self._adapters:
-            raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
+        self._check_new(name)
         context = BuildContext(
             self.model,
             self.architecture,
             torch.Generator().manual_seed(seed),
-            dtype=master_dtype(self.dtype),
+            # Adapters are kept in float32 whatever the base computes in, except beside a float64 base.
+            dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
             device=self.device,
             tokenizer=tokenizer,
             keys_values=self._keys_values,
@@ -151,39 +129,40 @@ class Adapters:
         adapter = config.build(name, context)
         if reason := self.layout.refusal(adapter):
             raise UserError(reason)
-        adapter.hidden_size = self.architecture.hidden_size
-        if classification is not None:
-            shape = self.architecture
-            pooler = self.model.get_submodule(shape.pooler) if shape.pooler else None
-            adapter.head = ClassificationHead(classification, shape.head_kind, pooler, context)
+        adapter.set_up(self.architecture.hidden_size, head.build(context) if head else TokenHead())
         self._attach(name, adapter)
         try:
-            if self.device.type != "meta":
-                check_added(
-                    adapter,
-                    self.model,
-                    self.architecture,
-                    self._run,
-                    padded=self.layout.masks_prefixes,
-                    fresh=not blank,
-                )
+            self._check(adapter, fresh=not blank)
         except BaseException:
             self.remove(name)
             raise
         return adapter
 
-    def _run(self, parts: Sequence[Part], *, plain: bool = False) -> Tensor:
-        """Hidden states [N, d] of a small batch; ``plain``: as if there were no sites."""
-        with without_sites(self.model) if plain else contextlib.nullcontext():
-            return self.forward(self.stream(parts))
+    def _check(self, adapter: Adapter, *, fresh: bool) -> None:
+        """Refuse an adapter that was just attached; here all may stay. ``fresh``: it has the values it begins with."""
+
+    def _check_new(self, name: str) -> None:
+        check_name(name)
+        if name in self._adapters:
+            raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
+
+    def _site(self, path: str) -> Site:
+        """The module at ``path``, as the site that it is from now on."""
+        module, shape = self.model.get_submodule(path), self.architecture
+        return attach(
+            module,
+            path,
+            self.router,
+            rows_name=shape.rows_named.get(path),
+            apart=mixes_rows(module) and path in shape.linears,
+            alone_if_exact=path in (*shape.experts, *shape.routers),
+        )
 
     def _attach(self, name: str, adapter: Adapter) -> Adapter:
         sites, inputs, blocks = adapter.sites(), adapter.input_sites(), adapter.inserted_blocks()
         parameters = adapter.parameter_sites()
         # All become sites before one gets its function: a module that cannot leaves no adapter half attached.
-        at = {p: attach(self.model.get_submodule(p), p, self.router) for p in (*sites, *inputs, *blocks, *parameters)}
-        for path, site in at.items():
-            site.rows_name = self.architecture.rows_named.get(path)
+        at = {path: self._site(path) for path in (*sites, *inputs, *blocks, *parameters)}
         for path, function in sites.items():
             at[path].functions[name] = [function]
         for path, prepare in inputs.items():
@@ -194,28 +173,6 @@ class Adapters:
             at[path].parameters[name] = changed
         self._adapters[name] = adapter
         return adapter
-
-    def stack(self, name: str, names: Sequence[str]) -> Adapter:
-        """Let several adapters act on the same rows, in this order, under a new name; nothing is copied.
-
-        They stay what they are and can be used by themselves; training the stack trains them.
-
-        Raises:
-            UserError: A name is missing, taken or given twice, or two of them have classification heads.
-        """
-        check_name(name)
-        if name in self._adapters:
-            raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
-        parts = [self[part] for part in names]
-        if len(set(names)) < max(len(names), 1):
-            raise UserError(f"a stack needs adapters to apply, each once, not {list(names)}.")
-        heads = [part.head for part in parts if part.head.labels]
-        if len(heads) > 1:
-            raise UserError(f"{', '.join(names)}: more than one of them has a classification head of its own.")
-        adapter = Combined(CombinedConfig(parts=tuple(part.config for part in parts)), name, parts)
-        adapter.hidden_size = self.architecture.hidden_size
-        adapter.head = heads[0] if heads else TokenHead()
-        return self._attach(name, adapter)
 
     def remove(self, name: str) -> None:
         """Take the adapter away; modules that no adapter uses any more get their own class back.
@@ -229,7 +186,7 @@ class Adapters:
                 raise UserError(f"'{name}' is part of the stack '{other}'; remove that first.")
         for module, site in list(sites_in(self.model)):
             site.remove(name)
-            if site.empty and not site.apart and not (self.exact and site.path in self._exact_paths):
+            if site.empty and not site.apart and site.path not in self._always:
                 detach(module)
         del self._adapters[name]
 
@@ -239,8 +196,6 @@ class Adapters:
             self.remove(name)
         for module, _ in list(sites_in(self.model)):
             detach(module)
-        for path in self.architecture.blocks:
-            disable_checkpointing(self.model.get_submodule(path))
         while self._undo:
             self._undo.pop()()
 
@@ -268,9 +223,9 @@ class Adapters:
         logits are the base's own.
         """
         route = self.rows_route(rows)
-        touched = any(site_of(module) is not None for module in head_modules(self.model, self.architecture))
+        touched = any(site_of(module) is not None for module in self._head_modules())
         with self.router.use(route if rows and touched else None):
-            return head_logits(self.model, self.architecture, hidden)
+            return head_logits(self.model, self._body, self.architecture.head_form, hidden)
 
     def losses(self, hidden: Tensor, targets: Tensor, rows: Counts) -> Tensor:
         """``-log p(target)`` [n] of the base's head after hidden states [n, d]; ``rows`` as in ``logits``.
@@ -280,10 +235,11 @@ class Adapters:
         form = self.architecture.head_form
         if form is None or any(self.changes_head(name) for name, _ in rows):
             return losses_of_logits(self.logits(hidden, rows), targets)
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        bias = getattr(head, "bias", None)
+        layer = output_head(self.model)
+        assert layer is not None
+        bias = getattr(layer, "bias", None)
         return linear_cross_entropy(
-            hidden, head.weight, targets, bias=bias, softcap=form.softcap, logit_scale=form.scale
+            hidden, layer.weight, targets, bias=bias, softcap=form.softcap, logit_scale=form.scale
         )
 
     def rows_route(self, rows: Counts) -> Route:
@@ -297,14 +253,15 @@ class Adapters:
 
     def changes_head(self, name: str | None) -> bool:
         """Whether the adapter's logits differ from the base's for the same hidden state."""
-        sites = (site_of(module) for module in head_modules(self.model, self.architecture))
+        sites = map(site_of, self._head_modules())
         return any(site is not None and (name in site.functions or name in site.inputs) for site in sites)
 
-    @contextlib.contextmanager
-    def route(self, route: Route | None) -> Iterator[None]:
-        """Run the body under ``route`` (None: the sites stand aside)."""
-        with self.router.use(route):
-            yield
+    def _head_modules(self) -> list[nn.Module]:
+        return head_modules(self.model, self._body, self.architecture.head_form)
+
+    def route(self, route: Route | None) -> AbstractContextManager[None]:
+        """A context whose body runs under ``route`` (None: the sites stand aside)."""
+        return self.router.use(route)
 
     @torch.no_grad()
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -312,33 +269,6 @@ class Adapters:
         return self.layout.keys_values(input_ids.to(self.device))
 
 
-def _kind_of_layout(shape: Architecture, padded: bool | None, exact: bool) -> type[Layout]:
-    only = shape.install_attention is None
-    if not (only if padded is None else padded):
-        if only:
-            raise UserError(f"{shape.model_type} models can only run padded batches; leave out padded=False.")
-        return Packed
-    if exact:
-        raise UserError("exact mode needs the packed stream; padded batches pad by the longest neighbour.")
-    return EncoderDecoder if shape.stacks > 1 else Padded
-
-
 def is_open(model: nn.Module) -> bool:
     """Whether the model carries an ``Adapters`` now."""
     return _OPEN in model.__dict__
-
-
-def _freeze(model: nn.Module) -> Callable[[], None]:
-    """Switch off gradients and dropout of the base; returns the function that restores both."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    model.requires_grad_(False)
-    model.eval()
-
-    def undo() -> None:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
-
-    return undo

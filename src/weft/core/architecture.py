@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from torch import nn
 
 from weft.core.route import Router
 from weft.errors import UserError, nearest
-from weft.patterns import pattern
+from weft.ops.loss import HeadForm
+from weft.patterns import last_parts, named, pattern
 
 # (model, router) -> the function that undoes the installation.
-AttentionInstaller = Callable[[nn.Module, Router], Callable[[], None]]
+Installer = Callable[[nn.Module, Router], Callable[[], None]]
 
 
 # The reason why no adapter can sit on a module that plays no part in the model's answer to a text.
 NEVER_CALLED = "is never called"
-
-
-@dataclass(frozen=True)
-class HeadForm:
-    """Logits are ``c tanh(s (W h + b) / c)``: ``scale`` s and ``softcap`` c (None: no cap), W the output layer."""
-
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ class Architecture:
     bidirectional: bool = False
     # Norms stand after the sum of a sub-layer and what it was given, not before the sub-layer.
     norms_sums: bool = False
-    # Of a classification head on this model (``weft.core.heads``), and where the base's own pooler is.
+    # Of a classification head on this model (``weft.heads``), and where the base's own pooler is.
     head_kind: str = "score"
     pooler: str | None = None
     # Modules that are not called with their rows first -> the argument that holds the rows (tables of positions that
@@ -86,7 +78,7 @@ class Architecture:
     # The module that the model's forward calls for its hidden states; "": ``model.base_model``.
     body: str = ""
     # The way from the output layer to logits; None: the model's own code (a dense layer and a norm before it, say).
-    head_form: HeadForm | None = HeadForm()
+    head_form: HeadForm | None = field(default_factory=HeadForm)
     # The body looks its embeddings up by itself, because it also needs the ids (inputs per layer).
     by_ids: bool = False
     # Linear modules that no adapter can sit on -> why (their weight is read, they are never called).
@@ -95,10 +87,10 @@ class Architecture:
     file_paths: Mapping[str, str | None] = field(default_factory=dict)
     # Makes the model attend along the packed stream. None: the model works on padded batches only, and
     # ``padded_because`` says why.
-    install_attention: AttentionInstaller | None = None
+    install_attention: Installer | None = None
     padded_because: str = ""
     # Makes modules of positions answer sequence by sequence, where their tables depend on the whole pass.
-    install_tables: AttentionInstaller | None = None
+    install_tables: Installer | None = None
     # (model, length, longer) -> whether those tables change while a text grows: keys in a cache keep the old ones.
     tables_move: Callable[[nn.Module, int, int], bool] | None = None
 
@@ -177,92 +169,14 @@ class Architecture:
         )
 
 
+def body_of(model: nn.Module, shape: Architecture) -> nn.Module:
+    """The module that turns embeddings into last hidden states."""
+    body = model.get_submodule(shape.body) if shape.body else model.base_model
+    assert isinstance(body, nn.Module)
+    return body
+
+
 def _matches(path: str, wanted: str | list[str]) -> bool:
     if isinstance(wanted, str):
         return wanted == "all-linear" or pattern(wanted, "target_modules").full(path) is not None
     return named(path, wanted)
-
-
-def named(path: str, names: Iterable[str]) -> bool:
-    """Whether one of the names is the path of a module or parameter, or the last parts of it, as in PEFT."""
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def last_parts(paths: Iterable[str]) -> set[str]:
-    """The last parts of paths: the names by which ``target_modules`` can name them."""
-    return {path.rsplit(".", 1)[-1] for path in paths}
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a matrix product over its last dimension: nn.Linear and its kin, or Conv1D."""
-    if any("Router" in kind.__name__ and "forward" in vars(kind) for kind in type(module).__mro__):
-        return False  # some are nn.Linear by birth, but give experts and their weights
-    return isinstance(module, nn.Linear) or type(module).__name__.removeprefix("Routed") == "Conv1D"
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a LayerNorm, an RMSNorm or one of their kin."""
-    return "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Whether the module is an activation function of torch or transformers."""
-    home, name = type(module).__module__, type(module).__name__.lower()
-    return home in ("torch.nn.modules.activation", "transformers.activations") or "gelu" in name
-
-
-def holds_experts(path: str, module: nn.Module) -> bool:
-    """Whether the module itself holds the matrices of many experts, which are no linears then."""
-    named = "expert" in path.lower() or "expert" in type(module).__name__.lower()
-    return named and not is_layer(module) and any(p.dim() > 1 for p in module.parameters(recurse=False))
-
-
-def is_experts(path: str, module: nn.Module) -> bool:
-    """Whether the module holds experts, and is called with the text's tokens and the experts that each one goes to.
-
-    Other modules are called with rows that are already sorted by expert, or another module reads their parameters.
-    """
-    stacked = any(p.dim() == 3 for p in module.parameters(recurse=False))
-    given = inspect.signature(plain_forward(module)).parameters if stacked else ()
-    return holds_experts(path, module) and any("index" in name or "indices" in name for name in given)
-
-
-def plain_forward(module: nn.Module) -> Callable[..., object]:
-    """The forward of the module's own class, also where it is a site."""
-    own = next(kind for kind in type(module).__mro__ if not kind.__name__.startswith("Routed"))
-    return cast(type[nn.Module], own).forward
-
-
-def is_router(path: str, module: nn.Module) -> bool:
-    """Whether the module chooses experts by a matrix that it holds itself."""
-    name = f"{path.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
-    named = any(word in name for word in ("router", "gate", "gating"))
-    inner = holds_layers(module)
-    own = any(p.dim() == 2 for p in module.parameters(recurse=False))
-    return named and own and not inner and not is_layer(module)
-
-
-def holds_layers(module: nn.Module) -> bool:
-    """Whether there is a linear, norm, embedding or convolution inside, on which adapters can sit."""
-    return any(is_layer(inner) for inner in module.modules() if inner is not module)
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether the module is one of torch's own kinds that hold a weight: linear, norm, embedding, convolution."""
-    known = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return is_linear(module) or is_norm(module) or isinstance(module, known)
-
-
-def linears_in(model: nn.Module, blocks: Iterable[str]) -> tuple[str, ...]:
-    """Paths of the linears in these blocks of the model."""
-    inside = (found for block in blocks for found in model.get_submodule(block).named_modules(prefix=block))
-    return tuple(path for path, module in inside if is_linear(module))
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a module for which ``is_linear`` holds."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight.shape[0], weight.shape[1]

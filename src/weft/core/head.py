@@ -1,7 +1,7 @@
 """A head: what turns hidden states into a loss and an answer.
 
 An adapter without a head of its own has the base's, whose answers are tokens (``TokenHead``); a classification job
-brings one (``weft.core.heads``). Who trains, evaluates, generates or merges asks the head and never which it is.
+brings one (``weft.heads``). Who trains, evaluates, generates or merges asks the head and never which it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import ClassVar, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 class Batch(Protocol):
@@ -183,9 +182,3 @@ def supervised(
     return Supervised(
         at, wanted, torch.tensor(weights, device=device, dtype=torch.float64), sequence=of, num_sequences=count
     )
-
-
-def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """``-log softmax(logits)[target]`` [n] (float32, or float64 for float64 input) of the logits [n, answers]."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(wide, targets, reduction="none")

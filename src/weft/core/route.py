@@ -9,7 +9,6 @@ own forward through ``Router.contexts``.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -18,8 +17,7 @@ from typing import Any, ClassVar, Protocol, final
 import torch
 from torch import Tensor
 
-from weft.core.groups import Groups
-from weft.core.rows import Rows
+from weft.core.rows import Groups, Rows
 from weft.errors import UserError
 from weft.ops.attention import SequenceLayout
 
@@ -67,6 +65,13 @@ class Segment:
     padded: bool = False
     neftune_alpha: float = 0.0
     call: Any = None
+
+    def inside(self, x: Tensor) -> Tensor | None:
+        """Where the tokens are in its rows x [B, T, d] of a padded batch, [B, T]; None: in a stream all rows are."""
+        if not self.padded:
+            return None
+        lengths = torch.tensor(self.lengths, device=x.device)
+        return torch.arange(x.shape[1], device=x.device) < lengths[:, None]
 
 
 @dataclass(frozen=True)
@@ -259,28 +264,6 @@ class BatchRoute(Route):
         if before and is_mask and value.shape[-1] == before + width:
             value = value[..., before:]
         return value[first * each : (first + self.sizes[index]) * each] if each else value
-
-
-def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from its parts, the same on every machine and in every run."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def seeded_dropout(x: Tensor, p: float, segment: Segment, site: str) -> Tensor:
-    """Inverted dropout of x, [1, N, d] or padded [B, T, d], by a mask that only the segment's seed and the site fix."""
-    if p <= 0.0 or segment.seed is None:
-        return x
-    generator = torch.Generator(device=x.device)
-    generator.manual_seed(stable_seed(segment.seed, site))
-    if not segment.padded:
-        mask = torch.empty_like(x).bernoulli_(1.0 - p, generator=generator)
-        return x * mask.div_(1.0 - p)
-    # Padded [B, T, d]: drawn for the tokens alone, as in the stream, for T is the longest neighbour's length.
-    lengths = torch.tensor(segment.lengths, device=x.device)
-    inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-    kept = x.new_empty(segment.tokens, x.shape[-1]).bernoulli_(1.0 - p, generator=generator)
-    return x * torch.zeros_like(x).masked_scatter(inside[..., None], kept.div_(1.0 - p))
 
 
 class Router:

@@ -8,14 +8,13 @@ the old class back removes every trace.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from weft.base.mixin import Mixin, mixed
 from weft.core.adapter import InputFunction, ParameterFunction, SiteFunction
 from weft.core.route import Route, Router
 from weft.core.rows import Call, split_call
@@ -44,12 +43,21 @@ class Site:
     linear (experts held as one tensor, routers) and what it computes with them is its own affair.
     """
 
-    def __init__(self, path: str, router: Router, base_class: type[nn.Module]) -> None:
+    def __init__(
+        self,
+        path: str,
+        router: Router,
+        base_class: type[nn.Module],
+        *,
+        rows_name: str | None = None,
+        apart: bool = False,
+        alone_if_exact: bool = False,
+    ) -> None:
         self.path = path
         # A pooler sees one row per sequence: a job's head calls it under a route of such rows (full fine-tuning).
         self.pools = "pooler" in path.split(".")
         # The argument that holds the module's rows, if it is not the first (``Architecture.rows_named``).
-        self.rows_name: str | None = None
+        self.rows_name = rows_name
         self.router = router
         self.base_class = base_class
         self.inputs: dict[str, InputFunction] = {}
@@ -57,9 +65,9 @@ class Site:
         self.inserted: dict[str, list[nn.Module]] = {}
         self.parameters: dict[str, Mapping[str, ParameterFunction]] = {}
         # A module that mixes rows by its parameters (experts) sees each segment by itself in exact mode.
-        self.alone_if_exact = False
+        self.alone_if_exact = alone_if_exact
         # A module that mixes rows in any case (``mixes_rows``) sees each segment by itself under every route.
-        self.apart = False
+        self.apart = apart
 
     @property
     def empty(self) -> bool:
@@ -205,17 +213,12 @@ def _shadowed(module: nn.Module, functions: Mapping[str, ParameterFunction]) -> 
             module.__dict__.pop(name, None)
 
 
-class _RoutedForward:
+class _RoutedForward(Mixin):
     """The part that a swapped class adds to its base class."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
         site: Site = self.__dict__[_SITE]
-        return site.run(cast(nn.Module, self), args, kwargs)
-
-
-@functools.cache
-def _routed_class(base_class: Any) -> Any:
-    return type(f"Routed{base_class.__name__}", (_RoutedForward, base_class), {"__module__": __name__})
+        return site.run(self, args, kwargs)
 
 
 def mixes_rows(module: nn.Module) -> bool:
@@ -235,7 +238,15 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if site is None else site.base_class
 
 
-def attach(module: nn.Module, path: str, router: Router) -> Site:
+def attach(
+    module: nn.Module,
+    path: str,
+    router: Router,
+    *,
+    rows_name: str | None = None,
+    apart: bool = False,
+    alone_if_exact: bool = False,
+) -> Site:
     """Turn ``module`` into a site (or return the one it already is).
 
     Raises:
@@ -250,9 +261,9 @@ def attach(module: nn.Module, path: str, router: Router) -> Site:
             "the adapters. Load the model without device_map hooks, or call accelerate.hooks.remove_hook_from_module."
         )
     base_class = type(module)
-    site = Site(path, router, base_class)
+    site = Site(path, router, base_class, rows_name=rows_name, apart=apart, alone_if_exact=alone_if_exact)
     module.__dict__[_SITE] = site
-    module.__class__ = _routed_class(cast(Any, base_class))
+    module.__class__ = mixed("Routed", _RoutedForward, base_class)
     return site
 
 
@@ -271,7 +282,7 @@ def replace_class(module: nn.Module, base_class: type[nn.Module]) -> None:
         module.__class__ = base_class
         return
     site.base_class, site.apart = base_class, False
-    module.__class__ = _routed_class(cast(Any, base_class))
+    module.__class__ = mixed("Routed", _RoutedForward, base_class)
 
 
 @contextlib.contextmanager

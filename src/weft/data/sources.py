@@ -193,7 +193,7 @@ def _part(size: int, count: int, seed: int, number: int, epoch: int) -> tuple[in
 def _shuffled(size: int, *seed: object) -> list[int]:
     import torch  # imported here, because it takes seconds and reading data does not need it
 
-    from weft.core.route import stable_seed
+    from weft.ops.seeds import stable_seed
 
     order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(stable_seed(*seed))).tolist()
     return order

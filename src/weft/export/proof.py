@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from weft.base.embeddings import config_of
 from weft.core.adapters import Adapters
-from weft.core.embeddings import config_of
-from weft.core.seq2seq import start_token
 from weft.data import Message, Renderer, Sample, unlabelled_sample
+from weft.layouts.encoder_decoder import start_token
 from weft.merge.model import check_as_written
 from weft.models import gate
 from weft.objectives.passes import logits_of

@@ -18,21 +18,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, BuildContext, MethodConfig, check_name
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.adapters import Adapters
 from weft.core.architecture import Architecture
-from weft.core.combined import CombinedConfig
-from weft.core.heads import PREFIXES, ClassificationTask
-from weft.core.registry import METHODS, method_config
 from weft.core.route import Router
-from weft.core.tensors import checked
 from weft.errors import UserError
 from weft.files.peft_config import HEAD_MODULES, check_agreement, read_foreign, without_tables
 from weft.files.tensor_names import in_file, normalised
 from weft.files.tensors import check_digests, check_values, read_tensors, save_tensors
 from weft.foreign import entry, expect, read_json
+from weft.heads.classification import PREFIXES, ClassificationTask
 from weft.libraries import paths_in_files
+from weft.methods.combined import CombinedConfig
 from weft.methods.dense import how_kept
+from weft.methods.registry import METHODS
+from weft.ops.copying import checked
+from weft.patterns import check_name
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "encoder.safetensors"
@@ -57,8 +58,7 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
     if adapter.parts[0] is not adapter:
         names = [f"{i}-{part.config.method}" for i, part in enumerate(adapter.parts, 1)]
         for name, part in zip(names, adapter.parts, strict=True):
-            part.provenance = adapter.provenance or part.provenance
-            part.trained_on = adapter.trained_on or part.trained_on
+            part.record_origin(adapter.provenance or part.provenance, adapter.trained_on or part.trained_on)
             save(part, architecture, folder / name, base_name=base_name)
         if own_head := _stored_head(adapter):
             digests[WEIGHTS] = save_tensors(own_head, folder / WEIGHTS)
@@ -94,7 +94,7 @@ def save_adapter(adapters: Adapters, name: str, folder: Path, *, base_name: str 
     """
     adapter = adapters[name]
     if adapter.trained_on is None:
-        adapter.trained_on = how_kept(adapters.model, adapters.dtype)
+        adapter.record_origin(adapter.provenance, how_kept(adapters.model, adapters.dtype))
     save(adapter, adapters.architecture, folder, base_name=base_name)
 
 
@@ -106,9 +106,8 @@ def load_adapter(adapters: Adapters, name: str, folder: Path, *, tokenizer: Any 
     """
     config, tensors, task = read(folder, adapters.model)
     provenance = provenance_of(folder)
-    adapter = add_with_tensors(adapters, name, config, tensors, tokenizer=tokenizer, classification=task)
-    adapter.provenance = provenance
-    adapter.trained_on = trained_on(folder) or {}
+    adapter = add_with_tensors(adapters, name, config, tensors, tokenizer=tokenizer, head=task)
+    adapter.record_origin(provenance, trained_on(folder) or {})
     return adapter
 
 
@@ -232,7 +231,7 @@ def read(
         if own:
             method, settings = entry(own, "method", str, str(path)), entry(own, "config", dict, str(path))
             _check_sizes(settings, tensors, str(path))
-            config = method_config(method)(**settings)
+            config = METHODS.find(method)(**settings)
             check_agreement(path, config, folder / CONFIG, entries)
             if (folder / EXTRA).is_file():  # inference does not need it
                 tensors |= _checked_tensors(folder / EXTRA, own)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from weft.core.adapter import MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.heads import PREFIXES, ClassificationTask, task_of_tensors
-from weft.core.registry import METHODS
 from weft.errors import UserError
 from weft.foreign import expect
+from weft.heads.classification import PREFIXES, ClassificationTask, task_of_tensors
+from weft.methods.registry import METHODS
 
 # Under these two names peft looks for a classification head.
 HEAD_MODULES = ("classifier", "score")

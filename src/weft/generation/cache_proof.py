@@ -15,8 +15,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from weft.base.embeddings import input_embeddings
 from weft.core.adapters import Adapters
-from weft.core.embeddings import input_embeddings
 from weft.core.stream import Part
 from weft.generation.lockstep import Group
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.core.body import body_of
+from weft.core.architecture import body_of
 from weft.core.layout import Counts, Decoding
-from weft.core.stream import Part, Stream, embed, padded_prefix, run_body
+from weft.core.stream import Part, Stream
+from weft.layouts.building import embed, run_body
+from weft.layouts.padded_batch import padded_prefix
 from weft.libraries import CACHE_NAMES, cache_name, growing_cache
 
 # A model's output may have the cache under these names; its forward takes it back under the same.

@@ -15,7 +15,6 @@ import torch
 
 from weft.adapters import Adapters
 from weft.assets import EMBEDDED_MODELS
-from weft.core.heads import ClassificationTask
 from weft.data import Message, Prompt, Renderer
 from weft.data.provenance import Provenance, make_renderer
 from weft.errors import UserError
@@ -31,6 +30,7 @@ from weft.files.adapter_folder import (
 )
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.generation.engine import check_writes
+from weft.heads.classification import ClassificationTask
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.models.quantize import Quantization
@@ -293,7 +293,7 @@ def _add_adapters(
             jobs[name].method_config(),
             seed=jobs[name].seed,
             tokenizer=tokenizer,
-            classification=ClassificationTask(tuple(named)) if named else None,
+            head=ClassificationTask(tuple(named)) if named else None,
         )
         stored = tensors.get(name, {})
         with torch.no_grad():

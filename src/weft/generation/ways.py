@@ -16,16 +16,18 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
+from weft.base.embeddings import input_embeddings
 from weft.core.adapters import Adapters
-from weft.core.embeddings import input_embeddings
-from weft.core.layout import Counts, Decoding, Layout, Packed, Padded
-from weft.core.seq2seq import Decoder, EncoderDecoder
+from weft.core.layout import Counts, Decoding, Layout
 from weft.core.stream import Part
 from weft.generation import cache_proof
 from weft.generation.cache import KeyValueCache
 from weft.generation.cache_proof import MANY, Kind
 from weft.generation.lockstep import Group
 from weft.generation.sampling import Sampling
+from weft.layouts.encoder_decoder import Decoder, EncoderDecoder
+from weft.layouts.packed import Packed
+from weft.layouts.padded_batch import Padded
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from weft.base.embeddings import config_of
 from weft.core.adapters import Adapters
-from weft.core.embeddings import config_of
 from weft.core.stream import Part
 from weft.errors import UserError
 

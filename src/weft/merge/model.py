@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from weft.base.embeddings import config_of
 from weft.core.architecture import Architecture
-from weft.core.embeddings import config_of
 from weft.core.head import Head
 from weft.errors import UserError
 from weft.files.tensors import read_tensors

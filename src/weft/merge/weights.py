@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.base.embeddings import input_embeddings
+from weft.base.kinds import is_layer
 from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
-from weft.core.architecture import Architecture, is_layer
-from weft.core.embeddings import input_embeddings
+from weft.core.architecture import Architecture
 from weft.errors import UserError
 from weft.merge.blocks import check_numbers
 from weft.methods.mergeable import LARGE, Mergeable, MergeableParameter, MergedBlock, MergedModule

@@ -1,8 +1,6 @@
 """The methods, one file each. A new method is its file and one line here; or a file outside (docs/extending.md)."""
 
 from weft.core.adapter import MethodConfig
-from weft.core.registry import METHODS as METHODS
-from weft.core.registry import register_method as register_method
 from weft.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from weft.methods.bitfit import BitFitConfig as BitFitConfig
 from weft.methods.bottleneck import BottleneckConfig as BottleneckConfig
@@ -17,6 +15,8 @@ from weft.methods.p_tuning import PTuningConfig as PTuningConfig
 from weft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
 from weft.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from weft.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from weft.methods.registry import METHODS as METHODS
+from weft.methods.registry import register_method as register_method
 from weft.methods.vera import VeraConfig as VeraConfig
 
 METHODS.update(

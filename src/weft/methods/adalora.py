@@ -23,15 +23,17 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from weft.base.kinds import linear_shape
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.architecture import Architecture, linear_shape
-from weft.core.route import Segment, seeded_dropout
-from weft.core.site_adapter import SiteAdapter
-from weft.core.tensors import checked, copy_into
+from weft.core.architecture import Architecture
+from weft.core.route import Segment
 from weft.errors import UserError
+from weft.methods.dropout import seeded_dropout
 from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
 from weft.methods.mergeable import MergedModule
-from weft.ops.lowrank import low_rank_add, low_rank_merged
+from weft.methods.site_adapter import SiteAdapter
+from weft.ops.copying import checked, copy_into
+from weft.ops.lowrank import low_rank_add
 
 
 class AdaLoraConfig(LowRankConfig):
@@ -132,8 +134,7 @@ class SvdLinear(nn.Module):
 
     def merge_into(self, merged: MergedModule) -> None:
         """W + s P Λ Q."""
-        q = merged.cast(self.lora_A) * merged.cast(self.lora_E)
-        merged.weight = low_rank_merged(merged.weight, q, merged.cast(self.lora_B), self.scaling)
+        merged.add_low_rank(merged.cast(self.lora_A) * merged.cast(self.lora_E), self.lora_B, self.scaling)
 
     def orthogonality(self) -> Tensor:
         """||Pᵀ P - I||² + ||Q Qᵀ - I||², a scalar."""

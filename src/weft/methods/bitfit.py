@@ -8,13 +8,14 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
+from weft.base.kinds import is_linear, linear_shape
 from weft.combine.rules import ON_CHANGES
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.architecture import Architecture, is_linear, linear_shape
+from weft.core.architecture import Architecture
 from weft.core.route import Segment
-from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError, nearest
 from weft.methods.mergeable import MergedModule
+from weft.methods.site_adapter import SiteAdapter
 
 
 class BitFitConfig(MethodConfig):

@@ -21,10 +21,12 @@ from transformers.activations import ACT2CLS, get_activation
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, SiteFunction
 from weft.core.architecture import Architecture
-from weft.core.route import Segment, seeded_dropout
-from weft.core.site_adapter import SiteAdapter
+from weft.core.route import Segment
 from weft.errors import UserError, nearest
 from weft.methods.adapterhub import adapterhub_settings
+from weft.methods.dropout import seeded_dropout
+from weft.methods.initial import kaiming_uniform
+from weft.methods.site_adapter import SiteAdapter
 
 # Activations with weights of their own are left out.
 NON_LINEARITIES = ("leakyrelu", *sorted(set(ACT2CLS) - {"prelu", "xielu"}))
@@ -303,7 +305,7 @@ def _initial(config: BottleneckConfig, part: str, shape: tuple[int, int], contex
         return values.to(context.device, context.dtype)
     if part == "up":
         return context.zeros(*shape)
-    return context.uniform(*shape, inputs=shape[1])
+    return kaiming_uniform(context, *shape, inputs=shape[1])
 
 
 class Bottleneck(SiteAdapter):

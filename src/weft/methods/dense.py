@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import is_linear
+from weft.base.kinds import is_linear
 from weft.core.site import replace_class
 
 

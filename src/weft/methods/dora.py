@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.core.adapter import BuildContext
-from weft.core.route import Segment, seeded_dropout
+from weft.core.route import Segment
 from weft.methods.dense import dense_weight
+from weft.methods.dropout import seeded_dropout
 from weft.methods.mergeable import MergedModule
-from weft.ops.lowrank import low_rank, low_rank_merged, row_norms
+from weft.ops.lowrank import low_rank, row_norms
 
 
 class VariantLinear(nn.Module):
@@ -84,15 +85,15 @@ class VariantLinear(nn.Module):
     def merge_into(self, merged: MergedModule) -> None:
         """W + s B A. DoRA's lengths are those of the base's weight, and do not change its bias."""
         a, b = (merged.cast(factor) for factor in self.factors())
-        merged.weight = low_rank_merged(merged.weight, a, b, self.scaling)
+        merged.add_low_rank(a, b, self.scaling)
         if self.lora_magnitude_vector is None:
             return
         length = merged.cast(self.lora_magnitude_vector) / row_norms(merged.base_weight, a, b, self.scaling)
-        merged.weight = length[:, None] * merged.weight
-        if merged.bias is not None:
-            own = merged.bias if merged.base_bias is None else merged.bias - merged.base_bias
-            merged.bias = None
-            merged.add_bias(length * own if merged.base_bias is None else length * own + merged.base_bias)
+        bias = merged.bias
+        if bias is not None:
+            base = merged.base_bias
+            bias = length * bias if base is None else length * (bias - base) + base
+        merged.put(length[:, None] * merged.weight, bias)
 
 
 class LoraEmbedding(nn.Module):
@@ -138,7 +139,7 @@ class LoraEmbedding(nn.Module):
     def merge_into(self, merged: MergedModule) -> None:
         """E + s (B A)ᵀ, DoRA's lengths by column."""
         a, b = merged.cast(self.lora_embedding_A), merged.cast(self.lora_embedding_B)
-        merged.weight = low_rank_merged(merged.weight, b.t(), a.t(), self.scaling)
+        merged.add_low_rank(b.t(), a.t(), self.scaling)
         if self.lora_magnitude_vector is not None:
             norms = row_norms(merged.base_weight.t(), a, b, self.scaling)
-            merged.weight = merged.weight * (merged.cast(self.lora_magnitude_vector) / norms)
+            merged.put(merged.weight * (merged.cast(self.lora_magnitude_vector) / norms), merged.bias)

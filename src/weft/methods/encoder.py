@@ -11,10 +11,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from weft.base.embeddings import input_embeddings
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.embeddings import input_embeddings
-from weft.core.tensors import copy_into
 from weft.errors import UserError
+from weft.methods.initial import kaiming_uniform
+from weft.ops.copying import copy_into
 
 KEY = "prompt_embeddings"
 _ENCODER = "encoder."
@@ -110,7 +111,7 @@ def drawn(module: M, inputs: int, context: BuildContext) -> M:
     module = module.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(context.uniform(*parameter.shape, inputs=inputs))
+            parameter.copy_(kaiming_uniform(context, *parameter.shape, inputs=inputs))
     return module
 
 

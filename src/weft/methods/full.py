@@ -14,9 +14,9 @@ from torch import Tensor
 
 from weft.combine.rules import ON_CHANGES
 from weft.core.adapter import BuildContext, MethodConfig
-from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
 from weft.methods.own_weights import delta_layers
+from weft.methods.site_adapter import SiteAdapter
 
 
 class FullConfig(MethodConfig):

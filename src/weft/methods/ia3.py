@@ -13,13 +13,14 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from weft.base.kinds import linear_shape
 from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig, SiteFunction
-from weft.core.architecture import Architecture, last_parts, linear_shape
+from weft.core.architecture import Architecture
 from weft.core.route import Segment
-from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
 from weft.methods.mergeable import MergedModule
-from weft.patterns import pattern
+from weft.methods.site_adapter import SiteAdapter
+from weft.patterns import last_parts, pattern
 
 # The linears of the keys and of the values. The paper never scales keys alone (Zaya's values come from two linears of
 # other names).
@@ -143,8 +144,7 @@ class IA3Scale(nn.Module):
         if self.inner:
             merged.scale_input(scale)
             return
-        merged.weight = scale[:, None] * merged.weight
-        merged.bias = None if merged.bias is None else scale * merged.bias
+        merged.put(scale[:, None] * merged.weight, None if merged.bias is None else scale * merged.bias)
 
 
 class IA3(SiteAdapter):

@@ -7,6 +7,7 @@ A block computes ``x' = x + Attn(n(x))``, ``y = x' + MLP(n(x'))``. With the last
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -14,13 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from weft.base.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointed
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointed
-from weft.core.inserted import copy_block
 from weft.core.route import Router
 from weft.core.site import Site, detach
-from weft.core.site_adapter import SiteAdapter
 from weft.errors import UserError
+from weft.methods.site_adapter import SiteAdapter
 
 
 class LlamaProConfig(MethodConfig):
@@ -101,10 +101,20 @@ class LlamaPro(Adapter):
         }
 
 
+def _copy(block: nn.Module, shared: tuple[type, ...]) -> nn.Module:
+    """A deep copy that shares the model's configuration and every object of the ``shared`` types (routers, sites)."""
+    memo: dict[int, object] = {}
+    for module in block.modules():
+        for key, value in module.__dict__.items():
+            if key == "config" or isinstance(value, shared):
+                memo[id(value)] = value
+    return copy.deepcopy(block, memo)
+
+
 def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
     """A copy of the block at ``path`` that is the identity; ``number`` is its layer in a KV cache."""
     shape, source = context.architecture, context.model.get_submodule(path)
-    block = copy_block(source, (Router, Site))
+    block = _copy(source, (Router, Site))
     for module in block.modules():
         detach(module)
         if isinstance(getattr(module, "layer_idx", None), int):

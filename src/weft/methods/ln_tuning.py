@@ -8,11 +8,11 @@ from typing import ClassVar
 from pydantic import Field
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.architecture import Architecture, last_parts, named
-from weft.core.site_adapter import SiteAdapter
+from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest
 from weft.methods.own_weights import OwnWeights, weight_parts
-from weft.patterns import pattern
+from weft.methods.site_adapter import SiteAdapter
+from weft.patterns import last_parts, named, pattern
 
 _STORED = "ln_tuning_layers"
 

@@ -13,14 +13,14 @@ from typing import ClassVar, cast
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
+from weft.base.kinds import linear_shape
 from weft.combine.rules import ON_PRODUCTS, Combination, Source
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, ParameterFunction
-from weft.core.architecture import Architecture, linear_shape, named
-from weft.core.route import Segment, seeded_dropout
-from weft.core.site_adapter import SiteAdapter
-from weft.core.tensors import checked, copy_into
+from weft.core.architecture import Architecture
+from weft.core.route import Segment
 from weft.errors import UserError
 from weft.methods.dora import LoraEmbedding, VariantLinear
+from weft.methods.dropout import seeded_dropout
 from weft.methods.lora_combine import combine_lora
 from weft.methods.lora_init import drawn_factors, loftq_initial_factors, pissa_factors
 from weft.methods.lora_parameters import (
@@ -33,7 +33,10 @@ from weft.methods.lora_parameters import (
 )
 from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
 from weft.methods.mergeable import MergedModule
-from weft.ops.lowrank import low_rank_add, low_rank_merged
+from weft.methods.site_adapter import SiteAdapter
+from weft.ops.copying import checked, copy_into
+from weft.ops.lowrank import low_rank_add
+from weft.patterns import named
 
 # PEFT's other initialisations (pissa, olora, corda, loftq, lora_ga) subtract B A from the base, or quantise it.
 _INITS_THAT_KEEP_THE_BASE = frozenset({"gaussian", "eva", "orthogonal"})
@@ -197,7 +200,7 @@ class LoraLinear(nn.Module):
 
     def merge_into(self, merged: MergedModule) -> None:
         """W + s B A."""
-        merged.weight = low_rank_merged(merged.weight, merged.cast(self.lora_A), merged.cast(self.lora_B), self.scaling)
+        merged.add_low_rank(self.lora_A, self.lora_B, self.scaling)
 
 
 def _make_layer(config: LoraConfig, path: str, base: nn.Module, context: BuildContext) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from weft.core.adapter import BuildContext
 from weft.errors import UserError
 from weft.methods.dense import dense_weight
+from weft.methods.initial import kaiming_uniform
 from weft.ops.lowrank import loftq_factors, principal_factors, sketched_factors
 
 
@@ -22,7 +23,7 @@ def drawn_factors(
     if init == "gaussian":
         a = context.normal(count * rank, inputs, std=1.0 / rank)
     else:
-        a = context.uniform(count * rank, inputs, inputs=inputs)
+        a = kaiming_uniform(context, count * rank, inputs, inputs=inputs)
     if init:
         return a, context.zeros(outputs, count * rank)
     return a, context.normal(outputs, count * rank, std=1.0 / math.sqrt(3 * inputs))

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.base.kinds import holds_experts, holds_layers, is_layer, is_linear
 from weft.core.adapter import BuildContext
-from weft.core.architecture import Architecture, holds_experts, holds_layers, is_layer, is_linear, named
+from weft.core.architecture import Architecture
 from weft.core.site import plain_class
 from weft.errors import UserError, nearest
 from weft.methods.lora_init import drawn_factors
 from weft.methods.mergeable import LARGE
 from weft.ops.lowrank import low_rank_merged, stacked_low_rank_add
-from weft.patterns import pattern
+from weft.patterns import named, pattern
 
 
 def find_parameters(names: Sequence[str], context: BuildContext) -> tuple[list[str], list[tuple[str, str]]]:

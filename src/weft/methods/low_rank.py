@@ -9,14 +9,15 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from weft.base.kinds import is_linear, linear_shape
 from weft.core.adapter import BuildContext, MethodConfig
-from weft.core.architecture import Architecture, is_linear, last_parts, linear_shape, named
+from weft.core.architecture import Architecture
 from weft.core.site import plain_class
-from weft.core.site_adapter import SavesModules, SiteAdapter
 from weft.errors import UserError
 from weft.foreign import expect
 from weft.methods.own_weights import OwnWeights, saved_biases, saved_modules
-from weft.patterns import pattern
+from weft.methods.site_adapter import SavesModules, SiteAdapter
+from weft.patterns import last_parts, named, pattern
 
 
 class LowRankConfig(SavesModules):

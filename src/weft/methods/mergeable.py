@@ -8,8 +8,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import is_linear
+from weft.base.kinds import is_linear
 from weft.methods.dense import dense_weight
+from weft.ops.lowrank import low_rank_merged
 
 # Matrices with more entries than this are worked out in single precision (a table of 150,000 tokens in double
 # precision would take 5 GB a copy).
@@ -38,6 +39,14 @@ class MergedModule:
     def cast(self, tensor: Tensor) -> Tensor:
         """A tensor of the adapter, of any shape, in the precision of the merge."""
         return tensor.detach().to(self.weight)
+
+    def put(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take these for the module's weight and bias, in the shapes of ``weight`` and ``bias``."""
+        self.weight, self.bias = weight, bias
+
+    def add_low_rank(self, a: Tensor, b: Tensor, scaling: float) -> None:
+        """Make the weight ``W + scaling b a``, of a [r, in] and b [out, r]."""
+        self.weight = low_rank_merged(self.weight, self.cast(a), self.cast(b), scaling)
 
     def add_bias(self, change: Tensor) -> None:
         """Make the output ``y + change``, of change [out]."""

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weft.base.kinds import is_linear, is_norm
 from weft.core.adapter import BuildContext
-from weft.core.architecture import NEVER_CALLED, is_linear, is_norm, last_parts
+from weft.core.architecture import NEVER_CALLED
 from weft.core.route import Segment
 from weft.core.site import _SITE, plain_class, site_of
 from weft.errors import UserError
 from weft.methods.mergeable import MergedModule
+from weft.patterns import last_parts
 
 
 def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:
@@ -117,7 +119,7 @@ class WeightDelta(nn.Module):
     def merge_into(self, merged: MergedModule) -> None:
         """W + ΔW, b + Δb."""
         if self.weight_delta is not None:
-            merged.weight = merged.weight + merged.laid_out(merged.cast(self.weight_delta))
+            merged.put(merged.weight + merged.laid_out(merged.cast(self.weight_delta)), merged.bias)
         if self.bias_delta is not None:
             merged.add_bias(self.bias_delta)
 
@@ -214,8 +216,8 @@ class OwnWeights(nn.Module):
             assert merged.base_bias is not None
             merged.add_bias(own["bias"] - merged.base_bias)
             return
-        merged.weight = merged.laid_out(own["weight"]) if "weight" in own else merged.base_weight
-        merged.bias = own.get("bias", merged.base_bias)
+        weight = merged.laid_out(own["weight"]) if "weight" in own else merged.base_weight
+        merged.put(weight, own.get("bias", merged.base_bias))
 
 
 def saved_modules(names: Sequence[str] | None, context: BuildContext) -> dict[str, OwnWeights]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.route import stable_seed
 from weft.methods.encoder import RowEncoder, drawn, linear, normal_rows, orthogonal, sampled_ids
 from weft.methods.prompt_tuning import PromptTuning, SoftPromptConfig, embedded, embedding_width
+from weft.ops.seeds import stable_seed
 
 
 class PTuningConfig(SoftPromptConfig):

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from weft.base.embeddings import config_of
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.architecture import Architecture
-from weft.core.embeddings import config_of
 from weft.core.route import PrefixStates
 from weft.errors import UserError
 from weft.libraries import cache_name
@@ -63,7 +63,7 @@ class DeepPromptConfig(MethodConfig):
         return {
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_layers": architecture.num_layers,
-            # 2 makes PEFT give the keys to the decoder (see weft.core.seq2seq).
+            # 2 makes PEFT give the keys to the decoder (see weft.layouts.encoder_decoder).
             "num_transformer_submodules": architecture.stacks,
             # PEFT's own reading under grouped-query attention: the width and heads of keys, not of queries.
             "num_attention_heads": architecture.num_kv_heads,

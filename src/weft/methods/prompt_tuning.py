@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from weft.base.embeddings import input_embeddings
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, Run
 from weft.core.architecture import Architecture
-from weft.core.embeddings import input_embeddings
 from weft.errors import UserError
 from weft.methods.encoder import EncodedRows, RowEncoder, repeated, sampled_ids, text_ids
 

@@ -11,12 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from weft.base.kinds import linear_shape
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.architecture import Architecture, linear_shape
-from weft.core.route import Segment, seeded_dropout
-from weft.core.site_adapter import SiteAdapter
+from weft.core.architecture import Architecture
+from weft.core.route import Segment
+from weft.methods.dropout import seeded_dropout
 from weft.methods.mergeable import MergedModule
-from weft.ops.lowrank import low_rank_merged
+from weft.methods.site_adapter import SiteAdapter
 
 
 class VeraConfig(MethodConfig):
@@ -86,7 +87,7 @@ class VeraLinear(nn.Module):
     def merge_into(self, merged: MergedModule) -> None:
         """W + Λ_b B Λ_d A."""
         a, b = merged.cast(self.vera_lambda_d)[:, None] * merged.cast(self.a), merged.cast(self.b)
-        merged.weight = low_rank_merged(merged.weight, a, merged.cast(self.vera_lambda_b)[:, None] * b, 1.0)
+        merged.add_low_rank(a, merged.cast(self.vera_lambda_b)[:, None] * b, 1.0)
 
 
 class Vera(SiteAdapter):

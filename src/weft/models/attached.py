@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
-from weft.core.route import stable_seed
 from weft.core.site import mixes_rows, without_sites
-from weft.core.site_adapter import SiteAdapter
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.methods.site_adapter import SiteAdapter
 from weft.models import trial
 from weft.models.difference import first_beside
+from weft.ops.seeds import stable_seed
 
 # Rounding, in units of the last place of the largest number: the two halves of a batch differ by hardly more.
 _UNITS = 256

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bloom.modeling_bloom import BloomAttention
 
-from weft.core.attention import attend
-from weft.core.embeddings import config_of
+from weft.base.embeddings import config_of
 from weft.core.route import Router
+from weft.layouts.attention import attend
 from weft.models.interface import NAME, ROUTER
 
 

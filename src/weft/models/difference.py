@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
-from weft.core.architecture import Architecture
-from weft.core.body import body_of
+from weft.core.architecture import Architecture, body_of
 from weft.core.site import plain_class, without_sites
 from weft.core.stream import Part
+from weft.layouts.choice import layout_for
 
 # Relative to a module's largest output. This is far above rounding, because the first wrong module is wrong by more.
 _NEAR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -71,7 +71,7 @@ def first_difference(
     """
     with _recorded(model) as alone:
         own([sequences[place]])
-    with contextlib.closing(Adapters(model, shape)) as adapters, _recorded(model) as ours:
+    with contextlib.closing(Adapters(model, shape, layout_for(shape))) as adapters, _recorded(model) as ours:
         stream = adapters.stream([Part(None, sequences)])
         adapters.logits(adapters.forward(stream))
     rows = slice(sum(len(s) for s in sequences[:place]), sum(len(s) for s in sequences[: place + 1]))

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from weft.core.architecture import Architecture, HeadForm, is_activation, is_norm, linears_in
-from weft.core.embeddings import config_of, input_embeddings, output_head, stacks
-from weft.core.seq2seq import start_token
+from weft.base.embeddings import config_of, input_embeddings, output_head, stacks
+from weft.base.kinds import is_activation, is_norm, linears_in
+from weft.core.architecture import Architecture
 from weft.errors import UserError
+from weft.layouts.encoder_decoder import start_token
+from weft.ops.loss import HeadForm
 
 
 @dataclass(frozen=True)

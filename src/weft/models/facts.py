@@ -10,24 +10,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from weft.core.architecture import (
-    Architecture,
-    AttentionInstaller,
-    HeadForm,
-    is_activation,
-    is_experts,
-    is_linear,
-    is_norm,
-    is_router,
-    linear_shape,
-    linears_in,
-)
-from weft.core.embeddings import config_of, input_embeddings, output_head
+from weft.base.embeddings import config_of, input_embeddings, output_head
+from weft.base.kinds import is_activation, is_experts, is_linear, is_norm, is_router, linear_shape, linears_in
+from weft.core.architecture import Architecture, Installer
 from weft.errors import UserError
 from weft.libraries import paths_in_files
 from weft.models.bloom import install_bloom
 from weft.models.encoder_decoder import describe_encoder_decoder
 from weft.models.interface import install_bidirectional, install_interface
+from weft.ops.loss import HeadForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,13 +30,13 @@ class Facts:
 
     ``install`` leads its attention along the stream, by the interface or in its own way (None: not at all). In an
     ``encoder`` every token sees the whole text, and its first token stands for the class, through a head of the kind
-    ``head`` (``weft.core.heads``). With ``padding_first`` positions begin after the pad token's id. ``outside`` holds
+    ``head`` (``weft.heads``). With ``padding_first`` positions begin after the pad token's id. ``outside`` holds
     last parts of the paths of linears that stand before or after the blocks.
     """
 
     attention_output: str
     mlp_output: str
-    install: AttentionInstaller | None = install_interface
+    install: Installer | None = install_interface
     _: KW_ONLY
     encoder: bool = False
     head: str = "score"

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from weft.core.architecture import Architecture, AttentionInstaller, HeadForm
+from weft.core.architecture import Architecture, Installer
 from weft.models.facts import sketch
 from weft.models.fused import MIXINS, Kinds, install_fused
 from weft.models.interface import install_interface
 from weft.models.tables import install_tables, tables_move
+from weft.ops.loss import HeadForm
 
 # The way of attention along the stream: with fused blocks, by transformers' attention interface, by an installer of
 # this type of model alone; or none (padded batches).
@@ -50,7 +51,7 @@ def with_way(shape: Architecture, way: Way, kinds: Kinds | None = None) -> Archi
     if way == "own":
         return shape
     fused = functools.partial(install_fused, kinds=kinds or {})
-    installers: dict[str, AttentionInstaller | None] = {"fused": fused, "interface": install_interface, "padded": None}
+    installers: dict[str, Installer | None] = {"fused": fused, "interface": install_interface, "padded": None}
     return replace(shape, install_attention=installers[way])
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from weft.base.mixin import Mixin, mixed
 from weft.core.adapter import SiteFunction
-from weft.core.attention import attend
-from weft.core.mixin import Mixin, mixed
 from weft.core.route import Route, Router, Segment, StreamRoute
 from weft.core.site import Site, plain_class, replace_class, site_of
+from weft.layouts.attention import attend
 from weft.libraries import given_cache
 from weft.methods.lora import LoraLinear
 from weft.models.interface import Band, install_interface

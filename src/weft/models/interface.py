@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from weft.core.attention import attend
 from weft.core.route import Router
 from weft.errors import UserError
+from weft.layouts.attention import attend
 
 NAME = "weft"
 ROUTER = "_weft_router"

@@ -25,8 +25,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from weft.base.embeddings import config_of
 from weft.core.architecture import Architecture
-from weft.core.embeddings import config_of
 from weft.errors import UserError
 from weft.foreign import read_json
 from weft.models.finding import Finding, architecture_of, finding_of

@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from weft.base.body import accepted, own_logits, scaled
+from weft.base.embeddings import config_of, input_embeddings, output_head
+from weft.base.kinds import is_linear, linear_shape
 from weft.core.adapters import Adapters, is_open
-from weft.core.architecture import Architecture, HeadForm, is_linear, linear_shape
-from weft.core.body import accepted, body_of, own_logits, scaled
-from weft.core.embeddings import config_of, input_embeddings, output_head
+from weft.core.architecture import Architecture, body_of
 from weft.core.stream import Part
 from weft.errors import UserError, reason_of
+from weft.layouts.choice import layout_for
 from weft.models import trial
 from weft.models.difference import first_difference
 from weft.models.facts import FACTS, sketch
@@ -48,6 +50,7 @@ from weft.models.truth import (
     name_of,
     truth_of,
 )
+from weft.ops.loss import HeadForm
 
 # The proved architecture of each model, for use while adapters are open and its own forward cannot run.
 _PROVED: weakref.WeakKeyDictionary[nn.Module, Architecture] = weakref.WeakKeyDictionary()
@@ -225,7 +228,7 @@ def _prove_pairs(model: nn.Module, shape: Architecture) -> None:
     check_finite(model, outputs)
     again = trial.own_pair(model, [sources[0]] * 3, [targets[0]] * 3)
     truth = Truth(targets, outputs, limit_of(model, outputs, outputs[0], again))
-    with contextlib.closing(Adapters(model, shape)) as adapters:
+    with contextlib.closing(Adapters(model, shape, layout_for(shape))) as adapters:
         _, hidden = adapters.run([Part(None, sources, targets=targets)])
         found = adapters.logits(hidden).split([len(target) for target in targets])
     distance = max(truth.distances(found, typical=outputs[0].dtype in MOST))
@@ -249,7 +252,7 @@ def _head_form(model: nn.Module, shape: Architecture) -> HeadForm | None:
     rows = torch.randn(6, width, generator=generator) * torch.tensor([0.1, 0.1, 1.0, 1.0, 30.0, 30.0])[:, None]
     hidden = rows.to(head.weight.device, head.weight.dtype if head.weight.is_floating_point() else torch.bfloat16)
     try:
-        own = own_logits(model, shape, hidden)
+        own = own_logits(model, body_of(model, shape), hidden)
     except Exception:  # a dense layer of another width stands before the head
         return None
     # Not the module's own forward, because an output layer may do more than its weight says.
@@ -327,7 +330,7 @@ def _takes_embeddings(model: nn.Module, shape: Architecture) -> bool:
 
 def our_output(model: nn.Module, shape: Architecture, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """The results of our path for the sequences in one batch: logits [T, vocabulary] each, or an encoder's [T, d]."""
-    with contextlib.closing(Adapters(model, shape)) as adapters:
+    with contextlib.closing(Adapters(model, shape, layout_for(shape))) as adapters:
         hidden = adapters.forward(adapters.stream([Part(None, sequences)]))
         found = hidden if shape.bidirectional else adapters.logits(hidden)
     return list(found.split([len(s) for s in sequences]))

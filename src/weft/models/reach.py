@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from weft.base.kinds import holds_experts
 from weft.core.adapter import Adapter
-from weft.core.architecture import Architecture, holds_experts
+from weft.core.architecture import Architecture
 from weft.methods.dense import kind_of
 
 

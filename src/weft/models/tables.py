@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.embeddings import config_of
-from weft.core.mixin import Mixin, mixed
+from weft.base.embeddings import config_of
+from weft.base.mixin import Mixin, mixed
 from weft.core.route import Route, Router
 
 _ROUTER = "_weft_table_router"

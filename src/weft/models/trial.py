@@ -11,12 +11,13 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import NEVER_CALLED, Architecture, is_linear, linear_shape
-from weft.core.body import accepted
-from weft.core.embeddings import config_of, input_embeddings, output_head
-from weft.core.mixin import Mixin, mixed
-from weft.core.seq2seq import start_token
+from weft.base.body import accepted
+from weft.base.embeddings import config_of, input_embeddings, output_head
+from weft.base.kinds import is_linear, linear_shape
+from weft.base.mixin import Mixin, mixed
+from weft.core.architecture import NEVER_CALLED, Architecture
 from weft.errors import UserError
+from weft.layouts.encoder_decoder import start_token
 
 _SEEN = "_weft_seen"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from weft.base.embeddings import config_of, input_embeddings
 from weft.core.architecture import Architecture
-from weft.core.embeddings import config_of, input_embeddings
 from weft.core.site import mixes_rows
 from weft.errors import UserError, reason_of
 from weft.models import trial

@@ -11,7 +11,8 @@ two matrix products per chunk in the forward pass and none in the backward (reco
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +23,15 @@ from weft.ops.autograd import Context
 LOGIT_BYTES = 64 * 2**20  # default size of a chunk's logits in fp32; 524 tokens of a 32,000-word vocabulary
 
 
-class _Head(NamedTuple):
-    """The scale and the soft cap that turn h W^T + b into logits."""
+@dataclass(frozen=True)
+class HeadForm:
+    """Logits are ``c tanh(s (W h + b) / c)``: ``scale`` s and ``softcap`` c (None: no cap), W the output layer."""
 
-    scale: float
-    softcap: float | None
+    scale: float = 1.0
+    softcap: float | None = None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> tuple[Tensor, Tensor | None]:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadForm) -> tuple[Tensor, Tensor | None]:
     """Logits [C, V] in fp32 (fp64 for fp64) and, with a softcap, tanh(z / c)."""
     z = torch.nn.functional.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32))
     if head.scale != 1.0:
@@ -40,7 +42,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) ->
     return tanh * head.softcap, tanh
 
 
-def _dlogits(log_p: Tensor, targets: Tensor, tanh: Tensor | None, head: _Head) -> Tensor:
+def _dlogits(log_p: Tensor, targets: Tensor, tanh: Tensor | None, head: HeadForm) -> Tensor:
     """d loss / d (h W^T + b) [C, V]; overwrites log_p."""
     g = log_p.exp_()
     g.scatter_add_(1, targets[:, None], g.new_full((1, 1), -1.0).expand(len(g), 1))
@@ -59,7 +61,7 @@ class _FrozenHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        head: _Head,
+        head: HeadForm,
         chunk: int,
         want_u: bool,
     ) -> Tensor:
@@ -85,7 +87,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TrainedContext(Context, Protocol):
-    head: _Head
+    head: HeadForm
     chunk: int
 
 
@@ -99,7 +101,7 @@ class _TrainedHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        head: _Head,
+        head: HeadForm,
         chunk: int,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
@@ -165,7 +167,7 @@ def linear_cross_entropy(
     if len(hidden) == 0:
         return hidden.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))  # empty, but still in the graph
     chunk = chunk_tokens or max(32, LOGIT_BYTES // (4 * len(weight)))
-    head = _Head(float(logit_scale), softcap)
+    head = HeadForm(float(logit_scale), softcap)
     grad = torch.is_grad_enabled()
     if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _TrainedHead.apply(hidden, weight, bias, targets, head, chunk)
@@ -191,3 +193,9 @@ def linear_cross_entropy_ref(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return torch.logsumexp(z, -1) - z.gather(1, targets[:, None])[:, 0]
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """``-log softmax(logits)[target]`` [n] (float32, or float64 for float64 input) of the logits [n, answers]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, targets, reduction="none")

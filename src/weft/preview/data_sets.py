@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 
 from weft.adapters import Adapters
-from weft.core.heads import ClassificationTask
 from weft.data import Renderer
 from weft.data.auditing.base import Facts, Item, Split
 from weft.data.auditing.items import collect, tokens_in
 from weft.data.views import Array
 from weft.errors import UserError
+from weft.heads.classification import ClassificationTask
 from weft.models import Base, reach
 from weft.models.load import load_tokenizer
 from weft.models.reach import Omission
@@ -70,7 +70,7 @@ class _Outline:
         model, architecture = self.sketch.model, self.sketch.architecture
         with closing(Adapters(model, architecture)) as adapters:
             method = job.method_config()
-            adapter = adapters.add(job.name, method, tokenizer=self.tokenizer, classification=classes, blank=True)
+            adapter = adapters.add(job.name, method, tokenizer=self.tokenizer, head=classes, blank=True)
             return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 import weft.methods
-from weft.core.registry import method_config
 from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError, nearest
 from weft.files.run_folder import RUN_FILE
 from weft.foreign import parse_yaml, read_json, read_yaml
+from weft.methods.registry import METHODS
 from weft.training.aliases import AUTO, translate
 from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 
@@ -184,7 +184,7 @@ def _job(given: dict[str, object], defaults: dict[str, object], where: str, max_
     if not isinstance(method, str):
         raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
     parts = method_names(method)
-    classes = {part: method_config(part) for part in parts}
+    classes = {part: METHODS.find(part) for part in parts}
     if len(classes) < len(parts):
         raise UserError(f"{where}: method {method!r} names one method twice.")
     fields = {key for cls in classes.values() for key in cls.model_fields}

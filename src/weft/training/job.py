@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter
-from weft.core.route import stable_seed
 from weft.data import Mixture, Sample
 from weft.files.tensors import digest
+from weft.ops.seeds import stable_seed
 from weft.training.batches import Batches
-from weft.training.optim import make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
+from weft.training.optim import decays, make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from weft.training.settings import JobConfig
 
 # So many numbers of a larger tensor stand for all of it when we ask whether a job has changed it.
@@ -81,8 +81,8 @@ class Job:
         self.parameters: list[nn.Parameter] = list(named.values())
         # A resumed job has the same ones, by its seed: the checkpoint's values are put back after this.
         self._began = {n: _witness(p) for n, p in named.items()}
-        decays = [adapter.decays(n) for n in named]
-        self.optimizer = make_optimizer(config, self.parameters, rates, decays) if named else None
+        pulled = [decays(adapter, n) for n in named]
+        self.optimizer = make_optimizer(config, self.parameters, rates, pulled) if named else None
         self.progress = Progress()
         if not named:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared

@@ -9,8 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from weft.core.adapter import Adapter
+
 if TYPE_CHECKING:
     from weft.training.settings import JobConfig
+
+
+def decays(adapter: Adapter, parameter: str) -> bool:
+    """Whether weight decay pulls one parameter to 0.
+
+    Not what a layer stores whole (``stored_whole``: its parameters' names, or True for all): a norm's gain, a scale and
+    a copy of a weight begin where the base is, not at 0.
+    """
+    path, _, name = parameter.rpartition(".")
+    layers = [path[:end] for end in range(len(path) + 1) if end == len(path) or path[end] == "."]
+    whole = [getattr(adapter.get_submodule(layer), "stored_whole", ()) for layer in layers]
+    return not any(found is True or name in (found or ()) for found in whole)
 
 
 def make_optimizer(

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from weft.core.heads import ClassificationTask
 from weft.data import Mixture, Problems, Renderer, Sample, Source, parse_sources
 from weft.data.formats.turns import EmptyAnswerError
 from weft.data.labelled import ClassRecipe, given_labels
@@ -22,6 +21,7 @@ from weft.data.sources import held_by_chance, held_by_hash
 from weft.data.store import MEMORY, SampleStore
 from weft.data.views import Array, Samples, chained
 from weft.errors import UserError
+from weft.heads.classification import ClassificationTask
 from weft.models.hub import fetch_dataset, is_dataset_id
 from weft.training.settings import JobConfig, RunConfig
 

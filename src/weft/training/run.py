@@ -82,7 +82,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         jobs = []
         for job, found in zip(config.jobs, loaded, strict=True):
             adapter = adapters.add(
-                job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, classification=found.classes
+                job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, head=found.classes
             )
             prove_attached(adapters, job.name)
             jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
@@ -124,7 +124,7 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
     try:
         for job, data in zip(config.jobs, loaded, strict=True):
             adapter = adapters.add(
-                job.name, job.method_config(), tokenizer=sketch.tokenizer, classification=data.classes, blank=True
+                job.name, job.method_config(), tokenizer=sketch.tokenizer, head=data.classes, blank=True
             )
             adapter.begin_training(
                 Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
@@ -218,8 +218,7 @@ def _train(
             if job.progress.ended == "failed":
                 shutil.rmtree(store.adapters / job.name, ignore_errors=True)
                 continue
-            job.adapter.provenance = _provenance(setup, job, tokenizer).model_dump(mode="json")
-            job.adapter.trained_on = dict(kept)
+            job.adapter.record_origin(_provenance(setup, job, tokenizer).model_dump(mode="json"), dict(kept))
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result

@@ -8,18 +8,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from weft.core.adapter import MethodConfig, check_name
-from weft.core.combined import CombinedConfig
-from weft.core.registry import method_config
+from weft.core.adapter import MethodConfig
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
 from weft.errors import UserError
+from weft.methods.combined import CombinedConfig
+from weft.methods.registry import METHODS
 from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
 from weft.models.quantize import Quantization
 from weft.objectives import Objective, make_objective
+from weft.patterns import check_name
 from weft.training.aliases import translate
 
 
@@ -277,7 +278,7 @@ def method_names(method: str) -> list[str]:
 
 def method_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
     """The configuration of a method, or of several joined by ``+``."""
-    classes = [(name, method_config(name)) for name in method_names(method)]
+    classes = [(name, METHODS.find(name)) for name in method_names(method)]
     if len(classes) == 1:
         name, cls = classes[0]
         return cls(**{key: value for key, value in settings.items() if key != name} | settings.get(name, {}))

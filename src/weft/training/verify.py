@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from weft.base.embeddings import input_embeddings
 from weft.core.adapters import Adapters
-from weft.core.embeddings import input_embeddings
 from weft.core.site import sites_in
 from weft.core.stream import Part
 from weft.data import Sample

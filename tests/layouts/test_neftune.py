@@ -10,7 +10,8 @@ from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core.stream import Part, embed
+from weft.core.stream import Part
+from weft.layouts.building import embed
 from weft.models import describe
 from weft.objectives.passes import Work, evaluate_loss, forward_losses
 from weft.training import Job, JobConfig, Trainer

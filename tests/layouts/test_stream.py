@@ -9,7 +9,8 @@ from tests import kit
 
 from weft.api import Adapters
 from weft.core.adapter import Adapter
-from weft.core.stream import Part, _interleave, embed
+from weft.core.stream import Part
+from weft.layouts.building import _interleave, embed
 from weft.models import describe
 
 Runs = list[tuple[int, int]]

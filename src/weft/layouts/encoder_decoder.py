@@ -18,12 +18,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from weft.base.embeddings import input_embeddings, stacks
 from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture
-from weft.core.layout import Counts, Decoding, Layout, padded, padded_rows, prefix_mask
+from weft.core.layout import Counts, Decoding, Layout
 from weft.core.route import BatchRoute, PrefixStates, Segment
-from weft.core.stream import Part, Stream, embed, padded_prefix
+from weft.core.stream import Part, Stream
 from weft.errors import UserError
+from weft.layouts.building import embed, lay_out
+from weft.layouts.padded_batch import padded, padded_prefix, padded_rows, prefix_mask
 from weft.libraries import cache_arguments, fixed_decoder_cache, growing_decoder_cache, keys_values, output_cache
 
 
@@ -46,7 +49,7 @@ class EncoderDecoder(Layout):
 
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """The encoder's batch: texts without an answer in them."""
-        return super().stream([replace(part, answers=()) for part in parts], cache=cache)
+        return lay_out(self, [replace(part, answers=()) for part in parts], cache)
 
     def forward(self, stream: Stream) -> Tensor:
         rows = padded_rows(stream.lengths, stream.input_ids.device)
@@ -54,7 +57,7 @@ class EncoderDecoder(Layout):
 
     def encode(self, stream: Stream) -> Memory:
         """Run the encoder over a batch, in which every sequence has its adapter's virtual tokens."""
-        encoder = self.model.get_encoder()  # type: ignore[operator]
+        encoder, _ = stacks(self.model)
         with self.router.use(stream.route):
             hidden, mask, _ = self._embedded(stream)
             states = encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
@@ -81,7 +84,7 @@ class EncoderDecoder(Layout):
 
     def decode(self, memory: Memory, hidden: Tensor, mask: Tensor, past: Any) -> Tensor:
         """The decoder's last hidden states [B, T, d] of embeddings [B, T, d]."""
-        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
+        _, decoder = stacks(self.model)
         states: Tensor = decoder(
             inputs_embeds=hidden,
             attention_mask=mask,
@@ -159,7 +162,7 @@ class Decoder(Decoding):
         layout = self.layout
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         with layout.router.use(layout.next_route(counts, elsewhere=self._elsewhere)):
-            hidden = layout.model.get_input_embeddings()(tokens)  # type: ignore[operator]
+            hidden = input_embeddings(layout.model)(tokens)
             self.hidden = layout.decode(self.memory, hidden[:, None], self._mask, self._cache)[:, 0]
 
     def keep(self, rows: Tensor) -> None:

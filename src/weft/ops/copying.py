@@ -1,18 +1,12 @@
-"""Tensors of an adapter: the dtype they are kept in, and the copy of a file's values into them."""
+"""The copy of a file's values into an adapter's tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from weft.errors import UserError, nearest
-
-
-def master_dtype(base: torch.dtype) -> torch.dtype:
-    """Adapters are kept in float32 whatever the base computes in, except beside a float64 base."""
-    return torch.float64 if base == torch.float64 else torch.float32
 
 
 def checked(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:

@@ -16,17 +16,17 @@ from torch.nn import functional as F
 import weft
 from weft.api import Adapters
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
-from weft.core.combined import Combined, CombinedConfig
-from weft.core.route import stable_seed
 from weft.core.stream import Part
 from weft.data import Sample
 from weft.errors import UserError
 from weft.generation import Request, generate
 from weft.libraries import cache_arguments, growing_cache
 from weft.methods import BitFitConfig, LoraConfig
+from weft.methods.combined import Combined, CombinedConfig
 from weft.methods.own_weights import OwnWeights
 from weft.models import describe
 from weft.objectives.passes import Work, forward_losses
+from weft.ops.seeds import stable_seed
 from weft.training import Job, JobConfig, Trainer, make_config
 from weft.training.config import read_run_config
 from weft.training.settings import method_of
@@ -316,7 +316,7 @@ class _Weights(MethodConfig):
     path: str = "model.layers.1.input_layernorm"
 
     def build(self, name: str, context: BuildContext) -> Adapter:
-        from weft.core.site_adapter import SiteAdapter
+        from weft.methods.site_adapter import SiteAdapter
 
         module = context.model.get_submodule(self.path)
         return SiteAdapter(self, name, {self.path: OwnWeights(module, ["weight"], context)})

@@ -12,10 +12,11 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
+from weft.combine.rules import Combination, Source, combine
 from weft.core.adapter import Adapter, BuildContext, InputFunction, MethodConfig, ParameterFunction, Run, SiteFunction
 from weft.core.route import PrefixStates, Segment
-from weft.core.site_adapter import in_order
 from weft.errors import UserError
+from weft.methods.site_adapter import in_order
 
 T = TypeVar("T")
 
@@ -34,8 +35,24 @@ class CombinedConfig(MethodConfig):
     def build(self, name: str, context: BuildContext) -> Adapter:
         parts = [part.build(name, context) for part in self.parts]
         for part in parts:
-            part.hidden_size = context.architecture.hidden_size
+            part.set_up(context.architecture.hidden_size, part.head)
         return Combined(self, name, parts)
+
+    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]]:
+        """Part by part: the first parts of all adapters, the second ones …"""
+        kinds = [[part.method for part in source.config.methods()] for source in sources]
+        if any(kind != kinds[0] for kind in kinds):
+            raise UserError(f"the adapters are made of different methods: {', '.join('+'.join(k) for k in kinds)}.")
+        configs: list[MethodConfig] = []
+        tensors: dict[str, Tensor] = {}
+        for index in range(len(self.parts)):
+            config, found = combine(
+                [Source(one.name, one.config.methods()[index], part_tensors(one.tensors, index)) for one in sources],
+                how,
+            )
+            configs.append(config)
+            tensors |= {f"{index}.{key}": tensor for key, tensor in found.items()}
+        return CombinedConfig(parts=tuple(configs)), tensors
 
 
 def part_tensors(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.core.adapter import BuildContext
-from weft.core.head import Batch, Head, Sample, Supervised, losses_of_logits, supervised
+from weft.core.head import Batch, Head, Sample, Supervised, supervised
 from weft.errors import UserError
+from weft.ops.loss import losses_of_logits
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class ClassificationTask:
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
             raise UserError(f"sequence classification needs two classes or more, not {list(self.labels)}.")
+
+    def build(self, context: BuildContext) -> ClassificationHead:
+        """The head for these classes on the base of ``context``."""
+        return ClassificationHead(self, context)
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,12 @@ class ClassificationHead(nn.Module, Head):
     writes = False
     peft_task = "SEQ_CLS"
 
-    def __init__(self, task: ClassificationTask, kind: str, pooler: nn.Module | None, context: BuildContext) -> None:
+    def __init__(self, task: ClassificationTask, context: BuildContext) -> None:
         super().__init__()
+        shape, kind = context.architecture, context.architecture.head_kind
         self.labels, self.kind = task.labels, kind
-        self.__dict__["pooler"] = pooler
-        d, labels = context.architecture.hidden_size, len(task.labels)
+        self.__dict__["pooler"] = context.model.get_submodule(shape.pooler) if shape.pooler else None
+        d, labels = shape.hidden_size, len(task.labels)
         if KINDS[kind].dense:
             self.dense_weight = nn.Parameter(context.normal(d, d, std=1 / math.sqrt(d)))
             self.dense_bias = nn.Parameter(context.zeros(d))

@@ -13,15 +13,6 @@ METHODS: Registry[type[MethodConfig]] = Registry("method")
 _Config = TypeVar("_Config", bound=type[MethodConfig])
 
 
-def method_config(method: str) -> type[MethodConfig]:
-    """The configuration class of a method by its name.
-
-    Raises:
-        UserError: there is no such method; lists the methods.
-    """
-    return METHODS.find(method)
-
-
 def register_method(name: str) -> Callable[[_Config], _Config]:
     """A decorator of a ``MethodConfig``: its method can be trained, saved and loaded under this name.
 

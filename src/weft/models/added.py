@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.core.adapter import Adapter
-from weft.core.architecture import Architecture
-from weft.core.site import plain_class
+from weft.core.adapters import Adapters
+from weft.core.site import plain_class, without_sites
 from weft.core.stream import Part
 from weft.errors import UserError
 
@@ -22,21 +21,16 @@ _TEXT = [1, 2, 3, 1]
 _UNITS = 64
 
 
-class Run(Protocol):
-    """Hidden states [N, d] of a small batch; ``plain``: as if the model had no sites."""
-
-    def __call__(self, parts: Sequence[Part], *, plain: bool = False) -> Tensor: ...
-
-
 @torch.no_grad()
-def check_added(
-    adapter: Adapter, model: nn.Module, shape: Architecture, run: Run, *, padded: bool, fresh: bool
-) -> None:
+def check_added(adapters: Adapters, adapter: Adapter, *, fresh: bool) -> None:
     """Check an adapter; ``fresh``: its values are those it begins with, and not to be loaded yet.
 
     Raises:
         UserError: it would not begin as it promises, or would change the plain base's rows beside it.
     """
+    shape = adapters.architecture
+    if adapters.device.type == "meta":
+        return
     if shape.by_ids and adapter.num_virtual_tokens:
         raise UserError(
             f"{adapter.config.method}: this {shape.model_type} model also looks its tokens up by id inside (scaled "
@@ -44,9 +38,14 @@ def check_added(
             "lora, for one)."
         )
     if fresh and adapter.inserted_blocks():
-        _check_inserted(adapter, model, shape, run)
-    if fresh and adapter.num_prefix_tokens and padded:
-        _check_beside(adapter, shape, run)
+        _check_inserted(adapters, adapter)
+    if fresh and adapter.num_prefix_tokens and adapters.layout.masks_prefixes:
+        _check_beside(adapters, adapter)
+
+
+def _run(adapters: Adapters, parts: Sequence[Part]) -> Tensor:
+    """Hidden states [N, d] of a small batch."""
+    return adapters.forward(adapters.stream(parts))
 
 
 def _near(hidden: Tensor) -> Tensor:
@@ -54,33 +53,35 @@ def _near(hidden: Tensor) -> Tensor:
     return _UNITS * max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps) * hidden.abs().max()
 
 
-def _check_inserted(adapter: Adapter, model: nn.Module, shape: Architecture, run: Run) -> None:
+def _check_inserted(adapters: Adapters, adapter: Adapter) -> None:
     """Refuse new blocks that are not the identity, as zeros in their last linears promise."""
-    before, after = (run([Part(who, [_TEXT])]) for who in (None, adapter.name))
+    before, after = (_run(adapters, [Part(who, [_TEXT])]) for who in (None, adapter.name))
     if not adapter.begins_as_identity or bool(((after - before)[-len(_TEXT) :].abs() <= _near(before)).all()):
         return
-    path = next(iter(adapter.inserted_blocks()))
+    path, model_type = next(iter(adapter.inserted_blocks())), adapters.architecture.model_type
+    block = plain_class(adapters.model.get_submodule(path)).__name__
     raise UserError(
-        f"{adapter.config.method}: a copy of block '{path}' ({plain_class(model.get_submodule(path)).__name__}) with "
-        f"zeros in its last linears is not the identity on this {shape.model_type} model, so the "
+        f"{adapter.config.method}: a copy of block '{path}' ({block}) with "
+        f"zeros in its last linears is not the identity on this {model_type} model, so the "
         "adapter would not begin as the base. Take another method (bottleneck, for one)."
     )
 
 
-def _check_beside(adapter: Adapter, shape: Architecture, run: Run) -> None:
+def _check_beside(adapters: Adapters, adapter: Adapter) -> None:
     """Refuse a model that ignores the mask by which a padded batch hides some rows' learned keys from the others."""
-    parts = [Part(adapter.name, [_TEXT]), Part(None, [_TEXT])]
+    parts, model_type = [Part(adapter.name, [_TEXT]), Part(None, [_TEXT])], adapters.architecture.model_type
     try:
-        alone = run(parts[1:], plain=True)
-        beside = run(parts)[-len(_TEXT) :]
+        with without_sites(adapters.model):
+            alone = _run(adapters, parts[1:])
+        beside = _run(adapters, parts)[-len(_TEXT) :]
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{adapter.config.method}: this {shape.model_type} model cannot attend to keys that "
+            f"{adapter.config.method}: this {model_type} model cannot attend to keys that "
             f"stand before a text ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Take "
             "another method."
         ) from error
     if not bool(((beside - alone).abs() <= _near(alone)).all()):
         raise UserError(
             f"{adapter.config.method}: the learned keys change the rows of the plain base beside them on this "
-            f"{shape.model_type} model. Take another method."
+            f"{model_type} model. Take another method."
         )

@@ -16,18 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.architecture import Architecture, HeadForm
-from weft.core.embeddings import output_head
-from weft.libraries import cache_name
-
-
-def body_of(model: nn.Module, shape: Architecture) -> nn.Module:
-    """The module that turns embeddings into last hidden states."""
-    if shape.body:
-        return model.get_submodule(shape.body)
-    body = model.base_model
-    assert isinstance(body, nn.Module)
-    return body
+from weft.base.embeddings import output_head
+from weft.ops.loss import HeadForm
 
 
 @functools.cache
@@ -70,9 +60,8 @@ class _Output:
         return (self.last_hidden_state,)[key]
 
 
-def own_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor:
+def own_logits(model: nn.Module, body: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [n, vocabulary] of hidden states [n, d] by the model's own forward, whose body is held."""
-    body = body_of(model, shape)
     ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
     arguments = accepted(model, input_ids=ids, use_cache=False, return_dict=True)
     with held(body, _Output(hidden[None])):
@@ -80,11 +69,10 @@ def own_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor:
     return logits[0]
 
 
-def head_logits(model: nn.Module, shape: Architecture, hidden: Tensor) -> Tensor:
+def head_logits(model: nn.Module, body: nn.Module, form: HeadForm | None, hidden: Tensor) -> Tensor:
     """Logits [n, vocabulary] of hidden states [n, d], by the form that was proved or by the model's own code."""
-    form = shape.head_form
     if form is None:
-        return own_logits(model, shape, hidden)
+        return own_logits(model, body, hidden)
     layer = output_head(model)
     assert layer is not None
     return scaled(layer(hidden), form)
@@ -97,15 +85,10 @@ def scaled(logits: Tensor, form: HeadForm) -> Tensor:
     return logits if form.softcap is None else torch.tanh(logits / form.softcap) * form.softcap
 
 
-def head_modules(model: nn.Module, shape: Architecture) -> list[nn.Module]:
+def head_modules(model: nn.Module, body: nn.Module, form: HeadForm | None) -> list[nn.Module]:
     """The modules that turn hidden states into logits: the output layer, and what the model puts around it."""
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    if shape.head_form is not None or output is None:
+    output = output_head(model)
+    if form is not None or output is None:
         return [] if output is None else [output]
-    body = set(body_of(model, shape).modules())
-    return [module for module in model.modules() if module not in body and module is not model]
-
-
-def takes_cache(body: nn.Module) -> bool:
-    """Whether the body names a cache among its arguments."""
-    return cache_name(type(body).forward) is not None
+    inside = set(body.modules())
+    return [module for module in model.modules() if module not in inside and module is not model]

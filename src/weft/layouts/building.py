@@ -1,0 +1,184 @@
+"""The sequences of all adapters laid end to end, their embeddings, and the run of the base's body over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.base.body import accepted, held
+from weft.base.embeddings import input_embeddings
+from weft.core.adapter import Adapter, Run
+from weft.core.architecture import Architecture, body_of
+from weft.core.layout import Layout
+from weft.core.route import PrefixStates, Route, Segment, StreamRoute
+from weft.core.stream import Part, Stream
+from weft.errors import UserError
+from weft.ops.attention import SequenceLayout
+from weft.ops.seeds import stable_seed
+
+
+def lay_out(layout: Layout, parts: Sequence[Part], cache: Any = None) -> Stream:
+    """The batch of ``parts`` for the base of ``layout``; their rows keep their order."""
+    shape = layout.shape
+    return build_stream(
+        parts,
+        layout.adapters,
+        device=input_embeddings(layout.model).weight.device,
+        route=layout.route,
+        exact=layout.exact,
+        cache=cache,
+        first_position=shape.first_position,
+        token_types=shape.token_types,
+        first_stands=shape.bidirectional,
+    )
+
+
+def build_stream(
+    parts: Sequence[Part],
+    adapters: Mapping[str, Adapter],
+    *,
+    device: torch.device,
+    route: type[Route] = StreamRoute,
+    exact: bool = False,
+    cache: Any = None,
+    first_position: int = 0,
+    token_types: int = 0,
+    first_stands: bool = False,
+) -> Stream:
+    """Lay the parts' sequences, with virtual tokens among them, end to end; a first or last row stands for one."""
+    ids: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    groups: list[int] = []
+    own_rows: list[Sequence[int]] = []
+    prefix_length: list[int] = []
+    segments: list[Segment] = []
+    virtual_rows: dict[int, Tensor] = {}
+    prefixes: dict[int, PrefixStates] = {}
+    parts = [part for part in parts if part.sequences]
+    for group, part in enumerate(parts):
+        adapter = adapters[part.adapter] if part.adapter is not None else None
+        virtual = adapter.num_virtual_tokens if adapter else 0
+        prefix = adapter.num_prefix_tokens if adapter else 0
+        begin = len(ids)
+        learned: list[int] = []
+        for index, sequence in enumerate(part.sequences):
+            start, length = len(ids), virtual + len(sequence)
+            own: Sequence[int] = range(start, start + length)
+            if adapter is not None and virtual:
+                place = part.answers[index] if part.answers else None
+                answer = adapter.head.answer(place, len(sequence))
+                runs = adapter.places(len(sequence), answer, part.slots[index] if part.slots else ())
+                own, taken = _interleave(len(sequence), runs, start)
+                learned.extend(taken)
+            own_rows.append(own)
+            ids.extend([0] * length)
+            for row, token in zip(own, sequence, strict=True):
+                ids[row] = token
+            positions.extend(range(first_position + prefix, first_position + prefix + length))
+            lengths.append(length)
+            groups.append(group)
+            prefix_length.append(prefix)
+        if virtual:
+            virtual_rows[group] = torch.tensor(learned, device=device)
+        if prefix and adapter:
+            prefixes[group] = adapter.prefix_states()
+        segments.append(Segment(
+            part.adapter, len(ids) - begin, len(part.sequences), seed=part.seed, padded=route.padded,
+            lengths=tuple(lengths[-len(part.sequences) :]), neftune_alpha=part.neftune_alpha,
+        ))  # fmt: skip
+    layout = None if route.padded else SequenceLayout.build(
+        lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
+    )  # fmt: skip
+    starts = (end - length for end, length in zip(accumulate(lengths), lengths, strict=True))
+    return Stream(
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
+        lengths=tuple(lengths),
+        rows=tuple(own_rows),
+        virtual_rows=virtual_rows,
+        prefix_length=tuple(prefix_length),
+        route=route(tuple(segments), layout, prefixes, cache=cache, exact=exact),
+        standing=tuple(starts if first_stands else (end - 1 for end in accumulate(lengths))),
+        token_types=_token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
+    )
+
+
+def _token_types(
+    parts: Sequence[Part], rows: Sequence[Sequence[int]], tokens: int, known: int, device: torch.device
+) -> Tensor | None:
+    given = [types for part in parts for types in part.token_types or [()] * len(part.sequences)]
+    if not any(any(types) for types in given):
+        return None
+    found = [0] * tokens
+    for own, types in zip(rows, given, strict=True):
+        for row, kind in zip(own, types, strict=bool(types)):
+            found[row] = kind
+    if not 0 <= min(found) <= max(found) < known:
+        raise UserError(f"the tokenizer tells {max(found) + 1} segments apart, the model {known}: they do not belong "
+                        "together.")  # fmt: skip
+    return torch.tensor(found, device=device)
+
+
+def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:
+    """Rows, from ``start``, of a sequence's own tokens, and those of its virtual tokens in the order of ``runs``."""
+    own: list[int] = []
+    taken: dict[int, range] = {}
+    row = start
+    for index in sorted(range(len(runs)), key=lambda i: runs[i][0]):
+        place, count = runs[index]
+        ahead = place - len(own)
+        own.extend(range(row, row + ahead))
+        taken[index] = range(row + ahead, row + ahead + count)
+        row += ahead + count
+    own.extend(range(row, row + length - len(own)))
+    return own, [virtual for index in range(len(runs)) for virtual in taken[index]]
+
+
+def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:
+    """Token embeddings [N, d] with the adapters' virtual tokens in their rows."""
+    table = input_embeddings(model)
+    hidden = table(stream.input_ids)
+    hidden = _noise(hidden, stream)
+    for group, rows in stream.virtual_rows.items():
+        segment = stream.route.segments[group]
+        assert segment.adapter is not None
+        learned = adapters[segment.adapter].virtual_tokens(segment.seed).to(hidden.dtype)
+        hidden = hidden.index_copy(0, rows, learned.repeat(segment.sequences, 1))
+    return hidden
+
+
+def _noise(hidden: Tensor, stream: Stream) -> Tensor:
+    """NEFTune (Jain et al. 2023, algorithm 1): in training, a sequence of L own tokens gets uniform noise from
+    (-1, 1) * alpha / sqrt(L d) on its embeddings; the numbers come from the segment's own seed."""
+    segments = stream.route.segments
+    if not any(segment.neftune_alpha and segment.seed is not None for segment in segments):
+        return hidden
+    pieces, begin, first, d = [], 0, 0, hidden.shape[1]
+    for rows, segment in zip(hidden.split([s.tokens for s in segments]), segments, strict=True):
+        if segment.neftune_alpha and segment.seed is not None:
+            sequences = stream.rows[first : first + segment.sequences]
+            own = torch.tensor([row - begin for places in sequences for row in places], device=hidden.device)
+            lengths = torch.tensor([len(places) for places in sequences for _ in places])
+            generator = torch.Generator().manual_seed(stable_seed(segment.seed, "neftune"))
+            noise = torch.rand(len(own), d, generator=generator) * 2 - 1
+            noise *= (segment.neftune_alpha / (lengths * d).sqrt())[:, None]
+            # Virtual rows are put in afterwards, and so have none.
+            rows = rows.index_add(0, own, noise.to(rows))
+        pieces.append(rows)
+        begin, first = begin + segment.tokens, first + segment.sequences
+    return torch.cat(pieces)
+
+
+def run_body(model: nn.Module, shape: Architecture, embeds: Tensor, ids: Tensor, **arguments: Any) -> Any:
+    """Run the body over embeddings [B, T, d] of the tokens ``ids`` [B, T], with those arguments that it takes."""
+    body = body_of(model, shape)
+    more = accepted(body, **arguments)
+    if not shape.by_ids:
+        return body(inputs_embeds=embeds, **more)
+    with held(input_embeddings(model), embeds):
+        return body(input_ids=ids, **more)
