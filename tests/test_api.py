@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import weft
 
 
@@ -32,3 +35,21 @@ def test_train_and_generate_from_python(tiny_llama_dir: Path, tiny_data: Path, t
     (done,) = weft.generate(opened.adapters, [request], stop_ids=opened.stop_ids)
     assert len(done.ids) <= 3
     opened.close()
+
+
+def test_the_rows_of_the_head_come_from_the_stream(tiny_llama_dir: Path) -> None:
+    """An adapter on the head was left out in silence where nobody said whose rows these are."""
+    base = weft.load_base(str(tiny_llama_dir), dtype="float32")
+    adapters = weft.Adapters(base.model, base.architecture)
+    adapters.add("x", weft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    with torch.no_grad():
+        stream = adapters.stream([weft.Part("x", [[5, 6, 7]]), weft.Part(None, [[5, 6, 7]])])
+        hidden = adapters.forward(stream)
+        logits = adapters.logits(hidden, stream)
+        assert torch.equal(logits, adapters.logits(hidden, [("x", 3), (None, 3)]))
+    assert not torch.equal(logits[:3], logits[3:])
+    with pytest.raises(weft.UserError, match="adapter 'x' changes the head"):
+        adapters.logits(hidden)
+    adapters.remove("x")
+    torch.testing.assert_close(adapters.logits(hidden[3:]), logits[3:])  # another number of rows: another sum
+    adapters.close()

@@ -15,6 +15,8 @@ from weft.core import adapters as core
 from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture
 from weft.core.head import TokenHead
+from weft.core.layout import Counts
+from weft.core.stream import Stream
 from weft.errors import UserError
 from weft.files.adapter_folder import add_with_tensors, load_adapter, save_adapter
 from weft.layouts.choice import layout_for
@@ -61,6 +63,24 @@ class Adapters(core.Adapters):
 
     def _check(self, adapter: Adapter, *, fresh: bool) -> None:
         check_added(self, adapter, fresh=fresh)
+
+    def logits(self, hidden: Tensor, rows: Counts | Stream = ()) -> Tensor:
+        """The head's logits [n, vocabulary] for hidden states [n, d].
+
+        ``rows`` says whose they are: the stream that all of them come from, or (adapter, number of rows) in order.
+        It may be left out as long as no adapter changes the head.
+
+        Raises:
+            UserError: It is left out, and one does.
+        """
+        if isinstance(rows, Stream):
+            rows = [(segment.adapter, segment.tokens) for segment in rows.route.segments]
+        elif not rows and (changed := [name for name in self.names if self.changes_head(name)]):
+            raise UserError(
+                f"adapter '{changed[0]}' changes the head, so its logits depend on whose rows these are: give the "
+                "stream too, logits(hidden, stream), or [(adapter, number of rows), ...]."
+            )
+        return super().logits(hidden, rows)
 
     def stack(self, name: str, names: Sequence[str]) -> Adapter:
         """Let several adapters act on the same rows, in this order, under a new name; nothing is copied.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,11 @@ def test_lora_plus_rates() -> None:
         ({"target_modules": ["embed_tokens"], "init_lora_weights": "pissa"}, "'model.embed_tokens' is an embedding"),
         ({"init_lora_weights": "loftq"}, "is not quantised to 4 bits"),
         ({"layers_to_transform": [1], "layers_pattern": "blocks"}, "layers_pattern 'blocks'.*model.layers.0"),
+        ({"layers_to_transform": [1], "target_modules": ["q_proj", "lm_head"]}, "'lm_head' is in none of the layers"),
+        ({"layers_to_transform": [1], "target_modules": ["embed_tokens", "q_proj"]}, "'embed_tokens' is in none"),
+        ({"rank_pattern": {"q_projj": 2}}, "rank_pattern: 'q_projj' matches no tuned module.*'q_proj'"),
+        ({"alpha_pattern": {"layers.7.q_proj": 2}}, "alpha_pattern: 'layers.7.q_proj' matches no tuned module"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj' matches no"),
     ],
 )
 @pytest.mark.parametrize("meta", [False, True], ids=["loaded", "meta"])
@@ -292,5 +298,17 @@ def test_lora_plus_rates_in_a_job_of_several_methods() -> None:
     "layers", [{"layers_to_transform": [1]}, {"layers_to_transform": 1, "layers_pattern": "layers"}]
 )
 def test_chosen_layers_only(layers: dict[str, Any]) -> None:
-    adapter = open_llama().add("it", LoraConfig(r=4, target_modules=["q_proj", "lm_head"], **layers))
+    adapter = open_llama().add("it", LoraConfig(r=4, target_modules=["q_proj"], **layers))
     assert list(adapter.sites()) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_patterns_in_peft_s_files_may_match_nothing(tmp_path: Path) -> None:
+    """peft takes no notice of them, so the function is the same."""
+    adapters = open_llama()
+    kit.randomize(adapters.add("it", LoraConfig(r=4, target_modules=["q_proj"])))
+    adapters.save("it", tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rank_pattern": {"no_such": 2}}))
+    (tmp_path / "weft.json").unlink()
+    again = adapters.load("again", tmp_path)
+    assert all(torch.equal(again.tensors()[key], value) for key, value in adapters["it"].tensors().items())

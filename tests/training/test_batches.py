@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -39,7 +40,7 @@ def test_every_record_once_per_epoch(count: int, tokens: int, accumulation: int,
     samples = kit.samples(count, seed=seed)
     batches = Batches(config, samples)
     sizes = [batches.steps_in(epoch) for epoch in range(int(epochs) + 1)]
-    assert batches.total_steps == max(1, sum(sizes[: int(epochs)]) + round(epochs % 1 * sizes[-1]))
+    assert batches.total_steps == max(1, sum(sizes[: int(epochs)]) + math.ceil(epochs % 1 * sizes[-1]))
     step = 0
     for epoch, steps in enumerate(sizes):
         seen = []
@@ -51,6 +52,12 @@ def test_every_record_once_per_epoch(count: int, tokens: int, accumulation: int,
             seen += [i for micro in micros for i in micro]
             step += 1
         assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 2), (1.5, 5), (2.5, 8), (3, 9), (0.1, 1), (1 / 3, 1)])
+def test_a_part_of_an_epoch_is_rounded_up(epochs: float, steps: int) -> None:
+    """As transformers' Trainer does it, and never to the even neighbour: 12 records in batches of 4."""
+    assert config_of(batch_size=4, epochs=epochs).planned_steps(12) == (3, steps)
 
 
 def test_the_step_alone_says_what_it_holds() -> None:

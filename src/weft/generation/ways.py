@@ -146,7 +146,7 @@ def goes_on(adapters: Adapters) -> bool:
         rows, whole = CachedRows(adapters, parts, _STEPS + 1), RepeatedRows(adapters, parts)
         worst = 0.0
         for _ in range(_STEPS):
-            tokens = adapters.logits(rows.hidden).argmax(-1)
+            tokens = adapters.logits(rows.hidden, [(None, 2)]).argmax(-1)
             rows.step(tokens, [(None, 2)])
             whole.step(tokens, [(None, 2)])
             found, wanted = (adapters.logits(one.hidden, [(None, 2)]).double() for one in (rows, whole))

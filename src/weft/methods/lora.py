@@ -25,6 +25,7 @@ from weft.methods.lora_combine import combine_lora
 from weft.methods.lora_init import drawn_factors, loftq_initial_factors, pissa_factors
 from weft.methods.lora_parameters import (
     LoraParameter,
+    check_patterns,
     find_parameters,
     modules_among,
     name_as_parameters,
@@ -115,6 +116,16 @@ class LoraConfig(LowRankConfig):
                     f"{setting}: {value} does not go with target_parameters ('{key}'): LoRA sees only an expert's "
                     "weights there, not its input. Leave one of them out."
                 )
+
+    def check_patterns(self, paths: Sequence[str]) -> None:
+        """Refuse keys of ``rank_pattern`` and ``alpha_pattern`` that name nothing among the tuned ``paths``.
+
+        Raises:
+            UserError: There is one.
+        """
+        keys = [self._pattern_key(path) for path in paths]
+        check_patterns("rank_pattern", self.rank_pattern, keys)
+        check_patterns("alpha_pattern", self.alpha_pattern, keys)
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         return Lora(self, name, context)
@@ -244,6 +255,8 @@ class Lora(SiteAdapter):
         if parameters:
             config.check_parameters(".".join(parameters[0]))
         modules, own = find_targets(config, context, linears, optional=bool(parameters))
+        if not context.loading:  # peft's own files may hold keys that match nothing, and mean nothing by them
+            config.check_patterns([*modules, *map(".".join, parameters)])
         super().__init__(config, name, {p: _make_layer(config, p, m, context) for p, m in modules.items()}, own)
         self.lora = config
         self.stacks = nn.ModuleList(_make_parameter(config, *parameter, context) for parameter in parameters)

@@ -22,7 +22,7 @@ from weft.errors import UserError, nearest
 from weft.methods.lora_init import drawn_factors
 from weft.methods.mergeable import LARGE
 from weft.ops.lowrank import low_rank_merged, stacked_low_rank_add
-from weft.patterns import named, pattern
+from weft.patterns import last_parts, named, pattern
 
 
 def find_parameters(names: Sequence[str], context: BuildContext) -> tuple[list[str], list[tuple[str, str]]]:
@@ -176,6 +176,20 @@ def of_pattern(patterns: Mapping[str, float], path: str, default: float) -> floa
         if pattern(rf"(.*\.)?({text})$", "rank_pattern or alpha_pattern").begins(path):
             return value
     return default
+
+
+def check_patterns(key: str, patterns: Mapping[str, float], paths: Sequence[str]) -> None:
+    """Refuse a key of ``rank_pattern`` or ``alpha_pattern`` that names none of the tuned modules.
+
+    Raises:
+        UserError: A key matches no path.
+    """
+    for text in patterns:
+        if all(of_pattern({text: 1.0}, path, 0.0) == 0.0 for path in paths):
+            names = sorted(last_parts(paths))
+            raise UserError(
+                f"{key}: {text!r} matches no tuned module.{nearest(text, names)} Tuned: {', '.join(names)}."
+            )
 
 
 def stored_paths(parameters: Sequence[tuple[str, str]]) -> list[str]:

@@ -66,6 +66,14 @@ class LowRankConfig(SavesModules):
             UserError: A module is named that no file can name.
         """
         found = self._matched(architecture)
+        names = [] if isinstance(self.target_modules, str) else self.target_modules
+        left_out = next((name for name in names if not any(named(path, [name]) for path in found)), None)
+        if left_out is not None:
+            raise UserError(
+                f"target_modules: '{left_out}' is in none of the layers that layers_to_transform "
+                f"({self.layers_to_transform}) keeps, so it would not be tuned. Leave one of the two out; modules "
+                "outside the blocks have no layer."
+            )
         nameless = {path for path, other in architecture.file_paths.items() if other is None}
         nameless = nameless if self.peft_type == "LORA" else set()
         if self.target_modules == "all-linear":

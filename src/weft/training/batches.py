@@ -82,7 +82,7 @@ class Batches:
             return self.config.planned_steps(self.mixture.per_epoch)[1]
         whole = int(self.config.epochs)
         rest = self.config.epochs - whole
-        return sum(map(self.steps_in, range(whole))) + (round(rest * self.steps_in(whole)) if rest else 0)
+        return sum(map(self.steps_in, range(whole))) + (math.ceil(rest * self.steps_in(whole) - 1e-9) if rest else 0)
 
     def unpacked(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch in order: ``batch_size`` samples each, or packs of up to ``batch_tokens`` tokens."""

@@ -48,7 +48,7 @@ class JobConfig(BaseModel):
     )
     label_column: str | None = Field(None, description="classification: the column with the label, likewise")
     steps: int | None = Field(None, gt=0, description="optimizer steps; wins over `epochs`")
-    epochs: float = Field(3, gt=0, description="passes over the data")
+    epochs: float = Field(3, gt=0, description="passes over the data; part of one is rounded up to whole steps")
     batch_size: int = Field(8, gt=0, description="records per optimizer step, times `gradient_accumulation_steps`")
     batch_tokens: int | None = Field(
         None,
@@ -154,7 +154,7 @@ class JobConfig(BaseModel):
     def planned_steps(self, samples: int) -> tuple[int, int]:
         """The optimizer steps per epoch and of the whole job, with so many samples in batches of ``batch_size``."""
         per_epoch = math.ceil(math.ceil(samples / self.batch_size) / self.gradient_accumulation_steps)
-        return per_epoch, self.steps or max(1, round(self.epochs * per_epoch))
+        return per_epoch, self.steps or max(1, math.ceil(self.epochs * per_epoch - 1e-9))
 
 
 class RunConfig(DataSettings):
