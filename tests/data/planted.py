@@ -57,6 +57,7 @@ class DataSet:
     options: dict[str, Any] = field(default_factory=dict)
     own_template: str | None = None
     labels: list[str] | None = None
+    token_rows: int | None = None
     change: Callable[[list[Item], Any], None] = lambda items, tokenizer: None
 
     def items(self, folder: Path) -> tuple[list[Item], Facts]:
@@ -69,7 +70,7 @@ class DataSet:
             if rows:
                 path = folder / f"{split}.jsonl"
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-                found = outcomes(path, TextRecipe(renderer=renderer, watched=True))
+                found = outcomes(path, TextRecipe(renderer=renderer, token_rows=self.token_rows, watched=True))
                 items += collect(found, renderer, unlimited=unlimited, split=split)[0]
         if self.labels is not None:
             items = [
@@ -88,6 +89,14 @@ class Bug:
     make: Callable[[], DataSet]
     where: tuple[str, ...] = ("train:3",)
     name: str = ""
+
+
+def more_tokens_than_rows() -> DataSet:
+    """A tokenizer with a word more than the model has rows; one record holds it."""
+    tokenizer = make_tokenizer()
+    rows, added = len(tokenizer), "snowman☃"
+    tokenizer.add_tokens([added])
+    return DataSet(tokenizer=tokenizer, token_rows=rows, rows=rows_with(output=f"It is a {added} of snow.")().rows)
 
 
 def rows_with(at: int = 2, **fields: Any) -> Callable[[], DataSet]:
@@ -222,6 +231,7 @@ BUGS = [
         rows=[talk("a b", "c d"), talk("e", "f g h"), talk("写一首诗吧", "春风又绿江南岸")])),
     Bug("empty-answer", rows_with(output="")),
     Bug("not-read", plus({"instruction": "What?", "result": "x"})),
+    Bug("no-row", more_tokens_than_rows),
     Bug("not-rendered", lambda: DataSet(tokenizer=kit.byte_tokenizer(template=kit.FORGETFUL),
         rows=[*clean_rows(2), talk("Is it so?", "It is.", "And this?", "Not at all, no 5.")])),
     Bug("eos-split", lambda: DataSet(tokenizer=split_eos()), ("",)),

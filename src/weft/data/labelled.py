@@ -47,7 +47,6 @@ class ClassRecipe(Recipe):
     Without ``labels`` the classes are those of the whole file: records behind the limit are read for their classes.
     """
 
-    renderer: Renderer
     text_columns: Sequence[str] | None = None
     label_column: str | None = None
     encoder: bool | None = None

@@ -28,6 +28,7 @@ from weft.data.settings import EmptyAnswers, ReadSettings
 from weft.data.sources import content_key, number_of
 from weft.data.workers import in_order
 from weft.errors import UserError, check_word
+from weft.models.token_rows import check_rows
 
 T = TypeVar("T")
 DataPath = str | os.PathLike[str]
@@ -90,9 +91,11 @@ class Recipe:
     """What becomes of records of one kind.
 
     ``labels`` names the classes, if they are known beforehand. A ``keyed`` recipe also hashes what each record says.
-    The outcomes of a ``watched`` recipe carry what was read.
+    The outcomes of a ``watched`` recipe carry what was read. ``token_rows``: how many tokens the model has a row for.
     """
 
+    renderer: Renderer
+    token_rows: int | None = None
     labels: tuple[str, ...] | None = None
     keyed: bool = False
     watched: bool = False
@@ -112,12 +115,24 @@ class Recipe:
 
     def make(self, items: Sequence[Record | Problem]) -> list[Outcome]:
         """The outcomes of items, one for each. Raises UserError for settings that are wrong."""
-        found = iter(self.of([item for item in items if isinstance(item, Record)]))
+        records = [item for item in items if isinstance(item, Record)]
+        found = iter([self._embedded(*pair) for pair in zip(records, self.of(records), strict=True)])
         return [_unread(item) if isinstance(item, Problem) else next(found) for item in items]
 
     def of(self, records: Sequence[Record]) -> list[Outcome]:
         """The outcomes of records, one for each. Raises UserError for settings that are wrong."""
         raise NotImplementedError
+
+    def _embedded(self, record: Record, outcome: Outcome) -> Outcome:
+        """The outcome; a refusal, if it holds a token that the model has no row for."""
+        if not isinstance(outcome, Acceptance) or self.token_rows is None:
+            return outcome
+        ids = (number for sample in outcome.samples for number in (*sample.input_ids, *sample.target_ids))
+        try:
+            check_rows(ids, self.token_rows, self.renderer.tokenizer, record.source)
+        except UserError as error:
+            return self.refused(error, "no_row", record, outcome.example)
+        return outcome
 
     def end(self, fold: Fold) -> None:
         """Log what was left out. Raises UserError where there is nothing to learn."""
@@ -181,7 +196,6 @@ def _characters(value: Any) -> int:
 class TextRecipe(Recipe):
     """The recipe for conversations and texts, of which a model learns what they say."""
 
-    renderer: Renderer
     settings: ReadSettings = field(default_factory=ReadSettings)
     task: Task = "causal_lm"
 

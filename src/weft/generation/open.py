@@ -34,6 +34,7 @@ from weft.heads.classification import ClassificationTask
 from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.models.quantize import Quantization
+from weft.models.token_rows import check_rows
 from weft.training.config import RunConfig, read_run_config
 from weft.training.run import is_base
 
@@ -85,11 +86,14 @@ class Target:
 
     def prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> Prompt:
         """Ids and slots of a prompt: a conversation, or a text that is one question (``raw``: to be continued)."""
-        if not isinstance(prompt, str):
-            return self.renderer.prompt(prompt, task=self.adapters.architecture.task)
-        if raw:
-            return Prompt(list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"]))
-        return self.prompt([Message("user", prompt)])
+        if isinstance(prompt, str) and not raw:
+            return self.prompt([Message("user", prompt)])
+        if isinstance(prompt, str):
+            made = Prompt(list(self.renderer.tokenizer(prompt, verbose=False)["input_ids"]))
+        else:
+            made = self.renderer.prompt(prompt, task=self.adapters.architecture.task)
+        check_rows(made.ids, self.base.token_rows, self.base.tokenizer, "the prompt")
+        return made
 
     def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """``prompt(...).ids``, for adapters that need no slots."""

@@ -21,6 +21,7 @@ from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
+from weft.models.token_rows import check_special_tokens, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,11 @@ class Base:
     _: KW_ONLY
     name: str
     original_weight: Callable[[str], Tensor] | None = None
+
+    @property
+    def token_rows(self) -> int:
+        """The number of tokens that have a row in the embeddings."""
+        return token_rows(self.model)
 
 
 class UnknownTypeError(UserError):
@@ -160,6 +166,7 @@ def sketch_base(
         raise
     except Exception as error:  # as in load_base
         raise UserError(f"the model {name!r} cannot be loaded: {reason_of(error)}") from error
+    check_special_tokens(model, tokenizer, name)
     return Base(model.eval(), tokenizer, describe(model), name=name)
 
 
@@ -196,6 +203,7 @@ def load_base(
         originals = OriginalWeights(source) if quantization else None
         tokenizer = tokenizer or load_tokenizer(source)
         folder = folder_of(source)
+    check_special_tokens(model, tokenizer, name)
     return Base(model, tokenizer, describe(model, folder), name=name, original_weight=originals)
 
 

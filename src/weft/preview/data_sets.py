@@ -88,7 +88,8 @@ def examine(config: RunConfig) -> list[DataSet]:
         columns = (job.labels, job.text_columns, job.label_column) if job.classifies else None
         key = (repr(job.data or config.data), repr(job.eval_data or config.eval_data), job.task, repr(columns))
         groups.setdefault(key, []).append(job)
-    reader = Reader(config, renderer, outline, places, watched=True)
+    rows = None if outline.sketch is None else outline.sketch.token_rows
+    reader = Reader(config, renderer, outline, places, token_rows=rows, watched=True)
     return [_Group(config, outline, reader, unlimited, jobs).data_set() for jobs in groups.values()]
 
 

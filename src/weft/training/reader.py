@@ -111,8 +111,10 @@ class Reader:
     """
 
     def __init__(
-        self, config: RunConfig, renderer: Renderer, base: Base, places: Mapping[str, Place], *, watched: bool = False
-    ) -> None:
+        self, config: RunConfig, renderer: Renderer, base: Base, places: Mapping[str, Place],
+        *, token_rows: int | None = None, watched: bool = False,
+    ) -> None:  # fmt: skip
+        self.token_rows = token_rows
         self.config, self.renderer, self.base, self.places, self.watched = config, renderer, base, places, watched
         self.files: dict[Any, SourceSamples] = {}
         self.stores = SampleStore(MEMORY // 2), SampleStore(MEMORY // 2)
@@ -192,6 +194,7 @@ class Reader:
         if job.classifies:
             return ClassRecipe(
                 renderer=self.renderer,
+                token_rows=self.token_rows,
                 labels=labels,
                 text_columns=job.text_columns,
                 label_column=job.label_column,
@@ -201,6 +204,7 @@ class Reader:
             )
         return TextRecipe(
             renderer=self.renderer,
+            token_rows=self.token_rows,
             settings=self.config.of(source),
             task=self.base.task,
             keyed=keyed,

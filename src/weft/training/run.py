@@ -62,7 +62,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     sketch = base or config.sketch()
     renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
     _check_tasks(config, sketch)
-    read = Reader(config, renderer, sketch.architecture, places)
+    read = Reader(config, renderer, sketch.architecture, places, token_rows=sketch.token_rows)
     try:
         loaded = [read.job(job) for job in config.jobs]
     except UserError as error:

@@ -84,6 +84,8 @@ def _code(refused: Refusal, texts: _Texts) -> str:
     """The check that finds the record."""
     if refused.too_long:
         return "too-long"
+    if refused.problem.kind == "no_row":
+        return "no-row"
     if refused.problem.kind == "render":
         return "nothing-to-learn" if isinstance(refused.example, Conversation) and not texts.answer else "not-rendered"
     return "empty-answer" if refused.problem.kind == "empty_answer" else "not-read"

@@ -209,6 +209,7 @@ _problem_check(
     "too-long", "raise `max_length`, have long records cut, or remove them", "A record is longer than max_length."
 )
 _problem_check("not-read", "mend the record as the message says, or remove it", "A record fits no format.")
+_problem_check("no-row", "take the model's own tokenizer, or leave the token out", "The model has no row for a token.")
 _problem_check("not-rendered", "mend the record or the chat template, as the message says", "A record is not rendered.")
 
 
