@@ -89,8 +89,8 @@ BREAKAGES = (
     ),
     Breakage(
         "a chat template may read what Python keeps private",
-        "class _Limited(ImmutableSandboxedEnvironment):\n",
-        "class _Limited(ImmutableSandboxedEnvironment):\n    is_safe_attribute = lambda *given: True\n",
+        "class _Environment(ImmutableSandboxedEnvironment):\n",
+        "class _Environment(ImmutableSandboxedEnvironment):\n    is_safe_attribute = lambda *given: True\n",
         ("tests/data/test_sandbox.py::test_nothing_leads_out",),
     ),
     Breakage(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from weft.errors import UserError, nearest
+from weft.paths import local_path
 
 GROUP = "weft.extensions"
 # For a name that is in no registry.
@@ -101,7 +102,7 @@ def load_extension(file: str | os.PathLike[str]) -> None:
     Raises:
         UserError: There is no such file, or it fails; the message gives the line.
     """
-    path = Path(file).expanduser().resolve()
+    path = local_path(file).resolve()
     if path in _loaded:
         return
     if path.suffix != ".py" or not path.is_file():

@@ -11,6 +11,7 @@ import typer
 
 from weft.cli import common, options
 from weft.errors import UserError
+from weft.paths import local_path
 
 if TYPE_CHECKING:
     from weft.combine.rules import Combination
@@ -38,7 +39,9 @@ def combine(
             metavar="RUN|ADAPTER...", help="Folders of adapters, or of runs, which stand for their adapters."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the new adapter.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", parser=local_path, help="Folder of the new adapter.")
+    ],
     adapter: Annotated[list[str] | None, typer.Option(help="Of the runs only this adapter; may be repeated.")] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="W,W,...", help="One number per adapter. Default: the same share for each.")
@@ -126,7 +129,7 @@ def _find(source: str, wanted: Sequence[str] | None) -> list[AdapterFolder]:
     from weft.files.run_folder import RUN_FILE, RunStore, run_of
     from weft.training.config import read_run_config
 
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     if (folder / RUN_FILE).is_file():
         names = [job.name for job in read_run_config(folder).jobs]
         chosen = [name for name in names if not wanted or name in wanted]

@@ -8,11 +8,17 @@ from typing import Annotated
 import typer
 
 from weft.cli import common, options
+from weft.paths import local_path
 
 
 def convert(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model or an adapter whose weights are a pickle.")],
-    output: Annotated[Path, typer.Argument(metavar="NEW_FOLDER", help="Folder to write; it must be new or empty.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", parser=local_path, help="A model or an adapter whose weights are a pickle."),
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="NEW_FOLDER", parser=local_path, help="Folder to write; it must be new or empty.")
+    ],
     as_json: options.Json = False,
 ) -> int:
     """Write a folder with its pickled weights (pytorch_model.bin, adapter_model.bin, .pt, .ckpt) as safetensors.

@@ -12,6 +12,7 @@ import typer
 
 from weft.cli import common, options
 from weft.errors import UserError
+from weft.paths import local_path
 
 if TYPE_CHECKING:
     from weft.data import Message, Record
@@ -42,6 +43,7 @@ def generate(
         typer.Option(
             "--input",
             metavar="FILE",
+            parser=local_path,
             help="Prompts: a .txt with one per line, or .json/.jsonl/.csv records with prompt, instruction (and "
             "input), question, text or messages; answers in them are left out.",
         ),
@@ -51,7 +53,9 @@ def generate(
         typer.Option(help="Adapter that answers; may be repeated. 'base' is the base. Default: the first."),
     ] = None,
     all_adapters: Annotated[bool, typer.Option("--all-adapters", help="Every adapter of the run answers.")] = False,
-    output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write one JSON line per answer.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", parser=local_path, help="Write one JSON line per answer.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
     model: options.Model = None,

@@ -10,11 +10,16 @@ import typer
 
 from weft.cli import common, options
 from weft.errors import UserError
+from weft.paths import local_path
 
 
 def merge(
-    adapter: Annotated[Path, typer.Option(metavar="ADAPTER|RUN", help="Folder of an adapter, or of a run with one.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the new model.")],
+    adapter: Annotated[
+        Path, typer.Option(metavar="ADAPTER|RUN", parser=local_path, help="Folder of an adapter, or of a run with one.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", parser=local_path, help="Folder of the new model.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="Base, if the adapter does not name it or it lies elsewhere now.")
     ] = None,

@@ -12,6 +12,7 @@ import typer
 
 from weft.cli import common, options
 from weft.errors import UserError
+from weft.paths import local_path
 
 if TYPE_CHECKING:
     from weft.data.auditing.base import Item
@@ -29,7 +30,9 @@ def preview(
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Also list each sample token by token.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave out a check, by its code. May be repeated.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write everything to one HTML page as well.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(parser=local_path, help="Write everything to one HTML page as well.")
+    ] = None,
     as_json: options.Json = False,
 ) -> int:
     """Show what training would see: tokens with their loss weights, figures, and an audit. Loads no weights.

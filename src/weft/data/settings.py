@@ -9,27 +9,31 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from weft.data.auditing.audit import AuditMode
 from weft.data.problems import OnBadRecord
 from weft.data.rendering.drafts import RenderSettings
-from weft.data.sources import Source, parse_sources
+from weft.data.sources import Source, parse_sources, with_paths
 from weft.models.hub import Hub
+from weft.paths import with_home
 
 EmptyAnswers = Literal["error", "skip"]
 # One path, or several with their shares (``weft.data.sources``).
 DataPaths = str | list[str | dict[str, object]]
 # Marks a key that may change when a run is resumed: it changes no result.
 FREE = object()
+# A path of a user's, in which ``~`` is the home.
+LocalPath = Annotated[str, AfterValidator(with_home)]
 S = TypeVar("S", bound=BaseModel)
 
 
 def checked_paths(data: Any) -> Any:
-    """``data`` as it stands. Raises UserError if ``parse_sources`` cannot read it."""
-    if data is not None:
-        parse_sources(data)
-    return data
+    """``data`` with homes in the place of ``~``. Raises UserError if ``parse_sources`` cannot read it."""
+    if data is None:
+        return None
+    parse_sources(data)
+    return with_paths(data, with_home)
 
 
 def free_keys(cls: type[BaseModel]) -> Collection[str]:
@@ -60,7 +64,7 @@ class ReadSettings(BaseModel):
         description="what to do with any other record that cannot be used: list up to 20 and end; leave out and log "
         "how many; or write all of them to a file as well",
     )
-    bad_records_file: Annotated[str | None, FREE] = Field(
+    bad_records_file: Annotated[LocalPath | None, FREE] = Field(
         None, description="the file for `on_bad_record: report`; default: `bad_records.jsonl` in the run's folder"
     )
     data_workers: Annotated[int, FREE] = Field(

@@ -9,12 +9,12 @@ import math
 import random
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from weft.errors import UserError, nearest
 
@@ -52,6 +52,18 @@ def parse_sources(data: object) -> tuple[Source, ...]:
         raise UserError(f"data is {data!r}; expected a path, a list of paths (or mappings with `path`), or {_EXAMPLE}.")
     _weights(sources)
     return sources
+
+
+def with_paths(data: Any, change: Callable[[str], str]) -> Any:
+    """``data`` with every path in it changed; the rest stays as it is."""
+    if isinstance(data, str):
+        terms = [(weight, path, change(path)) for weight, path in weighted_terms(data)]
+        if all(path == new for _, path, new in terms):
+            return data
+        return " + ".join(f"{weight}*{new}" if weight else new for weight, _, new in terms)
+    if isinstance(data, Mapping):
+        return {**data, "path": change(data["path"])}
+    return [with_paths(item, change) if isinstance(item, Mapping) else change(item) for item in data]
 
 
 def _terms(text: str) -> tuple[Source, ...]:

@@ -22,6 +22,7 @@ from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears, how_kept
 from weft.models.load import resolve_dtype
 from weft.models.quantize import Quantization
+from weft.paths import local_path
 from weft.training.config import read_run_config
 from weft.training.run import base_fingerprint, is_base
 from weft.version import __version__
@@ -65,7 +66,7 @@ def merge_folder(
         UserError: the adapter cannot become weights, does not fit the base, the folder is taken, or the merged model
             does not answer as the adapter does; nothing is left behind.
     """
-    folder, output = _adapter_folder(Path(adapter).expanduser()), Path(output).expanduser()
+    folder, output = _adapter_folder(local_path(adapter)), local_path(output)
     with new_folder(output, "--output ") as part:
         given = resolve_dtype(dtype)
         opened, notes = _open(folder, model, device, quantization)

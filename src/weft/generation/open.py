@@ -35,6 +35,7 @@ from weft.models import Base, load_base
 from weft.models.load import load_tokenizer
 from weft.models.quantize import Quantization
 from weft.models.token_rows import check_rows
+from weft.paths import local_path
 from weft.training.config import RunConfig, read_run_config
 from weft.training.run import is_base
 
@@ -147,7 +148,7 @@ def open_target(
         UserError: nothing usable is there, a file is damaged, or the base is not the one that was trained on.
     """
     asked = _Overrides(model=model, device=device, dtype=dtype, quantization=quantization, chat_template=chat_template)
-    folder = Path(target).expanduser()
+    folder = local_path(target)
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, asked, adapters)
     if merged_from(folder) is None and is_adapter(folder):
@@ -176,7 +177,7 @@ class _Overrides:
 
 def _open_model(name: str, asked: _Overrides) -> Target:
     """Open a model alone; one that ``weft merge`` wrote says how to ask it."""
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     merged = merged_from(folder)
     if merged is not None and "labels" in merged:
         raise UserError(

@@ -23,6 +23,7 @@ from weft.files.whole import new_folder
 from weft.foreign import check_regular
 from weft.models.gate import PICKLES
 from weft.models.originals import weight_map
+from weft.paths import local_path
 
 _INDEX = "pytorch_model.bin.index.json"
 _ADAPTERS = ("adapter_model.bin", "pytorch_adapter.bin")
@@ -48,7 +49,7 @@ def convert_folder(folder: str | Path, output: str | Path) -> Conversion:
         UserError: There are no such weights, ``output`` is taken, or a file holds anything but tensors. No part of
             the output remains.
     """
-    source, output = Path(folder).expanduser(), Path(output).expanduser()
+    source, output = local_path(folder), local_path(output)
     if not source.is_dir():
         raise UserError(f"no folder at {source}.")
     with new_folder(output) as part:

@@ -30,6 +30,7 @@ from weft.core.architecture import Architecture
 from weft.errors import UserError
 from weft.foreign import read_json
 from weft.models.finding import Finding, architecture_of, finding_of
+from weft.paths import with_home
 
 _LIMIT = 8 << 20  # bytes; a block of Llama's takes about 220
 
@@ -44,7 +45,7 @@ class KeptProof:
     @classmethod
     def of(cls, model: nn.Module, folder: Path) -> KeptProof | None:
         """The kept proof of a model that was loaded from a folder; None if nothing is kept."""
-        root = os.path.expanduser(os.environ.get("WEFT_CACHE_DIR", "~/.cache/weft"))
+        root = with_home(os.environ.get("WEFT_CACHE_DIR", "~/.cache/weft"))
         weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".py"))
         if not root or not any(path.suffix == ".safetensors" for path in weights):
             return None

@@ -22,6 +22,7 @@ from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
 from weft.models.token_rows import check_special_tokens, token_rows
+from weft.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def resolve_model(name: str) -> str:
     """
     if name in EMBEDDED_MODELS:
         return str(model_path(name))
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is a folder without a config.json; a Hugging Face model folder has one.")

@@ -95,7 +95,7 @@ def examine(config: RunConfig) -> list[DataSet]:
 
 def _outline(config: RunConfig) -> _Outline:
     """The outline from config.json and the tokenizer. A folder with a tokenizer alone is enough."""
-    folder = Path(config.model).expanduser()
+    folder = Path(config.model)
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
         return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", bidirectional=False)

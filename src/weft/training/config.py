@@ -18,6 +18,7 @@ from weft.errors import UserError, nearest
 from weft.files.run_folder import RUN_FILE
 from weft.foreign import parse_yaml, read_json, read_yaml
 from weft.methods.registry import METHODS
+from weft.paths import local_path
 from weft.training.aliases import AUTO, translate
 from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 
@@ -35,7 +36,7 @@ def load_config(
     Raises:
         UserError: There is no such file, or it is no valid configuration.
     """
-    source = Path(path)
+    source = local_path(path)
     if not source.exists():
         raise UserError(f"no configuration file at {source}.")
     values = read_yaml(source)
@@ -75,7 +76,8 @@ def load_run_config(
     Raises:
         UserError: The folder holds no run, or the overrides do not resume it.
     """
-    path = Path(folder) / RUN_FILE
+    folder = local_path(folder)
+    path = folder / RUN_FILE
     if not path.is_file():
         raise UserError(f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.")
     values = read_run_config(folder).model_dump(mode="json")

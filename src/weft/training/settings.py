@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 from weft.core.adapter import MethodConfig
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
-from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
+from weft.data.settings import FREE, DataPaths, DataSettings, LocalPath, checked_paths, part
 from weft.errors import UserError
 from weft.methods.combined import CombinedConfig
 from weft.methods.registry import METHODS
@@ -160,14 +160,14 @@ class JobConfig(BaseModel):
 class RunConfig(DataSettings):
     """A run: base, data, jobs, where it is written."""
 
-    model: str = Field(
+    model: LocalPath = Field(
         description="the base: a Hugging Face folder, a hub id, or an embedded model (`tiny-llama`, `tiny-bloom`)"
     )
     jobs: tuple[JobConfig, ...] = Field(
         min_length=1,
         description="one mapping per job; or leave it out: `method: [lora, prefix_tuning]` makes one job each",
     )
-    output_dir: Annotated[str, FREE] = Field("runs/weft", description="folder of the run")
+    output_dir: Annotated[LocalPath, FREE] = Field("runs/weft", description="folder of the run")
     overwrite_output_dir: Annotated[bool, FREE] = Field(
         False, description="delete the run that is in `output_dir` (anything else there is never deleted)"
     )

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from weft.errors import UserError, nearest
 from weft.foreign import read_text
+from weft.paths import local_path
 
 if TYPE_CHECKING:
     from weft.data.rendering.tokens import Encoder
@@ -173,7 +174,7 @@ def template_text(wanted: str) -> Template:
         return Template("", wanted)
     if is_file_name(wanted):
         try:
-            return Template("", read_text(wanted))
+            return Template("", read_text(local_path(wanted)))
         except UserError as error:
             raise UserError(f"chat_template: {wanted} cannot be read: {error} Give a UTF-8 file.") from None
     names = {_key(alias): target for alias, target in [*ALIASES.items(), *((n, n) for n in TEMPLATES)]}

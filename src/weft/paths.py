@@ -1,0 +1,25 @@
+"""The one way by which a user's paths become places: ``~`` is the home, wherever it is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def with_home(path: str) -> str:
+    """The path with the home in the place of ``~`` or ``~name``; any other as it is written."""
+    return os.path.expanduser(path)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The place that a user means by a path."""
+    return Path(with_home(os.fspath(path)))
+
+
+def from_root(path: str) -> str:
+    """The path from the root, if something is there or it is a pattern of files; else (a hub's id) as it is written."""
+    try:
+        there = Path(path).exists() or any(mark in path for mark in "*?[")
+    except OSError:  # longer than a name may be
+        return path
+    return os.path.abspath(path) if there else path
