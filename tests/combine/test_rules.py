@@ -110,8 +110,13 @@ CASES = [(kind, ALIKE) for kind in ON_PRODUCTS] + [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("base", ["llama", "gpt2"])
-@pytest.mark.parametrize(("kind", "configs"), CASES, ids=[f"{k}-{len({x['r'] for x in c})}" for k, c in CASES])
+@pytest.mark.parametrize(
+    ("kind", "configs", "base"),
+    kit.in_turn(
+        [pytest.param(k, c, id=f"{k}-{len({x['r'] for x in c})}") for k, c in CASES],
+        ["llama", "gpt2"],
+    ),
+)
 def test_as_add_weighted_adapter(
     base: str, kind: str, configs: list[dict[str, Any]], tmp_path: Path, same_draws: list[str]
 ) -> None:

@@ -127,8 +127,10 @@ def test_leak_2_an_adapter_without_rows_does_not_move() -> None:
     assert kit.sha256(jobs[1].tensors().values()) == before
 
 
-@pytest.mark.parametrize("method", sorted(kit.DROPOUT))
-@pytest.mark.parametrize("padded", [False, True], ids=["stream", "padded"])
+@pytest.mark.parametrize(
+    ("method", "padded"),
+    kit.in_turn(sorted(kit.DROPOUT), [pytest.param(False, id="stream"), pytest.param(True, id="padded")]),
+)
 def test_leak_3_a_neighbours_dropout_does_not_change_mine(method: str, padded: bool) -> None:
     """With one generator a neighbour that draws (or draws more) would shift my masks."""
     model = kit.make_model("gpt2", torch.float64)

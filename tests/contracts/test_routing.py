@@ -214,8 +214,7 @@ class Open:
         self.adapters.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", kit.ALL)
+@pytest.mark.parametrize(("method", "kind"), kit.in_turn(kit.ALL, KINDS))
 def test_saved_is_what_was_trained_and_loads_exactly(kind: str, method: str, tmp_path: Path) -> None:
     model = kit.make_model(kind)
     texts = kit.texts(3)

@@ -183,9 +183,9 @@ def train(model: Any, methods: list[str], steps: int = 5, **options: bool) -> di
 
 def test_trained_together_equals_trained_alone() -> None:
     model = make_model("t5", torch.float64)
-    together = train(model, fitting())
+    together = train(model, fitting(), steps=4)
     for method in fitting():
-        alone = train(model, [method])
+        alone = train(model, [method], steps=4)
         kit.measured(f"{method} trained together - alone", kit.difference(together[method], alone[method]), 1e-10)
 
 

@@ -102,7 +102,7 @@ def test_after_200_steps_in_double_precision(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     kit.in_turn(
-        ["llama", "bloom", pytest.param("gpt2", id="gpt2", marks=pytest.mark.slow)],
+        ["llama", "gpt2", pytest.param("bloom", id="bloom", marks=pytest.mark.slow)],
         [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")],
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests import kit
 from tests.data.planted import BUGS, CLEAN, Bug, DataSet, clean_rows
 
 from weft.data import Renderer
@@ -66,13 +67,15 @@ def read(path: Path, renderer: Renderer, limit: int | None = None) -> list[Item]
     return collect(outcomes(path, TextRecipe(renderer=renderer, watched=True), limit=limit), renderer)[0]
 
 
+REAL = {"sft/gsm8k_train.jsonl": 400, "sft/huatuo_med_zh.json": 200, "sft/openai_messages.jsonl": 128,
+        "sft/alpaca_en.json": 280, "sft/alpaca_gpt4_zh.json": 50, "sft/lima.json": 100}  # fmt: skip
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("tokenizer", ["llama2", "minimind"])
 @pytest.mark.parametrize(
-    ("file", "limit"),
-    [("sft/gsm8k_train.jsonl", 400), ("sft/huatuo_med_zh.json", 200), ("sft/openai_messages.jsonl", 128),
-     ("sft/alpaca_en.json", 280), ("sft/alpaca_gpt4_zh.json", 50), ("sft/lima.json", 100)],
-)  # fmt: skip
+    ("file", "limit", "tokenizer"),
+    kit.in_turn([pytest.param(file, limit, id=file) for file, limit in REAL.items()], ["llama2", "minimind"]),
+)
 def test_silent_on_real_data(shared: Path, tokenizer: str, file: str, limit: int) -> None:
     renderer = Renderer(load_tokenizer(str(shared / "tokenizers" / tokenizer)))
     items = read(shared / file, renderer, limit=limit)

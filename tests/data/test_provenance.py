@@ -111,7 +111,9 @@ def test_hash_and_what_differs() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["", "llama2", "minimind", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["", "minimind", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama2", "gpt2"))]
+)
 def test_hash_survives_saving(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from transformers import AutoTokenizer
 

@@ -292,7 +292,9 @@ def unbroken() -> dict[str, Tensor]:
     return run_30_steps(None)
 
 
-@pytest.mark.parametrize("broken", [3, 8, 19, 20, 25])
+@pytest.mark.parametrize(
+    "broken", [3, pytest.param(8, marks=pytest.mark.slow), 19, 20, pytest.param(25, marks=pytest.mark.slow)]
+)
 def test_resume_is_exact(broken: int, unbroken: dict[str, Tensor]) -> None:
     """Whatever phase it is broken in: parameters, optimizer, scores and masks, to the bit."""
     resumed = run_30_steps(broken)

@@ -81,7 +81,16 @@ def test_the_plain_model_is_what_transformers_computes(kind: str) -> None:
     assert architecture.max_length == {"bloom": None, "falcon": 2048}.get(kind, 64)
 
 
-@pytest.mark.parametrize("kind", sorted(set(FACTS) - {"falcon"}))
+def by_turns(kinds: list[str], turn: int) -> list[Any]:
+    """Every second architecture, and those that lie furthest apart; the others are slow."""
+    always = ("llama", "gpt2", "bloom")
+    return [
+        pytest.param(kind, id=kind, marks=[] if kind in always or place % 2 == turn else pytest.mark.slow)
+        for place, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in by_turns(sorted(FACTS), 0) if kind.id != "falcon"])
 def test_all_methods_in_the_stream_and_padded(kind: str) -> None:
     model = make(kind)
     parts = [Part(name, kit.texts(3, 2, 16, seed=i)) for i, name in enumerate([*kit.ALL, None])]
@@ -100,7 +109,7 @@ def test_all_methods_in_the_stream_and_padded(kind: str) -> None:
         kit.measured(f"{kind}: stream - padded, gradients", kit.difference(found[0][1], found[1][1]), 2e-5)
 
 
-@pytest.mark.parametrize("kind", sorted(FACTS))
+@pytest.mark.parametrize("kind", by_turns(sorted(FACTS), 1))
 def test_generation_is_teacher_forcing(kind: str) -> None:
     adapters = kit.open_with_all(make(kind).double())
     asked = [Request(ids, name, 5) for name in [None, *kit.ALL] for ids in kit.texts(2, 1, 12, seed=len(name or ""))]

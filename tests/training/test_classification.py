@@ -166,8 +166,9 @@ def job(adapters: Adapters, name: str, method: str, samples: list[Sample], **set
     return Job(config, adapter, samples, samples[:5])
 
 
-@pytest.mark.parametrize("options", [{}, {"exact": True}, {"checkpointing": True}], ids=str)
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("options", "kind"), kit.in_turn([{}, {"exact": True}, {"checkpointing": True}], ["llama", "bert"])
+)
 def test_jobs_of_both_tasks_together_are_what_they_are_alone(kind: str, options: dict[str, bool]) -> None:
     """Language modelling and classification, all in one pass of one base."""
     model = make_encoder(kind, torch.float64) if kind == "bert" else kit.make_model(kind, torch.float64)

@@ -101,7 +101,8 @@ def test_masters_stay_in_float32(dtype: torch.dtype) -> None:
     """Whatever the base computes in; and a step too small for bfloat16 still moves them."""
     model = kit.make_model("llama", dtype)
     given = [
-        {"name": m, "method": m, "method_settings": kit.SETTINGS.get(m, {}), "learning_rate": 1e-6} for m in kit.TRAINED
+        {"name": m, "method": m, "method_settings": kit.SETTINGS.get(m, {}), "learning_rate": 1e-6, "steps": 5}
+        for m in kit.TRAINED
     ]
     adapters, jobs = make(model, *given)
     before = {job.name: kit.parameters(job.adapter) for job in jobs}

@@ -118,7 +118,7 @@ def test_samples_from_the_store_are_those_of_lists(
     assert Job.__dict__["fingerprint"].func(kept) == digest.hexdigest()
 
 
-@pytest.mark.parametrize("documents", ["separate", "joined"])
+@pytest.mark.parametrize("documents", [pytest.param("separate", marks=pytest.mark.slow), "joined"])
 def test_memory_does_not_grow_with_the_data(documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the file to the first batch; as lists the larger one's tokens would be 18 MB more."""
     monkeypatch.setattr("weft.training.reader.MEMORY", 0)
