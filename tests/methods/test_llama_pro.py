@@ -80,8 +80,8 @@ def test_is_transformers_model_with_more_layers(kind: str, tmp_path: Path) -> No
     Trainer(adapters, [Job(job, adapter, kit.samples(16))]).run()
     adapters.save("it", tmp_path)
     with torch.no_grad():
-        found = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part("it", texts)])]
-        plain = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+        found = [adapters.logits(h, [("it", len(h))]) for h in kit.hidden_of(adapters, [Part("it", texts)])]
+        plain = [adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, texts)])]
     adapters.close()
     bigger = expanded(model, read_tensors(tmp_path / "adapter_model.safetensors"))
     with torch.no_grad():
