@@ -95,7 +95,8 @@ def test_a_stack_follows_its_parts_and_generates() -> None:
     answers = [c.ids for c in generate(adapters, asked, stop_ids=())]
     for request, answer in zip(asked, answers, strict=True):
         (states,) = kit.hidden_of(adapters, [Part(request.adapter, [[*request.prompt, *answer]])])
-        assert adapters.logits(states).argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
+        logits = adapters.logits(states, [(request.adapter, len(states))])
+        assert logits.argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
 
 
 def test_a_stack_saves_as_one_and_trains_its_parts(tmp_path: Path) -> None:

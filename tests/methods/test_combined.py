@@ -241,7 +241,8 @@ def test_generation_is_teacher_forcing(kind: str, padded: bool) -> None:
     assert len({tuple(answer) for answer in answers}) > 4
     for request, answer in zip(asked, answers, strict=True):
         (hidden,) = kit.hidden_of(adapters, [Part(request.adapter, [[*request.prompt, *answer]])])
-        assert adapters.logits(hidden).argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
+        logits = adapters.logits(hidden, [(request.adapter, len(hidden))])
+        assert logits.argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
 
 
 def test_packed_is_padded() -> None:

@@ -186,7 +186,8 @@ def test_generation_with_several_expansions_and_rows_that_leave(kind: str) -> No
         assert len(answer) == request.max_new_tokens
         assert generate(adapters, [request], stop_ids=())[0].ids == answer
         (hidden,) = kit.hidden_of(adapters, [Part(request.adapter, [[*request.prompt, *answer]])])
-        assert adapters.logits(hidden).argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
+        logits = adapters.logits(hidden, [(request.adapter, len(hidden))])
+        assert logits.argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
     adapters.close()
 
 
