@@ -163,11 +163,17 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "variant", "tied"),
-    kit.in_turn(FAST, [*VARIANTS, *MORE], [pytest.param(False, id="untied"), pytest.param(True, id="tied")]),
-)
-def test_loras_family(kind: str, variant: str, tied: bool, tmp_path: Path) -> None:
+# In this order two that follow each other differ in both.
+TYINGS = [
+    pytest.param(kind, tied, id=f"{kind}-{'tied' if tied else 'untied'}")
+    for first in (0, 1)
+    for place, kind in enumerate(FAST)
+    for tied in [(place + first) % 2 == 1]
+]
+
+
+@pytest.mark.parametrize(("variant", "kind", "tied"), kit.in_turn([*VARIANTS, *MORE], TYINGS, take=2))
+def test_loras_family(variant: str, kind: str, tied: bool, tmp_path: Path) -> None:
     """Embeddings and heads too, where both are one tensor in the base: then they are two in the merged model."""
     base = loaded_from(kit.make_model(kind, tie_word_embeddings=tied), tmp_path / "base")
     adapters = Adapters(base, describe(base))
@@ -330,7 +336,10 @@ def test_an_encoder_without_a_head_is_refused(tmp_path: Path) -> None:
         merged_model(base.model, base.architecture, adapters.merge("it"))
 
 
-@pytest.fixture(scope="module", params=["llama-nf4", "llama-int8", "gpt2-nf4", "gpt2-int8"])
+QUANTISED = ["llama-nf4", "llama-int8", "gpt2-nf4", "gpt2-int8"]
+
+
+@pytest.fixture(scope="module")
 def quantised(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """GPT-2's files keep its matrices as [in, out]; quantised they are [out, in]."""
     pytest.importorskip("bitsandbytes")
@@ -342,7 +351,11 @@ def quantised(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
     return load_base(str(folder), quantization=quantization, **options), folder
 
 
-@pytest.mark.parametrize("method", sorted({"dora", *kit.ALL} - kit.NOT_MERGEABLE - {"freeze", "full", "llama_pro"}))
+@pytest.mark.parametrize(
+    ("method", "quantised"),
+    kit.in_turn(sorted({"dora", *kit.ALL} - kit.NOT_MERGEABLE - {"freeze", "full", "llama_pro"}), QUANTISED, take=2),
+    indirect=["quantised"],
+)
 def test_a_quantised_base_is_merged_as_training_saw_it(quantised: Any, method: str, tmp_path: Path) -> None:
     """Into the weights from before quantisation it would be wrong by what quantisation took."""
     base, folder = quantised

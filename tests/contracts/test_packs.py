@@ -42,7 +42,16 @@ def losses_and_gradients(
     return losses, kit.gradients(adapters[name])
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2", "bloom", "gemma", "gpt_neox"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "mistral",
+        "gpt2",
+        "bloom",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen2", "gemma", "gpt_neox")),
+    ],
+)
 def test_packed_is_alone(kind: str) -> None:
     limit = 1e-12
     adapters = kit.open_with_all(kit.make_model(kind, torch.float64))
@@ -63,8 +72,9 @@ def test_packed_is_alone(kind: str) -> None:
     adapters.close()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), kit.in_turn(["llama", "gpt2", "bloom"], [torch.float64, torch.float32, torch.bfloat16])
+)
 def test_a_neighbours_ids_change_not_one_bit(kind: str, dtype: torch.dtype) -> None:
     adapters = kit.open_with_all(kit.make_model(kind, dtype))
     for method in kit.ALL:

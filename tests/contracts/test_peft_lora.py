@@ -30,12 +30,12 @@ FAST = KINDS[:4]
 
 
 def on_all_kinds(variants: list[str], always: list[str]) -> list[Any]:
-    """(kind, variant): all of them, slow but for ``always`` on every kind, and others on two of ``FAST`` in turn."""
+    """(kind, variant): all of them, slow but for ``always`` on every kind, and others on one of ``FAST`` in turn."""
     return [
         pytest.param(
             kind,
             variant,
-            marks=[] if variant in always or (kind in FAST and (i + j) % 2 == 0) else pytest.mark.slow,
+            marks=[] if variant in always or (kind in FAST and (i + j) % len(FAST) == 0) else pytest.mark.slow,
         )
         for i, kind in enumerate(KINDS)
         for j, variant in enumerate(variants)

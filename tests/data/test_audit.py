@@ -66,6 +66,7 @@ def read(path: Path, renderer: Renderer, limit: int | None = None) -> list[Item]
     return collect(outcomes(path, TextRecipe(renderer=renderer, watched=True), limit=limit), renderer)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tokenizer", ["llama2", "minimind"])
 @pytest.mark.parametrize(
     ("file", "limit"),
@@ -78,6 +79,7 @@ def test_silent_on_real_data(shared: Path, tokenizer: str, file: str, limit: int
     assert [str(finding) for finding in audit(items, Facts(renderer))] == []
 
 
+@pytest.mark.long
 def test_true_findings_in_real_data(shared: Path) -> None:
     """The identity set waits for its names to be filled in; alpaca_gpt4_zh holds copies."""
     renderer = Renderer(load_tokenizer(str(shared / "tokenizers" / "minimind")))

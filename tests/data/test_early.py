@@ -55,6 +55,7 @@ def sides(data: DataSet, folder: Path) -> tuple[Facts, list[Sample], list[Sample
     return facts, train, [sample for item in items if item.split == "eval" for sample in item.samples]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.code in EARLY], ids=lambda bug: f"{bug.code} {bug.name}")
 def test_every_planted_bug(bug: Bug, tmp_path: Path) -> None:
     facts, train, held = sides(bug.make(), tmp_path)
@@ -77,6 +78,7 @@ def test_clean_data(name: str, tmp_path: Path) -> None:
         assert in_parts(facts, train, held, part) == []
 
 
+@pytest.mark.long
 def test_many_bugs_in_one_file(tmp_path: Path) -> None:
     """With the end learned in no record, in the first alone, or in the last alone."""
     facts, train, _ = sides(DataSet(rows=clean_rows(60), options={"max_length": 400}), tmp_path)

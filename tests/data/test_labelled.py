@@ -184,6 +184,7 @@ def test_errors_of_json_values(tmp_path: Path) -> None:
         load(tmp_path, "a,b,c,label\na,b,c,0\n", "d.csv", Renderer(BERT), text_columns=["a", "b", "c"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "count", "labels", "begins"),
     [

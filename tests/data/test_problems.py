@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.data.doubler import Doubler
+from tests.kit.processes import quick_workers
 from tests.kit.tokenizers import byte_tokenizer
 
 from weft.data import BadRecordError, EmptyAnswerError, Problem, Problems, Renderer, iter_records, load_samples
@@ -200,6 +201,20 @@ def test_reading_goes_on_where_the_next_record_begins(tmp_path: Path) -> None:
         assert (found, [(p.kind, p.line) for p in problems.first]) == (read, told), text
 
 
+@pytest.mark.long
+def test_workers_are_processes_of_their_own() -> None:
+    """As in a run, with the seconds that each takes to start; the other tests of workers use copies of a process."""
+    numbers = list(range(1100))
+    assert list(in_order(iter(numbers), Doubler().make, 1)) == [2 * n for n in numbers]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_workers(monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("quick")
 def test_workers_keep_the_order() -> None:
     numbers = list(range(3000))
     assert list(in_order(iter(numbers), Doubler().make, 3)) == [2 * n for n in numbers]
@@ -223,6 +238,8 @@ def test_chunks_are_bounded_by_number_and_size(sizes: list[int]) -> None:
     assert len(given) <= 5
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("mode", ["skip", "report"])
 def test_workers_find_the_same_problems(mode: Any, tmp_path: Path) -> None:
     path = write(tmp_path, bad=300, count=900)

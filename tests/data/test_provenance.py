@@ -110,6 +110,7 @@ def test_hash_and_what_differs() -> None:
         assert wanted.differences(TokenizerFacts.of(tokenizer)) == [said]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["", "llama2", "minimind", "gpt2"])
 def test_hash_survives_saving(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from transformers import AutoTokenizer

@@ -123,6 +123,7 @@ def test_every_real_file_is_in_the_table(shared: Path) -> None:
     assert {str(path.relative_to(shared)) for path in files} == {*FILES, *LABELLED}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
 def test_real_files(shared: Path, name: str) -> None:
     format, count, refused = FILES[name]
@@ -142,6 +143,7 @@ def test_real_files(shared: Path, name: str) -> None:
     assert len(problems) == refused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LABELLED)
 def test_real_labelled_files(shared: Path, name: str) -> None:
     count, labels = LABELLED[name]

@@ -289,6 +289,7 @@ def test_load_samples_and_holdout(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 # -------------------------------------------------------------------------------------------------- the real tokenizers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["tokenizers/llama2", "tokenizers/minimind", "tokenizers/gpt2", "models/stories260K"])
 def test_real_tokenizers_on_real_records(shared: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / name)
@@ -299,7 +300,7 @@ def test_real_tokenizers_on_real_records(shared: Path, name: str) -> None:
     renderer = Renderer(tokenizer)
     template = renderer.chat_template
     for path in sorted((shared / "sft").iterdir()):
-        for record in read_records(path, limit=100):
+        for record in read_records(path, limit=30):
             example = to_example(record)
             assert isinstance(example, Conversation)
             sample = renderer.sample(example)

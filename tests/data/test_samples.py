@@ -65,6 +65,7 @@ def _renderer(name: str, **options: Any) -> Renderer:
     return Renderer(tokenizer, chat_template=template, **options)
 
 
+@pytest.mark.long
 @settings(max_examples=250, deadline=None)
 @given(
     name=st.sampled_from([*CUSTOM, *TEMPLATES]),
@@ -268,6 +269,7 @@ def test_the_fingerprint_lasts(name: str, tmp_path: Path) -> None:
     assert Renderer(AutoTokenizer.from_pretrained(tmp_path)).fingerprint() == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama2", "minimind", "gpt2"])
 def test_the_fingerprint_of_real_tokenizers_lasts(shared: Path, name: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)

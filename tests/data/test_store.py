@@ -198,6 +198,7 @@ def test_a_folder_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp
         filled([sample(1)])
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_tokens() -> None:
     """Some tens of bytes per sample; in lists these would be 170 MB."""
     ids = list(range(1000, 1200))

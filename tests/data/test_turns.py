@@ -134,7 +134,8 @@ _VALUE = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None)
+@pytest.mark.long
+@settings(max_examples=300)
 @given(
     st.sampled_from([()] + [shape for entry in FORMATS.values() for shape in entry.shapes]),
     st.lists(st.sampled_from(_NAMES), max_size=4),

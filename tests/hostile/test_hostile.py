@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import kit
 from tests.hostile.corpus import CASES
 from tests.hostile.crew import run_cases
 from tests.hostile.judge import ROOT, Watch, faults
@@ -68,13 +67,17 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "verb"),
-    kit.in_turn(
-        [
-            "code in config.json: auto_map, unknown type",
-            "code in tokenizer_config.json of a adapter: auto_map, no class",
-        ],
-        ["chat", "generate"],
-    ),
+    [
+        ("code in config.json: auto_map, unknown type", "chat"),
+        *(
+            pytest.param(f"code in {place}", verb, marks=pytest.mark.slow)
+            for place, verb in (
+                ("config.json: auto_map, unknown type", "generate"),
+                ("tokenizer_config.json of a adapter: auto_map, no class", "chat"),
+                ("tokenizer_config.json of a adapter: auto_map, no class", "generate"),
+            )
+        ),
+    ],
 )
 def test_yes_on_stdin_runs_nothing(name: str, verb: str, good: Any, tmp_path: Path) -> None:
     """transformers asks on stdin whether to run a stranger's Python; ``printf 'y\\n' | weft chat ./m`` said yes."""

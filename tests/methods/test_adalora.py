@@ -267,35 +267,41 @@ def test_a_step_that_is_left_out_does_not_leave_the_ranks_unsettled() -> None:
     assert sum(adapter.ranks().values()) == 2 * 9  # type: ignore[attr-defined]
 
 
+def run_30_steps(broken: int | None) -> dict[str, Tensor]:
+    """What the job holds in the end; it goes on in another job behind the step ``broken``."""
+    adapters = open_llama()
+    from weft.training.step import train_step
+
+    job = make_job(adapters, settings={"lora_dropout": 0.2})
+    for step in range(30):
+        if step == broken:
+            saved, progress = {k: v.clone() for k, v in job.tensors().items()}, job.state()
+            adapters.close()
+            adapters = open_llama()
+            job = make_job(adapters, settings={"lora_dropout": 0.2})
+            kit.randomize(job.adapter)
+            job.restore(saved, progress)
+        train_step(adapters, [job])
+    found = {k: v.clone() for k, v in job.tensors().items()}
+    adapters.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> dict[str, Tensor]:
+    return run_30_steps(None)
+
+
 @pytest.mark.parametrize("broken", [3, 8, 19, 20, 25])
-def test_resume_is_exact(broken: int) -> None:
+def test_resume_is_exact(broken: int, unbroken: dict[str, Tensor]) -> None:
     """Whatever phase it is broken in: parameters, optimizer, scores and masks, to the bit."""
-
-    def run(stop: int | None) -> dict[str, Tensor]:
-        adapters = open_llama()
-        from weft.training.step import train_step
-
-        job = make_job(adapters, settings={"lora_dropout": 0.2})
-        for step in range(30):
-            if step == stop:
-                saved, progress = {k: v.clone() for k, v in job.tensors().items()}, job.state()
-                adapters.close()
-                adapters = open_llama()
-                job = make_job(adapters, settings={"lora_dropout": 0.2})
-                kit.randomize(job.adapter)
-                job.restore(saved, progress)
-            train_step(adapters, [job])
-        found = {k: v.clone() for k, v in job.tensors().items()}
-        adapters.close()
-        return found
-
-    unbroken, resumed = run(None), run(broken)
+    resumed = run_30_steps(broken)
     assert unbroken.keys() == resumed.keys()
     assert any(key.endswith("uncertainty_E") for key in unbroken)
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("bloom", marks=pytest.mark.slow)])
 def test_jobs_that_drop_ranks_train_together_as_alone(kind: str) -> None:
     def train(seeds: list[int]) -> dict[str, dict[str, Tensor]]:
         model = kit.make_model(kind)

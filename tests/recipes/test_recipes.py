@@ -46,11 +46,25 @@ def eval_losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_a_configuration(recipe, tmp_path):
+    assert load(recipe.stem, tmp_path / "run").jobs
+
+
+def is_quick(recipe: Path) -> bool:
+    """A hub's vocabulary takes half a minute, also where everything else is tiny."""
+    return Path(yaml.safe_load(recipe.read_text())["data"]).suffix != ""
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(p, id=p.stem, marks=() if is_quick(p) else pytest.mark.slow) for p in RECIPES],
+)
 def test_every_recipe_runs(recipe, tmp_path):
     result = train(load(recipe.stem, tmp_path / "run", "limit=40", "eval_size=8", "steps=2", "threads=1"))
     assert result.completed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_llama_2_quantised(quantization, tmp_path):
     config = load(
@@ -88,7 +102,8 @@ def chat_once(folder: Path) -> str:
 
 
 def test_alpaca_loss_falls_resumes_and_chats(tmp_path):
-    folder = run_alpaca(tmp_path, "steps=60", "eval_steps=15", "save_steps=15", "eval_size=40")
+    small = ("limit=400", "on_bad_record=skip", "eval_size=20", "max_length=200", "batch_size=8", "threads=1")
+    folder = run_alpaca(tmp_path, "steps=20", "eval_steps=5", "save_steps=5", "learning_rate=8e-3", *small)
     assert chat_once(folder)
 
 

@@ -56,7 +56,7 @@ def evaluations(folder: Path, job: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == "eval" and event["job"] == job]
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_run_learns_and_its_folder_answers(
     kind: str, bases: dict[str, Path], reviews: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.processes import forkserver, quick_workers
 from tests.training import ledger
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +31,7 @@ def context() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
         patch.syspath_prepend(str(ROOT))
-        made = multiprocessing.get_context("forkserver")
-        made.set_forkserver_preload(["tests.training.ledger", "transformers.models.qwen2.modeling_qwen2"])
-        yield made
+        yield forkserver()
 
 
 def test_each_record_once_per_epoch(unbroken: list[list[tuple[str, str]]]) -> None:
@@ -52,7 +50,10 @@ def test_each_record_once_per_epoch(unbroken: list[list[tuple[str, str]]]) -> No
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing(workers: int, unbroken: Any, tmp_path: Path) -> None:
+def test_workers_change_nothing(
+    workers: int, context: Any, unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_workers(monkeypatch)
     ledger.write_data(tmp_path)
     assert ledger.go_on(tmp_path, workers)
     assert ledger.epochs(tmp_path) == unbroken
@@ -60,12 +61,12 @@ def test_workers_change_nothing(workers: int, unbroken: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_change_nothing(kills: int, context: Any, unbroken: Any, tmp_path: Path) -> None:
-    """So many processes are killed one after another, at random steps; some have workers."""
+    """So many processes are killed one after another, at random steps; of 20 some have workers."""
     ledger.write_data(tmp_path)
     rng = random.Random(0)
     for kill in range(kills):
         process = context.Process(
-            target=ledger.child, args=(str(tmp_path), 2 if kill % 10 == 4 else 0, rng.randint(8, 14))
+            target=ledger.child, args=(str(tmp_path), 2 if kills == 20 and kill % 10 == 4 else 0, rng.randint(8, 14))
         )
         process.start()
         process.join(120)

@@ -62,12 +62,14 @@ def test_patience_does_not_discard_the_last_gain() -> None:
     assert evaluate_loss(adapters, "one", jobs[0].eval_samples) == result.jobs["one"]["best_eval_loss"]
 
 
+@pytest.mark.parametrize("neighbours", [2, pytest.param(len(kit.ALL) - 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sick", kit.TRAINED)
-def test_a_job_that_is_not_finite_ends_alone(sick: str, tmp_path: Path) -> None:
+def test_a_job_that_is_not_finite_ends_alone(sick: str, neighbours: int, tmp_path: Path) -> None:
     """It ends at once and says so; the others end as if it had never been there."""
     model = kit.make_model("llama", torch.float64)
-    given = {m: {"name": m, "method": m, "method_settings": kit.SETTINGS.get(m, {}), "steps": 6} for m in kit.ALL}
-    healthy = [m for m in kit.ALL if m != sick]
+    given = {m: {"name": m, "method": m, "method_settings": kit.SETTINGS.get(m, {}), "steps": 4} for m in kit.ALL}
+    place = kit.ALL.index(sick)
+    healthy = [kit.ALL[(place + further) % len(kit.ALL)] for further in range(1, neighbours + 1)]
     ends, events = [], []
     for names in (healthy, [sick, *healthy]):
         adapters = Adapters(model, describe(model))
@@ -90,7 +92,7 @@ def test_a_job_that_is_not_finite_ends_alone(sick: str, tmp_path: Path) -> None:
     for name in healthy:
         assert result.jobs[name]["ended"] == "finished"
         kit.measured(f"{name} beside a failed {sick}", kit.difference(ends[0][name], ends[1][name]), 1e-10)
-    for line in (tmp_path / f"run-{len(kit.ALL)}" / "metrics.jsonl").read_text().splitlines():
+    for line in (tmp_path / f"run-{neighbours + 1}" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.processes import forkserver
 from tests.training import recipe
 
 from weft.errors import UserError
@@ -39,10 +39,7 @@ def context() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
         patch.syspath_prepend(str(ROOT))
-        made = multiprocessing.get_context("forkserver")
-        model = "transformers.models.qwen2.modeling_qwen2"
-        made.set_forkserver_preload(["tests.training.recipe", "weft.training", model])
-        yield made
+        yield forkserver()
 
 
 def run_child(context: Any, folder: Path, where: str = "", at: int = 0, delay: float | None = None) -> int:

@@ -37,9 +37,20 @@ def one_step(method: str, data: list[Sample], **given: Any) -> tuple[dict[str, T
 
 
 @pytest.mark.parametrize("method", kit.TRAINED)
-@settings(max_examples=6, deadline=None)
+def test_8x1_is_4x2_is_2x4(method: str) -> None:
+    number = kit.ALL.index(method)
+    check_cuts(method, seed=number, count=5 + number % 4, weights=(0.25, 1.0, 2.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", kit.TRAINED)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), count=st.integers(5, 8), weights=st.sampled_from([(1.0,), (0.25, 1.0, 2.0)]))
-def test_8x1_is_4x2_is_2x4(method: str, seed: int, count: int, weights: tuple[float, ...]) -> None:
+def test_8x1_is_4x2_is_2x4_for_any_samples(method: str, seed: int, count: int, weights: tuple[float, ...]) -> None:
+    check_cuts(method, seed, count, weights)
+
+
+def check_cuts(method: str, seed: int, count: int, weights: tuple[float, ...]) -> None:
     """Unequal token counts: a mean of the micro-batches' means would not pass."""
     data = [
         Sample(s.input_ids, [w * weights[i % len(weights)] for i, w in enumerate(s.weights)], s.source)
