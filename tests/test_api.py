@@ -46,10 +46,11 @@ def test_the_rows_of_the_head_come_from_the_stream(tiny_llama_dir: Path) -> None
         stream = adapters.stream([weft.Part("x", [[5, 6, 7]]), weft.Part(None, [[5, 6, 7]])])
         hidden = adapters.forward(stream)
         logits = adapters.logits(hidden, stream)
+        assert torch.equal(logits, adapters.logits(hidden)), "these hidden states have just come from forward"
         assert torch.equal(logits, adapters.logits(hidden, [("x", 3), (None, 3)]))
     assert not torch.equal(logits[:3], logits[3:])
     with pytest.raises(weft.UserError, match="adapter 'x' changes the head"):
-        adapters.logits(hidden)
+        adapters.logits(hidden.clone())
     adapters.remove("x")
     torch.testing.assert_close(adapters.logits(hidden[3:]), logits[3:])  # another number of rows: another sum
     adapters.close()

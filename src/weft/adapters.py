@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,18 +62,28 @@ class Adapters(core.Adapters):
             original_weight=original_weight,
         )
 
+    _latest: tuple[weakref.ref[Tensor], Stream] | None = None
+
     def _check(self, adapter: Adapter, *, fresh: bool) -> None:
         check_added(self, adapter, fresh=fresh)
+
+    def forward(self, stream: Stream) -> Tensor:
+        """Last hidden states [N, d] of the stream, before the head."""
+        hidden = super().forward(stream)
+        self._latest = weakref.ref(hidden), stream
+        return hidden
 
     def logits(self, hidden: Tensor, rows: Counts | Stream = ()) -> Tensor:
         """The head's logits [n, vocabulary] for hidden states [n, d].
 
         ``rows`` says whose they are: the stream that all of them come from, or (adapter, number of rows) in order.
-        It may be left out as long as no adapter changes the head.
+        It may be left out for what ``forward`` has just given, and as long as no adapter changes the head.
 
         Raises:
             UserError: It is left out, and one does.
         """
+        if self._latest is not None and not rows and self._latest[0]() is hidden:
+            rows = self._latest[1]
         if isinstance(rows, Stream):
             rows = [(segment.adapter, segment.tokens) for segment in rows.route.segments]
         elif not rows and (changed := [name for name in self.names if self.changes_head(name)]):

@@ -64,6 +64,8 @@ def test_input_files(weft: Callable[..., Any], run_dir: Path, tiny_data: Path) -
         "p", "i\nmore", [{"role": "user", "content": "m"}]
     ]  # fmt: skip
     Path("bad.jsonl").write_text('{"prompt": "p"}\n{"reply": "r"}\n', encoding="utf-8")
+    Path("number.jsonl").write_text('{"prompt": 5}\n', encoding="utf-8")
+    assert "number.jsonl:1: prompt is 5; expected text" in weft("generate", run_dir, "--input", "number.jsonl").err
     assert "bad.jsonl:2: no prompt" in weft("generate", run_dir, "--input", "bad.jsonl").err
 
 

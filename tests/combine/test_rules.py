@@ -137,7 +137,7 @@ def test_as_add_weighted_adapter(
     assert bool(same_draws) == (kind not in ("cat",))
     theirs.set_adapter("new")
     texts = kit.texts(3)
-    ours = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part("new", texts)])]
+    ours = [adapters.logits(h, [("new", len(h))]) for h in kit.hidden_of(adapters, [Part("new", texts)])]
     logits = [theirs(input_ids=torch.tensor([ids])).logits[0] for ids in texts]
     kit.measured(f"{base} {kind} logits", kit.difference(ours, logits), LIMIT)
     for name in names:

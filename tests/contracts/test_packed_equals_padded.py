@@ -151,6 +151,6 @@ def test_the_plain_model_is_what_transformers_computes() -> None:
         for padded in {True, describe(model).install_attention is None}:
             adapters = Adapters(model, describe(model), padded=padded)
             with torch.no_grad():
-                got = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+                got = [adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, texts)])]
             adapters.close()
             kit.measured(f"{kind} plain, padded={padded}", kit.difference(wanted, got), 1e-5)

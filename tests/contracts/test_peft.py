@@ -122,7 +122,7 @@ def peft_logits(model: Any, texts: list[list[int]], *, padded: bool) -> list[Ten
 
 
 def our_logits(adapters: Adapters, name: str, texts: list[list[int]]) -> list[Tensor]:
-    return [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(name, texts)])]
+    return [adapters.logits(h, [(name, len(h))]) for h in kit.hidden_of(adapters, [Part(name, texts)])]
 
 
 def cases() -> Iterator[Any]:
@@ -163,7 +163,7 @@ def test_peft_to_ours(kind: str, method: str, variant: str, tmp_path: Path) -> N
     padded, single = (peft_logits(theirs, texts, padded=p) for p in (True, False))
     kit.measured(f"{kind} {method} {variant} logits, ours - peft one by one", kit.difference(ours, single), LIMIT)
     kit.measured(f"{kind} {method} {variant} logits, ours - peft padded", kit.difference(ours, padded), LIMIT)
-    plain = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+    plain = [adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, texts)])]
     assert kit.difference(ours, plain) > 1e-3, "the adapter does nothing: equality would prove nothing"
     if variant == "projection":
         return  # the file has lost the encoder

@@ -42,7 +42,7 @@ def test_p_tuning_of_peft_loads_as_a_plain_soft_prompt(kind: str, encoder: str, 
     for padded in (True, False):
         found = kit.difference(ours, peft_logits(theirs, texts, padded=padded))
         kit.measured(f"{kind} p_tuning {encoder}, ours - peft, padded={padded}", found, LIMIT)
-    plain = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+    plain = [adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, texts)])]
     assert kit.difference(ours, plain) > 1e-3, "the adapter does nothing: equality would prove nothing"
     adapters.save("it", tmp_path / "again")
     again = adapters.load("again", tmp_path / "again")

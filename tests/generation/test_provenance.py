@@ -97,11 +97,13 @@ def test_a_base_with_another_template(trained: Path, tiny_llama_dir: Path, tmp_p
 def test_a_base_with_one_more_token(trained: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
     base = changed_base(tiny_llama_dir, tmp_path / "base", lambda tokenizer: tokenizer.add_tokens([" after"]))
     shutil.copytree(trained / "adapters/one", tmp_path / "elsewhere")
-    ids, notes = opened_ids(tmp_path / "elsewhere", model=str(base))
-    assert ids != wanted_ids(trained)
-    count = len(make_tokenizer())
+    opened = open_target(tmp_path / "elsewhere", model=str(base))
+    count, notes = len(make_tokenizer()), opened.notes
     assert len(notes) == 1
     assert f"the tokenizer is not the one of training: it has {count + 1} tokens, not {count}" in notes[0]
+    with pytest.raises(UserError, match=r"the prompt: token ' after' \(id 300\) has no row"):
+        opened.prompt_ids(TALK)
+    opened.close()
 
 
 def test_a_template_on_the_command_line(trained: Path, tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_lora_and_bitfit_by_hand(kind: str) -> None:
 
 def compare(adapters: Adapters, reference: Any, kind: str) -> None:
     texts = kit.texts(4, seed=3)
-    ours = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part("x", texts)])]
-    plain = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+    ours = [adapters.logits(h, [("x", len(h))]) for h in kit.hidden_of(adapters, [Part("x", texts)])]
+    plain = [adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, texts)])]
     theirs = [reference(torch.tensor([ids])).logits[0] for ids in texts]
     # transformers computes a float64 Llama's norms and rotations, and BLOOM's softmax, in float32.
     kit.measured(f"{kind}: by hand", kit.difference(ours, theirs), 1e-12 if kind == "gpt2" else 1e-5)
@@ -216,7 +216,7 @@ def test_each_part_loads_in_peft_by_itself(tmp_path: Path) -> None:
         alone = adapters.load(folder, tmp_path / folder)
         skip = alone.num_virtual_tokens
         logits = [theirs(input_ids=torch.tensor([ids])).logits[0, skip:] for ids in texts]
-        ours = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(folder, texts)])]
+        ours = [adapters.logits(h, [(folder, len(h))]) for h in kit.hidden_of(adapters, [Part(folder, texts)])]
         kit.measured(f"{folder}: ours - peft", kit.difference(ours, logits), 1e-5)
     # And one after the other they are the whole.
     adapters.stack("both", parts)
@@ -241,7 +241,8 @@ def test_generation_is_teacher_forcing(kind: str, padded: bool) -> None:
     assert len({tuple(answer) for answer in answers}) > 4
     for request, answer in zip(asked, answers, strict=True):
         (hidden,) = kit.hidden_of(adapters, [Part(request.adapter, [[*request.prompt, *answer]])])
-        assert adapters.logits(hidden).argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
+        logits = adapters.logits(hidden, [(request.adapter, len(hidden))])
+        assert logits.argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
 
 
 def test_packed_is_padded() -> None:

@@ -114,7 +114,7 @@ def test_routed_is_merged(kind: str, tied: bool) -> None:
         for name, parameter in model.named_parameters():
             parameter.copy_(merged[name])
         plain = Adapters(model, describe(model))
-        wanted = [plain.logits(h) for h in kit.hidden_of(plain, [Part(None, texts)])]
+        wanted = [plain.logits(h, [(None, len(h))]) for h in kit.hidden_of(plain, [Part(None, texts)])]
     # Norms that transformers computes in float32 whatever the model's dtype is.
     kit.measured(f"{kind}: routed - merged", kit.difference(found, wanted), 2e-5)
 

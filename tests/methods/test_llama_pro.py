@@ -80,8 +80,8 @@ def test_is_transformers_model_with_more_layers(kind: str, tmp_path: Path) -> No
     Trainer(adapters, [Job(job, adapter, kit.samples(16))]).run()
     adapters.save("it", tmp_path)
     with torch.no_grad():
-        found = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part("it", texts)])]
-        plain = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+        found = [adapters.logits(h, [("it", len(h))]) for h in kit.hidden_of(adapters, [Part("it", texts)])]
+        plain = [adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, texts)])]
     adapters.close()
     bigger = expanded(model, read_tensors(tmp_path / "adapter_model.safetensors"))
     with torch.no_grad():
@@ -186,7 +186,8 @@ def test_generation_with_several_expansions_and_rows_that_leave(kind: str) -> No
         assert len(answer) == request.max_new_tokens
         assert generate(adapters, [request], stop_ids=())[0].ids == answer
         (hidden,) = kit.hidden_of(adapters, [Part(request.adapter, [[*request.prompt, *answer]])])
-        assert adapters.logits(hidden).argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
+        logits = adapters.logits(hidden, [(request.adapter, len(hidden))])
+        assert logits.argmax(-1)[len(request.prompt) - 1 : -1].tolist() == answer
     adapters.close()
 
 

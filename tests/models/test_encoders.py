@@ -21,7 +21,7 @@ from weft.models import describe, load_base
 from weft.models.facts import ENCODERS
 from weft.models.load import sketch_base
 from weft.objectives.passes import answer_logits
-from weft.training.run import base_fingerprint
+from weft.training.same_run import base_fingerprint
 
 TASK = ClassificationTask(("bad", "good"))
 # Methods that no encoder can take, and what they say.

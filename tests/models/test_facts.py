@@ -72,7 +72,7 @@ def test_the_plain_model_is_what_transformers_computes(kind: str) -> None:
     before = model.config._attn_implementation
     adapters = Adapters(model, architecture)
     with torch.no_grad():
-        found = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+        found = [adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, texts)])]
     adapters.close()
     assert model.config._attn_implementation == before
     kit.measured(f"{kind}: stream - transformers", kit.difference(wanted, found), 1e-5)
@@ -134,7 +134,7 @@ def test_an_unknown_architecture_is_proved() -> None:
     adapters = kit.open_with_all(model)
     assert isinstance(adapters.layout, Packed)
     with torch.no_grad():
-        found = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, texts)])]
+        found = [adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, texts)])]
         for name in kit.ALL:
             kit.hidden_of(adapters, [Part(name, texts), Part(None, texts)])
     kit.measured("persimmon: stream - transformers", kit.difference(wanted, found), 1e-5)

@@ -27,6 +27,7 @@ from weft.api import Adapters
 from weft.core.adapters import is_open
 from weft.core.site import sites_in
 from weft.errors import UserError
+from weft.generation import Request, generate
 from weft.methods import METHODS
 from weft.models import describe
 from weft.models.attached import prove_attached
@@ -155,6 +156,23 @@ def test_tables_that_a_long_text_moved_before() -> None:
     found = ours(model, describe(model))
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, found, strict=True))
     kit.measured("dynamic tables after a long text", worst, 1e-5)
+
+
+def test_dynamic_tables_reach_beyond_the_length_from_before() -> None:
+    """As in transformers, and every token from the cache is that of the whole text."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = LlamaConfig(**{**SIZES, "max_position_embeddings": 16}, rope_parameters=rope)
+    model = make(config)
+    shape = describe(model)
+    assert shape.max_length == 32
+    prompt = [i + 5 for i in range(12)]
+    adapters = Adapters(model, shape)
+    (done,) = generate(adapters, [Request(prompt, None, 18)], stop_ids=())
+    adapters.close()
+    text = list(prompt)
+    while len(text) < 30:
+        text.append(int(own(make(config), [text])[0][-1].argmax()))
+    assert list(done.ids) == text[12:]
 
 
 class ScaledT5(T5ForConditionalGeneration):

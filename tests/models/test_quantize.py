@@ -34,7 +34,9 @@ def test_the_linears_of_the_blocks_are_quantised_and_answer_as_transformers_says
     with torch.no_grad():
         wanted = [quantised.model(torch.tensor([ids])).logits[0] for ids in texts]
         adapters = Adapters(quantised.model, quantised.architecture)
-        found = [adapters.logits(h) for h in kit.hidden_of(adapters, [Part(None, [ids]) for ids in texts])]
+        found = [
+            adapters.logits(h, [(None, len(h))]) for h in kit.hidden_of(adapters, [Part(None, [ids]) for ids in texts])
+        ]
         adapters.close()
     # LLM.int8 rounds its input to fp16 and then to 127 steps of each row's largest number.
     assert kit.difference(found, wanted) < 2e-2

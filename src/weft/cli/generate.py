@@ -244,10 +244,15 @@ def _prompt(record: Record) -> Prompt:
         while messages and messages[-1].role == "assistant":
             messages.pop()
         return Prompt(messages, record.source)
-    for name in ("prompt", "instruction", "question", "text"):
+    names = ("prompt", "instruction", "question", "text")
+    for name in names:
         if isinstance(text := fields.get(name), str):
             extra = fields.get("input") if name == "instruction" else None
             return Prompt(f"{text}\n{extra}" if extra else text, record.source)
+    other = next((name for name in names if fields.get(name) is not None), None)
+    if other is not None:
+        value = json.dumps(fields[other], ensure_ascii=False, default=str)
+        raise UserError(f"{record.source}: {other} is {value[:80]}; expected text, in quotes.")
     raise UserError(
         f"{record.source}: no prompt in this record. It needs a field prompt, instruction, question, text or messages; "
         f"it has {', '.join(map(repr, fields)) or 'none'}."

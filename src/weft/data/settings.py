@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from weft.data.auditing.audit import AuditMode
 from weft.data.problems import OnBadRecord
@@ -23,8 +23,6 @@ EmptyAnswers = Literal["error", "skip"]
 DataPaths = str | list[str | dict[str, object]]
 # Marks a key that may change when a run is resumed: it changes no result.
 FREE = object()
-# A path of a user's, in which ``~`` is the home.
-LocalPath = Annotated[str, AfterValidator(with_home)]
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -64,12 +62,17 @@ class ReadSettings(BaseModel):
         description="what to do with any other record that cannot be used: list up to 20 and end; leave out and log "
         "how many; or write all of them to a file as well",
     )
-    bad_records_file: Annotated[LocalPath | None, FREE] = Field(
+    bad_records_file: Annotated[str | None, FREE] = Field(
         None, description="the file for `on_bad_record: report`; default: `bad_records.jsonl` in the run's folder"
     )
     data_workers: Annotated[int, FREE] = Field(
         0, ge=0, description="processes that render the records; any number gives the same samples"
     )
+
+    @field_validator("bad_records_file")
+    @classmethod
+    def _home(cls, path: str | None) -> str | None:
+        return path and with_home(path)
 
     def of(self, source: Source) -> ReadSettings:
         """How one source is read: its own keys win."""
@@ -85,9 +88,11 @@ class ReadSettings(BaseModel):
 class DataSettings(RenderSettings, ReadSettings):
     """Everything that decides which tokens are seen and learned; docs/data.md tells what each key does."""
 
-    data: DataPaths = Field(
+    data: DataPaths | None = Field(
+        None,
         description="training data: a file, a folder, a pattern, a hub's data set (`owner/name`, `owner/name:split`), "
-        "a list of them, or `0.7*a.jsonl + 0.3*b.jsonl`; a job may have its own ([data.md](data.md))"
+        "a list of them, or `0.7*a.jsonl + 0.3*b.jsonl`; a job may have its own, and if all have it is not needed here "
+        "([data.md](data.md))",
     )
     data_hub: Hub | None = Field(None, description="for data sets, if it is another one than `hub`")
     eval_data: DataPaths | None = Field(None, description="data to evaluate on; a job may have its own")

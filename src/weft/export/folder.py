@@ -24,7 +24,7 @@ from weft.models.load import resolve_dtype
 from weft.models.quantize import Quantization
 from weft.paths import local_path
 from weft.training.config import read_run_config
-from weft.training.run import base_fingerprint, is_base
+from weft.training.same_run import base_fingerprint, is_base
 from weft.version import __version__
 
 if TYPE_CHECKING:

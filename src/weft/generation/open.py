@@ -37,7 +37,7 @@ from weft.models.quantize import Quantization
 from weft.models.token_rows import check_rows
 from weft.paths import local_path
 from weft.training.config import RunConfig, read_run_config
-from weft.training.run import is_base
+from weft.training.same_run import is_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

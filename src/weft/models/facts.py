@@ -116,6 +116,10 @@ def _decoder_or_encoder(model: nn.Module, called: Collection[str]) -> Architectu
     kv_heads = getattr(text, "num_key_value_heads", None) or _falcon_kv_heads(text) or heads
     limit = getattr(text, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else None  # XLNet says -1
+    rope = getattr(text, "rope_parameters", None) or {}
+    scaled = [one for one in (rope, *rope.values()) if isinstance(one, dict) and one.get("rope_type") == "dynamic"]
+    if limit and scaled:  # the limit is that from before the scaling
+        limit = int(limit * max(float(one.get("factor") or 1) for one in scaled))
     first = _first_position(model, text, facts, limit)
     pooler = _pooler(model) if encoder else None
     # A pooler sees one row per sequence, so nothing in it can be a site.

@@ -86,7 +86,21 @@ def load_run_config(
         _override(values, override)
     if not values["resume"]:
         raise UserError(f"{folder} holds a run; add --resume to go on with it.")
+    _to_jobs(values, str(path))
     return _run_config(values, str(path))
+
+
+def _to_jobs(values: dict[str, Any], source: str) -> None:
+    """Give keys of jobs that stand at the top to every job; those of methods to the jobs whose method knows them."""
+    for key in [key for key in values if key not in _RUN_KEYS]:
+        value, taken = values.pop(key), False
+        for job in values["jobs"]:
+            known = {name for part in method_names(job["method"]) for name in METHODS.find(part).model_fields}
+            place = job if key in _JOB_KEYS else job["method_settings"] if key in known else None
+            if place is not None:
+                place[key], taken = value, True
+        if not taken:
+            raise UserError(_unknown(source, [key], _RUN_KEYS | _JOB_KEYS))
 
 
 def read_run_config(folder: str | Path) -> RunConfig:

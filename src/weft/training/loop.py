@@ -92,9 +92,15 @@ class Trainer:
         for job in self.jobs:
             job.restore(tensors[job.name], state["jobs"][job.name]["progress"])
             self._recent[job.name] = list(state["jobs"][job.name]["recent"])
+            warnings.append(job.go_on(state["jobs"][job.name].get("total_steps", job.total_steps)))
+        if not any(job.active for job in self.jobs):
+            warnings.append(
+                f"this run has finished, with {max(job.progress.step for job in self.jobs)} steps. To go on give it "
+                "more: steps=N, or epochs=N."
+            )
         self.step = state["step"]
         self.store.rewind_metrics(state["metrics_bytes"])
-        for text in warnings:
+        for text in filter(None, warnings):
             self._tell({"event": "warning", "message": text}, log=False)
         return True
 
@@ -152,7 +158,12 @@ class Trainer:
             "step": self.step,
             "environment": environment(),
             "jobs": {
-                job.name: {"progress": job.state(), "data": job.fingerprint, "recent": self._recent[job.name]}
+                job.name: {
+                    "progress": job.state(),
+                    "total_steps": job.total_steps,
+                    "data": job.fingerprint,
+                    "recent": self._recent[job.name],
+                }
                 for job in self.jobs
             },
         }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -15,10 +14,11 @@ from weft.adapters import Adapters
 from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
-from weft.data.settings import DataSettings, free_keys
+from weft.data.settings import DataSettings
 from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
+from weft.foreign import expect, read_json
 from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
@@ -30,6 +30,7 @@ from weft.training.config import read_run_config
 from weft.training.job import Job
 from weft.training.loop import Event, Trainer, TrainResult
 from weft.training.reader import JobData, Reader, data_files
+from weft.training.same_run import base_fingerprint, check_base, check_same_run, rooted
 from weft.training.settings import RunConfig
 
 _BAD_RECORDS = "bad_records.jsonl"
@@ -202,11 +203,14 @@ def _train(
         on_event=on_event,
         should_stop=should_stop,
     )
+    run_file = store.folder / RUN_FILE
     if config.resume:
+        if run_file.is_file():
+            check_base(setup.base, expect(read_json(run_file).get("base", {}), dict, f"{run_file}: base"))
         trainer.resume()
     labels = {job.name: job.adapter.head.labels for job in setup.jobs if job.adapter.head.labels}
     base = base_fingerprint(setup.base)
-    store.write_run({"config": config.model_dump(mode="json"), "base": base, "labels": labels})
+    store.write_run({"config": rooted(config).model_dump(mode="json"), "base": base, "labels": labels})
     if config.on_bad_record == "report":
         setup.problems.write(_report_of(config))
     setup.base.tokenizer.save_pretrained(store.tokenizer)
@@ -267,7 +271,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
         return
     if (folder / RUN_FILE).is_file():
         if config.resume:
-            _same_run(config, read_run_config(folder))
+            check_same_run(config, read_run_config(folder))
         elif not config.overwrite_output_dir:
             raise UserError(
                 f"{folder} already holds a run. Go on with it (resume: true, or --resume), take another output_dir, or "
@@ -279,29 +283,3 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
             f"{folder} is no run's folder, but holds {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)}; "
             "it is left alone. Take another output_dir."
         )
-
-
-def base_fingerprint(base: Base) -> dict[str, object]:
-    """Enough of the base to notice that it is another one: its name, its size, a hash of its smallest tensors."""
-    digest = hashlib.sha256()
-    tensors = base.model.state_dict()
-    for key in sorted(tensors, key=lambda k: (tensors[k].numel(), k))[:64]:
-        digest.update(key.encode() + tensors[key].detach().float().cpu().numpy().tobytes())
-    parameters = sum(t.numel() for t in tensors.values())
-    return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
-
-
-def is_base(base: Base, recorded: Mapping[str, object]) -> bool:
-    """Whether the base is the one of these fingerprints, as far as they tell."""
-    found = base_fingerprint(base)
-    return all(found[key] == recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors"))
-
-
-def _same_run(config: RunConfig, begun: RunConfig) -> None:
-    """Refuse settings that differ from those with which the run began: they would make it another run."""
-    old, new = begun.model_dump(mode="json"), config.model_dump(mode="json")
-    free = free_keys(RunConfig)
-    changed = [key for key in new if key not in free and old[key] != new[key]]
-    if changed:
-        lines = "\n".join(f"  {key}: {old[key]!r} -> {new[key]!r}" for key in changed)
-        raise UserError(f"cannot resume: the configuration has changed since the run began:\n{lines}")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 from weft.core.adapter import MethodConfig
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
-from weft.data.settings import FREE, DataPaths, DataSettings, LocalPath, checked_paths, part
+from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
 from weft.errors import UserError
 from weft.methods.combined import CombinedConfig
 from weft.methods.registry import METHODS
@@ -20,6 +20,7 @@ from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
 from weft.models.quantize import Quantization
 from weft.objectives import Objective, make_objective
+from weft.paths import with_home
 from weft.patterns import check_name
 from weft.training.aliases import translate
 
@@ -47,8 +48,10 @@ class JobConfig(BaseModel):
         None, description="classification: the columns with the text or the pair of texts, if not the usual ones"
     )
     label_column: str | None = Field(None, description="classification: the column with the label, likewise")
-    steps: int | None = Field(None, gt=0, description="optimizer steps; wins over `epochs`")
-    epochs: float = Field(3, gt=0, description="passes over the data; part of one is rounded up to whole steps")
+    steps: Annotated[int | None, FREE] = Field(None, gt=0, description="optimizer steps; wins over `epochs`")
+    epochs: Annotated[float, FREE] = Field(
+        3, gt=0, description="passes over the data; part of one is rounded up to whole steps"
+    )
     batch_size: int = Field(8, gt=0, description="records per optimizer step, times `gradient_accumulation_steps`")
     batch_tokens: int | None = Field(
         None,
@@ -160,14 +163,14 @@ class JobConfig(BaseModel):
 class RunConfig(DataSettings):
     """A run: base, data, jobs, where it is written."""
 
-    model: LocalPath = Field(
+    model: str = Field(
         description="the base: a Hugging Face folder, a hub id, or an embedded model (`tiny-llama`, `tiny-bloom`)"
     )
     jobs: tuple[JobConfig, ...] = Field(
         min_length=1,
         description="one mapping per job; or leave it out: `method: [lora, prefix_tuning]` makes one job each",
     )
-    output_dir: Annotated[LocalPath, FREE] = Field("runs/weft", description="folder of the run")
+    output_dir: Annotated[str, FREE] = Field("runs/weft", description="folder of the run")
     overwrite_output_dir: Annotated[bool, FREE] = Field(
         False, description="delete the run that is in `output_dir` (anything else there is never deleted)"
     )
@@ -207,9 +210,13 @@ class RunConfig(DataSettings):
         [], description="names of callbacks, which hear every event of the run ([extending.md](extending.md))"
     )
 
+    _own_home = field_validator("model", "output_dir")(with_home)
+
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
         names = [job.name for job in self.jobs]
+        if self.data is None and any(job.data is None for job in self.jobs):
+            raise ValueError("'data' is missing.")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two jobs are named {', '.join(twice)}; give each its own name")

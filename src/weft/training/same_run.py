@@ -1,0 +1,118 @@
+"""Whether a run that goes on is the run that began: the same base, settings and data, wherever they lie now."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weft.assets import EMBEDDED_MODELS
+from weft.data.settings import free_keys
+from weft.data.sources import with_paths
+from weft.errors import UserError
+from weft.models.hub import is_dataset_id
+from weft.models.load import Base, resolve_model
+from weft.paths import from_root
+from weft.training.settings import JobConfig, RunConfig
+
+_DATA = ("data", "eval_data")
+
+
+def base_fingerprint(base: Base) -> dict[str, object]:
+    """Enough of the base to notice that it is another one: its name, its size, a hash of its smallest tensors."""
+    digest = hashlib.sha256()
+    tensors = base.model.state_dict()
+    for key in sorted(tensors, key=lambda k: (tensors[k].numel(), k))[:64]:
+        digest.update(key.encode() + tensors[key].detach().float().cpu().numpy().tobytes())
+    parameters = sum(t.numel() for t in tensors.values())
+    return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
+
+
+def is_base(base: Base, recorded: Mapping[str, object]) -> bool:
+    """Whether the base is the one of these fingerprints, as far as they tell."""
+    found = base_fingerprint(base)
+    return all(found[key] == recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors"))
+
+
+def check_base(base: Base, recorded: Mapping[str, object]) -> None:
+    """Refuse to go on over another base than the one that a run began with.
+
+    Raises:
+        UserError: It is another one; the message names both, with their hashes.
+    """
+    if not is_base(base, recorded):
+        found = base_fingerprint(base)
+        old, new = (
+            f"{one.get('model')} ({one.get('parameters')} parameters, SHA-256 "
+            f"{str(one.get('sha256_of_small_tensors'))[:12]}…)"
+            for one in (recorded, found)
+        )
+        raise UserError(f"cannot resume: the run began over {old}; the base is now {new}. Give back the first one.")
+
+
+def rooted(config: RunConfig) -> RunConfig:
+    """The configuration with every path from the root: ``run.json`` keeps it, so that the run goes on anywhere."""
+
+    def data(own: Any) -> Any:
+        return None if own is None else with_paths(own, lambda path: path if is_dataset_id(path) else from_root(path))
+
+    jobs = tuple(job.model_copy(update={key: data(getattr(job, key)) for key in _DATA}) for job in config.jobs)
+    changes: dict[str, object] = {"jobs": jobs, **{key: data(getattr(config, key)) for key in _DATA}}
+    if config.model not in EMBEDDED_MODELS and Path(config.model).is_dir():
+        changes["model"] = from_root(config.model)
+    if config.bad_records_file is not None:
+        changes["bad_records_file"] = str(Path(config.bad_records_file).absolute())
+    return config.model_copy(update={**changes, "output_dir": str(Path(config.output_dir).absolute())})
+
+
+def check_same_run(config: RunConfig, begun: RunConfig) -> None:
+    """Refuse settings that would make it another run.
+
+    Where the data and the base lie may change: a checkpoint knows the data by its content, ``run.json`` the base by its
+    tensors.
+
+    Raises:
+        UserError: Some differ; the message names each, with its old and its new value.
+    """
+    old, new = _settings(begun), _settings(config)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        lines = "\n".join(f"  {key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed)
+        raise UserError(
+            f"cannot resume: the configuration has changed since the run began:\n{lines}\nPut it back, or begin a new "
+            "run in another output_dir."
+        )
+
+
+def _settings(config: RunConfig) -> dict[str, object]:
+    """The settings that must stay, by their place: ``jobs.lora.batch_size``."""
+    values = config.model_dump(mode="json", exclude={*free_keys(RunConfig), "model", "jobs"})
+    found = _flat(_placeless(values), "")
+    for job in config.jobs:
+        found |= _flat(_placeless(job.model_dump(mode="json", exclude=set(free_keys(JobConfig)))), f"jobs.{job.name}.")
+    return found
+
+
+def _placeless(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with nothing in the place of the paths of data."""
+    return {
+        key: with_paths(value, lambda path: "…") if key in _DATA and value is not None else value
+        for key, value in values.items()
+    }
+
+
+def _flat(values: Mapping[str, Any], above: str) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            name = above if key == "method_settings" else f"{above}{key}."
+            found |= _flat(value, name)
+        else:
+            found[f"{above}{key}"] = value
+    return found
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
