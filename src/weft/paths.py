@@ -16,6 +16,14 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(with_home(os.fspath(path)))
 
 
+def names_in(folder: Path) -> list[str]:
+    """The names of what is in a folder; none if it is no folder, or closed."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
 def from_root(path: str) -> str:
     """The path from the root, if something is there or it is a pattern of files; else (a hub's id) as it is written."""
     try:

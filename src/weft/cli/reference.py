@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from weft.core.adapter import MethodConfig
 from weft.methods import METHODS
 from weft.training.aliases import RENAMED, SWITCHES, VALUES
+from weft.training.bits import TOLD
 from weft.training.settings import JobConfig, RunConfig
 
 _INTRO = """\
@@ -118,7 +119,7 @@ def _aliases() -> str:
     lines = ["| theirs | here |", "|---|---|"]
     lines += [f"| `{key}` | `{ours}` |" for key, ours in RENAMED.items()]
     lines += ["| `adam_beta1`, `adam_beta2` | one of `adam_betas` |"]
-    lines += [f"| `{key}` | {switch.told} |" for key, switch in SWITCHES.items()]
+    lines += [f"| `{key}` | {told} |" for key, told in {**{k: s.told for k, s in SWITCHES.items()}, **TOLD}.items()]
     for key, words in VALUES.items():
         pairs = ", ".join(f"`{theirs}` → `{ours}`" for theirs, ours in words.items())
         lines.append(f"| values of `{key}` | {pairs} |")
