@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -237,8 +237,6 @@ class _Loader(yaml.SafeLoader):
     YAML 1.1, which pyyaml reads, takes ``off`` and ``no`` for switches, ``12:30`` for a number and ``1e-3`` for text.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
@@ -271,6 +269,7 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(digits[2:], {"0o": 8, "0x": 16}[digits[:2]]) if digits[:2] in ("0o", "0x") else int(digits)
 
 
+_Loader.yaml_implicit_resolvers = {}
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _NUMBER = "-+.0123456789"
 for _tag, _pattern, _first in (

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+# Endings of files, which no model's id has.
+_FILES = (".json", ".jsonl", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".zip", ".gz", ".tar")
 
 
 def with_home(path: str) -> str:
@@ -31,3 +35,11 @@ def from_root(path: str) -> str:
     except OSError:  # longer than a name may be
         return path
     return os.path.abspath(path) if there else path
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name of a model reads as ``owner/name`` of a hub rather than as a path."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.lower().endswith(_FILES):
+        return False
+    # Where its first part is a folder here, it is a path with a mistake in it.
+    return not Path(name).exists() and not Path(name).parent.is_dir()

@@ -25,7 +25,9 @@ _LARGE = frozenset({
     "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "modelscope", "datasets", "bitsandbytes",
     "numpy", "pyarrow", "jinja2",
 })  # fmt: skip
-_SECONDS = 3  # of the copy's life, whatever it meets
+# Of the copy's work and of its life, whatever it meets.
+_WORK, _LIFE = 5, 30
+_LONGEST = 60_000  # bytes of a message: a pipe takes as many at once
 
 
 class NotHereError(BaseException):
@@ -138,7 +140,7 @@ def refuse(check: Callable[[], object]) -> None:
 def set_up() -> None:
     """Import Weft with the stand-ins. This process can then check, and nothing else."""
     sys.meta_path.insert(0, _Finder())
-    import weft.generation.open  # noqa: F401  (the lowest room that has a check)
+    import weft.export.folder  # noqa: F401  (the lowest room that has a check)
 
     _StandIn.importing = False
 
@@ -146,9 +148,10 @@ def set_up() -> None:
 def _in_copy(check: Callable[[], object], writing: int) -> NoReturn:
     """Write the message of ``check``, if it has one, and end the copy."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
             signal.signal(number, signal.SIG_DFL)
-        signal.alarm(_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, _WORK)
+        signal.alarm(_LIFE)
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
@@ -159,7 +162,3 @@ def _in_copy(check: Callable[[], object], writing: int) -> NoReturn:
         os.write(writing, str(error).encode(errors="surrogateescape")[:_LONGEST])
     finally:
         os._exit(0)
-
-
-# Of a message, in bytes: a pipe takes as many at once.
-_LONGEST = 60_000

@@ -65,7 +65,7 @@ def merge(
     return common.DONE
 
 
-def _check(adapter: str, model: str | None, dtype: str, device: str) -> None:
+def _check(adapter: Path, model: str | None, dtype: str, device: str) -> None:
     from weft.export.folder import adapter_folder
     from weft.models.load import check_device, resolve_dtype, resolve_model
 

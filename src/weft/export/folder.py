@@ -98,7 +98,11 @@ def merge_folder(
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The folder of one adapter; a run with one stands for it."""
+    """The folder of one adapter; a run with one stands for it.
+
+    Raises:
+        UserError: It holds no adapter, or several.
+    """
     if (folder / RUN_FILE).is_file():
         names = [job.name for job in read_run_config(folder).jobs]
         if len(names) != 1:

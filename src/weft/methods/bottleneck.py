@@ -22,7 +22,7 @@ from transformers.activations import ACT2CLS, get_activation
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, SiteFunction
 from weft.core.architecture import Architecture
 from weft.core.route import Segment
-from weft.errors import UserError, nearest
+from weft.errors import UserError, check_word
 from weft.methods.adapterhub import adapterhub_settings
 from weft.methods.dropout import seeded_dropout
 from weft.methods.initial import kaiming_uniform
@@ -42,15 +42,6 @@ _NOT_HERE = {
     "cross_adapter": "there is cross-attention in encoder-decoder models only",
     "stochastic_depth": "dropping whole branches is for vision models; dropout is there",
 }
-
-
-# Activations that every version of transformers has.
-_COMMON = ("relu", "gelu", "swish", "tanh", "leakyrelu")
-
-
-def _non_linearities() -> tuple[str, ...]:
-    """The names of activations, without those that have weights of their own."""
-    return ("leakyrelu", *sorted(set(ACT2CLS) - {"prelu", "xielu"}))
 
 
 class BottleneckConfig(MethodConfig):
@@ -113,9 +104,8 @@ class BottleneckConfig(MethodConfig):
     def _check(self) -> BottleneckConfig:
         names = [key for key in self.factors if key != "default" and not key.isdecimal()]
         before, residual = self.original_ln_before, self.residual_before_ln
-        if self.non_linearity not in _COMMON and self.non_linearity not in (known := _non_linearities()):
-            hint = nearest(self.non_linearity, known)
-            raise ValueError(f"non_linearity: {self.non_linearity!r} is none of {', '.join(known)}.{hint}")
+        if self.non_linearity not in ("relu", "gelu", "swish", "tanh", "leakyrelu"):  # any transformers has these
+            check_word("non_linearity", self.non_linearity, sorted(set(ACT2CLS) - {"prelu", "xielu"}))
         for wrong, message in (
             (names, f"reduction_factor: {names}: keys are layer numbers from 0, and 'default'."),
             (min(self.factors.values(), default=1) <= 0, "reduction_factor: above 0, for the width is divided by it."),

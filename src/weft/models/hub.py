@@ -14,20 +14,10 @@ from weft.models.hub_datasets import SUFFIXES, HubSplit, listed, load_split, rea
 Hub = Literal["huggingface", "modelscope"]
 # How long a hub may take to answer at all.
 _SECONDS = 5.0
-# Endings of files, which no model's id has.
-_FILES = (".json", ".jsonl", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".zip", ".gz", ".tar")
 _WAYS = (
     "Give the path of a folder or file on this machine that holds the {}; or name a mirror that can be reached "
     "(HF_ENDPOINT=https://...); or take it from ModelScope (hub: modelscope)."
 )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether the name of a model reads as ``owner/name`` of a hub rather than as a path."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.lower().endswith(_FILES):
-        return False
-    # Where its first part is a folder here, it is a path with a mistake in it.
-    return not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def fetch_model(name: str, hub: Hub = "huggingface") -> str:
@@ -119,15 +109,14 @@ def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path | HubSplit:
     """
     name, _, wanted = data.partition(":")
     away = _unreachable() if hub == "huggingface" else None
-    kept = {} if away is None else {"local_files_only": True}
     try:
         files = _list_files(name, hub, fetched=away is not None)
         found = readable(files)
         if wanted in files or (not wanted and len(found) == 1):
-            return Path(_download(name, wanted or found[0], hub, **kept))
+            return Path(_download(name, wanted or found[0], hub, fetched=away is not None))
         matching = sorted(file for file in found if _matches(file, wanted))
         if matching:
-            places = [_download(name, file, hub, **kept) for file in matching]
+            places = [_download(name, file, hub, fetched=away is not None) for file in matching]
             return Path(places[0].removesuffix(matching[0])) / wanted
         if wanted.endswith(SUFFIXES) or any(mark in wanted for mark in "*?["):
             raise UserError(f"data {data!r}: no such file there; there are: {listed(found) or 'none to read'}.")
@@ -168,11 +157,11 @@ def _list_files(name: str, hub: Hub, *, fetched: bool) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _download(name: str, file: str, hub: Hub, **kept: bool) -> str:
+def _download(name: str, file: str, hub: Hub, *, fetched: bool) -> str:
     if hub == "huggingface":
         from huggingface_hub import hf_hub_download
 
-        return hf_hub_download(name, file, repo_type="dataset", **kept)
+        return hf_hub_download(name, file, repo_type="dataset", local_files_only=fetched)
     return str(_modelscope_dataset(name) / file)
 
 

@@ -17,13 +17,13 @@ from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest, reason_of
 from weft.models import gate
 from weft.models.facts import ENCODERS
-from weft.models.hub import Hub, fetch_model, folder_of, is_hub_id
+from weft.models.hub import Hub, fetch_model, folder_of
 from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
 from weft.models.token_rows import check_special_tokens, token_rows
-from weft.paths import local_path, names_in
+from weft.paths import is_hub_id, local_path, names_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

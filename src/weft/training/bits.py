@@ -15,6 +15,7 @@ _STORAGE = ("bnb_4bit_quant_storage",)
 _BY = ("quantization_method", "quant_method")
 _COUNT = ("quantization_bit", "quant_bits")
 _LOAD = {"load_in_4bit": 4, "load_in_8bit": 8}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16"}
 DETAILS = (*_KIND, *_DOUBLE, *_COMPUTE, *_STORAGE, *_BY)
 # Theirs, and what they mean, for the reference.
 TOLD = {
@@ -57,9 +58,10 @@ def in_our_words(given: Mapping[str, object], where: str) -> dict[str, object]:
     if bits is not None:
         kind = next((asked[key] for key in _KIND if asked.get(key)), "nf4")
         _add(rest, "quantization", kind if bits == 4 else "int8", where, "the keys for 4 or 8 bits")
-    computes = asked.get("bnb_4bit_compute_dtype")
-    if bits == 4 and computes not in (None, "auto"):
-        _add(rest, "dtype", str(computes).removeprefix("torch."), where, "'bnb_4bit_compute_dtype'")
+    computes = str(asked.get("bnb_4bit_compute_dtype") or "auto").removeprefix("torch.")
+    said = any(is_on(rest.get(key), key) and computes == word for key, word in _SHORT.items())
+    if bits == 4 and computes != "auto" and not said:
+        _add(rest, "dtype", computes, where, "'bnb_4bit_compute_dtype'")
     return rest
 
 
@@ -99,5 +101,5 @@ def _check_details(asked: Mapping[str, object], bits: int | None, where: str) ->
 
 def _add(rest: dict[str, object], key: str, value: object, where: str, whence: str) -> None:
     if rest.get(key, value) not in (value, "auto"):
-        raise UserError(f"{where}: '{key}' is {rest[key]!r}, and {whence} say {value!r}; keep one.")
+        raise UserError(f"{where}: '{key}' is {rest[key]!r}, and {whence} ask for {value!r}; keep one.")
     rest[key] = value
