@@ -9,8 +9,9 @@ import math
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from weft.paths import is_hub_id
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +63,7 @@ def say(text: str) -> None:
 
 def tell_hub(model: str) -> None:
     """Say that a model will be looked for on the hub: a mistyped folder looks like an id, and asking takes a while."""
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists():
+    if is_hub_id(model):
         say(f"{model} is no folder here; looking for it in the Hugging Face cache and hub")
 
 

@@ -24,7 +24,7 @@ from weft.models.load import resolve_dtype
 from weft.models.quantize import Quantization
 from weft.paths import local_path
 from weft.training.config import read_run_config
-from weft.training.same_run import base_fingerprint, is_base
+from weft.training.same_run import base_fingerprint, other_base
 from weft.version import __version__
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def merge_folder(
         UserError: the adapter cannot become weights, does not fit the base, the folder is taken, or the merged model
             does not answer as the adapter does; nothing is left behind.
     """
-    folder, output = _adapter_folder(local_path(adapter)), local_path(output)
+    folder, output = adapter_folder(local_path(adapter)), local_path(output)
     with new_folder(output, "--output ") as part:
         given = resolve_dtype(dtype)
         opened, notes = _open(folder, model, device, quantization)
@@ -97,8 +97,12 @@ def merge_folder(
     return Result(output, entries, proof, notes=tuple(notes), bytes=weights_bytes(output))
 
 
-def _adapter_folder(folder: Path) -> Path:
-    """The folder of one adapter; a run with one stands for it."""
+def adapter_folder(folder: Path) -> Path:
+    """The folder of one adapter; a run with one stands for it.
+
+    Raises:
+        UserError: It holds no adapter, or several.
+    """
     if (folder / RUN_FILE).is_file():
         names = [job.name for job in read_run_config(folder).jobs]
         if len(names) != 1:
@@ -141,15 +145,16 @@ def _open(folder: Path, model: str | None, device: str, quantization: Quantizati
         )
     except UserError as error:
         raise UserError(f"{folder}, on {model or 'its base'}: {error}") from None
-    if not is_base(opened.base, kept):
+    if difference := other_base(opened.base, kept):
         if model is None:
             opened.close()
             raise UserError(
-                f"the model at {opened.base.name} is not the one that {folder} was trained on: its tensors are others. "
+                f"the model at {opened.base.name} is not the one that {folder} was trained on: its tensors are others "
+                f"({difference}). "
                 "Put the old one back; or name a base with --model to use it all the same."
             )
         notes.append(f"warning: {opened.base.name} is not the base that the adapter was trained on: its tensors are "
-                     "others.")  # fmt: skip
+                     f"others ({difference}).")  # fmt: skip
     return opened, [*opened.notes, *notes]
 
 

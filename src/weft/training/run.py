@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 
 from weft.adapters import Adapters
-from weft.data import Problems, Renderer
+from weft.data import Problems, Renderer, parse_sources
 from weft.data.auditing.audit import audit_before_training
+from weft.data.formats.detect import format_named
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
+from weft.data.reading.files import Place
+from weft.data.rendering.templates import template_text
 from weft.data.settings import DataSettings
 from weft.data.views import Samples, chained
 from weft.errors import UserError
@@ -22,7 +25,7 @@ from weft.foreign import expect, read_json
 from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
-from weft.models.load import resolve_model
+from weft.models.load import check_device, resolve_dtype, resolve_model
 from weft.models.tasks import check_job
 from weft.training.batches import Batches
 from weft.training.callbacks import CALLBACKS, with_callbacks
@@ -58,7 +61,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    places = data_files(config)
+    places = check_names(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
     sketch = base or config.sketch()
     renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
@@ -93,6 +96,44 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     return Setup(config, base, adapters=adapters, renderer=renderer, jobs=jobs, problems=read.problems)
 
 
+def check_names(config: RunConfig) -> dict[str, Place]:
+    """Refuse names that nothing has, and data that is not there. No file of the base and no record is read.
+
+    Returns:
+        The places of the data, as ``data_files`` gives them.
+
+    Raises:
+        UserError: An objective, a dtype, a device, a format or a template is unknown, a method does not go with the
+            quantisation, or a data file is not there.
+    """
+    resolve_dtype(config.dtype)
+    check_device(config.device)
+    if config.chat_template is not None:
+        template_text(config.chat_template)
+    for job in config.jobs:
+        job.own_objective()
+        for part in job.method_config().methods():
+            part.check_quantization(config.quantization)
+        if not job.classifies:
+            for data in (job.data or config.data, job.eval_data or config.eval_data):
+                for source in parse_sources(data) if data is not None else ():
+                    format_named(source.format or config.data_format)
+    return data_files(config)
+
+
+def check_places(config: RunConfig) -> None:
+    """Refuse a base, callbacks or places of output that training could not use; changes nothing.
+
+    Raises:
+        UserError: The base is not there, a callback is unknown, or the run cannot be written to its folder.
+    """
+    _check_report(config)
+    for name in config.callbacks:
+        CALLBACKS.find(name)
+    _check_folder(RunStore(config.output_dir), config)
+    resolve_model(config.model)
+
+
 def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
     """Write the report, if one was asked for, before the error ends the run; returns the error with its place."""
     if config.on_bad_record != "report" or error is not problems.ended:
@@ -114,9 +155,6 @@ def _report_of(config: RunConfig) -> Path:
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
     for job in config.jobs:
         check_job(job.name, job.task, config.model, sketch.architecture)
-        job.own_objective()
-        for part in job.method_config().methods():
-            part.check_quantization(config.quantization)
 
 
 def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
@@ -167,10 +205,8 @@ def train(
         UserError: before anything is written, if the configuration, the data or the folder cannot be used.
     """
     store = RunStore(config.output_dir)
-    _check_report(config)
-    # Before the base is loaded, which may take minutes.
+    check_places(config)
     callbacks = [CALLBACKS.find(name) for name in config.callbacks]
-    _check_folder(store, config)
     setup = prepare(config)
     # The caller hears of it before the folder is touched: then a signal may stop the run only where it can go on.
     on_ready(setup)

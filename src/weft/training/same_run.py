@@ -29,10 +29,14 @@ def base_fingerprint(base: Base) -> dict[str, object]:
     return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
 
 
-def is_base(base: Base, recorded: Mapping[str, object]) -> bool:
-    """Whether the base is the one of these fingerprints, as far as they tell."""
+def other_base(base: Base, recorded: Mapping[str, object]) -> str | None:
+    """How the base differs from the one of this fingerprint, with both names; None: it does not, as far as it tells."""
     found = base_fingerprint(base)
-    return all(found[key] == recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors"))
+    keys = [key for key in ("parameters", "sha256_of_small_tensors") if found[key] != recorded.get(key, found[key])]
+    if not keys:
+        return None
+    told = ", ".join(f"{key} {found[key]} instead of {recorded[key]}" for key in keys)
+    return f"here {found['model']}, in training {recorded.get('model', '(a name that is not kept)')}: {told}"
 
 
 def check_base(base: Base, recorded: Mapping[str, object]) -> None:
@@ -41,14 +45,8 @@ def check_base(base: Base, recorded: Mapping[str, object]) -> None:
     Raises:
         UserError: It is another one; the message names both, with their hashes.
     """
-    if not is_base(base, recorded):
-        found = base_fingerprint(base)
-        old, new = (
-            f"{one.get('model')} ({one.get('parameters')} parameters, SHA-256 "
-            f"{str(one.get('sha256_of_small_tensors'))[:12]}…)"
-            for one in (recorded, found)
-        )
-        raise UserError(f"cannot resume: the run began over {old}; the base is now {new}. Give back the first one.")
+    if other := other_base(base, recorded):
+        raise UserError(f"cannot resume over another base ({other}). Give back the first one.")
 
 
 def rooted(config: RunConfig) -> RunConfig:

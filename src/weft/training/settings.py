@@ -108,7 +108,7 @@ class JobConfig(BaseModel):
     def _names_of_labels(cls, value: object) -> object:
         if isinstance(value, (list, tuple)):
             if any(isinstance(name, bool) for name in value):
-                raise ValueError("YAML reads no and yes as switches; put the labels in quotes")
+                raise ValueError("true and false are switches; put the labels in quotes")
             return [str(name) if isinstance(name, (int, float)) else name for name in value]
         return value
 

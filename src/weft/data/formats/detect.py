@@ -127,7 +127,7 @@ def _choose(record: Record, format: str | None, columns: Mapping[str, str] | Non
     present = tuple(fields)
     if None in fields.values():
         present = tuple(name for name in present if fields[name] is not None)
-    plan = _plan(present, _named(format), frozenset(columns or ()))
+    plan = _plan(present, format_named(format), frozenset(columns or ()))
     if plan.spelled:
         ours = dict(plan.spelled)
         fields = {ours.get(name, name): value for name, value in fields.items() if value is not None}
@@ -138,7 +138,12 @@ def _choose(record: Record, format: str | None, columns: Mapping[str, str] | Non
     raise UserError(f"{record.source}: {plan.problem or refusals.no_format(present)}")
 
 
-def _named(format: str | None) -> str | None:
+def format_named(format: str | None) -> str | None:
+    """The format's own name, where ``format`` may be another of its names.
+
+    Raises:
+        UserError: There is no such format.
+    """
     if format is None:
         return None
     name = ALIASES.get(format, format)
