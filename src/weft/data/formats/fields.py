@@ -38,7 +38,7 @@ def string(record: Record, name: str, *, optional: bool = False) -> str:
     advice = ""
     if isinstance(value, (int, float)):
         # How 0.10 or 1e5 was written is not known any more, so that the user decides.
-        advice = f"Write it in quotation marks, or have it read as text: {as_text(name)}."
+        advice = f"Write such a value in quotation marks, or have it read as text: {as_text(name)}."
     raise AdvisedError(f"{record.source}: '{name}' must be a string, found {short(value)}.", advice)
 
 
