@@ -279,6 +279,7 @@ BUGS = [
     Bug("one-class", tables(20, "good", []), ("",)),
     Bug("class-imbalance", tables(200, "good", ["bad"] * 5), ("",), "nearly all"),
     Bug("class-imbalance", lambda: DataSet(rows=clean_rows(300), labels=[*LABELS * 149, "odd", "odd"]), ("",), "rare"),
+    Bug("short-texts", lambda: DataSet(rows=[{"text": f"{PLACES[n % 12]} {n}"} for n in range(24)]), ("",)),
     Bug("small-eval", lambda: DataSet(held=clean_rows(45)[42:]), ("",)),
 ]  # fmt: skip
 

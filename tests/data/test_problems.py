@@ -136,6 +136,24 @@ def test_what_all_have_in_common_is_said_once(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 23, "of several kinds each is listed"
 
 
+def test_the_formats_are_listed_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"instruction": "q", f"field{n % 7}": "a"}) + "\n" for n in range(15)))
+    with pytest.raises(UserError) as error:
+        load_samples(path, RENDERER)
+    said = str(error.value)
+    assert said.count("Known formats:") == 1
+    assert said.count("Fields found:") == 15
+    path.write_text("".join(json.dumps({"instruction": "q", "output": n}) + "\n" for n in range(15)))
+    with pytest.raises(UserError) as error:
+        load_samples(path, RENDERER)
+    assert str(error.value).count("columns:") == 1
+    report = tmp_path / "bad.jsonl"
+    path.write_text('{"foo": 1}\n{"text": "a"}\n')
+    load_samples(path, RENDERER, on_bad_record="report", bad_records_file=report)
+    assert "Known formats" not in report.read_text()
+
+
 def test_what_two_files_have_in_common() -> None:
     problems = Problems()
     for path, line, column in (("a", 3, None), ("b", 5, 7), ("a", 9, None), ("c", None, None)):

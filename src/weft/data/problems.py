@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem: its ``kind`` (a word of KINDS), and ``what`` is wrong at ``path:line:column``."""
+    """One problem: its ``kind`` (a word of KINDS), and ``what`` is wrong at ``path:line:column``.
+
+    ``advice`` is the same for many records, and is told once.
+    """
 
     kind: str
     path: str
@@ -38,6 +41,7 @@ class Problem:
     _: KW_ONLY
     line: int | None = None
     column: int | None = None
+    advice: str = ""
 
     @property
     def place(self) -> str:
@@ -45,7 +49,7 @@ class Problem:
         return ":".join(str(part) for part in (self.path, self.line, self.column) if part is not None)
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}"
+        return f"{self.place}: {self.what} {self.advice}".rstrip()
 
     def row(self) -> dict[str, object]:
         """The problem as a row of a report."""
@@ -64,6 +68,7 @@ KINDS: dict[str, str] = {
     "too_long": "a line or record longer than the limit",
     "too_many_values": "a record of millions of small values, which would fill the memory",
     "not_an_object": "a record that is no object with fields",
+    "bad_cell": "a cell of a spreadsheet that holds an error, or a formula without its value",
     "malformed_row": "a table's row whose quotation marks do not match",
     "row_width": "a table's row with more or fewer cells than the header",
     "cut_off": "a file that ends in the middle",
@@ -87,15 +92,29 @@ class BadRecordError(UserError):
         return type(self), (self.problem,)
 
 
+class AdvisedError(UserError):
+    """``what`` is wrong with a record, and ``advice`` that holds for many records."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what} {advice}".rstrip())
+        self.what, self.advice = what, advice
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.what, self.advice)
+
+
 def about_record(error: UserError, source: str, kind: str) -> Problem | None:
     """The problem in ``error``, if that is about the record at ``source``; None if it is about the settings."""
     if isinstance(error, BadRecordError):
         return error.problem
-    text, path, line = str(error), *source.rpartition(":")[::2]
+    text, advice = (error.what, error.advice) if isinstance(error, AdvisedError) else (str(error), "")
+    path, line = source.rpartition(":")[::2]
     if not text.startswith(source) or text[len(source) : len(source) + 1] not in (":", " ", ","):
         return None
     what = text[len(source) :].removeprefix(":").strip()
-    return Problem(kind, path, what, line=int(line)) if line.isdecimal() else Problem(kind, source, what)
+    if not line.isdecimal():
+        return Problem(kind, source, what, advice=advice)
+    return Problem(kind, path, what, line=int(line), advice=advice)
 
 
 class Problems:
@@ -170,18 +189,21 @@ class Problems:
             reason = self.first[0].what
             title = f"{number} records cannot be used, {'the first all' if more else 'all'} for one reason: {reason}"
         else:
-            lines, title = [f"  {problem}" for problem in self.first], f"{number} records cannot be used:"
+            lines = [f"  {problem.place}: {problem.what}" for problem in self.first]
+            title = f"{number} records cannot be used:"
         if more and same:
             lines[-1] += " ... and more"
         elif more:
             lines.append("  ... and more")
         if self.on_bad_record == "error":
-            lines.append(
+            mend = (
                 "Mend these records, or have them left out: on_bad_record: skip (logs how many), or report (lists them "
                 "all in a file)."
             )
         else:
-            lines.append("They would be left out, but nothing would be left. Mend them, or leave the file out.")
+            mend = "They would be left out, but nothing would be left. Mend them, or leave the file out."
+        advice = dict.fromkeys(problem.advice for problem in self.first if problem.advice)
+        lines.append(" ".join([mend, *advice]))
         return UserError("\n".join([title, *lines]))
 
     def check(self, what: str) -> None:

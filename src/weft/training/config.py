@@ -6,6 +6,7 @@ Keys of a job may stand at the top, where they are defaults for every job. The m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,9 @@ def read_run_config(folder: str | Path) -> RunConfig:
     template = config.get("chat_template")
     if isinstance(template, str) and is_file_name(template):
         raise UserError(f"{path}: chat_template names the file {template[:200]!r}; a run holds the text itself.")
+    if "text_unit" not in config:  # every line was a text, before the key was there
+        data = json.dumps([config.get(key) for key in ("data", "eval_data", "jobs")])
+        config = {**config, "text_unit": "line"} if ".txt" in data else config
     return _run_config(config, str(path))
 
 
