@@ -23,6 +23,7 @@ BESIDES = {
     "prompt-learned": {"eos-not-learned"},  # and so does what the template writes there
     "double-bos": {"served-elsewhere"},
     "serve-differs": {"served-elsewhere"},
+    "unknown-tokens": {"served-elsewhere"},  # the plain template writes no BOS
     "near-duplicate": {"contradiction"},
     "common-prompt": {"contradiction"},
     "common-answer": {"near-duplicate"},
