@@ -160,6 +160,7 @@ def test_every_named_template(base: str, name: str, trained: Callable[[str], Pat
     method = ("lora", "pro")[list(TEMPLATES).index(name) % 2]
     adapter = with_template(trained(base) / method, name, tmp_path / "adapter")
     asked, same, _ = check(adapter, tmp_path / "merged", elsewhere, joins=BASES[base].joins)
+    print(f"[elsewhere] {base} | {name} | {method} | {asked} | {same}")
     kit.measured(f"other conversations, {base}, {name}", asked - same, 2 * BASES[base].joins, derived=True)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from weft.data.auditing.pieces import decode
 from weft.data.provenance import file_names, template_of
 from weft.data.rendering.served import served_template
 from weft.errors import UserError
@@ -78,7 +80,7 @@ def merge_folder(
         with fresh_ids(part, [messages for messages, _ in written.wanted]) as ids_elsewhere:
             proof = compare(part, written.expected, where)
             if proof.holds and written.wanted:
-                rendering, told = compare_ids(written.wanted, ids_elsewhere(), tokenizer.decode)
+                rendering, told = compare_ids(written.wanted, ids_elsewhere(), partial(decode, tokenizer))
                 proof = replace(proof, rendering=rendering)
                 notes += told
         if not proof.holds:

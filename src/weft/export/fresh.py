@@ -10,13 +10,13 @@ import json
 import sys
 
 
-def ids_of(folder: str, conversations: list[list[dict[str, object]]]) -> list[list[int]]:
+def ids_of(folder: str, conversations: list[list[dict[str, str]]]) -> list[object]:
     """The ids [prompt length] of each conversation, as the tokenizer in ``folder`` renders it to be answered."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     return [
-        list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         for messages in conversations
     ]
 

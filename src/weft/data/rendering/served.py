@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from keyword import iskeyword
 from typing import TYPE_CHECKING
 
@@ -173,15 +174,15 @@ def _forms(encoder: Encoder, variables: Mapping[str, object]) -> Iterator[Form]:
         for lead in ("", " "):
             for end in dict.fromkeys(("", eos)):
                 values = {"HEAD": first, "TAIL": last, "END": end, "LEAD": lead}
-                yield lambda text, values=values: given + _whole(text, values)
+                yield partial(_whole, given=given, values=values)
 
 
-def _whole(text: str, values: Mapping[str, str]) -> str:
-    """``_WHOLE`` with a template and values in it."""
+def _whole(text: str, given: str, values: Mapping[str, str]) -> str:
+    """``_WHOLE`` with a template and values in it, after the lines ``given``."""
     found = _WHOLE
     for name, value in values.items():
         found = found.replace(name, _literal(value))
-    return found.replace("TEMPLATE", _bare(text).removesuffix("\n"))
+    return given + found.replace("TEMPLATE", _bare(text).removesuffix("\n"))
 
 
 def _bare(text: str) -> str:
