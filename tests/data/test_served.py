@@ -12,7 +12,7 @@ from weft.data.rendering.render import Task
 from weft.data.rendering.served import ids_elsewhere, is_served_form, message_fields, served_template
 
 ASK = [Message("user", "is it so?")]
-TALK = [*ASK, Message("assistant", "no.\n"), Message("user", "and this?")]
+TALK = [*ASK, Message("assistant", "no.\n"), Message("user", "is this?")]
 
 
 def check(renderer: Renderer, task: Task = "causal_lm") -> Any:
