@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from weft.data.auditing.pieces import decode
 from weft.data.provenance import file_names, template_of
+from weft.data.rendering.served import served_template
 from weft.errors import UserError
-from weft.export.proof import Proof, Reference, compare, fixed_prompts, routed_logits
+from weft.export.proof import Proof, Reference, compare, fixed_prompts, fixed_texts, routed_logits
+from weft.export.rendering import Wanted, compare_ids, fixed_conversations, fresh_ids, wanted_ids
 from weft.files import adapter_folder as files
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.files.whole import new_folder, sha256_of, weights_bytes
@@ -71,9 +75,14 @@ def merge_folder(
         given = resolve_dtype(dtype)
         opened, notes = _open(folder, model, device, quantization)
         written = _write(opened, folder, part, given if isinstance(given, torch.dtype) else None)
-        where = opened.adapters.device
+        where, tokenizer = opened.adapters.device, opened.base.tokenizer
         del opened  # two models at once are enough
-        proof = compare(part, written.expected, where)
+        with fresh_ids(part, [messages for messages, _ in written.wanted]) as ids_elsewhere:
+            proof = compare(part, written.expected, where)
+            if proof.holds and written.wanted:
+                rendering, told = compare_ids(written.wanted, ids_elsewhere(), partial(decode, tokenizer))
+                proof = replace(proof, rendering=rendering)
+                notes += told
         if not proof.holds:
             raise UserError(
                 f"the merged model does not answer as the adapter does, and nothing is kept: "
@@ -83,12 +92,6 @@ def merge_folder(
         entries = written.entries | {"proof": asdict(proof)}
         data = {} if written.data is None else {"data": written.data}
         files.write_json(part / files.OWN_CONFIG, {"merged": entries, **data})
-    kwargs = (written.data or {}).get("template_kwargs")
-    if isinstance(kwargs, dict) and kwargs:
-        notes.append(
-            f"training gave the chat template {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}; Weft "
-            "does so with this folder too, other tools must be told."
-        )
     if entries["quantization"]:
         notes.append(
             f"the base of the training was {entries['quantization']}: its dequantised weights, beside which the "
@@ -163,6 +166,7 @@ class _MergedFolder:
     entries: dict[str, object]
     data: Mapping[str, object] | None
     expected: list[Reference]
+    wanted: Wanted
 
 
 def _write(opened: Target, folder: Path, part: Path, dtype: torch.dtype | None) -> _MergedFolder:
@@ -177,11 +181,11 @@ def _write(opened: Target, folder: Path, part: Path, dtype: torch.dtype | None) 
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
     entries = _entries(opened, folder, new)
-    _save(opened, new, part)
+    wanted = _save(opened, new, part)
     del new
     expected = _expected(opened, folder, written)
     opened.close()
-    return _MergedFolder(entries, adapter.provenance, expected)
+    return _MergedFolder(entries, adapter.provenance, expected, wanted=wanted)
 
 
 def _expected(opened: Target, folder: Path, written: torch.dtype) -> list[Reference]:
@@ -225,19 +229,35 @@ def _entries(opened: Target, folder: Path, new: PreTrainedModel) -> dict[str, ob
     return found
 
 
-def _save(opened: Target, new: PreTrainedModel, part: Path) -> None:
-    """Write the model, and the tokenizer with the chat template of training."""
-    tokenizer = opened.base.tokenizer
-    made = template_of(opened.renderer)
-    # An encoder-decoder without a template renders otherwise than with the plain one.
-    if opened.renderer.chat_template is not None and not (
-        made["template_from"] == "plain" and opened.adapters.architecture.stacks > 1
-    ):
-        tokenizer.chat_template = opened.renderer.chat_template
+def _save(opened: Target, new: PreTrainedModel, part: Path) -> Wanted:
+    """Write the model, and the tokenizer with a chat template that gives the ids of training in other tools.
+
+    Returns:
+        Conversations and their ids in training; none where messages are not what the model is given.
+    """
+    tokenizer, renderer, shape = opened.base.tokenizer, opened.renderer, opened.adapters.architecture
     configured = getattr(opened.adapters.model, "generation_config", None)
     if new.can_generate() and configured is not None:
         new.generation_config = configured
+        new.generation_config.eos_token_id = _ends(configured.eos_token_id, tokenizer.eos_token_id)
     if "SequenceClassification" in type(new).__name__ and new.config.pad_token_id is None:
         new.config.pad_token_id = tokenizer.pad_token_id
     new.save_pretrained(part, max_shard_size=SHARD)
+    # An encoder-decoder without a template renders otherwise than with the plain one.
+    if template_of(renderer)["template_from"] == "plain" and shape.stacks > 1:
+        tokenizer.save_pretrained(part)
+        return []
+    conversations, own = fixed_conversations(fixed_texts()), tokenizer.chat_template
+    wanted = wanted_ids(renderer, shape.task, conversations) if new.can_generate() else []
+    tokenizer.chat_template = served_template(renderer, shape.task, [messages for messages, _ in wanted])
     tokenizer.save_pretrained(part)
+    tokenizer.chat_template = own
+    return wanted
+
+
+def _ends(configured: int | list[int] | None, eos: int | None) -> int | list[int] | None:
+    """The tokens that end an answer elsewhere: those of the base, and the one that training taught."""
+    known = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    if eos is None or eos in known:
+        return configured
+    return [*known, eos] if known else eos
