@@ -16,6 +16,7 @@ from weft.export.proof import Proof, Reference, compare, fixed_prompts, routed_l
 from weft.files import adapter_folder as files
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.files.whole import new_folder, sha256_of, weights_bytes
+from weft.files.writing import writing
 from weft.generation.open import Target, open_target
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
@@ -234,5 +235,6 @@ def _save(opened: Target, new: PreTrainedModel, part: Path) -> None:
         new.generation_config = configured
     if "SequenceClassification" in type(new).__name__ and new.config.pad_token_id is None:
         new.config.pad_token_id = tokenizer.pad_token_id
-    new.save_pretrained(part, max_shard_size=SHARD)
-    tokenizer.save_pretrained(part)
+    with writing(part):
+        new.save_pretrained(part, max_shard_size=SHARD)
+        tokenizer.save_pretrained(part)
