@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import IO, Literal, get_args
 
 from weft.errors import UserError, check_word
-from weft.files.whole import TEMPORARY, make_folder, temporary_file, temporary_folder, write_whole
-from weft.files.writing import writing
+from weft.files.whole import make_folder, temporary_file, write_whole, writing_temporary
 
 OnBadRecord = Literal["error", "skip", "report"]
 SHOWN = 20
@@ -135,7 +134,7 @@ class Problems:
         elif self.on_bad_record == "error":
             raise self.error()
         if self.on_bad_record == "report":
-            with writing(temporary_folder(), todo=TEMPORARY):
+            with writing_temporary():
                 if self._rows is None:
                     self._rows = temporary_file("w+")
                 self._rows.write(json.dumps(problem.row()) + "\n")
@@ -208,7 +207,7 @@ class Problems:
         if target.is_dir():
             raise UserError(f"bad_records_file {path} is a folder; name a file.")
         if rows is not None:
-            with writing(temporary_folder(), todo=TEMPORARY):
+            with writing_temporary():
                 rows.seek(0)  # it writes what is in its buffer
         make_folder(target.parent, _NAME)
         write_whole(target, rows or (), _NAME)

@@ -148,15 +148,17 @@ class RunStore:
                         shutil.rmtree(aside)
                     os.replace(final, aside)
                 os.replace(work, final)
+            sync(self.checkpoints)
         except Exception as error:
-            remove(work)
-            if aside.exists() and not final.exists():
-                with suppress(OSError):
+            with suppress(OSError):
+                if aside.exists():
+                    if final.exists():
+                        os.replace(final, work)
                     os.replace(aside, final)
+            remove(work)
             if isinstance(error, WriteError) and error.path.is_relative_to(work):
                 raise error.at(final / error.path.relative_to(work)) from error.__cause__
             raise
-        sync(self.checkpoints)
         # What is newer was passed over as damaged when the run went back; it must not count among those that are kept.
         committed = [path for path in self._committed() if not path.name.endswith(_REPLACED)]
         upto = committed.index(final) + 1

@@ -22,7 +22,7 @@ from weft.errors import UserError
 from weft.files.writing import WriteError, writing
 
 _PART, _OLD = ".unfinished", ".replaced"
-TEMPORARY = "free some space, or name another folder for temporary files (the environment variable TMPDIR)"
+_TEMPORARY = "free some space, or name another folder for temporary files (the environment variable TMPDIR)"
 
 
 @contextmanager
@@ -49,7 +49,8 @@ def new_folder(output: Path, name: str = "") -> Iterator[Path]:
             _sync_all(part)
             os.replace(part, target)
             try:
-                sync(target.parent)
+                with writing(part):
+                    _sync(target.parent)
             except BaseException:
                 remove(target)
                 raise
@@ -81,7 +82,7 @@ def refilled_folder(output: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     remove(part)
     remove(old)
     try:
-        with _told_as(part, output):
+        with _told_as(part, output), _told_as(old, output):
             yield part
             _sync_all(part)
             with writing(output):
@@ -242,6 +243,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_part(name: str) -> bool:
+    """Whether a file or folder of this name is one that was not written to its end."""
+    return name.startswith(".") and name.endswith(_PART)
+
+
 def _beside(path: Path) -> Path:
     return path.absolute().with_name(f".{path.name}{_PART}")
 
@@ -286,12 +292,23 @@ def temporary_place() -> Iterator[Path]:
     Raises:
         WriteError: It cannot be made.
     """
-    with writing(temporary_folder(), todo=TEMPORARY):
+    with writing_temporary():
         made = Path(tempfile.mkdtemp())
     try:
         yield made
     finally:
         remove(made)
+
+
+@contextmanager
+def writing_temporary() -> Iterator[None]:
+    """Turn what the machine refuses inside the block into an error about the folder for temporary files.
+
+    Raises:
+        WriteError: The block could not write.
+    """
+    with writing(temporary_folder(), todo=_TEMPORARY, inside=False):
+        yield
 
 
 def temporary_file(mode: str) -> IO[str]:

@@ -39,7 +39,9 @@ class WriteError(UserError):
     """
 
     def __init__(self, path: Path, number: int, *, name: str = "", todo: str = "") -> None:
-        why, usual = _REFUSALS.get(number, (os.strerror(number) if number else "the writing failed", _OTHERWISE))
+        why, usual = _REFUSALS.get(
+            number, (f"of {os.strerror(number) if number else 'an error of the writer'!r}", _OTHERWISE)
+        )
         super().__init__(f"{name}{path} cannot be written, because {why}: {todo or usual}.")
         self.path, self.number = path, number
         self._name, self._todo = name, todo
@@ -57,10 +59,11 @@ def _again(path: Path, number: int, name: str, todo: str) -> WriteError:
 
 
 @contextmanager
-def writing(path: Path, *, name: str = "", todo: str = "") -> Iterator[None]:
+def writing(path: Path, *, name: str = "", todo: str = "", inside: bool = True) -> Iterator[None]:
     """Turn what the machine refuses inside the block into an error about ``path``, or about the file in it.
 
-    ``name`` stands before the path in the message, and ``todo`` is what to do, if that is not the usual.
+    ``name`` stands before the path in the message, ``todo`` is what to do, if that is not the usual, and without
+    ``inside`` no file in it is named.
 
     Raises:
         WriteError: The block could not write.
@@ -73,7 +76,7 @@ def writing(path: Path, *, name: str = "", todo: str = "") -> Iterator[None]:
         number = error_number(error)
         if number is None:
             raise
-        raise WriteError(_named(error, path), number, name=name, todo=todo) from error
+        raise WriteError(_named(error, path) if inside else path, number, name=name, todo=todo) from error
 
 
 def error_number(error: Exception) -> int | None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest, reason_of
-from weft.files.whole import TEMPORARY, temporary_place
-from weft.files.writing import writing
+from weft.files.whole import temporary_place, writing_temporary
 from weft.models import gate
 from weft.models.facts import ENCODERS
 from weft.models.hub import Hub, fetch_model, folder_of
@@ -197,7 +196,7 @@ def load_base(
         with temporary_place() as made:
             # It goes through a folder, so that it is loaded and quantised like a real one.
             config = tiny_config(source, tokenizer)
-            with writing(made, todo=TEMPORARY):
+            with writing_temporary():
                 random_model(_auto_class(config, name), config).save_pretrained(made)
             model = _load_model(name, str(made), kind, where, quantization)
             originals = HeldWeights(str(made)) if quantization else None

@@ -13,7 +13,7 @@ from weft.training.job import Job
 from weft.training.optim import tensor_bytes
 from weft.training.settings import RunConfig
 
-_TEXTS = 1 << 16  # bytes of a checkpoint's and an adapter's JSON, per job
+TEXTS = 1 << 16  # bytes of a checkpoint's and an adapter's JSON, per job
 logger = logging.getLogger(__name__)
 
 
@@ -27,7 +27,7 @@ def check_room(config: RunConfig, store: RunStore, jobs: Sequence[Job]) -> None:
     """
     if not config.check_disk_space:
         return
-    checkpoint, adapters = sum(job.checkpoint_bytes() + _TEXTS for job in jobs), _adapters(jobs)
+    checkpoint, adapters = sum(job.checkpoint_bytes() + TEXTS for job in jobs), _adapters(jobs)
     there = store.checkpoint_bytes()
     goes_on = config.resume and bool(there)
     # What an earlier run takes is free once it has been deleted; of one that goes on, a checkpoint is there already.
@@ -51,7 +51,7 @@ def check_room(config: RunConfig, store: RunStore, jobs: Sequence[Job]) -> None:
 
 def _adapters(jobs: Sequence[Job]) -> int:
     """The bytes of the finished adapters."""
-    return sum(tensor_bytes(job.adapter.parameters()) + _TEXTS for job in jobs)
+    return sum(tensor_bytes(job.adapter.parameters()) + TEXTS for job in jobs)
 
 
 def _free(folder: Path) -> int:

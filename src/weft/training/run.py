@@ -20,7 +20,7 @@ from weft.data.settings import DataSettings, free_keys
 from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
-from weft.files.whole import refilled_folder
+from weft.files.whole import is_part, refilled_folder
 from weft.files.writing import WriteError, writing
 from weft.methods.dense import how_kept
 from weft.models import Base
@@ -297,7 +297,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
                 "delete it (overwrite_output_dir: true, or --overwrite-output-dir)."
             )
     # A run that ended before it had written run.json leaves these, and they may be taken over.
-    elif foreign := sorted({path.name for path in folder.iterdir()} - _EMPTY_RUN):
+    elif foreign := sorted(name for name in {path.name for path in folder.iterdir()} - _EMPTY_RUN if not is_part(name)):
         raise UserError(
             f"{folder} is no run's folder, but holds {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)}; "
             "it is left alone. Take another output_dir."
