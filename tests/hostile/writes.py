@@ -299,7 +299,7 @@ def main() -> None:
                 for turn, at in enumerate(tried):
                     number = NUMBERS[(turn + list(MODES).index(mode)) % len(NUMBERS)]
                     number = errno.ENOSPC if mode == "lasting" else number
-                    faults = bench.faults(command, Disk(at, number, lasting, removals), whole)
+                    faults = bench.faults(command, Disk(at, number, lasting, removals), whole, again=turn % 3 == 0)
                     wrong += bool(faults)
                     for fault in faults:
                         print(
@@ -326,7 +326,7 @@ fail from then on, and so do removals.
 
 Promised are exit code 2 (or 0 and the whole result, where a library finds another way after a single refusal), one
 sentence that names the file, no traceback, no temporary name that remains, and what was there before to the bit; of a
-run also that the message names the step of its newest intact checkpoint, and that `--resume` ends as the unbroken run.
+run also that the message names the step of its newest intact checkpoint, and (every third) that `--resume` ends as the unbroken run.
 
 {versions}, two shared cores. {summary}.
 

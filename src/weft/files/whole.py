@@ -6,6 +6,7 @@ that is half written remains. ``tests/files/test_writing.py`` looks for writing 
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import shutil
@@ -95,23 +96,23 @@ def refilled_folder(output: Path, drop: Collection[str] = ()) -> Iterator[Path]:
 
 def _take_over(part: Path, output: Path, old: Path, drop: Collection[str]) -> None:
     """Move the files of ``part`` into ``output``. If one cannot be moved, all that were there come back."""
-    old.mkdir()
     files = [path.relative_to(part) for path in sorted(part.rglob("*")) if path.is_file()]
     dropped = {file.parent / name for file in files for name in drop} - set(files)
     gone = [file for file in sorted(dropped) if (output / file).is_file()]
+    new = [file for file in files if not _equal(part / file, output / file)]
+    for file in (*new, *gone):
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        if (output / file).exists():
+            (old / file).parent.mkdir(parents=True, exist_ok=True)
+            _second_name(output / file, old / file)
     changed: list[Path] = []
     try:
-        for file in (*files, *gone):
-            if (output / file).exists():
-                (old / file).parent.mkdir(parents=True, exist_ok=True)
-                _second_name(output / file, old / file)
-        for file in (*files, *gone):
+        for file in (*new, *gone):
             changed.append(file)
             if file in gone:
                 (output / file).unlink()
-                continue
-            (output / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part / file, output / file)
+            else:
+                os.replace(part / file, output / file)
     except BaseException:
         for file in changed:
             with suppress(OSError):
@@ -120,6 +121,10 @@ def _take_over(part: Path, output: Path, old: Path, drop: Collection[str]) -> No
                 else:
                     (output / file).unlink(missing_ok=True)
         raise
+
+
+def _equal(path: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(path, other, shallow=False)
 
 
 def _second_name(path: Path, other: Path) -> None:
