@@ -325,8 +325,9 @@ ENOSPC. *Once*: this one alone, with ENOSPC, EIO, EDQUOT, EROFS, EACCES in turn.
 fail from then on, and so do removals.
 
 Promised are exit code 2 (or 0 and the whole result, where a library finds another way after a single refusal), one
-sentence that names the file, no traceback, no temporary name that remains, and what was there before to the bit; of a
-run also that the message names the step of its newest intact checkpoint, and (every third) that `--resume` ends as the unbroken run.
+sentence that names the file, no traceback, no temporary name that remains (unless removals are refused), and what was
+there before to the bit; of a run also that the message names the step of its newest intact checkpoint. Every third run
+goes on (`--resume`) and must end as the unbroken one.
 
 {versions}, two shared cores. {summary}.
 
