@@ -191,6 +191,7 @@ def _save_tokenizer(found: Sequence[AdapterFolder], folder: Path) -> None:
     """Write the tokenizer and the chat template of the adapters' run, if there is one."""
     from weft.data.rendering.templates import template_text
     from weft.files.run_folder import RunStore
+    from weft.files.writing import writing
     from weft.models.load import load_tokenizer
     from weft.training.config import read_run_config
 
@@ -200,7 +201,8 @@ def _save_tokenizer(found: Sequence[AdapterFolder], folder: Path) -> None:
     tokenizer = load_tokenizer(str(RunStore(run).tokenizer))
     wanted = read_run_config(run).chat_template
     tokenizer.chat_template = template_text(wanted).text if wanted else tokenizer.chat_template
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        tokenizer.save_pretrained(folder)
 
 
 def _tell(output: Path, found: Sequence[AdapterFolder], how: Combination, parameters: int, *, as_json: bool) -> None:

@@ -27,7 +27,7 @@ PIPE_CLOSED = 141
 EXIT_CODES: dict[int, str] = {
     DONE: "done",
     DEFECT: "a defect of Weft (--debug shows the traceback); of `weft preview`: the audit found errors",
-    USAGE: "the input cannot be used (the message says what and where)",
+    USAGE: "the input cannot be used, or the disk is full (the message says what and where)",
     JOB_FAILED: "training ended, but a job failed (loss or gradient not finite, or nothing learned)",
     INTERRUPTED: "interrupted by Ctrl-C (a training run is saved and can be resumed)",
     PIPE_CLOSED: "whoever read the output has gone",

@@ -274,7 +274,7 @@ def _prompt(record: Record) -> Prompt:
 def _write(path: Path, results: Sequence[dict[str, object]]) -> None:
     from weft.files.whole import write_whole
 
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results), "--output ")
 
 
 def _show(results: Sequence[dict[str, Any]]) -> None:

@@ -51,11 +51,12 @@ def preview(
     views = _views(settings, samples, record or (), ignore or ())
     if html is not None:
         from weft.data import parse_sources
+        from weft.files.whole import write_whole
         from weft.preview.html import page
 
         named = (source.path for job in settings.jobs for source in parse_sources(job.data or settings.data))
         files = list(dict.fromkeys(named))
-        html.write_text(page(f"{settings.model}, {', '.join(files)}", views), encoding="utf-8")
+        write_whole(html, page(f"{settings.model}, {', '.join(files)}", views), "--html ")
     failed = any(finding.severity == "error" for view in views for finding in view.findings)
     if as_json:
         seconds = round(time.perf_counter() - begun, 2)

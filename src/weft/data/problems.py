@@ -7,12 +7,9 @@ written down (``report``).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -20,11 +17,13 @@ from pathlib import Path
 from typing import IO, Literal, get_args
 
 from weft.errors import UserError, check_word
+from weft.files.whole import make_folder, temporary_file, write_whole, writing_temporary
 
 OnBadRecord = Literal["error", "skip", "report"]
 SHOWN = 20
 _KNOWN = 10_000  # problems that are recognised when they come again
 _FEW = 3  # up to so many are listed one by one, even if all say the same
+_NAME = "bad_records_file "  # before its path in messages
 logger = logging.getLogger(__name__)
 
 
@@ -154,9 +153,10 @@ class Problems:
         elif self.on_bad_record == "error":
             raise self.error()
         if self.on_bad_record == "report":
-            if self._rows is None:
-                self._rows = tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
-            self._rows.write(json.dumps(problem.row()) + "\n")
+            with writing_temporary():
+                if self._rows is None:
+                    self._rows = temporary_file("w+")
+                self._rows.write(json.dumps(problem.row()) + "\n")
 
     def begin(self) -> None:
         """Begin to read a file, perhaps not for the first time."""
@@ -225,23 +225,14 @@ class Problems:
         Raises:
             UserError: The file cannot be written.
         """
-        target = Path(path)
+        target, rows = Path(path), self._rows
         if target.is_dir():
             raise UserError(f"bad_records_file {path} is a folder; name a file.")
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
-                if self._rows is not None:
-                    self._rows.seek(0)
-                    shutil.copyfileobj(self._rows, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise UserError(f"bad_records_file {path} cannot be written: {error.strerror or error}.") from error
+        if rows is not None:
+            with writing_temporary():
+                rows.seek(0)  # it writes what is in its buffer
+        make_folder(target.parent, _NAME)
+        write_whole(target, rows or (), _NAME)
 
 
 def _places(problems: Sequence[Problem]) -> list[str]:

@@ -20,6 +20,7 @@ from weft.export.rendering import Wanted, compare_ids, fixed_conversations, fres
 from weft.files import adapter_folder as files
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.files.whole import new_folder, sha256_of, weights_bytes
+from weft.files.writing import writing
 from weft.generation.open import Target, open_target
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
@@ -242,15 +243,18 @@ def _save(opened: Target, new: PreTrainedModel, part: Path) -> Wanted:
         new.generation_config.eos_token_id = _ends(configured.eos_token_id, tokenizer.eos_token_id)
     if "SequenceClassification" in type(new).__name__ and new.config.pad_token_id is None:
         new.config.pad_token_id = tokenizer.pad_token_id
-    new.save_pretrained(part, max_shard_size=SHARD)
+    with writing(part):
+        new.save_pretrained(part, max_shard_size=SHARD)
     # An encoder-decoder without a template renders otherwise than with the plain one.
     if template_of(renderer)["template_from"] == "plain" and shape.stacks > 1:
-        tokenizer.save_pretrained(part)
+        with writing(part):
+            tokenizer.save_pretrained(part)
         return []
     conversations, own = fixed_conversations(fixed_texts()), tokenizer.chat_template
     wanted = wanted_ids(renderer, shape.task, conversations) if new.can_generate() else []
     tokenizer.chat_template = served_template(renderer, shape.task, [messages for messages, _ in wanted])
-    tokenizer.save_pretrained(part)
+    with writing(part):
+        tokenizer.save_pretrained(part)
     tokenizer.chat_template = own
     return wanted
 

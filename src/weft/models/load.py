@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest, reason_of
+from weft.files.whole import temporary_place, writing_temporary
 from weft.models import gate
 from weft.models.facts import ENCODERS
 from weft.models.hub import Hub, fetch_model, folder_of
@@ -204,12 +204,13 @@ def load_base(
     folder: Path | None = None
     if shape == "tiny":
         tokenizer = tokenizer or tiny_tokenizer(source)
-        with tempfile.TemporaryDirectory() as made:
+        with temporary_place() as made:
             # It goes through a folder, so that it is loaded and quantised like a real one.
             config = tiny_config(source, tokenizer)
-            random_model(_auto_class(config, name), config).save_pretrained(made)
-            model = _load_model(name, made, kind, where, quantization)
-            originals = HeldWeights(made) if quantization else None
+            with writing_temporary():
+                random_model(_auto_class(config, name), config).save_pretrained(made)
+            model = _load_model(name, str(made), kind, where, quantization)
+            originals = HeldWeights(str(made)) if quantization else None
     else:
         model = _load_model(name, source, kind, where, quantization)
         originals = OriginalWeights(source) if quantization else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -21,6 +22,8 @@ from weft.data.settings import DataSettings
 from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
+from weft.files.whole import is_part, refilled_folder
+from weft.files.writing import WriteError, writing
 from weft.foreign import expect, read_json
 from weft.methods.dense import how_kept
 from weft.models import Base
@@ -33,6 +36,7 @@ from weft.training.config import read_run_config
 from weft.training.job import Job
 from weft.training.loop import Event, Trainer, TrainResult
 from weft.training.reader import JobData, Reader, data_files
+from weft.training.room import check_room
 from weft.training.same_run import base_fingerprint, check_base, check_same_run, rooted
 from weft.training.settings import RunConfig
 
@@ -202,12 +206,18 @@ def train(
     ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones before they are closed.
 
     Raises:
-        UserError: before anything is written, if the configuration, the data or the folder cannot be used.
+        UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
+            the machine refuses to write. Then the message says from which step the run can go on.
     """
     store = RunStore(config.output_dir)
     check_places(config)
     callbacks = [CALLBACKS.find(name) for name in config.callbacks]
     setup = prepare(config)
+    try:
+        check_room(config, store, setup.jobs)
+    except UserError:
+        setup.adapters.close()
+        raise
     # The caller hears of it before the folder is touched: then a signal may stop the run only where it can go on.
     on_ready(setup)
     on_event, should_stop = with_callbacks([callback(setup) for callback in callbacks], on_event, should_stop)
@@ -215,9 +225,21 @@ def train(
     store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     try:
         return _train(config, setup, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained)
+    except WriteError as error:
+        raise UserError(f"{error} {_way_on(store)}") from error
     finally:
         store.release()
         setup.adapters.close()
+
+
+def _way_on(store: RunStore) -> str:
+    """The sentence on what is saved of a run that could not write, and how it goes on."""
+    if not (store.folder / RUN_FILE).is_file():
+        return "The run had not begun: then start it again."
+    step, again = store.last_step(), f"weft train {shlex.quote(str(store.folder))} --resume"
+    if step is None:
+        return f"No step was saved yet: then {again} begins again, at step 0."
+    return f"All up to step {step} is saved: then {again} goes on from there."
 
 
 def _train(
@@ -249,7 +271,8 @@ def _train(
     store.write_run({"config": rooted(config).model_dump(mode="json"), "base": base, "labels": labels})
     if config.on_bad_record == "report":
         setup.problems.write(_report_of(config))
-    setup.base.tokenizer.save_pretrained(store.tokenizer)
+    with refilled_folder(store.tokenizer) as part, writing(part):
+        setup.base.tokenizer.save_pretrained(part)
     result = trainer.run()
     if result.completed:
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
@@ -314,7 +337,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
                 "delete it (overwrite_output_dir: true, or --overwrite-output-dir)."
             )
     # A run that ended before it had written run.json leaves these, and they may be taken over.
-    elif foreign := sorted({path.name for path in folder.iterdir()} - _EMPTY_RUN):
+    elif foreign := sorted(name for name in {path.name for path in folder.iterdir()} - _EMPTY_RUN if not is_part(name)):
         raise UserError(
             f"{folder} is no run's folder, but holds {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)}; "
             "it is left alone. Take another output_dir."

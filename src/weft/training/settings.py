@@ -206,6 +206,9 @@ class RunConfig(DataSettings):
         None, gt=0, description="a checkpoint every so many steps, besides one at the end and when the run is stopped"
     )
     save_total_limit: Annotated[int, FREE] = Field(2, gt=0, description="how many checkpoints to keep")
+    check_disk_space: Annotated[bool, FREE] = Field(
+        True, description="before the first step, refuse a disk without room for two checkpoints and the adapters"
+    )
     callbacks: Annotated[list[str], FREE] = Field(
         [], description="names of callbacks, which hear every event of the run ([extending.md](extending.md))"
     )
