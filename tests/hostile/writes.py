@@ -295,7 +295,7 @@ def main() -> None:
             calls, whole = bench.count(command), bench.whole(command)
             cells = []
             for mode, (lasting, removals) in MODES.items():
-                wrong, tried = 0, points(len(calls), given.share)
+                wrong, tried = 0, points(len(calls), given.share * (1 if mode == "lasting" else 3))
                 for turn, at in enumerate(tried):
                     number = NUMBERS[(turn + list(MODES).index(mode)) % len(NUMBERS)]
                     number = errno.ENOSPC if mode == "lasting" else number
@@ -320,9 +320,10 @@ def main() -> None:
 HEAD = """# Refused writes
 
 `python -m tests.hostile.writes --output benchmarks/results/write_failures_2-core_2026-11-29.md`: every command that
-writes, with its n-th write refused, for every n (`tests/kit/disk.py`). *Lasting*: from then on all writes fail with
-ENOSPC. *Once*: this one alone, with ENOSPC, EIO, EDQUOT, EROFS, EACCES in turn. *Nothing can be removed*: all writes
-fail from then on, and so do removals.
+writes, with its n-th write refused (`tests/kit/disk.py`). *Lasting*, for every n: from then on all writes fail with
+ENOSPC. *Once*, for every third n: this one alone, with ENOSPC, EIO, EDQUOT, EROFS, EACCES in turn. *Nothing can be
+removed*, for every third n: all writes fail from then on, and so do removals. Every n with every error in every way is
+`pytest -m slow tests/hostile/test_writes.py`.
 
 Promised are exit code 2 (or 0 and the whole result, where a library finds another way after a single refusal), one
 sentence that names the file, no traceback, no temporary name that remains (unless removals are refused), and what was
