@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -98,7 +98,7 @@ def expected(annotation: object) -> str:
     return " or ".join(dict.fromkeys(told))
 
 
-def _words(options: Any) -> list[str]:
+def _words(options: Iterable[object]) -> list[str]:
     return [str(word) for one in options if get_origin(one) is Literal for word in get_args(one)]
 
 

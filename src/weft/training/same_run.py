@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from weft.assets import EMBEDDED_MODELS
 from weft.data.settings import free_keys
@@ -52,7 +51,7 @@ def check_base(base: Base, recorded: Mapping[str, object]) -> None:
 def rooted(config: RunConfig) -> RunConfig:
     """The configuration with every path from the root: ``run.json`` keeps it, so that the run goes on anywhere."""
 
-    def data(own: Any) -> Any:
+    def data(own: object) -> object:
         return None if own is None else with_paths(own, lambda path: path if is_dataset_id(path) else from_root(path))
 
     jobs = tuple(job.model_copy(update={key: data(getattr(job, key)) for key in _DATA}) for job in config.jobs)
@@ -92,7 +91,7 @@ def _settings(config: RunConfig) -> dict[str, object]:
     return found
 
 
-def _placeless(values: dict[str, Any]) -> dict[str, Any]:
+def _placeless(values: Mapping[str, object]) -> dict[str, object]:
     """The values, with nothing in the place of the paths of data."""
     return {
         key: with_paths(value, lambda path: "…") if key in _DATA and value is not None else value
@@ -100,7 +99,7 @@ def _placeless(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(values: Mapping[str, Any], above: str) -> dict[str, object]:
+def _flat(values: Mapping[str, object], above: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

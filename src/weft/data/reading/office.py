@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from weft.data.problems import Problem
 from weft.data.reading.files import kind_of
@@ -21,6 +21,11 @@ from weft.data.reading.rows import Record
 from weft.data.reading.tables import Header
 from weft.data.reading.texts import TextUnit
 from weft.errors import UserError, reason_of
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+Value = TypeVar("Value")
 
 _PACKED, _UNPACKED = 256 << 20, 1 << 30  # bytes of a file, and of all its parts
 _WHOLE = 64 << 20  # bytes of the XML that a library holds in memory, where it takes ten times as many
@@ -53,7 +58,7 @@ def read_office(path: Path, unit: TextUnit, limit: int) -> Iterator[Record | Pro
         yield Problem("empty_file", str(path), what)
 
 
-def _guarded(path: Path, found: Iterator[Any]) -> Iterator[Any]:
+def _guarded(path: Path, found: Iterator[Value]) -> Iterator[Value]:
     """What is found, until a library stumbles over the file."""
     try:
         yield from found
@@ -128,11 +133,11 @@ _SKIPPED = frozenset(("del", "moveFrom", "Fallback", "instrText", "delText", "se
 _MARKS = {"tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}
 
 
-def _tag(node: Any) -> str:
+def _tag(node: Element) -> str:
     return node.tag.rpartition("}")[2] if isinstance(node.tag, str) else ""
 
 
-def _blocks(node: Any) -> Iterator[str]:
+def _blocks(node: Element) -> Iterator[str]:
     for child in node:
         tag = _tag(child)
         if tag == "p":
@@ -144,7 +149,7 @@ def _blocks(node: Any) -> Iterator[str]:
             yield from _blocks(child)
 
 
-def _rows(node: Any) -> Iterator[str]:
+def _rows(node: Element) -> Iterator[str]:
     """The rows of a table, cells apart by tabs."""
     for child in node:
         if _tag(child) == "tr":
@@ -153,7 +158,7 @@ def _rows(node: Any) -> Iterator[str]:
             yield from _rows(child)
 
 
-def _said(node: Any) -> Iterator[str]:
+def _said(node: Element) -> Iterator[str]:
     for child in node:
         tag = _tag(child)
         if tag == "t":
