@@ -22,7 +22,8 @@ from weft.files.run_folder import RunStore
 SOURCE = Path(weft.__file__).parent
 # Files that may write by themselves: the one place, a cache without which all goes on, appended bytes with a message of
 # their own, a picture that is drawn in memory.
-WRITERS = {"files/whole.py", "models/kept.py", "data/spill.py", "evaluate/demo.py"}
+WRITERS = {"files/whole.py", "models/kept.py", "data/spill.py", "evaluate/demo.py",
+           "export/rendering.py"}  # fmt: skip
 CALLS = {"save_file", "mkdir", "makedirs", "copyfile", "copytree", "savefig",
          "TemporaryFile", "NamedTemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp", "symlink"}  # fmt: skip
 # These stand in ``with writing(…)``.
@@ -34,7 +35,8 @@ def bench(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ben
     return Bench(tmp_path_factory.mktemp("bench"), tiny_llama_dir)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+# Every merge of these is proved in a process of its own, and so takes seconds.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "merge" else n for n in COMMANDS])
 def test_some_writes_refused(bench: Bench, name: str) -> None:
     """A write of each kind, the errors in turn."""
     command = COMMANDS[name]

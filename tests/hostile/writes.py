@@ -25,8 +25,9 @@ from tests.kit.disk import NUMBERS, Disk, refusing
 
 TRAIN = ("steps=3", "save_steps=1", "logging_steps=1", "eval_size=2", "batch_size=2", "method=lora", "r=2",
          "on_bad_record=report", "threads=1", "--quiet")  # fmt: skip
-# What a run may change: lines come to the metrics, old checkpoints go, its settings say that it was resumed.
-_MAY_CHANGE = ("metrics.jsonl", "checkpoints", "run.json")
+# What a run may change: lines come to the metrics, old checkpoints go, its settings say that it was resumed, and the
+# report of bad records then names the data from the root.
+_MAY_CHANGE = ("metrics.jsonl", "checkpoints", "run.json", "bad_records.jsonl")
 _TIMING = {"tokens_per_second", "eta_seconds", "memory_gb", "time", "timestamp"}
 MODES = {"lasting": (True, False), "once": (False, False), "nothing can be removed": (True, True)}
 

@@ -232,7 +232,7 @@ def test_tied_embeddings_stay_tied_in_the_base_only() -> None:
         adapter.tensors()["base_model.model.lm_head.weight"].mul_(2)
     ours = kit.hidden_of(adapters, [Part("it", texts)])
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
-    mine, base = adapters.logits(ours[0], [("it", len(ours[0]))]), adapters.logits(plain[0])
+    mine, base = adapters.logits(ours[0], [("it", len(ours[0]))]), adapters.logits(plain[0], [(None, len(plain[0]))])
     torch.testing.assert_close(mine, 2 * base)
     assert torch.equal(model.lm_head.weight, before)
 

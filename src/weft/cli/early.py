@@ -140,7 +140,9 @@ def refuse(check: Callable[[], object]) -> None:
 def set_up() -> None:
     """Import Weft with the stand-ins. This process can then check, and nothing else."""
     sys.meta_path.insert(0, _Finder())
-    import weft.export.folder  # noqa: F401  (the lowest room that has a check)
+    import weft.export.folder
+    import weft.preview.data_sets
+    import weft.training.run  # noqa: F401
 
     _StandIn.importing = False
 
