@@ -25,6 +25,7 @@ from typing import Any
 from weft.data import Problems, Record, Renderer, iter_records
 from weft.data.formats.turns import EmptyAnswerError
 from weft.data.pipeline import Fold, TextRecipe, outcomes
+from weft.data.settings import ReadSettings
 
 MAX_LENGTH = 600
 Bad = tuple[str, bytes]  # the kind of problem that is expected, and the row
@@ -82,7 +83,6 @@ SYNTAX: dict[str, Bad] = {
 }
 # Only where a line is a record.
 LINES: dict[str, Bad] = {
-    "BOM inside the file": ("malformed_json", b'\xef\xbb\xbf{"instruction": "a", "output": "x"}'),
     "UTF-16": ("malformed_json", '{"instruction": "a"}'.encode("utf-16-le")),
     "two objects": ("malformed_json", b'{"instruction": "a", "output": "x"} {"instruction": "b", "output": "y"}'),
     "comma after the object": ("malformed_json", b'{"instruction": "a", "output": "x"},'),
@@ -267,14 +267,14 @@ def wrong(planted: Planted, renderer: Renderer) -> list[str]:
     """Everything about one file that is not as planted."""
     found: list[str] = []
     problems = Problems("report")
-    read = {_line(record): record.fields for record in iter_records(planted.path, problems=problems)}
+    read = {_line(record): record.fields for record in iter_records(planted.path, problems=problems, text_unit="line")}
     for line, fields in planted.good.items():
         if read.get(line) != fields:
             found.append(f"{planted.path.name}:{line}: good row changed or missed: {read.get(line)!r:.80}")
     extra = read.keys() - planted.good.keys() - {n for n, (kind, _) in planted.bad.items() if kind in _UNUSABLE}
     found += [f"{planted.path.name}:{line}: a malformed row was read" for line in extra]
     problems = Problems("report", errors={"empty_answer": EmptyAnswerError})
-    recipe = TextRecipe(renderer=renderer)
+    recipe = TextRecipe(renderer=renderer, settings=ReadSettings(text_unit="line"))
     fold = Fold(planted.path, recipe, problems)
     sources = [sample.source for sample, _ in fold.samples(outcomes(planted.path, recipe))]
     if sources != [f"{planted.path}:{line}" for line in planted.good]:
@@ -320,7 +320,7 @@ def long_lines(folder: Path) -> list[str]:
                 file.write(b"x" * (1 << 20))
             file.write(after)
         problems, start = Problems("skip"), time.perf_counter()
-        texts = [record.fields["text"] for record in iter_records(path, problems=problems)]
+        texts = [record.fields["text"] for record in iter_records(path, problems=problems, text_unit="line")]
         if texts != ["a", "b"] or problems.kinds != {"too_long": 1}:
             found.append(f"{name}: read {len(texts)} rows, problems {dict(problems.kinds)}")
         print(f"  {name}: {time.perf_counter() - start:.1f} s, peak so far {peak_mb():.0f} MB")

@@ -232,7 +232,10 @@ def _json_type(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number (to YAML 1.1 it is text) and a repeated key is an error."""
+    """Safe YAML with the words of YAML 1.2's core schema, in which a repeated key is an error.
+
+    YAML 1.1, which pyyaml reads, takes ``off`` and ``no`` for switches, ``12:30`` for a number and ``1e-3`` for text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -261,9 +264,26 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    digits = str(loader.construct_scalar(node))
+    return int(digits[2:], {"0o": 8, "0x": 16}[digits[:2]]) if digits[:2] in ("0o", "0x") else int(digits)
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+_NUMBER = "-+.0123456789"
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list(_NUMBER)),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list(_NUMBER),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def read_yaml(path: str | os.PathLike[str]) -> object:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.kit.elsewhere import rendered_here
 
 
 @dataclass
@@ -26,6 +27,8 @@ def weft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     """``weft("train", …, stdin="…")`` in an empty working directory."""
     from weft.cli.main import main
 
+    # A process without Weft costs seconds for each merge. `test_merged_elsewhere.py` starts it.
+    monkeypatch.setattr("weft.export.folder.fresh_ids", rendered_here)
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +131,27 @@ def test_another_chat_template(weft: Callable[..., Any], run_dir: Path) -> None:
     result = weft(*words, "--chat-template", "nowhere.jinja")
     assert result.code != 0
     assert "--chat-template nowhere.jinja: neither a template" in result.err
+
+
+@pytest.mark.parametrize("part", ["", "adapters/lora"])
+def test_another_base_is_named_with_both_names_and_hashes(
+    weft: Callable[..., Any], run_dir: Path, tiny_llama_dir: Path, tmp_path: Path, part: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(run_dir, moved)
+    shutil.copytree(tiny_llama_dir, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    trained = json.loads((moved / "run.json").read_text())["base"]
+    result = weft("generate", moved / part, "--prompt", "x", "--max-new-tokens", 2, "--model", other)
+    assert result.code == 0, result.err
+    for told in (str(other), str(tiny_llama_dir), trained["sha256_of_small_tensors"], "instead of"):
+        assert told in result.err
+    # A base of another shape: the adapter does not fit, and the message says why.
+    result = weft("generate", moved / part, "--prompt", "x", "--model", "tiny-bloom")
+    assert result.code == 2
+    for told in ("tiny-bloom", str(tiny_llama_dir), trained["sha256_of_small_tensors"], "instead of"):
+        assert told in result.err

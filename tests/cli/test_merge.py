@@ -147,17 +147,27 @@ def test_a_template_on_the_command_line_and_another_tokenizer(weft: Callable[...
     assert any("the tokenizer is not the one of training" in note for note in open_target("merged").notes)
 
 
-def test_variables_of_a_template_are_told(weft: Callable[..., Any], trained: Path) -> None:
-    """A tokenizer has no place for them, so whoever serves the folder by other means must know."""
+def test_variables_of_a_template_are_kept(weft: Callable[..., Any], trained: Path) -> None:
+    """The saved template has them as defaults, so other tools need not be told; who gives others is heard."""
     shutil.copytree(trained / "adapters/lora", "lora")
     file = Path("lora/weft.json")
     own = json.loads(file.read_text())
-    own["data"]["template_kwargs"] = {"mode": "fast"}
+    variables = {"mode": "fast", "on": False, "nothing": None, "list": [1, {"key": "'\"\n🧵"}]}
+    own["data"]["template_kwargs"] = variables
+    own["data"]["chat_template"] = "{{ [mode, on, nothing, list] | tojson }}" + ASKED
     file.write_text(json.dumps(own))
     result = weft("merge", "--adapter", "lora", "-o", "merged", "--model", trained.parent / "base")
-    assert result.code == 0, result.err
-    assert "training gave the chat template mode='fast'" in result.err
-    assert weft("merge", "--adapter", trained / "adapters/lora", "-o", "m").err.count("training gave") == 0
+    assert (result.code, result.err) == (0, "")
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    messages = [{"role": m.role, "content": m.content} for m in TALK]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text.startswith(json.dumps(list(variables.values()), ensure_ascii=False))
+    assert tokenizer.apply_chat_template(messages, tokenize=False, mode="slow").startswith('["slow", false')
+    opened = open_target("merged")
+    opened.close()
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert found == opened.prompt_ids(TALK)
+    assert opened.notes == []
 
 
 def test_what_it_came_from(weft: Callable[..., Any], trained: Path) -> None:

@@ -240,6 +240,10 @@ BUGS = [
         own_template=make_tokenizer().chat_template), tuple(f"train:{n}" for n in range(1, 41))),
     Bug("served-elsewhere", lambda: DataSet(tokenizer=kit.byte_tokenizer(adds_bos=True, template=NO_BOS)),
         tuple(f"train:{n}" for n in range(1, 41)), "the template forgets BOS"),
+    *(Bug("served-elsewhere", lambda given=given: DataSet(tokenizer=kit.byte_tokenizer(adds_bos=True), options=given),
+        tuple(f"train:{n}" for n in range(1, 41)), f"{name} writes no BOS")
+        for name, given in {"plain": {}, "vicuna": {"chat_template": "vicuna"},
+                            "chatml": {"chat_template": "chatml"}}.items()),
     Bug("answer-not-learned", on_samples(inverted)),
     Bug("answer-without-words", rows_with(output="?!?")),
     Bug("placeholder-answer", rows_with(output="N/A"), name="N/A"),
@@ -279,6 +283,7 @@ BUGS = [
     Bug("one-class", tables(20, "good", []), ("",)),
     Bug("class-imbalance", tables(200, "good", ["bad"] * 5), ("",), "nearly all"),
     Bug("class-imbalance", lambda: DataSet(rows=clean_rows(300), labels=[*LABELS * 149, "odd", "odd"]), ("",), "rare"),
+    Bug("short-texts", lambda: DataSet(rows=[{"text": f"{PLACES[n % 12]} {n}"} for n in range(24)]), ("",)),
     Bug("small-eval", lambda: DataSet(held=clean_rows(45)[42:]), ("",)),
 ]  # fmt: skip
 

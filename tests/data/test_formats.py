@@ -122,7 +122,7 @@ def test_columns_and_explicit_format() -> None:
         ),
         ({"foo": 1}, {}, ["no known format", "'foo'", "alpaca (instruction, output", "text (text)", "columns"]),
         ({}, {}, ["Fields found: none"]),
-        ({"mesages": []}, {}, ["Did you mean 'mesages'?"]),
+        ({"mesages": []}, {}, ["'mesages' is no field of a format. Did you mean 'messages'?"]),
         ({"text": 3}, {}, ["'text' must be a string", "int 3"]),
         ({"text": " "}, {}, ["'text' is empty"]),
         ({"instruction": "i", "output": 3}, {}, ["'output' must be a string", "int 3"]),
@@ -159,6 +159,59 @@ def test_errors(fields: dict[str, Any], options: dict[str, Any], parts: list[str
         assert part in str(error.value)
     if "is a field of no format" not in str(error.value) and "is unknown." not in str(error.value):
         assert "d.json:7" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts", "never"),
+    [
+        # A question without an answer: nothing is offered as its answer.
+        ({"instruction": "q", "input": "x"}, ["closest is 'alpaca', which lacks 'output'", "add it to"], "columns"),
+        ({"指令": "q", "输入": "x"}, ["closest is 'alpaca', which lacks 'output'", "add it to"], "columns"),
+        ({"instruction": "q", "inputs": "x"}, ["lacks 'output'", "add it to the records"], "columns"),
+        ({"question": "q", "context": "c"}, ["lacks 'answer'", "add it to the records"], "columns"),
+        ({"prompt": "q", "system": "s"}, ["'prompt_completion', which lacks 'completion'", "add it to"], "columns"),
+        ({"query": "q"}, ["'question_answer', which lacks", "add it to the records"], "columns"),
+        ({"user_input": "q", "chat_history": "h"}, ["no known format", "add it to the records"], "columns"),
+        ({"question_text": "q", "id": "7", "context": "c"}, ["no known format"], "completion: context"),
+        # The field that is meant is named, and the format that shares most fields.
+        ({"instruction": "q", "input": "x", "result": "a"}, ["`columns: {output: result}`"], "prompt:"),
+        ({"instruction": "q", "input": "x", "outptu": "a"}, ["Did you mean 'outptu'?", "{output: outptu}"], "prompt:"),
+        ({"frage": "q", "answer": "a"}, ["lacks 'question'", "`columns: {question: frage}`"], "completion"),
+        ({"context": "c", "instruction": "q", "reply": "a"}, ["'dolly', which lacks 'response'"], "completion"),
+        ({"chosen": "a", "prompt": "q"}, ["'preference', which lacks 'rejected'"], "rejected: prompt"),
+        ({"title": "q", "body": "a"}, ["{prompt: title, completion: body}"], "completion: title"),
+    ],
+)
+def test_advice_teaches_no_question(fields: dict[str, Any], parts: list[str], never: str) -> None:
+    with pytest.raises(UserError) as error:
+        read(fields)
+    said = str(error.value).split("Known formats:")[0]
+    for part in parts:
+        assert part in said
+    assert never not in said
+
+
+def test_a_named_format_offers_no_question_as_an_answer() -> None:
+    with pytest.raises(UserError, match="needs the field 'output'") as error:
+        read({"instruction": "q", "input": "x"}, format="alpaca")
+    assert "Did you mean" not in str(error.value)
+
+
+def test_a_record_is_shown_short() -> None:
+    with pytest.raises(UserError) as error:
+        read({f"field {number} {'long ' * 50}": "text " * 5000 for number in range(500)})
+    assert len(str(error.value)) < 2500
+    assert "and 488 more" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [4, 3.14, True])
+@pytest.mark.parametrize("name", ["output", "输出"])
+def test_numbers_are_read_as_text_if_the_user_says_so(value: object, name: str) -> None:
+    fields = {"instruction": "q", name: value}
+    with pytest.raises(UserError, match="must be a string") as error:
+        read(fields)
+    assert f'`columns: {{output: "{{{name}}}"}}`' in str(error.value)
+    assert turns(fields, columns={"output": f"{{{name}}}"})[1] == (A, str(value) if value is not True else "true")
 
 
 @pytest.mark.parametrize(

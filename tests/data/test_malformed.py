@@ -62,9 +62,11 @@ def test_a_record_beyond_the_limit_is_skipped(
     filling = unit.replace('"', "").replace("\\", "/") if suffix in ("csv", "txt") else unit
     path.write_bytes(before + filling.encode() * (3_000_000 // len(unit)) + after)
     problems = Problems("skip")
-    assert [r.fields["text"] for r in iter_records(path, problems=problems, record_limit=700_000)] == ["a", "b"]
+    assert [
+        r.fields["text"] for r in iter_records(path, problems=problems, record_limit=700_000, text_unit="line")
+    ] == ["a", "b"]
     assert dict(problems.kinds) == {"too_long": 1}
-    whole = [str(record.fields["text"]) for record in iter_records(path)]
+    whole = [str(record.fields["text"]) for record in iter_records(path, text_unit="line")]
     assert len(whole) == 3
     assert len(whole[1]) > 700_000
 

@@ -105,7 +105,7 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match=r"bad_records_file .*report.jsonl cannot be written, because the disk is full"):
         problems.write(report)
     assert report.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["report.jsonl"]
@@ -134,6 +134,24 @@ def test_what_all_have_in_common_is_said_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_samples(tmp_path, RENDERER)
     assert len(str(error.value).splitlines()) == 23, "of several kinds each is listed"
+
+
+def test_the_formats_are_listed_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"instruction": "q", f"field{n % 7}": "a"}) + "\n" for n in range(15)))
+    with pytest.raises(UserError) as error:
+        load_samples(path, RENDERER)
+    said = str(error.value)
+    assert said.count("Known formats:") == 1
+    assert said.count("Fields found:") == 15
+    path.write_text("".join(json.dumps({"instruction": "q", "output": n}) + "\n" for n in range(15)))
+    with pytest.raises(UserError) as error:
+        load_samples(path, RENDERER)
+    assert str(error.value).count("columns:") == 1
+    report = tmp_path / "bad.jsonl"
+    path.write_text('{"foo": 1}\n{"text": "a"}\n')
+    load_samples(path, RENDERER, on_bad_record="report", bad_records_file=report)
+    assert "Known formats" not in report.read_text()
 
 
 def test_what_two_files_have_in_common() -> None:

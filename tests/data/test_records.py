@@ -100,7 +100,7 @@ def test_a_table_without_a_header(tmp_path: Path) -> None:
 
 
 def test_txt(tmp_path: Path) -> None:
-    records = read_records(write(tmp_path, "a.txt", "one\n  \ntwo \n"))
+    records = read_records(write(tmp_path, "a.txt", "one\n  \ntwo \n"), text_unit="line")
     assert [record.fields["text"] for record in records] == ["one", "two "]
     assert lines(records) == [1, 3]
 

@@ -102,8 +102,8 @@ FILES: dict[str, tuple[str, int, int]] = {
     "formats/torchtune_instruct_tiny.json": ("instruct", 2, 0),
     "formats/torchtune_stack_exchange_paired_tiny.json": ("two_responses", 25, 0),
     "text/c4.jsonl": ("text", 300, 0),
-    "text/tinyshakespeare.txt": ("text", 32_777, 0),  # lines that are not blank
-    "text/wiki.txt": ("text", 30, 0),
+    "text/tinyshakespeare.txt": ("text", 7_222, 0),  # paragraphs
+    "text/wiki.txt": ("text", 1, 0),  # there is no blank line
 }
 LABELLED = {
     "nlu/CoLA/dev.tsv": (1_043, ("0", "1")),
@@ -166,8 +166,8 @@ def test_counts_by_other_means(shared: Path) -> None:
         try:
             rows = json.loads(text)
             rows = rows if isinstance(rows, list) else [rows]
-        except ValueError:  # an object a line, whatever the suffix; or lines of text
-            rows = [row for row in text.split("\n") if row.strip()]
+        except ValueError:  # an object a line, whatever the suffix; or paragraphs of text
+            rows = [row for row in text.split("\n\n" if name.endswith(".txt") else "\n") if row.strip()]
         assert len(rows) == records, name
     for name, (records, _) in LABELLED.items():
         rows = (shared / name).read_text(encoding="utf-8").rstrip("\n").split("\n")

@@ -331,7 +331,7 @@ def test_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         load_samples(path, Renderer(byte_tokenizer(), max_length=5, truncation="drop"))
     text = tmp_path / "t.txt"
     text.write_text("abc\ndef\n")
-    joined = load_samples(text, Renderer(byte_tokenizer(), max_length=5, documents="joined"))
+    joined = load_samples(text, Renderer(byte_tokenizer(), max_length=5, documents="joined"), text_unit="line")
     assert [renderer_text(sample) for sample in joined] == ["abc</s>d", "def</s>"]
 
 

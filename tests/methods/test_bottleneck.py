@@ -180,7 +180,7 @@ def test_the_architecture_sets_what_is_not_given() -> None:
         ({"architecture": "pfeifer"}, "'houlsby'.*'pfeiffer'"),
         ({"reduction_factor": 0}, "reduction_factor: above 0"),
         ({"reduction_factor": {"first": 2}}, "reduction_factor: .'first'.: keys are layer numbers"),
-        ({"non_linearity": "rellu"}, "non_linearity: 'rellu'.*Did you mean 'relu'"),
+        ({"non_linearity": "rellu"}, "non_linearity is 'rellu'.*Did you mean 'relu'"),
         ({"non_linearity": "prelu"}, "non_linearity"),
         ({"scaling": 0}, "scaling: 0"),
         ({"scaling": "much"}, "learned"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -50,13 +51,16 @@ def _online(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_no_answer", lambda endpoint: None)
 
 
 def with_files(monkeypatch: pytest.MonkeyPatch, files: list[str]) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Repository(files))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, repo_type: f"/cache/{name}/{file}")
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda name, file, repo_type, local_files_only: f"/cache/{name}/{file}"
+    )
 
 
 def test_one_file_is_taken_and_of_several_the_named_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +94,9 @@ def test_offline_what_was_fetched_before_is_used(monkeypatch: pytest.MonkeyPatch
         (folder / path).parent.mkdir(parents=True)
         (folder / path).write_text(text)
     assert hub.fetch_dataset("owner/name") == folder / "snapshots" / ("0" * 40) / "a.json"
-    with pytest.raises(UserError, match="data 'owner/other' is no file here, and as a data set of huggingface"):
+    with pytest.raises(
+        UserError, match="data 'owner/other' is no file here and was not fetched before, and HF_HUB_OFFLINE"
+    ):
         hub.fetch_dataset("owner/other")
 
 
@@ -125,3 +131,34 @@ def test_a_run_fetches_its_data(monkeypatch: pytest.MonkeyPatch, tiny_llama_dir:
     setup = run.prepare(make_config(given))
     assert len(setup.jobs[0].samples) == 24
     setup.adapters.close()
+
+
+class NoNetwork:
+    """A client that reaches nothing; counts how often it was asked."""
+
+    asked = 0
+
+    def head(self, url: str, timeout: float) -> None:
+        assert timeout <= 5
+        NoNetwork.asked += 1
+        raise OSError("no route to host")
+
+
+@pytest.mark.parametrize("ask", [hub.fetch_model, hub.fetch_dataset])
+def test_offline_is_said_at_once(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    from huggingface_hub import constants, utils
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"https://{ask.__name__}.example")
+    monkeypatch.setattr(utils, "get_session", NoNetwork)
+    before = NoNetwork.asked
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"offline.*no route to host") as caught:
+            ask("owner/name-that-nobody-fetched")
+        for way in ("HF_ENDPOINT", "mirror", "folder", "modelscope", f"{ask.__name__}.example"):
+            assert way in str(caught.value)
+    assert NoNetwork.asked == before + 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        ask("owner/name-that-nobody-fetched")

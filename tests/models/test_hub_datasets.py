@@ -62,12 +62,12 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         return folder
 
-    def listing(name: str, where: str) -> list[str]:
+    def listing(name: str, where: str, *, fetched: bool) -> list[str]:
         assert name == "owner/name"
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
     monkeypatch.setattr(hub, "_list_files", listing)
-    monkeypatch.setattr(hub, "_download", lambda name, file, where: str(folder / file))
+    monkeypatch.setattr(hub, "_download", lambda name, file, where, *, fetched: str(folder / file))
     monkeypatch.setattr(hub, "load_split", lambda data, name, files: load_split(data, str(folder), files))
     return files
 

@@ -90,7 +90,7 @@ def at_the_disk(action: Callable[[int], None]) -> Callable[[], None]:
 
     count = 0
     before = {name: getattr(os, name) for name in _DISK}
-    save_file = store.save_file
+    save_file = store.write_tensors
 
     def wrapped(plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -112,14 +112,14 @@ def at_the_disk(action: Callable[[int], None]) -> Callable[[], None]:
 
     for name, plain in before.items():
         setattr(os, name, wrapped(plain))
-    store.save_file = half_written
+    store.write_tensors = half_written
     # rmtree decided at import that unlink can take a directory's descriptor; a wrapper is not in that list.
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
 
     def undo() -> None:
         for name, plain in before.items():
             setattr(os, name, plain)
-        store.save_file = save_file
+        store.write_tensors = save_file
         shutil._use_fd_functions = True  # type: ignore[attr-defined]
 
     return undo

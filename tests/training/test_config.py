@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from weft import foreign
 from weft.cli import reference
 from weft.errors import UserError
 from weft.methods import METHODS
 from weft.training.aliases import RENAMED, SWITCHES, translate
 from weft.training.config import JobConfig, RunConfig, build_config, load_config, make_config
+from weft.training.run import check_names
 
 BASE = {"model": "m", "data": "d", "method": "lora"}
 
@@ -121,7 +124,7 @@ def test_model_and_method_of_other_tools(key: str, method: tuple[str, Any]) -> N
         ({"packing": True}, "max_length is not given"),
         ({"packing": True, "batch_tokens": 64}, "'packing' and 'batch_tokens' mean the same"),
         ({"batch_tokens": True}, "batch_tokens: expected"),
-        ({3: 4}, "key 3 is not a string"),
+        ({3: 4}, "key 3 is not text"),
         ({"lora_alpa": 4}, "unknown key 'lora_alpa'. Did you mean 'lora_alpha'?"),
         ({"jobs": [{"method": "prompt_tuning", "r": 4}]}, r"jobs\[0\]: unknown key 'r'"),
         ({"jobs": []}, "jobs"),
@@ -228,3 +231,94 @@ def test_llama_factorys_words_for_freeze(given: dict, settings: dict) -> None:
     assert job.method == "freeze"
     assert job.method_settings == settings
     job.method_config()
+
+
+def built(text: str, *overrides: str) -> RunConfig:
+    return build_config(
+        foreign.parse_yaml("model: m\ndata: d\n" + ("" if "method:" in text.split() else "method: lora\n") + text, ""),
+        overrides,
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("word", "on"), [("yes", True), ("On", True), ("true", True), ("no", False), ("OFF", False)])
+def test_switches_know_yes_and_no(word: str, on: bool) -> None:
+    for config in (built(f"exact: {word}\nuse_dora: {word}"), built("", f"exact={word}", f"jobs.0.use_dora={word}")):
+        assert config.exact is on
+        assert config.jobs[0].method_config().use_dora is on  # type: ignore[attr-defined]
+    assert built(f"init_lora_weights: {word}").jobs[0].method_config().init_lora_weights is on  # type: ignore[attr-defined]
+    both = built(f"method: bitfit+lora\nlora: {{use_dora: {word}}}").jobs[0].method_config().methods()
+    assert both[1].use_dora is on  # type: ignore[attr-defined]
+
+
+def test_words_of_yaml_that_are_text() -> None:
+    assert built("audit: off").audit == built("", "audit=off").audit == "off"
+    config = built("", "jobs=[{name: on, method: lora}]", "labels=[yes, no]", "task=sequence_classification")
+    assert config.jobs[0].name == "on"
+    assert config.jobs[0].labels == ["yes", "no"]
+    with pytest.raises(UserError, match="there is no template 'no'"):
+        check_names(built("chat_template: no"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("audit: false", "audit: expected one of error, warn, off, not false"),
+        ("audit: of", "audit: expected one of error, warn, off, not 'of'. Did you mean 'off'?"),
+        ("quantization: nf5", "quantization: expected one of nf4, fp4, int8, not 'nf5'. Did you mean 'nf4'?"),
+        ("optimizer: adamv", "optimizer: expected one of adamw, sgd, not 'adamv'. Did you mean 'adamw'?"),
+        ("exact: perhaps", "exact: expected true or false, not 'perhaps'"),
+        ("batch_size: true", "batch_size: expected a whole number, not true"),
+        ("packing: perhaps", "packing: expected yes or no, not 'perhaps'"),
+        ("chat_template: true", "chat_template: expected text, not true"),
+    ],
+)
+def test_no_message_names_a_type_of_python(line: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        built(line)
+    assert message in str(caught.value)
+    assert not re.search(r"Literal|literal|\bbool|\bint\b|\bstr\b|\bdict", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("lines", "quantization", "dtype"),
+    [
+        ("load_in_4bit: true", "nf4", "auto"),
+        ("load_in_4bit: yes\nbnb_4bit_quant_type: fp4\nbnb_4bit_use_double_quant: true", "fp4", "auto"),
+        ("load_in_4bit: true\nbnb_4bit_compute_dtype: torch.bfloat16\nbf16: true", "nf4", "bfloat16"),
+        ("load_in_4bit: true\nbnb_4bit_compute_dtype: float16", "nf4", "float16"),
+        ("load_in_8bit: true\nbnb_4bit_quant_type: nf4", "int8", "auto"),
+        ("load_in_4bit: false\nbnb_4bit_quant_type: nf4\nbnb_4bit_use_double_quant: false", None, "auto"),
+        ("quantization_bit: 4\nquantization_type: fp4\nquantization_method: bnb", "fp4", "auto"),
+        ("quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: fp4}", "fp4", "auto"),
+    ],
+)
+def test_keys_for_bits(lines: str, quantization: str | None, dtype: str) -> None:
+    config = built(lines)
+    assert (config.quantization, config.dtype) == (quantization, dtype)
+    assert built("load_in_4bit: true", "bnb_4bit_quant_type=fp4").quantization == "fp4"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("load_in_4bit: true\nload_in_8bit: true", "'load_in_4bit' and 'load_in_8bit' both say"),
+        ("load_in_4bit: true\nbnb_4bit_use_double_quant: no", "always quantised twice"),
+        ("load_in_4bit: true\nbnb_4bit_quant_type: nf5", "nf4, fp4"),
+        ("load_in_4bit: true\nbnb_4bit_quant_storage: bfloat16", "uint8"),
+        ("load_in_4bit: true\nbnb_4bit_compute_dtype: float16\ndtype: float32", "keep one"),
+        ("quantization_bit: 4\nquantization_method: hqq", "'hqq' is not in this version"),
+        ("optim: adafactor", "'adafactor' is not in this version.*adamw, sgd"),
+        ("optim: paged_adamw_8bit", "8 bits"),
+        ("lr_scheduler_type: inverse_sqrt", "not in this version.*constant, linear, cosine"),
+        ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs"),
+    ],
+)
+def test_other_tools_words_that_are_refused(lines: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        built(lines)
+
+
+@pytest.mark.parametrize("word", ["adamw_torch", "adamw_torch_fused", "adamw_hf", "sgd"])
+def test_optimizers_of_transformers(word: str) -> None:
+    config = built(f"optim: {word}\nlr_scheduler_type: constant_with_warmup").jobs[0]
+    assert (config.optimizer, config.lr_scheduler_type) == ("sgd" if word == "sgd" else "adamw", "constant")

@@ -20,6 +20,7 @@ from weft.core.head import TokenHead
 from weft.data import Renderer, Sample, split_holdout
 from weft.data.auditing.audit import audit_before_training
 from weft.data.pipeline import Acceptance, TextRecipe, outcomes
+from weft.data.settings import ReadSettings
 from weft.data.sources import held_by_hash
 from weft.errors import UserError
 from weft.models import describe
@@ -76,7 +77,7 @@ def test_the_split_is_the_same_for_other_files(tmp_path: Path) -> None:
 
 def listed(made: RunConfig, renderer: Renderer, paths: list[str]) -> tuple[list[Sample], list[Sample]]:
     """What a job trains on and holds out, made of lists."""
-    keyed = TextRecipe(renderer=renderer, keyed=True)
+    keyed = TextRecipe(renderer=renderer, settings=ReadSettings(text_unit="line"), keyed=True)
     found = [[one for one in outcomes(path, keyed) if isinstance(one, Acceptance)] for path in paths]
     pairs = [(number, sample, one.key) for number, part in enumerate(found) for one in part for sample in one.samples]
     if made.eval_split is not None:
@@ -103,7 +104,7 @@ def test_samples_from_the_store_are_those_of_lists(
     Path(paths[0]).write_text("".join(f"{n} {'ab' * (n % 31)}\n" for n in range(80)))
     Path(paths[1]).write_text("".join(json.dumps({"prompt": f"{n}", "completion": "c"}) + "\n" for n in range(40)))
     renderer = Renderer(byte_tokenizer(), max_length=50, truncation="right", documents=documents)
-    made = config(paths, max_length=50, truncation="right", documents=documents, **split)
+    made = config(paths, max_length=50, truncation="right", documents=documents, text_unit="line", **split)
     reader = Reader(made, renderer, ARCHITECTURE, data_files(made))
     found = reader.job(made.jobs[0])
     train, held = listed(made, renderer, paths)
@@ -127,7 +128,7 @@ def test_memory_does_not_grow_with_the_data(documents: Any, tmp_path: Path, monk
     for count in (100, 300):
         path = tmp_path / f"{count}.txt"
         path.write_text("".join(f"{number} {'xyz' * 700}\n" for number in range(count)))
-        made = config(str(path), max_length=3000, documents=documents, eval_split=0.1)
+        made = config(str(path), max_length=3000, documents=documents, text_unit="line", eval_split=0.1)
         tracemalloc.start()
         try:
             found = read_with(made, renderer)
@@ -145,7 +146,7 @@ def test_memory_does_not_grow_with_the_data(documents: Any, tmp_path: Path, monk
 
 def test_documents_are_let_go_when_they_are_joined(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 50)
-    made = config(str(tmp_path / "a.txt"), max_length=50, documents="joined")
+    made = config(str(tmp_path / "a.txt"), max_length=50, documents="joined", text_unit="line")
     reader = Reader(made, Renderer(byte_tokenizer(), max_length=50, documents="joined"), ARCHITECTURE, data_files(made))
     documents = weakref.ref(reader.stores[0])
     found = reader.job(made.jobs[0])

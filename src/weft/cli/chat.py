@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import common, options
+from weft.cli import common, early, options
 from weft.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -48,12 +48,13 @@ def chat(
 
     weft chat runs/weft --adapter lora
     """
-    from weft.generation.open import open_target
+    template = options.template_text(chat_template)
+    how: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
+    early.refuse(lambda: _open(target, how, template))
+    common.tell_hub(model or target)
     from weft.generation.sampling import Sampling
 
-    common.tell_hub(model or target)
-    template = options.template_text(chat_template)
-    opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype, chat_template=template)
+    opened = _open(target, how, template)
     sampling = Sampling(temperature, top_k, top_p, seed)
     names = [*(adapter or opened.names), None]
     talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens, as_json=as_json)
@@ -69,6 +70,12 @@ def chat(
                 raise
             common.say(f"error: {error}")
     return common.DONE
+
+
+def _open(target: str, how: dict[str, Any], template: str | None) -> Target:
+    from weft.generation.open import open_target
+
+    return open_target(target, **how, chat_template=template)
 
 
 def _lines() -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weft.cli import common, options
+from weft.cli import common, early, options
 from weft.errors import UserError
 from weft.paths import local_path
 
@@ -62,12 +62,13 @@ def combine(
 
     weft combine runs/a runs/b --output both --weights 0.7,0.3 --type ties --density 0.5
     """
+    given = _weights(weights)
+    early.refuse(lambda: _chosen(sources, adapter, given, model))
     from weft.combine.rules import Combination
     from weft.files import adapter_folder as files
     from weft.files.whole import new_folder
-    from weft.models.load import resolve_model, sketch_base
+    from weft.models.load import sketch_base
 
-    given = _weights(weights)
     how = Combination(
         given,
         combination_type,
@@ -77,11 +78,7 @@ def combine(
         seed=seed,
     )
     with new_folder(output, "--output ") as part:
-        found = [one for source in sources for one in _find(source, adapter)]
-        if given and len(given) != len(found):
-            names = ", ".join(one.name for one in found)
-            raise UserError(f"--weights has {len(given)} numbers; there are {len(found)} adapters: {names}.")
-        base_name = resolve_model(model) if model else _base(found)
+        found, base_name = _chosen(sources, adapter, given, model)
         common.tell_hub(base_name)
         base = sketch_base(base_name)
         new = _combined(found, how, base, base_name, files.name_for(output))
@@ -89,6 +86,19 @@ def combine(
         _save_tokenizer(found, part)
     _tell(output, found, how, sum(tensor.numel() for tensor in new.tensors().values()), as_json=as_json)
     return common.DONE
+
+
+def _chosen(
+    sources: list[str], adapter: list[str] | None, weights: tuple[float, ...], model: str | None
+) -> tuple[list[AdapterFolder], str]:
+    """The adapters to combine, and the name of their base."""
+    from weft.models.load import resolve_model
+
+    found = [one for source in sources for one in _find(source, adapter)]
+    if weights and len(weights) != len(found):
+        names = ", ".join(one.name for one in found)
+        raise UserError(f"--weights has {len(weights)} numbers; there are {len(found)} adapters: {names}.")
+    return found, resolve_model(model) if model else _base(found)
 
 
 def _combined(found: list[AdapterFolder], how: Combination, base: Base, base_name: str, name: str) -> Adapter:
@@ -181,6 +191,7 @@ def _save_tokenizer(found: Sequence[AdapterFolder], folder: Path) -> None:
     """Write the tokenizer and the chat template of the adapters' run, if there is one."""
     from weft.data.rendering.templates import template_text
     from weft.files.run_folder import RunStore
+    from weft.files.writing import writing
     from weft.models.load import load_tokenizer
     from weft.training.config import read_run_config
 
@@ -190,7 +201,8 @@ def _save_tokenizer(found: Sequence[AdapterFolder], folder: Path) -> None:
     tokenizer = load_tokenizer(str(RunStore(run).tokenizer))
     wanted = read_run_config(run).chat_template
     tokenizer.chat_template = template_text(wanted).text if wanted else tokenizer.chat_template
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        tokenizer.save_pretrained(folder)
 
 
 def _tell(output: Path, found: Sequence[AdapterFolder], how: Combination, parameters: int, *, as_json: bool) -> None:

@@ -9,8 +9,9 @@ import math
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from weft.paths import is_hub_id
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,7 @@ PIPE_CLOSED = 141
 EXIT_CODES: dict[int, str] = {
     DONE: "done",
     DEFECT: "a defect of Weft (--debug shows the traceback); of `weft preview`: the audit found errors",
-    USAGE: "the input cannot be used (the message says what and where)",
+    USAGE: "the input cannot be used, or the disk is full (the message says what and where)",
     JOB_FAILED: "training ended, but a job failed (loss or gradient not finite, or nothing learned)",
     INTERRUPTED: "interrupted by Ctrl-C (a training run is saved and can be resumed)",
     PIPE_CLOSED: "whoever read the output has gone",
@@ -62,7 +63,7 @@ def say(text: str) -> None:
 
 def tell_hub(model: str) -> None:
     """Say that a model will be looked for on the hub: a mistyped folder looks like an id, and asking takes a while."""
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists():
+    if is_hub_id(model):
         say(f"{model} is no folder here; looking for it in the Hugging Face cache and hub")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import common, options
+from weft.cli import common, early, options
 from weft.errors import UserError
 from weft.paths import local_path
 
@@ -75,14 +75,16 @@ def generate(
 
     weft generate runs/weft --prompt "What is a loom?" --all-adapters
     """
+    _check(prompt, input_file, adapter, all_adapters, output=output, overwrite=overwrite)
+    how_opened: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
+    early.refuse(lambda: _check_files(target, input_file, how_opened, chat_template))
     from weft.generation.open import open_target
     from weft.generation.sampling import Sampling
 
-    _check(prompt, input_file, adapter, all_adapters, output=output, overwrite=overwrite)
     prompts = _read(input_file) if input_file else [Prompt(text, "--prompt") for text in prompt or ()]
     common.tell_hub(model or target)
     template = options.template_text(chat_template)
-    opened = open_target(target, model=model, adapters=adapter, device=device, dtype=dtype, chat_template=template)
+    opened = open_target(target, **how_opened, chat_template=template)
     for note in opened.notes:
         common.say(note)
     who = _who(opened, adapter, all_adapters)
@@ -121,6 +123,16 @@ def _check(
         raise UserError(f"there is no folder {output.absolute().parent} for {output.name}.")
     if all_adapters and adapter:
         raise UserError("--all-adapters and --adapter exclude each other.")
+
+
+def _check_files(target: str, input_file: Path | None, how: dict[str, Any], chat_template: str | None) -> None:
+    """Refuse files and folders that are not there. Where it needs torch, this ends."""
+    from weft.data.reading.files import find_files
+    from weft.generation.open import open_target
+
+    if input_file is not None:
+        find_files(input_file)
+    open_target(target, **how, chat_template=options.template_text(chat_template))
 
 
 def _who(opened: Target, adapter: list[str] | None, everyone: bool) -> list[str | None]:
@@ -262,7 +274,7 @@ def _prompt(record: Record) -> Prompt:
 def _write(path: Path, results: Sequence[dict[str, object]]) -> None:
     from weft.files.whole import write_whole
 
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results), "--output ")
 
 
 def _show(results: Sequence[dict[str, Any]]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from weft.errors import UserError, nearest
 from weft.extensions import load_extension
 
 # What the machine refuses (disk full, no permission) is for the user to mend; any other OSError is a defect.
-_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
 
 _LONGEST = 4000  # characters of a message
 
@@ -79,15 +81,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = _load_extensions(words)
         code = typer.main.get_command(_app(_verb(words))).main(words, prog_name="weft", standalone_mode=False)
+        sys.stdout.flush()  # what takes the output may be full
         return code if isinstance(code, int) else common.DONE
     except SystemExit as leaving:
         if isinstance(leaving.__context__, BrokenPipeError):  # click's doing
             return common.PIPE_CLOSED
         return leaving.code if isinstance(leaving.code, int) else common.DEFECT
+    except BrokenPipeError:
+        return common.PIPE_CLOSED
     except BaseException as error:
         if debug and isinstance(error, Exception):
             traceback.print_exc()
         return _failure(error, as_json="--json" in words)
+    finally:
+        _let_go_of_output()
+
+
+def _let_go_of_output() -> None:
+    """Drop what the output does not take. Python would try once more as it leaves, and end with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load_extensions(words: Sequence[str]) -> list[str]:
@@ -132,9 +148,10 @@ def _failure(error: BaseException, *, as_json: bool) -> int:
         message = f"{type(error).__name__}: {error}\nThis is a defect of Weft; --debug shows where it happened."
     if len(message) > _LONGEST:  # it may quote what a file holds
         message = f"{message[: _LONGEST - 200]} … {message[-200:]}"
-    common.say(f"error: {message}")
-    if as_json:
-        common.print_json({"error": message})
+    with contextlib.suppress(OSError):  # of an output that takes nothing, the code still tells
+        common.say(f"error: {message}")
+        if as_json:
+            common.print_json({"error": message})
     return code
 
 
@@ -146,7 +163,7 @@ def _users_fault(error: BaseException) -> str | None:
     if hasattr(error, "format_message"):
         return _usage(error)
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
-        return f"{error.filename or 'a file'}: {error.strerror}."
+        return f"{error.filename or 'the output'}: {error.strerror}."
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "out of GPU memory. Take a smaller pack_tokens (the same steps, in more passes), a smaller "

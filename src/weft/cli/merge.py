@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from weft.cli import common, options
-from weft.errors import UserError
+from weft.cli import common, early, options
+from weft.errors import check_word
 from weft.paths import local_path
 
 
@@ -36,10 +36,11 @@ def merge(
 
     weft merge --adapter runs/first/adapters/lora --output merged
     """
+    if quantization is not None:
+        check_word("--quantization", quantization, ("nf4", "fp4", "int8"))
+    early.refuse(lambda: _check(adapter, model, dtype, device))
     from weft.export.folder import merge_folder
 
-    if quantization not in (None, "nf4", "fp4", "int8"):
-        raise UserError(f"--quantization {quantization} is none of nf4, fp4, int8.")
     common.tell_hub(model or "")
     result = merge_folder(
         adapter,
@@ -62,3 +63,14 @@ def merge(
     if "labels" not in result.entries:
         print(f"talk to it:  weft chat {output}")
     return common.DONE
+
+
+def _check(adapter: Path, model: str | None, dtype: str, device: str) -> None:
+    from weft.export.folder import adapter_folder
+    from weft.models.load import check_device, resolve_dtype, resolve_model
+
+    adapter_folder(local_path(adapter))
+    resolve_dtype(dtype)
+    check_device(device)
+    if model is not None:
+        resolve_model(model)

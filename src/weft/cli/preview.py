@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import common, options
+from weft.cli import common, early, options
 from weft.errors import UserError
 from weft.paths import local_path
 
@@ -46,15 +46,17 @@ def preview(
     begun = time.perf_counter()
     if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
         raise UserError(f"--html {html}: {'that is a folder' if html.is_dir() else 'its folder is not there'}.")
-    settings = _settings(list(config or []), model, data)
+    early.refuse(lambda: _check(list(config or []), model, data))
+    settings = _check(list(config or []), model, data)
     views = _views(settings, samples, record or (), ignore or ())
     if html is not None:
         from weft.data import parse_sources
+        from weft.files.whole import write_whole
         from weft.preview.html import page
 
         named = (source.path for job in settings.jobs for source in parse_sources(job.data or settings.data))
         files = list(dict.fromkeys(named))
-        html.write_text(page(f"{settings.model}, {', '.join(files)}", views), encoding="utf-8")
+        write_whole(html, page(f"{settings.model}, {', '.join(files)}", views), "--html ")
     failed = any(finding.severity == "error" for view in views for finding in view.findings)
     if as_json:
         seconds = round(time.perf_counter() - begun, 2)
@@ -68,6 +70,18 @@ def preview(
         if html is not None:
             print(f"page -> {shlex.quote(str(html))}")
     return common.AUDIT_FAILED if failed else common.DONE
+
+
+def _check(words: list[str], model: str | None, data: str | None) -> RunConfig:
+    """The settings, if what they name is there."""
+    from weft.models.load import resolve_model
+    from weft.training.run import check_names
+
+    settings = _settings(words, model, data)
+    if not Path(settings.model).is_dir():  # a folder may hold a tokenizer alone
+        resolve_model(settings.model)
+    check_names(settings)
+    return settings
 
 
 def _settings(words: list[str], model: str | None, data: str | None) -> RunConfig:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from weft.core.adapter import MethodConfig
 from weft.methods import METHODS
 from weft.training.aliases import RENAMED, SWITCHES, VALUES
+from weft.training.bits import TOLD
 from weft.training.settings import JobConfig, RunConfig
 
 _INTRO = """\
@@ -44,7 +45,8 @@ neftune_noise_alpha: 5     # noise on the embeddings goes with any method
 
 On the command line `key=value` wins over the file, with YAML's values and dots for what lies deeper:
 `learning_rate=1e-3`, `jobs.0.r=16`, `jobs.small.r=16` (by name), `eval_data=` (none). An unknown key is an error that
-names the nearest one; so is a key that stands twice. `1e-3` is a number. In Python:
+names the nearest one; so is a key that stands twice. Words are those of YAML 1.2: `1e-3` is a number; `off`, `no`,
+`on`, `yes`, `12:30` are text, and a switch understands the four words as well as `true` and `false`. In Python:
 `weft.load_config(path, ["learning_rate=1e-3"])`, or `weft.make_config({...})` for a mapping.
 """
 
@@ -83,6 +85,7 @@ def _type(field: Any) -> str:
     annotation = field.annotation
     text = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
     text = re.sub(r"\b(typing|weft\.[\w.]+)\.", "", text)
+    text = re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", text)
     # Choices stand as they are written in YAML.
     text = re.sub(r"Literal\[([^\]]*)\]", lambda found: " | ".join(re.findall(r"'([^']*)'", found[1])), text)
     text = re.sub(r"(?:Union|Optional)\[(.*)\]", lambda found: found[1].replace(", ", " | "), text)
@@ -118,7 +121,7 @@ def _aliases() -> str:
     lines = ["| theirs | here |", "|---|---|"]
     lines += [f"| `{key}` | `{ours}` |" for key, ours in RENAMED.items()]
     lines += ["| `adam_beta1`, `adam_beta2` | one of `adam_betas` |"]
-    lines += [f"| `{key}` | {switch.told} |" for key, switch in SWITCHES.items()]
+    lines += [f"| `{key}` | {told} |" for key, told in {**{k: s.told for k, s in SWITCHES.items()}, **TOLD}.items()]
     for key, words in VALUES.items():
         pairs = ", ".join(f"`{theirs}` → `{ours}`" for theirs, ours in words.items())
         lines.append(f"| values of `{key}` | {pairs} |")

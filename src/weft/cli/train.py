@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import common, options
+from weft.cli import common, early, options
 from weft.cli.session import Session
 from weft.errors import UserError
 from weft.extensions import loaded_files
@@ -47,8 +47,17 @@ def train(
     given = {key: value for key, value in flags.items() if value is not None}
     session = Session(quiet=quiet)
     with session.open():
+        early.refuse(lambda: _check(config or [], given))
         settings = _settings(config or [], given)
         return _run(settings, session, as_json=as_json, quiet=quiet)
+
+
+def _check(words: list[str], flags: Mapping[str, Any]) -> None:
+    from weft.training.run import check_names, check_places
+
+    settings = _settings(words, flags)
+    check_places(settings)
+    check_names(settings)
 
 
 def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:

@@ -22,6 +22,7 @@ from weft.data.formats.turns import EmptyAnswerError
 from weft.data.problems import OnBadRecord, Problem, Problems, about_record
 from weft.data.reading.records import first_rows, iter_items, iter_records
 from weft.data.reading.rows import Record
+from weft.data.reading.texts import TextUnit
 from weft.data.rendering.render import Renderer, RenderResult, Task
 from weft.data.rendering.sample import Sample, TooLongError
 from weft.data.settings import EmptyAnswers, ReadSettings
@@ -105,6 +106,11 @@ class Recipe:
         """Whether records behind the limit count too."""
         return False
 
+    @property
+    def text_unit(self) -> TextUnit | None:
+        """What of a file of text is one record."""
+        return None
+
     def header(self, rows: Callable[[], list[list[str]]]) -> Sequence[str] | None:
         """The columns of a table, if its first ``rows`` do not name them."""
         return None
@@ -154,7 +160,7 @@ def outcomes(path: DataPath, recipe: Recipe, *, limit: int | None = None, worker
         UserError: A file cannot be read, or a setting is wrong.
     """
     header = recipe.header(partial(first_rows, path, _PEEK))
-    items = iter_items(path, limit=None if recipe.whole else limit, header=header)
+    items = iter_items(path, limit=None if recipe.whole else limit, header=header, text_unit=recipe.text_unit)
     for item in items:
         if isinstance(item, Problem):
             yield _unread(item)
@@ -202,6 +208,11 @@ class TextRecipe(Recipe):
     def __post_init__(self) -> None:
         check_word("empty_answers", self.settings.empty_answers, get_args(EmptyAnswers))
         check_word("task", self.task, get_args(Task))
+
+    @property
+    def text_unit(self) -> TextUnit | None:
+        """What of a file of text is one record."""
+        return self.settings.text_unit
 
     def of(self, records: Sequence[Record]) -> list[Outcome]:
         """The outcomes of records, one for each."""
@@ -319,13 +330,15 @@ def load_samples(
     on_bad_record: OnBadRecord = "error",
     bad_records_file: DataPath | None = None,
     data_workers: int = 0,
+    text_unit: TextUnit | None = None,
 ) -> list[Sample]:
     """Read the first ``limit`` records of a path (see ``iter_records``, ``to_example``) and render each, in order.
 
     ``task`` chooses ``renderer.sample`` or ``renderer.seq2seq``; for classes see ``load_labelled``.
     ``empty_answers="skip"`` leaves records with an empty answer out, and logs how many and the first's place.
     ``on_bad_record`` says what becomes of other records that cannot be used (see ``Problems``); with ``report`` all of
-    them are written to ``bad_records_file``. ``data_workers`` processes render; the samples are the same.
+    them are written to ``bad_records_file``. ``text_unit`` is for files of text. ``data_workers``
+    processes render; the samples are the same.
 
     Raises:
         UserError: Records cannot be used; lists up to 20, each at its file and line.
@@ -334,7 +347,9 @@ def load_samples(
     if bad_records_file is not None and on_bad_record != "report":
         raise UserError("bad_records_file is for on_bad_record: report; nothing else writes it.")
     given = dict(columns) if columns else None
-    settings = ReadSettings.model_construct(data_format=format, columns=given, empty_answers=empty_answers)
+    settings = ReadSettings.model_construct(
+        data_format=format, columns=given, empty_answers=empty_answers, text_unit=text_unit
+    )
     recipe = TextRecipe(renderer=renderer, settings=settings, task=task)
     fold = Fold(path, recipe, problems)
     found = [sample for sample, _ in fold.samples(outcomes(path, recipe, limit=limit, workers=data_workers))]
@@ -346,9 +361,9 @@ def load_samples(
 
 
 def read_all(path: DataPath, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
-    """Apply ``read`` to every record of data that is not learned (prompts, questions).
+    """Apply ``read`` to every record of data that is not learned (prompts, questions). Every line of a text is one.
 
     Raises:
         UserError: A record cannot be used; it is about the first one.
     """
-    return [read(record) for record in iter_records(path, limit=limit)]
+    return [read(record) for record in iter_records(path, limit=limit, text_unit="line")]

@@ -7,12 +7,9 @@ written down (``report``).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -20,17 +17,22 @@ from pathlib import Path
 from typing import IO, Literal, get_args
 
 from weft.errors import UserError, check_word
+from weft.files.whole import make_folder, temporary_file, write_whole, writing_temporary
 
 OnBadRecord = Literal["error", "skip", "report"]
 SHOWN = 20
 _KNOWN = 10_000  # problems that are recognised when they come again
 _FEW = 3  # up to so many are listed one by one, even if all say the same
+_NAME = "bad_records_file "  # before its path in messages
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem: its ``kind`` (a word of KINDS), and ``what`` is wrong at ``path:line:column``."""
+    """One problem: its ``kind`` (a word of KINDS), and ``what`` is wrong at ``path:line:column``.
+
+    ``advice`` is the same for many records, and is told once.
+    """
 
     kind: str
     path: str
@@ -38,6 +40,7 @@ class Problem:
     _: KW_ONLY
     line: int | None = None
     column: int | None = None
+    advice: str = ""
 
     @property
     def place(self) -> str:
@@ -45,7 +48,7 @@ class Problem:
         return ":".join(str(part) for part in (self.path, self.line, self.column) if part is not None)
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}"
+        return f"{self.place}: {self.what} {self.advice}".rstrip()
 
     def row(self) -> dict[str, object]:
         """The problem as a row of a report."""
@@ -64,6 +67,7 @@ KINDS: dict[str, str] = {
     "too_long": "a line or record longer than the limit",
     "too_many_values": "a record of millions of small values, which would fill the memory",
     "not_an_object": "a record that is no object with fields",
+    "bad_cell": "a cell of a spreadsheet that holds an error, or a formula without its value",
     "malformed_row": "a table's row whose quotation marks do not match",
     "row_width": "a table's row with more or fewer cells than the header",
     "cut_off": "a file that ends in the middle",
@@ -87,15 +91,29 @@ class BadRecordError(UserError):
         return type(self), (self.problem,)
 
 
+class AdvisedError(UserError):
+    """``what`` is wrong with a record, and ``advice`` that holds for many records."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what} {advice}".rstrip())
+        self.what, self.advice = what, advice
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.what, self.advice)
+
+
 def about_record(error: UserError, source: str, kind: str) -> Problem | None:
     """The problem in ``error``, if that is about the record at ``source``; None if it is about the settings."""
     if isinstance(error, BadRecordError):
         return error.problem
-    text, path, line = str(error), *source.rpartition(":")[::2]
+    text, advice = (error.what, error.advice) if isinstance(error, AdvisedError) else (str(error), "")
+    path, line = source.rpartition(":")[::2]
     if not text.startswith(source) or text[len(source) : len(source) + 1] not in (":", " ", ","):
         return None
     what = text[len(source) :].removeprefix(":").strip()
-    return Problem(kind, path, what, line=int(line)) if line.isdecimal() else Problem(kind, source, what)
+    if not line.isdecimal():
+        return Problem(kind, source, what, advice=advice)
+    return Problem(kind, path, what, line=int(line), advice=advice)
 
 
 class Problems:
@@ -135,9 +153,10 @@ class Problems:
         elif self.on_bad_record == "error":
             raise self.error()
         if self.on_bad_record == "report":
-            if self._rows is None:
-                self._rows = tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
-            self._rows.write(json.dumps(problem.row()) + "\n")
+            with writing_temporary():
+                if self._rows is None:
+                    self._rows = temporary_file("w+")
+                self._rows.write(json.dumps(problem.row()) + "\n")
 
     def begin(self) -> None:
         """Begin to read a file, perhaps not for the first time."""
@@ -170,18 +189,21 @@ class Problems:
             reason = self.first[0].what
             title = f"{number} records cannot be used, {'the first all' if more else 'all'} for one reason: {reason}"
         else:
-            lines, title = [f"  {problem}" for problem in self.first], f"{number} records cannot be used:"
+            lines = [f"  {problem.place}: {problem.what}" for problem in self.first]
+            title = f"{number} records cannot be used:"
         if more and same:
             lines[-1] += " ... and more"
         elif more:
             lines.append("  ... and more")
         if self.on_bad_record == "error":
-            lines.append(
+            mend = (
                 "Mend these records, or have them left out: on_bad_record: skip (logs how many), or report (lists them "
                 "all in a file)."
             )
         else:
-            lines.append("They would be left out, but nothing would be left. Mend them, or leave the file out.")
+            mend = "They would be left out, but nothing would be left. Mend them, or leave the file out."
+        advice = dict.fromkeys(problem.advice for problem in self.first if problem.advice)
+        lines.append(" ".join([mend, *advice]))
         return UserError("\n".join([title, *lines]))
 
     def check(self, what: str) -> None:
@@ -203,23 +225,14 @@ class Problems:
         Raises:
             UserError: The file cannot be written.
         """
-        target = Path(path)
+        target, rows = Path(path), self._rows
         if target.is_dir():
             raise UserError(f"bad_records_file {path} is a folder; name a file.")
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
-                if self._rows is not None:
-                    self._rows.seek(0)
-                    shutil.copyfileobj(self._rows, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise UserError(f"bad_records_file {path} cannot be written: {error.strerror or error}.") from error
+        if rows is not None:
+            with writing_temporary():
+                rows.seek(0)  # it writes what is in its buffer
+        make_folder(target.parent, _NAME)
+        write_whole(target, rows or (), _NAME)
 
 
 def _places(problems: Sequence[Problem]) -> list[str]:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from weft.data.rendering.fingerprint import tokenizer_hash
 from weft.data.rendering.render import Renderer
+from weft.data.rendering.served import is_served_form
 from weft.data.rendering.templates import PLAIN_TEMPLATE, is_file_name
+from weft.data.rendering.tokens import Encoder
 from weft.data.sources import weighted_terms
 from weft.errors import UserError
 
@@ -158,8 +160,8 @@ def make_renderer(
     # Without a template an encoder-decoder renders otherwise than with the plain one, so "plain" sets none.
     wanted = None if record.template_from == "plain" else trained
     if (tokenizer.chat_template or None) != wanted:
-        # `weft merge` gives a tokenizer without a template the plain one, for other tools to read.
-        if record.template_from != "plain" or tokenizer.chat_template != trained:
+        # `weft merge` gives a tokenizer a form of training's template, for other tools to read.
+        if not is_served_form(tokenizer.chat_template, trained, Encoder(tokenizer), kwargs or {}):
             notes.append("warning: the tokenizer's chat template is not the one of training; training's is used.")
         tokenizer.chat_template = wanted
     return Renderer(tokenizer, template_kwargs=kwargs), notes

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from weft.data.auditing.audit import AuditMode
 from weft.data.problems import OnBadRecord
+from weft.data.reading.texts import TextUnit
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.sources import Source, parse_sources, with_paths
 from weft.models.hub import Hub
@@ -54,6 +55,11 @@ class ReadSettings(BaseModel):
     )
     columns: dict[str, str] | None = Field(
         None, description="`{field of the format: field in the data}`; also paths and templates ([data.md](data.md))"
+    )
+    text_unit: TextUnit | None = Field(
+        None,
+        description="of files of text, what is learned as one text: the file, a paragraph (blank lines separate them) "
+        "or a line; default: of .txt a paragraph, of other files all ([data.md](data.md))",
     )
     limit: int | None = Field(None, gt=0, description="read only this many records (of each source of `data`)")
     empty_answers: EmptyAnswers = Field("error", description="what to do with a record whose answer is empty")

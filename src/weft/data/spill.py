@@ -8,6 +8,7 @@ import weakref
 from typing import IO
 
 from weft.errors import UserError
+from weft.files.whole import temporary_folder
 
 _BLOCK = 1 << 20  # what is written at once
 
@@ -55,17 +56,10 @@ class Spill:
                     done += os.pwrite(self._file.fileno(), left[done : done + _BLOCK], self._written + done)
         except OSError as error:
             raise UserError(
-                f"the rendered samples do not fit into the folder for temporary files, {_folder()}: "
+                f"the rendered samples do not fit into the folder for temporary files, {temporary_folder()}: "
                 f"{error.strerror or error}, after {self._written / 1e6:,.0f} MB. Free some space there, name another "
                 "folder with the environment variable TMPDIR (4 bytes per token are needed, twice that with documents: "
                 "joined), or read fewer records (`limit`)."
             ) from error
         self._written += len(self._tail)
         self._tail = bytearray()
-
-
-def _folder() -> str:
-    try:
-        return tempfile.gettempdir()
-    except OSError:
-        return os.environ.get("TMPDIR", "/tmp")

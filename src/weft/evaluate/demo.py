@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -12,6 +13,7 @@ from weft.assets import instructions_path
 from weft.evaluate.exact_match import Answer, exact_match
 from weft.evaluate.measure import Measure
 from weft.files.adapter_folder import weights_path
+from weft.files.whole import write_whole
 from weft.training import RunConfig, make_config
 from weft.training.run import Setup, train
 
@@ -171,6 +173,8 @@ def draw_losses(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     axes.set_title(f"{title}: one frozen base, one pass (lines: training; dots: held-out questions)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
     plt.close(figure)
+    write_whole(path, drawn.getvalue())
     return path

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from weft.data.auditing.pieces import decode
 from weft.data.provenance import file_names, template_of
+from weft.data.rendering.served import served_template
 from weft.errors import UserError
-from weft.export.proof import Proof, Reference, compare, fixed_prompts, routed_logits
+from weft.export.proof import Proof, Reference, compare, fixed_prompts, fixed_texts, routed_logits
+from weft.export.rendering import Wanted, compare_ids, fixed_conversations, fresh_ids, wanted_ids
 from weft.files import adapter_folder as files
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.files.whole import new_folder, sha256_of, weights_bytes
+from weft.files.writing import writing
 from weft.generation.open import Target, open_target
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
@@ -24,7 +29,7 @@ from weft.models.load import resolve_dtype
 from weft.models.quantize import Quantization
 from weft.paths import local_path
 from weft.training.config import read_run_config
-from weft.training.same_run import base_fingerprint, is_base
+from weft.training.same_run import base_fingerprint, other_base
 from weft.version import __version__
 
 if TYPE_CHECKING:
@@ -66,14 +71,19 @@ def merge_folder(
         UserError: the adapter cannot become weights, does not fit the base, the folder is taken, or the merged model
             does not answer as the adapter does; nothing is left behind.
     """
-    folder, output = _adapter_folder(local_path(adapter)), local_path(output)
+    folder, output = adapter_folder(local_path(adapter)), local_path(output)
     with new_folder(output, "--output ") as part:
         given = resolve_dtype(dtype)
         opened, notes = _open(folder, model, device, quantization)
         written = _write(opened, folder, part, given if isinstance(given, torch.dtype) else None)
-        where = opened.adapters.device
+        where, tokenizer = opened.adapters.device, opened.base.tokenizer
         del opened  # two models at once are enough
-        proof = compare(part, written.expected, where)
+        with fresh_ids(part, [messages for messages, _ in written.wanted]) as ids_elsewhere:
+            proof = compare(part, written.expected, where)
+            if proof.holds and written.wanted:
+                rendering, told = compare_ids(written.wanted, ids_elsewhere(), partial(decode, tokenizer))
+                proof = replace(proof, rendering=rendering)
+                notes += told
         if not proof.holds:
             raise UserError(
                 f"the merged model does not answer as the adapter does, and nothing is kept: "
@@ -83,12 +93,6 @@ def merge_folder(
         entries = written.entries | {"proof": asdict(proof)}
         data = {} if written.data is None else {"data": written.data}
         files.write_json(part / files.OWN_CONFIG, {"merged": entries, **data})
-    kwargs = (written.data or {}).get("template_kwargs")
-    if isinstance(kwargs, dict) and kwargs:
-        notes.append(
-            f"training gave the chat template {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}; Weft "
-            "does so with this folder too, other tools must be told."
-        )
     if entries["quantization"]:
         notes.append(
             f"the base of the training was {entries['quantization']}: its dequantised weights, beside which the "
@@ -97,8 +101,12 @@ def merge_folder(
     return Result(output, entries, proof, notes=tuple(notes), bytes=weights_bytes(output))
 
 
-def _adapter_folder(folder: Path) -> Path:
-    """The folder of one adapter; a run with one stands for it."""
+def adapter_folder(folder: Path) -> Path:
+    """The folder of one adapter; a run with one stands for it.
+
+    Raises:
+        UserError: It holds no adapter, or several.
+    """
     if (folder / RUN_FILE).is_file():
         names = [job.name for job in read_run_config(folder).jobs]
         if len(names) != 1:
@@ -141,15 +149,16 @@ def _open(folder: Path, model: str | None, device: str, quantization: Quantizati
         )
     except UserError as error:
         raise UserError(f"{folder}, on {model or 'its base'}: {error}") from None
-    if not is_base(opened.base, kept):
+    if difference := other_base(opened.base, kept):
         if model is None:
             opened.close()
             raise UserError(
-                f"the model at {opened.base.name} is not the one that {folder} was trained on: its tensors are others. "
+                f"the model at {opened.base.name} is not the one that {folder} was trained on: its tensors are others "
+                f"({difference}). "
                 "Put the old one back; or name a base with --model to use it all the same."
             )
         notes.append(f"warning: {opened.base.name} is not the base that the adapter was trained on: its tensors are "
-                     "others.")  # fmt: skip
+                     f"others ({difference}).")  # fmt: skip
     return opened, [*opened.notes, *notes]
 
 
@@ -158,6 +167,7 @@ class _MergedFolder:
     entries: dict[str, object]
     data: Mapping[str, object] | None
     expected: list[Reference]
+    wanted: Wanted
 
 
 def _write(opened: Target, folder: Path, part: Path, dtype: torch.dtype | None) -> _MergedFolder:
@@ -172,11 +182,11 @@ def _write(opened: Target, folder: Path, part: Path, dtype: torch.dtype | None) 
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
     entries = _entries(opened, folder, new)
-    _save(opened, new, part)
+    wanted = _save(opened, new, part)
     del new
     expected = _expected(opened, folder, written)
     opened.close()
-    return _MergedFolder(entries, adapter.provenance, expected)
+    return _MergedFolder(entries, adapter.provenance, expected, wanted=wanted)
 
 
 def _expected(opened: Target, folder: Path, written: torch.dtype) -> list[Reference]:
@@ -220,19 +230,38 @@ def _entries(opened: Target, folder: Path, new: PreTrainedModel) -> dict[str, ob
     return found
 
 
-def _save(opened: Target, new: PreTrainedModel, part: Path) -> None:
-    """Write the model, and the tokenizer with the chat template of training."""
-    tokenizer = opened.base.tokenizer
-    made = template_of(opened.renderer)
-    # An encoder-decoder without a template renders otherwise than with the plain one.
-    if opened.renderer.chat_template is not None and not (
-        made["template_from"] == "plain" and opened.adapters.architecture.stacks > 1
-    ):
-        tokenizer.chat_template = opened.renderer.chat_template
+def _save(opened: Target, new: PreTrainedModel, part: Path) -> Wanted:
+    """Write the model, and the tokenizer with a chat template that gives the ids of training in other tools.
+
+    Returns:
+        Conversations and their ids in training; none where messages are not what the model is given.
+    """
+    tokenizer, renderer, shape = opened.base.tokenizer, opened.renderer, opened.adapters.architecture
     configured = getattr(opened.adapters.model, "generation_config", None)
     if new.can_generate() and configured is not None:
         new.generation_config = configured
+        new.generation_config.eos_token_id = _ends(configured.eos_token_id, tokenizer.eos_token_id)
     if "SequenceClassification" in type(new).__name__ and new.config.pad_token_id is None:
         new.config.pad_token_id = tokenizer.pad_token_id
-    new.save_pretrained(part, max_shard_size=SHARD)
-    tokenizer.save_pretrained(part)
+    with writing(part):
+        new.save_pretrained(part, max_shard_size=SHARD)
+    # An encoder-decoder without a template renders otherwise than with the plain one.
+    if template_of(renderer)["template_from"] == "plain" and shape.stacks > 1:
+        with writing(part):
+            tokenizer.save_pretrained(part)
+        return []
+    conversations, own = fixed_conversations(fixed_texts()), tokenizer.chat_template
+    wanted = wanted_ids(renderer, shape.task, conversations) if new.can_generate() else []
+    tokenizer.chat_template = served_template(renderer, shape.task, [messages for messages, _ in wanted])
+    with writing(part):
+        tokenizer.save_pretrained(part)
+    tokenizer.chat_template = own
+    return wanted
+
+
+def _ends(configured: int | list[int] | None, eos: int | None) -> int | list[int] | None:
+    """The tokens that end an answer elsewhere: those of the base, and the one that training taught."""
+    known = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    if eos is None or eos in known:
+        return configured
+    return [*known, eos] if known else eos

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft.base.embeddings import config_of
 from weft.core.adapters import Adapters
 from weft.data import Message, Renderer, Sample, unlabelled_sample
+from weft.export.rendering import Rendering
 from weft.layouts.encoder_decoder import start_token
 from weft.merge.model import check_as_written
 from weft.models import gate
@@ -66,6 +67,7 @@ class Proof:
         decided_agreement: share of these where the merged model, in 32 bits, chooses the same.
         rounding: its distance (root mean square) from base and adapter in 32 bits, over the distance that base and
             adapter have from there in the dtype that was written.
+        rendering: how messages become ids elsewhere; None where the merged model takes none.
     """
 
     prompts: int
@@ -79,6 +81,7 @@ class Proof:
     decided_agreement: float | None = None
     rounding: float | None = None
     own_rounding: float | None = None
+    rendering: Rendering | None = None
 
     @property
     def asked(self) -> float:
@@ -122,6 +125,8 @@ class Proof:
                 f"{100 * self.decided_agreement:.4g} % of the {self.decided} positions where rounding does not decide; "
                 f"error {self.rounding:.2f} times that of running in this dtype"
             )
+        if self.rendering is not None:
+            found.append(self.rendering.line())
         return found
 
 

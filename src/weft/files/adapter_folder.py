@@ -26,6 +26,7 @@ from weft.errors import UserError
 from weft.files.peft_config import HEAD_MODULES, check_agreement, read_foreign, without_tables
 from weft.files.tensor_names import in_file, normalised
 from weft.files.tensors import check_digests, check_values, read_tensors, save_tensors
+from weft.files.whole import make_folder, refilled_folder, write_text
 from weft.foreign import entry, expect, read_json
 from weft.heads.classification import PREFIXES, ClassificationTask
 from weft.libraries import paths_in_files
@@ -48,18 +49,27 @@ _SMALL = 512
 def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_name: str = "") -> None:
     """Write ``adapter`` into ``folder``; several methods in one adapter each get a folder in it, which loads alone.
 
+    If that fails, the folder is as it was.
+
     Raises:
         UserError: a tensor is not finite; names it.
+        WriteError: The machine refuses to write the folder.
     """
+    files = {WEIGHTS, EXTRA, *(cls.weights_file for cls in METHODS.values())}
+    with refilled_folder(folder, drop=files) as part:  # an earlier adapter there may have had others of them
+        _write(adapter, architecture, part, base_name)
+
+
+def _write(adapter: Adapter, architecture: Architecture, folder: Path, base_name: str) -> None:
     check_values({**stored_tensors(adapter), **adapter.extra_tensors()}, f"adapter '{adapter.name}' is not saved")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     own: dict[str, object] = {"method": adapter.config.method}
     digests: dict[str, dict[str, str]] = {}
     if adapter.parts[0] is not adapter:
         names = [f"{i}-{part.config.method}" for i, part in enumerate(adapter.parts, 1)]
         for name, part in zip(names, adapter.parts, strict=True):
             part.record_origin(adapter.provenance or part.provenance, adapter.trained_on or part.trained_on)
-            save(part, architecture, folder / name, base_name=base_name)
+            _write(part, architecture, folder / name, base_name)
         if own_head := _stored_head(adapter):
             digests[WEIGHTS] = save_tensors(own_head, folder / WEIGHTS)
         own["parts"] = names
@@ -74,8 +84,6 @@ def save(adapter: Adapter, architecture: Architecture, folder: Path, *, base_nam
         digests[file] = save_tensors({given.get(key, key): t for key, t in tensors.items()}, folder / file)
         if extra := adapter.extra_tensors():
             digests[EXTRA] = save_tensors(extra, folder / EXTRA)
-        for other in {WEIGHTS, EXTRA, *(cls.weights_file for cls in METHODS.values())} - digests.keys():
-            (folder / other).unlink(missing_ok=True)  # the file of an earlier adapter in this folder
     if adapter.head.labels:
         own["labels"] = list(adapter.head.labels)
     if adapter.provenance is not None:
@@ -339,5 +347,9 @@ def _weights_of(folder: Path) -> Path:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file in the form of all files of an adapter's folder: sorted keys, two spaces."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON file in the form of all files of an adapter's folder: sorted keys, two spaces.
+
+    Raises:
+        WriteError: The machine refuses to write it.
+    """
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

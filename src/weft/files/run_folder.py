@@ -15,15 +15,16 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
-from weft.files.whole import sha256_of, sync, write_whole
+from weft.files.whole import append_line, make_folder, remove, sha256_of, sync, write_tensors, write_text, write_whole
+from weft.files.writing import WriteError, writing
 from weft.foreign import check_regular, read_json
 
 RUN_FILE = "run.json"
@@ -54,6 +55,7 @@ class RunStore:
 
         Raises:
             UserError: it holds a run (or anything else) and neither was asked for.
+            WriteError: The machine refuses to write there.
         """
         occupied = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
         is_run = (self.folder / RUN_FILE).is_file()
@@ -68,12 +70,10 @@ class RunStore:
                 raise UserError(f"{self.folder} is no run's folder, so it is not overwritten; take another output_dir.")
             self._lock()
             self.release()
-            shutil.rmtree(self.folder)
-        try:
-            for folder in (self.folder, self.checkpoints, self.adapters):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir {self.folder}: the folder cannot be made: {error.strerror}.") from None
+            with writing(self.folder, name="output_dir "):
+                shutil.rmtree(self.folder)
+        for folder in (self.folder, self.checkpoints, self.adapters):
+            make_folder(folder, "output_dir ")
         self._lock()
 
     def _lock(self) -> None:
@@ -82,7 +82,8 @@ class RunStore:
         Raises:
             UserError: another process trains in this folder.
         """
-        self._locked = open(self.folder / LOCK_FILE, "a")  # noqa: SIM115 - held until release
+        with writing(self.folder / LOCK_FILE):
+            self._locked = open(self.folder / LOCK_FILE, "a")  # noqa: SIM115 - held until release
         try:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -98,7 +99,11 @@ class RunStore:
             self._locked = None
 
     def write_run(self, run: Mapping[str, object]) -> None:
-        """Write ``run.json``."""
+        """Write ``run.json``.
+
+        Raises:
+            WriteError: The machine refuses to write it.
+        """
         write_whole(self.folder / RUN_FILE, _json(run))
 
     def read_run(self) -> dict[str, Any]:
@@ -112,8 +117,7 @@ class RunStore:
     def log(self, event: Mapping[str, object]) -> None:
         """Append one line to ``metrics.jsonl``; JSON has no word for what is not finite, so that becomes null."""
         event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
-        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        append_line(self.folder / METRICS_FILE, json.dumps(event, ensure_ascii=False))
 
     def save(
         self, step: int, state: Mapping[str, object], tensors: Mapping[str, Mapping[str, Tensor]], keep: int
@@ -122,6 +126,9 @@ class RunStore:
 
         All files are on disk before the folder gets its name by one rename. So a crash at any moment leaves the earlier
         checkpoints, and perhaps a nameless folder that the next save removes.
+
+        Raises:
+            WriteError: The machine refuses to write it. The earlier checkpoints are as they were.
         """
         metrics = self.folder / METRICS_FILE
         size = 0
@@ -129,33 +136,45 @@ class RunStore:
             sync(metrics)
             size = metrics.stat().st_size
         work = self.checkpoints / ".unfinished"
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
-        for name, group in tensors.items():
-            save_file(dict(group), work / f"{name}.safetensors")
-        (work / "state.json").write_text(_json({**state, "metrics_bytes": size}), encoding="utf-8")
-        manifest = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
-        (work / "manifest.json").write_text(_json(manifest), encoding="utf-8")
-        for path in work.iterdir():
-            sync(path)
-        sync(work)
         final = self.checkpoints / f"step-{step:08d}"
-        if final.exists():
-            # It stays a checkpoint under another name, because there may be no other.
-            aside = final.with_name(final.name + _REPLACED)
-            if aside.exists():
-                shutil.rmtree(aside)
-            os.replace(final, aside)
-        os.replace(work, final)
-        sync(self.checkpoints)
+        aside = final.with_name(final.name + _REPLACED)
+        remove(work)
+        try:
+            _write(work, {**state, "metrics_bytes": size}, tensors)
+            with writing(final):
+                if final.exists():
+                    # It stays a checkpoint under another name, because there may be no other.
+                    if aside.exists():
+                        shutil.rmtree(aside)
+                    os.replace(final, aside)
+                os.replace(work, final)
+            sync(self.checkpoints)
+        except Exception as error:
+            with suppress(OSError):
+                if aside.exists():
+                    if final.exists():
+                        os.replace(final, work)
+                    os.replace(aside, final)
+            remove(work)
+            if isinstance(error, WriteError) and error.path.is_relative_to(work):
+                raise error.at(final / error.path.relative_to(work)) from error.__cause__
+            raise
         # What is newer was passed over as damaged when the run went back; it must not count among those that are kept.
         committed = [path for path in self._committed() if not path.name.endswith(_REPLACED)]
         upto = committed.index(final) + 1
         replaced = self.checkpoints.glob(f"step-*{_REPLACED}")
         for old in (*committed[: max(0, upto - keep)], *committed[upto:], *replaced):
-            shutil.rmtree(old)
+            remove(old)
         return final
+
+    def last_step(self) -> int | None:
+        """The step of the newest intact checkpoint; None if there is none."""
+        intact = next((path for path in reversed(self._committed()) if not _broken(path)), None)
+        return None if intact is None else int(intact.name.removeprefix("step-").removesuffix(_REPLACED))
+
+    def checkpoint_bytes(self) -> list[int]:
+        """The bytes of each checkpoint, the oldest first."""
+        return [sum(file.stat().st_size for file in path.iterdir()) for path in self._committed()]
 
     def latest(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], list[str]] | None:
         """The newest intact checkpoint: state, tensors by name in their shapes, and a warning for each broken one.
@@ -206,13 +225,27 @@ class RunStore:
         path = self.folder / METRICS_FILE
         if os.path.lexists(path):
             check_regular(path)
-            # It must not become longer: truncate would fill the gap with zero bytes.
-            os.truncate(path, min(size, path.stat().st_size))
+            with writing(path):
+                # It must not become longer: truncate would fill the gap with zero bytes.
+                os.truncate(path, min(size, path.stat().st_size))
 
     def _committed(self) -> list[Path]:
         """The checkpoints, oldest first. One that was set aside comes before the one that takes its place."""
         found = (path for path in self.checkpoints.glob("step-*") if path.is_dir())
         return sorted(found, key=lambda path: (path.name.removesuffix(_REPLACED), not path.name.endswith(_REPLACED)))
+
+
+def _write(work: Path, state: Mapping[str, object], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a checkpoint's files, with tensors of any shape, and wait until they are on the disk."""
+    make_folder(work)
+    for name, group in tensors.items():
+        write_tensors(group, work / f"{name}.safetensors")
+    write_text(work / "state.json", _json(state))
+    manifest = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
+    write_text(work / "manifest.json", _json(manifest))
+    for path in work.iterdir():
+        sync(path)
+    sync(work)
 
 
 def _broken(folder: Path) -> str | None:

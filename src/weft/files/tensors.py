@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.errors import UserError
+from weft.files.whole import write_tensors
 from weft.foreign import check_safetensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -32,10 +32,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, str]:
-    """Write an adapter's tensors, of any shape; returns the ``digest`` of each."""
+    """Write an adapter's tensors, of any shape; returns the ``digest`` of each.
+
+    Raises:
+        WriteError: The machine refuses to write the file.
+    """
     # Each gets a copy, because two names may share one tensor, which safetensors refuses.
     written = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(written, path, metadata={"format": "pt"})
+    write_tensors(written, path)
     return {key: digest(tensor) for key, tensor in written.items()}
 
 

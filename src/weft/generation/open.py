@@ -31,13 +31,14 @@ from weft.files.adapter_folder import (
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.generation.engine import check_writes
 from weft.heads.classification import ClassificationTask
+from weft.methods.dense import how_kept
 from weft.models import Base, load_base
-from weft.models.load import load_tokenizer
+from weft.models.load import check_device, load_tokenizer, resolve_dtype, resolve_model
 from weft.models.quantize import Quantization
 from weft.models.token_rows import check_rows
 from weft.paths import local_path
 from weft.training.config import RunConfig, read_run_config
-from weft.training.same_run import is_base
+from weft.training.same_run import other_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,6 +175,12 @@ class _Overrides:
     quantization: Quantization | None
     chat_template: str | None
 
+    def check(self, base: str) -> None:
+        """Refuse a base that is not there, and unknown names, before any library is asked."""
+        resolve_model(base)
+        resolve_dtype(self.dtype)
+        check_device(self.device)
+
 
 def _open_model(name: str, asked: _Overrides) -> Target:
     """Open a model alone; one that ``weft merge`` wrote says how to ask it."""
@@ -185,6 +192,7 @@ def _open_model(name: str, asked: _Overrides) -> Target:
             "Weft, ask the adapter that it was made of."
         )
     record = None if merged is None else Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
+    asked.check(name)
     base = load_base(name, device=asked.device, dtype=asked.dtype)
     renderer, notes = make_renderer(record, base.tokenizer, asked.chat_template)
     return Target(base, Adapters(base.model, base.architecture), renderer, notes=notes)
@@ -202,9 +210,10 @@ def _open_adapter(folder: Path, asked: _Overrides) -> Target:
             f"{folder / OWN_CONFIG}: base.quantization is {kept!r}; expected null or one of "
             f"{', '.join(get_args(Quantization))}."
         )
-    # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
-    tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
     try:
+        asked.check(source)
+        # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
+        tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
         base = load_base(source, device=asked.device, dtype=asked.dtype, tokenizer=tokenizer, quantization=kept)
     except UserError as error:
         hint = "" if asked.model else f" ({CONFIG} names this base; --model takes another place)"
@@ -213,7 +222,14 @@ def _open_adapter(folder: Path, asked: _Overrides) -> Target:
     if record is None and tokenizer is None and asked.chat_template is None and (folder / OWN_CONFIG).is_file():
         notes.append(f"{folder} does not say which chat template it was trained with; the tokenizer's own is used.")
     adapters, name = Adapters(base.model, base.architecture), name_for(folder)
-    adapters.load(name, folder, tokenizer=base.tokenizer)
+    difference = _difference(base, folder, adapters)
+    try:
+        adapters.load(name, folder, tokenizer=base.tokenizer)
+    except UserError as error:
+        adapters.close()
+        raise UserError(f"{error}{_not_its_base(difference)}") from None
+    if difference is not None:
+        notes.append(f"{base.name} is not the base that {folder} was trained on ({difference}).")
     return Target(base, adapters, renderer, names=(name,), notes=notes)
 
 
@@ -230,18 +246,28 @@ def _open_run(folder: Path, asked: _Overrides, wanted: Sequence[str] | None) -> 
         name, reason = next(iter(failed.items()))
         raise UserError(f"{folder} has no adapter '{name}', for its job failed: {reason}.")
     keep = [name for name in keep if name not in failed]
-    tokenizer = load_tokenizer(str(store.tokenizer)) if store.tokenizer.is_dir() else None
     recorded = store.read_run().get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
     source = asked.model or _base_of(config, recorded)
+    asked.check(source)
+    tokenizer = load_tokenizer(str(store.tokenizer)) if store.tokenizer.is_dir() else None
     dtype = config.dtype if asked.dtype == "auto" else asked.dtype
     base = config.model_copy(update={"model": source, "device": asked.device, "dtype": dtype}).base(tokenizer)
-    if asked.model is None and asked.dtype == "auto" and recorded:
-        _same_base(base, recorded, folder)
+    difference = other_base(base, recorded) if recorded and asked.dtype == "auto" else None
+    if asked.model is None and difference is not None:
+        raise UserError(
+            f"the model at {base.name} is not the one that {folder} was trained on: its tensors have changed since "
+            f"({difference}). Put the old one back; or name a base with --model to use it all the same."
+        )
     renderer, notes = _renderer_of_run(store, config, base, keep, asked.chat_template)
     notes += [f"there is no adapter '{name}', for its job failed: {reason}" for name, reason in failed.items()]
     adapters = Adapters(base.model, base.architecture)
-    notes += _add_adapters(adapters, store, config, keep, base.tokenizer)
+    try:
+        notes += _add_adapters(adapters, store, config, keep, base.tokenizer)
+    except UserError as error:
+        raise UserError(f"{error}{_not_its_base(difference)}") from None
+    if difference is not None:
+        notes.append(f"{base.name} is not the base that {folder} was trained on ({difference}).")
     return Target(base, adapters, renderer, names=tuple(keep), notes=notes)
 
 
@@ -265,12 +291,17 @@ def _base_of(config: RunConfig, recorded: dict[str, object]) -> str:
     return config.model
 
 
-def _same_base(base: Base, recorded: dict[str, object], folder: Path) -> None:
-    if not is_base(base, recorded):
-        raise UserError(
-            f"the model at {base.name} is not the one that {folder} was trained on: its tensors have changed since. "
-            "Put the old one back; or name a base with --model to use it all the same."
-        )
+def _difference(base: Base, folder: Path, adapters: Adapters) -> str | None:
+    """How the base differs from the one of the adapter's training; None where it does not, or that is not known."""
+    recorded = trained_on(folder) or {}
+    here = how_kept(adapters.model, adapters.dtype)
+    if any(recorded.get(key) != kept for key, kept in here.items()):
+        return None  # the tensors are rounded otherwise, which says nothing of where they come from
+    return other_base(base, {"model": base_of(folder), **recorded})
+
+
+def _not_its_base(difference: str | None) -> str:
+    return "" if difference is None else f" This is not the base of its training ({difference})."
 
 
 def _add_adapters(

@@ -22,14 +22,12 @@ from transformers.activations import ACT2CLS, get_activation
 from weft.core.adapter import Adapter, BuildContext, MethodConfig, SiteFunction
 from weft.core.architecture import Architecture
 from weft.core.route import Segment
-from weft.errors import UserError, nearest
+from weft.errors import UserError, check_word
 from weft.methods.adapterhub import adapterhub_settings
 from weft.methods.dropout import seeded_dropout
 from weft.methods.initial import kaiming_uniform
 from weft.methods.site_adapter import SiteAdapter
 
-# Activations with weights of their own are left out.
-NON_LINEARITIES = ("leakyrelu", *sorted(set(ACT2CLS) - {"prelu", "xielu"}))
 _PFEIFFER = {"mh_adapter": False, "original_ln_before": True, "non_linearity": "relu"}
 _PARALLEL = {"mh_adapter": False, "is_parallel": True, "non_linearity": "relu", "reduction_factor": 2.0, "scaling": 4.0}
 _PRESETS: dict[str, dict[str, object]] = {
@@ -106,11 +104,11 @@ class BottleneckConfig(MethodConfig):
     def _check(self) -> BottleneckConfig:
         names = [key for key in self.factors if key != "default" and not key.isdecimal()]
         before, residual = self.original_ln_before, self.residual_before_ln
+        if self.non_linearity not in ("relu", "gelu", "swish", "tanh", "leakyrelu"):  # any transformers has these
+            check_word("non_linearity", self.non_linearity, sorted(set(ACT2CLS) - {"prelu", "xielu"}))
         for wrong, message in (
             (names, f"reduction_factor: {names}: keys are layer numbers from 0, and 'default'."),
             (min(self.factors.values(), default=1) <= 0, "reduction_factor: above 0, for the width is divided by it."),
-            (self.non_linearity not in NON_LINEARITIES, f"non_linearity: {self.non_linearity!r} is none of "
-             f"{', '.join(NON_LINEARITIES)}.{nearest(self.non_linearity, NON_LINEARITIES)}"),
             (self.scaling == 0, "scaling: 0 never changes anything; another number, 'learned' or 'channel'."),
             (self.is_parallel and (before or residual is not True), "is_parallel: true needs original_ln_before: false "
              f"and residual_before_ln: true; they are {str(before).lower()} and {str(residual).lower()}."),

@@ -6,20 +6,18 @@ the sizes that a file names, so those are compared with the file before anything
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.errors import UserError, reason_of
 from weft.files.adapter_folder import WEIGHTS as ADAPTER
 from weft.files.adapter_folder import write_json
-from weft.files.whole import new_folder
+from weft.files.whole import copy_file, make_folder, new_folder, write_tensors
 from weft.foreign import check_regular
 from weft.models.gate import PICKLES
 from weft.models.originals import weight_map
@@ -54,11 +52,11 @@ def convert_folder(folder: str | Path, output: str | Path) -> Conversion:
         raise UserError(f"no folder at {source}.")
     with new_folder(output) as part:
         files = _pickles(source)
-        part.mkdir(parents=True)
+        make_folder(part)
         count, size = _write(files, part)
         for path in sorted(source.iterdir()):
             if path.suffix in _TEXTS and path.name not in (_INDEX,) and path.is_file():
-                shutil.copyfile(path, part / path.name)
+                copy_file(path, part / path.name)
     return Conversion(output, count, size, tuple(path.name for path in files))
 
 
@@ -92,7 +90,7 @@ def _write(files: list[Path], part: Path) -> tuple[int, int]:
             raise UserError(f"{path}: the tensor {double[:100]!r} is in another file too.")
         where |= dict.fromkeys(tensors, name)
         # A copy each: two names may share one tensor, which safetensors refuses.
-        save_file({key: value.contiguous().clone() for key, value in tensors.items()}, part / name, {"format": "pt"})
+        write_tensors({key: value.contiguous().clone() for key, value in tensors.items()}, part / name)
         size += (part / name).stat().st_size
     if len(files) > 1:
         write_json(part / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -11,16 +12,27 @@ from weft.errors import UserError, reason_of
 from weft.models.hub_datasets import SUFFIXES, HubSplit, listed, load_split, readable
 
 Hub = Literal["huggingface", "modelscope"]
+# How long a hub may take to answer at all.
+_SECONDS = 5.0
+_WAYS = (
+    "Give the path of a folder or file on this machine that holds the {}; or name a mirror that can be reached "
+    "(HF_ENDPOINT=https://...); or take it from ModelScope (hub: modelscope)."
+)
 
 
 def fetch_model(name: str, hub: Hub = "huggingface") -> str:
     """A name that transformers can load: a folder or a Hugging Face id as it is, for a ModelScope id its local folder.
 
+    Where the hub cannot be reached, it is the folder in the cache.
+
     Raises:
-        UserError: The extra for ModelScope is not installed, or it has no such model.
+        UserError: The extra for ModelScope is not installed, it has no such model, or no hub can be reached and the
+            model is not in the cache.
     """
-    if hub == "huggingface" or Path(name).is_dir():
+    if Path(name).is_dir():
         return name
+    if hub == "huggingface":
+        return name if (away := _unreachable()) is None else _cached(name, away)
     try:
         from modelscope import snapshot_download
     except ImportError:
@@ -39,6 +51,41 @@ def folder_of(source: str) -> Path | None:
 
     config = try_to_load_from_cache(source, "config.json")
     return Path(config).parent if isinstance(config, str) else None
+
+
+def _unreachable() -> str | None:
+    """Why Hugging Face's hub, or its mirror, cannot be asked; None if it answers.
+
+    It is asked once and for a short time: its client and transformers ask again for every file, half a minute in all.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, so that no hub is asked"
+    return _no_answer(constants.ENDPOINT)
+
+
+@cache
+def _no_answer(endpoint: str) -> str | None:
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=_SECONDS)
+    except Exception as error:  # of two HTTP clients, by its version
+        return f"this machine seems to be offline: {endpoint} cannot be reached ({reason_of(error)})"
+    return None
+
+
+def _cached(name: str, away: str) -> str:
+    """The folder of a model that was fetched before; ``away`` says why it cannot be fetched now."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name, local_files_only=True))
+    except Exception:  # its client raises many kinds
+        raise UserError(
+            f"the model {name!r} is no folder here and was not fetched before, and {away}. {_WAYS.format('model')}"
+        ) from None
 
 
 def is_dataset_id(data: str) -> bool:
@@ -61,14 +108,15 @@ def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path | HubSplit:
         UserError: It does not exist, it is not clear what is meant, or the hub cannot be reached.
     """
     name, _, wanted = data.partition(":")
+    away = _unreachable() if hub == "huggingface" else None
     try:
-        files = _list_files(name, hub)
+        files = _list_files(name, hub, fetched=away is not None)
         found = readable(files)
         if wanted in files or (not wanted and len(found) == 1):
-            return Path(_download(name, wanted or found[0], hub))
+            return Path(_download(name, wanted or found[0], hub, fetched=away is not None))
         matching = sorted(file for file in found if _matches(file, wanted))
         if matching:
-            places = [_download(name, file, hub) for file in matching]
+            places = [_download(name, file, hub, fetched=away is not None) for file in matching]
             return Path(places[0].removesuffix(matching[0])) / wanted
         if wanted.endswith(SUFFIXES) or any(mark in wanted for mark in "*?["):
             raise UserError(f"data {data!r}: no such file there; there are: {listed(found) or 'none to read'}.")
@@ -81,6 +129,10 @@ def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path | HubSplit:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises many kinds
+        if away is not None:
+            raise UserError(
+                f"data {data!r} is no file here and was not fetched before, and {away}. {_WAYS.format('data')}"
+            ) from error
         raise UserError(
             f"data {data!r} is no file here, and as a data set of {hub} it cannot be fetched: {reason_of(error)}"
         ) from error
@@ -91,11 +143,12 @@ def _matches(file: str, pattern: str) -> bool:
     return file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern)
 
 
-def _list_files(name: str, hub: Hub) -> list[str]:
+def _list_files(name: str, hub: Hub, *, fetched: bool) -> list[str]:
+    """The files of a data set; of Hugging Face's only those that were ``fetched`` before, if asked."""
     if hub == "huggingface":
-        from huggingface_hub import HfApi, constants, snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
 
-        if constants.HF_HUB_OFFLINE:  # use the files that were fetched before
+        if fetched:
             folder = Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
         else:
             return list(HfApi().list_repo_files(name, repo_type="dataset"))
@@ -104,11 +157,11 @@ def _list_files(name: str, hub: Hub) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _download(name: str, file: str, hub: Hub) -> str:
+def _download(name: str, file: str, hub: Hub, *, fetched: bool) -> str:
     if hub == "huggingface":
         from huggingface_hub import hf_hub_download
 
-        return hf_hub_download(name, file, repo_type="dataset")
+        return hf_hub_download(name, file, repo_type="dataset", local_files_only=fetched)
     return str(_modelscope_dataset(name) / file)
 
 

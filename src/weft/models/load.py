@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest, reason_of
+from weft.files.whole import temporary_place, writing_temporary
 from weft.models import gate
 from weft.models.facts import ENCODERS
 from weft.models.hub import Hub, fetch_model, folder_of
@@ -22,7 +23,7 @@ from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
 from weft.models.token_rows import check_special_tokens, token_rows
-from weft.paths import local_path
+from weft.paths import is_hub_id, local_path, names_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -78,9 +79,9 @@ def resolve_model(name: str) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is a folder without a config.json; a Hugging Face model folder has one.")
         return str(path.resolve())
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
-    if looks_like_path or "/" not in name:
-        hint = nearest(name, EMBEDDED_MODELS)
+    if not is_hub_id(name):
+        beside = [str(Path(name).parent / one) for one in names_in(path.parent)] if "/" in name else names_in(Path())
+        hint = nearest(name, [*EMBEDDED_MODELS, *beside])
         raise UserError(
             f"no model at {name!r}.{hint} A model is a Hugging Face folder, a hub id such as Qwen/Qwen2.5-0.5B, or one "
             f"of the embedded ones: {', '.join(EMBEDDED_MODELS)}."
@@ -101,24 +102,33 @@ def resolve_dtype(name: str) -> torch.dtype | str:
     return DTYPES[name]
 
 
+def check_device(name: str) -> None:
+    """Refuse what is no name of a device that Weft runs on; whether it is there shows only with torch.
+
+    Raises:
+        UserError: It is none.
+    """
+    if not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", name):
+        hint = nearest(name, ("auto", "cpu", "cuda"))
+        raise UserError(
+            f"device {name!r} is not known.{hint} Weft runs on cpu and cuda; use auto, cpu, cuda or cuda:0."
+        )
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of a name; ``auto`` takes a GPU if there is one.
 
     Raises:
         UserError: The device is unknown or missing; there is no fallback.
     """
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:0.") from None
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UserError(f"device {name!r} is not there: this machine has {count} CUDA device(s). Use device: cpu.")
-    elif device.type != "cpu":
-        raise UserError(f"device {name!r}: Weft runs on cpu and cuda.")
     return device
 
 
@@ -188,17 +198,19 @@ def load_base(
     Raises:
         UserError: It does not exist, cannot be read, or the device is missing.
     """
-    source, where, kind = _source(name, shape, hub), resolve_device(device), resolve_dtype(dtype)
+    kind, where = resolve_dtype(dtype), resolve_device(device)
+    source = _source(name, shape, hub)
     originals: Callable[[str], Tensor] | None = None
     folder: Path | None = None
     if shape == "tiny":
         tokenizer = tokenizer or tiny_tokenizer(source)
-        with tempfile.TemporaryDirectory() as made:
+        with temporary_place() as made:
             # It goes through a folder, so that it is loaded and quantised like a real one.
             config = tiny_config(source, tokenizer)
-            random_model(_auto_class(config, name), config).save_pretrained(made)
-            model = _load_model(name, made, kind, where, quantization)
-            originals = HeldWeights(made) if quantization else None
+            with writing_temporary():
+                random_model(_auto_class(config, name), config).save_pretrained(made)
+            model = _load_model(name, str(made), kind, where, quantization)
+            originals = HeldWeights(str(made)) if quantization else None
     else:
         model = _load_model(name, source, kind, where, quantization)
         originals = OriginalWeights(source) if quantization else None

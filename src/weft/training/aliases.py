@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import UserError
+from weft.training.bits import in_our_words
+from weft.training.switches import is_on, switch_of
 
 # Our key -> the names that transformers and TRL, LLaMA-Factory, axolotl and ms-swift have for it.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -40,7 +42,10 @@ _SAME = ("packing", "sample_packing", "neat_packing")
 
 # The words that other tools have for our values.
 VALUES: dict[str, dict[object, object]] = {
-    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
+    "optimizer": {
+        name: "adamw"
+        for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla")
+    },
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
     "method": {
         "LORA": "lora",
@@ -54,6 +59,31 @@ VALUES: dict[str, dict[object, object]] = {
     "target_modules": {"all": "all-linear"},
 }
 
+# Their values that are something else than all that we have, and what is said of them.
+_EIGHT_BITS = "it keeps its state in 8 bits or on the CPU, to save memory that an adapter's state does not take"
+_OTHERS: dict[str, dict[str, str]] = {
+    "optimizer": {
+        **dict.fromkeys(
+            ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_8bit",
+             "adamw_torch_4bit"), _EIGHT_BITS),
+        **dict.fromkeys(
+            ("adafactor", "adagrad", "rmsprop", "rmsprop_bnb", "lion", "lion_8bit", "lion_32bit", "paged_lion_8bit",
+             "paged_lion_32bit", "ademamix", "ademamix_8bit", "adamw_anyprecision", "galore_adamw", "galore_adafactor",
+             "lomo", "adalomo", "grokadamw", "apollo_adamw", "schedule_free_adamw", "schedule_free_sgd",
+             "schedule_free_radam", "stable_adamw", "muon"), "it takes other steps"),
+    },
+    "lr_scheduler_type": {
+        "cosine_with_restarts": "the rate of `cosine` falls once",
+        "polynomial": "its last rate and its power can be chosen; `linear` falls to 0",
+        "inverse_sqrt": "it never ends; `cosine` and `linear` fall to 0",
+        "reduce_lr_on_plateau": "it listens to the evaluations; early_stopping_patience is what does so here",
+        "cosine_with_min_lr": "the rate of `cosine` falls to 0",
+        "cosine_warmup_with_min_lr": "the rate of `cosine` falls to 0",
+        "warmup_stable_decay": "`constant` stays, `linear` and `cosine` fall from the warm-up on",
+        "greedy": "it listens to the evaluations; early_stopping_patience is what does so here",
+    },
+}  # fmt: skip
+_KNOWN = {"optimizer": "adamw, sgd", "lr_scheduler_type": "constant, linear, cosine"}
 
 Meaning = Callable[[Any], tuple[str, Any] | None]
 
@@ -63,15 +93,16 @@ class Switch:
     """A key of another tool that is a choice here.
 
     ``means`` makes (our key, our value) of its value, or None where that changes nothing; ``told`` is its line in the
-    reference.
+    reference. ``on_or_off``: its value is a word for on or off.
     """
 
     means: Meaning
     told: str
+    on_or_off: bool = False
 
 
 def _on(key: str, value: Any, told: str | None = None) -> Switch:
-    return Switch(lambda on: (key, value) if on else None, told or f"`{key}: {value}` if on")
+    return Switch(lambda on: (key, value) if on else None, told or f"`{key}: {value}` if on", on_or_off=True)
 
 
 def _listed(value: object) -> object:
@@ -92,19 +123,19 @@ def _names(key: str) -> Switch:
 
 
 def _resume(value: object) -> tuple[str, object]:
-    if isinstance(value, str):
+    if isinstance(value, str) and switch_of(value) is None:
         raise UserError(
             f"resume_from_checkpoint: {value!r}: a run goes on from the newest intact checkpoint of its output_dir; "
             "write resume: true."
         )
-    return "resume", bool(value)
+    return "resume", is_on(value, "resume_from_checkpoint")
 
 
 def _only_off(key: str) -> Switch:
     """A key of a feature that Weft does not have: off changes nothing, on is refused."""
 
     def check(value: object) -> None:
-        if value not in (None, False, 0, "none", [], ["none"]):
+        if value not in (None, False, 0, "none", "no", "off", [], {}, ["none"]):
             raise UserError(f"{key}: {value!r} is not in this version of Weft; leave it out.")
 
     return Switch(check, "nothing if off; not in this version if on")
@@ -126,11 +157,6 @@ _PACKING = _on(
     "batch_tokens", AUTO, "`batch_tokens: auto` if on: packs of `batch_size` times `max_length` tokens, as there"
 )
 _ALL_IF_OFF = "`train_on: all` if off"
-_QUANTISED = _word(
-    {4: ("quantization", "nf4"), 8: ("quantization", "int8"), None: None, 16: None},
-    "quantization_bit: {}: a base is kept in 4 (nf4) or 8 bits (int8).",
-    "`quantization`: 4 → `nf4`, 8 → `int8`",
-)
 # swift's words for which tokens are learned.
 _LOSS_SCALE = _word(
     {"default": None, "last_round": ("train_on", "last_answer"), "all": ("train_on", "all")},
@@ -144,15 +170,11 @@ SWITCHES: dict[str, Switch] = {
     "train_on_inputs": _on("train_on", "all"),
     "train_on_prompt": _on("train_on", "all"),
     "truncate": _on("truncation", "right"),
-    "completion_only_loss": Switch(lambda on: None if on or on is None else ("train_on", "all"), _ALL_IF_OFF),
-    "assistant_only_loss": Switch(lambda on: None if on else ("train_on", "all"), _ALL_IF_OFF),
+    "completion_only_loss": Switch(lambda on: None if on or on is None else ("train_on", "all"), _ALL_IF_OFF, True),
+    "assistant_only_loss": Switch(lambda on: None if on else ("train_on", "all"), _ALL_IF_OFF, True),
     "mask_history": _on("train_on", "last_answer"),
     "loss_scale": _LOSS_SCALE,
     "resume_from_checkpoint": Switch(_resume, "`resume`; a path is refused, a run goes on from its newest checkpoint"),
-    "load_in_4bit": _on("quantization", "nf4"),
-    "load_in_8bit": _on("quantization", "int8"),
-    "quantization_bit": _QUANTISED,
-    "quant_bits": _QUANTISED,
     "use_modelscope": _on("hub", "modelscope"),
     # transformers' -1 says that num_train_epochs counts.
     "max_steps": Switch(
@@ -170,6 +192,7 @@ SWITCHES: dict[str, Switch] = {
     "sample_packing": _PACKING,
     "neat_packing": _PACKING,
     "report_to": _only_off("report_to"),
+    "lr_scheduler_kwargs": _only_off("lr_scheduler_kwargs"),
 }
 
 
@@ -181,12 +204,14 @@ def translate(given: Mapping[str, object], where: str) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     came_from: dict[str, str] = {}
-    for key, value in given.items():
+    for key in given:
         if not isinstance(key, str):
-            raise UserError(f"{where}: key {key!r} is not a string.")
+            raise UserError(f"{where}: key {key!r} is not text.")
+    for key, value in in_our_words(given, where).items():
         name, meaning = RENAMED.get(key, key), value
         if key in SWITCHES:
-            pair = SWITCHES[key].means(value)
+            switch = SWITCHES[key]
+            pair = switch.means(is_on(value, f"{where}: {key}") if switch.on_or_off and value is not None else value)
             if pair is None:
                 continue
             name, meaning = pair
@@ -206,6 +231,9 @@ def translate(given: Mapping[str, object], where: str) -> dict[str, Any]:
 
 def _value(name: str, value: object) -> object:
     words = VALUES.get(name, {})
+    other = _OTHERS.get(name, {}).get(value.lower()) if isinstance(value, str) else None
+    if other is not None:
+        raise UserError(f"{name}: {value!r} is not in this version of Weft ({other}). There are: {_KNOWN[name]}.")
     if name == "neftune_noise_alpha" and value is None:
         return 0.0  # transformers' word for off
     if isinstance(value, list) and name == "method":

@@ -6,20 +6,23 @@ Keys of a job may stand at the top, where they are defaults for every job. The m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 import weft.methods
 from weft.data.rendering.templates import is_file_name
-from weft.errors import UserError, nearest
+from weft.errors import UserError
 from weft.files.run_folder import RUN_FILE
 from weft.foreign import parse_yaml, read_json, read_yaml
 from weft.methods.registry import METHODS
 from weft.paths import local_path
 from weft.training.aliases import AUTO, translate
+from weft.training.bits import DETAILS
+from weft.training.complaints import check_switches, explain, unknown_keys, with_switches
 from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
@@ -100,7 +103,7 @@ def _to_jobs(values: dict[str, Any], source: str) -> None:
             if place is not None:
                 place[key], taken = value, True
         if not taken:
-            raise UserError(_unknown(source, [key], _RUN_KEYS | _JOB_KEYS))
+            raise UserError(unknown_keys(source, [key], _RUN_KEYS | _JOB_KEYS))
 
 
 def read_run_config(folder: str | Path) -> RunConfig:
@@ -117,15 +120,19 @@ def read_run_config(folder: str | Path) -> RunConfig:
     template = config.get("chat_template")
     if isinstance(template, str) and is_file_name(template):
         raise UserError(f"{path}: chat_template names the file {template[:200]!r}; a run holds the text itself.")
+    if "text_unit" not in config:  # every line was a text, before the key was there
+        data = json.dumps([config.get(key) for key in ("data", "eval_data", "jobs")])
+        config = {**config, "text_unit": "line"} if ".txt" in data else config
     return _run_config(config, str(path))
 
 
 def _run_config(values: Mapping[str, object], source: str) -> RunConfig:
-    _refuse_switches(values, RunConfig, source)
+    values = with_switches(values, RunConfig)
+    check_switches(values, RunConfig, source)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, source, _RUN_KEYS)) from None
+        raise UserError(explain(error, (RunConfig,), source, _RUN_KEYS)) from None
 
 
 def _override(values: dict[str, object], override: str) -> None:
@@ -145,6 +152,8 @@ def _override(values: dict[str, object], override: str) -> None:
         place[_index(place, last, key)] = value
     else:
         before = {name: place[name] for name in ("adam_betas",) if name in place}
+        if last in DETAILS:  # what it adds to, which the file says in other words
+            before["load_in_4bit"] = place.pop("quantization", None) in ("nf4", "fp4")
         place.update(translate({**before, last: value}, f"override {key!r}") if last != "adam_betas" else {last: value})
 
 
@@ -175,7 +184,7 @@ def make_config(values: Mapping[str, object], *, source: str = "configuration") 
     method_keys = {key for cls in weft.methods.METHODS.values() for key in cls.model_fields} | set(weft.methods.METHODS)
     unknown = [key for key in top if key not in _RUN_KEYS | _JOB_KEYS | method_keys]
     if unknown:
-        raise UserError(_unknown(source, unknown, _RUN_KEYS | _JOB_KEYS | method_keys))
+        raise UserError(unknown_keys(source, unknown, _RUN_KEYS | _JOB_KEYS | method_keys))
     defaults = {key: top.pop(key) for key in list(top) if key not in _RUN_KEYS}
     if jobs is None:
         methods = defaults.pop("method", None)
@@ -208,7 +217,7 @@ def _job(given: dict[str, object], defaults: dict[str, object], where: str, max_
     known = _JOB_KEYS | fields | set(parts)
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise UserError(_unknown(where, unknown, known))
+        raise UserError(unknown_keys(where, unknown, known))
     # A default (r, say) is meant for the jobs whose method knows it.
     fitting = {key: value for key, value in defaults.items() if key in known}
     merged: dict[str, Any] = {"name": "-".join(parts), **fitting, **given}
@@ -218,14 +227,18 @@ def _job(given: dict[str, object], defaults: dict[str, object], where: str, max_
         merged[part] = default | own_settings(part, given.get(part, {}), where)
     settings = {key: merged.pop(key) for key in list(merged) if key not in _JOB_KEYS}
     for part, cls in classes.items():
-        _refuse_switches(settings_of(part, cls, settings, where), cls, where)
-    _refuse_switches(merged, JobConfig, where)
+        check_switches(settings_of(part, cls, settings, where), cls, where)
+        settings = with_switches(settings, cls)
+        if isinstance(settings.get(part), dict):
+            settings[part] = with_switches(settings[part], cls)
+    merged = with_switches(merged, JobConfig)
+    check_switches(merged, JobConfig, where)
     if merged.get("batch_tokens") == AUTO:
         merged["batch_tokens"] = _auto_tokens(merged.get("batch_size"), max_length, where)
     try:
         return JobConfig(**merged, method_settings=settings)
     except ValidationError as error:
-        raise UserError(_explain(error, where, known)) from None
+        raise UserError(explain(error, (JobConfig, *classes.values()), where, known)) from None
 
 
 def _auto_tokens(batch_size: object, max_length: object, where: str) -> object:
@@ -237,40 +250,3 @@ def _auto_tokens(batch_size: object, max_length: object, where: str) -> object:
     # What is no number is refused by the field itself.
     size = JobConfig.model_fields["batch_size"].default if batch_size is None else batch_size
     return size * max_length if isinstance(size, int) else None
-
-
-def _refuse_switches(settings: Mapping[str, object], cls: type[BaseModel], where: str) -> None:
-    """Refuse true and false for numbers: pydantic takes true for 1, which nobody means."""
-    for key, value in settings.items():
-        field = cls.model_fields.get(key)
-        if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
-            raise UserError(f"{where}: {key}: expected {_plain(field.annotation)}, not {str(value).lower()}.")
-
-
-def _plain(annotation: object) -> str:
-    return getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
-
-
-def _unknown(where: str, keys: list[str], known: set[str] | frozenset[str]) -> str:
-    return "\n".join(f"{where}: unknown key '{key}'.{_instead(str(key), known)}" for key in keys)
-
-
-def _instead(key: str, known: set[str] | frozenset[str]) -> str:
-    if key in ("extension", "extensions"):
-        return " No file can name code to run: give --extension FILE.py on the command line (docs/extending.md)."
-    return nearest(key, known)
-
-
-def _explain(error: ValidationError, where: str, known: set[str] | frozenset[str]) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(_unknown(where, [key], known))
-        elif item["type"] == "missing":
-            lines.append(f"{where}: '{key}' is missing.")
-        else:
-            given = "" if isinstance(item["input"], (dict, BaseModel)) else f" (given: {item['input']!r})"
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {key + ': ' if key else ''}{message}{given}")
-    return "\n".join(lines)

@@ -19,7 +19,15 @@ from weft.errors import UserError
 from weft.files.tensors import digest
 from weft.ops.seeds import stable_seed
 from weft.training.batches import Batches
-from weft.training.optim import decays, make_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
+from weft.training.optim import (
+    decays,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    schedule_factor,
+    state_copies,
+    tensor_bytes,
+)
 from weft.training.settings import JobConfig
 
 # So many numbers of a larger tensor stand for all of it when we ask whether a job has changed it.
@@ -240,6 +248,12 @@ class Job:
             named |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.optimizer).items()}
         named |= {f"best.{i}": value for i, value in enumerate(self.best or ())}
         return {key: value.cpu().contiguous() for key, value in named.items()}
+
+    def checkpoint_bytes(self) -> int:
+        """The bytes of ``tensors()`` once the optimizer has a state and, with early stopping, there is a best."""
+        tensors = (*self.adapter.parameters(), *self.adapter.buffers())
+        copies = state_copies(self.config) + (self.config.early_stopping_patience is not None)
+        return tensor_bytes(tensors) + copies * tensor_bytes(self.parameters)
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +50,16 @@ def make_optimizer(
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, foreach=False)
     return torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_epsilon, fused=True)
+
+
+def state_copies(config: JobConfig) -> int:
+    """How many numbers the optimizer keeps for each one that it trains."""
+    return int(config.momentum > 0) if config.optimizer == "sgd" else 2
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes of tensors of any shape."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def schedule_factor(kind: str, step: int, total: int, warmup: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -11,18 +12,23 @@ from pathlib import Path
 import torch
 
 from weft.adapters import Adapters
-from weft.data import Problems, Renderer
+from weft.data import Problems, Renderer, parse_sources
 from weft.data.auditing.audit import audit_before_training
+from weft.data.formats.detect import format_named
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
+from weft.data.reading.files import Place
+from weft.data.rendering.templates import template_text
 from weft.data.settings import DataSettings
 from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
+from weft.files.whole import is_part, refilled_folder
+from weft.files.writing import WriteError, writing
 from weft.foreign import expect, read_json
 from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
-from weft.models.load import resolve_model
+from weft.models.load import check_device, resolve_dtype, resolve_model
 from weft.models.tasks import check_job
 from weft.training.batches import Batches
 from weft.training.callbacks import CALLBACKS, with_callbacks
@@ -30,6 +36,7 @@ from weft.training.config import read_run_config
 from weft.training.job import Job
 from weft.training.loop import Event, Trainer, TrainResult
 from weft.training.reader import JobData, Reader, data_files
+from weft.training.room import check_room
 from weft.training.same_run import base_fingerprint, check_base, check_same_run, rooted
 from weft.training.settings import RunConfig
 
@@ -58,7 +65,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    places = data_files(config)
+    places = check_names(config)
     # What can be refused is refused before weights are loaded, which may take minutes.
     sketch = base or config.sketch()
     renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
@@ -93,6 +100,44 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     return Setup(config, base, adapters=adapters, renderer=renderer, jobs=jobs, problems=read.problems)
 
 
+def check_names(config: RunConfig) -> dict[str, Place]:
+    """Refuse names that nothing has, and data that is not there. No file of the base and no record is read.
+
+    Returns:
+        The places of the data, as ``data_files`` gives them.
+
+    Raises:
+        UserError: An objective, a dtype, a device, a format or a template is unknown, a method does not go with the
+            quantisation, or a data file is not there.
+    """
+    resolve_dtype(config.dtype)
+    check_device(config.device)
+    if config.chat_template is not None:
+        template_text(config.chat_template)
+    for job in config.jobs:
+        job.own_objective()
+        for part in job.method_config().methods():
+            part.check_quantization(config.quantization)
+        if not job.classifies:
+            for data in (job.data or config.data, job.eval_data or config.eval_data):
+                for source in parse_sources(data) if data is not None else ():
+                    format_named(source.format or config.data_format)
+    return data_files(config)
+
+
+def check_places(config: RunConfig) -> None:
+    """Refuse a base, callbacks or places of output that training could not use; changes nothing.
+
+    Raises:
+        UserError: The base is not there, a callback is unknown, or the run cannot be written to its folder.
+    """
+    _check_report(config)
+    for name in config.callbacks:
+        CALLBACKS.find(name)
+    _check_folder(RunStore(config.output_dir), config)
+    resolve_model(config.model)
+
+
 def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
     """Write the report, if one was asked for, before the error ends the run; returns the error with its place."""
     if config.on_bad_record != "report" or error is not problems.ended:
@@ -114,9 +159,6 @@ def _report_of(config: RunConfig) -> Path:
 def _check_tasks(config: RunConfig, sketch: Base) -> None:
     for job in config.jobs:
         check_job(job.name, job.task, config.model, sketch.architecture)
-        job.own_objective()
-        for part in job.method_config().methods():
-            part.check_quantization(config.quantization)
 
 
 def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
@@ -164,14 +206,18 @@ def train(
     ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones before they are closed.
 
     Raises:
-        UserError: before anything is written, if the configuration, the data or the folder cannot be used.
+        UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
+            the machine refuses to write. Then the message says from which step the run can go on.
     """
     store = RunStore(config.output_dir)
-    _check_report(config)
-    # Before the base is loaded, which may take minutes.
+    check_places(config)
     callbacks = [CALLBACKS.find(name) for name in config.callbacks]
-    _check_folder(store, config)
     setup = prepare(config)
+    try:
+        check_room(config, store, setup.jobs)
+    except UserError:
+        setup.adapters.close()
+        raise
     # The caller hears of it before the folder is touched: then a signal may stop the run only where it can go on.
     on_ready(setup)
     on_event, should_stop = with_callbacks([callback(setup) for callback in callbacks], on_event, should_stop)
@@ -179,9 +225,21 @@ def train(
     store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     try:
         return _train(config, setup, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained)
+    except WriteError as error:
+        raise UserError(f"{error} {_way_on(store)}") from error
     finally:
         store.release()
         setup.adapters.close()
+
+
+def _way_on(store: RunStore) -> str:
+    """The sentence on what is saved of a run that could not write, and how it goes on."""
+    if not (store.folder / RUN_FILE).is_file():
+        return "The run had not begun: then start it again."
+    step, again = store.last_step(), f"weft train {shlex.quote(str(store.folder))} --resume"
+    if step is None:
+        return f"No step was saved yet: then {again} begins again, at step 0."
+    return f"All up to step {step} is saved: then {again} goes on from there."
 
 
 def _train(
@@ -213,7 +271,8 @@ def _train(
     store.write_run({"config": rooted(config).model_dump(mode="json"), "base": base, "labels": labels})
     if config.on_bad_record == "report":
         setup.problems.write(_report_of(config))
-    setup.base.tokenizer.save_pretrained(store.tokenizer)
+    with refilled_folder(store.tokenizer) as part, writing(part):
+        setup.base.tokenizer.save_pretrained(part)
     result = trainer.run()
     if result.completed:
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
@@ -278,7 +337,7 @@ def _check_folder(store: RunStore, config: RunConfig) -> None:
                 "delete it (overwrite_output_dir: true, or --overwrite-output-dir)."
             )
     # A run that ended before it had written run.json leaves these, and they may be taken over.
-    elif foreign := sorted({path.name for path in folder.iterdir()} - _EMPTY_RUN):
+    elif foreign := sorted(name for name in {path.name for path in folder.iterdir()} - _EMPTY_RUN if not is_part(name)):
         raise UserError(
             f"{folder} is no run's folder, but holds {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)}; "
             "it is left alone. Take another output_dir."

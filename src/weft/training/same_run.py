@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from weft.assets import EMBEDDED_MODELS
 from weft.data.settings import free_keys
@@ -29,10 +28,14 @@ def base_fingerprint(base: Base) -> dict[str, object]:
     return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
 
 
-def is_base(base: Base, recorded: Mapping[str, object]) -> bool:
-    """Whether the base is the one of these fingerprints, as far as they tell."""
+def other_base(base: Base, recorded: Mapping[str, object]) -> str | None:
+    """How the base differs from the one of this fingerprint, with both names; None: it does not, as far as it tells."""
     found = base_fingerprint(base)
-    return all(found[key] == recorded.get(key, found[key]) for key in ("parameters", "sha256_of_small_tensors"))
+    keys = [key for key in ("parameters", "sha256_of_small_tensors") if found[key] != recorded.get(key, found[key])]
+    if not keys:
+        return None
+    told = ", ".join(f"{key} {found[key]} instead of {recorded[key]}" for key in keys)
+    return f"here {found['model']}, in training {recorded.get('model', '(a name that is not kept)')}: {told}"
 
 
 def check_base(base: Base, recorded: Mapping[str, object]) -> None:
@@ -41,20 +44,14 @@ def check_base(base: Base, recorded: Mapping[str, object]) -> None:
     Raises:
         UserError: It is another one; the message names both, with their hashes.
     """
-    if not is_base(base, recorded):
-        found = base_fingerprint(base)
-        old, new = (
-            f"{one.get('model')} ({one.get('parameters')} parameters, SHA-256 "
-            f"{str(one.get('sha256_of_small_tensors'))[:12]}…)"
-            for one in (recorded, found)
-        )
-        raise UserError(f"cannot resume: the run began over {old}; the base is now {new}. Give back the first one.")
+    if other := other_base(base, recorded):
+        raise UserError(f"cannot resume over another base ({other}). Give back the first one.")
 
 
 def rooted(config: RunConfig) -> RunConfig:
     """The configuration with every path from the root: ``run.json`` keeps it, so that the run goes on anywhere."""
 
-    def data(own: Any) -> Any:
+    def data(own: object) -> object:
         return None if own is None else with_paths(own, lambda path: path if is_dataset_id(path) else from_root(path))
 
     jobs = tuple(job.model_copy(update={key: data(getattr(job, key)) for key in _DATA}) for job in config.jobs)
@@ -94,7 +91,7 @@ def _settings(config: RunConfig) -> dict[str, object]:
     return found
 
 
-def _placeless(values: dict[str, Any]) -> dict[str, Any]:
+def _placeless(values: Mapping[str, object]) -> dict[str, object]:
     """The values, with nothing in the place of the paths of data."""
     return {
         key: with_paths(value, lambda path: "…") if key in _DATA and value is not None else value
@@ -102,7 +99,7 @@ def _placeless(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(values: Mapping[str, Any], above: str) -> dict[str, object]:
+def _flat(values: Mapping[str, object], above: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -108,7 +108,7 @@ class JobConfig(BaseModel):
     def _names_of_labels(cls, value: object) -> object:
         if isinstance(value, (list, tuple)):
             if any(isinstance(name, bool) for name in value):
-                raise ValueError("YAML reads no and yes as switches; put the labels in quotes")
+                raise ValueError("true and false are switches; put the labels in quotes")
             return [str(name) if isinstance(name, (int, float)) else name for name in value]
         return value
 
@@ -206,6 +206,9 @@ class RunConfig(DataSettings):
         None, gt=0, description="a checkpoint every so many steps, besides one at the end and when the run is stopped"
     )
     save_total_limit: Annotated[int, FREE] = Field(2, gt=0, description="how many checkpoints to keep")
+    check_disk_space: Annotated[bool, FREE] = Field(
+        True, description="before the first step, refuse a disk without room for two checkpoints and the adapters"
+    )
     callbacks: Annotated[list[str], FREE] = Field(
         [], description="names of callbacks, which hear every event of the run ([extending.md](extending.md))"
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from weft.data.auditing import template, text, tokens, whole
-from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records
+from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records, Texts
 from weft.data.auditing.stream import chunks
 from weft.data.rendering.render import Renderer, Sample
 from weft.data.views import chained, distinct, sizes
@@ -23,6 +23,7 @@ _CHECKERS = (tokens, text, whole, template)  # importing them fills CHECKS
 logger = logging.getLogger(__name__)
 
 _PART = 1 << 18  # tokens that the early checks look at together
+_FIRST = 10_000  # samples
 _KEPT = 1000  # findings of each early check that are kept; the others are counted
 AuditMode = Literal["error", "warn", "off"]
 
@@ -116,12 +117,12 @@ def audit_before_training(
 def early_findings(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: int = _PART) -> list[Group]:
     """What the early checks find, errors first. They look at ``part`` tokens at a time; any number finds the same."""
     train, held = distinct(train, held)
-    ends = _ends(facts, train, held, part)
+    ends, texts = _ends(facts, train, held, part), _texts(facts, train, held, part)
     checks = [check for check in CHECKS.values() if check.early]
     found: dict[str, list[Finding]] = {check.code: [] for check in checks}
     counts = Counter[str]()
     for samples in _parts(train, held, part):
-        records = Records((), facts, samples, ends)
+        records = Records((), facts, samples, ends, texts)
         for check in checks:
             if check.once and counts[check.code]:
                 continue
@@ -142,6 +143,17 @@ def _ends(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: i
         if ends.learned:
             return Ends(len(train) + len(held), True, None)
     return Ends(len(train) + len(held), False, first)
+
+
+def _texts(facts: Facts, train: Sequence[Sample], held: Sequence[Sample], part: int) -> Texts:
+    """The plain texts in the first thousands of samples, which tell enough."""
+    texts, seen = Texts(), 0
+    for samples in _parts(train, held, part):
+        texts = texts.plus(Records((), facts, samples).texts)
+        seen += sum(map(len, samples))
+        if seen >= _FIRST:
+            break
+    return texts
 
 
 def _parts(

@@ -23,6 +23,7 @@ Severity = Literal["error", "warning"]
 Split = Literal["train", "eval"]
 Early = Literal["refuse", "warn"]
 _T = TypeVar("_T")
+SHORT = 20  # tokens; texts to learn have more
 _SHOWN = 160
 
 
@@ -133,11 +134,23 @@ class Ends:
     first: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """How many samples are plain text, and how many of them are ``short`` of SHORT tokens."""
+
+    count: int = 0
+    short: int = 0
+
+    def plus(self, other: Texts) -> Texts:
+        """Those of two parts of the data."""
+        return Texts(self.count + other.count, self.short + other.short)
+
+
 class Records:
     """All records of an audit, and what several checks make of them.
 
-    ``samples`` (to train on, to evaluate on) stand alone where their records are not at hand. ``ends`` are those of all
-    the data, where these records are a part of it.
+    ``samples`` (to train on, to evaluate on) stand alone where their records are not at hand. ``ends`` and ``texts``
+    are those of all the data, where these records are a part of it.
     """
 
     def __init__(
@@ -146,11 +159,14 @@ class Records:
         facts: Facts,
         samples: tuple[Sequence[Sample], Sequence[Sample]] = ((), ()),
         ends: Ends | None = None,
+        texts: Texts | None = None,
     ) -> None:
         self.items, self.facts, self.samples = items, facts, samples
         self._shared: dict[Callable[[Records], object], Any] = {}
         if ends is not None:
             self.ends = ends
+        if texts is not None:
+            self.texts = texts
 
     def shared(self, make: Callable[[Records], _T]) -> _T:
         """What ``make`` gives of these records. It is called once, for all checks that need it."""
@@ -172,6 +188,13 @@ class Records:
         if learned or not len(places := tokens.stretches()[0]):
             return Ends(len(tokens.samples), learned, None)
         return Ends(len(tokens.samples), False, self.facts.show(tokens.around(int(places[0]))))
+
+    @functools.cached_property
+    def texts(self) -> Texts:
+        """The plain texts: samples that learn everything and hold no answer."""
+        tokens = self.tokens
+        plain = tokens.writes & ~tokens.answers & (tokens.count(tokens.learned) + 1 >= tokens.lengths)
+        return Texts(int(plain.sum()), int((plain & (tokens.lengths < SHORT)).sum()))
 
     def owner(self, number: int) -> Item:
         """The record of a sample in ``tokens``."""

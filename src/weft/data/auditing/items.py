@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from weft.data.auditing.base import Item, Split, short
+from weft.data.formats import refusals
 from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, TokenisedText
 from weft.data.pipeline import BEHIND, Acceptance, Omission, Outcome, Refusal
 from weft.data.problems import Problem
@@ -93,7 +94,7 @@ def _code(refused: Refusal, texts: _Texts) -> str:
 
 def _message(problem: Problem) -> str:
     """The message without a list of other formats."""
-    text = problem.what.lstrip(": ").split(" Known formats:")[0]
+    text = f"{problem.what.lstrip(': ')} {problem.advice}".split(refusals.KNOWN)[0].rstrip()
     return text if len(text) <= 400 else text[:397] + "…"
 
 

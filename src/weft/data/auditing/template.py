@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from weft.data.auditing.base import Facts, Hit, Item, Records, over, short
 from weft.data.formats.examples import Conversation
 from weft.data.rendering.render import Sample
-from weft.data.rendering.sandbox import render_chat
+from weft.data.rendering.served import ids_elsewhere
 from weft.data.rendering.transcript import learned_turns
 from weft.errors import UserError
 
@@ -70,19 +70,18 @@ def serve_differs(records: Records) -> Iterator[Hit]:
 def template_differs(records: Records) -> Iterator[Hit]:
     """The tokenizer's own chat template gives another prompt than the one that is configured."""
     if records.facts.own_template:
-        yield from _served_elsewhere(records, records.facts.own_template)
+        yield from _served_elsewhere(records, records.facts.own_template, "the tokenizer's own template")
 
 
 @over(
     "served-elsewhere",
     "warning",
-    "weft serves as it trains; for other servers, make the template write what is missing (the beginning- or "
-    "end-of-sequence token, most often)",
+    "weft serves as it trains, and `weft merge` saves a template that writes what is missing; for an adapter on "
+    "another server, make the template write it (the beginning- or end-of-sequence token, most often)",
 )
 def served_elsewhere(records: Records) -> Iterator[Hit]:
     """Transformers' apply_chat_template gives other tokens than weft for the same template."""
-    if records.facts.own_template is None and records.facts.tokenizer.chat_template:
-        yield from _served_elsewhere(records, None)
+    yield from _served_elsewhere(records, records.facts.renderer.chat_template, "transformers with this template")
 
 
 @over(
@@ -120,31 +119,24 @@ def _tools(item: Item) -> Sequence[dict[str, object]]:
     return item.example.tools if isinstance(item.example, Conversation) else ()
 
 
-def _served_elsewhere(records: Records, template: str | None) -> Iterator[Hit]:
+def _served_elsewhere(records: Records, template: str | None, who: str) -> Iterator[Hit]:
     facts = records.facts
     for item, sample, number in _answered(records, _PROMPTS):
         if sample.target_ids or sample.answer is None:
             continue
-        turns = [
-            # render_chat leaves out what is None
-            {"role": turn.role, "content": turn.content, "tool_calls": list(turn.tool_calls) or None}
-            for turn in item.messages[:number]
-        ]
         try:
-            text = render_chat(
+            served = ids_elsewhere(
                 facts.tokenizer,
-                turns,
+                template,
+                item.messages[:number],
                 tools=_tools(item),
-                chat_template=template,
-                add_generation_prompt=True,
-                **facts.renderer.settings.template_kwargs,
+                variables=facts.renderer.settings.template_kwargs,
             )
-            served = facts.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # a template is a program, and the run does not use this one
-            yield Hit(item, f"the tokenizer's own template refuses this conversation: {error}")
+        except Exception as error:  # a template is a program, and the run may not use this one
+            yield Hit(item, f"{who} refuses this conversation: {error}")
             continue
         trained = sample.input_ids[: sample.answer]
-        message = _difference(trained, list(served), facts, "the tokenizer's own template gives")
+        message = _difference(trained, served, facts, f"{who} gives")
         if message:
             yield Hit(item, *message)
 

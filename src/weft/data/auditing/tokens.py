@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from weft.data.auditing.base import Hit, Records, over, short
+from weft.data.auditing.base import SHORT, Hit, Records, over, short
 from weft.data.views import Array
 
 _UNKNOWN_SHARE, _UNKNOWN_COUNT = 0.05, 3
+_SEVERAL = 20  # texts
 
 
 @over(
@@ -190,6 +191,21 @@ def unknown_tokens(records: Records) -> Iterator[Hit]:
     for sample in np.flatnonzero(flooded).tolist():
         message = f"{counts[sample]} of {tokens.lengths[sample]} tokens are unknown to the tokenizer"
         yield Hit(records.owner(sample), message, facts.show(tokens.of(sample)))
+
+
+@over(
+    "short-texts",
+    "warning",
+    "every text begins and ends by itself, so lines were probably meant as one text: set `text_unit: file` or "
+    "`paragraph`, or put the lines of a text into one record",
+    early="warn",
+    once=True,
+)
+def short_texts(records: Records) -> Iterator[Hit]:
+    """Plain texts that are much shorter than usual: more than half have fewer than 20 tokens."""
+    texts = records.texts
+    if texts.count > _SEVERAL and 2 * texts.short > texts.count:
+        yield Hit(None, f"{texts.short:,} of {texts.count:,} texts have fewer than {SHORT} tokens")
 
 
 def _problem_check(code: str, mend: str, about: str) -> None:

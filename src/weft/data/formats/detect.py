@@ -15,7 +15,9 @@ from typing import Any, Literal, overload
 from weft.data.formats import refusals
 from weft.data.formats.columns import map_columns
 from weft.data.formats.examples import SFT, Conversation, Example
+from weft.data.formats.fields import as_text
 from weft.data.formats.judged import verdict
+from weft.data.formats.refusals import Reason
 from weft.data.formats.registry import (
     ACCEPTS,
     ALIASES,
@@ -28,6 +30,7 @@ from weft.data.formats.registry import (
     Purpose,
     Reader,
 )
+from weft.data.problems import AdvisedError
 from weft.data.reading.records import Record
 from weft.errors import UserError, check_word, nearest
 from weft.extensions import HOW_TO_LOAD
@@ -58,7 +61,7 @@ class _Plan:
     """
 
     fits: tuple[_Fit, ...]
-    problem: str = ""
+    problem: Reason | None = None
     spelled: tuple[tuple[str, str], ...] = ()
 
 
@@ -111,6 +114,11 @@ def to_example(
         listed = [f"{name!r} is read as '{ours}'" for ours, name in theirs.items() if f"'{ours}'" in str(error)]
         if not listed:
             raise
+        if isinstance(error, AdvisedError):
+            advice = error.advice
+            for ours, name in theirs.items():
+                advice = advice.replace(as_text(ours), as_text(ours, name))
+            raise AdvisedError(f"{error.what} ({', '.join(listed)}.)", advice) from None
         raise type(error)(f"{error} ({', '.join(listed)}.)") from None
 
 
@@ -127,7 +135,7 @@ def _choose(record: Record, format: str | None, columns: Mapping[str, str] | Non
     present = tuple(fields)
     if None in fields.values():
         present = tuple(name for name in present if fields[name] is not None)
-    plan = _plan(present, _named(format), frozenset(columns or ()))
+    plan = _plan(present, format_named(format), frozenset(columns or ()))
     if plan.spelled:
         ours = dict(plan.spelled)
         fields = {ours.get(name, name): value for name, value in fields.items() if value is not None}
@@ -135,10 +143,16 @@ def _choose(record: Record, format: str | None, columns: Mapping[str, str] | Non
     for fit in plan.fits:
         if fit.entry.when is None or format is not None or fit.entry.when(fields, fit.shape):
             return record, fit, plan
-    raise UserError(f"{record.source}: {plan.problem or refusals.no_format(present)}")
+    reason = plan.problem or refusals.no_format(present, dict(plan.spelled))
+    raise AdvisedError(f"{record.source}: {reason.what}", reason.advice)
 
 
-def _named(format: str | None) -> str | None:
+def format_named(format: str | None) -> str | None:
+    """The format's own name, where ``format`` may be another of its names.
+
+    Raises:
+        UserError: There is no such format.
+    """
     if format is None:
         return None
     name = ALIASES.get(format, format)
@@ -222,12 +236,12 @@ def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) 
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         theirs = [repr(name) for name, ours in zip(present, names, strict=True) if ours == twice]
-        return _Plan((), f"the fields {' and '.join(theirs)} could each be '{twice}'. Say which: `columns: "
-                         f"{{{twice}: {theirs[0]}}}`.")  # fmt: skip
+        said = f"the fields {' and '.join(theirs)} could each be '{twice}'."
+        return _Plan((), Reason(f"{said} Say which: `columns: {{{twice}: {theirs[0]}}}`."))
     chosen = FORMATS if format is None else {format: FORMATS[format]}
     fits, problem = _fits(frozenset(names), chosen, mapped)
     if not fits and not problem:
-        problem = refusals.no_format(present) if format is None else refusals.lacking(format, names, mapped)
+        problem = refusals.no_format(present, spelled) if format is None else refusals.lacking(format, names, mapped)
     return _Plan(tuple(fits), problem, tuple(spelled.items()))
 
 
@@ -240,7 +254,9 @@ def _ours(name: str) -> str:
     return plain if plain in _names() else name
 
 
-def _fits(names: frozenset[str], formats: Mapping[str, Format], mapped: frozenset[str]) -> tuple[list[_Fit], str]:
+def _fits(
+    names: frozenset[str], formats: Mapping[str, Format], mapped: frozenset[str]
+) -> tuple[list[_Fit], Reason | None]:
     """The formats that fit, one of each tier, up to a tier with several; and then why that is one too many."""
     fits: list[_Fit] = []
     for tier in sorted({entry.tier for entry in formats.values()}):
@@ -250,7 +266,7 @@ def _fits(names: frozenset[str], formats: Mapping[str, Format], mapped: frozense
         if len(found) > 1:
             return fits, refusals.ambiguous([(fit.name, fit.shape) for fit in found])
         fits += found
-    return fits, ""
+    return fits, None
 
 
 def _shapes(name: str, entry: Format, names: frozenset[str], mapped: frozenset[str]) -> list[_Fit]:

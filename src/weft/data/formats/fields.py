@@ -6,6 +6,7 @@ import json
 import reprlib
 from typing import Any, NoReturn
 
+from weft.data.problems import AdvisedError
 from weft.data.reading.records import Record
 from weft.errors import UserError
 
@@ -34,7 +35,16 @@ def string(record: Record, name: str, *, optional: bool = False) -> str:
         return value
     if value is None and optional:
         return ""
-    raise UserError(f"{record.source}: '{name}' must be a string, found {short(value)}.")
+    advice = ""
+    if isinstance(value, (int, float)):
+        # How 0.10 or 1e5 was written is not known any more, so that the user decides.
+        advice = f"Write such a value in quotation marks, or have it read as text: {as_text(name)}."
+    raise AdvisedError(f"{record.source}: '{name}' must be a string, found {short(value)}.", advice)
+
+
+def as_text(ours: str, theirs: str = "") -> str:
+    """The setting that reads a field as text, whatever it holds."""
+    return f'`columns: {{{ours}: "{{{theirs or ours}}}"}}`'
 
 
 def as_list(value: object, name: str, source: str) -> list[Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
+from weft.data.formats.guesses import ASKS, SAYS, by_words, candidates, yaml_name
 from weft.data.formats.registry import FORMATS, TRAINING, UNREAD, Purpose
 from weft.data.reading.records import Record
+from weft.data.reading.rows import listed
 from weft.errors import UserError, nearest
 
 _NOUNS = {
@@ -18,10 +20,15 @@ _NOUNS = {
     "steps": "an answer whose steps are marked as right or wrong",
     "classification": "a text with the label of its class",
 }
-_LONG = 40  # a longer name is a row of data
-# In data of no known format, fields with these words in their names are guessed to hold a question or an answer.
-_ASKS = ("question", "query", "prompt", "instruction", "input", "ask", "problem", "source", "title", "q")
-_SAYS = ("answer", "response", "reply", "completion", "output", "solution", "target", "content", "summary", "text", "a")
+KNOWN = "Known formats:"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """``what`` is wrong with a record, and ``advice`` that is the same for all records of the data."""
+
+    what: str
+    advice: str = ""
 
 
 def wrong_purpose(record: Record, name: str, purpose: Purpose) -> NoReturn:
@@ -66,7 +73,7 @@ def _instead(record: Record, name: str, purpose: Purpose) -> str:
     return ""
 
 
-def ambiguous(fits: Sequence[tuple[str, tuple[str, ...]]]) -> str:
+def ambiguous(fits: Sequence[tuple[str, tuple[str, ...]]]) -> Reason:
     """The reason why a record that several formats read cannot be used as it stands."""
     listed = " and ".join(f"{name} ({', '.join(shape)})" for name, shape in fits)
     name, shape = fits[0]
@@ -76,73 +83,88 @@ def ambiguous(fits: Sequence[tuple[str, tuple[str, ...]]]) -> str:
         advice = "for classes, name them in `text_columns` and `label_column`"
     else:
         advice = f"name the fields, e.g. `columns: {{prompt: {shape[0]}, completion: {shape[-1]}}}`"
-    return f"the record fits more than one format: {listed}. Say which is meant: {advice}."
+    return Reason(f"the record fits more than one format: {listed}. Say which is meant: {advice}.")
 
 
-def lacking(format: str, names: Iterable[str], mapped: Collection[str]) -> str:
+def lacking(format: str, names: Iterable[str], mapped: Collection[str]) -> Reason:
     """The reason why a record is not of the format that the user named. ``mapped``: the fields named in `columns`."""
     known = FORMATS[format].names()
     foreign = next((name for name in mapped if name not in known), None)
     if foreign is not None and not FORMATS[format].judge:
-        return f"columns: the format '{format}' has no field '{foreign}', it reads {', '.join(known)}."
-    present = set(names)
-    shape = max(FORMATS[format].shapes, key=lambda fields: len(present.intersection(fields)) / len(fields))
+        return Reason(f"columns: the format '{format}' has no field '{foreign}', it reads {', '.join(known)}.")
+    present = tuple(names)
+    shape = max(FORMATS[format].shapes, key=lambda fields: len({*present}.intersection(fields)) / len(fields))
     missing = next((field for field in shape if field not in present), None)
     if missing is None:  # a mark whose conversation is of no known format
-        return f"the format '{format}' marks a conversation, and the other fields are of none. {_rest(present)}"
-    return f"the format '{format}' needs the field '{missing}'.{nearest(missing, present)} {_rest(present)}"
-
-
-def no_format(present: Sequence[str]) -> str:
-    """The reason why a record with these fields cannot be used, and what to write."""
-    known = [field for entry in FORMATS.values() for field in entry.names()]
-    unfamiliar = [name for name in present if name not in known]
-
-    def share(shape: tuple[str, ...]) -> float:
-        return len({*present}.intersection(shape)) / len(shape)
-
-    name, shape = max(
-        ((name, shape) for name, entry in FORMATS.items() for shape in entry.shapes if not entry.judge),
-        key=lambda pair: (share(pair[1]) < 1) * share(pair[1]),
+        return _reason(f"the format '{format}' marks a conversation, and the other fields are of none.", present)
+    return _reason(
+        f"the format '{format}' needs the field '{missing}'.{nearest(missing, candidates(missing, present))}", present
     )
-    if 0 < share(shape) < 1:
-        missing = next(field for field in shape if field not in present)
-        hint = f" The closest is '{name}', which lacks '{missing}'.{nearest(missing, unfamiliar)}"
-    else:
-        guesses = (nearest(field, unfamiliar) for field in known)
-        hint = next((text for text in guesses if text), "")
-    return f"the record fits no known format.{hint} {_rest(present)}"
 
 
-def _rest(present: Iterable[str]) -> str:
-    names = list(present)
-    found = ", ".join(repr(name if len(name) <= _LONG else name[:_LONG] + "…") for name in names)
+def no_format(present: Sequence[str], spelled: Mapping[str, str]) -> Reason:
+    """The reason why a record with these fields cannot be used, and what to write. ``spelled``: our names of fields.
+
+    The closest format is the one that shares most fields with the record.
+    """
+    names = {spelled.get(name, name) for name in present}
+    known = {field for entry in FORMATS.values() for field in entry.names()}
+    unfamiliar = [name for name in present if spelled.get(name, name) not in known]
+    ranked = [
+        (
+            len(names.intersection(shape)),
+            len(names.intersection((*shape, *entry.optional))),
+            -len({*shape} - names),
+            entry.purpose == "sft",
+            name,
+            shape,
+        )
+        for name, entry in FORMATS.items()
+        for shape in entry.shapes
+        if not entry.judge and names.intersection(shape) and not names.issuperset(shape)
+    ]
+    if not ranked or (len(present) == 1 and not by_words(present, ASKS)):
+        pairs = ((name, nearest(name, known)) for name in unfamiliar)
+        hint = next((f" '{name}' is no field of a format.{said}" for name, said in pairs if said), "")
+        return _reason(f"the record fits no known format.{hint}", present)
+    *_, name, shape = max(ranked, key=lambda one: one[:4])
+    missing = [field for field in shape if field not in names]
+    hint = f" The closest is '{name}', which lacks '{missing[0]}'."
+    free = candidates(missing[0], unfamiliar)
+    said = nearest(missing[0], free)
+    if len(missing) > 1 or not (said or free):
+        return _reason(f"the record fits no known format.{hint}{said}", present, mapping=len(missing) > 1)
+    theirs = next((one for one in free if said == f" Did you mean '{one}'?"), free[0])
+    advice = f"Fields of other names can be mapped, e.g. `columns: {{{missing[0]}: {yaml_name(theirs)}}}`."
+    return _reason(f"the record fits no known format.{hint}{said}", present, advice=advice)
+
+
+def _reason(what: str, present: Sequence[str], *, mapping: bool = True, advice: str = "") -> Reason:
+    """``what``, with the fields that were found, and the formats that there are."""
     known = ", ".join(f"{name} ({entry.fields or ', '.join(entry.required)})" for name, entry in FORMATS.items())
-    if any(len(name) > _LONG or name.isdecimal() for name in names):
+    if any(len(name) > 40 or name.isdecimal() for name in present):
         advice = "If these are no names, the file lacks a header row: add one."
-    else:
-        advice = f"Fields of other names can be mapped, e.g. `{_columns(names)}`."
-    return f"Fields found: {found or 'none'}. {advice} Known formats: {known}; docs/data.md tells more."
+    elif not advice and mapping and (columns := _columns(present)):
+        advice = f"Fields of other names can be mapped, e.g. `{columns}`."
+    found = listed(present, quoted=True) or "none"
+    advice = advice or "None of them looks like the answer to learn: add it to the records."
+    return Reason(f"{what} Fields found: {found}. {advice}", f"{KNOWN} {known}; docs/data.md tells more.")
 
 
 def _columns(names: Sequence[str]) -> str:
-    """A mapping ready to paste: question and answer by their likely names, else the first two fields, else text."""
-    asks, says = _guess(names, _ASKS), _guess(names, _SAYS)
+    """A mapping ready to paste, if the names tell it; empty if it would teach a question as an answer."""
+    asks = next(iter(by_words(names, ASKS)), None)
+    says = next((name for name in by_words(names, SAYS) if not by_words([name], ASKS)), None)
     if len(names) < 2:
-        return f"columns: {{text: {yaml_name(names[0] if names else 'body')}}}"
-    rest = [name for name in names if name not in (asks, says)]
-    asks = asks or rest.pop(0)
-    says = says or rest.pop(0)
+        return "" if asks else f"columns: {{text: {yaml_name(names[0] if names else 'body')}}}"
+    rest = [name for name in names if name not in (asks, says) and not by_words([name], ASKS)]
+    if asks is None and rest:
+        asks = rest.pop(0)
+    if says is None and rest:
+        says = rest.pop(0)
+    if asks is None or says is None:
+        return ""
     return f"columns: {{prompt: {yaml_name(asks)}, completion: {yaml_name(says)}}}"
-
-
-def _guess(names: Sequence[str], usual: Sequence[str]) -> str | None:
-    return next((name for word in usual for name in names if word in name.lower().replace("-", "_").split("_")), None)
-
-
-def yaml_name(name: str) -> str:
-    """A field's name as it is written in YAML."""
-    return name if name.replace("_", "").isalnum() and not name.isdecimal() else json.dumps(name, ensure_ascii=False)
 
 
 def unread(record: Record, name: str, format: str, question: str, answer: str) -> NoReturn:

@@ -21,9 +21,20 @@ from weft.foreign import check_regular
 
 TABLES = (".csv", ".tsv")
 COLUMNAR = (".parquet", ".arrow", ".feather")
-PLAIN = (".json", ".jsonl", *TABLES, ".txt")
-SUFFIXES = (*PLAIN, *COLUMNAR)
+TEXTS = (".txt", ".md")
+PAGES = (".html", ".htm")
+OFFICE = (".docx", ".xlsx", ".pdf")
+PLAIN = (".json", ".jsonl", *TABLES, *TEXTS, *PAGES)
+SUFFIXES = (*PLAIN, *OFFICE, *COLUMNAR)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Files whose texts are learned may lie together, and so may both kinds of JSON.
+_KIND = {".jsonl": ".json", **dict.fromkeys((*TEXTS, *PAGES, ".docx", ".pdf"), ".txt")}
+# Beside records in a folder, these describe them.
+_DESCRIBE = (".md", *PAGES, ".docx", ".pdf")
+_SAVE_AS = {
+    **dict.fromkeys((".xls", ".xlsm", ".xlsb", ".ods", ".numbers"), "Save it as .xlsx or .csv."),
+    **dict.fromkeys((".doc", ".docm", ".odt", ".rtf", ".pages", ".ppt", ".pptx", ".epub"), "Save it as .docx or .txt."),
+}
 CHUNK = 1 << 20
 _MEMORY = 128 << 20  # `xz -9` needs 65 MiB; a header may ask for 4 GiB
 _MAGIC = {
@@ -33,9 +44,9 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": ("compressed with zstandard", ".zst"),
     b"PAR1": ("a Parquet file", ".parquet"),
     b"ARROW1": ("an Arrow file", ".arrow"),
-    b"PK\x03\x04": ("a zip archive (or an Excel sheet)", None),
-    b"\xff\xfe": ("text in UTF-16", None),
-    b"\xfe\xff": ("text in UTF-16", None),
+    b"PK\x03\x04": ("a zip archive (or an Excel sheet)", ".xlsx"),
+    b"%PDF-": ("a PDF", ".pdf"),
+    b"\xd0\xcf\x11\xe0": ("an old or a password-protected office file", ".doc"),
 }
 # Files of these names lie beside data in a folder and hold none.
 _BESIDE = ("readme", "license", "licence", "dataset_info", "dataset_infos", "state", "dataset_dict")
@@ -63,7 +74,13 @@ class ByteSource(Protocol):
 
     def read(self, size: int, /) -> bytes: ...
 
-    def readline(self, size: int, /) -> bytes: ...
+    def read1(self, size: int, /) -> bytes: ...
+
+
+class DataFile(ByteSource, Protocol):
+    """An open file, unpacked, that also shows what comes next."""
+
+    def peek(self, size: int, /) -> bytes: ...
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -96,6 +113,8 @@ def find_files(path: str | os.PathLike[str]) -> list[Path]:
         inside = sorted(file for file in place.rglob("*") if file.is_file() and not _hidden(file, place))
         data = [file for file in inside if kind_of(file)[0] in SUFFIXES]
         found = [file for file in data if file.name.split(".")[0].lower() not in _BESIDE]
+        if any(_family(file) != ".txt" for file in found):
+            found = [file for file in found if kind_of(file)[0] not in _DESCRIBE]
         if not found:
             names = ", ".join(file.name for file in inside[:5])
             raise UserError(
@@ -124,20 +143,28 @@ def _hidden(file: Path, folder: Path) -> bool:
 
 def _readable_kind(file: Path) -> Path:
     data, compression = kind_of(file)
-    if data in PLAIN or (data in COLUMNAR and not compression):
+    if data in PLAIN or (data in (*COLUMNAR, *OFFICE) and not compression):
         return file
-    if data in COLUMNAR:
-        raise UserError(f"{file}: Parquet and Arrow files are compressed inside; unpack the outer '{compression}'.")
+    if data in (*COLUMNAR, *OFFICE):
+        kind = "Parquet and Arrow" if data in COLUMNAR else data
+        raise UserError(f"{file}: {kind} files are compressed inside; unpack the outer '{compression}'.")
     what = f"'{file.suffix}'" if not compression else f"'{data}{compression}'"
+    advice = _SAVE_AS.get(data, "Convert the file, for instance to JSON Lines (.jsonl: one object per line).")
     raise UserError(
         f"{file}: files ending in {what} are not read. Known: {', '.join(SUFFIXES)}; compressed also with "
-        f"{', '.join(COMPRESSED)} after it. Convert the file, for instance to JSON Lines (.jsonl: one object per line)."
+        f"{', '.join(COMPRESSED)} after it. {advice}"
     )
 
 
+def _family(file: Path) -> str:
+    """One suffix for all kinds that may lie together."""
+    suffix = kind_of(file)[0]
+    return _KIND.get(suffix, suffix)
+
+
 def _one_kind(files: list[Path], what: str, pattern: str) -> list[Path]:
-    """``files``, if all are of one kind (.json and .jsonl count as one)."""
-    kinds = Counter(kind_of(file)[0].replace(".jsonl", ".json") for file in files)
+    """``files``, if all are of one kind (.json and .jsonl count as one, and so do all texts)."""
+    kinds = Counter(map(_family, files))
     if len(kinds) > 1:
         listed = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(kinds.items()))
         star = pattern.rsplit("*", 1)[0] + "*"
@@ -172,24 +199,28 @@ def unique(files: Sequence[Path]) -> list[Path]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[DataFile]:
     """Open a file and unpack it as its name says. Raises UserError if the content is of another kind."""
     compression = kind_of(path)[1]
     check_regular(path)  # a FIFO would block, a device never ends
-    with path.open("rb") as raw:
+    with io.BufferedReader(path.open("rb", buffering=0), CHUNK) as raw:
         _check_magic(path, raw.read(8), compression)
         raw.seek(0)
-        stream = _unpacked(path, raw, compression) if compression else raw
-        with io.BufferedReader(stream, CHUNK) if compression else stream as file:
+        if not compression:
+            yield raw
+            return
+        with io.BufferedReader(_unpacked(path, raw, compression), CHUNK) as file:
             yield file
 
 
 def _check_magic(path: Path, head: bytes, compression: str) -> None:
-    wanted = compression or (kind_of(path)[0] if kind_of(path)[0] in COLUMNAR else "")
+    data = kind_of(path)[0]
+    wanted = compression or (data if data in (*COLUMNAR, *OFFICE) else "")
     found = next((entry for magic, entry in _MAGIC.items() if head.startswith(magic)), None)
     if wanted:
         unmarked = found is None and wanted in (".arrow", ".feather")  # a stream of Arrow has no mark
-        if head and not unmarked and (found is None or found[1] != wanted):
+        same = found is not None and (found[1] == wanted or {found[1], wanted} == {".xlsx", ".docx"})
+        if head and not unmarked and not same:
             what = f"it is {found[0]}" if found else "the content is something else"
             raise UserError(
                 f"{path}: the name ends in '{wanted}', but {what}. Give the file the suffix of its content: "
@@ -197,11 +228,10 @@ def _check_magic(path: Path, head: bytes, compression: str) -> None:
             )
     elif found is not None:
         what, suffix = found
-        data = kind_of(path)[0]
         cure = {
-            None: "Save it as UTF-8 text." if "UTF-16" in what else "Unpack it (or save the sheet as .csv).",
-            ".parquet": "Rename it to end in .parquet.",
-            ".arrow": "Rename it to end in .arrow.",
+            ".xlsx": "Unpack it (or rename it to end in .xlsx, if it is a sheet).",
+            ".doc": "Open it in its program, and save it as .xlsx, .docx or .csv without a password.",
+            **{own: f"Rename it to end in {own}." for own in (".parquet", ".arrow", ".pdf")},
         }.get(suffix, f"Rename it to end in {data}{suffix}.")
         raise UserError(f"{path}: the name ends in '{data}', but this is {what}. {cure}")
 

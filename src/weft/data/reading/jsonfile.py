@@ -16,7 +16,7 @@ from weft.data.reading.files import ByteSource
 from weft.data.reading.rows import Record, RowError, after_space, as_fields, check_text, decode
 from weft.data.reading.window import PENDING, Window
 
-_WRAPPERS = ("train", "data")
+_WRAPPERS = ("train", "data", "rows", "records", "samples")
 _PROBE = 1 << 20  # characters in which a wrapper around the records is recognised
 
 
@@ -92,7 +92,7 @@ class JsonFile:
                 return
 
     def _wrapped(self) -> tuple[int, bool] | None:
-        """The place of the array of ``{"train": [...]}`` or ``{"data": [...]}``, and whether the whole file was seen.
+        """The place of the array in ``{"train": [...]}`` and its like, and whether the whole file was seen.
 
         In a file that is larger than the probe the first such array is taken.
         """

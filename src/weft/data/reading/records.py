@@ -13,10 +13,15 @@ from itertools import islice
 from pathlib import Path
 
 from weft.data.problems import BadRecordError, Problem, Problems
+from weft.data.reading.encoding import check_encoding
 from weft.data.reading.files import (
+    CHUNK,
     COLUMNAR,
+    OFFICE,
+    PAGES,
     TABLES,
     ByteSource,
+    DataFile,
     Place,
     Shards,
     damaged,
@@ -26,11 +31,13 @@ from weft.data.reading.files import (
     opened,
 )
 from weft.data.reading.jsonfile import JsonFile
-from weft.data.reading.lines import Lines, read_jsonl, read_table, read_txt, table_rows
+from weft.data.reading.lines import Lines, read_jsonl
 from weft.data.reading.rows import Record
+from weft.data.reading.tables import read_table, table_rows
+from weft.data.reading.texts import TextUnit, read_texts
 from weft.errors import UserError
 
-__all__ = ["RECORD_LIMIT", "Record", "first_rows", "iter_items", "iter_records", "read_records"]
+__all__ = ["RECORD_LIMIT", "Record", "TextUnit", "first_rows", "iter_items", "iter_records", "read_records"]
 
 RECORD_LIMIT = 64 << 20  # bytes of a line, characters of a record in a .json file
 
@@ -42,21 +49,23 @@ def iter_records(
     header: Sequence[str] | None = None,
     problems: Problems | None = None,
     record_limit: int = RECORD_LIMIT,
+    text_unit: TextUnit | None = None,
 ) -> Iterator[Record]:
     """Read records one by one, in the order of the files; memory does not grow with a file.
 
-    ``path`` is a file (.json, .jsonl, .csv, .tsv, .txt, also compressed; .parquet, .arrow), a folder or a glob of them,
-    or a folder that ``datasets`` saved. A .json file may hold an array of objects, an object with such an array under
-    ``train`` or ``data``, one object, or objects one after another. A row that is a list of messages is taken as
-    ``{"messages": row}``. ``header`` names the columns of a table without a header row. ``limit`` counts records.
-    Records that cannot be read go to ``problems``, and reading goes on behind them; without ``problems`` the first is
-    raised.
+    ``path`` is a file (.json, .jsonl, .csv, .tsv, .txt, .md, .html, also compressed; .docx, .xlsx, .pdf, .parquet,
+    .arrow), a folder or a glob of them, or a folder that ``datasets`` saved. A .json file may hold an array of objects,
+    an object with such an array under ``train``, ``data``, ``rows``, ``records`` or ``samples``, one object, or objects
+    one after another. A row that is a list of messages is taken as ``{"messages": row}``. ``header`` names the columns
+    of a table without a header row. ``limit`` counts records. ``text_unit`` says what of a text is a record: all of it,
+    a paragraph or a line (default: of a .txt the paragraphs, of other texts all). Records that cannot be read go to
+    ``problems``, and reading goes on behind them; without ``problems`` the first is raised.
 
     Raises:
         UserError: A file cannot be read or holds no record.
         BadRecordError: Without ``problems``, the first record that cannot be read.
     """
-    for item in iter_items(path, limit=limit, header=header, record_limit=record_limit):
+    for item in iter_items(path, limit=limit, header=header, record_limit=record_limit, text_unit=text_unit):
         if isinstance(item, Record):
             yield item
         elif problems is None:
@@ -71,9 +80,10 @@ def read_records(
     limit: int | None = None,
     header: Sequence[str] | None = None,
     problems: Problems | None = None,
+    text_unit: TextUnit | None = None,
 ) -> list[Record]:
     """``iter_records`` as a list."""
-    return list(iter_records(path, limit=limit, header=header, problems=problems))
+    return list(iter_records(path, limit=limit, header=header, problems=problems, text_unit=text_unit))
 
 
 def iter_items(
@@ -82,6 +92,7 @@ def iter_items(
     limit: int | None = None,
     header: Sequence[str] | None = None,
     record_limit: int = RECORD_LIMIT,
+    text_unit: TextUnit | None = None,
 ) -> Iterator[Record | Problem]:
     """The records of ``iter_records``, and a Problem in the place of each that cannot be read.
 
@@ -94,7 +105,7 @@ def iter_items(
     files: Sequence[Place] = [path] if isinstance(path, Shards) else find_files(path)
     for file in files:
         count = found = 0
-        for item in _items(file, header, record_limit):
+        for item in _items(file, header, record_limit, text_unit):
             found += 1
             yield item
             count += isinstance(item, Record)
@@ -123,6 +134,7 @@ def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
     rows: list[list[str]] = []
     try:
         with opened(file) as raw:
+            _check(file, raw)
             for row in islice(table_rows(Lines(raw, str(file), RECORD_LIMIT), tabs=_tabs(file)), count):
                 if not isinstance(row, Problem):
                     rows.append(row[1])
@@ -133,20 +145,29 @@ def first_rows(path: str | os.PathLike[str], count: int) -> list[list[str]]:
     return rows
 
 
-def _items(file: Place, header: Sequence[str] | None, record_limit: int) -> Iterator[Record | Problem]:
-    if isinstance(file, Shards) or is_saved_dataset(file) or kind_of(file)[0] in COLUMNAR:
-        from weft.data.reading.columnar import read_columnar
-
+def _items(
+    file: Place, header: Sequence[str] | None, record_limit: int, unit: TextUnit | None
+) -> Iterator[Record | Problem]:
+    suffix = "" if isinstance(file, Shards) else kind_of(file)[0]
+    if isinstance(file, Shards) or is_saved_dataset(file) or suffix in (*COLUMNAR, *OFFICE):
         if isinstance(file, Path) and file.is_file():
             with opened(file):  # this checks that the content is what the name says
                 pass
+        if isinstance(file, Path) and suffix in OFFICE:
+            from weft.data.reading.office import read_office
+
+            yield from read_office(file, unit or "file", record_limit)
+            return
+        from weft.data.reading.columnar import read_columnar
+
         yield from read_columnar(file)
         return
     reader = None
     try:
         with opened(file) as raw:
             reader = _Progress(raw)
-            yield from _parsed(file, reader, header, record_limit)
+            _check(file, raw)
+            yield from _parsed(file, reader, header, record_limit, unit)
     except Exception as error:
         if reader is not None and damaged(error):
             line = reader.lines + 1
@@ -156,6 +177,11 @@ def _items(file: Place, header: Sequence[str] | None, record_limit: int) -> Iter
             raise _unreadable(file, error) from error
         else:
             raise
+
+
+def _check(file: Path, raw: DataFile) -> None:
+    """Refuse a file of text in another encoding."""
+    check_encoding(file, raw.peek(CHUNK), packed=bool(kind_of(file)[1]))
 
 
 def _unreadable(file: Path, error: OSError) -> UserError:
@@ -168,18 +194,20 @@ class _Progress:
     def __init__(self, raw: ByteSource) -> None:
         self.raw, self.lines = raw, 0
 
-    def readline(self, size: int, /) -> bytes:
-        line = self.raw.readline(size)
-        self.lines += line.endswith(b"\n")
-        return line
-
     def read(self, size: int, /) -> bytes:
         data = self.raw.read(size)
         self.lines += data.count(b"\n")
         return data
 
+    def read1(self, size: int, /) -> bytes:
+        data = self.raw.read1(size)
+        self.lines += data.count(b"\n")
+        return data
 
-def _parsed(file: Path, raw: _Progress, header: Sequence[str] | None, limit: int) -> Iterator[Record | Problem]:
+
+def _parsed(
+    file: Path, raw: _Progress, header: Sequence[str] | None, limit: int, unit: TextUnit | None
+) -> Iterator[Record | Problem]:
     suffix, lines = kind_of(file)[0], Lines(raw, str(file), limit)
     if suffix == ".json":
         return JsonFile(raw, str(file), limit).items()
@@ -187,7 +215,11 @@ def _parsed(file: Path, raw: _Progress, header: Sequence[str] | None, limit: int
         return read_jsonl(lines)
     if suffix in TABLES:
         return read_table(lines, header, tabs=_tabs(file))
-    return read_txt(lines)
+    if suffix in PAGES:
+        from weft.data.reading.pages import read_page
+
+        return read_page(lines, unit or "file")
+    return read_texts(lines, unit or ("paragraph" if suffix == ".txt" else "file"))
 
 
 def _tabs(file: Path) -> bool:

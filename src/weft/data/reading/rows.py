@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 # Bytes that are not UTF-8 are decoded to these (``errors="surrogateescape"``), so that their place is known.
 BROKEN = re.compile("[\udc80-\udcff]")
-_SPACE = re.compile(r"[ \t\r\n]*")
+# A byte order mark counts as white space between records, for files are put end to end.
+_SPACE = re.compile("[ \t\r\n\ufeff]*")
+_NAMES, _NAME = 12, 40  # that are shown
 _DIGITS = 308  # the largest integer that a double holds has so many
 _LONG = 6 << 20  # characters; a window of several records holds fewer
 _NESTED = 500_000
@@ -37,6 +40,16 @@ class RowError(Exception):
     ) -> None:
         super().__init__(what)
         self.kind, self.what, self.at, self.begun, self.broken = kind, what, at, begun, broken
+
+
+def listed(names: Iterable[object], *, quoted: bool = False) -> str:
+    """Names of a file's fields or columns, as a message shows them: not too many, and none too long.
+
+    ``quoted`` puts each in quotation marks.
+    """
+    short = [name if len(name) <= _NAME else f"{name[:_NAME]}…" for name in map(str, names)]
+    shown = ", ".join(map(repr, short[:_NAMES]) if quoted else short[:_NAMES])
+    return shown if len(short) <= _NAMES else f"{shown} and {len(short) - _NAMES} more"
 
 
 def _constant(name: str) -> NoReturn:

@@ -1,0 +1,113 @@
+"""What is said of a setting that cannot be taken: in a user's words, never in Python's."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from weft.errors import UserError, nearest
+from weft.training.switches import switch_of
+
+_PLAIN: dict[object, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    dict: "key: value pairs",
+}
+
+
+def with_switches(settings: Mapping[str, Any], cls: type[BaseModel]) -> dict[str, Any]:
+    """``settings`` with true and false for the words of on and off, where the field is a switch."""
+    found = dict(settings)
+    for key, value in settings.items():
+        if key in cls.model_fields and isinstance(value, str):
+            types_ = set(_options(cls.model_fields[key].annotation))
+            if bool in types_ and value not in _words(types_) and (switch := switch_of(value)) is not None:
+                found[key] = switch
+    return found
+
+
+def check_switches(settings: Mapping[str, object], cls: type[BaseModel], where: str) -> None:
+    """Refuse true and false for numbers: pydantic takes true for 1, which nobody means.
+
+    Raises:
+        UserError: A setting that is no switch is true or false.
+    """
+    for key, value in settings.items():
+        field = cls.model_fields.get(key)
+        if isinstance(value, bool) and field is not None and bool not in _options(field.annotation):
+            raise UserError(f"{where}: {key}: expected {expected(field.annotation)}, not {str(value).lower()}.")
+
+
+def unknown_keys(where: str, keys: Sequence[str], known: set[str] | frozenset[str]) -> str:
+    """A line for each key that is none of the ``known``, with the nearest."""
+    return "\n".join(f"{where}: unknown key '{key}'.{_instead(str(key), known)}" for key in keys)
+
+
+def _instead(key: str, known: set[str] | frozenset[str]) -> str:
+    if key in ("extension", "extensions"):
+        return " No file can name code to run: give --extension FILE.py on the command line (docs/extending.md)."
+    return nearest(key, known)
+
+
+def explain(
+    error: ValidationError, classes: Sequence[type[BaseModel]], where: str, known: set[str] | frozenset[str]
+) -> str:
+    """A line for each setting that pydantic refuses; ``classes`` have the fields, ``known`` are the keys there are."""
+    fields = {key: field.annotation for cls in classes for key, field in cls.model_fields.items()}
+    lines: dict[str, None] = {}
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            line = unknown_keys(where, [key], known)
+        elif item["type"] == "missing":
+            line = f"{where}: '{key}' is missing."
+        else:
+            line = _refused(item, fields, where)
+        lines[line] = None
+    return "\n".join(lines)
+
+
+def _refused(item: ErrorDetails, fields: Mapping[str, object], where: str) -> str:
+    place, value = item["loc"], item["input"]
+    annotation = fields.get(str(place[0])) if place else None
+    # Of a choice between kinds pydantic tells what is wrong with each; the kinds themselves say more.
+    choice = annotation is not None and len(list(_options(annotation))) > 1
+    if item["type"] in ("literal_error", "bool_parsing", "bool_type") or (choice and len(place) > 1):
+        words = _words(_options(annotation))
+        hint = nearest(value, words) if isinstance(value, str) else ""
+        return f"{where}: {place[0]}: expected {expected(annotation)}, not {value!r}.{hint}"
+    key = ".".join(str(part) for part in place)
+    given = "" if isinstance(value, (dict, BaseModel)) else f" (given: {value!r})"
+    return f"{where}: {key + ': ' if key else ''}{item['msg'].removeprefix('Value error, ')}{given}"
+
+
+def expected(annotation: object) -> str:
+    """What a field takes, in words: ``one of error, warn, off``, ``a whole number``."""
+    options = list(_options(annotation))
+    words = _words(options)
+    told = [f"one of {', '.join(words)}"] if len(words) > 1 else [f"the word {one}" for one in words]
+    told += [_PLAIN.get(get_origin(one) or one, "another value") for one in options if get_origin(one) is not Literal]
+    return " or ".join(dict.fromkeys(told))
+
+
+def _words(options: Iterable[object]) -> list[str]:
+    return [str(word) for one in options if get_origin(one) is Literal for word in get_args(one)]
+
+
+def _options(annotation: object) -> Iterator[object]:
+    """The kinds of value that an annotation allows, but for none at all."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        for one in get_args(annotation):
+            yield from _options(one)
+    elif get_origin(annotation) is Annotated:
+        yield from _options(get_args(annotation)[0])
+    elif annotation is not type(None):
+        yield annotation
