@@ -121,11 +121,11 @@ def test_samples_from_the_store_are_those_of_lists(
 
 @pytest.mark.parametrize("documents", [pytest.param("separate", marks=pytest.mark.slow), "joined"])
 def test_memory_does_not_grow_with_the_data(documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the file to the first batch; as lists the larger one's tokens would be 18 MB more."""
+    """From the file to the first batch; as lists the larger one's tokens would be 27 MB more."""
     monkeypatch.setattr("weft.training.reader.MEMORY", 0)
     renderer = Renderer(byte_tokenizer(), max_length=3000, documents=documents)
     peaks = []
-    for count in (100, 300):
+    for count in (150, 450):
         path = tmp_path / f"{count}.txt"
         path.write_text("".join(f"{number} {'xyz' * 700}\n" for number in range(count)))
         made = config(str(path), max_length=3000, documents=documents, text_unit="line", eval_split=0.1)
