@@ -152,7 +152,8 @@ def check(adapter: Path, merged: Path, elsewhere: Elsewhere, *, joins: bool) -> 
 
 
 @pytest.mark.parametrize(("base", "name"), [
-    pytest.param(*one.values[::-1], marks=one.marks, id=one.id) for one in kit.in_turn(TEMPLATES, BASES)
+    pytest.param(*one.values[::-1], marks=[*one.marks, *[pytest.mark.slow] * (place // len(BASES) % 2)], id=one.id)
+    for place, one in enumerate(kit.in_turn(TEMPLATES, BASES))
 ])  # fmt: skip
 def test_every_named_template(base: str, name: str, trained: Callable[[str], Path], elsewhere: Elsewhere,
                               tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

@@ -257,7 +257,9 @@ def theirs_cases() -> Iterator[Any]:
         # peft writes a table that is tied to the head into both.
         tied = kind in ("gpt2", "bloom")
         names = [v for v in VARIANTS if not (tied and ("embedding" in v or "head" in v))]
-        yield from ((kind, "lora_family", v) for v in names)
+        for place, name in enumerate(names):
+            turn = (place + FAST.index(kind)) % 2
+            yield pytest.param(kind, "lora_family", name, marks=[pytest.mark.slow] * turn)
 
 
 @pytest.mark.parametrize(("kind", "method", "variant"), theirs_cases())
@@ -303,8 +305,9 @@ def test_encoder_decoders(kind: str, method: str, tmp_path: Path) -> None:
         kit.measured(f"{kind} {method}", relative([routed], [plain]), 1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "bitfit"])
-@pytest.mark.parametrize("kind", [*ENCODERS, "llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "method"), kit.in_turn([*ENCODERS, "llama", "gpt2"], ["lora", "full", "bitfit"], take=2)
+)
 def test_classifiers(kind: str, method: str, tmp_path: Path) -> None:
     """Encoders with their poolers and dense heads, decoders with their last token: transformers' own classes."""
     (make_encoder(kind) if kind in ENCODERS else kit.make_model(kind)).save_pretrained(tmp_path / "base")

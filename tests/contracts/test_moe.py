@@ -78,7 +78,12 @@ def compare_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor | None],
 
 @pytest.mark.parametrize(
     ("kind", "variant"),
-    [(kind, variant) for kind in TYPES for variant in SETTINGS if variant != "both" or kind in ("glm4_moe", "gpt_oss")],
+    [
+        pytest.param(kind, variant, marks=[pytest.mark.slow] * (variant != "both" and (place + turn) % 2))
+        for place, kind in enumerate(TYPES)
+        for turn, variant in enumerate(SETTINGS)
+        if variant != "both" or kind in ("glm4_moe", "gpt_oss")
+    ],
 )
 def test_our_file_in_peft_and_back(kind: str, variant: str, tmp_path: Path) -> None:
     adapters = open_moe(kind)

@@ -46,10 +46,9 @@ def losses_and_gradients(
     "kind",
     [
         "llama",
-        "mistral",
         "gpt2",
         "bloom",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen2", "gemma", "gpt_neox")),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("mistral", "qwen2", "gemma", "gpt_neox")),
     ],
 )
 def test_packed_is_alone(kind: str) -> None:

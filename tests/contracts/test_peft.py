@@ -129,7 +129,9 @@ def cases() -> Iterator[Any]:
     for method, (_, variants) in THEIRS.items():
         for kind in KINDS:
             for index, variant in enumerate(variants(kind)):
-                slow = [pytest.mark.slow] * (index > 0 and kind not in MANY)
+                # Each method with every second of the kinds, and with all its variants on those that are usual.
+                turn = (list(THEIRS).index(method) + KINDS.index(kind)) % 2
+                slow = [pytest.mark.slow] * (kind not in MANY and (index > 0 or turn == 1))
                 yield pytest.param(kind, method, variant, marks=slow)
 
 

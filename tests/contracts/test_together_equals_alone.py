@@ -84,7 +84,7 @@ def compare_in_double(kind: str, steps: int) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_in_double_precision(kind: str) -> None:
-    compare_in_double(kind, 12 if kind == "llama" else STEPS)
+    compare_in_double(kind, 10 if kind == "llama" else STEPS)
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_exact_mode_with_checkpointing_is_bitwise() -> None:
         assert_bitwise(together, train(model, [method], steps, exact=True, checkpointing=True), method)
 
 
-@pytest.mark.parametrize("kind", ["falcon", "gpt2"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("falcon", marks=pytest.mark.slow)])
 def test_on_the_padded_path(kind: str) -> None:
     """The width of the padding is the longest neighbour's, and still nothing of it may be felt."""
     model = kit.make_model(kind, torch.float64)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.hostile.writes import COMMANDS, MODES, Bench, points
 from tests.kit.disk import NUMBERS, Disk
+from tests.kit.elsewhere import rendered_here
 
 import weft
 from weft.cli.main import main
@@ -35,10 +36,17 @@ def bench(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ben
     return Bench(tmp_path_factory.mktemp("bench"), tiny_llama_dir)
 
 
-# Every merge of these is proved in a process of its own, and so takes seconds.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "merge" else n for n in COMMANDS])
-def test_some_writes_refused(bench: Bench, name: str) -> None:
+# They write as "train" does, and a little more.
+LIKE_TRAIN = ("train, report elsewhere, samples in a file", "train, two methods in one", "train shape=tiny")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_TRAIN)) for name in COMMANDS]
+)
+def test_some_writes_refused(bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write of each kind, the errors in turn."""
+    # The process without Weft reads only, and costs seconds for each merge; test_every_write_refused starts it.
+    monkeypatch.setattr("weft.export.folder.fresh_ids", rendered_here)
     command = COMMANDS[name]
     calls = bench.count(command)
     whole = bench.whole(command)

@@ -39,9 +39,7 @@ def open_model(kind: str, dtype: torch.dtype = torch.float32, **options: Any) ->
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    kit.in_turn(
-        ["llama", "bloom", "gpt2", "gemma", "opt", "falcon"], [torch.bfloat16, torch.float32, torch.float64], take=2
-    ),
+    kit.in_turn(["llama", "bloom", "gpt2", "gemma", "opt", "falcon"], [torch.bfloat16, torch.float32, torch.float64]),
 )
 def test_sound_models_pass_with_every_method(kind: str, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and kind == "falcon":
