@@ -11,7 +11,7 @@ help:
 	@echo "make demo           five methods at once on an embedded base (MODEL=tiny-llama or tiny-bloom)"
 	@echo "make test-fast      the inner loop: ops, data, core, one contract per method"
 	@echo "                    (one test: .venv/bin/pytest tests/layouts/test_stream.py -k every_row)"
-	@echo "make test           the tests (six minutes on two cores), with the locked versions"
+	@echo "make test           the tests (about six minutes on two cores), with the locked versions"
 	@echo "make test-slow      the long ones as well"
 	@echo "make breakages      break Weft in ten ways and show which tests see it"
 	@echo "make test-newest    the tests with the newest versions that pyproject.toml allows; writes a result file"
