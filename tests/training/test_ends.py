@@ -81,6 +81,7 @@ def test_zero_gradients_are_no_training() -> None:
     _, jobs, _ = run(model, {"name": "one", "weight_decay": 0.1})
     assert jobs["one"]["ended"] == "failed"
     assert "every gradient was zero in all 5 steps" in jobs["one"]["reason"]
+    assert "float16" not in jobs["one"]["reason"], "the base is in float32"
 
 
 def test_a_rate_too_low_to_change_anything() -> None:

@@ -113,6 +113,13 @@ def test_more_steps(place: Path, schedule: str) -> None:
     assert (adapters("run") == adapters("whole")) == (schedule == "constant")
 
 
+def test_fewer_steps_than_are_done(place: Path) -> None:
+    stopped(settings(Path("base"), data="data.jsonl", logging_steps=1), after=3)
+    result = train(load_run_config("run", ["steps=2"], flags={"resume": True}))
+    assert result.completed
+    assert {job["step"] for job in result.jobs.values()} == {3}
+
+
 def test_run_json_names_no_place_that_depends_on_the_folder(place: Path) -> None:
     stopped(settings(Path("base"), data="0.5*data.jsonl + 0.5*./sub/../base/../data2.jsonl") | _second(place), after=1)
     config = json.loads(Path("run/run.json").read_text())["config"]

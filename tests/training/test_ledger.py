@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit.processes import forkserver, quick_workers
+from tests.kit.processes import quick_workers
 from tests.training import ledger
 
 ROOT = Path(__file__).parents[2]
@@ -23,15 +21,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[str, s
     ledger.write_data(folder)
     assert ledger.go_on(folder, workers=0)
     return ledger.epochs(folder)
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[Any]:
-    """Processes that begin with everything imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
-        patch.syspath_prepend(str(ROOT))
-        yield forkserver()
 
 
 def test_each_record_once_per_epoch(unbroken: list[list[tuple[str, str]]]) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit.processes import forkserver
 from tests.training import recipe
 
 from weft.errors import UserError
@@ -31,15 +28,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert found["jobs"]["lora"]["step"] < 14
     return found
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[Any]:
-    """Processes that begin with everything imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
-        patch.syspath_prepend(str(ROOT))
-        yield forkserver()
 
 
 def run_child(context: Any, folder: Path, where: str = "", at: int = 0, delay: float | None = None) -> int:

@@ -199,8 +199,11 @@ class Job:
             self._fail(f"the loss or a gradient overflowed in {count}, which changed nothing; take dtype bfloat16 or "
                        "float32 instead of float16")  # fmt: skip
         elif not progress.moved:
-            self._fail(f"every gradient was zero in {count}, so nothing was learned; in float16 small gradients are "
-                       "lost (take bfloat16 or float32)")  # fmt: skip
+            # Losses are scaled on float16 bases alone.
+            why = ("in float16 small gradients are lost (take bfloat16 or float32)" if progress.loss_scale != 1.0 else
+                   "no learned token sees what the adapter adds, as behind a sliding window that is shorter than the "
+                   "text; take another method, or shorter texts")  # fmt: skip
+            self._fail(f"every gradient was zero in {count}, so nothing was learned; {why}")
         elif all(_witness(value) == self._began[name] for name, value in named.items()):
             early = progress.ended == "early_stop" or self.best is not None
             self._fail(
@@ -283,6 +286,8 @@ class Job:
                     f"on to step {total}. Begin a new run in another output_dir."
                 )
             progress.ended = None
+        elif self.active and progress.step >= total:
+            progress.ended = "finished"
         if total == planned:
             return ""
         kind = self.config.lr_scheduler_type
