@@ -364,6 +364,7 @@ def test_a_quantised_base_is_merged_as_training_saw_it(quantised: Any, method: s
     base, folder = quantised
     adapters = Adapters(base.model, base.architecture)
     more: dict[str, Any] = {"add_missing": True, "target_modules": ["attention"]} if method == "bitfit" else {}
+    more |= kit.SETTINGS[method] if method == "trainable_tokens" else {}
     config = METHODS["lora"](use_dora=True) if method == "dora" else METHODS[method](**more)
     kit.randomize(adapters.add("it", config), scale=0.02)
     routed, before = logits(adapters, "it"), logits(adapters, None)

@@ -39,7 +39,7 @@ def check(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("model", EMBEDDED_MODELS)
 def test_the_committed_table_holds_what_is_promised(model: str) -> None:
     rows = json.loads((RESULTS / "methods.json").read_text())[model]
-    assert {row["job"] for row in rows} == {None, *METHODS}
+    assert {row["job"] for row in rows} == {None, *METHODS} - {"trainable_tokens"}  # it is no method for a task
     check(rows)
 
 

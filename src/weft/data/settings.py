@@ -108,6 +108,11 @@ class DataSettings(RenderSettings, ReadSettings):
     eval_split: float | None = Field(
         None, gt=0, lt=1, description="without `eval_data`: the share of the records to hold out, by their content"
     )
+    add_tokens: list[str] = Field(
+        [],
+        description="texts that become one token each; every adapter trains and keeps rows for them in the embeddings "
+        "and the head ([data.md](data.md))",
+    )
     audit: Annotated[AuditMode, FREE] = Field(
         "error",
         description="what to do before the first step if the rendered data would train wrongly (nothing to learn, an "

@@ -22,6 +22,7 @@ from weft.heads.classification import ClassificationTask
 from weft.models import Base, reach
 from weft.models.load import load_tokenizer
 from weft.models.reach import Omission
+from weft.models.token_rows import add_tokens
 from weft.preview.packing import Packing
 from weft.training.batches import Batches
 from weft.training.reader import JobData, JobSources, Reader, SourceSamples, data_files
@@ -69,7 +70,7 @@ class _Outline:
             return 0, None
         model, architecture = self.sketch.model, self.sketch.architecture
         with closing(Adapters(model, architecture)) as adapters:
-            method = job.method_config()
+            method = job.method_on(self.sketch)
             adapter = adapters.add(job.name, method, tokenizer=self.tokenizer, head=classes, blank=True)
             return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture)
 
@@ -98,7 +99,9 @@ def _outline(config: RunConfig) -> _Outline:
     folder = Path(config.model)
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
-        return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", bidirectional=False)
+        tokenizer = load_tokenizer(str(folder))
+        add_tokens(tokenizer, config.add_tokens)
+        return _Outline(tokenizer, None, "seq2seq" if seq2seq else "causal_lm", bidirectional=False)
     base = config.sketch()
     known = base.architecture
     return _Outline(base.tokenizer, known.max_length, known.task, bidirectional=known.bidirectional, sketch=base)

@@ -90,7 +90,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         jobs = []
         for job, found in zip(config.jobs, loaded, strict=True):
             adapter = adapters.add(
-                job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, head=found.classes
+                job.name, job.method_on(base), seed=job.seed, tokenizer=base.tokenizer, head=found.classes
             )
             prove_attached(adapters, job.name)
             jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
@@ -167,7 +167,7 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
     try:
         for job, data in zip(config.jobs, loaded, strict=True):
             adapter = adapters.add(
-                job.name, job.method_config(), tokenizer=sketch.tokenizer, head=data.classes, blank=True
+                job.name, job.method_on(sketch), tokenizer=sketch.tokenizer, head=data.classes, blank=True
             )
             adapter.begin_training(
                 Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps

@@ -15,6 +15,7 @@ from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, par
 from weft.errors import UserError
 from weft.methods.combined import CombinedConfig
 from weft.methods.registry import METHODS
+from weft.methods.trainable_tokens import with_token_rows
 from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
@@ -146,6 +147,10 @@ class JobConfig(BaseModel):
         """The method's own configuration."""
         return self._method
 
+    def method_on(self, base: Base) -> MethodConfig:
+        """The method's configuration for ``base``, of whose added tokens it also trains the rows."""
+        return with_token_rows(self._method, base.added_ids, base.model)
+
     def own_objective(self) -> Objective | None:
         """The objective that the job names; None: it minimises the likelihood, or the loss of its task.
 
@@ -237,7 +242,7 @@ class RunConfig(DataSettings):
 
     def sketch(self) -> Base:
         """The base's shapes and tokenizer. Raises UserError as ``load_base`` does."""
-        return sketch_base(self.model, dtype=self.dtype, shape=self.shape, hub=self.hub)
+        return sketch_base(self.model, dtype=self.dtype, shape=self.shape, hub=self.hub, tokens=self.add_tokens)
 
     def base(self, tokenizer: Any = None) -> Base:
         """The base. Raises UserError as ``load_base`` does."""
@@ -249,6 +254,7 @@ class RunConfig(DataSettings):
             shape=self.shape,
             quantization=self.quantization,
             hub=self.hub,
+            tokens=self.add_tokens,
         )
 
     def renderer(self, tokenizer: Any, positions: int | None = None) -> Renderer:
