@@ -75,8 +75,8 @@ def train(
     resume: bool = False,
     overwrite_output_dir: bool = False,
     callbacks: Sequence[str | Callback] = (),
-    on_event: Callable[[Event], None] = lambda event: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    on_event: Callable[[Event], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     progress: bool = True,
     **settings: object,
 ) -> TrainResult:
@@ -116,22 +116,18 @@ def train(
         common.tell_hub(found.model)
     session = Session(quiet=not progress, in_program=True)
 
-    def ready(setup: Setup) -> None:
+    def show(setup: Setup) -> Callable[[Event], None]:
         for line in opening(setup, not_reached(setup)) if progress else ():
             print(line, flush=True)
         session.begin(setup.jobs)
-
-    def hear(event: Event) -> None:
-        session.event(event)
-        on_event(event)
+        return session.event
 
     with session.open():
         result = run_training(
             found,
-            callbacks=[one for one in callbacks if not isinstance(one, str)],
-            on_event=hear,
-            should_stop=lambda: session.should_stop() or should_stop(),
-            on_ready=ready,
+            callbacks=[show, *(one for one in callbacks if not isinstance(one, str))],
+            on_event=on_event or (lambda event: None),
+            should_stop=lambda: session.should_stop() or (should_stop is not None and should_stop()),
         )
     if session.received is not None and not result.completed:
         raise KeyboardInterrupt
