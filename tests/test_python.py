@@ -1,4 +1,4 @@
-"""Python as a first face: ``weft.train`` and what it shows, ``weft.read_metrics``, code of README and docs/python.md."""
+"""Python as a first face: ``weft.train`` and its output, ``weft.read_metrics``, code of README and docs/python.md."""
 
 from __future__ import annotations
 
