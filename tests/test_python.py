@@ -172,7 +172,7 @@ def test_metrics_of_before_there_were_times(tmp_path: Path) -> None:
 
 def test_an_interruption_saves_and_is_raised(given: dict[str, Any], tmp_path: Path) -> None:
     def press(event: Event) -> None:
-        if event.get("step") == 2:
+        if event["event"] == "step" and event["step"] == 2:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
