@@ -1,15 +1,45 @@
-"""The progress of a training run on stderr: a live table on a terminal, plain lines anywhere else."""
+"""The progress of a training run: a live table on a terminal (stderr) or in a notebook, plain lines anywhere else."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.cli import common
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleRenderable
+    from rich.console import Console
+    from rich.table import Table
+
+    from weft.models.reach import Omission
+    from weft.training.run import Setup
+
+
+def not_reached(setup: Setup) -> dict[str, Omission | None]:
+    """The parts of the base that each job does not reach."""
+    from weft.models.reach import left_out
+
+    return {job.name: left_out(job.adapter, setup.base.model, setup.base.architecture) for job in setup.jobs}
+
+
+def opening(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[str]:
+    """PEFT's sentence for each job, with its folder, and the parts of the base that it does not reach."""
+    from weft.models.reach import unquantized
+
+    if told := unquantized(setup.base.model, setup.base.architecture):
+        yield told
+    base = sum(p.numel() for p in setup.base.model.parameters())
+    for job in setup.jobs:
+        own = job.adapter.num_trainable()
+        yield (
+            f"{job.name}: trainable params: {own:,} || all params: {base + own:,} || "
+            f"trainable%: {100 * own / (base + own):.4f} -> {Path(setup.config.output_dir) / 'adapters' / job.name}"
+        )
+        if missed[job.name]:
+            yield f"{job.name}: {missed[job.name]}"
 
 
 class Reporter:
@@ -50,30 +80,21 @@ def plain_line(event: Mapping[str, Any]) -> str | None:
     )
 
 
-class LiveReporter(Reporter):
-    """Shows a line for each job, which is rewritten in place."""
+class TableReporter(Reporter):
+    """Keeps a table with a line for each job."""
 
-    def __init__(self, jobs: Sequence[tuple[str, int]], console: Console) -> None:
+    def __init__(self, jobs: Sequence[tuple[str, int]]) -> None:
         """``jobs``: their names, and the steps of each."""
-        from rich.live import Live
-
         self.rows: dict[str, dict[str, Any]] = {name: {"step": 0, "total_steps": total} for name, total in jobs}
         self.memory = 0.0
-        self.console = console
-        self.live = Live(self.table(), console=console, refresh_per_second=4, get_renderable=self.table)
-        self.live.start()
 
     def event(self, event: Mapping[str, Any]) -> None:
-        if event["event"] == "warning":
-            self.console.print(f"warning: {event['message']}", markup=False, highlight=False)
-        elif event["event"] in ("step", "eval"):
+        super().event(event)
+        if event["event"] in ("step", "eval"):
             self.rows[event["job"]].update(event)
             self.memory = max(self.memory, event.get("memory_gb", 0.0))
 
-    def close(self) -> None:
-        self.live.stop()
-
-    def table(self) -> ConsoleRenderable:
+    def table(self) -> Table:
         """The present state of all jobs."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -101,6 +122,46 @@ class LiveReporter(Reporter):
         return table
 
 
+class LiveReporter(TableReporter):
+    """Rewrites the table in place, on a terminal."""
+
+    def __init__(self, jobs: Sequence[tuple[str, int]], console: Console) -> None:
+        from rich.live import Live
+
+        super().__init__(jobs)
+        self.live = Live(console=console, refresh_per_second=4, get_renderable=self.table)
+        self.live.start()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "warning":
+            self.live.console.print(f"warning: {event['message']}", markup=False, highlight=False)
+        else:
+            super().event(event)
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+class NotebookReporter(TableReporter):
+    """Rewrites the table in the output of a notebook's cell. It needs IPython alone, where rich wants ipywidgets."""
+
+    def __init__(self, jobs: Sequence[tuple[str, int]]) -> None:
+        from IPython.display import display
+
+        super().__init__(jobs)
+        self._shown = time.monotonic()
+        self._display = display(self.table(), display_id=True)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        super().event(event)
+        if time.monotonic() - self._shown > 0.25:
+            self.close()
+            self._shown = time.monotonic()
+
+    def close(self) -> None:
+        self._display.update(self.table())
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -110,6 +171,8 @@ def make_reporter(jobs: Sequence[tuple[str, int]], *, quiet: bool) -> Reporter:
     if quiet:
         return Reporter()
     console = common.console(stderr=True)
+    if console.is_jupyter:
+        return NotebookReporter(jobs)
     if sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
         return LiveReporter(jobs, console)
     return PlainReporter()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli import common, early, options
+from weft.cli.progress import not_reached, opening
 from weft.cli.session import Session
 from weft.errors import UserError
 from weft.extensions import loaded_files
@@ -61,24 +62,19 @@ def _check(words: list[str], flags: Mapping[str, Any]) -> None:
 
 
 def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
-    from weft.training.config import build_config, load_config, load_run_config
+    from weft.training.config import config_of
 
     file = words[0] if words and "=" not in words[0] else None
     overrides = words[1:] if file else words
     stray = next((word for word in overrides if "=" not in word), None)
     if stray is not None:
         raise UserError(f"{stray!r} is not of the form key=value. Only the first word may be a file.")
-    if file is None:
-        if not flags and not overrides:
-            raise UserError("nothing to train: give a CONFIG.yaml, or --model, --data and --method.")
-        return build_config({}, overrides, flags=flags, source="command line")
-    if Path(file).is_dir():
-        return load_run_config(file, overrides, flags=flags)
-    return load_config(file, overrides, flags=flags)
+    if not words and not flags:
+        raise UserError("nothing to train: give a CONFIG.yaml, or --model, --data and --method.")
+    return config_of(file, overrides, flags=flags, source="command line")
 
 
 def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -> int:
-    from weft.models.reach import left_out
     from weft.training.run import train as run_training
 
     if settings.shape == "full":
@@ -86,10 +82,10 @@ def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -
     jobs: list[dict[str, Any]] = []
 
     def ready(setup: Setup) -> None:
-        missed = {job.name: left_out(job.adapter, setup.base.model, setup.base.architecture) for job in setup.jobs}
+        missed = not_reached(setup)
         jobs.extend(_facts(setup, missed))
         if not quiet:
-            for line in _opening(setup, jobs, missed):
+            for line in opening(setup, missed):
                 (common.say if as_json else print)(line)
         session.begin(setup.jobs)
 
@@ -118,30 +114,12 @@ def _facts(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[dict
         }
 
 
-def _opening(setup: Setup, jobs: list[dict[str, Any]], missed: Mapping[str, Omission | None]) -> Iterator[str]:
-    """PEFT's sentence for each job, with its folder, and the parts of the base that it does not reach."""
-    from weft.models.reach import unquantized
-
-    if told := unquantized(setup.base.model, setup.base.architecture):
-        yield told
-    base = sum(p.numel() for p in setup.base.model.parameters())
-    for job in jobs:
-        own = job["trainable_parameters"]
-        yield (
-            f"{job['name']}: trainable params: {own:,} || all params: {base + own:,} || "
-            f"trainable%: {100 * own / (base + own):.4f} -> {job['folder']}"
-        )
-        if missed[job["name"]]:
-            yield f"{job['name']}: {missed[job['name']]}"
-
-
 def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     """The machine-readable result."""
+    from weft.files.run_folder import read_metrics
     from weft.files.whole import weights_bytes
-    from weft.foreign import json_lines
 
-    metrics = Path(settings.output_dir) / "metrics.jsonl"  # it also holds the events before a resumption
-    logged: list[Mapping[str, Any]] = [*json_lines(metrics)] if metrics.is_file() else []
+    logged = read_metrics(settings.output_dir)  # also the events before a resumption
     rows = []
     for job in jobs:
         state, name = result.jobs[job["name"]], job["name"]

@@ -271,6 +271,8 @@ def _load_model(
         raise UserError(
             f"the model {name!r} is damaged: {key} is {tuple(found)}, its config.json says {tuple(wanted)}."
         )
+    # What an adapter's file calls its base: for transformers a hub's model is the folder in which its files lie.
+    model.config.name_or_path = resolve_model(name)
     if quantization is None:
         nn.Module.to(model, where)
     else:

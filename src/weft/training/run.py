@@ -31,7 +31,7 @@ from weft.models.attached import prove_attached
 from weft.models.load import check_device, resolve_dtype, resolve_model
 from weft.models.tasks import check_job
 from weft.training.batches import Batches
-from weft.training.callbacks import CALLBACKS, with_callbacks
+from weft.training.callbacks import CALLBACKS, Callback, with_callbacks
 from weft.training.config import read_run_config
 from weft.training.job import Job
 from weft.training.loop import Event, Trainer, TrainResult
@@ -196,6 +196,7 @@ def _check_lengths(name: str, learned: int, samples: Samples, base: Base) -> Non
 def train(
     config: RunConfig,
     *,
+    callbacks: Sequence[Callback] = (),
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     on_ready: Callable[[Setup], None] = lambda setup: None,
@@ -203,7 +204,8 @@ def train(
 ) -> TrainResult:
     """Run a configuration to its end; the run's folder then holds the adapters, but for those of jobs that failed.
 
-    ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones before they are closed.
+    ``callbacks`` hear the events beside those that the configuration names. ``on_ready`` sees the loaded base and the
+    fresh adapters, ``on_trained`` the trained ones before they are closed.
 
     Raises:
         UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
@@ -211,7 +213,7 @@ def train(
     """
     store = RunStore(config.output_dir)
     check_places(config)
-    callbacks = [CALLBACKS.find(name) for name in config.callbacks]
+    callbacks = [*(CALLBACKS.find(name) for name in config.callbacks), *callbacks]
     setup = prepare(config)
     try:
         check_room(config, store, setup.jobs)
