@@ -91,10 +91,10 @@ def test_a_configuration_with_an_evaluation(weft: Callable[..., Any], bare_model
 
 def test_named_sets_to_evaluate_on_stand_apart(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
     """A record in two sets is no copy; each set has figures and a size of its own."""
-    files = {
-        name: write(tmp_path / f"{name}.jsonl", [{"instruction": f"{word} {n}?", "output": f"{n * 7919}"} for n in range(count)])
-        for name, word, count in (("train", "Square of", 24), ("a", "Root of", 12), ("b", "Sign of", 3))
-    }  # fmt: skip
+    files = {}
+    for name, word, count in (("train", "Square of", 24), ("a", "Root of", 12), ("b", "Sign of", 3)):
+        rows = [{"instruction": f"{word} {n}?", "output": f"{n * 7919}"} for n in range(count)]
+        files[name] = write(tmp_path / f"{name}.jsonl", rows)
     sets = f"eval_data={{domain: {files['a']}, all: [{files['a']}, {files['b']}], few: {files['b']}}}"
     words = ["preview", "--model", bare_model, "--data", files["train"], sets, "--ignore", "near-duplicate"]
     value = json.loads(weft(*words, "--record", f"{files['b']}:2", "--json").out)["data"][0]
