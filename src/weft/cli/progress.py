@@ -40,6 +40,8 @@ def opening(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[str
         )
         if missed[job.name]:
             yield f"{job.name}: {missed[job.name]}"
+        if job.eval_sizes and job.config.early_stopping_patience is not None:
+            yield f"{job.name}: early stopping watches the loss on {job.watched}"
 
 
 class Reporter:
@@ -66,10 +68,14 @@ class PlainReporter(Reporter):
 def plain_line(event: Mapping[str, Any]) -> str | None:
     """The line for an event, or None for those that have none."""
     if event["event"] == "eval":
-        line = f"eval job={event['job']} step={event['step']} eval_loss={event['eval_loss']:.4f}"
-        if "eval_accuracy" not in event:
-            return line
-        return f"{line} accuracy={event['eval_accuracy']:.4f} majority={event['eval_majority']:.4f}"
+        words = [f"eval job={event['job']} step={event['step']}"]
+        for key, value in event.items():
+            if key.endswith("_loss"):
+                words.append(f"{key}={value:.4f}")
+            elif key.endswith(("_accuracy", "_majority")):
+                words.append(f"{key.removeprefix('eval_')}={value:.4f}")
+        watched = event.get("early_stopping_on")
+        return " ".join([*words, *([f"early_stopping_on={watched}"] if watched else [])])
     if event["event"] != "step":
         return None
     return (
@@ -104,8 +110,11 @@ class TableReporter(Reporter):
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column("job", max_width=24, no_wrap=True)
         table.add_column("", min_width=8)
-        classifies = any("eval_accuracy" in row for row in self.rows.values())
-        for heading in ("step", "loss", "eval", *(["acc"] if classifies else []), "tok/s", "ETA"):
+        told = dict.fromkeys(key for row in self.rows.values() for key in row if key.startswith("eval_"))
+        losses = [key for key in told if key.endswith("_loss")] or ["eval_loss"]
+        rights = [key for key in told if key.endswith("_accuracy")]
+        headings = [_heading(key, "eval") for key in losses] + [_heading(key, "acc") for key in rights]
+        for heading in ("step", "loss", *headings, "tok/s", "ETA"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
@@ -113,8 +122,8 @@ class TableReporter(Reporter):
             cells = [
                 f"{row['step']}/{row['total_steps']}",
                 _number(row.get("loss"), ".4f"),
-                _number(row.get("eval_loss"), ".4f"),
-                *([_number(row.get("eval_accuracy"), ".3f")] if classifies else []),
+                *(_number(row.get(key), ".4f") for key in losses),
+                *(_number(row.get(key), ".3f") for key in rights),
                 _number(row.get("tokens_per_second"), ".0f"),
                 common.human_time(row["eta_seconds"]) if "eta_seconds" in row else "",
             ]
@@ -160,6 +169,12 @@ class NotebookReporter(TableReporter):
 
     def close(self) -> None:
         self._display.update(self.table())
+
+
+def _heading(key: str, word: str) -> str:
+    """``eval`` of ``eval_loss``, ``eval domain`` of ``eval_domain_loss``."""
+    name, _, _ = key.removeprefix("eval_").rpartition("_")
+    return f"{word} {name}".rstrip()
 
 
 def _number(value: float | None, form: str) -> str:

@@ -120,7 +120,11 @@ class _Group:
         config, reader, job = self.config, self.reader, self.jobs[0]
         read = reader.read(job)
         sources = [self._items(part, "train") for part in read.sources]
-        evaluated = [item for part in read.evaluated or () for item in self._items(part, "eval")]
+        evaluated = [
+            replace(item, eval_set=name)
+            for name, part in zip(read.sets, read.evaluated or (), strict=True)
+            for item in self._items(part, "eval")
+        ]
         held = self._held_out(read, sources)
         data = reader.data(job, read, held)
         train: list[Item] = []

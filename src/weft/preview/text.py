@@ -67,7 +67,7 @@ def place_of(item: Item, view: View, sample: Sample) -> str:
     if place is not None:
         return f"step {place.step:,}, pack {place.pack}, rows {place.begin:,}–{place.end - 1:,}"
     if item.split == "eval":
-        return "to evaluate on"
+        return f"to evaluate on: {item.eval_set}".removesuffix(": ")
     return "" if view.data_set.windows else "not in the first epoch"
 
 

@@ -53,7 +53,7 @@ class View:
         keys = ("position", "id", "token", "text", "weight")
         return {
             "source": item.source,
-            "split": item.split,
+            "split": item.part,
             "label": item.label,
             "length": item.length,
             "problem": item.problem[1] if item.problem else None,

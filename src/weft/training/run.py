@@ -19,6 +19,7 @@ from weft.data.provenance import Provenance, TokenizerFacts, file_names, templat
 from weft.data.reading.files import Place
 from weft.data.rendering.templates import template_text
 from weft.data.settings import DataSettings
+from weft.data.sources import parse_sets
 from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
@@ -93,7 +94,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
                 job.name, job.method_on(base), seed=job.seed, tokenizer=base.tokenizer, head=found.classes
             )
             prove_attached(adapters, job.name)
-            jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
+            jobs.append(Job(job, adapter, found.train, found.held, found.mixture, eval_sizes=found.sizes))
     except BaseException:
         adapters.close()
         raise
@@ -119,8 +120,9 @@ def check_names(config: RunConfig) -> dict[str, Place]:
         for part in job.method_config().methods():
             part.check_quantization(config.quantization)
         if not job.classifies:
-            for data in (job.data or config.data, job.eval_data or config.eval_data):
-                for source in parse_sources(data) if data is not None else ():
+            sets = parse_sets(job.eval_data or config.eval_data)
+            for sources in (parse_sources(job.data or config.data), *sets.values()):
+                for source in sources:
                     format_named(source.format or config.data_format)
     return data_files(config)
 

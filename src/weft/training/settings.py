@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 from weft.core.adapter import MethodConfig
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
-from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
-from weft.errors import UserError
+from weft.data.settings import FREE, DataPaths, DataSettings, EvalPaths, checked_paths, checked_sets, part
+from weft.data.sources import parse_sets
+from weft.errors import UserError, nearest
 from weft.methods.combined import CombinedConfig
 from weft.methods.registry import METHODS
 from weft.methods.trainable_tokens import with_token_rows
@@ -35,7 +36,7 @@ class JobConfig(BaseModel):
     method: str = Field(description="one of the methods below; or several in one adapter, joined by `+` (above)")
     method_settings: dict[str, object] = {}
     data: DataPaths | None = Field(None, description="training data of this job")
-    eval_data: DataPaths | None = Field(None, description="evaluation data of this job")
+    eval_data: EvalPaths | None = Field(None, description="evaluation data of this job, also by name")
     task: Literal["causal_lm", "seq2seq", "sequence_classification"] = Field(
         "causal_lm",
         description="`causal_lm` writes text, as the base does it (`seq2seq`: only on an encoder-decoder, T5 or mT5); "
@@ -97,12 +98,16 @@ class JobConfig(BaseModel):
         None, gt=0, description="end after so many evaluations without gain, with the best weights; needs `eval_steps`"
     )
     early_stopping_min_delta: float = Field(0.0, ge=0, description="how much lower a loss must be to count as gain")
+    early_stopping_on: str | None = Field(
+        None, description="the name of the set of `eval_data` that early stopping watches, where several have names"
+    )
     neftune_noise_alpha: float = Field(
         0.0, ge=0, description="NEFTune: strength of the noise on the embeddings in training; 5 is usual, 0: none"
     )
 
     _method: MethodConfig = PrivateAttr()
-    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
+    _paths = field_validator("data", mode="before")(checked_paths)
+    _sets = field_validator("eval_data", mode="before")(checked_sets)
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -238,6 +243,27 @@ class RunConfig(DataSettings):
         for key in ("labels", "text_columns", "label_column"):
             if not classifies and any(getattr(job, key) is not None for job in self.jobs):
                 raise ValueError(f"{key} is for classification; add task: sequence_classification")
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_watches_one(self) -> RunConfig:
+        for job in self.jobs:
+            names, watched = list(parse_sets(job.eval_data or self.eval_data)), job.early_stopping_on
+            if watched is None and job.early_stopping_patience is not None and len(names) > 1:
+                raise ValueError(
+                    f"job '{job.name}': early_stopping_patience watches one set of eval_data; name it, "
+                    f"early_stopping_on: {' or '.join(names)}"
+                )
+            if watched is not None and watched not in names:
+                told = ", ".join(filter(None, names))
+                raise ValueError(
+                    f"job '{job.name}': early_stopping_on is '{watched}', and "
+                    + (f"eval_data has the sets {told}.{nearest(watched, names)}" if told else "eval_data has no names")
+                )
+        if any(job.early_stopping_on for job in self.jobs) and not any(
+            job.early_stopping_patience for job in self.jobs
+        ):
+            raise ValueError("early_stopping_on needs early_stopping_patience: without it nothing stops early")
         return self
 
     def sketch(self) -> Base:
