@@ -114,12 +114,13 @@ def _facts(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[dict
             "method": job.config.method,
             "trainable_parameters": job.adapter.num_trainable(),
             "not_reached": left_out.json() if left_out else None,
+            "note": job.adapter.note or None,
             "folder": str(Path(setup.config.output_dir) / "adapters" / job.name),
         }
 
 
 def _opening(setup: Setup, jobs: list[dict[str, Any]], missed: Mapping[str, Omission | None]) -> Iterator[str]:
-    """PEFT's sentence for each job, with its folder, and the parts of the base that it does not reach."""
+    """PEFT's sentence for each job, with its folder, the parts of the base that it does not reach, and its note."""
     from weft.models.reach import unquantized
 
     if told := unquantized(setup.base.model, setup.base.architecture):
@@ -133,6 +134,8 @@ def _opening(setup: Setup, jobs: list[dict[str, Any]], missed: Mapping[str, Omis
         )
         if missed[job["name"]]:
             yield f"{job['name']}: {missed[job['name']]}"
+        if job["note"]:
+            yield f"{job['name']}: {job['note']}"
 
 
 def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]]) -> dict[str, Any]:
