@@ -41,7 +41,7 @@ GRID: dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
         "prompt_tuning": ((0.3, 1, 3), (1,)),
         "p_tuning": ((0.3, 1, 3), ()),
         "p_tuning_v2": ((0.3, 1, 3), (1,)),
-        "bitfit": ((1,), (1,)),
+        "bitfit": ((0.1, 0.3, 1), (1,)),
         "full": ((1,), ()),
         "lora": ((1,), ()),
     },

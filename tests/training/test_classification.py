@@ -224,7 +224,7 @@ def test_the_gradient_is_that_of_the_mean_over_texts() -> None:
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("prompt_tuning", {}), ("prefix_tuning", {"prefix_projection": True}), ("full", {}), ("lora+bitfit", {})],
+    [("prompt_tuning", {}), ("prefix_tuning", {"prefix_projection": True}), ("bitfit", {}), ("lora+bitfit", {})],
 )
 def test_the_head_has_a_rate_of_its_own(method: str, settings: dict[str, Any]) -> None:
     """At a prompt's 0.2 its logits would run away. A rate that the job names is for the head too."""
@@ -241,8 +241,8 @@ def test_the_head_has_a_rate_of_its_own(method: str, settings: dict[str, Any]) -
         others = [rates[id(p)] for name, p in adapter.named_parameters() if not name.startswith("head.")]
         assert others
         if named is None and adapter.parts[0] is adapter:
-            own = METHODS[method].learning_rate(32)
-            assert set(others) == {own / 80 if settings else own}
+            share = {"prefix_tuning": 80, "bitfit": 3}.get(method, 1)
+            assert set(others) == {METHODS[method].learning_rate(32) / share}
 
 
 def test_figures_of_success() -> None:
