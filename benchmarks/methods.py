@@ -36,10 +36,7 @@ from weft.training.step import train_step
 
 STEPS, BATCH_SIZE = 800, 16
 # What a method cannot do without on these bases, and nothing else: everything besides is the method's default.
-NEEDED: dict[str, dict[str, Any]] = {
-    "bitfit": {"add_missing": True},
-    "hard_prompt": {"prompt_text": "Answer the question in a few words."},
-}
+NEEDED: dict[str, dict[str, Any]] = {"hard_prompt": {"prompt_text": "Answer the question in a few words."}}
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 RESULTS = Path(__file__).parent / "results"
 

@@ -26,7 +26,7 @@ def not_reached(setup: Setup) -> dict[str, Omission | None]:
 
 
 def opening(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[str]:
-    """PEFT's sentence for each job, with its folder, and the parts of the base that it does not reach."""
+    """PEFT's sentence for each job, with its folder, the parts of the base that it does not reach, and its note."""
     from weft.models.reach import unquantized
 
     if told := unquantized(setup.base.model, setup.base.architecture):
@@ -40,6 +40,8 @@ def opening(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[str
         )
         if missed[job.name]:
             yield f"{job.name}: {missed[job.name]}"
+        if job.adapter.note:
+            yield f"{job.name}: {job.adapter.note}"
         if job.eval_sizes and job.config.early_stopping_patience is not None:
             yield f"{job.name}: early stopping watches the loss on {job.watched}"
 

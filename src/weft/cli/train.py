@@ -111,6 +111,7 @@ def _facts(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[dict
             "method": job.config.method,
             "trainable_parameters": job.adapter.num_trainable(),
             "not_reached": left_out.json() if left_out else None,
+            "note": job.adapter.note or None,
             "folder": str(Path(setup.config.output_dir) / "adapters" / job.name),
             **(named if job.eval_sizes else {}),
         }

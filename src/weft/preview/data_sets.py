@@ -35,7 +35,7 @@ class DataSet:
 
     ``windows``: with ``documents: joined``, what the model is given instead of the records. ``left_out`` counts the
     records that are missing, by reason. ``not_reached``: by job, what its adapter leaves unchanged in the base,
-    though one may expect otherwise.
+    though one may expect otherwise. ``notes``: by job, what its method has decided for this base.
     """
 
     names: tuple[str, ...]
@@ -46,6 +46,7 @@ class DataSet:
     windows: list[Item]
     left_out: Counter[str]
     not_reached: dict[str, Omission]
+    notes: dict[str, str]
 
     @property
     def renderer(self) -> Renderer:
@@ -64,15 +65,15 @@ class _Outline:
     bidirectional: bool
     sketch: Base | None = None
 
-    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, Omission | None]:
-        """The number of virtual tokens of the job's adapter (0 without a sketch), and what it does not reach."""
+    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, Omission | None, str]:
+        """The number of virtual tokens of the job's adapter (0 without a sketch), what it does not reach, its note."""
         if self.sketch is None:
-            return 0, None
+            return 0, None, ""
         model, architecture = self.sketch.model, self.sketch.architecture
         with closing(Adapters(model, architecture)) as adapters:
             method = job.method_on(self.sketch)
             adapter = adapters.add(job.name, method, tokenizer=self.tokenizer, head=classes, blank=True)
-            return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture)
+            return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture), adapter.note
 
 
 def examine(config: RunConfig) -> list[DataSet]:
@@ -114,7 +115,7 @@ class _Group:
         self, config: RunConfig, outline: _Outline, reader: Reader, unlimited: Renderer, jobs: list[JobConfig]
     ) -> None:
         self.config, self.outline, self.reader, self.unlimited, self.jobs = config, outline, reader, unlimited, jobs
-        self.left_out, self.not_reached = Counter[str](), dict[str, Omission]()
+        self.left_out, self.not_reached, self.notes = Counter[str](), dict[str, Omission](), dict[str, str]()
 
     def data_set(self) -> DataSet:
         config, reader, job = self.config, self.reader, self.jobs[0]
@@ -147,6 +148,7 @@ class _Group:
             windows=windows,
             left_out=self.left_out,
             not_reached=self.not_reached,
+            notes=self.notes,
         )
 
     def _items(self, part: SourceSamples, split: Split) -> list[Item]:
@@ -177,9 +179,11 @@ class _Group:
         alike: dict[Any, list[JobConfig]] = {}
         for job in self.jobs:
             keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
-            virtual, missed = self.outline.adapter(job, data.classes)
+            virtual, missed, note = self.outline.adapter(job, data.classes)
             if missed is not None:
                 self.not_reached[job.name] = missed
+            if note:
+                self.notes[job.name] = note
             alike.setdefault((*keys, virtual), []).append(job)
         return [
             Packing(

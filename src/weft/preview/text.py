@@ -36,8 +36,8 @@ def show(view: View, out: Console, *, tokens: bool = False) -> None:
     for split, figures in view.figures.items():
         out.print(Text(f"{split} data of {', '.join(view.data_set.names)}", "bold"))
         _figures(figures, view.packings if split == "train" else [], out, renderer.max_length)
-    for name, missed in view.data_set.not_reached.items():
-        out.print(Text(f"{name}: {missed}", "yellow"), soft_wrap=not out.is_terminal)
+    for name, told in (*view.data_set.not_reached.items(), *view.data_set.notes.items()):
+        out.print(Text(f"{name}: {told}", "yellow"), soft_wrap=not out.is_terminal)
     _findings(view, out)
 
 

@@ -43,6 +43,7 @@ class View:
             "statistics": self.figures,
             "packing": self.packings,
             "not_reached": {name: missed.json() for name, missed in self.data_set.not_reached.items()},
+            "notes": self.data_set.notes,
             "findings": findings_json(self.findings),
             "samples": [self._sample(item) for item in self.shown],
         }

@@ -74,7 +74,10 @@ class JobConfig(BaseModel):
     objective_settings: dict[str, object] = Field({}, description="settings of the objective")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch's own")
     learning_rate: float | None = Field(
-        None, gt=0, description="default: the method's usual one (below); of several methods in one job each its own"
+        None,
+        gt=0,
+        description="default: the method's usual one (below); of several methods in one job each its own, "
+        "and of a classification's head its own (LoRA's)",
     )
     adam_betas: tuple[float, float] = Field(
         (0.9, 0.999), description="AdamW's decay rates; `adam_beta1` and `adam_beta2` set one"
