@@ -245,6 +245,35 @@ def test_the_head_has_a_rate_of_its_own(method: str, settings: dict[str, Any]) -
             assert set(others) == {METHODS[method].learning_rate(32) / share}
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "bitfit", "lora+prompt_tuning"])
+def test_a_job_goes_on_with_the_rates_of_its_beginning(method: str) -> None:
+    """Also one of an earlier version, which wrote none down: its head learned as fast as the method."""
+    settings = {"num_virtual_tokens": 2, "add_missing": True}
+    config = JobConfig(name="it", method=method, method_settings=settings, task="sequence_classification", steps=2)
+    adapters = Adapters(model := kit.make_model("llama"), describe(model))
+    job = Job(config, adapters.add("it", config.method_config(), head=TASK), classified(2))
+    begun, tensors = job.state(), job.tensors()
+
+    def rates() -> list[float]:
+        assert job.optimizer is not None
+        found = {id(p): group["peak_lr"] for group in job.optimizer.param_groups for p in group["params"]}
+        return [found[id(p)] for p in job.parameters]
+
+    other = [rate / (2 + number) for number, rate in enumerate(begun["rates"])]
+    job.restore(tensors, {**begun, "rates": other})
+    assert rates() == other
+    job.restore(tensors, {key: value for key, value in begun.items() if key != "rates"})
+    of_method = METHODS[method.split("+")[0]].learning_rate(32)
+    head = [rate for name, rate in zip(names_of(job), rates(), strict=True) if name.startswith("head.")]
+    assert set(head) == {of_method}
+    if "+" not in method:
+        assert set(rates()) == {of_method}
+
+
+def names_of(job: Job) -> list[str]:
+    return [name for name, p in job.adapter.named_parameters() if p.requires_grad]
+
+
 def test_figures_of_success() -> None:
     assert class_metrics([1, 1, 0, 1], [1, 0, 0, 1]) == pytest.approx(
         {"accuracy": 0.75, "majority": 0.5, "f1": 2 * 2 / (3 + 2), "mcc": (2 * 1 - 1 * 0) / (3 * 2 * 1 * 2) ** 0.5}

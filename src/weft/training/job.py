@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -58,6 +58,7 @@ class Progress:
     best_eval_loss: float | dict[str, float] | None = None  # by name, where the sets to evaluate on have names
     metrics: dict[str, float] = field(default_factory=dict)  # those of the last evaluation, without the loss
     evals_without_gain: int = 0
+    rates: list[float] = field(default_factory=list)  # of the parameters, in order, before the schedule
     ended: str | None = None  # why it ended: finished, early_stop, failed
     reason: str | None = None  # why it failed
     loss_scale: float = 1.0
@@ -93,19 +94,31 @@ class Job:
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
         self.rate = config.learning_rate or adapter.default_learning_rate("")
-        rates = [
-            adapter.scaled_learning_rate(n, config.learning_rate or adapter.default_learning_rate(n)) for n in named
-        ]
         self.parameters: list[nn.Parameter] = list(named.values())
         # A resumed job has the same ones, by its seed: the checkpoint's values are put back after this.
         self._began = {n: _witness(p) for n, p in named.items()}
-        pulled = [decays(adapter, n) for n in named]
-        self.optimizer = make_optimizer(config, self.parameters, rates, pulled) if named else None
-        self.progress = Progress()
+        self._pulled = [decays(adapter, n) for n in named]
+        self.progress = Progress(rates=self._rates(adapter.default_learning_rate))
+        self.optimizer = self._make_optimizer()
         if not named:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
         adapter.begin_training(self.total_steps)
         self.best: list[Tensor] | None = None
+
+    def _rates(self, default: Callable[[str], float]) -> list[float]:
+        """The learning rate of each parameter; of those without one in the configuration the ``default`` by name."""
+        given, scaled = self.config.learning_rate, self.adapter.scaled_learning_rate
+        return [scaled(name, given or default(name)) for name in self._began]
+
+    def _make_optimizer(self) -> torch.optim.Optimizer | None:
+        rates = self.progress.rates
+        return make_optimizer(self.config, self.parameters, rates, self._pulled) if self.parameters else None
+
+    def _earlier_rate(self, parameter: str) -> float:
+        """The default of earlier versions, where a head and a method learned at one rate for every task."""
+        parts = self.adapter.parts
+        part = parts[int(parameter.split(".")[1])] if parameter.startswith("part_modules.") else parts[0]
+        return part.config.learning_rate(self.adapter.hidden_size)
 
     @property
     def eval_sets(self) -> dict[str, Sequence[Sample]]:
@@ -301,11 +314,15 @@ class Job:
         for name, buffer in self.adapter.named_buffers():
             buffer.copy_(tensors[f"buffer.{name}"])
         optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        self.progress = Progress(**progress)
+        if self.parameters and not self.progress.rates:
+            self.progress.rates = self._rates(self._earlier_rate)
+        # With the rates of its beginning, whatever the defaults are now: the checkpoint also counts by them.
+        self.optimizer = self._make_optimizer()
         if self.optimizer is not None:
             restore_optimizer(self.optimizer, optimizer)
         best = sorted((int(k.removeprefix("best.")), v) for k, v in tensors.items() if k.startswith("best."))
         self.best = [value.to(p.device) for (_, value), p in zip(best, self.parameters, strict=True)] if best else None
-        self.progress = Progress(**progress)
 
     def go_on(self, planned: int) -> str:
         """Go on with a job that was planned with other steps, also where it had finished; returns what that means.
