@@ -291,6 +291,8 @@ def test_what_is_left_out_is_named_by_its_reason(weft: Callable[..., Any], bare_
         (["eval_size=4"], "cannot hold out 4 of 4"),
         (["eval_data=0.5*some.jsonl + 0.5*other.jsonl"], "eval_data has weights"),
         (["batch_tokens=8"], "do not fit into batch_tokens: 8"),
+        (["method=prefix_tuning", "num_virtual_tokens=950"], "tokens and the 950 learned ones of job"),
+        (["task=seq2seq"], "task is seq2seq, but a llama model is no encoder-decoder"),
         (["--html", "nowhere/page.html"], "its folder is not there"),
         (["--html", "."], "that is a folder"),
     ],
@@ -304,6 +306,14 @@ def test_what_training_refuses(
     result = weft("preview", "--model", bare_model, "--data", data, *words)
     assert result.code == 2, result.out
     assert said in result.err
+
+
+def test_bad_records_come_before_learned_tokens(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad.jsonl", [*ROWS, {"question": "x"}])
+    words = ("--model", bare_model, "--data", bad, "method=prefix_tuning", "num_virtual_tokens=950")
+    result = weft("preview", *words)
+    assert result.code == 1, result.err
+    assert f"{bad}:5: " in result.out
 
 
 def test_records_that_training_leaves_out_are_warnings(

@@ -18,13 +18,14 @@ from weft.data.auditing.base import Facts, Item, Split
 from weft.data.auditing.items import collect, tokens_in
 from weft.data.views import Array
 from weft.errors import UserError
-from weft.heads.classification import ClassificationTask
 from weft.models import Base, reach
 from weft.models.load import load_tokenizer
 from weft.models.reach import Omission
+from weft.models.tasks import check_job
 from weft.preview.packing import Packing
 from weft.training.batches import Batches
 from weft.training.reader import JobData, JobSources, Reader, SourceSamples, data_files
+from weft.training.run import blank_adapter
 from weft.training.settings import JobConfig, RunConfig
 
 
@@ -63,14 +64,17 @@ class _Outline:
     bidirectional: bool
     sketch: Base | None = None
 
-    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, Omission | None]:
-        """The number of virtual tokens of the job's adapter (0 without a sketch), and what it does not reach."""
+    def adapter(self, job: JobConfig, data: JobData) -> tuple[int, Omission | None]:
+        """The number of virtual tokens of the job's adapter (0 without a sketch), and what it does not reach.
+
+        Raises:
+            UserError: Training would refuse the adapter.
+        """
         if self.sketch is None:
             return 0, None
         model, architecture = self.sketch.model, self.sketch.architecture
         with closing(Adapters(model, architecture)) as adapters:
-            method = job.method_config()
-            adapter = adapters.add(job.name, method, tokenizer=self.tokenizer, head=classes, blank=True)
+            adapter = blank_adapter(adapters, job, data, self.sketch)
             return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture)
 
 
@@ -101,6 +105,8 @@ def _outline(config: RunConfig) -> _Outline:
         return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", bidirectional=False)
     base = config.sketch()
     known = base.architecture
+    for job in config.jobs:
+        check_job(job.name, job.task, config.model, known)
     return _Outline(base.tokenizer, known.max_length, known.task, bidirectional=known.bidirectional, sketch=base)
 
 
@@ -118,7 +124,9 @@ class _Group:
         read = reader.read(job)
         sources = [self._items(part, "train") for part in read.sources]
         evaluated = [item for part in read.evaluated or () for item in self._items(part, "eval")]
-        held = self._held_out(read, sources)
+        # Training ends at these records before it comes to anything behind them.
+        bad = config.on_bad_record == "error" and any(item.problem for part in (*sources, evaluated) for item in part)
+        held = self._held_out(read, bad)
         data = reader.data(job, read, held)
         train: list[Item] = []
         for items, marks in zip(sources, held, strict=True):
@@ -131,7 +139,12 @@ class _Group:
         if not job.classifies and config.documents == "joined":
             windows = [Item("train", s.source, samples=(s,), length=tokens_in([s])) for s in data.train]
         # Without samples, training would end at the problems of the records.
-        packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
+        packings: list[Packing] = []
+        try:
+            packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
+        except UserError:
+            if not bad:
+                raise
         return DataSet(
             tuple(job.name for job in self.jobs),
             [*train, *evaluated],
@@ -157,20 +170,20 @@ class _Group:
         self.left_out += left_out
         return items
 
-    def _held_out(self, read: JobSources, sources: Sequence[Sequence[Item]]) -> list[Array]:
+    def _held_out(self, read: JobSources, bad: bool) -> list[Array]:
         try:
             return self.reader.split(read)
         except UserError:
-            if self.config.on_bad_record != "error" or not any(item.problem for items in sources for item in items):
+            if not bad:
                 raise
-            return [np.zeros(len(part.samples), bool) for part in read.sources]  # training ends at these records first
+            return [np.zeros(len(part.samples), bool) for part in read.sources]
 
     def _packings(self, data: JobData) -> list[Packing]:
         """The packs of what the jobs train on. Jobs that pack alike share them."""
         alike: dict[Any, list[JobConfig]] = {}
         for job in self.jobs:
             keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
-            virtual, missed = self.outline.adapter(job, data.classes)
+            virtual, missed = self.outline.adapter(job, data)
             if missed is not None:
                 self.not_reached[job.name] = missed
             alike.setdefault((*keys, virtual), []).append(job)
