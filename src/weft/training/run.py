@@ -19,7 +19,6 @@ from weft.data.formats.detect import format_named
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.reading.files import Place
 from weft.data.rendering.templates import template_text
-from weft.data.settings import DataSettings
 from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
@@ -294,15 +293,11 @@ def _train(
 def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance:
     """The record of how the job's data was read and rendered, which travels in the adapter's folder."""
     own, run = job.config, setup.config
-    settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
-    settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
-    if job.adapter.head.labels:
-        settings |= {"text_columns": own.text_columns, "label_column": own.label_column}
     return Provenance(
         **template_of(setup.renderer),
         tokenizer=tokenizer,
         task=own.task,
-        settings=file_names(settings) | {"max_length": setup.renderer.max_length},
+        settings=file_names(run.data_settings(own)) | {"max_length": setup.renderer.max_length},
         sha256=job.fingerprint,
         records=len(job.samples),
         eval_records=len(job.eval_samples),
