@@ -48,13 +48,12 @@ def chat(
 
     weft chat runs/weft --adapter lora
     """
-    template = options.template_text(chat_template)
     how: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
-    early.refuse(lambda: _open(target, how, template))
+    early.refuse(lambda: _open(target, how, chat_template))
     common.tell_hub(model or target)
     from weft.generation.sampling import Sampling
 
-    opened = _open(target, how, template)
+    opened = _open(target, how, chat_template)
     sampling = Sampling(temperature, top_k, top_p, seed)
     names = [*(adapter or opened.names), None]
     talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens, as_json=as_json)
@@ -72,10 +71,10 @@ def chat(
     return common.DONE
 
 
-def _open(target: str, how: dict[str, Any], template: str | None) -> Target:
+def _open(target: str, how: dict[str, Any], chat_template: str | None) -> Target:
     from weft.generation.open import open_target
 
-    return open_target(target, **how, chat_template=template)
+    return open_target(target, **how, chat_template=options.template_text(chat_template))
 
 
 def _lines() -> Iterator[str]:

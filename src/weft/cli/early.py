@@ -69,15 +69,31 @@ class _StandInType(abc.ABCMeta):
             raise NotHereError
         return _StandIn()
 
+    def __instancecheck__(cls, instance: object) -> bool:
+        return _unknown()
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return _unknown()
+
     def register(cls, *given: Any) -> Any:  # which ABCMeta has, for something else
         return _StandIn()
 
 
 class _StandInModule(types.ModuleType):
+    def __dir__(self) -> list[str]:
+        raise NotHereError
+
     def __getattr__(self, name: str) -> object:
         found = _stand_in(name)
         setattr(self, name, found)  # a name must mean one class
         return found
+
+
+def _unknown() -> bool:
+    """The answer to what only the real library knows; while modules are imported, no."""
+    if not _StandIn.importing:
+        raise NotHereError
+    return False
 
 
 def _stand_in(name: str) -> object:

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 import weft
-from weft.errors import UserError
 
 Config = Annotated[
     list[str] | None,
@@ -26,7 +25,7 @@ Target = Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Folder
 Model = Annotated[str | None, typer.Option(help="Base to use instead of the one that the target names.")]
 System = Annotated[str | None, typer.Option(help="System message.")]
 ChatTemplate = Annotated[
-    str | None, typer.Option(metavar="FILE|TEXT", help="Chat template instead of the one of training.")
+    str | None, typer.Option(metavar="NAME|FILE|TEXT", help="Chat template instead of the one of training.")
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer (256, or what fits).")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
@@ -60,18 +59,11 @@ def meaning(key: str) -> str:
 
 
 def template_text(given: str | None) -> str | None:
-    """The text of a template, which was given itself or by a file's name.
+    """The text of a template, which a name, a file or the text itself says.
 
     Raises:
-        UserError: there is no such file, and it is no template either.
+        UserError: There is no such file, and no template of that name.
     """
-    from weft.foreign import read_text
+    from weft.data.rendering.templates import template_text as text_of
 
-    if given is None or "{{" in given or "{%" in given:
-        return given
-    try:
-        return read_text(given)
-    except UserError as error:
-        raise UserError(
-            f"--chat-template {given}: neither a template (with {{{{ … }}}}) nor a readable file: {error}"
-        ) from None
+    return None if given is None else text_of(given).text
