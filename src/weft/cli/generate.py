@@ -63,12 +63,12 @@ def generate(
     _check(prompt, input_file, adapter, all_adapters, output=output, overwrite=overwrite)
     how_opened: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
     early.refuse(lambda: _check_files(target, input_file, how_opened, chat_template))
-    from weft.data.pipeline import read_all
+    from weft.data.queries import check_readable
     from weft.generation.open import open_target
     from weft.generation.sampling import Sampling
 
     if input_file is not None:
-        read_all(input_file, lambda record: None)  # what cannot be read is told before weights are loaded
+        check_readable(input_file)  # which is told before weights are loaded
     common.tell_hub(model or target)
     template = options.template_text(chat_template)
     opened = open_target(target, **how_opened, chat_template=template)
@@ -80,13 +80,19 @@ def generate(
         system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size
     )
     answers = _answer(opened, input_file or list(prompt or ()), who, how)
+    _tell(target, answers, output, as_json)
+    return common.DONE
+
+
+def _tell(target: str, answers: Mapping[str | None, list[dict[str, Any]]], output: Path | None, as_json: bool) -> None:
+    """Write and print the answers, and the scores of classes."""
     results = [row for rows in zip(*answers.values(), strict=True) for row in rows]
     scores = {name or "base": found for name, rows in answers.items() if (found := _scores(rows))}
     if output is not None:
         _write(output, results)
     if as_json:
         common.print_json({"target": target, "results": results, **({"scores": scores} if scores else {})})
-        return common.DONE
+        return
     if output is None:
         _show(results)
     else:
@@ -94,7 +100,6 @@ def generate(
     for name, found in scores.items():
         told = f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}, MCC {found['mcc']:.4f}"
         print(f"{name}: {told} ({found['records']:,} records with a label)")
-    return common.DONE
 
 
 def _check(

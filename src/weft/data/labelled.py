@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Self
 
@@ -71,7 +71,7 @@ class ClassRecipe(Recipe):
 
     def header(self, rows: Callable[[], list[list[str]]]) -> Sequence[str] | None:
         """The columns of a table, if its first ``rows`` do not name them."""
-        return _missing_header(rows(), {*(self.text_columns or ()), self.label_column})
+        return missing_header(rows(), {*(self.text_columns or ()), self.label_column})
 
     def begun(self, head: Sequence[Record]) -> Self:
         """The recipe with the columns of these records.
@@ -246,9 +246,9 @@ def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
-def _missing_header(rows: list[list[str]], named: set[str | None]) -> tuple[str, ...] | None:
+def missing_header(rows: list[list[str]], named: Collection[str | None] = ()) -> tuple[str, ...] | None:
     """The columns of a table without a header row, if they are clear: CoLA's, or a text and a number."""
-    if not rows or named & set(rows[0]):
+    if not rows or {*named} & {*rows[0]}:
         return None
     rows = [row for row in rows if len(row) == len(rows[0])]  # the others are bad records
     # CoLA's own release: source, label, the author's mark, sentence.

@@ -33,6 +33,8 @@ from weft.models.token_rows import check_rows
 
 T = TypeVar("T")
 DataPath = str | os.PathLike[str]
+# Takes what gives the first rows of a table; gives the columns, if those rows do not name them.
+Header = Callable[[Callable[[], list[list[str]]]], Sequence[str] | None]
 EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
 BEHIND = "behind the limit"
 _PEEK = 50  # records that a recipe sees before it makes any
@@ -360,10 +362,15 @@ def load_samples(
     return list(renderer.join(found))
 
 
-def read_all(path: DataPath, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
+def read_all(
+    path: DataPath, read: Callable[[Record], T], *, limit: int | None = None, header: Header = lambda rows: None
+) -> list[T]:
     """Apply ``read`` to every record of data that is not learned (prompts, questions). Every line of a text is one.
+
+    ``header`` is as that of a ``Recipe``.
 
     Raises:
         UserError: A record cannot be used; it is about the first one.
     """
-    return [read(record) for record in iter_records(path, limit=limit, text_unit="line")]
+    columns = header(partial(first_rows, path, _PEEK))
+    return [read(record) for record in iter_records(path, limit=limit, header=columns, text_unit="line")]

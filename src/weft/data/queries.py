@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from weft.data.formats.examples import Conversation, Message
 from weft.data.formats.labels import label_name, texts_of
 from weft.data.formats.questions import question_of
-from weft.data.labelled import ClassRecipe, columns_of, unlabelled_sample
-from weft.data.pipeline import Acceptance, DataPath, Outcome, Recipe, Refusal, outcomes
+from weft.data.labelled import ClassRecipe, columns_of, missing_header, unlabelled_sample
+from weft.data.pipeline import Acceptance, DataPath, Outcome, Recipe, Refusal, outcomes, read_all
 from weft.data.problems import BadRecordError
 from weft.data.reading.rows import Record
 from weft.data.reading.texts import TextUnit
@@ -49,6 +49,11 @@ def given_queries(texts: Sequence[str], recipe: Recipe, source: str) -> list[Que
     """The queries that these texts are. Raises UserError for the first that cannot be asked, at ``source``."""
     records = [Record({"prompt": text}, source) for text in texts]
     return list(_asked(recipe.begun(records).make(records)))
+
+
+def check_readable(path: DataPath) -> None:
+    """Read a path and keep nothing of it. Raises UserError for the first record that cannot be read."""
+    read_all(path, lambda record: None, header=lambda rows: missing_header(rows()))
 
 
 def _asked(found: Iterable[Outcome]) -> Iterator[Query]:

@@ -142,7 +142,7 @@ class Target:
                 labels=self.adapters[adapter].head.labels,
                 text_columns=[str(name) for name in columns] if isinstance(columns, (list, tuple)) else None,
                 label_column=label if isinstance(label, str) else None,
-                encoder=known.bidirectional,
+                encoder=not known.writes,
             )
         else:
             recipe = QueryRecipe(
