@@ -112,6 +112,26 @@ def test_errors_are_code_1_and_usage_is_code_2(weft: Callable[..., Any], bare_mo
     assert weft("preview", "--model", bare_model, "--data", "nowhere.jsonl").code == 2
 
 
+def test_clean_records_are_written_as_they_were(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    extra = {"instruction": "Name a city with a harbour.", "output": "Genoa 🚢 is.", "id": 7, "tags": ["a", None]}
+    todo = {"instruction": "Name a tree, please.", "output": "TODO"}
+    bad = write(tmp_path / "bad.jsonl", [*ROWS, {"question": "x"}, ROWS[0], todo, extra])
+    words = ("preview", "--model", bare_model, "--data", bad)
+    result = weft(*words, "--write-clean", "clean.jsonl")
+    assert result.code == 1
+    assert "5 of 8 records -> clean.jsonl" in result.err
+    assert [json.loads(line) for line in Path("clean.jsonl").read_text().splitlines()] == [*ROWS, extra]
+    assert weft("preview", "--model", bare_model, "--data", "clean.jsonl").code == 0
+    for other, why in (("clean.jsonl", "there already"), ("c.csv", "ends in .jsonl"), ("no/c.jsonl", "not there")):
+        refused = weft(*words, "--write-clean", other)
+        assert (refused.code, why in refused.err) == (2, True), refused.err
+    Path("one.json").write_text(json.dumps([*ROWS, todo]))
+    assert "one.json:1: several records" in weft(*words[:4], "one.json", "--write-clean", "none.jsonl").err
+    alone = write(tmp_path / "todo.jsonl", [todo])
+    assert "every record has an error" in weft(*words[:4], alone, "--write-clean", "none.jsonl").err
+    assert not Path("none.jsonl").exists()
+
+
 def test_a_record_that_training_refuses_is_shown(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
     bad = write(tmp_path / "bad.jsonl", [ROWS[0], {"instruction": "Say it.", "output": ""}, {"question": "x"}])
     result = weft("preview", "--model", bare_model, "--data", bad, "--record", "bad.jsonl:2", "--record", "3")

@@ -48,12 +48,14 @@ logger = logging.getLogger(__name__)
 class Outcome:
     """What became of the record at ``source``.
 
-    ``label`` is the name of its class, if it has one. ``example`` is what it says, if the recipe is ``watched``.
+    ``label`` is the name of its class, if it has one. Of a ``watched`` recipe ``example`` is what it says, and
+    ``fields`` are those of a record that became samples or was refused.
     """
 
     source: str
     label: str | None = None
     example: SFT | None = None
+    fields: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +75,10 @@ class Omission(Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal(Outcome):
-    """The record cannot be used. ``fields`` are the record's, if the recipe is ``watched``."""
+    """The record cannot be used."""
 
     problem: Problem
     too_long: bool = False
-    fields: Mapping[str, Any] | None = None
 
 
 class RecordBehindLimit(Record):
@@ -133,7 +134,11 @@ class Recipe:
 
     def _embedded(self, record: Record, outcome: Outcome) -> Outcome:
         """The outcome; a refusal, if it holds a token that the model has no row for."""
-        if not isinstance(outcome, Acceptance) or self.token_rows is None:
+        if not isinstance(outcome, Acceptance):
+            return outcome
+        if self.watched:
+            outcome = replace(outcome, fields=record.fields)
+        if self.token_rows is None:
             return outcome
         ids = (number for sample in outcome.samples for number in (*sample.input_ids, *sample.target_ids))
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import compress
@@ -14,8 +14,9 @@ import numpy as np
 
 from weft.adapters import Adapters
 from weft.data import Renderer
-from weft.data.auditing.base import Facts, Item, Split
+from weft.data.auditing.base import Facts, Finding, Item, Split
 from weft.data.auditing.items import collect, tokens_in
+from weft.data.pipeline import Acceptance, Outcome
 from weft.data.views import Array
 from weft.errors import UserError
 from weft.models import Base, reach
@@ -35,7 +36,7 @@ class DataSet:
 
     ``windows``: with ``documents: joined``, what the model is given instead of the records. ``left_out`` counts the
     records that are missing, by reason. ``not_reached``: by job, what its adapter leaves unchanged in the base,
-    though one may expect otherwise.
+    though one may expect otherwise. ``read``: what became of each record of ``data``, in order.
     """
 
     names: tuple[str, ...]
@@ -46,11 +47,27 @@ class DataSet:
     windows: list[Item]
     left_out: Counter[str]
     not_reached: dict[str, Omission]
+    read: list[Outcome]
 
     @property
     def renderer(self) -> Renderer:
         """The renderer of its samples."""
         return self.facts.renderer
+
+    def clean(self, findings: Iterable[Finding]) -> list[Mapping[str, Any]]:
+        """The fields of the training records that became samples and have no error among these findings.
+
+        Raises:
+            UserError: A line with an error holds other records too.
+        """
+        wrong = {finding.source for finding in findings if finding.severity == "error"}
+        places = Counter(one.source for one in self.read)
+        if shared := next((place for place in wrong if places[place] > 1), None):
+            raise UserError(
+                f"{shared}: several records stand on this line, and one has an error. Give each a line of its own."
+            )
+        passed = [one for one in self.read if isinstance(one, Acceptance) and one.source not in wrong]
+        return [one.fields for one in passed if one.fields]
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,7 @@ class _Group:
             windows=windows,
             left_out=self.left_out,
             not_reached=self.not_reached,
+            read=[one for part in read.sources for one in part.outcomes],
         )
 
     def _items(self, part: SourceSamples, split: Split) -> list[Item]:
