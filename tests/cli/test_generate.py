@@ -113,7 +113,7 @@ def test_top_p_0_is_the_likeliest_token(weft: Callable[..., Any], run_dir: Path)
     assert json.loads(drawn.out) == json.loads(weft(*asked).out)
 
 
-@pytest.mark.parametrize("extra", [["--output", ".", "--overwrite"], ["--seed", 2**63]])
+@pytest.mark.parametrize("extra", [["--output", ".", "--overwrite"], ["--temperature", 1, "--seed", 2**63]])
 def test_unusable_options(weft: Callable[..., Any], run_dir: Path, extra: list[Any]) -> None:
     result = weft("generate", run_dir, "--prompt", "one", "--max-new-tokens", 2, *extra)
     assert result.code == 2, result.err
@@ -224,3 +224,26 @@ def test_texts_to_classify_need_no_label(weft: Callable[..., Any], asked: Path) 
     Path("other.tsv").write_text("so so\t7\ngood\t1\n")
     result = weft("generate", asked / "run", "--adapter", "judge", "--input", "other.tsv")
     assert "other.tsv:1: the adapter has no class '7'. It has 0, 1." in result.err
+
+
+@pytest.mark.parametrize(
+    ("who", "words", "why"),
+    [
+        ("judge", ["--system", "s"], "--system does nothing for adapters that classify"),
+        ("judge", ["--temperature", 1], "--temperature does nothing for adapters that classify"),
+        ("judge", ["--batch-size", 2], "--batch-size does nothing for adapters that classify"),
+        ("writer", ["--top-p", 0.5], "--top-p does nothing without --temperature"),
+        ("writer", ["--raw", "--chat-template", "{{ messages }}"], "--chat-template does nothing with --raw"),
+        ("writer", ["--overwrite"], "--overwrite does nothing without --output"),
+    ],
+)
+def test_options_that_do_nothing(weft: Callable[..., Any], asked: Path, who: str, words: list[Any], why: str) -> None:
+    result = weft("generate", asked / "run", "--adapter", who, "--prompt", "one", *words)
+    assert result.code == 2
+    assert why in result.err
+
+
+def test_a_model_has_no_adapters_and_no_base(weft: Callable[..., Any], tiny_llama_dir: Path) -> None:
+    words = ("generate", tiny_llama_dir, "--prompt", "one", "--max-new-tokens", 1)
+    assert "--all-adapters does nothing for a model" in weft(*words, "--all-adapters").err
+    assert "--model has no base to replace" in weft(*words, "--model", "tiny-bloom").err

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    context: typer.Context,
     target: options.Target,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     input_file: Annotated[
@@ -60,6 +61,7 @@ def generate(
 
     weft generate runs/weft --prompt "What is a loom?" --all-adapters
     """
+    _refuse_idle(context)
     _check(prompt, input_file, adapter, all_adapters, output=output, overwrite=overwrite)
     how_opened: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
     early.refuse(lambda: _check_files(target, input_file, how_opened, chat_template))
@@ -75,6 +77,10 @@ def generate(
     for note in opened.notes:
         common.say(note)
     who = _who(opened, adapter, all_adapters)
+    if not opened.names:
+        options.refuse_idle(context, ["all_adapters"], "for a model, which has no adapters")
+    if not any(name is None or opened.adapters.head(name).writes for name in who):
+        options.refuse_idle(context, [*options.WRITES, "batch_size"], "for adapters that classify")
     sampling = Sampling(temperature, top_k, top_p, seed)
     how = _AnswerSettings(
         system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size
@@ -100,6 +106,17 @@ def _tell(target: str, answers: Mapping[str | None, list[dict[str, Any]]], outpu
     for name, found in scores.items():
         told = f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}, MCC {found['mcc']:.4f}"
         print(f"{name}: {told} ({found['records']:,} records with a label)")
+
+
+def _refuse_idle(context: typer.Context) -> None:
+    """Refuse options that do nothing beside others."""
+    given = context.params
+    if given["raw"]:
+        options.refuse_idle(context, ["system", "chat_template"], "with --raw, which takes no chat template")
+    if not given["temperature"]:
+        options.refuse_idle(context, options.DRAWS, "without --temperature: the likeliest token is taken")
+    if given["output"] is None:
+        options.refuse_idle(context, ["overwrite"], "without --output")
 
 
 def _check(

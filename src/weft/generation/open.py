@@ -174,6 +174,16 @@ class Target:
             raise UserError(f"{what}: {taken} of the model's {limit} positions leave no room for an answer{asked}.")
         return min(wanted or _DEFAULT_NEW_TOKENS, left)
 
+    def summary(self) -> str:
+        """One line on what was loaded: base, adapters, how the base is kept, where it is, and the chat template."""
+        kept = how_kept(self.base.model, self.adapters.dtype)
+        how = ", ".join(str(part) for part in (kept["dtype"], kept["quantization"], self.adapters.device) if part)
+        template = {"own": "the tokenizer's", "asked": "the one of training or given", "fallback": "plain headings"}
+        return (
+            f"base {self.base.name} ({self.adapters.architecture.model_type}, {how}); adapters: "
+            f"{', '.join(self.names) or 'none'}; chat template: {template[self.renderer.template.origin]}"
+        )
+
     def close(self) -> None:
         """Take the adapters off; the model is again the one that was loaded."""
         self.adapters.close()
@@ -216,7 +226,11 @@ def open_target(
             f"{folder} holds no run ({RUN_FILE}), no adapter ({CONFIG}) and no model (config.json). Give one of these, "
             "a hub id, or the name of an embedded model."
         )
-    return _open_model(model or str(target), asked)
+    if model is not None:
+        raise UserError(
+            f"{target} is no run and no adapter, so that --model has no base to replace. Leave one of them out."
+        )
+    return _open_model(str(target), asked)
 
 
 @dataclass(frozen=True, kw_only=True)
