@@ -146,6 +146,11 @@ def show_warnings() -> None:
     logger.propagate = False
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def human_size(count: int) -> str:
     """A number of bytes as people read it."""
     size = float(count)
