@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from weft.data import FORMATS, Conversation, Record
+from weft.data import FORMATS, Conversation, Record, Renderer
 from weft.data.formats.questions import question_of
-from weft.data.queries import reading_of, settings_of
+from weft.data.queries import Query, QueryRecipe, reading_of, settings_of
 from weft.errors import UserError
+from weft.models.load import load_tokenizer
 
 
 def said(fields: dict[str, Any], **how: Any) -> list[tuple[str, str]]:
@@ -80,3 +81,14 @@ def test_a_file_is_read_as_the_one_of_its_name() -> None:
     assert reading_of("d.jsonl", alike).data_format == "alpaca"
     with pytest.raises(UserError, match="settings of data: columns"):
         settings_of({"columns": 5})
+
+
+def test_tokens_and_segments_are_asked_up_to_the_last_answer() -> None:
+    renderer = Renderer(load_tokenizer("tiny-llama"))
+    recipe = QueryRecipe(renderer=renderer, settings=settings_of({}))
+    pieces = [("1+1?", False), ("2", True), (" And 2+2?", False), ("4", True)]
+    record = Record({"segments": [{"text": text, "label": label} for text, label in pieces]}, "f:1")
+    tokens = Record({"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, 8, 9]}, "f:2")
+    written, given = (one for one in recipe.make([record, tokens]) if isinstance(one, Query))
+    assert str(renderer.tokenizer.decode(written.prompt.input_ids)).endswith("1+1?2 And 2+2?")
+    assert given.prompt.input_ids[-3:] == [5, 6, 7]
