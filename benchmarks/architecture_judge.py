@@ -54,7 +54,7 @@ NEW_TOKENS = 12
 # Below it an adapter does nothing, and equalities prove nothing.
 EFFECT = 1e-4
 PEFT = {"lora", "adalora", "ia3", "ln_tuning", "prompt_tuning", "prefix_tuning", "p_tuning", "p_tuning_v2", "vera",
-        "hard_prompt"}  # fmt: skip
+        "hard_prompt", "trainable_tokens"}  # fmt: skip
 
 
 def make_texts(seed: int = 0) -> list[list[int]]:

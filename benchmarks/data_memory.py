@@ -102,7 +102,8 @@ def one(kind: str, path: str, tokenizer: str) -> dict[str, Any]:
     step("audit", lambda: audit_before_training(renderer, data.train, data.held, "warn"))
 
     class Plain:
-        samples, eval_samples, adapter = data.train, data.held, argparse.Namespace(head=None)
+        samples, eval_samples, eval_sizes = data.train, data.held, dict[str, int]()
+        adapter = argparse.Namespace(head=None)
 
     step("hash", lambda: Job.fingerprint.func(Plain()))  # type: ignore[attr-defined]
     train = JobConfig(name="one", method="lora", batch_tokens=LENGTH, epochs=1)

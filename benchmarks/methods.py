@@ -36,10 +36,7 @@ from weft.training.step import train_step
 
 STEPS, BATCH_SIZE = 800, 16
 # What a method cannot do without on these bases, and nothing else: everything besides is the method's default.
-NEEDED: dict[str, dict[str, Any]] = {
-    "bitfit": {"add_missing": True},
-    "hard_prompt": {"prompt_text": "Answer the question in a few words."},
-}
+NEEDED: dict[str, dict[str, Any]] = {"hard_prompt": {"prompt_text": "Answer the question in a few words."}}
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 RESULTS = Path(__file__).parent / "results"
 
@@ -166,7 +163,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    methods = arguments.methods or sorted(METHODS)
+    methods = arguments.methods or sorted(METHODS.keys() - {"trainable_tokens"})
     result: dict[str, Any] = {"steps": arguments.steps, "batch_size": BATCH_SIZE, "torch": torch.__version__}
     result |= {"date": date.today().isoformat(), "cpu": platform.processor() or platform.machine()}
     for model in arguments.models:

@@ -34,6 +34,7 @@ __all__ = [  # noqa: F405, RUF100
     "load_extension",
     "make_config",
     "open_target",
+    "read_metrics",
     "register_callback",
     "register_format",
     "register_method",

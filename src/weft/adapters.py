@@ -113,12 +113,15 @@ class Adapters(core.Adapters):
         return self._attach(name, adapter)
 
     def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:
-        """Write the adapter in PEFT's layout; ``base_name`` is what its config calls the base model.
+        """Write the adapter in PEFT's layout.
+
+        ``base_name`` is what its config calls the base model; default: the folder or hub id that it was loaded from.
 
         Raises:
             UserError: There is none of that name, or a tensor is not finite.
         """
-        save_adapter(self, name, Path(folder), base_name=base_name)
+        known = str(getattr(self.model.config, "name_or_path", ""))
+        save_adapter(self, name, Path(folder), base_name=base_name or known)
 
     def load(self, name: str, folder: str | Path, *, tokenizer: Any = None) -> Adapter:
         """Add an adapter from a folder in PEFT's layout, ours or peft's.

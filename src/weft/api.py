@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping, Sequence
+
 from weft.adapters import Adapters
+from weft.cli import common
+from weft.cli.progress import not_reached, opening
+from weft.cli.session import Session
 from weft.core.stream import Part
 from weft.data import Message, Renderer, register_format
 from weft.errors import UserError
 from weft.extensions import load_extension
+from weft.files.run_folder import read_metrics
 from weft.generation import Request, generate
 from weft.generation.open import Target, open_target
 from weft.generation.sampling import Sampling
@@ -20,9 +27,12 @@ from weft.methods import (
 )
 from weft.models import describe, load_base
 from weft.objectives import register_objective
-from weft.training import RunConfig, load_config, make_config
-from weft.training.callbacks import register_callback
-from weft.training.run import train
+from weft.training import RunConfig, TrainResult, load_config, make_config
+from weft.training.callbacks import Callback, register_callback
+from weft.training.config import config_of
+from weft.training.loop import Event
+from weft.training.run import Setup
+from weft.training.run import train as run_training
 
 __all__ = [
     "Adapters",
@@ -46,9 +56,79 @@ __all__ = [
     "load_extension",
     "make_config",
     "open_target",
+    "read_metrics",
     "register_callback",
     "register_format",
     "register_method",
     "register_objective",
     "train",
 ]
+
+
+def train(
+    config: str | os.PathLike[str] | Mapping[str, object] | RunConfig | None = None,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    data: object = None,
+    method: str | Sequence[str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite_output_dir: bool = False,
+    callbacks: Sequence[str | Callback] = (),
+    on_event: Callable[[Event], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = True,
+    **settings: object,
+) -> TrainResult:
+    """Train one or many adapters over one base, as ``weft train`` does; the results lie in ``output_dir``.
+
+    Ctrl-C (in a notebook: interrupt) saves after the step and raises ``KeyboardInterrupt``; ``resume=True`` goes on.
+
+    Args:
+        config: A YAML or JSON file; or its keys as a mapping; or the folder of a run, to go on with ``resume=True``.
+        model: The base: a Hugging Face folder, a hub id, or an embedded model (``tiny-llama``, ``tiny-bloom``).
+        data: A file, a folder, a pattern, a hub's data set, or a list of them.
+        method: A method (``lora``), or several, which train at once and take the place of the jobs of ``config``.
+        output_dir: The folder of the run; default ``runs/weft``.
+        resume: Go on from the newest checkpoint in ``output_dir``.
+        overwrite_output_dir: Delete the run that is in ``output_dir``.
+        callbacks: Names of registered callbacks, or functions like them: called with the run's ``Setup``, each gives
+            what hears every event. If that returns True, the run saves and stops.
+        on_event: Hears every event, a mapping as in ``metrics.jsonl``.
+        should_stop: Asked after every step; True saves and stops.
+        progress: Show what is trained and how far it is: a live table on a terminal and in a notebook, else lines.
+        **settings: Any key of docs/config.md (``learning_rate=1e-3``, ``epochs=2``, ``r=16``); wins over ``config``.
+
+    Returns:
+        How each job has ended; ``completed`` is False if the run was asked to stop.
+
+    Raises:
+        UserError: Something that was given cannot be used; the message says what, and what to do.
+        KeyboardInterrupt: It was interrupted. While it was training, all up to there is saved.
+    """
+    flags = {"model": model, "data": data, "method": method, "output_dir": output_dir}
+    flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
+    if names := [one for one in callbacks if isinstance(one, str)]:
+        settings["callbacks"] = names
+    given = {key: value for key, value in flags.items() if value is not None}
+    found = config_of(config, settings, flags=given, source="weft.train")
+    if progress and found.shape == "full":
+        common.tell_hub(found.model)
+    session = Session(quiet=not progress, in_program=True)
+
+    def show(setup: Setup) -> Callable[[Event], None]:
+        for line in opening(setup, not_reached(setup)) if progress else ():
+            print(line, flush=True)
+        session.begin(setup.jobs)
+        return session.event
+
+    with session.open():
+        result = run_training(
+            found,
+            callbacks=[show, *(one for one in callbacks if not isinstance(one, str))],
+            on_event=on_event or (lambda event: None),
+            should_stop=lambda: session.should_stop() or (should_stop is not None and should_stop()),
+        )
+    if session.received is not None and not result.completed:
+        raise KeyboardInterrupt
+    return result

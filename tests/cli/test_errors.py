@@ -128,7 +128,7 @@ CASES = [
     (TRAIN + " --output-dir {model} --overwrite-output-dir", ["is no run's folder", "left alone"]),
     (TRAIN + " --output-dir {model} --resume", ["is no run's folder", "left alone"]),
     ("train {model} --resume", ["without a run.json"]),
-    ("train --model {model} --data {data} --method bitfit", ["no bias", "add_missing"]),
+    ("train --model {model} --data {data} --method bitfit add_missing=no", ["no bias", "add_missing"]),
     ("chat nowhere", ["no model at 'nowhere'"]),
     ("chat {occupied}", ["occupied.txt"]),
     ("generate {model}", ["--prompt"]),

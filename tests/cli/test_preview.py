@@ -89,6 +89,25 @@ def test_a_configuration_with_an_evaluation(weft: Callable[..., Any], bare_model
     assert (packing["jobs"], packing["batch_size"], packing["steps"], packing["packs"]) == (["lora"], 3, 4, 4)
 
 
+def test_named_sets_to_evaluate_on_stand_apart(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    """A record in two sets is no copy; each set has figures and a size of its own."""
+    files = {}
+    for name, word, count in (("train", "Square of", 24), ("a", "Root of", 12), ("b", "Sign of", 3)):
+        rows = [{"instruction": f"{word} {n}?", "output": f"{n * 7919}"} for n in range(count)]
+        files[name] = write(tmp_path / f"{name}.jsonl", rows)
+    sets = f"eval_data={{domain: {files['a']}, all: [{files['a']}, {files['b']}], few: {files['b']}}}"
+    words = ["preview", "--model", bare_model, "--data", files["train"], sets, "--ignore", "near-duplicate"]
+    value = json.loads(weft(*words, "--record", f"{files['b']}:2", "--json").out)["data"][0]
+    records = {part: figures["records"] for part, figures in value["statistics"].items()}
+    assert records == {"train": 24, "eval domain": 12, "eval all": 15, "eval few": 3}
+    found = [finding["message"] for finding in value["findings"] if finding["code"] in ("duplicate", "small-eval")]
+    assert found == ["3 records to evaluate on (few), beside 24 to train on; 10 or more would do"]
+    assert value["samples"][0]["split"] == "eval all"
+    told = weft(*words, "--record", f"{files['b']}:2").out
+    assert "to evaluate on: all" in told
+    assert "eval few data of lora" in told
+
+
 def test_errors_are_code_1_and_usage_is_code_2(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
     rows = [*ROWS, {"instruction": "Name a fruit that is yellow.", "output": "TODO"}, ROWS[0]]
     bad = write(tmp_path / "bad.jsonl", rows)

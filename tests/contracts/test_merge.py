@@ -39,7 +39,7 @@ TIED = {"qwen2": {"tie_word_embeddings": True}}
 LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5}
 # Where no module of a kind can have a bias but those that have one.
 BITFIT: dict[str, dict[str, Any]] = {
-    "llama": {"add_missing": True, "target_modules": ["attention", "mlp"]},
+    "llama": {"add_missing": None},
     "gemma": {"add_missing": True, "target_modules": ["attention"]},
     "qwen2": {"add_missing": False},
 }
@@ -217,7 +217,7 @@ def test_biases_where_the_architecture_has_no_place_for_them() -> None:
     for kind, place in (("llama", r"input_layernorm\.bias"), ("qwen2", r"o_proj\.bias"), ("mistral", r"q_proj\.bias")):
         adapters = Adapters(model := kit.make_model(kind), describe(model))
         kit.randomize(adapters.add("it", kit.method_config("bitfit")))
-        with pytest.raises(UserError, match=rf"{kind} models have no place for .*{place}.* without add_missing"):
+        with pytest.raises(UserError, match=rf"{kind} models have no place for .*{place}.* with add_missing: false"):
             merged_model(model, adapters.architecture, adapters.merge("it"))
 
 
@@ -364,6 +364,7 @@ def test_a_quantised_base_is_merged_as_training_saw_it(quantised: Any, method: s
     base, folder = quantised
     adapters = Adapters(base.model, base.architecture)
     more: dict[str, Any] = {"add_missing": True, "target_modules": ["attention"]} if method == "bitfit" else {}
+    more |= kit.SETTINGS[method] if method == "trainable_tokens" else {}
     config = METHODS["lora"](use_dora=True) if method == "dora" else METHODS[method](**more)
     kit.randomize(adapters.add("it", config), scale=0.02)
     routed, before = logits(adapters, "it"), logits(adapters, None)

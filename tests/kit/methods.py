@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 4},
     "bottleneck": {"reduction_factor": 4},
     "hard_prompt": {"prompt_ids": [5, 17, 17, 40]},
+    "trainable_tokens": {"token_indices": [*range(96, 4, -1)]},
     "p_tuning": {"num_virtual_tokens": 4},
     "p_tuning_v2": {"num_virtual_tokens": 3},
 }

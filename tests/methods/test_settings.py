@@ -24,7 +24,7 @@ from weft.models import describe
         ("bottleneck", {"leave_out": [-1]}, "layers are 0 to 2"),
         ("bottleneck", {"leave_out": [0, 1, 2]}, "nothing to tune"),
         ("bottleneck", {"mh_adapter": False, "output_adapter": False}, "nothing to tune"),
-        ("bitfit", {}, "add_missing: true"),
+        ("bitfit", {"add_missing": False}, "add_missing is false"),
         ("bitfit", {"add_missing": True, "target_modules": ["nope"]}, "there are:"),
         ("ia3", {"target_modules": ["k_porj"]}, "matches no linear module"),
         ("ia3", {"target_modules": ["k_proj"], "feedforward_modules": "nope"}, "feedforward_modules 'nope' is none"),

@@ -29,7 +29,7 @@ SETTINGS: list[dict[str, Any]] = [
      "optimizer": "sgd", "lr_scheduler_type": "linear"},
 ]  # fmt: skip
 # Fields of metrics.jsonl that no two runs share.
-TIMING = {"tokens_per_second", "eta_seconds", "memory_gb"}
+TIMING = {"time", "tokens_per_second", "eta_seconds", "memory_gb"}
 
 
 def make_trainer(folder: Path | None, **options: Any) -> Trainer:

@@ -222,6 +222,29 @@ def test_the_gradient_is_that_of_the_mean_over_texts() -> None:
     adapters.close()
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("prompt_tuning", {}), ("prefix_tuning", {"prefix_projection": True}), ("bitfit", {}), ("lora+bitfit", {})],
+)
+def test_the_head_has_a_rate_of_its_own(method: str, settings: dict[str, Any]) -> None:
+    """At a prompt's 0.2 its logits would run away. A rate that the job names is for the head too."""
+    adapters = Adapters(model := kit.make_model("llama"), describe(model))
+    for number, named in enumerate((None, 0.5)):
+        config = JobConfig(name=f"it{number}", method=method, method_settings=settings, task="sequence_classification",
+                           steps=1, learning_rate=named)  # fmt: skip
+        adapter = adapters.add(config.name, config.method_config(), head=TASK)
+        made = Job(config, adapter, classified(2)).optimizer
+        assert made is not None
+        rates = {id(p): group["peak_lr"] for group in made.param_groups for p in group["params"]}
+        head = {rates[id(p)] for name, p in adapter.named_parameters() if name.startswith("head.")}
+        assert head == {named or 2e-3}
+        others = [rates[id(p)] for name, p in adapter.named_parameters() if not name.startswith("head.")]
+        assert others
+        if named is None and adapter.parts[0] is adapter:
+            share = {"prefix_tuning": 80, "bitfit": 3}.get(method, 1)
+            assert set(others) == {METHODS[method].learning_rate(32) / share}
+
+
 def test_figures_of_success() -> None:
     assert class_metrics([1, 1, 0, 1], [1, 0, 0, 1]) == pytest.approx(
         {

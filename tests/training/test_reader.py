@@ -115,7 +115,9 @@ def test_samples_from_the_store_are_those_of_lists(
     digest = hashlib.sha256()
     for sample in (*train, *held):
         digest.update(repr((sample.input_ids, sample.weights)).encode())
-    kept = SimpleNamespace(adapter=SimpleNamespace(head=TokenHead()), samples=found.train, eval_samples=found.held)
+    kept = SimpleNamespace(
+        adapter=SimpleNamespace(head=TokenHead()), samples=found.train, eval_samples=found.held, eval_sizes={}
+    )
     assert Job.__dict__["fingerprint"].func(kept) == digest.hexdigest()
 
 
@@ -134,7 +136,12 @@ def test_memory_does_not_grow_with_the_data(documents: Any, tmp_path: Path, monk
             found = read_with(made, renderer)
             audit_before_training(renderer, found.train, found.held, "warn")
             Job.__dict__["fingerprint"].func(
-                SimpleNamespace(adapter=SimpleNamespace(head=TokenHead()), samples=found.train, eval_samples=found.held)
+                SimpleNamespace(
+                    adapter=SimpleNamespace(head=TokenHead()),
+                    samples=found.train,
+                    eval_samples=found.held,
+                    eval_sizes={},
+                )
             )
             batches = Batches(JobConfig(name="one", method="lora", batch_tokens=3000), found.train)
             assert batches[0][0]

@@ -22,7 +22,7 @@ from weft.training import make_config, run
         ({"method": "llama_pro", "num_new_blocks": 9}, "num_new_blocks 9.*1 to 2"),
         ({"method": "freeze", "num_layers_trainable": 9}, "num_layers_trainable 9"),
         ({"method": "bottleneck", "leave_out": [7]}, r"leave_out.*0 to 1"),
-        ({"method": "bitfit"}, "add_missing"),
+        ({"method": "bitfit", "add_missing": False}, "add_missing is false"),
         ({"method": "ln_tuning", "target_modules": ["nrom"]}, "nrom"),
         ({"method": "prefix_tuning+llama_pro"}, "llama_pro"),
         ({"method": "full", "task": "seq2seq"}, "seq2seq"),

@@ -87,7 +87,7 @@ def combine(
     with new_folder(output, "--output ") as part:
         found, base_name = _chosen(sources, adapter, given, model)
         common.tell_hub(base_name)
-        base = sketch_base(base_name)
+        base = sketch_base(base_name, tokens=_added(found))
         new = _combined(found, how, base, base_name, files.name_for(output))
         files.save(new, base.architecture, part, base_name=base_name)
         _save_tokenizer(found, part)
@@ -111,6 +111,21 @@ def _chosen(
         names = ", ".join(one.name for one in found)
         raise UserError(f"--weights has {len(weights)} numbers; there are {len(found)} adapters: {names}.")
     return found, resolve_model(model) if model else _base(found)
+
+
+def _added(found: list[AdapterFolder]) -> list[str]:
+    """The tokens that the adapters added to their base, each of them the same ones."""
+    from weft.files.adapter_folder import added_tokens
+
+    added = {one.name: added_tokens(one.folder) for one in found}
+    first, *others = added
+    for other in others:
+        if added[other] != added[first]:
+            raise UserError(
+                f"the adapters have other added tokens: {first} {added[first]}, {other} {added[other]}. A token's row "
+                "means nothing beside another token of the same id; train them with the same add_tokens."
+            )
+    return added[first]
 
 
 def _combined(found: list[AdapterFolder], how: Combination, base: Base, base_name: str, name: str) -> Adapter:

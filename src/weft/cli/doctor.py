@@ -186,7 +186,7 @@ def train_one_step(method: str) -> str:
     adapters = Adapters(model, describe(model))
     try:
         settings: dict[str, object] = {"num_virtual_tokens": 4, "add_missing": True, "prompt_ids": [5, 9]}
-        settings |= {"init_r": 4, "target_r": 2}
+        settings |= {"init_r": 4, "target_r": 2, "token_indices": [5]}
         fields = {key for name in method.split("+") for key in METHODS[name].model_fields}
         settings = {key: value for key, value in settings.items() if key in fields}
         config = JobConfig(name="check", method=method, steps=1, batch_size=2, warmup_ratio=0, method_settings=settings)

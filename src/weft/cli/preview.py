@@ -147,10 +147,9 @@ def _views(settings: RunConfig, samples: int, records: Sequence[str], ignore: Se
     for data_set in examine(settings):
         findings = audit(data_set.items, data_set.facts, ignore=ignore)
         figures = {}
-        for split in ("train", "eval"):
-            items = [item for item in data_set.items if item.split == split]
-            if items:
-                figures[split] = statistics(items, findings=findings)
+        for part in dict.fromkeys(item.part for item in data_set.items):
+            items = [item for item in data_set.items if item.part == part]
+            figures[part] = statistics(items, findings=findings)
         next(iter(figures.values()))["left_out"] = dict(data_set.left_out)
         items = data_set.items if records or not data_set.windows else data_set.windows
         views.append(View(data_set, findings, figures, chosen(items, samples, records)))

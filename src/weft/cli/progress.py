@@ -1,15 +1,49 @@
-"""The progress of a training run on stderr: a live table on a terminal, plain lines anywhere else."""
+"""The progress of a training run: a live table on a terminal (stderr) or in a notebook, plain lines anywhere else."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.cli import common
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleRenderable
+    from rich.console import Console
+    from rich.table import Table
+
+    from weft.models.reach import Omission
+    from weft.training.run import Setup
+
+
+def not_reached(setup: Setup) -> dict[str, Omission | None]:
+    """The parts of the base that each job does not reach."""
+    from weft.models.reach import left_out
+
+    return {job.name: left_out(job.adapter, setup.base.model, setup.base.architecture) for job in setup.jobs}
+
+
+def opening(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[str]:
+    """PEFT's sentence for each job, with its folder, the parts of the base that it does not reach, and its note."""
+    from weft.models.reach import unquantized
+
+    if told := unquantized(setup.base.model, setup.base.architecture):
+        yield told
+    base = sum(p.numel() for p in setup.base.model.parameters())
+    for job in setup.jobs:
+        own = job.adapter.num_trainable()
+        yield (
+            f"{job.name}: trainable params: {own:,} || all params: {base + own:,} || "
+            f"trainable%: {100 * own / (base + own):.4f} -> {Path(setup.config.output_dir) / 'adapters' / job.name}"
+        )
+        if missed[job.name]:
+            yield f"{job.name}: {missed[job.name]}"
+        if job.adapter.note:
+            yield f"{job.name}: {job.adapter.note}"
+        if job.eval_sizes and job.config.early_stopping_patience is not None:
+            yield f"{job.name}: early stopping watches the loss on {job.watched}"
 
 
 class Reporter:
@@ -36,10 +70,14 @@ class PlainReporter(Reporter):
 def plain_line(event: Mapping[str, Any]) -> str | None:
     """The line for an event, or None for those that have none."""
     if event["event"] == "eval":
-        line = f"eval job={event['job']} step={event['step']} eval_loss={event['eval_loss']:.4f}"
-        if "eval_accuracy" not in event:
-            return line
-        return f"{line} accuracy={event['eval_accuracy']:.4f} majority={event['eval_majority']:.4f}"
+        words = [f"eval job={event['job']} step={event['step']}"]
+        for key, value in event.items():
+            if key.endswith("_loss"):
+                words.append(f"{key}={value:.4f}")
+            elif key.endswith(("_accuracy", "_majority")):
+                words.append(f"{key.removeprefix('eval_')}={value:.4f}")
+        watched = event.get("early_stopping_on")
+        return " ".join([*words, *([f"early_stopping_on={watched}"] if watched else [])])
     if event["event"] != "step":
         return None
     return (
@@ -50,30 +88,21 @@ def plain_line(event: Mapping[str, Any]) -> str | None:
     )
 
 
-class LiveReporter(Reporter):
-    """Shows a line for each job, which is rewritten in place."""
+class TableReporter(Reporter):
+    """Keeps a table with a line for each job."""
 
-    def __init__(self, jobs: Sequence[tuple[str, int]], console: Console) -> None:
+    def __init__(self, jobs: Sequence[tuple[str, int]]) -> None:
         """``jobs``: their names, and the steps of each."""
-        from rich.live import Live
-
         self.rows: dict[str, dict[str, Any]] = {name: {"step": 0, "total_steps": total} for name, total in jobs}
         self.memory = 0.0
-        self.console = console
-        self.live = Live(self.table(), console=console, refresh_per_second=4, get_renderable=self.table)
-        self.live.start()
 
     def event(self, event: Mapping[str, Any]) -> None:
-        if event["event"] == "warning":
-            self.console.print(f"warning: {event['message']}", markup=False, highlight=False)
-        elif event["event"] in ("step", "eval"):
+        super().event(event)
+        if event["event"] in ("step", "eval"):
             self.rows[event["job"]].update(event)
             self.memory = max(self.memory, event.get("memory_gb", 0.0))
 
-    def close(self) -> None:
-        self.live.stop()
-
-    def table(self) -> ConsoleRenderable:
+    def table(self) -> Table:
         """The present state of all jobs."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -83,8 +112,11 @@ class LiveReporter(Reporter):
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column("job", max_width=24, no_wrap=True)
         table.add_column("", min_width=8)
-        classifies = any("eval_accuracy" in row for row in self.rows.values())
-        for heading in ("step", "loss", "eval", *(["acc"] if classifies else []), "tok/s", "ETA"):
+        told = dict.fromkeys(key for row in self.rows.values() for key in row if key.startswith("eval_"))
+        losses = [key for key in told if key.endswith("_loss")] or ["eval_loss"]
+        rights = [key for key in told if key.endswith("_accuracy")]
+        headings = [_heading(key, "eval") for key in losses] + [_heading(key, "acc") for key in rights]
+        for heading in ("step", "loss", *headings, "tok/s", "ETA"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
@@ -92,13 +124,59 @@ class LiveReporter(Reporter):
             cells = [
                 f"{row['step']}/{row['total_steps']}",
                 _number(row.get("loss"), ".4f"),
-                _number(row.get("eval_loss"), ".4f"),
-                *([_number(row.get("eval_accuracy"), ".3f")] if classifies else []),
+                *(_number(row.get(key), ".4f") for key in losses),
+                *(_number(row.get(key), ".3f") for key in rights),
                 _number(row.get("tokens_per_second"), ".0f"),
                 common.human_time(row["eta_seconds"]) if "eta_seconds" in row else "",
             ]
             table.add_row(name, bar, *cells, "")
         return table
+
+
+class LiveReporter(TableReporter):
+    """Rewrites the table in place, on a terminal."""
+
+    def __init__(self, jobs: Sequence[tuple[str, int]], console: Console) -> None:
+        from rich.live import Live
+
+        super().__init__(jobs)
+        self.live = Live(console=console, refresh_per_second=4, get_renderable=self.table)
+        self.live.start()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "warning":
+            self.live.console.print(f"warning: {event['message']}", markup=False, highlight=False)
+        else:
+            super().event(event)
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+class NotebookReporter(TableReporter):
+    """Rewrites the table in the output of a notebook's cell. It needs IPython alone, where rich wants ipywidgets."""
+
+    def __init__(self, jobs: Sequence[tuple[str, int]]) -> None:
+        from IPython.display import display
+
+        super().__init__(jobs)
+        self._shown = time.monotonic()
+        self._display = display(self.table(), display_id=True)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        super().event(event)
+        if time.monotonic() - self._shown > 0.25:
+            self.close()
+            self._shown = time.monotonic()
+
+    def close(self) -> None:
+        self._display.update(self.table())
+
+
+def _heading(key: str, word: str) -> str:
+    """``eval`` of ``eval_loss``, ``eval domain`` of ``eval_domain_loss``."""
+    name, _, _ = key.removeprefix("eval_").rpartition("_")
+    return f"{word} {name}".rstrip()
 
 
 def _number(value: float | None, form: str) -> str:
@@ -110,6 +188,8 @@ def make_reporter(jobs: Sequence[tuple[str, int]], *, quiet: bool) -> Reporter:
     if quiet:
         return Reporter()
     console = common.console(stderr=True)
+    if console.is_jupyter:
+        return NotebookReporter(jobs)
     if sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
         return LiveReporter(jobs, console)
     return PlainReporter()

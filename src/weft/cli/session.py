@@ -1,10 +1,11 @@
-"""A training run under the command line: its signals and its progress."""
+"""A training run on the screen: its signals and its progress."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -20,13 +21,16 @@ if TYPE_CHECKING:
 class Session:
     """SIGINT and SIGTERM: while loading they end the program; while training the first asks to save and leave.
 
+    In a program that calls Weft, only a SIGINT that would be a ``KeyboardInterrupt`` is taken. It stays one, but for
+    the first while training, which asks likewise.
+
     Attributes:
         received: the number of the first signal, if there was one.
     """
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, in_program: bool = False) -> None:
         self.received: int | None = None
-        self._quiet, self._told = quiet, False
+        self._quiet, self._told, self._in_program = quiet, False, in_program
         self._reporter: Reporter | None = None
 
     def begin(self, jobs: Sequence[Job]) -> None:
@@ -54,7 +58,12 @@ class Session:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Handle both signals inside the block."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+        if self._in_program:
+            here = threading.current_thread() is threading.main_thread()  # no other may handle signals
+            usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            numbers = (signal.SIGINT,) if here and usual else ()
+        before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         finally:
@@ -66,6 +75,8 @@ class Session:
         first = self.received is None
         if first:
             self.received = signum
+        if self._in_program and (self._reporter is None or not first):
+            raise KeyboardInterrupt
         if self._reporter is None:
             # Python drops what is raised inside a destructor; the flag then still ends the run at its first step.
             raise common.Interruption(signum)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weft.cli import common, early, options
+from weft.cli.progress import not_reached, opening
 from weft.cli.session import Session
 from weft.errors import UserError
 from weft.extensions import loaded_files
@@ -62,24 +63,19 @@ def _check(words: list[str], flags: Mapping[str, Any]) -> None:
 
 
 def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
-    from weft.training.config import build_config, load_config, load_run_config
+    from weft.training.config import config_of
 
     file = words[0] if words and "=" not in words[0] else None
     overrides = words[1:] if file else words
     stray = next((word for word in overrides if "=" not in word), None)
     if stray is not None:
         raise UserError(f"{stray!r} is not of the form key=value. Only the first word may be a file.")
-    if file is None:
-        if not flags and not overrides:
-            raise UserError("nothing to train: give a CONFIG.yaml, or --model, --data and --method.")
-        return build_config({}, overrides, flags=flags, source="command line")
-    if Path(file).is_dir():
-        return load_run_config(file, overrides, flags=flags)
-    return load_config(file, overrides, flags=flags)
+    if not words and not flags:
+        raise UserError("nothing to train: give a CONFIG.yaml, or --model, --data and --method.")
+    return config_of(file, overrides, flags=flags, source="command line")
 
 
 def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -> int:
-    from weft.models.reach import left_out
     from weft.training.run import train as run_training
 
     if settings.shape == "full":
@@ -87,12 +83,12 @@ def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -
     jobs: list[dict[str, Any]] = []
 
     def ready(setup: Setup) -> None:
-        missed = {job.name: left_out(job.adapter, setup.base.model, setup.base.architecture) for job in setup.jobs}
+        missed = not_reached(setup)
         jobs.extend(_facts(setup, missed))
         if busy := _busy(setup):
             common.say(busy)
         if not quiet:
-            for line in _opening(setup, jobs, missed):
+            for line in opening(setup, missed):
                 (common.say if as_json else print)(line)
         session.begin(setup.jobs)
 
@@ -122,47 +118,30 @@ def _busy(setup: Setup) -> str | None:
 def _facts(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[dict[str, Any]]:
     """What is known of each job before it trains."""
     for job in setup.jobs:
-        left_out = missed[job.name]
+        left_out, watches = missed[job.name], job.config.early_stopping_patience is not None
+        named = {"eval_sets": list(job.eval_sizes), "early_stopping_on": job.watched if watches else None}
         yield {
             "name": job.name,
             "method": job.config.method,
             "trainable_parameters": job.adapter.num_trainable(),
             "not_reached": left_out.json() if left_out else None,
+            "note": job.adapter.note or None,
             "folder": str(Path(setup.config.output_dir) / "adapters" / job.name),
+            **(named if job.eval_sizes else {}),
         }
-
-
-def _opening(setup: Setup, jobs: list[dict[str, Any]], missed: Mapping[str, Omission | None]) -> Iterator[str]:
-    """PEFT's sentence for each job, with its folder, and the parts of the base that it does not reach."""
-    from weft.models.reach import unquantized
-
-    if told := unquantized(setup.base.model, setup.base.architecture):
-        yield told
-    base = sum(p.numel() for p in setup.base.model.parameters())
-    for job in jobs:
-        own = job["trainable_parameters"]
-        yield (
-            f"{job['name']}: trainable params: {own:,} || all params: {base + own:,} || "
-            f"trainable%: {100 * own / (base + own):.4f} -> {job['folder']}"
-        )
-        if missed[job["name"]]:
-            yield f"{job['name']}: {missed[job['name']]}"
 
 
 def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     """The machine-readable result."""
+    from weft.files.run_folder import read_metrics
     from weft.files.whole import weights_bytes
-    from weft.foreign import json_lines
 
-    metrics = Path(settings.output_dir) / "metrics.jsonl"  # it also holds the events before a resumption
-    logged: list[Mapping[str, Any]] = [*json_lines(metrics)] if metrics.is_file() else []
+    logged = read_metrics(settings.output_dir)  # also the events before a resumption
     rows = []
     for job in jobs:
         state, name = result.jobs[job["name"]], job["name"]
         losses = [e["loss"] for e in logged if e["event"] == "step" and e["job"] == name]
         told = [e for e in logged if e["event"] == "eval" and e["job"] == name]
-        evals = [e["eval_loss"] for e in told]
-        right = [e["eval_accuracy"] for e in told if "eval_accuracy" in e]
         kept = result.completed and state["ended"] != "failed"
         size = weights_bytes(Path(job["folder"])) if kept else 0
         rows.append(
@@ -173,17 +152,16 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
                 "steps": state["step"],
                 "total_steps": state["total_steps"],
                 "loss": losses[-1] if losses else None,
-                "eval_loss_first": evals[0] if evals else None,
-                "eval_loss_best": state["best_eval_loss"],
-                "eval_loss_last": evals[-1] if evals else None,
-                "eval_accuracy_first": right[0] if right else None,
-                "eval_accuracy_best": max(right, default=None),
-                "eval_accuracy_last": right[-1] if right else None,
-                "eval_majority": told[-1].get("eval_majority") if told else None,
+                **(
+                    _eval_figures([], "", None)
+                    if "eval_sets" in job
+                    else _eval_figures(told, "", state["best_eval_loss"])
+                ),
                 "tokens": state["tokens"],
                 "tokens_per_second": round(state["tokens"] / state["seconds"], 1) if state["seconds"] else None,
                 "bytes": size,
                 "folder": job["folder"] if kept else None,
+                **({"eval_sets": _eval_sets(job, told, state, kept=kept)} if "eval_sets" in job else {}),
             }
         )
     return {
@@ -194,6 +172,45 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
         "seconds": round(result.seconds, 3),
         "jobs": rows,
     }
+
+
+def _eval_figures(told: Sequence[Mapping[str, Any]], name: str, best: float | None) -> dict[str, float | None]:
+    """The figures of the evaluations ``told`` on the set ``name``."""
+    from weft.training.job import eval_key
+
+    losses = [event[eval_key(name, "loss")] for event in told]
+    right = [event[eval_key(name, "accuracy")] for event in told if eval_key(name, "accuracy") in event]
+    return {
+        "eval_loss_first": losses[0] if losses else None,
+        "eval_loss_best": best,
+        "eval_loss_last": losses[-1] if losses else None,
+        "eval_accuracy_first": right[0] if right else None,
+        "eval_accuracy_best": max(right, default=None),
+        "eval_accuracy_last": right[-1] if right else None,
+        "eval_majority": told[-1].get(eval_key(name, "majority")) if told else None,
+    }
+
+
+def _eval_sets(
+    job: Mapping[str, Any], told: Sequence[Mapping[str, Any]], state: Mapping[str, Any], *, kept: bool
+) -> dict[str, dict[str, float | None]]:
+    """The figures by set, with the loss of the plain base, that of the adapter as it is kept, and the forgetting."""
+    from weft.training.job import eval_key
+
+    best, watched = state["best_eval_loss"] or {}, job["early_stopping_on"]
+    # Early stopping keeps the weights that were best on the set that it watches.
+    of_kept = [e for e in told if e[eval_key(watched, "loss")] == best.get(watched)][:1] if watched else told[-1:]
+    found = {}
+    for name in job["eval_sets"]:
+        base = told[0].get(f"base_{name}_loss") if told else None
+        loss = of_kept[0][eval_key(name, "loss")] if kept and of_kept else None
+        found[name] = {
+            "base_loss": base,
+            **_eval_figures(told, name, best.get(name)),
+            "eval_loss_kept": loss,
+            "forgetting": None if base is None or loss is None else loss - base,
+        }
+    return found
 
 
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -211,31 +228,64 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "file": lambda job: common.human_size(job["bytes"]) if job["bytes"] else "",
     "ended": lambda job: job["ended"],
 }
+_UNNAMED, _OF_CLASSES = ("eval first", "best", "last"), ("accuracy", "majority")
+# Of a job's named sets, a row each.
+_SET_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "job": lambda row: row["job"],
+    "evaluated on": lambda row: row["set"] + " (early stopping)" * (row["set"] == row["watched"]),
+    "base": lambda row: _loss(row["base_loss"]),
+    "first": lambda row: _loss(row["eval_loss_first"]),
+    "best": lambda row: _loss(row["eval_loss_best"]),
+    "last": lambda row: _loss(row["eval_loss_last"]),
+    "kept": lambda row: _loss(row["eval_loss_kept"]) if row["watched"] else "",  # else it is the last
+    "forgetting": lambda row: "" if row["forgetting"] is None else f"{row['forgetting']:+.4f}",
+    "accuracy": _COLUMNS["accuracy"],
+    "majority": _COLUMNS["majority"],
+}
+_WORDS = ("job", "method", "ended", "evaluated on")
 
 
-def _show(summary: Mapping[str, Any]) -> None:
+def _print_table(rows: Sequence[Mapping[str, str]], narrow: str, figures: Sequence[str]) -> None:
+    """Print rows of cells by heading.
+
+    A table that is cut says nothing. On a narrow screen every row gets lines instead: ``narrow``, and the ``figures``.
+    """
     from rich.measure import Measurement
     from rich.table import Table
 
     out = common.console()
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    classifies = any(job["eval_accuracy_last"] is not None for job in summary["jobs"])
-    columns = {h: cell for h, cell in _COLUMNS.items() if classifies or h not in ("accuracy", "majority")}
-    for heading in columns:
-        table.add_column(heading, justify="left" if heading in ("job", "method", "ended") else "right", no_wrap=True)
-    for job in summary["jobs"]:
-        table.add_row(*(cell(job) for cell in columns.values()))
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading in _WORDS else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells.values())
     print()
     if Measurement.get(out, out.options.update(max_width=1000), table).maximum <= out.width:
         out.print(table)
-    else:
-        # A table that is cut says nothing. On a narrow screen every job gets a few lines instead.
-        for job in summary["jobs"]:
-            cells = {heading: cell(job) for heading, cell in columns.items()}
-            print("{job} ({method}): {ended}, {steps} steps, {params} params {file}".format(**cells).rstrip())
-            figures = ("loss", "eval first", "best", "last", "accuracy", "majority", "tok/s")
-            losses = [f"{heading} {cells[heading]}" for heading in figures if heading in cells]
-            print("  " + "  ".join(text for text in losses if not text.endswith(" ")))
+        return
+    for cells in rows:
+        print(narrow.format(**cells).rstrip())
+        print("  " + "  ".join(f"{heading} {cells[heading]}" for heading in figures if cells.get(heading)))
+
+
+def _show(summary: Mapping[str, Any]) -> None:
+    jobs = summary["jobs"]
+    sets = [
+        {**figures, "job": job["name"], "set": name, "watched": job["early_stopping_on"]}
+        for job in jobs
+        for name, figures in job.get("eval_sets", {}).items()
+    ]
+    classified = [any(row["eval_accuracy_last"] is not None for row in some) for some in (jobs, sets)]
+    left_out = {*(() if classified[0] else _OF_CLASSES), *(_UNNAMED if all("eval_sets" in job for job in jobs) else ())}
+    rows = [{heading: cell(job) for heading, cell in _COLUMNS.items() if heading not in left_out} for job in jobs]
+    narrow = "{job} ({method}): {ended}, {steps} steps, {params} params {file}"
+    _print_table(rows, narrow, ("loss", *_UNNAMED, *_OF_CLASSES, "tok/s"))
+    if sets:
+        cells = [{heading: cell(row) for heading, cell in _SET_COLUMNS.items()} for row in sets]
+        filled = [heading for heading in _SET_COLUMNS if any(row[heading] for row in cells)]
+        _print_table(
+            [{heading: row[heading] for heading in filled} for row in cells], "{job} on {evaluated on}:", filled[2:]
+        )
     print()
     # Paths stand under the table, because one that is cut cannot be copied.
     if summary["completed"]:
@@ -244,7 +294,9 @@ def _show(summary: Mapping[str, Any]) -> None:
         where = _with_extensions(shlex.quote(summary["output_dir"]))
         if all(job["folder"] is None for job in summary["jobs"]):
             return
-        print(f"classify:  weft generate {where} --prompt TEXT" if classifies else f"talk to it:  weft chat {where}")
+        print(
+            f"classify:  weft generate {where} --prompt TEXT" if any(classified) else f"talk to it:  weft chat {where}"
+        )
     else:
         again = _with_extensions(f"weft train {shlex.quote(summary['output_dir'])} --resume")
         print(f"saved at step {summary['steps']}. Go on with:  {again}")

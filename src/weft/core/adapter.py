@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Protocol
@@ -16,6 +15,7 @@ from weft.core.head import Head, TokenHead
 from weft.core.route import PrefixStates, Router, Segment
 from weft.errors import UserError
 from weft.ops.copying import copy_into
+from weft.ops.rates import rate_for
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
@@ -25,6 +25,7 @@ InputFunction = Callable[[Tensor, Segment], Tensor]
 ParameterFunction = Callable[[Tensor], Tensor]
 # (place, count): that many virtual tokens stand before the sequence's own token ``place``.
 Run = tuple[int, int]
+HEAD_RATES = 2e-4, 2e-3  # of an adapter's own head: for large models and for small ones, as a method's
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,9 @@ class MethodConfig(BaseModel):
 
     @classmethod
     def learning_rate(cls, hidden_size: int) -> float:
-        """The rate of a job that names none: small models want larger steps."""
+        """The rate of a job that names none."""
         large, small = cls.default_learning_rate, cls.small_learning_rate
-        if small is None:
-            return large
-        share = min(max(math.log2(2048 / hidden_size) / 4, 0.0), 1.0)
-        return float(f"{large ** (1 - share) * small**share:.2g}")
+        return large if small is None else rate_for(hidden_size, large, small)
 
     def check_quantization(self, quantization: str | None) -> None:
         """Refuse, before weights are loaded, what does not go with a base quantised like that (None: not at all).
@@ -217,8 +215,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
-        # What it answers with: the base's output layer, or a head of its own. Not on the class, where it would hide the
-        # module that ``set_up`` puts here.
+        # What it answers with. Not on the class, where it would hide the module that ``set_up`` puts here.
         self.head: Head = TokenHead()
         self.provenance: Mapping[str, Any] | None = None
         self.trained_on: Mapping[str, Any] | None = None
@@ -226,6 +223,7 @@ class Adapter(nn.Module):
     # Lengths are asked for every batch, so they are plain numbers that a method fills in once.
     num_virtual_tokens: int = 0
     num_prefix_tokens: int = 0
+    note: str = ""  # what its method has decided for this base, where one may expect otherwise
     # Of the base; the default learning rate depends on it.
     hidden_size: int = 2048
 
@@ -353,8 +351,9 @@ class Adapter(nn.Module):
         return rate * self.learning_rate_factor(parameter)
 
     def default_learning_rate(self, parameter: str) -> float:
-        """The rate of one parameter if the job names none."""
-        return self.config.learning_rate(self.hidden_size)
+        """The rate of one parameter if the job names none; a head has its own, whatever the method."""
+        own_head = parameter.startswith("head.")
+        return rate_for(self.hidden_size, *HEAD_RATES) if own_head else self.config.learning_rate(self.hidden_size)
 
     def num_trainable(self) -> int:
         """How many numbers are trained."""

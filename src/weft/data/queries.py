@@ -24,7 +24,7 @@ from weft.data.reading.texts import TextUnit
 from weft.data.rendering.render import Task
 from weft.data.rendering.sample import Prompt, Sample
 from weft.data.settings import DataSettings, ReadSettings
-from weft.data.sources import parse_sources
+from weft.data.sources import parse_sets, parse_sources
 from weft.errors import UserError
 
 
@@ -79,7 +79,8 @@ def settings_of(settings: Mapping[str, object]) -> DataSettings:
 
 def reading_of(path: DataPath, settings: DataSettings) -> ReadSettings:
     """How training read the file at ``path``; of another file, how it read all of its own if it read them alike."""
-    named = [one for data in (settings.data, settings.eval_data) if data is not None for one in parse_sources(data)]
+    named = list(parse_sources(settings.data)) if settings.data is not None else []
+    named += [one for sources in parse_sets(settings.eval_data).values() for one in sources]
     same = [one for one in named if Path(one.path).name == Path(path).name]
     ways = [settings.of(one) for one in same or named]
     return ways[0] if ways and all(way == ways[0] for way in ways) else settings

@@ -15,13 +15,15 @@ from weft.data.auditing.audit import AuditMode
 from weft.data.problems import OnBadRecord
 from weft.data.reading.texts import TextUnit
 from weft.data.rendering.drafts import RenderSettings
-from weft.data.sources import Source, parse_sources, with_paths
+from weft.data.sources import Source, parse_sets, parse_sources, with_paths
 from weft.models.hub import Hub
 from weft.paths import with_home
 
 EmptyAnswers = Literal["error", "skip"]
 # One path, or several with their shares (``weft.data.sources``).
 DataPaths = str | list[str | dict[str, object]]
+# The same, or several such sets by name.
+EvalPaths = DataPaths | dict[str, DataPaths]
 # Marks a key that may change when a run is resumed: it changes no result.
 FREE = object()
 S = TypeVar("S", bound=BaseModel)
@@ -33,6 +35,11 @@ def checked_paths(data: Any) -> Any:
         return None
     parse_sources(data)
     return with_paths(data, with_home)
+
+
+def checked_sets(data: Any) -> Any:
+    """Evaluation data with homes in the place of ``~``. Raises UserError if ``parse_sets`` cannot read it."""
+    return with_paths(data, with_home) if parse_sets(data) else None
 
 
 def free_keys(cls: type[BaseModel]) -> Collection[str]:
@@ -101,12 +108,21 @@ class DataSettings(RenderSettings, ReadSettings):
         "([data.md](data.md))",
     )
     data_hub: Hub | None = Field(None, description="for data sets, if it is another one than `hub`")
-    eval_data: DataPaths | None = Field(None, description="data to evaluate on; a job may have its own")
+    eval_data: EvalPaths | None = Field(
+        None,
+        description="data to evaluate on; a job may have its own. Several sets by name, `{domain: a.jsonl, general: "
+        "[b.jsonl, c.jsonl]}`, have a loss each ([data.md](data.md))",
+    )
     eval_size: int = Field(
         0, ge=0, description="without `eval_data`: how many records to hold out, the same for every job"
     )
     eval_split: float | None = Field(
         None, gt=0, lt=1, description="without `eval_data`: the share of the records to hold out, by their content"
+    )
+    add_tokens: list[str] = Field(
+        [],
+        description="texts that become one token each; every adapter trains and keeps rows for them in the embeddings "
+        "and the head ([data.md](data.md))",
     )
     audit: Annotated[AuditMode, FREE] = Field(
         "error",
@@ -114,7 +130,8 @@ class DataSettings(RenderSettings, ReadSettings):
         "end that is not learned, two BOS …): refuse, say so, or do not look ([data.md](data.md))",
     )
 
-    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
+    _paths = field_validator("data", mode="before")(checked_paths)
+    _sets = field_validator("eval_data", mode="before")(checked_sets)
 
     def unlimited(self) -> Self:
         """The same settings for records of any length: nothing is cut or left out."""

@@ -22,6 +22,7 @@ T = TypeVar("T")
 _TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\*\s*(\S.*?)\s*", re.DOTALL)
 _PLUS = re.compile(r"\s\+\s")
 _FIELDS = ("path", "weight", "format", "columns", "limit")
+_NAME = re.compile(r"\w[\w-]{0,99}")  # of a set of evaluation data; it becomes a part of keys
 _EXAMPLE = "`data: 0.7*mine.jsonl + 0.3*general.jsonl`"
 
 
@@ -54,14 +55,45 @@ def parse_sources(data: object) -> tuple[Source, ...]:
     return sources
 
 
+def parse_sets(data: object) -> dict[str, tuple[Source, ...]]:
+    """The sources of each set of evaluation data, by its name; one without a name is called "". None holds no set.
+
+    Raises:
+        UserError: A name cannot be a part of a key, or ``parse_sources`` cannot read what it names.
+    """
+    if not isinstance(data, Mapping):
+        return {} if data is None else {"": parse_sources(data)}
+    if not data:
+        raise UserError("no set is named; expected {name: path}, or a path.")
+    sets = {}
+    for name, paths in data.items():
+        if not isinstance(name, str):
+            raise UserError(f"{name!r} cannot name a set; a name is text: put it in quotes.")
+        if name in _FIELDS:
+            raise UserError(
+                f"'{name}' cannot name a set: it is a key of a source, and sources stand in a list (- path: …)."
+            )
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"{name!r} cannot name a set: use letters, digits, '_' and '-'; the path stands behind the name."
+            )
+        try:
+            sets[name] = parse_sources(paths)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    return sets
+
+
 def with_paths(data: Any, change: Callable[[str], str]) -> Any:
-    """``data`` with every path in it changed; the rest stays as it is."""
+    """``data``, also by name, with every path in it changed; the rest stays as it is."""
     if isinstance(data, str):
         terms = [(weight, path, change(path)) for weight, path in weighted_terms(data)]
         if all(path == new for _, path, new in terms):
             return data
         return " + ".join(f"{weight}*{new}" if weight else new for weight, _, new in terms)
     if isinstance(data, Mapping):
+        if "path" not in data:
+            return {name: with_paths(paths, change) for name, paths in data.items()}
         return {**data, "path": change(data["path"])}
     return [with_paths(item, change) if isinstance(item, Mapping) else change(item) for item in data]
 

@@ -130,8 +130,7 @@ def add_with_tensors(
     adapter = adapters.add(name, config, blank=True, **more)
     try:
         with torch.no_grad():
-            own = stored_tensors(adapter).keys()
-            load_tensors(adapter, without_tables(own, tensors, adapters.model, adapters.architecture))
+            load_tensors(adapter, without_tables(adapter, tensors, adapters.model, adapters.architecture))
     except BaseException:
         adapters.remove(name)
         raise
@@ -154,7 +153,7 @@ def assemble(
         router=Router(),
     )
     adapter = config.build(name, context)
-    adapter.load_tensors(without_tables(adapter.tensors().keys(), tensors, model, architecture))
+    adapter.load_tensors(without_tables(adapter, tensors, model, architecture))
     return adapter
 
 
@@ -311,6 +310,21 @@ def provenance_of(folder: Path) -> dict[str, object] | None:
 def trained_on(folder: Path) -> dict[str, Any] | None:
     """The ``dtype`` and ``quantization`` of the base in the adapter's training; None if the folder does not say."""
     return _section(folder, "base")
+
+
+def added_tokens(folder: Path, tokenizer: Any = None) -> list[str]:
+    """The tokens, in order, that training added, so that the adapter's base must have rows for them.
+
+    Where the folder does not say: those that ``tokenizer``, which came with it, calls added and whose rows it trained.
+    """
+    settings = expect((provenance_of(folder) or {}).get("settings") or {}, dict, f"{folder / OWN_CONFIG}: settings")
+    said: list[str] = expect(settings.get("add_tokens", []), list, f"{folder / OWN_CONFIG}: add_tokens")
+    if "add_tokens" in settings or tokenizer is None or not (folder / CONFIG).is_file():
+        return said
+    entries = read_json(folder / CONFIG)
+    given: Any = entries.get("trainable_token_indices") or entries.get("token_indices") or []
+    trained = {i for ids in (given.values() if isinstance(given, dict) else [given]) for i in ids}
+    return [token for token, number in tokenizer.get_added_vocab().items() if number in trained]
 
 
 def merged_from(folder: Path) -> dict[str, object] | None:

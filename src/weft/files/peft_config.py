@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import MethodConfig
+from weft.core.adapter import Adapter, MethodConfig
 from weft.core.architecture import Architecture
 from weft.errors import UserError
 from weft.foreign import expect
 from weft.heads.classification import PREFIXES, ClassificationTask, task_of_tensors
 from weft.methods.registry import METHODS
+from weft.methods.trainable_tokens import TokenRows
 
 # Under these two names peft looks for a classification head.
 HEAD_MODULES = ("classifier", "score")
@@ -129,22 +130,30 @@ def _same_targets(config: MethodConfig, mine: str | Collection[str], theirs: obj
     return whole and all(under(path, mine) or any(under(name, [path]) for name in mine) for path in theirs)
 
 
+def _same_table(table: Tensor, weight: Tensor, adapter: Adapter) -> bool:
+    """Whether a table [V, d] is the base's, but for rows that the adapter replaces in it."""
+    trained = [layer.ids for layer in adapter.modules() if isinstance(layer, TokenRows) and layer.replaces(weight)]
+    different = (table != weight).any(-1).nonzero().flatten()
+    return bool(torch.isin(different, torch.cat([*trained, different[:0]])).all())
+
+
 def without_tables(
-    own: Collection[str], tensors: Mapping[str, Tensor], model: nn.Module, shape: Architecture
+    adapter: Adapter, tensors: Mapping[str, Tensor], model: nn.Module, shape: Architecture
 ) -> dict[str, Tensor]:
     """``tensors`` without the base's own table of embeddings and output layer, [V, d] each.
 
-    peft adds them where they were tuned or the vocabulary was resized (``save_embedding_layers``). ``own`` are the
-    names of the adapter's tensors, which stay.
+    peft adds them where they were tuned or the vocabulary was resized (``save_embedding_layers``). Those of the
+    adapter's own tensors stay. Rows that it trains may differ.
 
     Raises:
         UserError: A table is not the base's, or the base's has another number of rows.
     """
-    rest = dict(tensors)
+    rest, own = dict(tensors), adapter.tensors().keys()
     for path in dict.fromkeys(path for path in (shape.embeddings, shape.head) if path):
         base = model.get_submodule(path)
         for part, weight in base.named_parameters(recurse=False):
-            for key in (*(f"{prefix}{path}.{part}" for prefix in PREFIXES), f"{PREFIXES[0]}{path}.base_layer.{part}"):
+            inside = (f"{PREFIXES[0]}{path}.{layer}base_layer.{part}" for layer in ("", "token_adapter."))
+            for key in (*(f"{prefix}{path}.{part}" for prefix in PREFIXES), *inside):
                 if key not in rest:
                     continue
                 table = rest[key]
@@ -157,7 +166,7 @@ def without_tables(
                     )
                 if key in own:
                     continue
-                if weight.is_meta or not torch.equal(table.to(weight), weight):
+                if weight.is_meta or not _same_table(table.to(weight), weight, adapter):
                     compared = "cannot be compared with the base's here" if weight.is_meta else "is not the base's"
                     raise UserError(
                         f"tensor '{key}' is a table of its own that {compared}: peft saved the base's embeddings with "

@@ -1,7 +1,7 @@
 """The folder of a run. A checkpoint appears whole or not at all, and says of itself what it holds.
 
 run.json                     the configuration, and fingerprints of base and data
-metrics.jsonl                one line per logged event
+metrics.jsonl                one line per logged event, with its time
 tokenizer/                   so that the folder answers by itself
 checkpoints/step-00000100/   state.json, <job>.safetensors, manifest.json (SHA-256 of each file)
 adapters/<job>/              the finished adapters, in PEFT's layout
@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +26,8 @@ from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
 from weft.files.whole import append_line, make_folder, remove, sha256_of, sync, write_tensors, write_text, write_whole
 from weft.files.writing import WriteError, writing
-from weft.foreign import check_regular, read_json
+from weft.foreign import check_regular, expect, json_lines, read_json
+from weft.paths import local_path
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -38,6 +40,34 @@ def run_of(folder: Path) -> Path | None:
     """The folder of the run that an adapter's folder belongs to; None if it lies elsewhere."""
     parent = folder.absolute().parent
     return parent.parent if parent.name == "adapters" and (parent.parent / RUN_FILE).is_file() else None
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """What the run in a folder has logged, a row per event; ``pandas.DataFrame`` makes a table of it as it is.
+
+    Returns:
+        Rows with ``time`` (in UTC; None where a run is from before there were times), ``event`` (``step``, ``eval`` or
+        ``warning``), ``job``, and what the event tells: ``step``, ``loss``, ``eval_loss`` and so on.
+
+    Raises:
+        UserError: This is no run's folder, or a line is damaged.
+    """
+    path = local_path(run) / METRICS_FILE
+    if not path.is_file():
+        if (path.parent / RUN_FILE).is_file():
+            return []  # it has not logged anything yet
+        raise UserError(f"{path.parent} holds no {METRICS_FILE}; give the folder of a run (its output_dir).")
+    return [{"time": None, **row} | _time_of(row, f"{path}:{n}") for n, row in enumerate(json_lines(path), 1)]
+
+
+def _time_of(row: Mapping[str, object], where: str) -> dict[str, datetime]:
+    if "time" not in row:
+        return {}
+    text = expect(row["time"], str, f"{where}: time")
+    try:
+        return {"time": datetime.fromisoformat(text)}
+    except ValueError as error:
+        raise UserError(f"{where}: time: {error}.") from None
 
 
 class RunStore:
@@ -115,9 +145,13 @@ class RunStore:
         return read_json(self.folder / RUN_FILE)
 
     def log(self, event: Mapping[str, object]) -> None:
-        """Append one line to ``metrics.jsonl``; JSON has no word for what is not finite, so that becomes null."""
+        """Append one line to ``metrics.jsonl`` with its time, ISO 8601 in UTC.
+
+        JSON has no word for what is not finite, so that becomes null.
+        """
         event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
-        append_line(self.folder / METRICS_FILE, json.dumps(event, ensure_ascii=False))
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        append_line(self.folder / METRICS_FILE, json.dumps({"time": now, **event}, ensure_ascii=False))
 
     def save(
         self, step: int, state: Mapping[str, object], tensors: Mapping[str, Mapping[str, Tensor]], keep: int

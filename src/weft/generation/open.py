@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 
@@ -33,6 +33,7 @@ from weft.errors import UserError
 from weft.files.adapter_folder import (
     CONFIG,
     OWN_CONFIG,
+    added_tokens,
     base_of,
     is_adapter,
     merged_from,
@@ -51,9 +52,6 @@ from weft.models.token_rows import check_rows
 from weft.paths import local_path
 from weft.training.config import RunConfig, read_run_config
 from weft.training.same_run import other_base
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 BASE = "base"
 # The limit of an answer where neither the user nor the model sets one.
@@ -282,7 +280,14 @@ def _open_adapter(folder: Path, asked: _Overrides) -> Target:
         asked.check(source)
         # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
         tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
-        base = load_base(source, device=asked.device, dtype=asked.dtype, tokenizer=tokenizer, quantization=kept)
+        base = load_base(
+            source,
+            device=asked.device,
+            dtype=asked.dtype,
+            tokenizer=tokenizer,
+            quantization=kept,
+            tokens=added_tokens(folder, tokenizer),
+        )
     except UserError as error:
         hint = "" if asked.model else f" ({CONFIG} names this base; --model takes another place)"
         raise UserError(f"{error}{hint}") from None
@@ -332,7 +337,7 @@ def _open_run(folder: Path, asked: _Overrides, wanted: Sequence[str] | None) -> 
     notes += [f"there is no adapter '{name}', for its job failed: {reason}" for name, reason in failed.items()]
     adapters = Adapters(base.model, base.architecture)
     try:
-        notes += _add_adapters(adapters, store, config, keep, base.tokenizer)
+        notes += _add_adapters(adapters, store, config, keep, base)
     except UserError as error:
         raise UserError(f"{error}{_not_its_base(difference)}") from None
     if difference is not None:
@@ -375,14 +380,14 @@ def _not_its_base(difference: str | None) -> str:
 
 
 def _add_adapters(
-    adapters: Adapters, store: RunStore, config: RunConfig, names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    adapters: Adapters, store: RunStore, config: RunConfig, names: Sequence[str], base: Base
 ) -> list[str]:
     """Load the finished adapters, and the others from the newest checkpoint; returns what the user should know."""
     unfinished = []
     for name in names:
         folder = store.adapters / name
         if folder.is_dir():  # it is finished; if a file of it is gone, the user is told, and nothing older answers
-            adapters.load(name, folder, tokenizer=tokenizer)
+            adapters.load(name, folder, tokenizer=base.tokenizer)
         else:
             unfinished.append(name)
     if not unfinished:
@@ -396,9 +401,9 @@ def _add_adapters(
         named = store.read_run().get("labels", {}).get(name)
         adapter = adapters.add(
             name,
-            jobs[name].method_config(),
+            jobs[name].method_on(base),
             seed=jobs[name].seed,
-            tokenizer=tokenizer,
+            tokenizer=base.tokenizer,
             head=ClassificationTask(tuple(named)) if named else None,
         )
         stored = tensors.get(name, {})

@@ -141,8 +141,8 @@ def _no_place(config: PreTrainedConfig, keys: Sequence[str]) -> str:
     last = sorted({".".join(key.split(".")[-2:]) for key in keys})
     return (
         f"cannot be merged: {config.model_type} models have no place for {', '.join(last)} ({keys[0]}, for one), and "
-        "no switch in their configuration makes one. Serve the adapter beside its base instead; or train without "
-        "add_missing, or with target_modules that can have a bias."
+        "no switch in their configuration makes one. Serve the adapter beside its base instead; or train with "
+        "add_missing: false, or with target_modules that can have a bias."
     )
 
 

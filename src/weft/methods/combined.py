@@ -69,6 +69,7 @@ class Combined(Adapter):
         self.part_modules = nn.ModuleList(parts)
         self.num_virtual_tokens = sum(part.num_virtual_tokens for part in self.parts)
         self.num_prefix_tokens = sum(part.num_prefix_tokens for part in self.parts)
+        self.note = " ".join(part.note for part in self.parts if part.note)
         inserting = [part.config.method for part in self.parts if part.inserted_blocks()]
         prefixed = [part.config.method for part in self.parts if part.num_prefix_tokens]
         if inserting and prefixed:

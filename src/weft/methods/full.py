@@ -7,10 +7,8 @@ towards the base (L2-SP, Li et al. 2018). Tied tensors have one ΔW, as they hav
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import ClassVar
-
-from torch import Tensor
 
 from weft.combine.rules import ON_CHANGES
 from weft.core.adapter import BuildContext, MethodConfig
@@ -46,9 +44,3 @@ class WeightDeltas(SiteAdapter):
         except UserError as error:
             raise UserError(f"{config.method}: {error} Or take another method, such as lora.") from None
         super().__init__(config, name, layers)
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        # A tied tensor stands in the file once, under its first module.
-        first: dict[int, str] = {}
-        own = super().tensors()
-        return {key: tensor for key, tensor in own.items() if first.setdefault(id(tensor), key) == key}

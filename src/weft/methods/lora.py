@@ -294,7 +294,7 @@ class Lora(SiteAdapter):
         return tensors
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        rest = dict(tensors)
+        rest = self.once(tensors)
         for a_key, b_key, layer in self._pissa_layers():
             (r, inputs), outputs = layer.lora_A.shape, len(layer.lora_B)
             a, b = checked(rest, a_key, (2 * r, inputs)), checked(rest, b_key, (outputs, 2 * r))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -15,8 +15,9 @@ from weft.core.architecture import Architecture
 from weft.core.site import plain_class
 from weft.errors import UserError
 from weft.foreign import expect
-from weft.methods.own_weights import OwnWeights, saved_biases, saved_modules
+from weft.methods.own_weights import saved_biases, saved_modules
 from weft.methods.site_adapter import SavesModules, SiteAdapter
+from weft.methods.trainable_tokens import token_rows
 from weft.patterns import last_parts, named, pattern
 
 
@@ -45,6 +46,11 @@ class LowRankConfig(SavesModules):
         None, description="name of the list of blocks in the modules' paths, if it is not a usual one"
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
+        None,
+        description="ids of tokens whose rows of the embeddings are trained too; or `{end of a path: ids}`, for the "
+        "head as well; `add_tokens` sets it",
+    )
 
     @field_validator("layers_to_transform", mode="before")
     @classmethod
@@ -142,7 +148,7 @@ class LowRankConfig(SavesModules):
 
 def find_targets(
     config: LowRankConfig, context: BuildContext, more: Sequence[str] = (), *, optional: bool = False
-) -> tuple[dict[str, nn.Module], dict[str, OwnWeights]]:
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The modules to tune and the weights that are trained whole beside them, by path.
 
     ``more`` are linears that another key names. With ``optional`` an empty target_modules is no error.
@@ -153,17 +159,30 @@ def find_targets(
     shape, names = context.architecture, config.target_modules
     for name in [] if isinstance(names, str) else names:
         _refuse_other_kinds(name, config, context)
-    own = saved_modules(config.modules_to_save, context)
+    own: dict[str, nn.Module] = dict(saved_modules(config.modules_to_save, context))
     # As in peft, a module that is trained whole gets no update.
     targets = [] if names == [] and (more or optional) else config.targets(shape)
+    rows = _rows_beside(config, context, {*targets, *own})
     paths = [path for path in dict.fromkeys((*targets, *more)) if path not in own]
     if not paths and not (optional and not targets):
         raise UserError(
             f"target_modules {names!r}: every module it names is in modules_to_save {config.modules_to_save} as well, "
             "so nothing is left to tune."
         )
-    own |= saved_biases(config.bias, context, set(paths), set(own))
+    own |= saved_biases(config.bias, context, set(paths), set(own)) | rows
     return {path: context.model.get_submodule(path) for path in paths}, own
+
+
+def _rows_beside(config: LowRankConfig, context: BuildContext, others: Collection[str]) -> dict[str, nn.Module]:
+    """The rows of tokens that are trained beside the modules ``others``, by path."""
+    given, key = config.trainable_token_indices, "trainable_token_indices"
+    rows = token_rows(key, given if isinstance(given, dict) else {"": given}, context) if given else {}
+    if both := rows.keys() & set(others):
+        raise UserError(
+            f"{key} (which add_tokens sets) trains rows of '{min(both)}', which target_modules or modules_to_save "
+            "trains as well. Leave it out of one of them."
+        )
+    return dict(rows)
 
 
 def _refuse_other_kinds(name: str, config: LowRankConfig, context: BuildContext) -> None:

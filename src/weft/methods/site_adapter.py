@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, MethodConfig, SiteFunction
 from weft.core.route import Segment
+from weft.errors import UserError
 
 
 class SavesModules(MethodConfig):
@@ -63,17 +65,44 @@ class SiteAdapter(Adapter):
         return layers
 
     def tensors(self) -> Mapping[str, Tensor]:
-        layers = {
+        names = self._names()
+        return {key: tensor for key, tensor in self._named().items() if names[key] == key}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_tensors(self.once(tensors))
+
+    def once(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file, in their shapes, each once: peft's may have a tied one under any of its names.
+
+        Raises:
+            UserError: A tied tensor has two values.
+        """
+        names = self._names()
+        found: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            first = found.setdefault(names.get(key, key), tensor)
+            if first is not tensor and not torch.equal(first, tensor):
+                raise UserError(f"tensor '{key}' differs from '{names[key]}', and in this base the two are tied.")
+        return found
+
+    def _names(self) -> dict[str, str]:
+        """The one name in our files, that of its first module, by each name that a parameter has."""
+        first: dict[int, str] = {}
+        return {key: first.setdefault(id(tensor), key) for key, tensor in self._named().items()}
+
+    def _named(self) -> dict[str, Tensor]:
+        """The parameters by their names in the file; one on several modules has several."""
+        tensors: dict[str, Tensor] = {
             f"{self.prefix}{path}.{self.stored_name(part)}": parameter
             for path, layer in zip(self.paths, self.layers, strict=True)
             for part, parameter in layer.named_parameters()
         }
-        # peft wraps the modules it tunes, and calls the module inside the base layer.
-        return layers | {
-            f"{self.prefix}{path}.{'base_layer.' if path in self.paths else ''}{part}": parameter
-            for path, weights in zip(self.own_paths, self.own, strict=True)
-            for part, parameter in weights.named_parameters()
-        }
+        for path, weights in zip(self.own_paths, self.own, strict=True):
+            # peft wraps the modules it tunes, and calls the module inside the base layer.
+            inside = getattr(weights, "wrapper", "base_layer." if path in self.paths else "")
+            for part, parameter in weights.named_parameters():
+                tensors[f"{self.prefix}{path}.{inside}{part}"] = parameter
+        return tensors
 
 
 def in_order(functions: Sequence[SiteFunction]) -> SiteFunction:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
-from weft.models.token_rows import check_special_tokens, token_rows
+from weft.models.token_rows import add_rows, add_tokens, check_special_tokens, token_rows
 from weft.paths import is_hub_id, local_path, names_in
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ DTYPES = {
 class Base:
     """A loaded base model: the model, its tokenizer, the places of its parts, and its name.
 
-    ``original_weight`` gives the weight [out, in] of the module at a path before quantisation.
+    ``original_weight`` gives the weight [out, in] of the module at a path before quantisation. ``added_ids`` are the
+    tokens of ``add_tokens``, whose rows the adapters train.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Base:
     _: KW_ONLY
     name: str
     original_weight: Callable[[str], Tensor] | None = None
+    added_ids: tuple[int, ...] = ()
 
     @property
     def token_rows(self) -> int:
@@ -157,8 +159,11 @@ def sketch_base(
     dtype: str = "auto",
     shape: Shape = "full",
     hub: Hub = "huggingface",
+    tokens: Sequence[str] = (),
 ) -> Base:
     """The base without its weights, all tensors on the meta device: enough to check a configuration against it.
+
+    ``tokens`` are added to the tokenizer, and to the base where it has no rows for them.
 
     Raises:
         UserError: It does not exist, or its configuration cannot be read.
@@ -177,8 +182,8 @@ def sketch_base(
         raise
     except Exception as error:  # as in load_base
         raise UserError(f"the model {name!r} cannot be loaded: {reason_of(error)}") from error
-    check_special_tokens(model, tokenizer, name)
-    return Base(model.eval(), tokenizer, describe(model), name=name)
+    added = _add(model, tokenizer, tokens, name)
+    return Base(model.eval(), tokenizer, describe(model), name=name, added_ids=added)
 
 
 def load_base(
@@ -190,10 +195,12 @@ def load_base(
     shape: Shape = "full",
     quantization: Quantization | None = None,
     hub: Hub = "huggingface",
+    tokens: Sequence[str] = (),
 ) -> Base:
     """Load a base model, in evaluation mode: a decoder with its head, an encoder without.
 
     ``shape="tiny"`` gives the same architecture shrunk, with random weights. ``quantization`` is that of its linears.
+    ``tokens`` as in ``sketch_base``.
 
     Raises:
         UserError: It does not exist, cannot be read, or the device is missing.
@@ -216,8 +223,16 @@ def load_base(
         originals = OriginalWeights(source) if quantization else None
         tokenizer = tokenizer or load_tokenizer(source)
         folder = folder_of(source)
+    added = _add(model, tokenizer, tokens, name)
+    return Base(model, tokenizer, describe(model, folder), name=name, original_weight=originals, added_ids=added)
+
+
+def _add(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], name: str) -> tuple[int, ...]:
+    """Add the tokens to both, and check that those that stand in every text have rows; returns their ids."""
+    ids = add_tokens(tokenizer, tokens)
+    add_rows(model, max(ids, default=-1) + 1)
     check_special_tokens(model, tokenizer, name)
-    return Base(model, tokenizer, describe(model, folder), name=name, original_weight=originals)
+    return ids
 
 
 def _load_model(
@@ -256,6 +271,8 @@ def _load_model(
         raise UserError(
             f"the model {name!r} is damaged: {key} is {tuple(found)}, its config.json says {tuple(wanted)}."
         )
+    # What an adapter's file calls its base: for transformers a hub's model is the folder in which its files lie.
+    model.config.name_or_path = resolve_model(name)
     if quantization is None:
         nn.Module.to(model, where)
     else:

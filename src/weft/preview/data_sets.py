@@ -23,6 +23,7 @@ from weft.models import Base, reach
 from weft.models.load import load_tokenizer
 from weft.models.reach import Omission
 from weft.models.tasks import check_job
+from weft.models.token_rows import add_tokens
 from weft.preview.packing import Packing
 from weft.training.batches import Batches
 from weft.training.reader import JobData, JobSources, Reader, SourceSamples, data_files
@@ -36,7 +37,8 @@ class DataSet:
 
     ``windows``: with ``documents: joined``, what the model is given instead of the records. ``left_out`` counts the
     records that are missing, by reason. ``not_reached``: by job, what its adapter leaves unchanged in the base,
-    though one may expect otherwise. ``read``: what became of each record of ``data``, in order.
+    though one may expect otherwise. ``notes``: by job, what its method has decided for this base. ``read``: what became
+    of each record of ``data``, in order.
     """
 
     names: tuple[str, ...]
@@ -47,6 +49,7 @@ class DataSet:
     windows: list[Item]
     left_out: Counter[str]
     not_reached: dict[str, Omission]
+    notes: dict[str, str]
     read: list[Outcome]
 
     @property
@@ -81,18 +84,18 @@ class _Outline:
     bidirectional: bool
     sketch: Base | None = None
 
-    def adapter(self, job: JobConfig, data: JobData) -> tuple[int, Omission | None]:
-        """The number of virtual tokens of the job's adapter (0 without a sketch), and what it does not reach.
+    def adapter(self, job: JobConfig, data: JobData) -> tuple[int, Omission | None, str]:
+        """The number of virtual tokens of the job's adapter (0 without a sketch), what it does not reach, its note.
 
         Raises:
             UserError: Training would refuse the adapter.
         """
         if self.sketch is None:
-            return 0, None
+            return 0, None, ""
         model, architecture = self.sketch.model, self.sketch.architecture
         with closing(Adapters(model, architecture)) as adapters:
             adapter = blank_adapter(adapters, job, data, self.sketch)
-            return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture)
+            return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture), adapter.note
 
 
 def examine(config: RunConfig) -> list[DataSet]:
@@ -119,7 +122,9 @@ def _outline(config: RunConfig) -> _Outline:
     folder = Path(config.model)
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         seq2seq = any(job.task == "seq2seq" for job in config.jobs)
-        return _Outline(load_tokenizer(str(folder)), None, "seq2seq" if seq2seq else "causal_lm", bidirectional=False)
+        tokenizer = load_tokenizer(str(folder))
+        add_tokens(tokenizer, config.add_tokens)
+        return _Outline(tokenizer, None, "seq2seq" if seq2seq else "causal_lm", bidirectional=False)
     base = config.sketch()
     known = base.architecture
     for job in config.jobs:
@@ -134,13 +139,17 @@ class _Group:
         self, config: RunConfig, outline: _Outline, reader: Reader, unlimited: Renderer, jobs: list[JobConfig]
     ) -> None:
         self.config, self.outline, self.reader, self.unlimited, self.jobs = config, outline, reader, unlimited, jobs
-        self.left_out, self.not_reached = Counter[str](), dict[str, Omission]()
+        self.left_out, self.not_reached, self.notes = Counter[str](), dict[str, Omission](), dict[str, str]()
 
     def data_set(self) -> DataSet:
         config, reader, job = self.config, self.reader, self.jobs[0]
         read = reader.read(job)
         sources = [self._items(part, "train") for part in read.sources]
-        evaluated = [item for part in read.evaluated or () for item in self._items(part, "eval")]
+        evaluated = [
+            replace(item, eval_set=name)
+            for name, part in zip(read.sets, read.evaluated or (), strict=True)
+            for item in self._items(part, "eval")
+        ]
         # Training ends at these records before it comes to anything behind them.
         bad = config.on_bad_record == "error" and any(item.problem for part in (*sources, evaluated) for item in part)
         held = self._held_out(read, bad)
@@ -171,6 +180,7 @@ class _Group:
             left_out=self.left_out,
             not_reached=self.not_reached,
             read=[one for part in read.sources for one in part.outcomes],
+            notes=self.notes,
         )
 
     def _items(self, part: SourceSamples, split: Split) -> list[Item]:
@@ -201,9 +211,11 @@ class _Group:
         alike: dict[Any, list[JobConfig]] = {}
         for job in self.jobs:
             keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
-            virtual, missed = self.outline.adapter(job, data)
+            virtual, missed, note = self.outline.adapter(job, data)
             if missed is not None:
                 self.not_reached[job.name] = missed
+            if note:
+                self.notes[job.name] = note
             alike.setdefault((*keys, virtual), []).append(job)
         return [
             Packing(

@@ -64,8 +64,8 @@ def page(title: str, views: Sequence[View]) -> str:
 def _view(view: View) -> Iterator[str]:
     names = escape(", ".join(view.data_set.names))
     yield from _findings(view)
-    for name, missed in view.data_set.not_reached.items():
-        yield f"<p>{escape(f'{name}: {missed}')}</p>\n"
+    for name, told in (*view.data_set.not_reached.items(), *view.data_set.notes.items()):
+        yield f"<p>{escape(f'{name}: {told}')}</p>\n"
     for split, figures in view.figures.items():
         yield f"<h2>{split} data of {names}</h2>\n<table>"
         packings = view.packings if split == "train" else []

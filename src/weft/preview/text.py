@@ -36,8 +36,8 @@ def show(view: View, out: Console, *, tokens: bool = False) -> None:
     for split, figures in view.figures.items():
         out.print(Text(f"{split} data of {', '.join(view.data_set.names)}", "bold"))
         _figures(figures, view.packings if split == "train" else [], out, renderer.max_length)
-    for name, missed in view.data_set.not_reached.items():
-        out.print(Text(f"{name}: {missed}", "yellow"), soft_wrap=not out.is_terminal)
+    for name, told in (*view.data_set.not_reached.items(), *view.data_set.notes.items()):
+        out.print(Text(f"{name}: {told}", "yellow"), soft_wrap=not out.is_terminal)
     _findings(view, out)
 
 
@@ -67,7 +67,7 @@ def place_of(item: Item, view: View, sample: Sample) -> str:
     if place is not None:
         return f"step {place.step:,}, pack {place.pack}, rows {place.begin:,}–{place.end - 1:,}"
     if item.split == "eval":
-        return "to evaluate on"
+        return f"to evaluate on: {item.eval_set}".removesuffix(": ")
     return "" if view.data_set.windows else "not in the first epoch"
 
 

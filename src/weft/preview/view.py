@@ -43,6 +43,7 @@ class View:
             "statistics": self.figures,
             "packing": self.packings,
             "not_reached": {name: missed.json() for name, missed in self.data_set.not_reached.items()},
+            "notes": self.data_set.notes,
             "findings": findings_json(self.findings),
             "samples": [self._sample(item) for item in self.shown],
         }
@@ -53,7 +54,7 @@ class View:
         keys = ("position", "id", "token", "text", "weight")
         return {
             "source": item.source,
-            "split": item.split,
+            "split": item.part,
             "label": item.label,
             "length": item.length,
             "problem": item.problem[1] if item.problem else None,

@@ -7,7 +7,8 @@ Keys of a job may stand at the top, where they are defaults for every job. The m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from weft.training.settings import JobConfig, RunConfig, method_names, own_setti
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)
+# ``key=value``, as the command line has them, or values by their keys.
+Overrides = Sequence[str] | Mapping[str, object]
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, object] | None = None
+    path: str | os.PathLike[str], overrides: Overrides = (), *, flags: Mapping[str, object] | None = None
 ) -> RunConfig:
     """Read a YAML (or JSON) file and ``key=value`` overrides; dots go into lists and mappings: ``jobs.0.r=16``.
 
@@ -49,9 +52,41 @@ def load_config(
     return build_config(values, overrides, flags=flags, source=str(source))
 
 
+def config_of(
+    given: str | os.PathLike[str] | Mapping[str, object] | RunConfig | None,
+    overrides: Overrides = (),
+    *,
+    flags: Mapping[str, object],
+    source: str,
+) -> RunConfig:
+    """The configuration that a user means by a file, by the folder of a run to go on with, or by settings alone.
+
+    Raises:
+        UserError: It is none, or no valid one.
+    """
+    flags = _plain(flags)
+    overrides = _plain(overrides)
+    if isinstance(given, RunConfig):
+        return _changed(given, overrides, flags, source) if overrides or flags else given
+    if given is None or isinstance(given, Mapping):
+        return build_config(_plain(given or {}), overrides, flags=flags, source=source)
+    if local_path(given).is_dir():
+        return load_run_config(given, overrides, flags=flags)
+    return load_config(given, overrides, flags=flags)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with text in the place of paths, also of those in lists and mappings."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def build_config(
     values: Mapping[str, object],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     flags: Mapping[str, object] | None = None,
     source: str = "configuration",
@@ -66,13 +101,13 @@ def build_config(
     if flags and "method" in flags:
         merged.pop("jobs", None)
     merged |= translate(flags or {}, "command line")
-    for override in overrides:
-        _override(merged, override)
+    for key, value in _pairs(overrides):
+        _override(merged, key, value)
     return make_config(merged, source=source)
 
 
 def load_run_config(
-    folder: str | Path, overrides: Sequence[str] = (), *, flags: Mapping[str, object] | None = None
+    folder: str | os.PathLike[str], overrides: Overrides = (), *, flags: Mapping[str, object] | None = None
 ) -> RunConfig:
     """Read the configuration of the run in ``folder``, to go on with it there.
 
@@ -83,14 +118,19 @@ def load_run_config(
     path = folder / RUN_FILE
     if not path.is_file():
         raise UserError(f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.")
-    values = read_run_config(folder).model_dump(mode="json")
-    values |= {"resume": False, "overwrite_output_dir": False, "output_dir": str(folder), **(flags or {})}
-    for override in overrides:
-        _override(values, override)
-    if not values["resume"]:
-        raise UserError(f"{folder} holds a run; add --resume to go on with it.")
-    _to_jobs(values, str(path))
-    return _run_config(values, str(path))
+    begun = {"resume": False, "overwrite_output_dir": False, "output_dir": str(folder)}
+    found = _changed(read_run_config(folder), overrides, begun | dict(flags or {}), str(path))
+    if not found.resume:
+        raise UserError(f"{folder} holds a run; add --resume (in Python resume=True) to go on with it.")
+    return found
+
+
+def _changed(config: RunConfig, overrides: Overrides, flags: Mapping[str, object], source: str) -> RunConfig:
+    values = config.model_dump(mode="json") | dict(flags)
+    for key, value in _pairs(overrides):
+        _override(values, key, value)
+    _to_jobs(values, source)
+    return _run_config(values, source)
 
 
 def _to_jobs(values: dict[str, Any], source: str) -> None:
@@ -135,12 +175,19 @@ def _run_config(values: Mapping[str, object], source: str) -> RunConfig:
         raise UserError(explain(error, (RunConfig,), source, _RUN_KEYS)) from None
 
 
-def _override(values: dict[str, object], override: str) -> None:
-    key, equals, text = override.partition("=")
+def _pairs(overrides: Overrides) -> Iterator[tuple[str, object]]:
+    if isinstance(overrides, Mapping):
+        yield from overrides.items()
+        return
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"override {override!r} is not of the form key=value (with dots for what lies deeper).")
+        yield key, parse_yaml(text, f"override {override!r}: the value")
+
+
+def _override(values: dict[str, Any], key: str, value: object) -> None:
     *parents, last = key.split(".")
-    if not equals or not all((*parents, last)):
-        raise UserError(f"override {override!r} is not of the form key=value (with dots for what lies deeper).")
-    value = parse_yaml(text, f"override {override!r}: the value")
     if parents and parents[0] == "jobs" and "jobs" not in values and "method" in values:
         values["jobs"] = _jobs_of(values.pop("method"))
     place: Any = values

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ from weft.training.settings import JobConfig
 _WITNESSES = 2**20
 
 
+def eval_key(name: str, figure: str) -> str:
+    """The key of a figure of an evaluation, as in transformers: ``eval_loss``, of a named set ``eval_domain_loss``."""
+    return f"eval_{name}_{figure}" if name else f"eval_{figure}"
+
+
 def _witness(tensor: Tensor) -> str:
     """A digest that shows whether a tensor has changed: of all its numbers, or of an even choice of them."""
     stride = max(1, tensor.numel() // _WITNESSES)
@@ -49,7 +55,7 @@ class Progress:
     seconds: float = 0.0
     _: KW_ONLY
     evaluated_at: int = -1
-    best_eval_loss: float | None = None
+    best_eval_loss: float | dict[str, float] | None = None  # by name, where the sets to evaluate on have names
     metrics: dict[str, float] = field(default_factory=dict)  # those of the last evaluation, without the loss
     evals_without_gain: int = 0
     ended: str | None = None  # why it ended: finished, early_stop, failed
@@ -74,8 +80,11 @@ class Job:
         samples: Sequence[Sample],
         eval_samples: Sequence[Sample] = (),
         mixture: Mixture | None = None,
+        *,
+        eval_sizes: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self.config, self.adapter = config, adapter
+        """``eval_sizes``: how many of the ``eval_samples`` each named set has, in order; without names none."""
+        self.config, self.adapter, self.eval_sizes = config, adapter, eval_sizes
         self.samples, self.eval_samples = samples, eval_samples
         self.name = config.name
         self.objective = config.own_objective()
@@ -97,6 +106,19 @@ class Job:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
         adapter.begin_training(self.total_steps)
         self.best: list[Tensor] | None = None
+
+    @property
+    def eval_sets(self) -> dict[str, Sequence[Sample]]:
+        """The samples to evaluate on by the name of their set; those of a job without names have the name ""."""
+        ends = itertools.accumulate(self.eval_sizes.values())
+        named = zip(self.eval_sizes.items(), ends, strict=True)
+        return {name: self.eval_samples[end - size : end] for (name, size), end in named} or {"": self.eval_samples}
+
+    @property
+    def watched(self) -> str | None:
+        """The name of the set whose loss decides about a gain; None: there are several, and none is chosen."""
+        names = list(self.eval_sizes) or [""]
+        return self.config.early_stopping_on or (names[0] if len(names) == 1 else None)
 
     @property
     def active(self) -> bool:
@@ -221,20 +243,33 @@ class Job:
             return False
         return progress.step == 0 or progress.ended == "finished" or bool(every and progress.step % every == 0)
 
-    def evaluated(self, loss: float, metrics: Mapping[str, float] | None = None) -> None:
-        """Take note of an evaluation; ends the job if ``early_stopping_patience`` evaluations brought no gain."""
-        progress, patience = self.progress, self.config.early_stopping_patience
-        progress.evaluated_at, progress.metrics = progress.step, dict(metrics or {})
-        best = progress.best_eval_loss
-        # Nothing is below NaN, so a NaN would stay the best.
-        if math.isfinite(loss) and (best is None or loss < best - self.config.early_stopping_min_delta):
-            progress.best_eval_loss, progress.evals_without_gain = loss, 0
+    def evaluated(self, losses: Mapping[str, float], metrics: Mapping[str, float]) -> None:
+        """Take note of an evaluation: the loss of each of ``eval_sets``, and the other figures.
+
+        Ends the job if ``early_stopping_patience`` evaluations brought no gain on the set that is watched.
+        """
+        progress, patience, watched = self.progress, self.config.early_stopping_patience, self.watched
+        progress.evaluated_at, progress.metrics = progress.step, dict(metrics)
+        known = progress.best_eval_loss
+        best = dict(known) if isinstance(known, dict) else {} if known is None else {"": known}
+        gains = {name: loss for name, loss in losses.items() if self._is_gain(loss, best.get(name), name == watched)}
+        if best := {**best, **gains}:
+            progress.best_eval_loss = best if self.eval_sizes else best[""]
+        if watched is None:
+            return
+        if watched in gains:
+            progress.evals_without_gain = 0
             if patience is not None:
                 self.best = [p.detach().clone() for p in self.parameters]
             return
         progress.evals_without_gain += 1
         if patience is not None and progress.evals_without_gain >= patience and self.active:
             progress.ended = "early_stop"
+
+    def _is_gain(self, loss: float, best: float | None, watched: bool) -> bool:
+        # Nothing is below NaN, so a NaN would stay the best.
+        delta = self.config.early_stopping_min_delta if watched else 0.0
+        return math.isfinite(loss) and (best is None or loss < best - delta)
 
     @torch.no_grad()
     def take_best(self) -> None:
@@ -313,4 +348,6 @@ class Job:
                 digest.update(repr((sample.label, sample.token_types)).encode())
         if self.adapter.head.labels:
             digest.update(repr(self.adapter.head.labels).encode())
+        if self.eval_sizes:
+            digest.update(repr(list(self.eval_sizes.items())).encode())
         return digest.hexdigest()

@@ -14,7 +14,7 @@ from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.files.run_folder import RunStore
 from weft.objectives.passes import evaluate
-from weft.training.job import Job
+from weft.training.job import Job, eval_key
 from weft.training.memory import freed_memory_kept, peak_memory
 from weft.training.step import StepResult, train_step
 from weft.training.verify import verify_packing
@@ -32,7 +32,7 @@ class TrainResult:
     Attributes:
         completed: False if the run was asked to stop.
         jobs: the progress of each job: how it ``ended`` (``finished``, ``early_stop``, or ``failed`` with the
-            ``reason``), the last evaluation.
+            ``reason``), the last evaluation, and the best loss (``best_eval_loss``; by name, where sets have names).
     """
 
     completed: bool
@@ -207,13 +207,38 @@ class Trainer:
         for job in self.jobs:
             if not job.wants_evaluation():
                 continue
-            found = evaluate(self.adapters, job.name, job.eval_samples, should_stop=self.should_stop)
-            if found is None:
-                return False
-            job.evaluated(found.loss, found.metrics)
-            figures = {f"eval_{key}": value for key, value in {"loss": found.loss, **found.metrics}.items()}
-            self._tell({"event": "eval", "job": job.name, "step": job.progress.step, **figures})
+            told: dict[str, object] = {"event": "eval", "job": job.name, "step": job.progress.step}
+            losses: dict[str, float] = {}
+            metrics: dict[str, float] = {}
+            for name, samples in job.eval_sets.items():
+                found = evaluate(self.adapters, job.name, samples, should_stop=self.should_stop)
+                if found is None:
+                    return False
+                losses[name] = found.loss
+                metrics |= {f"{name}_{key}" if name else key: value for key, value in found.metrics.items()}
+                told |= {eval_key(name, key): value for key, value in {"loss": found.loss, **found.metrics}.items()}
+            if job.eval_sizes:
+                if (base := self._of_the_base(job)) is None:
+                    return False
+                told |= base
+                if job.config.early_stopping_patience is not None:
+                    told["early_stopping_on"] = job.watched
+            job.evaluated(losses, metrics)
+            self._tell(told)
         return True
+
+    def _of_the_base(self, job: Job) -> dict[str, float] | None:
+        """The plain base's loss on each named set, before the first step, for the forgetting; None if asked to stop.
+
+        A fresh adapter would not do: prompts and prefixes begin elsewhere. A base has no classes, so no loss on those.
+        """
+        losses: dict[str, float] = {}
+        for name, samples in job.eval_sets.items() if job.progress.step == 0 and not job.config.classifies else ():
+            found = evaluate(self.adapters, None, samples, should_stop=self.should_stop)
+            if found is None:
+                return None
+            losses[f"base_{name}_loss"] = found.loss
+        return losses
 
     def _tell(self, event: dict[str, Any], *, log: bool = True) -> None:
         if self.store is not None and log:

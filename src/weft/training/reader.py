@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +19,7 @@ from weft.data.pipeline import Fold, Outcome, Recipe, TextRecipe, outcomes
 from weft.data.problems import OnBadRecord
 from weft.data.reading.files import Place, Shards, find_files, unique
 from weft.data.rendering.render import Task
-from weft.data.sources import held_by_chance, held_by_hash
+from weft.data.sources import held_by_chance, held_by_hash, parse_sets
 from weft.data.store import MEMORY, SampleStore
 from weft.data.views import Array, Samples, chained
 from weft.errors import UserError
@@ -28,12 +30,17 @@ from weft.training.settings import JobConfig, RunConfig
 
 @dataclass(frozen=True)
 class JobData:
-    """The samples that a job trains on and those that evaluate it; its classes, if any; the mixture of its sources."""
+    """The samples that a job trains on and those that evaluate it; its classes, if any; the mixture of its sources.
+
+    ``sizes`` are those of the named sets that ``held`` consists of, in order; without names it is empty.
+    """
 
     train: Sequence[Sample]
     held: Sequence[Sample]
     classes: ClassificationTask | None = None
+    _: KW_ONLY
     mixture: Mixture = field(default_factory=lambda: Mixture(()))
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +67,14 @@ Sides = tuple[list[Samples], list[Samples]]  # to train on, to evaluate on, by s
 
 
 class JobSources(NamedTuple):
-    """The samples read for a job, by source: those to train on, and those to evaluate on (None: they are split off)."""
+    """The samples read for a job, by source: those to train on, and those to evaluate on (None: they are split off).
+
+    ``sets`` are the names of the sets that the sources to evaluate on belong to, one per source.
+    """
 
     sources: tuple[SourceSamples, ...]
     evaluated: tuple[SourceSamples, ...] | None
+    sets: tuple[str, ...]
 
 
 def data_files(config: RunConfig) -> dict[str, Place]:
@@ -74,8 +85,10 @@ def data_files(config: RunConfig) -> dict[str, Place]:
     """
     places: dict[str, Place] = {}
     for job in config.jobs:
-        for data in (job.data or config.data, job.eval_data or config.eval_data):
-            sources = parse_sources(data) if data is not None else ()
+        for sources in (
+            parse_sources(job.data or config.data),
+            *parse_sets(job.eval_data or config.eval_data).values(),
+        ):
             for source in sources:
                 if source.path not in places:
                     places[source.path] = _place(source.path, config)
@@ -135,8 +148,8 @@ class Reader:
             UserError: A record cannot be used, and ``on_bad_record`` demands it; or ``eval_data`` has weights.
         """
         sources = parse_sources(job.data or self.config.data)
-        held = job.eval_data or self.config.eval_data
-        evaluated = parse_sources(held) if held is not None else ()
+        sets = parse_sets(job.eval_data or self.config.eval_data)
+        names, evaluated = [name for name, own in sets.items() for _ in own], [*chain.from_iterable(sets.values())]
         if any(source.weight is not None for source in evaluated):
             raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
         loaded: list[SourceSamples] = []
@@ -145,7 +158,7 @@ class Reader:
             loaded.append(self._source(source, job, labels))
             labels = labels or loaded[0].several
         parts = tuple(loaded[: len(sources)]), tuple(loaded[len(sources) :])
-        return JobSources(parts[0], parts[1] if held is not None else None)
+        return JobSources(parts[0], parts[1] if sets else None, tuple(names))
 
     def split(self, read: JobSources) -> list[Array]:
         """The marks (bool) of the samples held out, by source. All jobs have the same, so that losses compare."""
@@ -179,8 +192,11 @@ class Reader:
         train, evaluated = self.made[read]
         weights = [source.weight for source in parse_sources(job.data or self.config.data) if source.weight is not None]
         mixture = Mixture(tuple(map(len, train)), tuple(weights) or None)
-        names = read.sources[0].several
-        return JobData(chained(train), chained(evaluated), ClassificationTask(names) if names else None, mixture)
+        names, sizes = read.sources[0].several, Counter[str]()
+        for name, part in zip(read.sets, evaluated, strict=bool(read.sets)):
+            sizes.update({name: len(part)} if name else {})
+        classes = ClassificationTask(names) if names else None
+        return JobData(chained(train), chained(evaluated), classes, mixture=mixture, sizes=sizes)
 
     def _stored(self, samples: Iterable[Sample]) -> Samples:
         store = self.stores[1]

@@ -19,6 +19,7 @@ from weft.data.formats.detect import format_named
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.reading.files import Place
 from weft.data.rendering.templates import template_text
+from weft.data.sources import parse_sets
 from weft.data.views import Samples, chained
 from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
@@ -31,7 +32,7 @@ from weft.models.attached import prove_attached
 from weft.models.load import check_device, resolve_dtype, resolve_model
 from weft.models.tasks import check_job
 from weft.training.batches import Batches
-from weft.training.callbacks import CALLBACKS, with_callbacks
+from weft.training.callbacks import CALLBACKS, Callback, with_callbacks
 from weft.training.config import read_run_config
 from weft.training.job import Job
 from weft.training.loop import Event, Trainer, TrainResult
@@ -91,10 +92,10 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         jobs = []
         for job, found in zip(config.jobs, loaded, strict=True):
             adapter = adapters.add(
-                job.name, job.method_config(), seed=job.seed, tokenizer=base.tokenizer, head=found.classes
+                job.name, job.method_on(base), seed=job.seed, tokenizer=base.tokenizer, head=found.classes
             )
             prove_attached(adapters, job.name)
-            jobs.append(Job(job, adapter, found.train, found.held, found.mixture))
+            jobs.append(Job(job, adapter, found.train, found.held, found.mixture, eval_sizes=found.sizes))
     except BaseException:
         adapters.close()
         raise
@@ -120,8 +121,9 @@ def check_names(config: RunConfig) -> dict[str, Place]:
         for part in job.method_config().methods():
             part.check_quantization(config.quantization)
         if not job.classifies:
-            for data in (job.data or config.data, job.eval_data or config.eval_data):
-                for source in parse_sources(data) if data is not None else ():
+            sets = parse_sets(job.eval_data or config.eval_data)
+            for sources in (parse_sources(job.data or config.data), *sets.values()):
+                for source in sources:
                     format_named(source.format or config.data_format)
     return data_files(config)
 
@@ -173,7 +175,7 @@ def blank_adapter(adapters: Adapters, job: JobConfig, data: JobData, sketch: Bas
     Raises:
         UserError: The adapter does not fit the base, the number of steps or the length of the samples.
     """
-    adapter = adapters.add(job.name, job.method_config(), tokenizer=sketch.tokenizer, head=data.classes, blank=True)
+    adapter = adapters.add(job.name, job.method_on(sketch), tokenizer=sketch.tokenizer, head=data.classes, blank=True)
     adapter.begin_training(
         Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
     )
@@ -199,6 +201,7 @@ def _check_lengths(name: str, learned: int, samples: Samples, base: Base) -> Non
 def train(
     config: RunConfig,
     *,
+    callbacks: Sequence[Callback] = (),
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     on_ready: Callable[[Setup], None] = lambda setup: None,
@@ -206,7 +209,8 @@ def train(
 ) -> TrainResult:
     """Run a configuration to its end; the run's folder then holds the adapters, but for those of jobs that failed.
 
-    ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones before they are closed.
+    ``callbacks`` hear the events beside those that the configuration names. ``on_ready`` sees the loaded base and the
+    fresh adapters, ``on_trained`` the trained ones before they are closed.
 
     Raises:
         UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
@@ -214,7 +218,7 @@ def train(
     """
     store = RunStore(config.output_dir)
     check_places(config)
-    callbacks = [CALLBACKS.find(name) for name in config.callbacks]
+    callbacks = [*(CALLBACKS.find(name) for name in config.callbacks), *callbacks]
     setup = prepare(config)
     try:
         check_room(config, store, setup.jobs)

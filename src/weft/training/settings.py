@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 from weft.core.adapter import MethodConfig
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
-from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
-from weft.errors import UserError
+from weft.data.settings import FREE, DataPaths, DataSettings, EvalPaths, checked_paths, checked_sets, part
+from weft.data.sources import parse_sets
+from weft.errors import UserError, nearest
 from weft.methods.combined import CombinedConfig
 from weft.methods.registry import METHODS
+from weft.methods.trainable_tokens import with_token_rows
 from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
@@ -34,7 +36,7 @@ class JobConfig(BaseModel):
     method: str = Field(description="one of the methods below; or several in one adapter, joined by `+` (above)")
     method_settings: dict[str, object] = {}
     data: DataPaths | None = Field(None, description="training data of this job")
-    eval_data: DataPaths | None = Field(None, description="evaluation data of this job")
+    eval_data: EvalPaths | None = Field(None, description="evaluation data of this job, also by name")
     task: Literal["causal_lm", "seq2seq", "sequence_classification"] = Field(
         "causal_lm",
         description="`causal_lm` writes text, as the base does it (`seq2seq`: only on an encoder-decoder, T5 or mT5); "
@@ -72,7 +74,10 @@ class JobConfig(BaseModel):
     objective_settings: dict[str, object] = Field({}, description="settings of the objective")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch's own")
     learning_rate: float | None = Field(
-        None, gt=0, description="default: the method's usual one (below); of several methods in one job each its own"
+        None,
+        gt=0,
+        description="default: the method's usual one (below); of several methods in one job each its own, "
+        "and of a classification's head its own (LoRA's)",
     )
     adam_betas: tuple[float, float] = Field(
         (0.9, 0.999), description="AdamW's decay rates; `adam_beta1` and `adam_beta2` set one"
@@ -96,12 +101,16 @@ class JobConfig(BaseModel):
         None, gt=0, description="end after so many evaluations without gain, with the best weights; needs `eval_steps`"
     )
     early_stopping_min_delta: float = Field(0.0, ge=0, description="how much lower a loss must be to count as gain")
+    early_stopping_on: str | None = Field(
+        None, description="the name of the set of `eval_data` that early stopping watches, where several have names"
+    )
     neftune_noise_alpha: float = Field(
         0.0, ge=0, description="NEFTune: strength of the noise on the embeddings in training; 5 is usual, 0: none"
     )
 
     _method: MethodConfig = PrivateAttr()
-    _paths = field_validator("data", "eval_data", mode="before")(checked_paths)
+    _paths = field_validator("data", mode="before")(checked_paths)
+    _sets = field_validator("eval_data", mode="before")(checked_sets)
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -145,6 +154,10 @@ class JobConfig(BaseModel):
     def method_config(self) -> MethodConfig:
         """The method's own configuration."""
         return self._method
+
+    def method_on(self, base: Base) -> MethodConfig:
+        """The method's configuration for ``base``, of whose added tokens it also trains the rows."""
+        return with_token_rows(self._method, base.added_ids, base.model)
 
     def own_objective(self) -> Objective | None:
         """The objective that the job names; None: it minimises the likelihood, or the loss of its task.
@@ -242,9 +255,30 @@ class RunConfig(DataSettings):
         own = {"text_columns": job.text_columns, "label_column": job.label_column}
         return found | own if job.classifies else found
 
+    @model_validator(mode="after")
+    def _early_stopping_watches_one(self) -> RunConfig:
+        for job in self.jobs:
+            names, watched = list(parse_sets(job.eval_data or self.eval_data)), job.early_stopping_on
+            if watched is None and job.early_stopping_patience is not None and len(names) > 1:
+                raise ValueError(
+                    f"job '{job.name}': early_stopping_patience watches one set of eval_data; name it, "
+                    f"early_stopping_on: {' or '.join(names)}"
+                )
+            if watched is not None and watched not in names:
+                told = ", ".join(filter(None, names))
+                raise ValueError(
+                    f"job '{job.name}': early_stopping_on is '{watched}', and "
+                    + (f"eval_data has the sets {told}.{nearest(watched, names)}" if told else "eval_data has no names")
+                )
+        if any(job.early_stopping_on for job in self.jobs) and not any(
+            job.early_stopping_patience for job in self.jobs
+        ):
+            raise ValueError("early_stopping_on needs early_stopping_patience: without it nothing stops early")
+        return self
+
     def sketch(self) -> Base:
         """The base's shapes and tokenizer. Raises UserError as ``load_base`` does."""
-        return sketch_base(self.model, dtype=self.dtype, shape=self.shape, hub=self.hub)
+        return sketch_base(self.model, dtype=self.dtype, shape=self.shape, hub=self.hub, tokens=self.add_tokens)
 
     def base(self, tokenizer: Any = None) -> Base:
         """The base. Raises UserError as ``load_base`` does."""
@@ -256,6 +290,7 @@ class RunConfig(DataSettings):
             shape=self.shape,
             quantization=self.quantization,
             hub=self.hub,
+            tokens=self.add_tokens,
         )
 
     def renderer(self, tokenizer: Any, positions: int | None = None) -> Renderer:

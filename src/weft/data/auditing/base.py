@@ -34,7 +34,8 @@ class Item:
     ``problem`` is ``(code of the check, message)`` of a record that training would refuse or leave out. ``length`` is
     in tokens before anything was cut. ``text`` is all that the record says, ``question`` the message before the last
     learned answer, ``prompt`` everything before it, and ``answer`` the last learned answer itself. ``torn``: training
-    has some windows of the text; these are the others.
+    has some windows of the text; these are the others. ``eval_set`` is the name of the set of evaluation data that the
+    record is in, if it has one.
     """
 
     split: Split
@@ -51,6 +52,12 @@ class Item:
     answer: str = ""
     torn: bool = False
     shown: str = ""  # the fields of a record that became nothing
+    eval_set: str = ""
+
+    @property
+    def part(self) -> str:
+        """``train``, ``eval``, or ``eval domain`` of the set ``domain``."""
+        return f"{self.split} {self.eval_set}".rstrip()
 
     @property
     def messages(self) -> tuple[Message, ...]:

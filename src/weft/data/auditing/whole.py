@@ -22,7 +22,7 @@ def duplicate(records: Records) -> Iterator[Hit]:
     for item, key in zip(records.items, records.shared(_texts), strict=True):
         if not key:
             continue
-        original = first.setdefault((item.split, key, item.label), item)
+        original = first.setdefault((item.part, key, item.label), item)
         if original is not item:
             yield Hit(item, f"the same record as {original.source}", short(item.text))
 
@@ -32,7 +32,7 @@ def near_duplicate(records: Records) -> Iterator[Hit]:
     """A record that nearly is another one (Jaccard similarity of 0.8 or more)."""
     told: set[int] = set()
     for pair, one, other in records.shared(_near):
-        if one.split == other.split and pair.second not in told:
+        if one.part == other.part and pair.second not in told:
             told.add(pair.second)
             what = f"nearly the same as {one.source} (similarity {pair.similarity:.2f})"
             yield Hit(other, what, f"{short(other.text)} ↔ {short(one.text)}")
@@ -133,11 +133,12 @@ def class_imbalance(records: Records) -> Iterator[Hit]:
 @over("small-eval", "warning", "hold out more records: on so few a difference of losses is mostly chance")
 def small_eval(records: Records) -> Iterator[Hit]:
     """Too few records to evaluate on."""
-    held, trained = len(records.of("eval")), len(records.of("train"))
+    trained = len(records.of("train"))
     wanted = max(_FEW, min(_ENOUGH, math.ceil(trained / 100)))
-    if 0 < held < wanted and trained >= _FEW:
-        what = f"{held} record{'s' * (held != 1)} to evaluate on, beside {trained:,} to train on"
-        yield Hit(None, f"{what}; {wanted} or more would do")
+    for name, held in Counter(item.eval_set for item in records.of("eval")).items():
+        if held < wanted and trained >= _FEW:
+            what = f"{held} record{'s' * (held != 1)} to evaluate on{f' ({name})' * bool(name)}"
+            yield Hit(None, f"{what}, beside {trained:,} to train on; {wanted} or more would do")
 
 
 # ------------------------------------------------------------------------------------------------------------- shared
@@ -150,11 +151,11 @@ def _texts(records: Records) -> list[str]:
 
 def _near(records: Records) -> list[tuple[Pair, Item, Item]]:
     """Pairs of records that nearly equal each other. Equal ones are not among them."""
-    # One of several copies in a split is enough, and ``leak`` knows the pairs that are equal across the splits.
+    # One of several copies in a part is enough, and ``leak`` knows the pairs that are equal across the splits.
     first: dict[tuple[str, str], Item] = {}
     for item, text in zip(records.items, records.shared(_texts), strict=True):
         if text:
-            first.setdefault((text, item.split), item)
+            first.setdefault((text, item.part), item)
     texts, kept = [text for text, _ in first], list(first.values())
     return [
         (pair, kept[pair.first], kept[pair.second]) for pair in near(texts) if texts[pair.first] != texts[pair.second]
@@ -162,9 +163,9 @@ def _near(records: Records) -> list[tuple[Pair, Item, Item]]:
 
 
 def _classes(records: Records) -> dict[str, Counter[str]]:
-    """The count of each label in each split."""
+    """The count of each label in each part."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in records.items:
         if item.label is not None:
-            counts[item.split][item.label] += 1
+            counts[item.part][item.label] += 1
     return counts

@@ -1,0 +1,160 @@
+"""Trainable tokens: single rows of the token embeddings (and of the output layer) are trained, the others stay.
+
+New tokens need it: ``add_tokens`` gives the base rows for them, and the adapter holds what it learns. PEFT's files hold
+the rows whole. A head that is tied to the embeddings follows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from weft.base.embeddings import input_embeddings, output_head
+from weft.combine.rules import Combination, Source
+from weft.core.adapter import Adapter, BuildContext, MethodConfig
+from weft.core.route import Segment
+from weft.errors import UserError, nearest
+from weft.methods.combined import CombinedConfig
+from weft.methods.full import FullConfig
+from weft.methods.mergeable import MergedModule
+from weft.methods.own_weights import weight_parts
+from weft.methods.site_adapter import SiteAdapter
+
+
+class TrainableTokensConfig(MethodConfig):
+    """The choice of the trained rows."""
+
+    method: ClassVar[str] = "trainable_tokens"
+    peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    default_learning_rate: ClassVar[float] = 1e-3
+    small_learning_rate: ClassVar[float | None] = 1e-1
+    # How the rows began.
+    harmless_keys: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    token_indices: list[int] = Field([], description="ids of the tokens; default: those of `add_tokens`")
+    target_modules: list[str] | None = Field(
+        None, description="last parts of paths: the token embeddings, the head; default: the embeddings"
+    )
+
+    def build(self, name: str, context: BuildContext) -> Adapter:
+        if not self.token_indices:
+            raise UserError("trainable_tokens: token_indices names no token; say which, or give the run add_tokens.")
+        rows = token_rows("token_indices", dict.fromkeys(self.target_modules or [""], self.token_indices), context)
+        return SiteAdapter(self, name, rows)
+
+    def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]] | None:
+        if any(source.config != self for source in sources):
+            raise UserError("the adapters train different tokens, and there is no rule to combine these.")
+        return super().combine(sources, how)
+
+
+class TokenRows(nn.Module):
+    """Rows [n, d] of the token embeddings E, or of the output layer, in the place of the base's; at first the base's.
+
+    One object sits on a table and on all that is tied to it.
+    """
+
+    stored_whole = True
+    # In peft's files, where the rows belong to a method with parameters of its own.
+    wrapper = "token_adapter."
+    base: nn.Module
+    ids: Tensor
+
+    def __init__(self, module: nn.Module, ids: Sequence[int], context: BuildContext) -> None:
+        super().__init__()
+        self.__dict__["base"] = module
+        self.register_buffer("ids", torch.tensor(ids, device=context.device), persistent=False)
+        rows = context.zeros(len(ids), module.get_parameter("weight").shape[1])
+        self.trainable_tokens_delta = nn.Parameter(rows if context.blank else self._rows_of_base().to(rows))
+
+    def _rows_of_base(self) -> Tensor:
+        return self.base.get_parameter("weight").detach()[self.ids]
+
+    def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        """y [..., d] of the ids x [...] with the own rows; or the logits y [..., V] of the hidden states x [..., d]."""
+        rows = self.trainable_tokens_delta
+        if x.is_floating_point():
+            change = x.to(rows.dtype) @ (rows - self._rows_of_base().to(rows)).t()
+            return y.index_add(-1, self.ids, change.to(y.dtype))
+        hit = x[..., None] == self.ids
+        scale = getattr(self.base, "embed_scale", None)
+        own = (hit.to(rows.dtype) @ rows).to(y.dtype)  # exact: one 1 in a row
+        own = own if scale is None else own * torch.as_tensor(scale).to(own)
+        return torch.where(hit.any(-1, keepdim=True), own, y)
+
+    def replaces(self, weight: Tensor) -> bool:
+        """Whether the rows take the place of those of ``weight`` [V, d]."""
+        return self.base.get_parameter("weight") is weight
+
+    def merge_into(self, merged: MergedModule) -> None:
+        """E with the own rows."""
+        merged.put(merged.weight.index_copy(0, self.ids, merged.cast(self.trainable_tokens_delta)), merged.bias)
+
+
+def token_rows(key: str, wanted: Mapping[str, Sequence[int]], context: BuildContext) -> dict[str, TokenRows]:
+    """Own rows, by path, for the tokens of each module that ``wanted`` names by the end of its path ("": embeddings).
+
+    Raises:
+        UserError: The setting ``key`` names another module, or a token that has no row there.
+    """
+    places = _tables(context.model)
+    table = input_embeddings(context.model)
+    found: dict[str, TokenRows] = {}
+    shared: dict[int, TokenRows] = {}
+    for name, ids in wanted.items():
+        paths = [path for path, m in places.items() if (path.endswith(name) if name else m is table)]
+        if not paths:
+            raise UserError(
+                f"{key}: {name!r} is neither the token embeddings nor the head of this model.{nearest(name, places)} "
+                f"There are: {', '.join(places)}."
+            )
+        for path in paths:
+            weight = places[path].get_parameter("weight")
+            if id(weight) not in shared:
+                weight_parts(places[path], path)
+                _check_ids(f"{key} ({path})", ids, len(weight))
+                shared[id(weight)] = TokenRows(places[path], ids, context)
+            elif shared[id(weight)].ids.tolist() != list(ids):
+                raise UserError(f"{key}: '{path}' is tied to the embeddings, so both must train the same tokens.")
+    for path, module in context.model.named_modules(remove_duplicate=False):
+        rows = shared.get(id(module._parameters.get("weight")))
+        if rows is not None and path not in context.architecture.unreachable:
+            found[path] = rows
+    return found
+
+
+def _check_ids(key: str, ids: Sequence[int], rows: int) -> None:
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{key} names a token twice.")
+    if wrong := next((i for i in ids if not 0 <= i < rows), None):
+        raise UserError(f"{key}: token {wrong} has no row; there are {rows}. add_tokens makes rows for new tokens.")
+
+
+def with_token_rows(config: MethodConfig, ids: Sequence[int], model: nn.Module) -> MethodConfig:
+    """The settings of a method that also trains the rows of the tokens ``ids``: by itself, or as a part beside it."""
+    if not ids or isinstance(config, FullConfig):
+        return config  # full fine-tuning trains every row
+    tables = list({id(module.weight): path for path, module in _tables(model).items()}.values())
+    parts = list(config.methods())
+    for index, part in enumerate(parts):
+        if isinstance(part, TrainableTokensConfig) and not part.token_indices:
+            parts[index] = part.model_copy(update={"token_indices": list(ids), "target_modules": tables})
+            break
+        if "trainable_token_indices" in type(part).model_fields:
+            whole = tuple(getattr(part, "modules_to_save", None) or ())
+            own = {path: list(ids) for path in tables if not path.endswith(whole)}
+            parts[index] = part.model_copy(update={"trainable_token_indices": own or None})
+            break
+    else:
+        parts.append(TrainableTokensConfig(token_indices=list(ids), target_modules=tables))
+    return parts[0] if len(parts) == 1 else CombinedConfig(parts=tuple(parts))
+
+
+def _tables(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
+    """The head, if there is one, and the token embeddings, by path. The head comes first."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {paths[id(module)]: module for module in (output_head(model), input_embeddings(model)) if module is not None}
