@@ -51,7 +51,7 @@ def forget() -> None:
             del registry[name]
     extensions._loaded.clear()
     detect._plan.cache_clear()
-    detect._names.cache_clear()
+    detect.field_names.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ def test_a_run_answers_from_its_folder_alone(weft: Callable[..., Any], run_dir: 
     result = weft("chat", run_dir, "--max-new-tokens", 5, stdin="What comes after one?\n\nAnd 中文?\n")
     assert result.code == 0, result.err
     assert "lora answers (also there: prefix_tuning, base" in result.err
+    assert re.search(r"^base \S+ \(llama, float32, cpu\); adapters: lora, prefix_tuning; chat template: ", result.err)
+    assert "--seed does nothing without --temperature" in weft("chat", run_dir, "--seed", 1).err
     assert result.out.endswith("\n")
 
 

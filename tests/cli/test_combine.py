@@ -179,3 +179,15 @@ def test_what_the_parents_have_in_common_travels(
     result = weft("combine", pair_dir / "adapters/a", other, "--output", "unsaid", "--type", "svd")
     assert f"not trained alike: {other}: the folder does not say" in result.err
     assert provenance_of(Path("unsaid")) is None
+
+
+def test_options_that_do_nothing(weft: Callable[..., Any], pair_dir: Path) -> None:
+    words = ["combine", pair_dir / "adapters/a", pair_dir / "adapters/b", "-o", "new"]
+    for extra, why in (
+        (["--seed", 1], "only dare chooses"),
+        (["--majority-sign-method", "frequency"], "only ties elects"),
+        (["--adapter", "a"], "chooses among those of a run"),
+    ):
+        result = weft(*words, *extra)
+        assert (result.code, why in result.err) == (2, True), result.err
+    assert not Path("new").exists()

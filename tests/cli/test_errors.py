@@ -256,3 +256,19 @@ def test_a_defect_is_exit_1_and_its_traceback_needs_debug(
     assert "defect" in result.err
     assert "Traceback" not in result.err
     assert "Traceback" in weft("train", "--debug").err
+
+
+def test_no_word_is_cut_at_the_edge_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.cli.common import folded
+
+    path = "/a/long-named/" + "folder/" * 12 + "train.jsonl"
+    text = (
+        f"2 records cannot be used:\n  {path}:3: 'output' must be a string, found int 5; write such a value in quotes"
+    )
+    assert folded(text) == text  # a pipe gets the lines as they are
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = folded(text).split("\n")
+    assert " ".join(line.strip() for line in lines) == " ".join(line.strip() for line in text.split("\n"))
+    assert all(len(line) <= 80 or path in line for line in lines)
+    assert all(line.startswith("  ") for line in lines[1:])

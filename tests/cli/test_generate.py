@@ -113,7 +113,7 @@ def test_top_p_0_is_the_likeliest_token(weft: Callable[..., Any], run_dir: Path)
     assert json.loads(drawn.out) == json.loads(weft(*asked).out)
 
 
-@pytest.mark.parametrize("extra", [["--output", ".", "--overwrite"], ["--seed", 2**63]])
+@pytest.mark.parametrize("extra", [["--output", ".", "--overwrite"], ["--temperature", 1, "--seed", 2**63]])
 def test_unusable_options(weft: Callable[..., Any], run_dir: Path, extra: list[Any]) -> None:
     result = weft("generate", run_dir, "--prompt", "one", "--max-new-tokens", 2, *extra)
     assert result.code == 2, result.err
@@ -155,3 +155,95 @@ def test_another_base_is_named_with_both_names_and_hashes(
     assert result.code == 2
     for told in ("tiny-bloom", str(tiny_llama_dir), trained["sha256_of_small_tensors"], "instead of"):
         assert told in result.err
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a writer, whose columns are named, and a classifier, whose table has no header row."""
+    from weft.cli.main import main
+
+    folder = tmp_path_factory.mktemp("asked")
+    rows = [{"title": f"T{n}", "ask me": f"What is {n}?", "said": f"It is {n}."} for n in range(4)]
+    (folder / "write.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = ["a fine film", "a dull one", "so slow and odd", "warm and true", "the plot is gone"]
+    marks = "".join(f"gj04\t{n % 2}\t{'*' if n % 2 else ''}\t{text}\n" for n, text in enumerate(texts))
+    (folder / "cola.tsv").write_text(marks)
+    jobs = [
+        {"name": "writer", "method": "lora", "data": [
+            {"path": str(folder / "write.jsonl"), "columns": {"prompt": "{title}: {ask me}", "completion": "said"}}]},
+        {"name": "judge", "method": "lora", "task": "sequence_classification", "data": str(folder / "cola.tsv"),
+         "eval_data": str(folder / "cola.tsv")},
+    ]  # fmt: skip
+    config = {"model": str(tiny_llama_dir), "jobs": jobs, "steps": 2, "output_dir": str(folder / "run"),
+              "logging_steps": 1}  # fmt: skip
+    (folder / "run.yaml").write_text(json.dumps(config))
+    assert main(["train", str(folder / "run.yaml"), "--quiet"]) == 0
+    return folder
+
+
+def test_what_was_evaluated_on_can_be_asked(weft: Callable[..., Any], asked: Path) -> None:
+    """The figures are those of the last evaluation, for the file is read as training read it."""
+    events = [json.loads(line) for line in (asked / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = [event for event in events if event["event"] == "eval" and event["job"] == "judge"][-1]
+    for target in (asked / "run", asked / "run" / "adapters" / "judge"):
+        result = weft("generate", target, "--adapter", "judge", "--input", asked / "cola.tsv", "--json")
+        told = json.loads(result.out)
+        assert told["scores"]["judge"] == {
+            **{key: last[f"eval_{key}"] for key in ("accuracy", "majority", "macro_f1", "f1", "mcc")},
+            "records": 5,
+        }
+        assert [row["label"] for row in told["results"]] == ["0", "1", "0", "1", "0"]
+    shown = weft("generate", asked / "run", "--adapter", "judge", "--input", asked / "cola.tsv")
+    told = f"judge: accuracy {last['eval_accuracy']:.4f}, macro-F1 {last['eval_macro_f1']:.4f}, MCC "
+    assert told in shown.out.splitlines()[-1]
+
+
+def test_the_questions_are_read_as_in_training(weft: Callable[..., Any], asked: Path) -> None:
+    Path("others.jsonl").write_text('{"title": "T", "ask me": "Who?"}\n')
+    Path("alpaca.jsonl").write_text('{"instruction": "i", "input": "more", "output": "left out"}\n')
+    for file, prompts in (
+        (asked / "write.jsonl", [f"T{n}: What is {n}?" for n in range(4)]),
+        ("others.jsonl", ["T: Who?"]),
+        ("alpaca.jsonl", ["i\nmore"]),
+    ):
+        result = weft("generate", asked / "run", "--adapter", "writer", "--input", file, "--json",
+                      "--max-new-tokens", 1)  # fmt: skip
+        assert result.code == 0, result.err
+        assert [row["prompt"] for row in json.loads(result.out)["results"]] == prompts
+    Path("torn.jsonl").write_text('{"ask me": "Who?", "said": "I."}\n')
+    torn = weft("generate", asked / "run", "--adapter", "writer", "--input", "torn.jsonl")
+    assert "torn.jsonl:1: columns: there is no field 'title'" in torn.err
+
+
+def test_texts_to_classify_need_no_label(weft: Callable[..., Any], asked: Path) -> None:
+    Path("t.txt").write_text("one\ttwo\nthree\n")
+    result = weft("generate", asked / "run", "--adapter", "judge", "--input", "t.txt", "--json")
+    told = json.loads(result.out)
+    assert [row["prompt"] for row in told["results"]] == ["one\ttwo", "three"]
+    assert "scores" not in told
+    Path("other.tsv").write_text("so so\t7\ngood\t1\n")
+    result = weft("generate", asked / "run", "--adapter", "judge", "--input", "other.tsv")
+    assert "other.tsv:1: the adapter has no class '7'. It has 0, 1." in result.err
+
+
+@pytest.mark.parametrize(
+    ("who", "words", "why"),
+    [
+        ("judge", ["--system", "s"], "--system does nothing for adapters that classify"),
+        ("judge", ["--temperature", 1], "--temperature does nothing for adapters that classify"),
+        ("judge", ["--batch-size", 2], "--batch-size does nothing for adapters that classify"),
+        ("writer", ["--top-p", 0.5], "--top-p does nothing without --temperature"),
+        ("writer", ["--raw", "--chat-template", "{{ messages }}"], "--chat-template does nothing with --raw"),
+        ("writer", ["--overwrite"], "--overwrite does nothing without --output"),
+    ],
+)
+def test_options_that_do_nothing(weft: Callable[..., Any], asked: Path, who: str, words: list[Any], why: str) -> None:
+    result = weft("generate", asked / "run", "--adapter", who, "--prompt", "one", *words)
+    assert result.code == 2
+    assert why in result.err
+
+
+def test_a_model_has_no_adapters_and_no_base(weft: Callable[..., Any], tiny_llama_dir: Path) -> None:
+    words = ("generate", tiny_llama_dir, "--prompt", "one", "--max-new-tokens", 1)
+    assert "--all-adapters does nothing for a model" in weft(*words, "--all-adapters").err
+    assert "--model has no base to replace" in weft(*words, "--model", "tiny-bloom").err

@@ -131,6 +131,26 @@ def test_errors_are_code_1_and_usage_is_code_2(weft: Callable[..., Any], bare_mo
     assert weft("preview", "--model", bare_model, "--data", "nowhere.jsonl").code == 2
 
 
+def test_clean_records_are_written_as_they_were(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    extra = {"instruction": "Name a city with a harbour.", "output": "Genoa 🚢 is.", "id": 7, "tags": ["a", None]}
+    todo = {"instruction": "Name a tree, please.", "output": "TODO"}
+    bad = write(tmp_path / "bad.jsonl", [*ROWS, {"question": "x"}, ROWS[0], todo, extra])
+    words = ("preview", "--model", bare_model, "--data", bad)
+    result = weft(*words, "--write-clean", "clean.jsonl")
+    assert result.code == 1
+    assert "5 of 8 records -> clean.jsonl" in result.err
+    assert [json.loads(line) for line in Path("clean.jsonl").read_text().splitlines()] == [*ROWS, extra]
+    assert weft("preview", "--model", bare_model, "--data", "clean.jsonl").code == 0
+    for other, why in (("clean.jsonl", "there already"), ("c.csv", "ends in .jsonl"), ("no/c.jsonl", "not there")):
+        refused = weft(*words, "--write-clean", other)
+        assert (refused.code, why in refused.err) == (2, True), refused.err
+    Path("one.json").write_text(json.dumps([*ROWS, todo]))
+    assert "one.json:1: several records" in weft(*words[:4], "one.json", "--write-clean", "none.jsonl").err
+    alone = write(tmp_path / "todo.jsonl", [todo])
+    assert "every record has an error" in weft(*words[:4], alone, "--write-clean", "none.jsonl").err
+    assert not Path("none.jsonl").exists()
+
+
 def test_a_record_that_training_refuses_is_shown(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
     bad = write(tmp_path / "bad.jsonl", [ROWS[0], {"instruction": "Say it.", "output": ""}, {"question": "x"}])
     result = weft("preview", "--model", bare_model, "--data", bad, "--record", "bad.jsonl:2", "--record", "3")
@@ -310,6 +330,8 @@ def test_what_is_left_out_is_named_by_its_reason(weft: Callable[..., Any], bare_
         (["eval_size=4"], "cannot hold out 4 of 4"),
         (["eval_data=0.5*some.jsonl + 0.5*other.jsonl"], "eval_data has weights"),
         (["batch_tokens=8"], "do not fit into batch_tokens: 8"),
+        (["method=prefix_tuning", "num_virtual_tokens=950"], "tokens and the 950 learned ones of job"),
+        (["task=seq2seq"], "task is seq2seq, but a llama model is no encoder-decoder"),
         (["--html", "nowhere/page.html"], "its folder is not there"),
         (["--html", "."], "that is a folder"),
     ],
@@ -323,6 +345,14 @@ def test_what_training_refuses(
     result = weft("preview", "--model", bare_model, "--data", data, *words)
     assert result.code == 2, result.out
     assert said in result.err
+
+
+def test_bad_records_come_before_learned_tokens(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad.jsonl", [*ROWS, {"question": "x"}])
+    words = ("--model", bare_model, "--data", bad, "method=prefix_tuning", "num_virtual_tokens=950")
+    result = weft("preview", *words)
+    assert result.code == 1, result.err
+    assert f"{bad}:5: " in result.out
 
 
 def test_records_that_training_leaves_out_are_warnings(

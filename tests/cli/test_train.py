@@ -189,3 +189,25 @@ def test_help_tells_the_exit_codes(weft: Callable[..., Any], verb: str) -> None:
     assert result.code == 0
     for code in ("130", "143", "a defect of Weft"):
         assert code in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "load", "told"),
+    [("cpu", 2, 9.0, True), ("cpu", 1, 9.0, False), ("cpu", 2, 1.0, False), ("cuda", 2, 9.0, False)],
+)
+def test_a_busy_machine_is_told(
+    device: str, threads: int, load: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from weft.cli import common
+    from weft.cli.train import _busy
+
+    monkeypatch.setattr(common, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    line = _busy(SimpleNamespace(adapters=SimpleNamespace(device=torch.device(device))))  # type: ignore[arg-type]
+    told_so = "this machine is busy (load 9.0, 2 cores): threads: 1 may be faster than the 2 in use"
+    assert line == (told_so if told else None)

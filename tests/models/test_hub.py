@@ -98,6 +98,10 @@ def test_offline_what_was_fetched_before_is_used(monkeypatch: pytest.MonkeyPatch
         UserError, match="data 'owner/other' is no file here and was not fetched before, and HF_HUB_OFFLINE"
     ):
         hub.fetch_dataset("owner/other")
+    with pytest.raises(UserError, match="`hf download owner/other --repo-type dataset --local-dir other`"):
+        hub.fetch_dataset("owner/other:a.json")
+    with pytest.raises(UserError, match=r"`hf download owner/base --local-dir base`; .*config\.json, .*\.safetensors"):
+        hub.fetch_model("owner/base")
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,15 +276,23 @@ def names_of(job: Job) -> list[str]:
 
 def test_figures_of_success() -> None:
     assert class_metrics([1, 1, 0, 1], [1, 0, 0, 1]) == pytest.approx(
-        {"accuracy": 0.75, "majority": 0.5, "f1": 2 * 2 / (3 + 2), "mcc": (2 * 1 - 1 * 0) / (3 * 2 * 1 * 2) ** 0.5}
+        {
+            "accuracy": 0.75,
+            "majority": 0.5,
+            "macro_f1": (4 / 5 + 2 / 3) / 2,
+            "f1": 4 / 5,
+            "mcc": (2 * 1 - 1 * 0) / (3 * 2 * 1 * 2) ** 0.5,
+        }
     )
     # One answer for all: no correlation, whatever the share.
     assert class_metrics([0, 0, 0], [0, 1, 0]) == pytest.approx(
-        {"accuracy": 2 / 3, "majority": 2 / 3, "f1": 0.0, "mcc": 0.0}
+        {"accuracy": 2 / 3, "majority": 2 / 3, "macro_f1": 2 / 5, "f1": 0.0, "mcc": 0.0}
     )
     # Three classes: the mean of 2/3, 2/3 and 1; MCC by hand: c = 3, n = 4, p = (1, 2, 1), t = (2, 1, 1).
     found = class_metrics([0, 1, 1, 2], [0, 0, 1, 2])
-    assert found == pytest.approx({"accuracy": 0.75, "majority": 0.5, "f1": 7 / 9, "mcc": 7 / (10 * 10) ** 0.5})
+    assert found == pytest.approx(
+        {"accuracy": 0.75, "majority": 0.5, "macro_f1": 7 / 9, "f1": 7 / 9, "mcc": 7 / (10 * 10) ** 0.5}
+    )
 
 
 def test_predictions_are_those_that_evaluation_counts() -> None:

@@ -13,7 +13,6 @@ from tests.kit.encoders import save_bert, write_reviews
 from weft.data import load_labelled
 from weft.errors import UserError
 from weft.evaluate import predict
-from weft.evaluate.classify import text_sample
 from weft.files.adapter_folder import METHODS
 from weft.generation import Request, generate
 from weft.generation.open import open_target
@@ -163,13 +162,13 @@ def test_pairs_are_encoded_as_the_tokenizer_does(bert: Path, tmp_path: Path) -> 
     train(make_config({"model": str(bert), "data": str(data), "method": "lora", "task": "sequence_classification",
                        "steps": 3, "output_dir": str(folder), "threads": 1}))  # fmt: skip
     opened = open_target(folder)
-    sample = text_sample(opened.adapters, opened.renderer, "a fine film\tthe film is dull")
+    sample = opened.queries(["a fine film\tthe film is dull"], "lora")[0].prompt
     (read, *_), names = load_labelled(data, opened.renderer, encoder=True)
     assert names == ("dull", "lovely")
     assert (sample.input_ids, sample.token_types) == (read.input_ids, read.token_types)
     assert any(sample.token_types)
     with pytest.raises(UserError, match="3 texts with tabs"):
-        text_sample(opened.adapters, opened.renderer, "a\tb\tc")
+        opened.queries(["a\tb\tc"], "lora")
     opened.close()
 
 

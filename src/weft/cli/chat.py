@@ -26,6 +26,7 @@ COMMANDS = {
 
 
 def chat(
+    context: typer.Context,
     target: options.Target,
     adapter: Annotated[
         list[str] | None, typer.Option(help="Adapters of the run to load; the first one answers. 'base' is the base.")
@@ -48,6 +49,8 @@ def chat(
 
     weft chat runs/weft --adapter lora
     """
+    if not temperature:
+        options.refuse_idle(context, options.DRAWS, "without --temperature: the likeliest token is taken")
     how: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
     early.refuse(lambda: _open(target, how, chat_template))
     common.tell_hub(model or target)
@@ -57,7 +60,7 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, seed)
     names = [*(adapter or opened.names), None]
     talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens, as_json=as_json)
-    for note in (*opened.notes, talk.introduction()):
+    for note in (*opened.notes, opened.summary(), talk.introduction()):
         common.say(note)
     for line in _lines():
         try:

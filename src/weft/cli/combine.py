@@ -33,6 +33,7 @@ class AdapterFolder:
 
 
 def combine(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -62,6 +63,12 @@ def combine(
 
     weft combine runs/a runs/b --output both --weights 0.7,0.3 --type ties --density 0.5
     """
+    if "dare" not in combination_type:
+        options.refuse_idle(context, ["seed"], f"with --type {combination_type}: only dare chooses at random")
+    if "ties" not in combination_type:
+        options.refuse_idle(
+            context, ["majority_sign_method"], f"with --type {combination_type}: only ties elects signs"
+        )
     given = _weights(weights)
     early.refuse(lambda: _chosen(sources, adapter, given, model))
     from weft.combine.rules import Combination
@@ -92,9 +99,14 @@ def _chosen(
     sources: list[str], adapter: list[str] | None, weights: tuple[float, ...], model: str | None
 ) -> tuple[list[AdapterFolder], str]:
     """The adapters to combine, and the name of their base."""
+    from weft.files.run_folder import RUN_FILE
     from weft.models.load import resolve_model
 
     found = [one for source in sources for one in _find(source, adapter)]
+    if adapter and not any((local_path(source) / RUN_FILE).is_file() for source in sources):
+        raise UserError(
+            "--adapter does nothing for folders of adapters: it chooses among those of a run. Leave it out."
+        )
     if weights and len(weights) != len(found):
         names = ", ".join(one.name for one in found)
         raise UserError(f"--weights has {len(weights)} numbers; there are {len(found)} adapters: {names}.")

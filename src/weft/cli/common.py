@@ -7,7 +7,9 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from typing import TYPE_CHECKING
 
@@ -58,7 +60,23 @@ def console(*, stderr: bool = False) -> Console:
 
 def say(text: str) -> None:
     """Write a line for the user to stderr, beside the result."""
-    print(text, file=sys.stderr, flush=True)
+    print(folded(text), file=sys.stderr, flush=True)
+
+
+def folded(text: str) -> str:
+    """The text; for a terminal its lines are broken between words, and no word or path is cut."""
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for line in text.split("\n"):
+        body = line.lstrip()
+        indent = line[: len(line) - len(body)]
+        lines += textwrap.wrap(
+            body, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+            break_on_hyphens=False, replace_whitespace=False, expand_tabs=False,
+        ) or [line]  # fmt: skip
+    return "\n".join(lines)
 
 
 def tell_hub(model: str) -> None:
@@ -109,16 +127,28 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class _Folded(logging.Formatter):
+    """Breaks lines as ``say`` does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return folded(super().format(record))
+
+
 def show_warnings() -> None:
     """Write Weft's own warnings (records left out, for one) as ``warning: …`` to stderr."""
     logger = logging.getLogger("weft")
     for old in [handler for handler in logger.handlers if handler.name == __name__]:
         logger.removeHandler(old)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setFormatter(_Folded("warning: %(message)s"))
     handler.set_name(__name__)
     logger.addHandler(handler)
     logger.propagate = False
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def human_size(count: int) -> str:

@@ -129,8 +129,7 @@ def _machine() -> Iterator[Check]:
         line = next((text for text in cpuinfo.read_text().splitlines() if text.startswith(("flags", "Features"))), "")
         for flag in _CPU_FLAGS:
             yield Check("machine", flag, OK if flag in line.split() else ABSENT)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Check("machine", "cores", OK, f"{cores}")
+    yield Check("machine", "cores", OK, f"{common.cores()}")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         pairs = (line.split() for line in meminfo.read_text().splitlines())

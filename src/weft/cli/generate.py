@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,27 +15,13 @@ from weft.errors import UserError
 from weft.paths import local_path
 
 if TYPE_CHECKING:
-    from weft.data import Message, Record
-    from weft.data import Prompt as Rendered
+    from weft.data.queries import Query
     from weft.generation.open import Target
     from weft.generation.sampling import Sampling
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A text or a conversation, and where it comes from."""
-
-    content: str | list[Message]
-    source: str
-
-    def shown(self) -> object:
-        """The content as JSON."""
-        if isinstance(self.content, str):
-            return self.content
-        return [{"role": message.role, "content": message.content} for message in self.content]
-
-
 def generate(
+    context: typer.Context,
     target: options.Target,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     input_file: Annotated[
@@ -44,8 +30,8 @@ def generate(
             "--input",
             metavar="FILE",
             parser=local_path,
-            help="Prompts: a .txt with one per line, or .json/.jsonl/.csv records with prompt, instruction (and "
-            "input), question, text or messages; answers in them are left out.",
+            help="Prompts: data as the adapter learned it, of which the answers are left out and the labels scored; a "
+            ".txt with one per line; records with prompt, instruction (and input), question, text or messages.",
         ),
     ] = None,
     adapter: Annotated[
@@ -75,33 +61,62 @@ def generate(
 
     weft generate runs/weft --prompt "What is a loom?" --all-adapters
     """
+    _refuse_idle(context)
     _check(prompt, input_file, adapter, all_adapters, output=output, overwrite=overwrite)
     how_opened: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
     early.refuse(lambda: _check_files(target, input_file, how_opened, chat_template))
+    from weft.data.queries import check_readable
     from weft.generation.open import open_target
     from weft.generation.sampling import Sampling
 
-    prompts = _read(input_file) if input_file else [Prompt(text, "--prompt") for text in prompt or ()]
+    if input_file is not None:
+        check_readable(input_file)  # which is told before weights are loaded
     common.tell_hub(model or target)
     template = options.template_text(chat_template)
     opened = open_target(target, **how_opened, chat_template=template)
     for note in opened.notes:
         common.say(note)
     who = _who(opened, adapter, all_adapters)
+    if not opened.names:
+        options.refuse_idle(context, ["all_adapters"], "for a model, which has no adapters")
+    if not any(name is None or opened.adapters.head(name).writes for name in who):
+        options.refuse_idle(context, [*options.WRITES, "batch_size"], "for adapters that classify")
     sampling = Sampling(temperature, top_k, top_p, seed)
     how = _AnswerSettings(
         system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size
     )
-    results = _answer(opened, prompts, who, how)
+    answers = _answer(opened, input_file or list(prompt or ()), who, how)
+    _tell(target, answers, output, as_json)
+    return common.DONE
+
+
+def _tell(target: str, answers: Mapping[str | None, list[dict[str, Any]]], output: Path | None, as_json: bool) -> None:
+    """Write and print the answers, and the scores of classes."""
+    results = [row for rows in zip(*answers.values(), strict=True) for row in rows]
+    scores = {name or "base": found for name, rows in answers.items() if (found := _scores(rows))}
     if output is not None:
         _write(output, results)
     if as_json:
-        common.print_json({"target": target, "results": results})
-    elif output is None:
+        common.print_json({"target": target, "results": results, **({"scores": scores} if scores else {})})
+        return
+    if output is None:
         _show(results)
     else:
         common.say(f"{len(results)} answers -> {output}")
-    return common.DONE
+    for name, found in scores.items():
+        told = f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}, MCC {found['mcc']:.4f}"
+        print(f"{name}: {told} ({found['records']:,} records with a label)")
+
+
+def _refuse_idle(context: typer.Context) -> None:
+    """Refuse options that do nothing beside others."""
+    given = context.params
+    if given["raw"]:
+        options.refuse_idle(context, ["system", "chat_template"], "with --raw, which takes no chat template")
+    if not given["temperature"]:
+        options.refuse_idle(context, options.DRAWS, "without --temperature: the likeliest token is taken")
+    if given["output"] is None:
+        options.refuse_idle(context, ["overwrite"], "without --output")
 
 
 def _check(
@@ -157,118 +172,74 @@ class _AnswerSettings:
 
 
 def _answer(
-    opened: Target, prompts: Sequence[Prompt], who: Sequence[str | None], how: _AnswerSettings
-) -> list[dict[str, Any]]:
-    """A row for every prompt and, of each, for every adapter."""
-    labels = {n: _classify(opened, prompts, n) for n in who if n is not None and not opened.adapters.head(n).writes}
-    writers = [name for name in who if name not in labels]
-    texts = iter(_continue(opened, prompts, writers, how) if writers else ())
-    return [labels[name][i] if name in labels else next(texts) for i in range(len(prompts)) for name in who]
+    opened: Target, source: Path | Sequence[str], who: Sequence[str | None], how: _AnswerSettings
+) -> dict[str | None, list[dict[str, Any]]]:
+    """A row of every adapter for every prompt."""
+    asked = {name: opened.queries(source, name, system=how.system, raw=how.raw) for name in who}
+    writers = {name: found for name, found in asked.items() if name is None or opened.adapters.head(name).writes}
+    texts = _continue(opened, writers, how) if writers else {}
+    return {
+        name: texts[name] if name in texts else _classify(opened, found, str(name)) for name, found in asked.items()
+    }
 
 
 def _continue(
-    opened: Target, prompts: Sequence[Prompt], who: Sequence[str | None], how: _AnswerSettings
-) -> list[dict[str, Any]]:
+    opened: Target, asked: Mapping[str | None, Sequence[Query]], how: _AnswerSettings
+) -> dict[str | None, list[dict[str, Any]]]:
     """Let the adapters write, all in the same batches."""
     from weft.generation import Request
     from weft.generation import generate as run
     from weft.generation.text import decode
 
     requests, owners = [], []
-    for prompt in prompts:
-        rendered = _rendered(opened, prompt, how.system, how.raw)
-        for name in who:
-            count = opened.room(len(rendered.ids), name, how.max_new_tokens, what=prompt.source)
-            requests.append(Request(rendered.ids, name, count, sampling=how.sampling, slots=rendered.slots))
-            owners.append(prompt)
+    for name, queries in asked.items():
+        for query in queries:
+            ids = query.prompt.input_ids
+            count = opened.room(len(ids), name, how.max_new_tokens, what=query.source)
+            requests.append(Request(ids, name, count, sampling=how.sampling, slots=query.prompt.slots))
+            owners.append(query)
     completions = run(opened.adapters, requests, stop_ids=opened.stop_ids, batch_size=how.batch_size)
-    return [
-        {
-            "prompt": prompt.shown(),
+    rows: dict[str | None, list[dict[str, Any]]] = {name: [] for name in asked}
+    for query, request, done in zip(owners, requests, completions, strict=True):
+        rows[request.adapter].append({
+            "prompt": query.said,
             "adapter": request.adapter or "base",
             "text": decode(opened.renderer.tokenizer, done.ids),
             "finish_reason": done.finish_reason,
             "prompt_tokens": len(request.prompt),
             "tokens": len(done.ids),
-        }
-        for prompt, request, done in zip(owners, requests, completions, strict=True)
-    ]
+        })  # fmt: skip
+    return rows
 
 
-def _classify(opened: Target, prompts: Sequence[Prompt], name: str) -> list[dict[str, Any]]:
-    """The class of every prompt; two texts have a tab between them."""
-    from weft.evaluate.classify import predict, text_sample
+def _classify(opened: Target, queries: Sequence[Query], name: str) -> list[dict[str, Any]]:
+    """The class of every text, beside the one that its record names."""
+    from weft.evaluate.classify import predict
 
-    samples = []
-    for prompt in prompts:
-        if not isinstance(prompt.content, str):
-            raise UserError(f"{prompt.source}: adapter '{name}' classifies texts; this is a conversation.")
-        samples.append(text_sample(opened.adapters, opened.renderer, prompt.content, prompt.source))
-    found = predict(opened.adapters, name, samples)
+    found = predict(opened.adapters, name, [query.prompt for query in queries])
     return [
         {
-            "prompt": prompt.shown(),
+            "prompt": query.said,
             "adapter": name,
             "text": found.names[label],
+            **({"label": query.label} if query.label is not None else {}),
             "probabilities": dict(zip(found.names, row, strict=True)),
-            "prompt_tokens": len(sample.input_ids),
+            "prompt_tokens": len(query.prompt.input_ids),
         }
-        for prompt, sample, label, row in zip(prompts, samples, found.labels, found.probabilities.tolist(), strict=True)
+        for query, label, row in zip(queries, found.labels, found.probabilities.tolist(), strict=True)
     ]
 
 
-def _rendered(opened: Target, prompt: Prompt, system: str | None, raw: bool) -> Rendered:
-    """Ids and slots of a prompt."""
-    from weft.data import Message
+def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How well the classes fit the labels, where records have some."""
+    from weft.objectives import class_metrics
 
-    content = prompt.content
-    if raw:
-        if not isinstance(content, str):
-            raise UserError(f"{prompt.source}: a conversation needs the chat template; --raw continues texts only.")
-        rendered = opened.prompt(content, raw=True)
-    else:
-        messages = [Message("user", content)] if isinstance(content, str) else content
-        rendered = opened.prompt([*([Message("system", system)] if system else []), *messages])
-    if not rendered.ids:
-        raise UserError(f"{prompt.source}: a prompt without a single token cannot be continued.")
-    return rendered
-
-
-def _read(path: Path) -> list[Prompt]:
-    from weft.data.pipeline import read_all
-
-    prompts = read_all(path, _prompt)
-    if not prompts:
-        raise UserError(f"{path} holds no prompts.")
-    return prompts
-
-
-def _prompt(record: Record) -> Prompt:
-    """The question of a record; what it holds of an answer is left out."""
-    from weft.data import Message
-
-    fields = record.fields
-    turns = fields.get("messages")
-    if isinstance(turns, list):
-        if not all(isinstance(t, dict) and isinstance(t.get("content"), str) and "role" in t for t in turns):
-            raise UserError(f"{record.source}: messages must be a list of objects with role and content, both text.")
-        messages = [Message(str(turn["role"]), turn["content"]) for turn in turns]
-        while messages and messages[-1].role == "assistant":
-            messages.pop()
-        return Prompt(messages, record.source)
-    names = ("prompt", "instruction", "question", "text")
-    for name in names:
-        if isinstance(text := fields.get(name), str):
-            extra = fields.get("input") if name == "instruction" else None
-            return Prompt(f"{text}\n{extra}" if extra else text, record.source)
-    other = next((name for name in names if fields.get(name) is not None), None)
-    if other is not None:
-        value = json.dumps(fields[other], ensure_ascii=False, default=str)
-        raise UserError(f"{record.source}: {other} is {value[:80]}; expected text, in quotes.")
-    raise UserError(
-        f"{record.source}: no prompt in this record. It needs a field prompt, instruction, question, text or messages; "
-        f"it has {', '.join(map(repr, fields)) or 'none'}."
-    )
+    labelled = [row for row in rows if "label" in row]
+    if not labelled:
+        return {}
+    number = {name: index for index, name in enumerate(labelled[0]["probabilities"])}
+    pairs = [[number[row[key]] for row in labelled] for key in ("text", "label")]
+    return {**class_metrics(*pairs), "records": len(labelled)}
 
 
 def _write(path: Path, results: Sequence[dict[str, object]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 import weft
+from weft.errors import UserError
 
 Config = Annotated[
     list[str] | None,
@@ -35,6 +37,23 @@ Seed = Annotated[int, typer.Option(help="Seed of the draws; every answer has its
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Dtype = Annotated[str, typer.Option(help="auto (as in training), float32, bfloat16, float16")]
+
+
+# The options of those who write, and of those who draw.
+DRAWS = ("top_p", "top_k", "seed")
+WRITES = ("system", "chat_template", "raw", "max_new_tokens", "temperature", *DRAWS)
+
+
+def refuse_idle(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse options that change nothing; ``why`` says because of what.
+
+    Raises:
+        UserError: One of the ``names`` stands on the command line.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"--{name.replace('_', '-')} does nothing {why}. Leave it out.")
 
 
 @cache

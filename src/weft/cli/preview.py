@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -33,6 +34,12 @@ def preview(
     html: Annotated[
         Path | None, typer.Option(parser=local_path, help="Write everything to one HTML page as well.")
     ] = None,
+    write_clean: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.jsonl", parser=local_path, help="Write the training records without errors to a file."
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> int:
     """Show what training would see: tokens with their loss weights, figures, and an audit. Loads no weights.
@@ -46,9 +53,13 @@ def preview(
     begun = time.perf_counter()
     if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
         raise UserError(f"--html {html}: {'that is a folder' if html.is_dir() else 'its folder is not there'}.")
+    if write_clean is not None:
+        _check_clean(write_clean)
     early.refuse(lambda: _check(list(config or []), model, data))
     settings = _check(list(config or []), model, data)
     views = _views(settings, samples, record or (), ignore or ())
+    if write_clean is not None:
+        _write_clean(write_clean, views)
     if html is not None:
         from weft.data import parse_sources
         from weft.files.whole import write_whole
@@ -70,6 +81,34 @@ def preview(
         if html is not None:
             print(f"page -> {shlex.quote(str(html))}")
     return common.AUDIT_FAILED if failed else common.DONE
+
+
+def _check_clean(path: Path) -> None:
+    if path.suffix != ".jsonl":
+        raise UserError(f"--write-clean {path}: the file becomes JSON lines; give it a name that ends in .jsonl.")
+    if path.exists() or not path.absolute().parent.is_dir():
+        raise UserError(f"--write-clean {path}: {'it' if path.exists() else 'its folder'} is "
+                        f"{'there already; take another name' if path.exists() else 'not there'}.")  # fmt: skip
+
+
+def _write_clean(path: Path, views: Sequence[View]) -> None:
+    """Write the records that passed, with the fields that they have, in the order in which they were read.
+
+    Raises:
+        UserError: Jobs have data of their own, no record passed, or the file cannot be written.
+    """
+    from weft.files.whole import write_whole
+
+    if len(views) > 1:
+        raise UserError("--write-clean is for one data set, and these jobs have several: preview them one by one.")
+    (view,) = views
+    clean = view.data_set.clean(view.findings)
+    if not clean:
+        raise UserError(f"--write-clean {path}: every record has an error; nothing was written.")
+    write_whole(
+        path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in clean), "--write-clean "
+    )
+    common.say(f"{len(clean):,} of {len(view.data_set.read):,} records -> {path}")
 
 
 def _check(words: list[str], model: str | None, data: str | None) -> RunConfig:

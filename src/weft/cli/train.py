@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -
     def ready(setup: Setup) -> None:
         missed = not_reached(setup)
         jobs.extend(_facts(setup, missed))
+        if busy := _busy(setup):
+            common.say(busy)
         if not quiet:
             for line in opening(setup, missed):
                 (common.say if as_json else print)(line)
@@ -99,6 +102,17 @@ def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -
     if session.received is not None and not result.completed:
         return 128 + session.received
     return common.JOB_FAILED if any(job["ended"] == "failed" for job in summary["jobs"]) else common.DONE
+
+
+def _busy(setup: Setup) -> str | None:
+    """The advice for a machine that is busy: threads that wait for a core make the others wait too."""
+    import torch
+
+    threads, cores = torch.get_num_threads(), common.cores()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if setup.adapters.device.type != "cpu" or threads < 2 or load <= cores:
+        return None
+    return f"this machine is busy (load {load:.1f}, {cores} cores): threads: 1 may be faster than the {threads} in use"
 
 
 def _facts(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Self
 
@@ -71,7 +71,7 @@ class ClassRecipe(Recipe):
 
     def header(self, rows: Callable[[], list[list[str]]]) -> Sequence[str] | None:
         """The columns of a table, if its first ``rows`` do not name them."""
-        return _missing_header(rows(), {*(self.text_columns or ()), self.label_column})
+        return missing_header(rows(), {*(self.text_columns or ()), self.label_column})
 
     def begun(self, head: Sequence[Record]) -> Self:
         """The recipe with the columns of these records.
@@ -79,7 +79,7 @@ class ClassRecipe(Recipe):
         Raises:
             UserError: The columns are not clear.
         """
-        texts, label = _columns(head, self.text_columns, self.label_column)
+        texts, label = columns_of(head, self.text_columns, self.label_column)
         if self.encodes and len(texts) > 2:
             raise UserError(f"text_columns names {len(texts)} columns; an encoder takes one text or a pair of them.")
         return replace(self, text_columns=texts, label_column=label)
@@ -246,9 +246,9 @@ def _own_encoding(renderer: Renderer, texts: list[str], source: str) -> Sample:
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
-def _missing_header(rows: list[list[str]], named: set[str | None]) -> tuple[str, ...] | None:
+def missing_header(rows: list[list[str]], named: Collection[str | None] = ()) -> tuple[str, ...] | None:
     """The columns of a table without a header row, if they are clear: CoLA's, or a text and a number."""
-    if not rows or named & set(rows[0]):
+    if not rows or {*named} & {*rows[0]}:
         return None
     rows = [row for row in rows if len(row) == len(rows[0])]  # the others are bad records
     # CoLA's own release: source, label, the author's mark, sentence.
@@ -261,14 +261,21 @@ def _missing_header(rows: list[list[str]], named: set[str | None]) -> tuple[str,
     return None
 
 
-def _columns(
-    head: Sequence[Record], text_columns: Sequence[str] | None, label_column: str | None
+def columns_of(
+    head: Sequence[Record], text_columns: Sequence[str] | None, label_column: str | None, *, asked: bool = False
 ) -> tuple[tuple[str, ...], str]:
     """The columns of texts, and the column of the label.
 
-    The names of all fields of the first records tell them: one record alone may lack its text or its label.
+    The names of all fields of the first records tell them: one record alone may lack its text or its label. Records
+    that are ``asked`` and not learned may lack the columns that are given; what is not clear of them is empty.
+
+    Raises:
+        UserError: The columns are not clear.
     """
     record = Record({name: None for one in head for name in one.fields}, head[0].source)
+    if asked:
+        text_columns = text_columns if record.fields.keys() >= {*(text_columns or ())} else None
+        label_column = label_column if label_column in record.fields else None
     found = {name.strip().lower(): name for name in record.fields}
     for name in [*(text_columns or ()), *([label_column] if label_column else [])]:
         if name not in record.fields:
@@ -281,16 +288,16 @@ def _columns(
         free = {name for name in found if found[name] != label_column}
         present = [group for group in TEXTS if free >= set(group)]
         groups = [group for group in present if not any(set(group) < set(other) for other in present)]
-        if len(groups) != 1:
+        if len(groups) != 1 and not asked:
             what = "more than one column could be the text" if groups else "no column has a usual name of a text"
             _unclear(record, f"{what}: name it in `text_columns`.")
-        texts = tuple(found[name] for name in groups[0])
+        texts = tuple(found[name] for name in groups[0]) if len(groups) == 1 else ()
     if label_column is None:
         labels = [found[name] for name in LABELS if name in found and found[name] not in texts]
-        if len(labels) != 1:
+        if len(labels) != 1 and not asked:
             what = "more than one column could be the label" if labels else "no column has a usual name of a label"
             _unclear(record, f"{what}: name it in `label_column`.")
-        label_column = labels[0]
+        label_column = labels[0] if len(labels) == 1 else ""
     if label_column in texts:
         _unclear(record, f"'{label_column}' cannot be both a text and the label.")
     return texts, label_column

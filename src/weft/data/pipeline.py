@@ -33,6 +33,8 @@ from weft.models.token_rows import check_rows
 
 T = TypeVar("T")
 DataPath = str | os.PathLike[str]
+# Takes what gives the first rows of a table; gives the columns, if those rows do not name them.
+Header = Callable[[Callable[[], list[list[str]]]], Sequence[str] | None]
 EMPTY, TOO_LONG = "left out for an empty answer", "left out for their length"
 BEHIND = "behind the limit"
 _PEEK = 50  # records that a recipe sees before it makes any
@@ -46,12 +48,14 @@ logger = logging.getLogger(__name__)
 class Outcome:
     """What became of the record at ``source``.
 
-    ``label`` is the name of its class, if it has one. ``example`` is what it says, if the recipe is ``watched``.
+    ``label`` is the name of its class, if it has one. Of a ``watched`` recipe ``example`` is what it says, and
+    ``fields`` are those of a record that became samples or was refused.
     """
 
     source: str
     label: str | None = None
     example: SFT | None = None
+    fields: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +75,10 @@ class Omission(Outcome):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal(Outcome):
-    """The record cannot be used. ``fields`` are the record's, if the recipe is ``watched``."""
+    """The record cannot be used."""
 
     problem: Problem
     too_long: bool = False
-    fields: Mapping[str, Any] | None = None
 
 
 class RecordBehindLimit(Record):
@@ -131,7 +134,11 @@ class Recipe:
 
     def _embedded(self, record: Record, outcome: Outcome) -> Outcome:
         """The outcome; a refusal, if it holds a token that the model has no row for."""
-        if not isinstance(outcome, Acceptance) or self.token_rows is None:
+        if not isinstance(outcome, Acceptance):
+            return outcome
+        if self.watched:
+            outcome = replace(outcome, fields=record.fields)
+        if self.token_rows is None:
             return outcome
         ids = (number for sample in outcome.samples for number in (*sample.input_ids, *sample.target_ids))
         try:
@@ -360,10 +367,15 @@ def load_samples(
     return list(renderer.join(found))
 
 
-def read_all(path: DataPath, read: Callable[[Record], T], *, limit: int | None = None) -> list[T]:
+def read_all(
+    path: DataPath, read: Callable[[Record], T], *, limit: int | None = None, header: Header = lambda rows: None
+) -> list[T]:
     """Apply ``read`` to every record of data that is not learned (prompts, questions). Every line of a text is one.
+
+    ``header`` is as that of a ``Recipe``.
 
     Raises:
         UserError: A record cannot be used; it is about the first one.
     """
-    return [read(record) for record in iter_records(path, limit=limit, text_unit="line")]
+    columns = header(partial(first_rows, path, _PEEK))
+    return [read(record) for record in iter_records(path, limit=limit, header=columns, text_unit="line")]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.data import Renderer, Sample, unlabelled_sample
+from weft.data import Sample
 from weft.errors import UserError
 from weft.objectives.passes import logits_of, passes
 
@@ -53,15 +53,3 @@ def predict(adapters: Adapters, name: str, samples: Sequence[Sample], *, max_tok
     logits = [logits_of(adapters, name, batch) for batch in passes(samples, max_tokens)]
     found = torch.cat(logits).softmax(-1) if logits else torch.empty(0, len(names))
     return Predictions(found.argmax(-1).tolist(), found, names)
-
-
-def text_sample(adapters: Adapters, renderer: Renderer, text: str, source: str = "the text") -> Sample:
-    """A text, or a pair of texts with a tab between them, encoded as in training.
-
-    Raises:
-        UserError: There are more texts than the base takes.
-    """
-    texts, encoder = text.split("\t"), not adapters.architecture.writes
-    if encoder and len(texts) > 2:
-        raise UserError(f"{source}: {len(texts)} texts with tabs between them; an encoder takes one or a pair.")
-    return unlabelled_sample(renderer, texts, source, encoder=encoder)

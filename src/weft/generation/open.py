@@ -6,7 +6,7 @@ has not ended, its newest intact checkpoint stands in for the adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -16,7 +16,19 @@ import torch
 from weft.adapters import Adapters
 from weft.assets import EMBEDDED_MODELS
 from weft.data import Message, Prompt, Renderer
+from weft.data.pipeline import Recipe
 from weft.data.provenance import Provenance, make_renderer
+from weft.data.queries import (
+    ClassQueryRecipe,
+    Query,
+    QueryRecipe,
+    given_queries,
+    read_queries,
+    reading_of,
+    settings_of,
+)
+from weft.data.rendering.drafts import RenderSettings
+from weft.data.settings import part
 from weft.errors import UserError
 from weft.files.adapter_folder import (
     CONFIG,
@@ -52,6 +64,7 @@ class Target:
 
     Attributes:
         names: the adapters, in the run's order; empty for a plain model.
+        data_settings: how each adapter's training read its data, as far as that is known.
         notes: what the user should know, such as that an adapter comes from a checkpoint.
     """
 
@@ -60,6 +73,7 @@ class Target:
     renderer: Renderer
     _: KW_ONLY
     names: tuple[str, ...] = ()
+    data_settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -99,6 +113,46 @@ class Target:
         """``prompt(...).ids``, for adapters that need no slots."""
         return self.prompt(prompt, raw=raw).ids
 
+    def queries(
+        self, source: Path | Sequence[str], adapter: str | None, *, system: str | None = None, raw: bool = False
+    ) -> list[Query]:
+        """The questions of a file, or of texts, read and rendered as in the training of ``adapter``.
+
+        Args:
+            source: The path of a file, or texts that the user gave.
+            adapter: The adapter that is asked; None: the base, whose prompts are those of the first adapter.
+            system: A message before each question.
+            raw: Whether texts are to be continued as they stand.
+
+        Raises:
+            UserError: A record cannot be asked; it is about the first one.
+        """
+        given = self.data_settings.get(adapter or next(iter(self.names), ""), {})
+        settings, known = settings_of(given), self.adapters.architecture
+        recipe: Recipe
+        if adapter is not None and not self.adapters.head(adapter).writes:
+            cut = settings.truncation in ("left", "right", "middle")
+            limits = {"max_length": settings.max_length or known.max_length if cut else None, "chat_template": None}
+            columns, label = given.get("text_columns"), given.get("label_column")
+            recipe = ClassQueryRecipe(
+                renderer=Renderer(self.renderer.tokenizer, part(RenderSettings, settings, **limits)),
+                token_rows=self.base.token_rows,
+                labels=self.adapters[adapter].head.labels,
+                text_columns=[str(name) for name in columns] if isinstance(columns, (list, tuple)) else None,
+                label_column=label if isinstance(label, str) else None,
+                encoder=not known.writes,
+            )
+        else:
+            recipe = QueryRecipe(
+                renderer=self.renderer,
+                token_rows=self.base.token_rows,
+                settings=reading_of(source, settings) if isinstance(source, Path) else settings,
+                task=known.task,
+                system=system,
+                raw=raw,
+            )
+        return read_queries(source, recipe) if isinstance(source, Path) else given_queries(source, recipe, "--prompt")
+
     def room(
         self, length: int, adapter: str | None, wanted: int | None, *, what: str = "the prompt", clip: bool = False
     ) -> int:
@@ -117,6 +171,16 @@ class Target:
             asked = f" (max_new_tokens: {wanted})" * (wanted is not None)
             raise UserError(f"{what}: {taken} of the model's {limit} positions leave no room for an answer{asked}.")
         return min(wanted or _DEFAULT_NEW_TOKENS, left)
+
+    def summary(self) -> str:
+        """One line on what was loaded: base, adapters, how the base is kept, where it is, and the chat template."""
+        kept = how_kept(self.base.model, self.adapters.dtype)
+        how = ", ".join(str(part) for part in (kept["dtype"], kept["quantization"], self.adapters.device) if part)
+        template = {"own": "the tokenizer's", "asked": "the one of training or given", "fallback": "plain headings"}
+        return (
+            f"base {self.base.name} ({self.adapters.architecture.model_type}, {how}); adapters: "
+            f"{', '.join(self.names) or 'none'}; chat template: {template[self.renderer.template.origin]}"
+        )
 
     def close(self) -> None:
         """Take the adapters off; the model is again the one that was loaded."""
@@ -160,7 +224,11 @@ def open_target(
             f"{folder} holds no run ({RUN_FILE}), no adapter ({CONFIG}) and no model (config.json). Give one of these, "
             "a hub id, or the name of an embedded model."
         )
-    return _open_model(model or str(target), asked)
+    if model is not None:
+        raise UserError(
+            f"{target} is no run and no adapter, so that --model has no base to replace. Leave one of them out."
+        )
+    return _open_model(str(target), asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +303,8 @@ def _open_adapter(folder: Path, asked: _Overrides) -> Target:
         raise UserError(f"{error}{_not_its_base(difference)}") from None
     if difference is not None:
         notes.append(f"{base.name} is not the base that {folder} was trained on ({difference}).")
-    return Target(base, adapters, renderer, names=(name,), notes=notes)
+    read = {name: (record.settings if record else None) or {}}
+    return Target(base, adapters, renderer, names=(name,), data_settings=read, notes=notes)
 
 
 def _open_run(folder: Path, asked: _Overrides, wanted: Sequence[str] | None) -> Target:
@@ -273,7 +342,8 @@ def _open_run(folder: Path, asked: _Overrides, wanted: Sequence[str] | None) -> 
         raise UserError(f"{error}{_not_its_base(difference)}") from None
     if difference is not None:
         notes.append(f"{base.name} is not the base that {folder} was trained on ({difference}).")
-    return Target(base, adapters, renderer, names=tuple(keep), notes=notes)
+    read = {job.name: config.data_settings(job) for job in config.jobs if job.name in keep}
+    return Target(base, adapters, renderer, names=tuple(keep), data_settings=read, notes=notes)
 
 
 def _renderer_of_run(

@@ -20,6 +20,20 @@ _WAYS = (
 )
 
 
+# What of a model's repository is needed. Its weights may be in parts, which the index names.
+_FILES = (
+    "config.json, generation_config.json, the tokenizer's files (tokenizer*, special_tokens_map.json), *.safetensors*"
+)
+
+
+def _fetch(name: str, what: str = "") -> str:
+    """The sentence on how another machine fetches it."""
+    folder = name.partition("/")[2]
+    return (
+        f"A machine that is online fetches it: `hf download {name}{what} --local-dir {folder}`; copy that folder here"
+    )
+
+
 def fetch_model(name: str, hub: Hub = "huggingface") -> str:
     """A name that transformers can load: a folder or a Hugging Face id as it is, for a ModelScope id its local folder.
 
@@ -84,7 +98,8 @@ def _cached(name: str, away: str) -> str:
         return str(snapshot_download(name, local_files_only=True))
     except Exception:  # its client raises many kinds
         raise UserError(
-            f"the model {name!r} is no folder here and was not fetched before, and {away}. {_WAYS.format('model')}"
+            f"the model {name!r} is no folder here and was not fetched before, and {away}. {_WAYS.format('model')} "
+            f"{_fetch(name)}. Of it are needed: {_FILES} (where there are only *.bin: these, and `weft convert`)."
         ) from None
 
 
@@ -131,7 +146,8 @@ def fetch_dataset(data: str, hub: Hub = "huggingface") -> Path | HubSplit:
     except Exception as error:  # the hub's client raises many kinds
         if away is not None:
             raise UserError(
-                f"data {data!r} is no file here and was not fetched before, and {away}. {_WAYS.format('data')}"
+                f"data {data!r} is no file here and was not fetched before, and {away}. {_WAYS.format('data')} "
+                f"{_fetch(name, ' --repo-type dataset')}."
             ) from error
         raise UserError(
             f"data {data!r} is no file here, and as a data set of {hub} it cannot be fetched: {reason_of(error)}"

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 
 def class_metrics(predicted: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
-    """Four figures of how good the predictions are.
+    """Five figures of how good the predictions are.
 
-    ``accuracy``; ``majority``, the accuracy of always naming the most frequent of ``labels``; ``f1``, of class 1 if the
-    classes are 0 and 1 (as GLUE counts MRPC), else the mean over the classes; ``mcc``, Matthews' correlation.
+    ``accuracy``; ``majority``, the accuracy of always naming the most frequent of ``labels``; ``macro_f1``, the mean F1
+    of the classes that occur; ``f1``, that of class 1 if the classes are 0 and 1 (as GLUE counts MRPC), else the mean;
+    ``mcc``, Matthews' correlation.
 
     With c right of n and class k named p_k and true t_k times (Gorodkin 2004):
     MCC = (c n - sum p_k t_k) / sqrt((n^2 - sum p_k^2) (n^2 - sum t_k^2)); 0 where that is 0 / 0.
@@ -20,13 +21,14 @@ def class_metrics(predicted: Sequence[int], labels: Sequence[int]) -> dict[str, 
     named, true = Counter(predicted), Counter(labels)
     hits = Counter(p for p, t in zip(predicted, labels, strict=True) if p == t)
     classes = sorted({*named, *true})
-    counted = [1] if max(classes) <= 1 else classes
-    f1 = [2 * hits[k] / (named[k] + true[k]) if named[k] + true[k] else 0.0 for k in counted]
+    f1 = {k: 2 * hits[k] / (named[k] + true[k]) for k in classes}
+    mean = sum(f1.values()) / len(f1)
     spread = [n * n - sum(count * count for count in found.values()) for found in (named, true)]
     covariance = right * n - sum(named[k] * true[k] for k in classes)
     return {
         "accuracy": right / n,
         "majority": max(true.values()) / n,
-        "f1": sum(f1) / len(f1),
+        "macro_f1": mean,
+        "f1": f1.get(1, 0.0) if max(classes) <= 1 else mean,
         "mcc": covariance / math.sqrt(spread[0] * spread[1]) if all(spread) else 0.0,
     }

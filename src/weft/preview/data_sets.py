@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import compress
@@ -14,18 +14,20 @@ import numpy as np
 
 from weft.adapters import Adapters
 from weft.data import Renderer
-from weft.data.auditing.base import Facts, Item, Split
+from weft.data.auditing.base import Facts, Finding, Item, Split
 from weft.data.auditing.items import collect, tokens_in
+from weft.data.pipeline import Acceptance, Outcome
 from weft.data.views import Array
 from weft.errors import UserError
-from weft.heads.classification import ClassificationTask
 from weft.models import Base, reach
 from weft.models.load import load_tokenizer
 from weft.models.reach import Omission
+from weft.models.tasks import check_job
 from weft.models.token_rows import add_tokens
 from weft.preview.packing import Packing
 from weft.training.batches import Batches
 from weft.training.reader import JobData, JobSources, Reader, SourceSamples, data_files
+from weft.training.run import blank_adapter
 from weft.training.settings import JobConfig, RunConfig
 
 
@@ -35,7 +37,8 @@ class DataSet:
 
     ``windows``: with ``documents: joined``, what the model is given instead of the records. ``left_out`` counts the
     records that are missing, by reason. ``not_reached``: by job, what its adapter leaves unchanged in the base,
-    though one may expect otherwise. ``notes``: by job, what its method has decided for this base.
+    though one may expect otherwise. ``notes``: by job, what its method has decided for this base. ``read``: what became
+    of each record of ``data``, in order.
     """
 
     names: tuple[str, ...]
@@ -47,11 +50,27 @@ class DataSet:
     left_out: Counter[str]
     not_reached: dict[str, Omission]
     notes: dict[str, str]
+    read: list[Outcome]
 
     @property
     def renderer(self) -> Renderer:
         """The renderer of its samples."""
         return self.facts.renderer
+
+    def clean(self, findings: Iterable[Finding]) -> list[Mapping[str, Any]]:
+        """The fields of the training records that became samples and have no error among these findings.
+
+        Raises:
+            UserError: A line with an error holds other records too.
+        """
+        wrong = {finding.source for finding in findings if finding.severity == "error"}
+        places = Counter(one.source for one in self.read)
+        if shared := next((place for place in wrong if places[place] > 1), None):
+            raise UserError(
+                f"{shared}: several records stand on this line, and one has an error. Give each a line of its own."
+            )
+        passed = [one for one in self.read if isinstance(one, Acceptance) and one.source not in wrong]
+        return [one.fields for one in passed if one.fields]
 
 
 @dataclass(frozen=True)
@@ -65,14 +84,17 @@ class _Outline:
     bidirectional: bool
     sketch: Base | None = None
 
-    def adapter(self, job: JobConfig, classes: ClassificationTask | None) -> tuple[int, Omission | None, str]:
-        """The number of virtual tokens of the job's adapter (0 without a sketch), what it does not reach, its note."""
+    def adapter(self, job: JobConfig, data: JobData) -> tuple[int, Omission | None, str]:
+        """The number of virtual tokens of the job's adapter (0 without a sketch), what it does not reach, its note.
+
+        Raises:
+            UserError: Training would refuse the adapter.
+        """
         if self.sketch is None:
             return 0, None, ""
         model, architecture = self.sketch.model, self.sketch.architecture
         with closing(Adapters(model, architecture)) as adapters:
-            method = job.method_on(self.sketch)
-            adapter = adapters.add(job.name, method, tokenizer=self.tokenizer, head=classes, blank=True)
+            adapter = blank_adapter(adapters, job, data, self.sketch)
             return adapter.num_virtual_tokens, reach.left_out(adapter, model, architecture), adapter.note
 
 
@@ -105,6 +127,8 @@ def _outline(config: RunConfig) -> _Outline:
         return _Outline(tokenizer, None, "seq2seq" if seq2seq else "causal_lm", bidirectional=False)
     base = config.sketch()
     known = base.architecture
+    for job in config.jobs:
+        check_job(job.name, job.task, config.model, known)
     return _Outline(base.tokenizer, known.max_length, known.task, bidirectional=known.bidirectional, sketch=base)
 
 
@@ -126,7 +150,9 @@ class _Group:
             for name, part in zip(read.sets, read.evaluated or (), strict=True)
             for item in self._items(part, "eval")
         ]
-        held = self._held_out(read, sources)
+        # Training ends at these records before it comes to anything behind them.
+        bad = config.on_bad_record == "error" and any(item.problem for part in (*sources, evaluated) for item in part)
+        held = self._held_out(read, bad)
         data = reader.data(job, read, held)
         train: list[Item] = []
         for items, marks in zip(sources, held, strict=True):
@@ -139,7 +165,12 @@ class _Group:
         if not job.classifies and config.documents == "joined":
             windows = [Item("train", s.source, samples=(s,), length=tokens_in([s])) for s in data.train]
         # Without samples, training would end at the problems of the records.
-        packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
+        packings: list[Packing] = []
+        try:
+            packings = self._packings(data) if data.train and (whole or all(data.mixture.sizes)) else []
+        except UserError:
+            if not bad:
+                raise
         return DataSet(
             tuple(job.name for job in self.jobs),
             [*train, *evaluated],
@@ -148,6 +179,7 @@ class _Group:
             windows=windows,
             left_out=self.left_out,
             not_reached=self.not_reached,
+            read=[one for part in read.sources for one in part.outcomes],
             notes=self.notes,
         )
 
@@ -166,20 +198,20 @@ class _Group:
         self.left_out += left_out
         return items
 
-    def _held_out(self, read: JobSources, sources: Sequence[Sequence[Item]]) -> list[Array]:
+    def _held_out(self, read: JobSources, bad: bool) -> list[Array]:
         try:
             return self.reader.split(read)
         except UserError:
-            if self.config.on_bad_record != "error" or not any(item.problem for items in sources for item in items):
+            if not bad:
                 raise
-            return [np.zeros(len(part.samples), bool) for part in read.sources]  # training ends at these records first
+            return [np.zeros(len(part.samples), bool) for part in read.sources]
 
     def _packings(self, data: JobData) -> list[Packing]:
         """The packs of what the jobs train on. Jobs that pack alike share them."""
         alike: dict[Any, list[JobConfig]] = {}
         for job in self.jobs:
             keys = (job.batch_size, job.gradient_accumulation_steps, job.batch_tokens, job.pack_tokens, job.seed)
-            virtual, missed, note = self.outline.adapter(job, data.classes)
+            virtual, missed, note = self.outline.adapter(job, data)
             if missed is not None:
                 self.not_reached[job.name] = missed
             if note:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from weft.adapters import Adapters
+from weft.core.adapter import Adapter
 from weft.data import Problems, Renderer, parse_sources
 from weft.data.auditing.audit import audit_before_training
 from weft.data.formats.detect import format_named
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
 from weft.data.reading.files import Place
 from weft.data.rendering.templates import template_text
-from weft.data.settings import DataSettings
 from weft.data.sources import parse_sets
 from weft.data.views import Samples, chained
 from weft.errors import UserError
@@ -39,7 +39,7 @@ from weft.training.loop import Event, Trainer, TrainResult
 from weft.training.reader import JobData, Reader, data_files
 from weft.training.room import check_room
 from weft.training.same_run import base_fingerprint, check_base, check_same_run, rooted
-from weft.training.settings import RunConfig
+from weft.training.settings import JobConfig, RunConfig
 
 _BAD_RECORDS = "bad_records.jsonl"
 _EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, _BAD_RECORDS}
@@ -70,7 +70,8 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     # What can be refused is refused before weights are loaded, which may take minutes.
     sketch = base or config.sketch()
     renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
-    _check_tasks(config, sketch)
+    for job in config.jobs:
+        check_job(job.name, job.task, config.model, sketch.architecture)
     read = Reader(config, renderer, sketch.architecture, places, token_rows=sketch.token_rows)
     try:
         loaded = [read.job(job) for job in config.jobs]
@@ -158,26 +159,28 @@ def _report_of(config: RunConfig) -> Path:
     return Path(config.bad_records_file or Path(config.output_dir) / _BAD_RECORDS)
 
 
-def _check_tasks(config: RunConfig, sketch: Base) -> None:
-    for job in config.jobs:
-        check_job(job.name, job.task, config.model, sketch.architecture)
-
-
 def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
     """Make every adapter without values, and take it away again."""
     adapters = Adapters(sketch.model, sketch.architecture, exact=config.exact)
     try:
         for job, data in zip(config.jobs, loaded, strict=True):
-            adapter = adapters.add(
-                job.name, job.method_on(sketch), tokenizer=sketch.tokenizer, head=data.classes, blank=True
-            )
-            adapter.begin_training(
-                Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
-            )
-            learned = adapter.num_learned_tokens
-            _check_lengths(job.name, learned, chained([data.train, data.held]), sketch)
+            blank_adapter(adapters, job, data, sketch)
     finally:
         adapters.close()
+
+
+def blank_adapter(adapters: Adapters, job: JobConfig, data: JobData, sketch: Base) -> Adapter:
+    """Add a job's adapter without values.
+
+    Raises:
+        UserError: The adapter does not fit the base, the number of steps or the length of the samples.
+    """
+    adapter = adapters.add(job.name, job.method_on(sketch), tokenizer=sketch.tokenizer, head=data.classes, blank=True)
+    adapter.begin_training(
+        Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
+    )
+    _check_lengths(job.name, adapter.num_learned_tokens, chained([data.train, data.held]), sketch)
+    return adapter
 
 
 def _check_lengths(name: str, learned: int, samples: Samples, base: Base) -> None:
@@ -294,15 +297,11 @@ def _train(
 def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance:
     """The record of how the job's data was read and rendered, which travels in the adapter's folder."""
     own, run = job.config, setup.config
-    settings = run.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
-    settings |= {"data": own.data or run.data, "eval_data": own.eval_data or run.eval_data}
-    if job.adapter.head.labels:
-        settings |= {"text_columns": own.text_columns, "label_column": own.label_column}
     return Provenance(
         **template_of(setup.renderer),
         tokenizer=tokenizer,
         task=own.task,
-        settings=file_names(settings) | {"max_length": setup.renderer.max_length},
+        settings=file_names(run.data_settings(own)) | {"max_length": setup.renderer.max_length},
         sha256=job.fingerprint,
         records=len(job.samples),
         eval_records=len(job.eval_samples),

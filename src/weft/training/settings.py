@@ -248,6 +248,13 @@ class RunConfig(DataSettings):
                 raise ValueError(f"{key} is for classification; add task: sequence_classification")
         return self
 
+    def data_settings(self, job: JobConfig) -> dict[str, object]:
+        """The keys that decide how a job's data is read and rendered, as JSON holds them."""
+        found = self.model_dump(mode="json", include=set(DataSettings.model_fields) - {"chat_template"})
+        found |= {"data": job.data or self.data, "eval_data": job.eval_data or self.eval_data}
+        own = {"text_columns": job.text_columns, "label_column": job.label_column}
+        return found | own if job.classifies else found
+
     @model_validator(mode="after")
     def _early_stopping_watches_one(self) -> RunConfig:
         for job in self.jobs:

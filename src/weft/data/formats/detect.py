@@ -130,7 +130,7 @@ def format_of(record: Record, *, format: str | None = None, columns: Mapping[str
 def _choose(record: Record, format: str | None, columns: Mapping[str, str] | None) -> tuple[Record, _Fit, _Plan]:
     """The record in our spelling, and the fit and the plan by which it is read."""
     if columns:
-        record = map_columns(record, columns, _names())
+        record = map_columns(record, columns, field_names())
     fields = record.fields
     present = tuple(fields)
     if None in fields.values():
@@ -213,7 +213,7 @@ def register_format(
 
     def entry(read: Reader) -> Format:
         _plan.cache_clear()
-        _names.cache_clear()
+        field_names.cache_clear()
         return Format(tier, purpose, shapes, optional=optional, what=what, example=example, read=read)
 
     return FORMATS.register(name, entry)
@@ -223,7 +223,7 @@ def register_format(
 
 
 @lru_cache(maxsize=1)
-def _names() -> frozenset[str]:
+def field_names() -> frozenset[str]:
     """Every field of any format."""
     return frozenset(name for entry in FORMATS.values() for name in entry.names())
 
@@ -231,7 +231,7 @@ def _names() -> frozenset[str]:
 @lru_cache(maxsize=4096)  # data sets have few sets of fields, and many records of each
 def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) -> _Plan:
     """Which formats fit records that have these fields. ``mapped`` are the fields that the user named."""
-    spelled = {name: ours for name in present if (ours := _ours(name)) != name and ours not in mapped}
+    spelled = {name: ours for name in present if (ours := our_name(name)) != name and ours not in mapped}
     names = [spelled.get(name, name) for name in present]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -245,13 +245,13 @@ def _plan(present: tuple[str, ...], format: str | None, mapped: frozenset[str]) 
     return _Plan(tuple(fits), problem, tuple(spelled.items()))
 
 
-def _ours(name: str) -> str:
+def our_name(name: str) -> str:
     """The name of a field in our spelling: ``Question `` and ``问题`` are ``question``."""
-    if name in _names():
+    if name in field_names():
         return name
     plain = name.strip().lower()
     plain = SPELLINGS.get(plain, plain)
-    return plain if plain in _names() else name
+    return plain if plain in field_names() else name
 
 
 def _fits(
