@@ -150,7 +150,8 @@ STEPS = st.lists(
 )
 METHODS = [*kit.ALL, "lora+bitfit", "prefix_tuning+prompt_tuning"]
 SETTINGS: dict[str, Any] = {
-    "r": 4, "add_missing": True, "num_virtual_tokens": 3, "reduction_factor": 4, "prompt_ids": [5, 17]
+    "r": 4, "add_missing": True, "num_virtual_tokens": 3, "reduction_factor": 4, "prompt_ids": [5, 17],
+    "token_indices": [5, 17],
 }  # fmt: skip
 
 

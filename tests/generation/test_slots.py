@@ -153,10 +153,10 @@ def test_chat_generate_and_exact_match_pass_them(
 
     Talk(opened, None, None, Sampling(), 3).take("Count.")
     answer_questions(opened.adapters, opened.renderer, [Question(asked, "one", "q:1")], [None])
-    from weft.cli import generate as verb
+    from weft.cli.main import main
 
     monkeypatch.setattr("weft.generation.open.open_target", lambda *a, **k: opened)
     out = tmp_path / "out.jsonl"
-    verb.generate("it", prompt=["Count."], output=out)
+    assert main(["generate", "it", "--prompt", "Count.", "--output", str(out)]) == 0
     assert json.loads(out.read_text())["prompt_tokens"] == len(wanted.ids)
     assert [(list(r.prompt), tuple(r.slots)) for r in seen] == [(wanted.ids, wanted.slots)] * 3

@@ -248,7 +248,7 @@ def test_the_head_has_a_rate_of_its_own(method: str, settings: dict[str, Any]) -
 @pytest.mark.parametrize("method", ["prompt_tuning", "bitfit", "lora+prompt_tuning"])
 def test_a_job_goes_on_with_the_rates_of_its_beginning(method: str) -> None:
     """Also one of an earlier version, which wrote none down: its head learned as fast as the method."""
-    settings = {"num_virtual_tokens": 2, "add_missing": True}
+    settings = {"bitfit": {"add_missing": True}}.get(method, {"num_virtual_tokens": 2})
     config = JobConfig(name="it", method=method, method_settings=settings, task="sequence_classification", steps=2)
     adapters = Adapters(model := kit.make_model("llama"), describe(model))
     job = Job(config, adapters.add("it", config.method_config(), head=TASK), classified(2))

@@ -52,7 +52,8 @@ def settings(base: Path, reviews: dict[str, str], folder: Path, **more: Any) -> 
 
 def evaluations(folder: Path, job: str) -> list[dict[str, Any]]:
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [event for event in events if event["event"] == "eval" and event["job"] == job]
+    told = [event for event in events if event["event"] == "eval" and event["job"] == job]
+    return [{key: value for key, value in event.items() if key != "time"} for event in told]
 
 
 @pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
