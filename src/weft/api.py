@@ -15,8 +15,9 @@ from weft.errors import UserError
 from weft.extensions import load_extension
 from weft.files.run_folder import read_metrics
 from weft.generation import Request, generate
-from weft.generation.open import Target, open_target
+from weft.generation.open import open_target
 from weft.generation.sampling import Sampling
+from weft.generation.target import Target
 from weft.methods import (
     BitFitConfig,
     BottleneckConfig,

@@ -11,7 +11,8 @@ from tests import kit
 
 from weft.data import Message
 from weft.errors import UserError
-from weft.generation.open import Target, open_target
+from weft.generation.open import open_target
+from weft.generation.target import Target
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from weft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from weft.data import Message
-    from weft.generation.open import Target
     from weft.generation.sampling import Sampling
+    from weft.generation.target import Target
 
 COMMANDS = {
     "/help": "this list",

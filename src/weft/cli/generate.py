@@ -16,8 +16,8 @@ from weft.paths import local_path
 
 if TYPE_CHECKING:
     from weft.data.queries import Query
-    from weft.generation.open import Target
     from weft.generation.sampling import Sampling
+    from weft.generation.target import Target
 
 
 def generate(

@@ -21,7 +21,8 @@ from weft.files import adapter_folder as files
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.files.whole import new_folder, sha256_of, weights_bytes
 from weft.files.writing import writing
-from weft.generation.open import Target, open_target
+from weft.generation.open import open_target
+from weft.generation.target import Target
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears, how_kept
