@@ -63,6 +63,9 @@ def test_a_file_a_mapping_keywords_and_a_configuration_mean_one_thing(
     assert {config.output_dir for config in asked} == {from_words.output_dir}
     weft.train(file, method=["ia3", "lora"])
     assert [job.method for job in asked[-1].jobs] == ["ia3", "lora"]
+    weft.train(**given | {"method": [weft.LoraConfig(r=4), "ia3"]}, learning_rate=1e-3)
+    assert asked[-1].jobs[0].method_config() == from_words.jobs[0].method_config()
+    assert asked[-1].jobs[1].method == "ia3"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,7 @@ def test_a_file_a_mapping_keywords_and_a_configuration_mean_one_thing(
             "expected one of constant, linear, cosine, not 'cosin'. Did you mean 'cosine'?",
         ),
         ({"steps": True}, "steps: expected a whole number, not true."),
+        ({"data": [{"instruction": "a", "output": "b"}]}, "Records are read from files"),
         ({"model": "tiny-lama"}, "no model at 'tiny-lama'. Did you mean 'tiny-llama'?"),
     ],
 )

@@ -9,6 +9,7 @@ from weft.adapters import Adapters
 from weft.cli import common
 from weft.cli.progress import not_reached, opening
 from weft.cli.session import Session
+from weft.core.adapter import MethodConfig
 from weft.core.stream import Part
 from weft.data import Message, Renderer, register_format
 from weft.errors import UserError
@@ -71,7 +72,7 @@ def train(
     *,
     model: str | os.PathLike[str] | None = None,
     data: object = None,
-    method: str | Sequence[str] | None = None,
+    method: str | MethodConfig | Sequence[str | MethodConfig] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite_output_dir: bool = False,
@@ -89,7 +90,8 @@ def train(
         config: A YAML or JSON file; or its keys as a mapping; or the folder of a run, to go on with ``resume=True``.
         model: The base: a Hugging Face folder, a hub id, or an embedded model (``tiny-llama``, ``tiny-bloom``).
         data: A file, a folder, a pattern, a hub's data set, or a list of them.
-        method: A method (``lora``), or several, which train at once and take the place of the jobs of ``config``.
+        method: A method (``"lora"``, or with settings ``LoraConfig(r=4)``), or several, which train at once and take
+            the place of the jobs of ``config``.
         output_dir: The folder of the run; default ``runs/weft``.
         resume: Go on from the newest checkpoint in ``output_dir``.
         overwrite_output_dir: Delete the run that is in ``output_dir``.

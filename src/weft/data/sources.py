@@ -131,6 +131,11 @@ def _source(item: object, number: int) -> Source:
         return Source(item)
     if not isinstance(item, Mapping):
         raise UserError(f"{where} is {item!r}; expected a path or a mapping with {', '.join(_FIELDS)}.")
+    if item and not item.keys() & set(_FIELDS):
+        raise UserError(
+            f"{where} has the fields {', '.join(map(repr, item))}, as a record has. Records are read from files: write "
+            "them as JSON, one a line, and give the path."
+        )
     for key in item:
         if key not in _FIELDS:
             raise UserError(f"{where}: unknown key {key!r}.{nearest(str(key), _FIELDS)} Known: {', '.join(_FIELDS)}.")

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import weft.methods
+from weft.core.adapter import MethodConfig
 from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError
 from weft.files.run_folder import RUN_FILE
@@ -64,7 +65,7 @@ def config_of(
     Raises:
         UserError: It is none, or no valid one.
     """
-    flags = _plain(flags)
+    flags = _plain(_with_jobs(flags))
     overrides = _plain(overrides)
     if isinstance(given, RunConfig):
         return _changed(given, overrides, flags, source) if overrides or flags else given
@@ -73,6 +74,23 @@ def config_of(
     if local_path(given).is_dir():
         return load_run_config(given, overrides, flags=flags)
     return load_config(given, overrides, flags=flags)
+
+
+def _with_jobs(flags: Mapping[str, object]) -> Mapping[str, object]:
+    """``flags`` with jobs in the place of methods, where one of these is given with its settings."""
+    method = flags.get("method")
+    given = list(method) if isinstance(method, (list, tuple)) else [method]
+    if not any(isinstance(one, MethodConfig) for one in given):
+        return flags
+    jobs = [_job_of(one) if isinstance(one, MethodConfig) else {"method": one} for one in given]
+    return {**{key: value for key, value in flags.items() if key != "method"}, "jobs": jobs}
+
+
+def _job_of(config: MethodConfig) -> dict[str, object]:
+    """The job of a method with these settings; of several in one adapter each under its name."""
+    parts = config.methods()
+    own = {part.method: part.model_dump(mode="json", include=part.model_fields_set) for part in parts}
+    return {"method": "+".join(own), **own}
 
 
 def _plain(value: Any) -> Any:
