@@ -229,8 +229,8 @@ def train(
     on_ready(setup)
     on_event, should_stop = with_callbacks([callback(setup) for callback in callbacks], on_event, should_stop)
     begun = (store.folder / RUN_FILE).is_file()
-    store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
     try:
+        store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
         return _train(config, setup, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained)
     except WriteError as error:
         raise UserError(f"{error} {_way_on(store)}") from error
