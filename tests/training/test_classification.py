@@ -243,6 +243,9 @@ def test_the_head_has_a_rate_of_its_own(method: str, settings: dict[str, Any]) -
         if named is None and adapter.parts[0] is adapter:
             share = {"prefix_tuning": 80, "bitfit": 3}.get(method, 1)
             assert set(others) == {METHODS[method].learning_rate(32) / share}
+        if named is None and method == "lora+bitfit":
+            assert min(others) == METHODS["lora"].learning_rate(32)
+            assert max(others) == METHODS["bitfit"].learning_rate(32) / 3
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "bitfit", "lora+prompt_tuning"])
@@ -259,9 +262,11 @@ def test_a_job_goes_on_with_the_rates_of_its_beginning(method: str) -> None:
         found = {id(p): group["peak_lr"] for group in job.optimizer.param_groups for p in group["params"]}
         return [found[id(p)] for p in job.parameters]
 
+    shown = job.rate
     other = [rate / (2 + number) for number, rate in enumerate(begun["rates"])]
     job.restore(tensors, {**begun, "rates": other})
     assert rates() == other
+    assert job.rate == pytest.approx(shown / 2)
     job.restore(tensors, {key: value for key, value in begun.items() if key != "rates"})
     of_method = METHODS[method.split("+")[0]].learning_rate(32)
     head = [rate for name, rate in zip(names_of(job), rates(), strict=True) if name.startswith("head.")]

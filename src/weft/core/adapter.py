@@ -350,8 +350,8 @@ class Adapter(nn.Module):
         """The learning rate of one parameter in a job whose rate is ``rate``."""
         return rate * self.learning_rate_factor(parameter)
 
-    def default_learning_rate(self, parameter: str) -> float:
-        """The rate of one parameter if the job names none; a head has its own, whatever the method."""
+    def default_learning_rate(self, parameter: str, writes: bool = True) -> float:
+        """The rate of one parameter if the job, which ``writes`` or not, names none; a head has one for all methods."""
         own_head = parameter.startswith("head.")
         return rate_for(self.hidden_size, *HEAD_RATES) if own_head else self.config.learning_rate(self.hidden_size)
 

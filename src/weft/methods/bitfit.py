@@ -74,9 +74,9 @@ class BitFit(SiteAdapter):
                 f"ones (add_missing: true, target_modules: [{', '.join(own.target_modules or ())}])."
             )
 
-    def default_learning_rate(self, parameter: str) -> float:
-        rate = super().default_learning_rate(parameter)
-        return rate if self.head.writes or parameter.startswith("head.") else rate / 3
+    def default_learning_rate(self, parameter: str, writes: bool = True) -> float:
+        rate = super().default_learning_rate(parameter, writes)
+        return rate if writes or parameter.startswith("head.") else rate / 3
 
 
 def _for_base(config: BitFitConfig, context: BuildContext) -> BitFitConfig:
@@ -86,7 +86,8 @@ def _for_base(config: BitFitConfig, context: BuildContext) -> BitFitConfig:
     if any(_has_bias(path, context) for path in _places(context.architecture)):
         return config.model_copy(update={"add_missing": False})
     # A bias of a norm gives nothing beside those of the linears after it, and a merged Llama has no place for it.
-    targets = ["attention", "mlp"] if config.target_modules is None else config.target_modules
+    there = {group for path in context.architecture.linears for group in _group(path, context.architecture)}
+    targets = sorted(there) if config.target_modules is None else config.target_modules
     return config.model_copy(update={"add_missing": True, "target_modules": targets})
 
 

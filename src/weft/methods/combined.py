@@ -150,9 +150,9 @@ class Combined(Adapter):
         for part in self.parts:
             part.after_step(step)
 
-    def default_learning_rate(self, parameter: str) -> float:
+    def default_learning_rate(self, parameter: str, writes: bool = True) -> float:
         part, name = self._whose(parameter)
-        return (part or self.parts[0]).default_learning_rate(name)
+        return (part or self.parts[0]).default_learning_rate(name, writes)
 
     def learning_rate_factor(self, parameter: str) -> float:
         part, name = self._whose(parameter)

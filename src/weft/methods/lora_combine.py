@@ -33,6 +33,9 @@ class _Scaling(Protocol):
     def scaling(self, path: str) -> float: ...
 
 
+_ROWS = ".trainable_tokens_delta"
+
+
 @dataclass(frozen=True)
 class _Factors:
     """A [r, in] and B [out, r] of one module in one adapter; its change is ``scaling * b @ a``."""
@@ -82,8 +85,29 @@ def combine_lora(sources: Sequence[Source], how: Combination) -> tuple[MethodCon
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+    tensors |= _rows(sources, how)
     config = sources[0].config
     return config.model_copy(update={k: v for k, v in update.items() if k in type(config).model_fields}), tensors
+
+
+def _rows(sources: Sequence[Source], how: Combination) -> dict[str, Tensor]:
+    """The rows [n, d] of trained tokens: values and not changes, so they are averaged, whatever the rule."""
+    first = sources[0]
+    kept = [{key: t.detach() for key, t in one.tensors.items() if key.endswith(_ROWS)} for one in sources]
+    for source, rows in zip(sources, kept, strict=True):
+        mine, theirs = (getattr(one.config, "trainable_token_indices", None) for one in (first, source))
+        if rows.keys() != kept[0].keys() or mine != theirs:
+            raise UserError(
+                f"'{first.name}' trains the rows of the tokens {mine}, '{source.name}' of {theirs} "
+                "(trainable_token_indices, add_tokens); only rows of the same tokens can be combined."
+            )
+    if kept[0] and not math.isclose(sum(how.weights), 1.0, abs_tol=1e-6):
+        raise UserError(
+            f"the adapters hold rows of tokens whole, so these can only be averaged: the weights must sum to 1, not "
+            f"{sum(how.weights):g}."
+        )
+    weighted = list(zip(how.weights, kept, strict=True))
+    return {key: torch.stack([weight * rows[key] for weight, rows in weighted]).sum(0) for key in kept[0]}
 
 
 def _parsed(key: str) -> re.Match[str]:
@@ -97,6 +121,8 @@ def _factors(source: Source) -> list[tuple[tuple[str, str], str, Tensor, Tensor]
     found = []
     for key, tensor in source.tensors.items():
         parts = _FACTOR.fullmatch(key)
+        if key.endswith(_ROWS):
+            continue
         if parts is None:
             raise UserError(
                 f"'{source.name}' holds '{key}' beside LoRA's A and B (DoRA, a trained bias, modules_to_save); there "

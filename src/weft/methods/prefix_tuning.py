@@ -123,8 +123,8 @@ class DeepPrompt(EncodedRows):
         self.num_prefix_tokens = config.num_virtual_tokens
         self.shape = (config.num_virtual_tokens, 2 * shape.num_layers, shape.num_kv_heads, shape.head_dim)
 
-    def default_learning_rate(self, parameter: str) -> float:
-        rate = super().default_learning_rate(parameter)
+    def default_learning_rate(self, parameter: str, writes: bool = True) -> float:
+        rate = super().default_learning_rate(parameter, writes)
         # Each weight of the network moves all keys and values.
         return rate / 80 if self.encoder is not None and not parameter.startswith("head.") else rate
 

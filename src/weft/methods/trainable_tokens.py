@@ -7,7 +7,7 @@ the rows whole. A head that is tied to the embeddings follows them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -32,19 +32,20 @@ class TrainableTokensConfig(MethodConfig):
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     default_learning_rate: ClassVar[float] = 1e-3
     small_learning_rate: ClassVar[float | None] = 1e-1
+    whole_values: ClassVar[bool] = True
     # How the rows began.
     harmless_keys: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 
     token_indices: list[int] = Field([], description="ids of the tokens; default: those of `add_tokens`")
-    target_modules: list[str] | None = Field(
+    target_modules: str | list[str] | None = Field(
         None, description="last parts of paths: the token embeddings, the head; default: the embeddings"
     )
 
     def build(self, name: str, context: BuildContext) -> Adapter:
         if not self.token_indices:
             raise UserError("trainable_tokens: token_indices names no token; say which, or give the run add_tokens.")
-        rows = token_rows("token_indices", dict.fromkeys(self.target_modules or [""], self.token_indices), context)
-        return SiteAdapter(self, name, rows)
+        named = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules or [""]
+        return SiteAdapter(self, name, token_rows("token_indices", dict.fromkeys(named, self.token_indices), context))
 
     def combine(self, sources: Sequence[Source], how: Combination) -> tuple[MethodConfig, dict[str, Tensor]] | None:
         if any(source.config != self for source in sources):
@@ -59,6 +60,8 @@ class TokenRows(nn.Module):
     """
 
     stored_whole = True
+    # Changes that other methods make here come after, as in a merge.
+    replaces_output = True
     # In peft's files, where the rows belong to a method with parameters of its own.
     wrapper = "token_adapter."
     base: nn.Module
@@ -103,7 +106,6 @@ def token_rows(key: str, wanted: Mapping[str, Sequence[int]], context: BuildCont
     """
     places = _tables(context.model)
     table = input_embeddings(context.model)
-    found: dict[str, TokenRows] = {}
     shared: dict[int, TokenRows] = {}
     for name, ids in wanted.items():
         paths = [path for path, m in places.items() if (path.endswith(name) if name else m is table)]
@@ -120,11 +122,9 @@ def token_rows(key: str, wanted: Mapping[str, Sequence[int]], context: BuildCont
                 shared[id(weight)] = TokenRows(places[path], ids, context)
             elif shared[id(weight)].ids.tolist() != list(ids):
                 raise UserError(f"{key}: '{path}' is tied to the embeddings, so both must train the same tokens.")
-    for path, module in context.model.named_modules(remove_duplicate=False):
-        rows = shared.get(id(module._parameters.get("weight")))
-        if rows is not None and path not in context.architecture.unreachable:
-            found[path] = rows
-    return found
+    # An encoder-decoder's stacks have tables too, but ask the shared one.
+    by_path = {path: shared.get(id(module.get_parameter("weight"))) for path, module in places.items()}
+    return {path: rows for path, rows in by_path.items() if rows and path not in context.architecture.unreachable}
 
 
 def _check_ids(key: str, ids: Sequence[int], rows: int) -> None:
@@ -136,25 +136,37 @@ def _check_ids(key: str, ids: Sequence[int], rows: int) -> None:
 
 def with_token_rows(config: MethodConfig, ids: Sequence[int], model: nn.Module) -> MethodConfig:
     """The settings of a method that also trains the rows of the tokens ``ids``: by itself, or as a part beside it."""
-    if not ids or isinstance(config, FullConfig):
-        return config  # full fine-tuning trains every row
-    tables = list({id(module.weight): path for path, module in _tables(model).items()}.values())
     parts = list(config.methods())
-    for index, part in enumerate(parts):
-        if isinstance(part, TrainableTokensConfig) and not part.token_indices:
-            parts[index] = part.model_copy(update={"token_indices": list(ids), "target_modules": tables})
-            break
-        if "trainable_token_indices" in type(part).model_fields:
-            whole = tuple(getattr(part, "modules_to_save", None) or ())
-            own = {path: list(ids) for path in tables if not path.endswith(whole)}
-            parts[index] = part.model_copy(update={"trainable_token_indices": own or None})
-            break
-    else:
-        parts.append(TrainableTokensConfig(token_indices=list(ids), target_modules=tables))
+    if not ids or any(isinstance(part, FullConfig) for part in parts):
+        return config  # full fine-tuning trains every row
+    takes = [i for i, part in enumerate(parts) if isinstance(part, TrainableTokensConfig)]
+    takes += [i for i, part in enumerate(parts) if "trainable_token_indices" in type(part).model_fields]
+    if not takes:
+        takes = [len(parts)]
+        parts.append(TrainableTokensConfig())
+    tables: dict[int, list[str]] = {}
+    for path, module in _tables(model).items():
+        tables.setdefault(id(module.weight), []).append(path)
+    parts[takes[0]] = _with_rows(parts[takes[0]], ids, list(tables.values()))
     return parts[0] if len(parts) == 1 else CombinedConfig(parts=tuple(parts))
 
 
+def _with_rows(config: Any, ids: Sequence[int], tables: Sequence[Sequence[str]]) -> MethodConfig:
+    """The settings with ``ids`` beside the tokens that they name. ``tables`` are the paths that share a tensor."""
+    if isinstance(config, TrainableTokensConfig):
+        every = list(dict.fromkeys([*config.token_indices, *ids]))
+        return config.model_copy(update={"token_indices": every, "target_modules": [paths[0] for paths in tables]})
+    given, whole = config.trainable_token_indices or {}, tuple(config.modules_to_save or ())
+    given = given if isinstance(given, dict) else {tables[0][0]: given}
+    rows = {}
+    for paths in tables:
+        before = [i for name, own in given.items() if any(path.endswith(name) for path in paths) for i in own]
+        if before or not any(path.endswith(whole) for path in paths):
+            rows[paths[0]] = list(dict.fromkeys([*before, *ids]))
+    return config.model_copy(update={"trainable_token_indices": rows or None})
+
+
 def _tables(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
-    """The head, if there is one, and the token embeddings, by path. The head comes first."""
+    """The token embeddings and the head, if there is one, by path."""
     paths = {id(module): path for path, module in model.named_modules()}
-    return {paths[id(module)]: module for module in (output_head(model), input_embeddings(model)) if module is not None}
+    return {paths[id(module)]: module for module in (input_embeddings(model), output_head(model)) if module is not None}

@@ -93,12 +93,12 @@ class Job:
         self.total_steps = self.batches.total_steps
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
-        self.rate = config.learning_rate or adapter.default_learning_rate("")
+        self.rate = config.learning_rate or self._default_rate("")
         self.parameters: list[nn.Parameter] = list(named.values())
         # A resumed job has the same ones, by its seed: the checkpoint's values are put back after this.
         self._began = {n: _witness(p) for n, p in named.items()}
         self._pulled = [decays(adapter, n) for n in named]
-        self.progress = Progress(rates=self._rates(adapter.default_learning_rate))
+        self.progress = Progress(rates=self._rates(self._default_rate))
         self.optimizer = self._make_optimizer()
         if not named:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
@@ -113,6 +113,9 @@ class Job:
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         rates = self.progress.rates
         return make_optimizer(self.config, self.parameters, rates, self._pulled) if self.parameters else None
+
+    def _default_rate(self, parameter: str) -> float:
+        return self.adapter.default_learning_rate(parameter, self.adapter.head.writes)
 
     def _earlier_rate(self, parameter: str) -> float:
         """The default of earlier versions, where a head and a method learned at one rate for every task."""
@@ -314,9 +317,11 @@ class Job:
         for name, buffer in self.adapter.named_buffers():
             buffer.copy_(tensors[f"buffer.{name}"])
         optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-        self.progress = Progress(**progress)
+        now, self.progress = self.progress.rates, Progress(**progress)
         if self.parameters and not self.progress.rates:
             self.progress.rates = self._rates(self._earlier_rate)
+        if now:
+            self.rate *= self.progress.rates[0] / now[0]
         # With the rates of its beginning, whatever the defaults are now: the checkpoint also counts by them.
         self.optimizer = self._make_optimizer()
         if self.optimizer is not None:
