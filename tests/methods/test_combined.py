@@ -286,7 +286,7 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     factor = lambda parameter: 4.0 if "lora_B" in parameter else 1.0  # noqa: E731
     monkeypatch.setattr(adapter.parts[0], "learning_rate_factor", factor)
     assert rates() == {"lora_A": {lora}, "lora_B": {4 * lora}, "bias": {bits}}
-    own = lambda parameter: 0.125  # noqa: E731
+    own = lambda parameter, writes: 0.125  # noqa: E731
     monkeypatch.setattr(adapter.parts[1], "default_learning_rate", own)
     assert rates()["bias"] == {0.125}
 

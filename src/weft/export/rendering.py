@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from weft.data.rendering.served import message_fields, opening
 from weft.data.rendering.tokens import special_texts
 from weft.errors import UserError
 from weft.export import fresh
+from weft.files.whole import temporary_file, writing_temporary
 from weft.foreign import parse_json
 
 SECONDS = 600  # to start Python, import transformers and read a tokenizer, on a busy machine too
@@ -89,9 +89,11 @@ def fresh_ids(folder: Path, conversations: Sequence[Sequence[Message]]) -> Itera
         "folder": str(folder.resolve()),
         "conversations": [message_fields(messages) for messages in conversations],
     }
-    with tempfile.TemporaryFile("w+") as question, tempfile.TemporaryFile("w+") as answer:
-        json.dump(asked, question)
-        question.seek(0)
+    with ExitStack() as stack:
+        with writing_temporary():
+            question, answer = (stack.enter_context(temporary_file("w+")) for _ in range(2))
+            json.dump(asked, question)
+            question.seek(0)
         # Isolated: no file of the working directory is taken for a library.
         words = [sys.executable, "-I", str(Path(fresh.__file__))]
         process = subprocess.Popen(words, stdin=question, stdout=answer, stderr=subprocess.PIPE, text=True)
