@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from weft.data.rendering.served import message_fields, opening
 from weft.data.rendering.tokens import special_texts
 from weft.errors import UserError
 from weft.export import fresh
-from weft.files.whole import temporary_file, writing_temporary
+from weft.files.whole import writing_temporary
 from weft.foreign import parse_json
 
 SECONDS = 600  # to start Python, import transformers and read a tokenizer, on a busy machine too
@@ -91,8 +92,10 @@ def fresh_ids(folder: Path, conversations: Sequence[Sequence[Message]]) -> Itera
     }
     with ExitStack() as stack:
         with writing_temporary():
-            question, answer = (stack.enter_context(temporary_file("w+")) for _ in range(2))
-            json.dump(asked, question)
+            # Without a buffer, which would be written once more, and refused once more, as the file is closed.
+            question = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+            answer = stack.enter_context(tempfile.TemporaryFile("w+"))
+            question.write(json.dumps(asked).encode())
             question.seek(0)
         # Isolated: no file of the working directory is taken for a library.
         words = [sys.executable, "-I", str(Path(fresh.__file__))]
