@@ -12,7 +12,7 @@ from weft.cli.session import Session
 from weft.core.adapter import MethodConfig
 from weft.core.stream import Part
 from weft.data import Message, Renderer, register_format
-from weft.errors import UserError
+from weft.errors import UserError, shown
 from weft.extensions import load_extension
 from weft.files.run_folder import read_metrics
 from weft.generation import Request, generate
@@ -30,7 +30,7 @@ from weft.methods import (
 from weft.models import describe, load_base
 from weft.objectives import register_objective
 from weft.training import RunConfig, TrainResult, load_config, make_config
-from weft.training.callbacks import Callback, register_callback
+from weft.training.callbacks import Callback, check_hearers, register_callback
 from weft.training.config import config_of
 from weft.training.loop import Event
 from weft.training.run import Setup
@@ -109,6 +109,9 @@ def train(
         UserError: Something that was given cannot be used; the message says what, and what to do.
         KeyboardInterrupt: It was interrupted. While it was training, all up to there is saved.
     """
+    check_hearers(callbacks, on_event, should_stop)
+    if not isinstance(progress, bool):
+        raise UserError(f"progress: expected True or False, not {shown(progress)}.")
     flags = {"model": model, "data": data, "method": method, "output_dir": output_dir}
     flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
     if names := [one for one in callbacks if isinstance(one, str)]:

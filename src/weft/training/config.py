@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 import weft.methods
 from weft.data.rendering.templates import is_file_name
-from weft.errors import UserError
+from weft.errors import UserError, shown
 from weft.files.run_folder import RUN_FILE
 from weft.foreign import read_json, read_yaml
 from weft.methods.registry import METHODS
@@ -64,10 +64,14 @@ def config_of(
     """
     if isinstance(given, RunConfig):
         return _changed(given, overrides, flags, source) if overrides or flags else given
+    if given is not None and not isinstance(given, (str, os.PathLike, Mapping)):
+        raise UserError(f"{source}: expected a file, its keys, the folder of a run or a RunConfig; not {shown(given)}.")
     if given is None or isinstance(given, Mapping):
         return build_config(given or {}, overrides, flags=flags, source=source)
     if local_path(given).is_dir():
         return load_run_config(given, overrides, flags=flags)
+    if flags.get("resume") and not local_path(given).exists():
+        raise UserError(f"no configuration file and no folder of a run at {local_path(given)}.")
     return load_config(given, overrides, flags=flags)
 
 
@@ -107,7 +111,10 @@ def load_run_config(
     folder = local_path(folder)
     path = folder / RUN_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.")
+        kind = " It is a base: say model= (--model)." if (folder / "config.json").is_file() else ""
+        raise UserError(
+            f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.{kind}"
+        )
     begun = {"resume": False, "overwrite_output_dir": False, "output_dir": str(folder)}
     found = _changed(read_run_config(folder), overrides, begun | dict(flags or {}), str(path))
     if not found.resume:

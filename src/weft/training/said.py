@@ -10,6 +10,7 @@ from weft.core.adapter import MethodConfig
 from weft.errors import UserError, shown
 from weft.foreign import parse_yaml
 from weft.methods import METHODS
+from weft.patterns import in_order
 from weft.training.aliases import RENAMED, translate
 from weft.training.bits import DETAILS
 from weft.training.settings import method_names, own_settings
@@ -27,8 +28,7 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(plain, value), key=repr)  # the order of a set is another one in the next process
+    value = in_order(value)
     if isinstance(value, (list, tuple, range)):
         return [plain(item) for item in value]
     kind = type(value)
