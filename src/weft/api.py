@@ -12,7 +12,7 @@ from weft.cli.session import Session
 from weft.core.adapter import MethodConfig
 from weft.core.stream import Part
 from weft.data import Message, Renderer, register_format
-from weft.errors import UserError, shown
+from weft.errors import UserError
 from weft.extensions import load_extension
 from weft.files.run_folder import read_metrics
 from weft.generation import Request, generate
@@ -100,7 +100,8 @@ def train(
         on_event: Hears every event, a mapping as in ``metrics.jsonl``.
         should_stop: Asked after every step; True saves and stops.
         progress: Show what is trained and how far it is: a live table on a terminal and in a notebook, else lines.
-        **settings: Any key of docs/config.md (``learning_rate=1e-3``, ``epochs=2``, ``r=16``); wins over ``config``.
+        **settings: Any key of docs/config.md (``learning_rate=1e-3``, ``epochs=2``, ``r=16``); wins over ``config``,
+            in every job that knows it.
 
     Returns:
         How each job has ended; ``completed`` is False if the run was asked to stop.
@@ -109,9 +110,7 @@ def train(
         UserError: Something that was given cannot be used; the message says what, and what to do.
         KeyboardInterrupt: It was interrupted. While it was training, all up to there is saved.
     """
-    check_hearers(callbacks, on_event, should_stop)
-    if not isinstance(progress, bool):
-        raise UserError(f"progress: expected True or False, not {shown(progress)}.")
+    check_hearers(callbacks, on_event, should_stop, progress)
     flags = {"model": model, "data": data, "method": method, "output_dir": output_dir}
     flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
     if names := [one for one in callbacks if isinstance(one, str)]:

@@ -29,8 +29,8 @@ def register_callback(name: str) -> Callable[[_Made], _Made]:
     return CALLBACKS.register(name, lambda callback: callback)
 
 
-def check_hearers(callbacks: object, on_event: object, should_stop: object) -> None:
-    """Refuse what cannot be called as a run calls it; None is left out.
+def check_hearers(callbacks: object, on_event: object, should_stop: object, progress: object) -> None:
+    """Refuse what cannot be called as a run calls it (None is never called), and a ``progress`` that is no bool.
 
     Raises:
         UserError: ``callbacks`` is no list, one of them or another is no function, or takes another number of values.
@@ -44,6 +44,8 @@ def check_hearers(callbacks: object, on_event: object, should_stop: object) -> N
         raise UserError(f"on_event: expected a function of one event, not {shown(on_event)}.")
     if should_stop is not None and not _takes(should_stop, 0):
         raise UserError(f"should_stop: expected a function that takes nothing, not {shown(should_stop)}.")
+    if not isinstance(progress, bool):
+        raise UserError(f"progress: expected True or False, not {shown(progress)}.")
 
 
 def _takes(function: object, count: int) -> bool:
