@@ -30,7 +30,7 @@ from weft.methods import (
 from weft.models import describe, load_base
 from weft.objectives import register_objective
 from weft.training import RunConfig, TrainResult, load_config, make_config
-from weft.training.callbacks import Callback, register_callback
+from weft.training.callbacks import Callback, check_hearers, register_callback
 from weft.training.config import config_of
 from weft.training.loop import Event
 from weft.training.run import Setup
@@ -100,7 +100,8 @@ def train(
         on_event: Hears every event, a mapping as in ``metrics.jsonl``.
         should_stop: Asked after every step; True saves and stops.
         progress: Show what is trained and how far it is: a live table on a terminal and in a notebook, else lines.
-        **settings: Any key of docs/config.md (``learning_rate=1e-3``, ``epochs=2``, ``r=16``); wins over ``config``.
+        **settings: Any key of docs/config.md (``learning_rate=1e-3``, ``epochs=2``, ``r=16``); wins over ``config``,
+            in every job that knows it.
 
     Returns:
         How each job has ended; ``completed`` is False if the run was asked to stop.
@@ -109,6 +110,7 @@ def train(
         UserError: Something that was given cannot be used; the message says what, and what to do.
         KeyboardInterrupt: It was interrupted. While it was training, all up to there is saved.
     """
+    check_hearers(callbacks, on_event, should_stop, progress)
     flags = {"model": model, "data": data, "method": method, "output_dir": output_dir}
     flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
     if names := [one for one in callbacks if isinstance(one, str)]:

@@ -35,3 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string if none is close."""
     match = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def shown(value: object) -> str:
+    """A value that a user gave, as a message shows it: the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} …"

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from weft.errors import UserError, shown
+
 # Endings of files, which no model's id has.
 _FILES = (".json", ".jsonl", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".zip", ".gz", ".tar")
 
@@ -16,7 +18,13 @@ def with_home(path: str) -> str:
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """The place that a user means by a path."""
+    """The place that a user means by a path.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"expected a path, not {shown(path)}.")
     return Path(with_home(os.fspath(path)))
 
 

@@ -183,3 +183,8 @@ def check_name(name: str) -> None:
     """
     if not regex.fullmatch(r"[A-Za-z0-9_\-\u4e00-\u9fff][\w.\-]{0,99}", name):
         raise UserError(f"{name!r} is no name for an adapter: use letters, digits, '_', '-' and '.', at most 100.")
+
+
+def in_order(value: object) -> object:
+    """A sorted list in the place of a set, whose order is another one in the next process; else ``value``."""
+    return sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value

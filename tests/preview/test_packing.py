@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "windows": {"data": "t.jsonl", "documents": "windows", "max_length": 64, "window_overlap": 8, "eval_size": 4},
     "joined": {"data": "t.jsonl", "documents": "joined", "max_length": 64, "batch_size": 2},
     "classes": {"data": "c.csv", "task": "sequence_classification", "method": ["lora", "ia3"], "batch_size": 5},
-    "seeds": {"jobs": [{"method": "lora", "name": f"j{seed}", "seed": seed} for seed in (0, 0, 1)][1:]},
+    "seeds": {"jobs": [{"name": f"j{seed}", "seed": seed} for seed in (0, 0, 1)][1:]},
 }
 
 

@@ -82,8 +82,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config(model: object = "none", **more: Any) -> RunConfig:
-    return make_config({"model": str(model), "data": "train.jsonl", "method": "lora", "steps": 1, "eval_steps": 2,
-                        "output_dir": "run", "threads": 1, **more})  # fmt: skip
+    trained = {} if "jobs" in more else {"method": "lora"}
+    return make_config({"model": str(model), "data": "train.jsonl", "steps": 1, "eval_steps": 2, "output_dir": "run",
+                        "threads": 1, **trained, **more})  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "classes"])

@@ -262,7 +262,7 @@ def test_a_bad_record_counts_once_however_often_it_is_read(tmp_path: Path) -> No
     path = tmp_path / "c.csv"
     path.write_text("text,label\n" + "one,a\ntwo,b\n,a\nthree,\n")
     jobs = [
-        {"method": "lora", "name": "".join(labels), "task": "sequence_classification", "labels": labels}
+        {"name": "".join(labels), "task": "sequence_classification", "labels": labels}
         for labels in (["a", "b"], ["b", "a"])
     ]
     made = config(str(path), jobs=jobs, on_bad_record="report")
@@ -279,7 +279,7 @@ def test_bad_records_of_one_line_are_several(tmp_path: Path) -> None:
     good = [{"instruction": f"a {n}", "output": "b"} for n in range(3)]
     path = tmp_path / "one.json"
     path.write_text(json.dumps([{"question": "x"}, good[0], {"question": "y"}, *good[1:], {"question": "z"}]))
-    jobs = [{"method": "lora", "name": name, "data": [{"path": str(path), **more}]}
+    jobs = [{"name": name, "data": [{"path": str(path), **more}]}
             for name, more in (("a", {}), ("b", {"limit": 6}))]  # fmt: skip
     made = config(str(path), jobs=jobs, on_bad_record="report")
     reader = Reader(made, Renderer(byte_tokenizer()), ARCHITECTURE, data_files(made))

@@ -44,11 +44,13 @@ neftune_noise_alpha: 5     # noise on the embeddings goes with any method
 ```
 
 On the command line `key=value` wins over the file, with YAML's values and dots for what lies deeper:
-`learning_rate=1e-3`, `jobs.0.r=16`, `jobs.small.r=16` (by name), `eval_data=` (none). An unknown key is an error that
-names the nearest one; so is a key that stands twice. Words are those of YAML 1.2: `1e-3` is a number; `off`, `no`,
-`on`, `yes`, `12:30` are text, and a switch understands the four words as well as `true` and `false`. In Python
-keys are keywords, `weft.train("run.yaml", learning_rate=1e-3)` ([python.md](python.md)); `weft.load_config` and
-`weft.make_config` give the configuration alone.
+`learning_rate=1e-3`, `jobs.0.r=16`, `jobs.small.r=16` (by name), `eval_data=` (none). A job's key without dots wins in
+every job that knows it, also over what the job itself says in the file; `jobs.small.r` is for that job alone. Of two
+words the last wins; of keywords in Python, which have no order, the one that names a job or a method. `method` takes
+the place of all `jobs`. An unknown key is an error that names the nearest one; so is a key that stands twice. Words are
+those of YAML 1.2: `1e-3` is a number; `off`, `no`, `on`, `yes`, `12:30` are text, and a switch understands the four
+words as well as `true` and `false`. In Python keys are keywords, `weft.train("run.yaml", learning_rate=1e-3)`
+([python.md](python.md)); `weft.load_config("run.yaml")` and `weft.make_config(model=…)` give the configuration alone.
 """
 
 

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, nn
 
 from weft.core.architecture import Architecture
@@ -16,6 +16,7 @@ from weft.core.route import PrefixStates, Router, Segment
 from weft.errors import UserError
 from weft.ops.copying import copy_into
 from weft.ops.rates import rate_for
+from weft.patterns import in_order
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
@@ -82,8 +83,7 @@ class MethodConfig(BaseModel):
 
     method: ClassVar[str]
     peft_type: ClassVar[str]
-    # What the folder's file of tensors is called.
-    weights_file: ClassVar[str] = "adapter_model.safetensors"
+    weights_file: ClassVar[str] = "adapter_model.safetensors"  # the folder's file of tensors
     # Keys of a foreign adapter_config.json that change nothing at inference and may be dropped on reading.
     harmless_keys: ClassVar[frozenset[str]] = frozenset()
     # What a field means that PEFT's file leaves out, where that is not our own default (None: PEFT needs it).
@@ -101,6 +101,8 @@ class MethodConfig(BaseModel):
     instead_of_merging: ClassVar[str] = "Serve the adapter beside its base instead (weft chat, weft generate)."
     # What the method can be used for.
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
+
+    _sets = field_validator("*", mode="before")(in_order)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
@@ -224,8 +226,7 @@ class Adapter(nn.Module):
     num_virtual_tokens: int = 0
     num_prefix_tokens: int = 0
     note: str = ""  # what its method has decided for this base, where one may expect otherwise
-    # Of the base; the default learning rate depends on it.
-    hidden_size: int = 2048
+    hidden_size: int = 2048  # of the base; the default learning rate depends on it
 
     def set_up(self, hidden_size: int, head: Head) -> None:
         """Take what only the owner knows, once and before use: the base's width, and what the adapter answers with."""

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from weft.errors import UserError, nearest
+from weft.errors import UserError, nearest, shown
 
 T = TypeVar("T")
 _TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\*\s*(\S.*?)\s*", re.DOTALL)
@@ -50,7 +50,9 @@ def parse_sources(data: object) -> tuple[Source, ...]:
     elif isinstance(data, (list, tuple)) and data:
         sources = tuple(_source(item, number) for number, item in enumerate(data, start=1))
     else:
-        raise UserError(f"data is {data!r}; expected a path, a list of paths (or mappings with `path`), or {_EXAMPLE}.")
+        raise UserError(
+            f"data is {shown(data)}; expected a path, a list of paths (or mappings with `path`), or {_EXAMPLE}."
+        )
     _weights(sources)
     return sources
 
@@ -127,10 +129,10 @@ def _source(item: object, number: int) -> Source:
     where = f"data: entry {number}"
     if isinstance(item, str):
         if len(_PLUS.split(item)) > 1 and not Path(item).exists():
-            raise UserError(f"{where} is a sum ({item!r}); in a list write a mapping for each: {{path, weight}}.")
+            raise UserError(f"{where} is a sum ({shown(item)}); in a list write a mapping for each: {{path, weight}}.")
         return Source(item)
     if not isinstance(item, Mapping):
-        raise UserError(f"{where} is {item!r}; expected a path or a mapping with {', '.join(_FIELDS)}.")
+        raise UserError(f"{where} is {shown(item)}; expected a path or a mapping with {', '.join(_FIELDS)}.")
     if item and not item.keys() & set(_FIELDS):
         raise UserError(
             f"{where} has the fields {', '.join(map(repr, item))}, as a record has. Records are read from files: write "
@@ -141,14 +143,14 @@ def _source(item: object, number: int) -> Source:
             raise UserError(f"{where}: unknown key {key!r}.{nearest(str(key), _FIELDS)} Known: {', '.join(_FIELDS)}.")
     path, weight, limit, columns = (item.get(key) for key in ("path", "weight", "limit", "columns"))
     if not isinstance(path, str) or not path.strip():
-        raise UserError(f"{where}: path is {path!r}; expected the path of a file, a folder or a pattern.")
+        raise UserError(f"{where}: path is {shown(path)}; expected the path of a file, a folder or a pattern.")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
-        raise UserError(f"{where}: weight is {weight!r}; expected a number above 0, such as 0.3.")
+        raise UserError(f"{where}: weight is {shown(weight)}; expected a number above 0, such as 0.3.")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise UserError(f"{where}: limit is {limit!r}; expected a number of records, 1 or more.")
+        raise UserError(f"{where}: limit is {shown(limit)}; expected a number of records, 1 or more.")
     named = isinstance(columns, Mapping) and all(isinstance(name, str) for pair in columns.items() for name in pair)
     if columns is not None and not named:
-        raise UserError(f"{where}: columns is {columns!r}; expected {{field of the format: field in the data}}.")
+        raise UserError(f"{where}: columns is {shown(columns)}; expected {{field of the format: field in the data}}.")
     return Source(path, weight, item.get("format"), columns=columns, limit=limit)
 
 

@@ -45,6 +45,9 @@ def run_of(folder: Path) -> Path | None:
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """What the run in a folder has logged, a row per event; ``pandas.DataFrame`` makes a table of it as it is.
 
+    Args:
+        run: The folder, or its ``metrics.jsonl``.
+
     Returns:
         Rows with ``time`` (in UTC; None where a run is from before there were times), ``event`` (``step``, ``eval`` or
         ``warning``), ``job``, and what the event tells: ``step``, ``loss``, ``eval_loss`` and so on.
@@ -52,7 +55,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: This is no run's folder, or a line is damaged.
     """
-    path = local_path(run) / METRICS_FILE
+    path = local_path(run)
+    path = path if path.name == METRICS_FILE and path.is_file() else path / METRICS_FILE
     if not path.is_file():
         if (path.parent / RUN_FILE).is_file():
             return []  # it has not logged anything yet

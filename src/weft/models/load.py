@@ -74,9 +74,9 @@ def resolve_model(name: str) -> str:
     Raises:
         UserError: It looks like a path and does not exist, or the folder holds no model.
     """
+    path = local_path(name)
     if name in EMBEDDED_MODELS:
         return str(model_path(name))
-    path = local_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is a folder without a config.json; a Hugging Face model folder has one.")

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weft.errors import UserError
+from weft.errors import UserError, shown
 from weft.training.bits import in_our_words
 from weft.training.switches import is_on, switch_of
 
 # Our key -> the names that transformers and TRL, LLaMA-Factory, axolotl and ms-swift have for it.
 _NAMES: dict[str, tuple[str, ...]] = {
     "model": ("model_name_or_path", "base_model"),
-    "data": ("dataset", "train_file"),
+    "data": ("dataset", "train_dataset", "train_file"),
     "eval_data": ("eval_dataset", "validation_file"),
     "method": ("finetuning_type", "peft_type", "adapter", "tuner_type", "train_type"),
     "r": ("lora_r", "lora_rank"),
@@ -25,7 +25,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("lr_scheduler", "schedule"),
     "gradient_accumulation_steps": ("accumulation", "gradient_accumulation"),
     "optimizer": ("optim",),
-    "max_grad_norm": ("max_norm",),
+    "max_grad_norm": ("max_norm", "gradient_clipping"),
     "dtype": ("torch_dtype",),
     "eval_size": ("val_size",),
     "threads": ("num_threads",),
@@ -35,6 +35,17 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "neftune_noise_alpha": ("neftune_alpha", "noisy_embedding_alpha"),
 }
 RENAMED = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
+
+_TOKENIZER = "The base's own tokenizer is taken; chat_template and add_tokens are what can be changed."
+# What is said of keys that have no counterpart here.
+HINTS = {
+    "tokenizer": _TOKENIZER,
+    "processing_class": _TOKENIZER,
+    "peft_config": "Say method: lora with its settings beside it (r: 4), or in Python method=weft.LoraConfig(r=4).",
+    "args": "Its values are keys here, by the same names (learning_rate, num_train_epochs, output_dir).",
+    "compute_metrics": "The evaluation gives the loss, of labels also accuracy, F1 and MCC; weft generate --input "
+    "scores answers.",
+}
 
 # AUTO is the value of batch_tokens that stands for batch_size * max_length; the keys in _SAME ask for it.
 AUTO = "auto"
@@ -125,8 +136,8 @@ def _names(key: str) -> Switch:
 def _resume(value: object) -> tuple[str, object]:
     if isinstance(value, str) and switch_of(value) is None:
         raise UserError(
-            f"resume_from_checkpoint: {value!r}: a run goes on from the newest intact checkpoint of its output_dir; "
-            "write resume: true."
+            f"resume_from_checkpoint: {shown(value)}: a run goes on from the newest intact checkpoint of its "
+            "output_dir; write resume: true."
         )
     return "resume", is_on(value, "resume_from_checkpoint")
 
@@ -136,7 +147,7 @@ def _only_off(key: str) -> Switch:
 
     def check(value: object) -> None:
         if value not in (None, False, 0, "none", "no", "off", [], {}, ["none"]):
-            raise UserError(f"{key}: {value!r} is not in this version of Weft; leave it out.")
+            raise UserError(f"{key}: {shown(value)} is not in this version of Weft; leave it out.")
 
     return Switch(check, "nothing if off; not in this version if on")
 
@@ -146,7 +157,7 @@ def _word(table: Mapping[object, tuple[str, str] | None], problem: str, told: st
 
     def look_up(value: object) -> tuple[str, str] | None:
         if value not in table:
-            raise UserError(problem.format(repr(value)))
+            raise UserError(problem.format(shown(value)))
         return table[value]
 
     return Switch(look_up, told)
@@ -233,7 +244,7 @@ def _value(name: str, value: object) -> object:
     words = VALUES.get(name, {})
     other = _OTHERS.get(name, {}).get(value.lower()) if isinstance(value, str) else None
     if other is not None:
-        raise UserError(f"{name}: {value!r} is not in this version of Weft ({other}). There are: {_KNOWN[name]}.")
+        raise UserError(f"{name}: {shown(value)} is not in this version of Weft ({other}). There are: {_KNOWN[name]}.")
     if name == "neftune_noise_alpha" and value is None:
         return 0.0  # transformers' word for off
     if isinstance(value, list) and name == "method":

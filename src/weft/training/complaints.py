@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from weft.errors import UserError, nearest
+from weft.errors import UserError, nearest, shown
+from weft.training.aliases import HINTS
 from weft.training.switches import switch_of
 
 _PLAIN: dict[object, str] = {
@@ -54,7 +55,7 @@ def unknown_keys(where: str, keys: Sequence[str], known: set[str] | frozenset[st
 def _instead(key: str, known: set[str] | frozenset[str]) -> str:
     if key in ("extension", "extensions"):
         return " No file can name code to run: give --extension FILE.py on the command line (docs/extending.md)."
-    return nearest(key, known)
+    return f" {HINTS[key]}" if key in HINTS else nearest(key, known)
 
 
 def explain(
@@ -83,9 +84,9 @@ def _refused(item: ErrorDetails, fields: Mapping[str, object], where: str) -> st
     if item["type"] in ("literal_error", "bool_parsing", "bool_type") or (choice and len(place) > 1):
         words = _words(_options(annotation))
         hint = nearest(value, words) if isinstance(value, str) else ""
-        return f"{where}: {place[0]}: expected {expected(annotation)}, not {value!r}.{hint}"
+        return f"{where}: {place[0]}: expected {expected(annotation)}, not {shown(value)}.{hint}"
     key = ".".join(str(part) for part in place)
-    given = "" if isinstance(value, (dict, BaseModel)) else f" (given: {value!r})"
+    given = "" if isinstance(value, (dict, BaseModel)) else f" (given: {shown(value)})"
     return f"{where}: {key + ': ' if key else ''}{item['msg'].removeprefix('Value error, ')}{given}"
 
 

@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 import weft.methods
-from weft.core.adapter import MethodConfig
 from weft.data.rendering.templates import is_file_name
-from weft.errors import UserError
+from weft.errors import UserError, shown
 from weft.files.run_folder import RUN_FILE
-from weft.foreign import parse_yaml, read_json, read_yaml
+from weft.foreign import read_json, read_yaml
 from weft.methods.registry import METHODS
 from weft.paths import local_path
 from weft.training.aliases import AUTO, translate
-from weft.training.bits import DETAILS
 from weft.training.complaints import check_switches, explain, unknown_keys, with_switches
+from weft.training.said import Overrides, in_our_words, jobs_of, no_method, override, plain, said_last
 from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)
-# ``key=value``, as the command line has them, or values by their keys.
-Overrides = Sequence[str] | Mapping[str, object]
 
 
 def load_config(
@@ -65,41 +62,17 @@ def config_of(
     Raises:
         UserError: It is none, or no valid one.
     """
-    flags = _plain(_with_jobs(flags))
-    overrides = _plain(overrides)
     if isinstance(given, RunConfig):
         return _changed(given, overrides, flags, source) if overrides or flags else given
+    if given is not None and not isinstance(given, (str, os.PathLike, Mapping)):
+        raise UserError(f"{source}: expected a file, its keys, the folder of a run or a RunConfig; not {shown(given)}.")
     if given is None or isinstance(given, Mapping):
-        return build_config(_plain(given or {}), overrides, flags=flags, source=source)
+        return build_config(given or {}, overrides, flags=flags, source=source)
     if local_path(given).is_dir():
         return load_run_config(given, overrides, flags=flags)
+    if flags.get("resume") and not local_path(given).exists():
+        raise UserError(f"no configuration file and no folder of a run at {local_path(given)}.")
     return load_config(given, overrides, flags=flags)
-
-
-def _with_jobs(flags: Mapping[str, object]) -> Mapping[str, object]:
-    """``flags`` with jobs in the place of methods, where one of these is given with its settings."""
-    method = flags.get("method")
-    given = list(method) if isinstance(method, (list, tuple)) else [method]
-    if not any(isinstance(one, MethodConfig) for one in given):
-        return flags
-    jobs = [_job_of(one) if isinstance(one, MethodConfig) else {"method": one} for one in given]
-    return {**{key: value for key, value in flags.items() if key != "method"}, "jobs": jobs}
-
-
-def _job_of(config: MethodConfig) -> dict[str, object]:
-    """The job of a method with these settings; of several in one adapter each under its name."""
-    parts = config.methods()
-    own = {part.method: part.model_dump(mode="json", include=part.model_fields_set) for part in parts}
-    return {"method": "+".join(own), **own}
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with text in the place of paths, also of those in lists and mappings."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def build_config(
@@ -109,19 +82,22 @@ def build_config(
     flags: Mapping[str, object] | None = None,
     source: str = "configuration",
 ) -> RunConfig:
-    """``make_config`` of a mapping after ``flags`` and ``key=value`` overrides."""
+    """``make_config`` of a mapping after ``flags`` and ``key=value`` overrides, which win in every job too."""
+    said = said_last(flags or {}, overrides)
     # Keys are translated first, because an override of learning_rate has to win over the file's lr.
-    merged = translate(values, source)
-    if isinstance(merged.get("jobs"), list):
-        jobs = [translate(job, f"{source}: jobs[{i}]") if isinstance(job, dict) else job
-                for i, job in enumerate(merged["jobs"])]  # fmt: skip
-        merged["jobs"] = jobs
-    if flags and "method" in flags:
-        merged.pop("jobs", None)
-    merged |= translate(flags or {}, "command line")
-    for key, value in _pairs(overrides):
-        _override(merged, key, value)
-    return make_config(merged, source=source)
+    merged = in_our_words(plain(values), source)
+    taken = {name for key, value in said for name in override(merged, key, value)}
+    config = make_config(merged, source=source)
+    _check_taken(config, taken, source)
+    return config
+
+
+def _check_taken(config: RunConfig, said: Iterable[str], source: str) -> None:
+    """Refuse settings of methods that are said for every job and that none would take."""
+    known = {key for job in config.jobs for part in job.method_config().methods() for key in type(part).model_fields}
+    for key in sorted(set(said) - _RUN_KEYS - _JOB_KEYS - METHODS.keys() - known):
+        methods = ", ".join(dict.fromkeys(job.method for job in config.jobs))
+        raise UserError(f"{source}: {key}: no job would take this; there are jobs of {methods}.")
 
 
 def load_run_config(
@@ -135,7 +111,10 @@ def load_run_config(
     folder = local_path(folder)
     path = folder / RUN_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.")
+        kind = " It is a base: say model= (--model)." if (folder / "config.json").is_file() else ""
+        raise UserError(
+            f"{folder} is a folder without a {RUN_FILE}; give a configuration file or the folder of a run.{kind}"
+        )
     begun = {"resume": False, "overwrite_output_dir": False, "output_dir": str(folder)}
     found = _changed(read_run_config(folder), overrides, begun | dict(flags or {}), str(path))
     if not found.resume:
@@ -144,24 +123,11 @@ def load_run_config(
 
 
 def _changed(config: RunConfig, overrides: Overrides, flags: Mapping[str, object], source: str) -> RunConfig:
-    values = config.model_dump(mode="json") | dict(flags)
-    for key, value in _pairs(overrides):
-        _override(values, key, value)
-    _to_jobs(values, source)
-    return _run_config(values, source)
-
-
-def _to_jobs(values: dict[str, Any], source: str) -> None:
-    """Give keys of jobs that stand at the top to every job; those of methods to the jobs whose method knows them."""
-    for key in [key for key in values if key not in _RUN_KEYS]:
-        value, taken = values.pop(key), False
-        for job in values["jobs"]:
-            known = {name for part in method_names(job["method"]) for name in METHODS.find(part).model_fields}
-            place = job if key in _JOB_KEYS else job["method_settings"] if key in known else None
-            if place is not None:
-                place[key], taken = value, True
-        if not taken:
-            raise UserError(unknown_keys(source, [key], _RUN_KEYS | _JOB_KEYS))
+    values = config.model_dump(mode="json")
+    # What is None, a job leaves to the run or to its default.
+    jobs = [(job.pop("method_settings"), job) for job in values["jobs"]]
+    values["jobs"] = [{key: one for key, one in job.items() if one is not None} | own for own, job in jobs]
+    return build_config(values, overrides, flags=flags, source=source)
 
 
 def read_run_config(folder: str | Path) -> RunConfig:
@@ -193,58 +159,17 @@ def _run_config(values: Mapping[str, object], source: str) -> RunConfig:
         raise UserError(explain(error, (RunConfig,), source, _RUN_KEYS)) from None
 
 
-def _pairs(overrides: Overrides) -> Iterator[tuple[str, object]]:
-    if isinstance(overrides, Mapping):
-        yield from overrides.items()
-        return
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"override {override!r} is not of the form key=value (with dots for what lies deeper).")
-        yield key, parse_yaml(text, f"override {override!r}: the value")
-
-
-def _override(values: dict[str, Any], key: str, value: object) -> None:
-    *parents, last = key.split(".")
-    if parents and parents[0] == "jobs" and "jobs" not in values and "method" in values:
-        values["jobs"] = _jobs_of(values.pop("method"))
-    place: Any = values
-    for part in parents:
-        place = place[_index(place, part, key)] if isinstance(place, list) else place.setdefault(part, {})
-        if not isinstance(place, (dict, list)):
-            raise UserError(f"override {key!r}: '{part}' holds a value, not further keys.")
-    if isinstance(place, list):
-        place[_index(place, last, key)] = value
-    else:
-        before = {name: place[name] for name in ("adam_betas",) if name in place}
-        if last in DETAILS:  # what it adds to, which the file says in other words
-            before["load_in_4bit"] = place.pop("quantization", None) in ("nf4", "fp4")
-        place.update(translate({**before, last: value}, f"override {key!r}") if last != "adam_betas" else {last: value})
-
-
-def _jobs_of(methods: object) -> list[dict[str, object]]:
-    """Make a job of each method, or of the only one."""
-    return [{"method": method} for method in (methods if isinstance(methods, list) else [methods])]
-
-
-def _index(place: list[object], part: str, key: str) -> int:
-    if part.isdecimal() and int(part) < len(place):
-        return int(part)
-    for index, item in enumerate(place):
-        if isinstance(item, dict):
-            method = str(item.get("method"))
-            if part in (item.get("name"), method, "-".join(method_names(method))):
-                return index
-    raise UserError(f"override {key!r}: '{part}' must be a number below {len(place)}, or a job's name.")
-
-
-def make_config(values: Mapping[str, object], *, source: str = "configuration") -> RunConfig:
-    """Check a mapping and make the run's configuration of it.
+def make_config(
+    values: Mapping[str, object] | None = None, /, *, source: str = "configuration", **settings: object
+) -> RunConfig:
+    """Check a mapping and make the run's configuration of it; ``settings`` are keys that win over it.
 
     Raises:
         UserError: an unknown key (with the nearest right one), a wrong type, a missing one; all that are found.
     """
-    top = translate(values, source)
+    if settings:
+        return build_config(values or {}, settings, source=source)
+    top = translate(plain(values or {}), source)
     jobs = top.pop("jobs", None)
     method_keys = {key for cls in weft.methods.METHODS.values() for key in cls.model_fields} | set(weft.methods.METHODS)
     unknown = [key for key in top if key not in _RUN_KEYS | _JOB_KEYS | method_keys]
@@ -255,7 +180,7 @@ def make_config(values: Mapping[str, object], *, source: str = "configuration") 
         methods = defaults.pop("method", None)
         if methods is None:
             raise UserError(f"{source}: no method. Give method: lora, method: [lora, prefix_tuning], or a list jobs:.")
-        jobs = _jobs_of(methods)
+        jobs = jobs_of(methods)
     if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
         raise UserError(f"{source}: jobs must be a list of mappings, each with a method.")
     places = [f"{source}: jobs[{i}]" for i in range(len(jobs))]
@@ -263,6 +188,8 @@ def make_config(values: Mapping[str, object], *, source: str = "configuration") 
         _job(translate(job, place), defaults, place, top.get("max_length"))
         for job, place in zip(jobs, places, strict=True)
     ]
+    if jobs and "method" in defaults and all("method" in job for job in jobs):
+        raise UserError(f"{source}: method and jobs both say what is trained, and every job has its own; keep one.")
     for name in defaults.keys() & weft.methods.METHODS.keys():
         if not any(name in method_names(job.method) for job in made):
             raise UserError(f"{source}: {name}: no job uses this method, so nothing would take these settings.")
@@ -272,7 +199,7 @@ def make_config(values: Mapping[str, object], *, source: str = "configuration") 
 def _job(given: dict[str, object], defaults: dict[str, object], where: str, max_length: object) -> JobConfig:
     method = given.get("method", defaults.get("method"))
     if not isinstance(method, str):
-        raise UserError(f"{where}: no method; one of {', '.join(sorted(weft.methods.METHODS))}.")
+        raise no_method(method, where)
     parts = method_names(method)
     classes = {part: METHODS.find(part) for part in parts}
     if len(classes) < len(parts):

@@ -55,7 +55,9 @@ class Progress:
     seconds: float = 0.0
     _: KW_ONLY
     evaluated_at: int = -1
-    best_eval_loss: float | dict[str, float] | None = None  # by name, where the sets to evaluate on have names
+    # By name, where the sets to evaluate on have names; what is not finite is None.
+    eval_loss: float | dict[str, float | None] | None = None
+    best_eval_loss: float | dict[str, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # those of the last evaluation, without the loss
     evals_without_gain: int = 0
     rates: list[float] = field(default_factory=list)  # of the parameters, in order, before the schedule
@@ -266,6 +268,8 @@ class Job:
         """
         progress, patience, watched = self.progress, self.config.early_stopping_patience, self.watched
         progress.evaluated_at, progress.metrics = progress.step, dict(metrics)
+        told = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+        progress.eval_loss = told if self.eval_sizes else told[""]
         known = progress.best_eval_loss
         best = dict(known) if isinstance(known, dict) else {} if known is None else {"": known}
         gains = {name: loss for name, loss in losses.items() if self._is_gain(loss, best.get(name), name == watched)}

@@ -32,7 +32,8 @@ class TrainResult:
     Attributes:
         completed: False if the run was asked to stop.
         jobs: the progress of each job: how it ``ended`` (``finished``, ``early_stop``, or ``failed`` with the
-            ``reason``), the last evaluation, and the best loss (``best_eval_loss``; by name, where sets have names).
+            ``reason``), the loss of the last evaluation (``eval_loss``) and of the best (``best_eval_loss``), both by
+            name where sets have names. The adapter that is saved is the last; with early stopping, the best.
     """
 
     completed: bool

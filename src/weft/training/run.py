@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -25,14 +25,14 @@ from weft.errors import UserError
 from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
 from weft.files.whole import is_part, refilled_folder
 from weft.files.writing import WriteError, writing
-from weft.foreign import expect, read_json
+from weft.foreign import expect
 from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
 from weft.models.load import check_device, resolve_dtype, resolve_model
 from weft.models.tasks import check_job
 from weft.training.batches import Batches
-from weft.training.callbacks import CALLBACKS, Callback, with_callbacks
+from weft.training.callbacks import CALLBACKS, Callback, begun, with_callbacks
 from weft.training.config import read_run_config
 from weft.training.job import Job
 from weft.training.loop import Event, Trainer, TrainResult
@@ -216,22 +216,24 @@ def train(
         UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
             the machine refuses to write. Then the message says from which step the run can go on.
     """
-    store = RunStore(config.output_dir)
     check_places(config)
     callbacks = [*(CALLBACKS.find(name) for name in config.callbacks), *callbacks]
     setup = prepare(config)
+    # From here on code of the user's runs, which may change to another folder.
+    config = rooted(config)
+    store = RunStore(config.output_dir)
     try:
         check_room(config, store, setup.jobs)
-    except UserError:
-        setup.adapters.close()
-        raise
-    # The caller hears of it before the folder is touched: then a signal may stop the run only where it can go on.
-    on_ready(setup)
-    on_event, should_stop = with_callbacks([callback(setup) for callback in callbacks], on_event, should_stop)
-    begun = (store.folder / RUN_FILE).is_file()
-    try:
-        store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not begun)
-        return _train(config, setup, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained)
+        base, known = base_fingerprint(setup.base), (store.folder / RUN_FILE).is_file()
+        if config.resume and known:
+            check_base(setup.base, expect(store.read_run().get("base", {}), dict, f"{store.folder / RUN_FILE}: base"))
+        # The caller hears of it before the folder is touched: then a signal may stop the run only where it can go on.
+        on_ready(setup)
+        on_event, should_stop = with_callbacks([begun(one, setup) for one in callbacks], on_event, should_stop)
+        store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not known)
+        return _train(
+            config, setup, base, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained
+        )
     except WriteError as error:
         raise UserError(f"{error} {_way_on(store)}") from error
     finally:
@@ -252,6 +254,8 @@ def _way_on(store: RunStore) -> str:
 def _train(
     config: RunConfig,
     setup: Setup,
+    base: Mapping[str, object],
+    *,
     store: RunStore,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
@@ -268,14 +272,10 @@ def _train(
         on_event=on_event,
         should_stop=should_stop,
     )
-    run_file = store.folder / RUN_FILE
     if config.resume:
-        if run_file.is_file():
-            check_base(setup.base, expect(read_json(run_file).get("base", {}), dict, f"{run_file}: base"))
         trainer.resume()
     labels = {job.name: job.adapter.head.labels for job in setup.jobs if job.adapter.head.labels}
-    base = base_fingerprint(setup.base)
-    store.write_run({"config": rooted(config).model_dump(mode="json"), "base": base, "labels": labels})
+    store.write_run({"config": config.model_dump(mode="json"), "base": base, "labels": labels})
     if config.on_bad_record == "report":
         setup.problems.write(_report_of(config))
     with refilled_folder(store.tokenizer) as part, writing(part):

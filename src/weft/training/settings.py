@@ -13,7 +13,7 @@ from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import FREE, DataPaths, DataSettings, EvalPaths, checked_paths, checked_sets, part
 from weft.data.sources import parse_sets
-from weft.errors import UserError, nearest
+from weft.errors import UserError, nearest, shown
 from weft.methods.combined import CombinedConfig
 from weft.methods.registry import METHODS
 from weft.methods.trainable_tokens import with_token_rows
@@ -91,7 +91,13 @@ class JobConfig(BaseModel):
     )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="wins over `warmup_ratio`")
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises")
+    warmup_ratio: float = Field(
+        0.03,
+        ge=0,
+        le=1,
+        description="share of the steps in which the rate rises; the k-th of w "
+        "has k/w of it (transformers': (k-1)/w, so that its first step changes nothing)",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="clip the job's gradients to this norm; 0: do not")
     seed: int = Field(0, description="of the job's initial values, order and dropout")
     eval_steps: int | None = Field(
@@ -320,7 +326,7 @@ def own_settings(part: str, own: object, where: str) -> dict[str, object]:
         UserError: They are no mapping.
     """
     if not isinstance(own, Mapping):
-        raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {own!r}.")
+        raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {shown(own)}.")
     return translate(own, f"{where}: {part}")
 
 
