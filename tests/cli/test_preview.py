@@ -148,7 +148,9 @@ def test_clean_records_are_written_as_they_were(weft: Callable[..., Any], bare_m
     (found,) = json.loads(weft(*words[:4], "one.json", "--write-clean", "one.jsonl", "--json").out)["data"]
     assert [json.loads(line) for line in Path("one.jsonl").read_text().splitlines()] == [*ROWS, extra]
     assert [finding["number"] for finding in found["findings"]] == [5]
-    assert "TODO" in weft(*words[:4], "one.json", "--record", "5").out
+    told = weft(*words[:4], "one.json", "--record", "5").out
+    assert "TODO" in told
+    assert "one.json:1 (record 5): the answer is a placeholder" in told
     alone = write(tmp_path / "todo.jsonl", [todo])
     assert "every record has an error" in weft(*words[:4], alone, "--write-clean", "none.jsonl").err
     assert not Path("none.jsonl").exists()

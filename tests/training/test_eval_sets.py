@@ -291,13 +291,17 @@ def test_progress_names_the_sets() -> None:
         "eval job=lora step=0 eval_domain_loss=2.0000 eval_general_loss=3.0000 base_domain_loss=2.5000 "
         "domain_accuracy=0.5000 early_stopping_on=domain"
     )
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=100, color_system=None, legacy_windows=False)
-    reporter = LiveReporter([("lora", 4)], console)
-    reporter.event(event)
-    reporter.close()
-    assert "loss eval domain eval general acc domain tok/s" in " ".join(screen.getvalue().split())
-    assert "0/4 2.0000 3.0000 0.500" in " ".join(screen.getvalue().split())
+    for width, heading, *lines in (
+        (100, "loss eval domain eval general acc domain tok/s", "0/4 2.0000 3.0000 0.500"),
+        (64, "step loss eval acc tok/s ETA mem", "0/4", "domain 2.0000 0.500", "general 3.0000"),  # no room, no cuts
+    ):
+        screen = io.StringIO()
+        console = Console(file=screen, force_terminal=True, width=width, color_system=None, legacy_windows=False)
+        reporter = LiveReporter([("lora", 4)], console)
+        reporter.event(event)
+        reporter.close()
+        assert heading in " ".join(screen.getvalue().split())
+        assert all(line in " ".join(screen.getvalue().split()) for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
