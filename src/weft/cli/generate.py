@@ -186,7 +186,7 @@ def _asked(
     from weft.data.problems import Problems
 
     problems = Problems("skip")
-    asked = {name: opened.queries(source, name, problems, system=how.system, raw=how.raw) for name in who}
+    asked = {name: opened.queries(source, name, problems=problems, system=how.system, raw=how.raw) for name in who}
     problems.check(str(source))
     return asked
 

@@ -91,8 +91,8 @@ class Target:
         self,
         source: Path | Sequence[str],
         adapter: str | None,
-        problems: Problems,
         *,
+        problems: Problems | None = None,
         system: str | None = None,
         raw: bool = False,
     ) -> list[Query]:
@@ -101,7 +101,7 @@ class Target:
         Args:
             source: The path of a file, or texts that the user gave.
             adapter: The adapter that is asked; None: the base, whose prompts are those of the first adapter.
-            problems: Takes the bad records of a file, where training left out its own.
+            problems: Takes the bad records of a file, where training left out its own; default: they are logged.
             system: A message before each question.
             raw: Whether texts are to be continued as they stand.
 
@@ -134,7 +134,11 @@ class Target:
             )
         if not isinstance(source, Path):
             return given_queries(source, recipe, "--prompt")
-        return read_queries(source, recipe, problems if settings.on_bad_record != "error" else None)
+        taken = problems if problems is not None else Problems("skip")
+        found = read_queries(source, recipe, taken if settings.on_bad_record != "error" else None)
+        if problems is None:
+            taken.check(str(source))
+        return found
 
     def room(
         self, length: int, adapter: str | None, wanted: int | None, *, what: str = "the prompt", clip: bool = False
