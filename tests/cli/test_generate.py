@@ -226,6 +226,34 @@ def test_texts_to_classify_need_no_label(weft: Callable[..., Any], asked: Path) 
     assert "other.tsv:1: the adapter has no class '7'. It has 0, 1." in result.err
 
 
+def test_the_label_is_the_column_that_training_named(
+    weft: Callable[..., Any], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Bad records, too, are left out where training left them out."""
+    words = ["a fine film", "a dull one", "so slow", "warm and true"]
+    rows = [{"text": text, "mine": n % 2, "target": 1 - n % 2} for n, text in enumerate(words)]
+    lines = [json.dumps(row) for row in (rows[0], {"text": 5, "mine": 0}, *rows[1:])] + ['{"text": broken']
+    Path("mine.jsonl").write_text("\n".join(lines))
+    Path("bad.jsonl").write_text("\n".join(lines[-1:]))
+    run = tmp_path / "run"
+    trained = weft("train", f"model={tiny_llama_dir}", "data=mine.jsonl", "task=sequence_classification",
+                   "label_column=mine", "method=lora", "steps=1", "on_bad_record=skip", f"output_dir={run}",
+                   "--quiet")  # fmt: skip
+    assert trained.code == 0, trained.err
+    for target in (run, run / "adapters" / "lora"):
+        result = weft("generate", target, "--input", "mine.jsonl", "--json")
+        assert [row["label"] for row in json.loads(result.out)["results"]] == ["0", "1", "0", "1"]
+        assert "mine.jsonl: left out 2 bad records" in result.err
+    for other in ({"target": 1}, {"category": "news"}):
+        Path("other.jsonl").write_text(json.dumps({"text": "a film", **other}))
+        told = json.loads(weft("generate", run, "--input", "other.jsonl", "--json").out)
+        assert "scores" not in told
+        assert "label" not in told["results"][0]
+    nothing = weft("generate", run, "--input", "bad.jsonl")
+    assert nothing.code == 2
+    assert "bad.jsonl:1" in nothing.err
+
+
 @pytest.mark.parametrize(
     ("who", "words", "why"),
     [

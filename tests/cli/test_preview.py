@@ -144,11 +144,38 @@ def test_clean_records_are_written_as_they_were(weft: Callable[..., Any], bare_m
     for other, why in (("clean.jsonl", "there already"), ("c.csv", "ends in .jsonl"), ("no/c.jsonl", "not there")):
         refused = weft(*words, "--write-clean", other)
         assert (refused.code, why in refused.err) == (2, True), refused.err
-    Path("one.json").write_text(json.dumps([*ROWS, todo]))
-    assert "one.json:1: several records" in weft(*words[:4], "one.json", "--write-clean", "none.jsonl").err
+    Path("one.json").write_text(json.dumps([*ROWS, todo, extra]))  # all on one line
+    (found,) = json.loads(weft(*words[:4], "one.json", "--write-clean", "one.jsonl", "--json").out)["data"]
+    assert [json.loads(line) for line in Path("one.jsonl").read_text().splitlines()] == [*ROWS, extra]
+    assert [finding["number"] for finding in found["findings"]] == [5]
+    told = weft(*words[:4], "one.json", "--record", "5").out
+    assert "TODO" in told
+    assert "one.json:1 (record 5): the answer is a placeholder" in told
     alone = write(tmp_path / "todo.jsonl", [todo])
     assert "every record has an error" in weft(*words[:4], alone, "--write-clean", "none.jsonl").err
     assert not Path("none.jsonl").exists()
+
+
+def test_clean_records_leak_nothing(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    """All records go that are evaluated on: the one, its copy, another answer to its prompt, and nearly the same."""
+    story = "In spring the boats of {} come home late, and the whole town waits at the wall with lamps and bread."
+    rows = [{"instruction": f"Tell me of {place}.", "output": story.format(place)} for place in ("Bergen", "Ayr")]
+    again = [dict(rows[0]), {**rows[0], "output": "No."}, {**rows[1], "instruction": "Tell us of Ayr."}]
+    data, held = write(tmp_path / "d.jsonl", [*ROWS, *rows, *again]), write(tmp_path / "held.jsonl", rows)
+    words = (
+        "preview",
+        "--model",
+        bare_model,
+        f"eval_data={held}",
+        "--ignore",
+        "duplicate",
+        "--ignore",
+        "near-duplicate",
+    )
+    result = weft(*words, "--data", data, "--write-clean", "clean.jsonl")
+    assert "error: leak" in result.out
+    assert [json.loads(line) for line in Path("clean.jsonl").read_text().splitlines()] == ROWS
+    assert "error: leak" not in weft(*words, "--data", "clean.jsonl").out
 
 
 def test_a_record_that_training_refuses_is_shown(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from weft.files.run_folder import RunStore
 from weft.heads.classification import ClassificationTask
 from weft.models import describe
 from weft.objectives.passes import evaluate_loss
+from weft.preview.data_sets import examine
 from weft.training import Job, JobConfig, RunConfig, Trainer, make_config
 from weft.training.config import build_config
 from weft.training.loop import TrainResult
@@ -291,13 +292,17 @@ def test_progress_names_the_sets() -> None:
         "eval job=lora step=0 eval_domain_loss=2.0000 eval_general_loss=3.0000 base_domain_loss=2.5000 "
         "domain_accuracy=0.5000 early_stopping_on=domain"
     )
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=100, color_system=None, legacy_windows=False)
-    reporter = LiveReporter([("lora", 4)], console)
-    reporter.event(event)
-    reporter.close()
-    assert "loss eval domain eval general acc domain tok/s" in " ".join(screen.getvalue().split())
-    assert "0/4 2.0000 3.0000 0.500" in " ".join(screen.getvalue().split())
+    for width, heading, *lines in (
+        (100, "loss eval domain eval general acc domain tok/s", "0/4 2.0000 3.0000 0.500"),
+        (64, "step loss eval acc tok/s ETA mem", "0/4", "domain 2.0000 0.500", "general 3.0000"),  # no room, no cuts
+    ):
+        screen = io.StringIO()
+        console = Console(file=screen, force_terminal=True, width=width, color_system=None, legacy_windows=False)
+        reporter = LiveReporter([("lora", 4)], console)
+        reporter.event(event)
+        reporter.close()
+        assert heading in " ".join(screen.getvalue().split())
+        assert all(line in " ".join(screen.getvalue().split()) for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -324,6 +329,8 @@ def test_progress_names_the_sets() -> None:
         ({"eval_size": 2, "early_stopping_patience": 1, "early_stopping_on": "domain"}, "eval_data has no names"),
         ({"eval_data": SETS, "early_stopping_on": "domain"}, "early_stopping_on needs early_stopping_patience"),
         ({"jobs": [{"method": "lora", "eval_data": {"a b": "x"}}]}, r"jobs\[0\]: eval_data: 'a b' cannot name a set"),
+        ({"eval_data": {"a": "x", "a_macro": "y"}, "task": "sequence_classification"},
+         "the sets 'a' and 'a_macro' would both have the figure eval_a_macro_f1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(more: dict[str, Any], text: str) -> None:
@@ -339,6 +346,19 @@ def test_places_are_checked_by_name(place: Path) -> None:
     ]:
         with pytest.raises(UserError, match=text):
             check_names(config(eval_data=sets))
+
+
+def test_an_empty_set_is_named(place: Path) -> None:
+    Path("long.jsonl").write_text(json.dumps({"prompt": "so " * 90, "completion": "on"}) + "\n")
+    for sets, what in [({"domain": "domain.jsonl", "far": "long.jsonl"}, ", the set far"), ("long.jsonl", "")]:
+        found = config("tiny-llama", eval_data=sets, truncation="drop", max_length=90)
+        why = (
+            rf"long.jsonl: every record is longer than max_length 90, so .* nothing to evaluate on \(eval_data{what}\)"
+        )
+        with pytest.raises(UserError, match=why):
+            train(found)
+        with pytest.raises(UserError, match=rf"left out for their length, so .* \(eval_data{what}\)"):
+            examine(found)
 
 
 def test_a_set_on_the_command_line() -> None:

@@ -66,10 +66,10 @@ def generate(
     how_opened: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
     early.refuse(lambda: _check_files(target, input_file, how_opened, chat_template))
     from weft.data.queries import check_readable
-    from weft.generation.open import open_target
+    from weft.generation.open import leaves_out_bad_records, open_target
     from weft.generation.sampling import Sampling
 
-    if input_file is not None:
+    if input_file is not None and not leaves_out_bad_records(target):
         check_readable(input_file)  # which is told before weights are loaded
     common.tell_hub(model or target)
     template = options.template_text(chat_template)
@@ -85,14 +85,22 @@ def generate(
     how = _AnswerSettings(
         system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size
     )
-    answers = _answer(opened, input_file or list(prompt or ()), who, how)
-    _tell(target, answers, output, as_json)
+    asked = _asked(opened, input_file or list(prompt or ()), who, how)
+    _tell(target, asked, _answer(opened, asked, how), output, as_json)
     return common.DONE
 
 
-def _tell(target: str, answers: Mapping[str | None, list[dict[str, Any]]], output: Path | None, as_json: bool) -> None:
+def _tell(
+    target: str,
+    asked: Mapping[str | None, Sequence[Query]],
+    answers: Mapping[str | None, list[dict[str, Any]]],
+    output: Path | None,
+    as_json: bool,
+) -> None:
     """Write and print the answers, and the scores of classes."""
-    results = [row for rows in zip(*answers.values(), strict=True) for row in rows]
+    # Adapters that read a file in two ways may leave out different records of it.
+    pairs = [pair for name in asked for pair in zip(asked[name], answers[name], strict=True)]
+    results = [row for _, row in sorted(pairs, key=lambda pair: pair[0].number)]
     scores = {name or "base": found for name, rows in answers.items() if (found := _scores(rows))}
     if output is not None:
         _write(output, results)
@@ -171,11 +179,22 @@ class _AnswerSettings:
     batch_size: int
 
 
-def _answer(
+def _asked(
     opened: Target, source: Path | Sequence[str], who: Sequence[str | None], how: _AnswerSettings
+) -> dict[str | None, list[Query]]:
+    """The prompts of every adapter. What is left out of them is logged."""
+    from weft.data.problems import Problems
+
+    problems = Problems("skip")
+    asked = {name: opened.queries(source, name, problems=problems, system=how.system, raw=how.raw) for name in who}
+    problems.check(str(source))
+    return asked
+
+
+def _answer(
+    opened: Target, asked: Mapping[str | None, Sequence[Query]], how: _AnswerSettings
 ) -> dict[str | None, list[dict[str, Any]]]:
     """A row of every adapter for every prompt."""
-    asked = {name: opened.queries(source, name, system=how.system, raw=how.raw) for name in who}
     writers = {name: found for name, found in asked.items() if name is None or opened.adapters.head(name).writes}
     texts = _continue(opened, writers, how) if writers else {}
     return {

@@ -168,9 +168,10 @@ def chosen(items: Sequence[Item], count: int, wanted: Sequence[str]) -> list[Ite
 def _named(items: Sequence[Item], name: str) -> Item:
     """A record by its number (from 1, in the order of reading), or by ``file:line``."""
     if name.isdecimal():
-        if not 1 <= int(name) <= len(items):
-            raise UserError(f"--record {name}: there are the records 1 to {len(items)}.")
-        return items[int(name) - 1]
+        if (numbered := next((item for item in items if item.number == int(name)), None)) is None:
+            last = max(item.number for item in items)
+            raise UserError(f"--record {name}: there are the records 1 to {last}, but for those that are left out.")
+        return numbered
     path, _, line = name.rpartition(":")
     for item in items:
         if item.source == name or (path and item.source.endswith(f"/{path}:{line}")):

@@ -46,6 +46,9 @@ def opening(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[str
             yield f"{job.name}: early stopping watches the loss on {job.watched}"
 
 
+_BAR = 8  # columns that the bar of a job has at least
+
+
 class Reporter:
     """Takes the trainer's events; this one shows warnings only."""
 
@@ -102,25 +105,35 @@ class TableReporter(Reporter):
             self.rows[event["job"]].update(event)
             self.memory = max(self.memory, event.get("memory_gb", 0.0))
 
-    def table(self) -> Table:
-        """The present state of all jobs."""
+    def table(self, console: Console | None = None) -> Table:
+        """The present state of all jobs. Where a line has no room for all named sets, each has a line of its own."""
+        if console is None:
+            return self._table()
+        anywhere = console.options.update_width(sys.maxsize)
+        needed = console.measure(self._table(bar=_BAR), options=anywhere).maximum
+        return self._table(by_set=needed > console.width)
+
+    def _table(self, *, bar: int | None = None, by_set: bool = False) -> Table:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         # The process has one memory; it stands in the heading rather than once per job.
         memory = f"mem {self.memory:.2f}GB" if self.memory else "mem"
         table = Table(box=None, padding=(0, 1), pad_edge=False)
-        table.add_column("job", max_width=24, no_wrap=True)
-        table.add_column("", min_width=8)
+        table.add_column("job", max_width=20 if by_set else 24, no_wrap=True)
+        table.add_column("", min_width=_BAR)
         told = dict.fromkeys(key for row in self.rows.values() for key in row if key.startswith("eval_"))
         losses = [key for key in told if key.endswith("_loss")] or ["eval_loss"]
         rights = [key for key in told if key.endswith("_accuracy")]
+        sets = [key for key in losses if key != "eval_loss"] if by_set else []
+        if sets:
+            losses, rights = ["eval_loss"], ["eval_accuracy"] * bool(rights)
         headings = [_heading(key, "eval") for key in losses] + [_heading(key, "acc") for key in rights]
         for heading in ("step", "loss", *headings, "tok/s", "ETA"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
-            bar = ProgressBar(total=max(row["total_steps"], 1), completed=row["step"], width=None)
+            progress = ProgressBar(total=max(row["total_steps"], 1), completed=row["step"], width=bar)
             cells = [
                 f"{row['step']}/{row['total_steps']}",
                 _number(row.get("loss"), ".4f"),
@@ -129,7 +142,11 @@ class TableReporter(Reporter):
                 _number(row.get("tokens_per_second"), ".0f"),
                 common.human_time(row["eta_seconds"]) if "eta_seconds" in row else "",
             ]
-            table.add_row(name, bar, *cells, "")
+            table.add_row(name, progress, *cells, "")
+            for key in sets:
+                if key in row:
+                    right = [_number(row.get(f"{key.removesuffix('loss')}accuracy"), ".3f")] * len(rights)
+                    table.add_row(f" {_heading(key, '')}", "", "", "", _number(row[key], ".4f"), *right)
         return table
 
 
@@ -140,7 +157,7 @@ class LiveReporter(TableReporter):
         from rich.live import Live
 
         super().__init__(jobs)
-        self.live = Live(console=console, refresh_per_second=4, get_renderable=self.table)
+        self.live = Live(console=console, refresh_per_second=4, get_renderable=lambda: self.table(console))
         self.live.start()
 
     def event(self, event: Mapping[str, Any]) -> None:

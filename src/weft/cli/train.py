@@ -176,7 +176,7 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
 
 def _eval_figures(told: Sequence[Mapping[str, Any]], name: str, best: float | None) -> dict[str, float | None]:
     """The figures of the evaluations ``told`` on the set ``name``."""
-    from weft.training.job import eval_key
+    from weft.training.settings import eval_key
 
     losses = [event[eval_key(name, "loss")] for event in told]
     right = [event[eval_key(name, "accuracy")] for event in told if eval_key(name, "accuracy") in event]
@@ -195,7 +195,7 @@ def _eval_sets(
     job: Mapping[str, Any], told: Sequence[Mapping[str, Any]], state: Mapping[str, Any], *, kept: bool
 ) -> dict[str, dict[str, float | None]]:
     """The figures by set, with the loss of the plain base, that of the adapter as it is kept, and the forgetting."""
-    from weft.training.job import eval_key
+    from weft.training.settings import eval_key
 
     best, watched = state["best_eval_loss"] or {}, job["early_stopping_on"]
     # Early stopping keeps the weights that were best on the set that it watches.

@@ -136,7 +136,7 @@ class ClassRecipe(Recipe):
             )
         if not fold.kept:
             limit = self.renderer.max_length
-            raise UserError(f"{path}: every record is longer than max_length {limit}; nothing is left.")
+            raise UserError(f"{path}: every record is longer than max_length {limit}, so there is {fold.nothing}.")
 
 
 def load_labelled(
@@ -267,7 +267,8 @@ def columns_of(
     """The columns of texts, and the column of the label.
 
     The names of all fields of the first records tell them: one record alone may lack its text or its label. Records
-    that are ``asked`` and not learned may lack the columns that are given; what is not clear of them is empty.
+    that are ``asked`` and not learned may lack the columns that are given; what is not clear of them is empty. No other
+    column is the label in the place of one that is given.
 
     Raises:
         UserError: The columns are not clear.
@@ -275,7 +276,7 @@ def columns_of(
     record = Record({name: None for one in head for name in one.fields}, head[0].source)
     if asked:
         text_columns = text_columns if record.fields.keys() >= {*(text_columns or ())} else None
-        label_column = label_column if label_column in record.fields else None
+        label_column = label_column if label_column is None or label_column in record.fields else ""
     found = {name.strip().lower(): name for name in record.fields}
     for name in [*(text_columns or ()), *([label_column] if label_column else [])]:
         if name not in record.fields:

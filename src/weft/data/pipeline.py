@@ -266,7 +266,7 @@ class TextRecipe(Recipe):
             if fold.problems.count:
                 raise fold.problems.error()
             reason = f"longer than max_length {limit}" if long else "without an answer"
-            raise UserError(f"{path}: every record is {reason}, so there is nothing to learn.")
+            raise UserError(f"{path}: every record is {reason}, so there is {fold.nothing}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- fold
@@ -276,11 +276,13 @@ class Fold:
     """Training folds the outcomes of one path: it takes the samples, counts the rest and hands problems on.
 
     The caller checks ``problems``. ``left_out`` counts reasons, and ``first`` has the first place of each. ``classes``
-    has the first place of every class.
+    has the first place of every class. ``nothing`` says what there is if no sample is left.
     """
 
-    def __init__(self, path: DataPath, recipe: Recipe, problems: Problems) -> None:
-        self.path, self.recipe, self.problems = path, recipe, problems
+    def __init__(
+        self, path: DataPath, recipe: Recipe, problems: Problems, *, nothing: str = "nothing to learn"
+    ) -> None:
+        self.path, self.recipe, self.problems, self.nothing = path, recipe, problems, nothing
         self.kept = self.cut = self.refused = 0
         self.left_out, self.first = Counter[str](), dict[str, str]()
         self.classes: dict[str, str] = {}

@@ -1,7 +1,8 @@
 """Queries: records of which an adapter is asked the question. What they hold of an answer is left out.
 
 They go the way of all data, read as the adapter's training read its own, so that every file that it learned from or was
-evaluated on can be asked. Files of prompts alone can be asked as well.
+evaluated on can be asked: bad records are left out where training left them out. Files of prompts alone can be asked as
+well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from weft.data.formats.labels import label_name, texts_of
 from weft.data.formats.questions import question_of
 from weft.data.labelled import ClassRecipe, columns_of, missing_header, unlabelled_sample
 from weft.data.pipeline import Acceptance, DataPath, Outcome, Recipe, Refusal, outcomes, read_all
-from weft.data.problems import BadRecordError
+from weft.data.problems import BadRecordError, Problems
 from weft.data.reading.rows import Record
 from weft.data.reading.texts import TextUnit
 from weft.data.rendering.render import Task
@@ -30,9 +31,13 @@ from weft.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query(Acceptance):
-    """A record of which the question is asked. ``said`` is the question for people, as JSON holds it."""
+    """A record of which the question is asked. ``said`` is the question for people, as JSON holds it.
+
+    ``number`` is the record's place in its file, from 0.
+    """
 
     said: str | list[dict[str, str]]
+    number: int = 0
 
     @property
     def prompt(self) -> Sample:
@@ -40,9 +45,18 @@ class Query(Acceptance):
         return self.samples[0]
 
 
-def read_queries(path: DataPath, recipe: Recipe) -> list[Query]:
-    """The queries of a path. Raises UserError for the first record that cannot be asked."""
-    return list(_asked(outcomes(path, recipe)))
+def read_queries(path: DataPath, recipe: Recipe, problems: Problems | None = None) -> list[Query]:
+    """The queries of a path. Records that cannot be asked go to ``problems``.
+
+    Raises:
+        UserError: Without ``problems``, for the first of them; or there are no others.
+    """
+    if problems is not None:
+        problems.begin()
+    asked = list(_asked(outcomes(path, recipe), problems))
+    if not asked and problems is not None:
+        raise problems.error()
+    return asked
 
 
 def given_queries(texts: Sequence[str], recipe: Recipe, source: str) -> list[Query]:
@@ -56,12 +70,15 @@ def check_readable(path: DataPath) -> None:
     read_all(path, lambda record: None, header=lambda rows: missing_header(rows()))
 
 
-def _asked(found: Iterable[Outcome]) -> Iterator[Query]:
-    for one in found:
-        if isinstance(one, Refusal):
+def _asked(found: Iterable[Outcome], problems: Problems | None = None) -> Iterator[Query]:
+    for number, one in enumerate(found):
+        if isinstance(one, Query):
+            yield replace(one, number=number)
+        elif isinstance(one, Refusal) and problems is not None:
+            problems.add(one.problem)
+        else:
+            assert isinstance(one, Refusal)
             raise BadRecordError(one.problem)
-        assert isinstance(one, Query)
-        yield one
 
 
 def settings_of(settings: Mapping[str, object]) -> DataSettings:

@@ -17,6 +17,7 @@ from weft.adapters import Adapters
 from weft.assets import EMBEDDED_MODELS
 from weft.data import Renderer
 from weft.data.provenance import Provenance, make_renderer
+from weft.data.queries import settings_of
 from weft.errors import UserError
 from weft.files.adapter_folder import (
     CONFIG,
@@ -83,6 +84,19 @@ def open_target(
             f"{target} is no run and no adapter, so that --model has no base to replace. Leave one of them out."
         )
     return _open_model(str(target), asked)
+
+
+def leaves_out_bad_records(target: str | Path) -> bool:
+    """Whether the training of a run or an adapter left out bad records.
+
+    Raises:
+        UserError: A file that should say so is damaged.
+    """
+    folder = local_path(target)
+    if (folder / RUN_FILE).is_file():
+        return read_run_config(folder).on_bad_record != "error"
+    record = Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
+    return settings_of((record.settings if record else None) or {}).on_bad_record != "error"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from weft.adapters import Adapters
 from weft.data import Message, Prompt, Renderer
 from weft.data.pipeline import Recipe
+from weft.data.problems import Problems
 from weft.data.queries import (
     ClassQueryRecipe,
     Query,
@@ -87,13 +88,20 @@ class Target:
         return self.prompt(prompt, raw=raw).ids
 
     def queries(
-        self, source: Path | Sequence[str], adapter: str | None, *, system: str | None = None, raw: bool = False
+        self,
+        source: Path | Sequence[str],
+        adapter: str | None,
+        *,
+        problems: Problems | None = None,
+        system: str | None = None,
+        raw: bool = False,
     ) -> list[Query]:
         """The questions of a file, or of texts, read and rendered as in the training of ``adapter``.
 
         Args:
             source: The path of a file, or texts that the user gave.
             adapter: The adapter that is asked; None: the base, whose prompts are those of the first adapter.
+            problems: Takes the bad records of a file, where training left out its own; default: they are logged.
             system: A message before each question.
             raw: Whether texts are to be continued as they stand.
 
@@ -124,7 +132,13 @@ class Target:
                 system=system,
                 raw=raw,
             )
-        return read_queries(source, recipe) if isinstance(source, Path) else given_queries(source, recipe, "--prompt")
+        if not isinstance(source, Path):
+            return given_queries(source, recipe, "--prompt")
+        taken = problems if problems is not None else Problems("skip")
+        found = read_queries(source, recipe, taken if settings.on_bad_record != "error" else None)
+        if problems is None:
+            taken.check(str(source))
+        return found
 
     def room(
         self, length: int, adapter: str | None, wanted: int | None, *, what: str = "the prompt", clip: bool = False

@@ -14,7 +14,7 @@ import numpy as np
 
 from weft.adapters import Adapters
 from weft.data import Renderer
-from weft.data.auditing.base import Facts, Finding, Item, Split
+from weft.data.auditing.base import Facts, Finding, Item
 from weft.data.auditing.items import collect, tokens_in
 from weft.data.pipeline import Acceptance, Outcome
 from weft.data.views import Array
@@ -26,7 +26,7 @@ from weft.models.tasks import check_job
 from weft.models.token_rows import add_tokens
 from weft.preview.packing import Packing
 from weft.training.batches import Batches
-from weft.training.reader import JobData, JobSources, Reader, SourceSamples, data_files
+from weft.training.reader import JobData, JobSources, Reader, SourceSamples, data_files, nothing_left
 from weft.training.run import blank_adapter
 from weft.training.settings import JobConfig, RunConfig
 
@@ -58,19 +58,10 @@ class DataSet:
         return self.facts.renderer
 
     def clean(self, findings: Iterable[Finding]) -> list[Mapping[str, Any]]:
-        """The fields of the training records that became samples and have no error among these findings.
-
-        Raises:
-            UserError: A line with an error holds other records too.
-        """
-        wrong = {finding.source for finding in findings if finding.severity == "error"}
-        places = Counter(one.source for one in self.read)
-        if shared := next((place for place in wrong if places[place] > 1), None):
-            raise UserError(
-                f"{shared}: several records stand on this line, and one has an error. Give each a line of its own."
-            )
-        passed = [one for one in self.read if isinstance(one, Acceptance) and one.source not in wrong]
-        return [one.fields for one in passed if one.fields]
+        """The fields of the training records that became samples and have no error among these findings."""
+        wrong = {finding.number for finding in findings if finding.severity == "error"}
+        good = [one for number, one in enumerate(self.read, start=1) if number not in wrong]
+        return [one.fields for one in good if isinstance(one, Acceptance) and one.fields]
 
 
 @dataclass(frozen=True)
@@ -140,15 +131,16 @@ class _Group:
     ) -> None:
         self.config, self.outline, self.reader, self.unlimited, self.jobs = config, outline, reader, unlimited, jobs
         self.left_out, self.not_reached, self.notes = Counter[str](), dict[str, Omission](), dict[str, str]()
+        self.count = 0  # of the records that were read
 
     def data_set(self) -> DataSet:
         config, reader, job = self.config, self.reader, self.jobs[0]
         read = reader.read(job)
-        sources = [self._items(part, "train") for part in read.sources]
+        sources = [self._items(part, None) for part in read.sources]
         evaluated = [
             replace(item, eval_set=name)
             for name, part in zip(read.sets, read.evaluated or (), strict=True)
-            for item in self._items(part, "eval")
+            for item in self._items(part, name)
         ]
         # Training ends at these records before it comes to anything behind them.
         bad = config.on_bad_record == "error" and any(item.problem for part in (*sources, evaluated) for item in part)
@@ -183,18 +175,21 @@ class _Group:
             notes=self.notes,
         )
 
-    def _items(self, part: SourceSamples, split: Split) -> list[Item]:
+    def _items(self, part: SourceSamples, name: str | None) -> list[Item]:
+        """The records of a source to train on (None), or to evaluate on in the set ``name``."""
         items, left_out = collect(
             part.outcomes,
             self.reader.renderer,
             unlimited=self.unlimited,
-            split=split,
+            split="train" if name is None else "eval",
             task=self.outline.task,
             classes=part.names,
+            first=self.count + 1,
         )
+        self.count += len(part.outcomes)
         if not items:  # training ends here as well
             reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
-            raise UserError(f"{part.path}: no record is left: {reasons}.")
+            raise UserError(f"{part.path}: no record is left: {reasons}, so there is {nothing_left(name)}.")
         self.left_out += left_out
         return items
 
@@ -241,5 +236,7 @@ def _parted(items: Sequence[Item], held: Array, evaluated: list[Item]) -> Iterat
             evaluated.append(replace(item, split="eval"))
         else:  # the texts of the record are checked once, in the training part
             mine, rest = (tuple(compress(item.samples, side)) for side in (marks, ~marks))
-            evaluated.append(Item("eval", item.source, samples=mine, length=tokens_in(mine), torn=True))
+            evaluated.append(
+                Item("eval", item.source, samples=mine, length=tokens_in(mine), torn=True, number=item.number)
+            )
             yield replace(item, samples=rest, length=tokens_in(rest))

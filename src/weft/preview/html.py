@@ -115,7 +115,7 @@ def _findings(view: View) -> Iterator[str]:
         )
         lines = []
         for finding in group.findings[:_LISTED]:
-            place = f"<code>{escape(finding.source)}</code> " if finding.source else ""
+            place = f"<code>{escape(view.line(finding))}</code> " if finding.source else ""
             shown = f'<br><code class="faint">{escape(visible(finding.shown))}</code>' if finding.shown else ""
             lines.append(f'<div class="finding">{place}{escape(visible(finding.message))}{shown}</div>\n')
         yield "".join(lines[:3])

@@ -249,7 +249,7 @@ def _findings(view: View, out: Console) -> None:
         count = Text(f"  {len(group.findings):,}×" if len(group.findings) > 1 else "", colour)
         out.print(head + count, soft_wrap=not out.is_terminal)
         for finding in group.findings[:_LISTED]:
-            line = Text(f"  {finding.source + ': ' if finding.source else ''}{visible(finding.message)}")
+            line = Text(f"  {place + ': ' if (place := view.line(finding)) else ''}{visible(finding.message)}")
             out.print(line, soft_wrap=not out.is_terminal)  # a search finds a whole line in a file
             if finding.shown:
                 shown = Text(f"    {visible(finding.shown)}", "dim")

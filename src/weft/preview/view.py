@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,15 @@ class View:
         """The number of every training sample, by its identity."""
         items = self.data_set.windows or [item for item in self.data_set.items if item.split == "train"]
         return {id(sample): number for number, sample in enumerate(sample for item in items for sample in item.samples)}
+
+    @functools.cached_property
+    def _lines(self) -> Counter[str]:
+        """How many records stand on each line."""
+        return Counter(source for source, _ in {(item.source, item.number) for item in self.data_set.items})
+
+    def line(self, finding: Finding) -> str:
+        """The line that the finding is about, with the record's number if several stand there; "" for all the data."""
+        return f"{finding.source} (record {finding.number:,})" if self._lines[finding.source] > 1 else finding.source
 
     def place(self, sample: Sample) -> Place | None:
         """The place of a sample in the first jobs' first epoch; None if it is held out, or a mixture has it later."""

@@ -35,11 +35,6 @@ from weft.training.settings import JobConfig
 _WITNESSES = 2**20
 
 
-def eval_key(name: str, figure: str) -> str:
-    """The key of a figure of an evaluation, as in transformers: ``eval_loss``, of a named set ``eval_domain_loss``."""
-    return f"eval_{name}_{figure}" if name else f"eval_{figure}"
-
-
 def _witness(tensor: Tensor) -> str:
     """A digest that shows whether a tensor has changed: of all its numbers, or of an even choice of them."""
     stride = max(1, tensor.numel() // _WITNESSES)

@@ -14,8 +14,9 @@ from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.files.run_folder import RunStore
 from weft.objectives.passes import evaluate
-from weft.training.job import Job, eval_key
+from weft.training.job import Job
 from weft.training.memory import freed_memory_kept, peak_memory
+from weft.training.settings import eval_key
 from weft.training.step import StepResult, train_step
 from weft.training.verify import verify_packing
 from weft.version import __version__

@@ -105,6 +105,13 @@ def _place(path: str, config: RunConfig) -> Place:
     return Path(path)
 
 
+def nothing_left(name: str | None) -> str:
+    """What there is where no sample is left: to train on (None), or to evaluate on in the set ``name``."""
+    if name is None:
+        return "nothing to learn"
+    return f"nothing to evaluate on (eval_data{f', the set {name}' * bool(name)})"
+
+
 class Base(Protocol):
     """The facts of a base that decide how data is read for it."""
 
@@ -154,8 +161,8 @@ class Reader:
             raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
         loaded: list[SourceSamples] = []
         labels = given_labels(job.labels)
-        for source in (*sources, *evaluated):
-            loaded.append(self._source(source, job, labels))
+        for source, name in zip((*sources, *evaluated), (*[None] * len(sources), *names), strict=True):
+            loaded.append(self._source(source, job, labels, nothing=nothing_left(name)))
             labels = labels or loaded[0].several
         parts = tuple(loaded[: len(sources)]), tuple(loaded[len(sources) :])
         return JobSources(parts[0], parts[1] if sets else None, tuple(names))
@@ -227,13 +234,13 @@ class Reader:
             watched=self.watched,
         )
 
-    def _source(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> SourceSamples:
+    def _source(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None, *, nothing: str) -> SourceSamples:
         recipe, place = self._recipe(source, job, labels), self.places[source.path]
         limit = self.config.of(source).limit
         key = (source.path, repr(recipe), limit)
         if key not in self.files:
             self.problems.begin()
-            store, keys, fold = self.stores[0], array("Q"), Fold(place, recipe, self.problems)
+            store, keys, fold = self.stores[0], array("Q"), Fold(place, recipe, self.problems, nothing=nothing)
             start = len(store)
             workers = 0 if self.watched else self.config.data_workers
             found: Iterable[Outcome] = outcomes(place, recipe, limit=limit, workers=workers)

@@ -21,10 +21,15 @@ from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
 from weft.models.quantize import Quantization
-from weft.objectives import Objective, make_objective
+from weft.objectives import Objective, class_metrics, make_objective
 from weft.paths import with_home
 from weft.patterns import check_name
 from weft.training.aliases import translate
+
+
+def eval_key(name: str, figure: str) -> str:
+    """The key of a figure of an evaluation, as in transformers: ``eval_loss``, of a named set ``eval_domain_loss``."""
+    return f"eval_{name}_{figure}" if name else f"eval_{figure}"
 
 
 class JobConfig(BaseModel):
@@ -260,6 +265,19 @@ class RunConfig(DataSettings):
         found |= {"data": job.data or self.data, "eval_data": job.eval_data or self.eval_data}
         own = {"text_columns": job.text_columns, "label_column": job.label_column}
         return found | own if job.classifies else found
+
+    @model_validator(mode="after")
+    def _figures_have_keys_of_their_own(self) -> RunConfig:
+        for job in self.jobs:
+            taken: dict[str, str] = {}
+            for name in parse_sets(job.eval_data or self.eval_data):
+                for figure in ("loss", *(class_metrics([0], [0]) if job.classifies else ())):
+                    if (other := taken.setdefault(key := eval_key(name, figure), name)) != name:
+                        raise ValueError(
+                            f"eval_data: the sets '{other}' and '{name}' would both have the figure {key}; give one of "
+                            "them another name"
+                        )
+        return self
 
     @model_validator(mode="after")
     def _early_stopping_watches_one(self) -> RunConfig:

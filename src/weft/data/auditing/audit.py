@@ -65,10 +65,19 @@ def _findings(records: Records, ignore: Collection[str], only: Collection[str] |
 
 def _finding(check: Check, hit: Hit, skips_bad_records: bool = False) -> Finding:
     severity, message = check.severity, hit.message
-    source, split = (hit.item.source, hit.item.split) if hit.item is not None else ("", None)
+    source, number, split = ("", 0, None) if hit.item is None else (hit.item.source, hit.item.number, hit.item.split)
     if skips_bad_records and hit.item is not None and hit.item.problem is not None:
         severity, message = "warning", f"left out (on_bad_record): {hit.message}"
-    return Finding(check.code, severity, source, split=split, message=message, shown=hit.shown, mend=check.mend)
+    return Finding(
+        check.code,
+        severity,
+        source,
+        number=number,
+        split=split,
+        message=message,
+        shown=hit.shown,
+        mend=check.mend,
+    )
 
 
 def grouped(findings: Iterable[Finding]) -> list[Group]:

@@ -35,7 +35,7 @@ class Item:
     in tokens before anything was cut. ``text`` is all that the record says, ``question`` the message before the last
     learned answer, ``prompt`` everything before it, and ``answer`` the last learned answer itself. ``torn``: training
     has some windows of the text; these are the others. ``eval_set`` is the name of the set of evaluation data that the
-    record is in, if it has one.
+    record is in, if it has one. ``number`` is the record's place in the order of reading, from 1.
     """
 
     split: Split
@@ -53,6 +53,7 @@ class Item:
     torn: bool = False
     shown: str = ""  # the fields of a record that became nothing
     eval_set: str = ""
+    number: int = 0
 
     @property
     def part(self) -> str:
@@ -107,12 +108,13 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault: of the record at ``source``, or (``source`` "") of all the data."""
+    """One fault: of the record at ``source``, the ``number``-th that was read, or ("", 0) of all the data."""
 
     code: str
     severity: Severity
     source: str
     _: KW_ONLY
+    number: int
     split: Split | None
     message: str
     shown: str

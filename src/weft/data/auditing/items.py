@@ -27,20 +27,22 @@ def collect(
     split: Split = "train",
     task: Task = "causal_lm",
     classes: Sequence[str] = (),
+    first: int = 1,
 ) -> tuple[list[Item], Counter[str]]:
     """The records of a ``watched`` recipe as Items, and how many were left out, by reason.
 
     A record that training refuses is an Item with a ``problem``. ``unlimited`` is the renderer without a
     ``max_length``; it gives the length of a record before it is cut. The labels of samples are numbers of ``classes``.
+    ``first`` is the number of the first record.
     """
     items: list[Item] = []
     left_out = Counter[str]()
     long: list[tuple[int, SFT]] = []
-    for one in found:
+    for number, one in enumerate(found, start=first):
         if isinstance(one, Omission):
             left_out[one.why] += one.why != BEHIND
             continue
-        item = _item(one, split, renderer.tokenizer)
+        item = replace(_item(one, split, renderer.tokenizer), number=number)
         if one.example and (item.problem or len(item.samples) > 1 or any(sample.cut for sample in item.samples)):
             long.append((len(items), one.example))
         items.append(item)

@@ -28,8 +28,8 @@ def statistics(items: Sequence[Item], *, findings: Iterable[Finding] = ()) -> di
     learned = int(tokens.learned.sum())
     lengths = np.array([item.length for item in usable], np.int64)
     total = sum(sample.size for sample in samples)
-    mine = {item.source for item in items}
-    copies = Counter(finding.code for finding in findings if finding.source in mine)
+    mine = {item.number for item in items}
+    copies = Counter(finding.code for finding in findings if finding.number in mine)
     result: dict[str, Any] = {
         "records": len(items),
         "usable": len(usable),

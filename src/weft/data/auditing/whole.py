@@ -45,21 +45,27 @@ def leak(records: Records) -> Iterator[Hit]:
     if not evaluation:
         return
     keys = dict(zip(map(id, records.items), records.shared(_texts), strict=True))
-    whole = {keys[id(item)]: item for item in reversed(records.of("train"))}
-    prompts = {normalise(item.prompt): item for item in reversed(records.of("train")) if item.prompt.strip()}
-    told = set()
-    for item in evaluation:
-        copies = ((whole.get(keys[id(item)]), "the record"), (prompts.get(normalise(item.prompt)), "the prompt"))
-        for found, what in copies:
-            if found is not None and found.text and id(item) not in told:
-                told.add(id(item))
-                yield Hit(item, f"{what} stands in the training data too, {found.source}", short(item.text))
+    whole = {keys[id(item)]: item for item in reversed(evaluation)}
+    prompts = {normalise(item.prompt): item for item in reversed(evaluation) if item.prompt.strip()}
+    nearly: dict[str, tuple[Item, float]] = {}
     for pair, one, other in records.shared(_near):
-        train, held = (one, other) if one.split == "train" else (other, one)
-        if one.split != other.split and id(held) not in told:
-            told.add(id(held))
-            what = f"nearly stands in the training data, {train.source} (similarity {pair.similarity:.2f})"
-            yield Hit(held, what, f"{short(held.text)} ↔ {short(train.text)}")
+        if one.split != other.split:
+            train, held = (one, other) if one.split == "train" else (other, one)
+            nearly.setdefault(keys[id(train)], (held, pair.similarity))
+    # All of them are named, copies too: what is left out of the training data then leaves no leak.
+    for item in records.of("train"):
+        key = keys[id(item)]
+        if not key:
+            continue
+        for found, what in ((whole.get(key), "the record"), (prompts.get(normalise(item.prompt)), "the prompt")):
+            if found is not None:
+                yield Hit(item, f"{what} is evaluated on too, {found.source}", short(item.text))
+                break
+        else:
+            if key in nearly:
+                held, similarity = nearly[key]
+                what = f"nearly is a record to evaluate on, {held.source} (similarity {similarity:.2f})"
+                yield Hit(item, what, f"{short(item.text)} ↔ {short(held.text)}")
 
 
 @over("torn-text", "warning", "hold out whole texts: `eval_split`, or `eval_data` of their own")
