@@ -94,6 +94,8 @@ def _tell(target: str, answers: Mapping[str | None, list[dict[str, Any]]], outpu
     """Write and print the answers, and the scores of classes."""
     results = [row for rows in zip(*answers.values(), strict=True) for row in rows]
     scores = {name or "base": found for name, rows in answers.items() if (found := _scores(rows))}
+    from weft.preview.text import count_of
+
     if output is not None:
         _write(output, results)
     if as_json:
@@ -102,7 +104,7 @@ def _tell(target: str, answers: Mapping[str | None, list[dict[str, Any]]], outpu
     if output is None:
         _show(results)
     else:
-        common.say(f"{len(results)} answers -> {output}")
+        common.say(f"{count_of(len(results), 'answer')} -> {output}")
     for name, found in scores.items():
         told = f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}, MCC {found['mcc']:.4f}"
         print(f"{name}: {told} ({found['records']:,} records with a label)")

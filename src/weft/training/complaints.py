@@ -86,7 +86,8 @@ def _refused(item: ErrorDetails, fields: Mapping[str, object], where: str) -> st
         return f"{where}: {place[0]}: expected {expected(annotation)}, not {value!r}.{hint}"
     key = ".".join(str(part) for part in place)
     given = "" if isinstance(value, (dict, BaseModel)) else f" (given: {value!r})"
-    return f"{where}: {key + ': ' if key else ''}{item['msg'].removeprefix('Value error, ')}{given}"
+    said = item["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
+    return f"{where}: {key + ': ' if key else ''}{said}{given}"
 
 
 def expected(annotation: object) -> str:
