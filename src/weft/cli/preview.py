@@ -171,6 +171,8 @@ def _named(items: Sequence[Item], name: str) -> Item:
         if not 1 <= int(name) <= len(items):
             raise UserError(f"--record {name}: there are the records 1 to {len(items)}.")
         return items[int(name) - 1]
+    from weft.data.pipeline import lines_in
+
     path, _, line = name.rpartition(":")
     for item in items:
         if item.source == name or (path and item.source.endswith(f"/{path}:{line}")):
@@ -180,27 +182,13 @@ def _named(items: Sequence[Item], name: str) -> Item:
     if not found or not line.isdecimal():
         raise UserError(f"--record {name}: no such record. Give its number, or file:line, such as {items[0].source}.")
     first, last = min(found), max(found)
-    if int(line) > max(last, _lines_of(found[last].source.rpartition(":")[0])):
+    if int(line) > max(last, lines_in(found[last].source.rpartition(":")[0])):
         raise UserError(
             f"--record {name}: no such record; the file has {len(mine):,}, the last at {found[last].source}."
         )
     shown = found[max((number for number in found if number <= int(line)), default=first)]
     common.say(f"no record begins at {name}; the one at {shown.source} is shown")
     return shown
-
-
-def _lines_of(path: str) -> int:
-    """The number of lines of a file of text; of another 0, for its records stand at rows."""
-    from weft.data.reading.files import PLAIN, kind_of, opened
-
-    file = Path(path)
-    if kind_of(file)[0] not in PLAIN or not file.is_file():
-        return 0
-    count, piece = 0, b"\n"
-    with opened(file) as data:
-        for piece in iter(lambda: data.read(1 << 20), b""):
-            count += piece.count(b"\n")
-    return count + (not piece.endswith(b"\n"))
 
 
 def _same_file(item: Item, path: str) -> bool:

@@ -161,7 +161,11 @@ class Reader:
         return JobSources(parts[0], parts[1] if sets else None, tuple(names))
 
     def split(self, read: JobSources) -> list[Array]:
-        """The marks (bool) of the samples held out, by source. All jobs have the same, so that losses compare."""
+        """The marks (bool) of the samples held out, by source. All jobs have the same, so that losses compare.
+
+        Raises:
+            UserError: All would be held out, or none where some are wanted.
+        """
         sizes = [len(part.samples) for part in read.sources]
         if read.evaluated is not None:
             return [np.zeros(size, bool) for size in sizes]

@@ -164,8 +164,8 @@ def _family(file: Path) -> str:
 
 def _one_kind(files: list[Path], what: str) -> list[Path]:
     """``files``, if all are of one kind (.json and .jsonl count as one, and so do all texts)."""
-    kinds = Counter(map(_family, files))
-    if len(kinds) > 1:
+    if len(set(map(_family, files))) > 1:
+        kinds = Counter("".join(kind_of(file)) for file in files)
         listed = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(kinds.items()))
         pattern = files[0].with_name("*" + "".join(kind_of(files[0])))
         raise UserError(
