@@ -93,9 +93,11 @@ def test_dare_depends_on_its_seed_alone(weft: Callable[..., Any], pair_dir: Path
     ("words", "message"),
     [
         (["--weights", "1,x"], "numbers separated by commas"),
-        (["--weights", "1"], "--weights has 1 numbers; there are 2 adapters"),
+        (["--weights", "1"], "--weights: 1 given for 2: "),
         (["--type", "tie"], "Did you mean 'ties'"),
-        (["--type", "ties"], "needs density"),
+        (["--type", "ties"], "--type ties needs --density"),
+        (["--density", "0.5"], "--density means nothing to --type cat"),
+        (["--type", "svd", "--svd-rank", "0"], "--svd-rank is 0"),
         (["--type", "linear"], "ranks must be equal"),
         (["--output", "here"], "is there already"),
         (["--model", "nowhere/at/all"], "no model at"),

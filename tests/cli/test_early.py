@@ -45,6 +45,9 @@ BAD = [
     "train {good} objective=missing",
     "train {good} callbacks=[missing]",
     "train {good} data=nowhere.jsonl",
+    "train {good} add_tokens=[a,b,a]",
+    "train {good} num_virtual_tokens=20",
+    "train {good} method=bitfit r=8",
     "train {good} 'data=0.5*nowhere.jsonl + 0.5*{data}'",
     "train {good} eval_data=nowhere.jsonl",
     "train {good} model={model}x",
@@ -69,7 +72,11 @@ BAD = [
     "chat {run} --device cdua",
     "combine {run} ./nowhere --output new",
     "combine {run} --adapter lara --output new",
+    "combine {run} {run} --adapter lora --output new --type tie",
+    "combine {run} {run} --adapter lora --output new --type ties",
+    "combine {run} {run} --adapter lora --output here",
     "merge --adapter ./nowhere --output new",
+    "merge --adapter {run}/adapters/lora --output here",
     "merge --adapter {run}/adapters/lora --output new --dtype float12",
 ]
 GOOD = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -148,13 +149,16 @@ def test_another_base_is_named_with_both_names_and_hashes(
     trained = json.loads((moved / "run.json").read_text())["base"]
     result = weft("generate", moved / part, "--prompt", "x", "--max-new-tokens", 2, "--model", other)
     assert result.code == 0, result.err
-    for told in (str(other), str(tiny_llama_dir), trained["sha256_of_small_tensors"], "instead of"):
+    for told in (str(other), str(tiny_llama_dir), trained["sha256_of_small_tensors"][:12], "instead of"):
         assert told in result.err
     # A base of another shape: the adapter does not fit, and the message says why.
     result = weft("generate", moved / part, "--prompt", "x", "--model", "tiny-bloom")
     assert result.code == 2
-    for told in ("tiny-bloom", str(tiny_llama_dir), trained["sha256_of_small_tensors"], "instead of"):
+    for told in ("tiny-bloom", str(tiny_llama_dir), trained["sha256_of_small_tensors"][:12], "instead of"):
         assert told in result.err
+    assert re.search(r"error: (\S+, on \S+: )?this is not the base of its training \(here ", result.err), (
+        "the cause first"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +217,19 @@ def test_the_questions_are_read_as_in_training(weft: Callable[..., Any], asked: 
     Path("torn.jsonl").write_text('{"ask me": "Who?", "said": "I."}\n')
     torn = weft("generate", asked / "run", "--adapter", "writer", "--input", "torn.jsonl")
     assert "torn.jsonl:1: columns: there is no field 'title'" in torn.err
+
+
+def test_chat_is_for_adapters_that_write(weft: Callable[..., Any], asked: Path) -> None:
+    run = asked / "run"
+    judge = weft("chat", run, "--adapter", "judge", "--system", "s", stdin="hello\n")
+    assert (judge.code, judge.out) == (2, "")
+    assert "adapter 'judge' was trained to classify; it writes no text" in judge.err
+    assert "answers (also there" not in judge.err, "before the first prompt"
+    both = weft("chat", run, "--max-new-tokens", 1, stdin="/adapter judge\n")
+    assert (both.code, "it writes no text" in both.err) == (2, True)
+    part = weft("chat", run, "--adapter", "writer", stdin="/adapter judge\n")
+    assert "adapter 'judge' is in the run, but not loaded: --adapter chose writer, base." in part.err
+    assert "There are: writer, base." in weft("chat", run, "--adapter", "writer", stdin="/adapter x\n").err
 
 
 def test_texts_to_classify_need_no_label(weft: Callable[..., Any], asked: Path) -> None:

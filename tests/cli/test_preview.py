@@ -188,6 +188,17 @@ def test_a_record_that_training_refuses_is_shown(weft: Callable[..., Any], bare_
     assert "error: not-read" in result.out
 
 
+def test_a_line_that_begins_no_record(weft: Callable[..., Any], bare_model: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text('prompt,completion\none,two\nthree,"four\nfive"\n')
+    words = ("preview", "--model", bare_model, "--data", table, "--record")
+    assert "no record begins at table.csv:4; the one at" in weft(*words, "table.csv:4").err
+    for line in (5, 999):
+        result = weft(*words, f"table.csv:{line}")
+        assert (result.code, result.out) == (2, ""), result.out
+        assert f"no such record; the file has 2, the last at {table}:3" in result.err
+
+
 def test_json_has_everything(weft: Callable[..., Any], bare_model: Path, data: Path) -> None:
     result = weft("preview", "--model", bare_model, "--data", data, "--record", f"{data}:2", "--json")
     value = json.loads(result.out)
@@ -354,7 +365,7 @@ def test_what_is_left_out_is_named_by_its_reason(weft: Callable[..., Any], bare_
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["eval_size=4"], "cannot hold out 4 of 4"),
+        (["eval_size=4"], "some.jsonl: eval_size 4 leaves nothing to train on"),
         (["eval_data=0.5*some.jsonl + 0.5*other.jsonl"], "eval_data has weights"),
         (["batch_tokens=8"], "do not fit into batch_tokens: 8"),
         (["method=prefix_tuning", "num_virtual_tokens=950"], "tokens and the 950 learned ones of job"),

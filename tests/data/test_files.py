@@ -101,11 +101,12 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     refuse(str(tmp_path / "*.png"), "'.png'", "not read")
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.csv").write_text("a\n1\n")
-    refuse(tmp_path, "several kinds", ".csv (1)", ".json (1)", "*.csv")
+    refuse(tmp_path, "several kinds", ".csv (1)", ".jsonl (1)", f"such as {tmp_path}/*.jsonl,")
+    assert len(fields(f"{tmp_path}/*.jsonl")) == len(ROWS)
     os.link(tmp_path / "a.jsonl", tmp_path / "c.jsonl")
     refuse(str(tmp_path / "*.jsonl"), "stands twice", "a.jsonl", "c.jsonl")
-    refuse(tmp_path / "none.jsonl", "does not exist")
-    refuse(tmp_path / "a.xlsx", "does not exist")
+    refuse(tmp_path / "none.jsonl", "no data file at")
+    refuse(tmp_path / "aa.jsonl", "no data file at", "Did you mean 'a.jsonl'?")
 
 
 def test_an_empty_file_among_others_is_a_problem(tmp_path: Path) -> None:

@@ -386,7 +386,7 @@ def test_other_tools_words() -> None:
         ({"method": "lora+bitfit", "lora": 3}, "expected this method's settings"),
         ({"method": "lora+bitfit", "lora": {"rr": 3}}, "unknown key 'rr'"),
         ({"method": "lora+bitfit", "lora": {"r": True}}, "expected a whole number, not true"),
-        ({"method": "lora", "bottleneck": {"reduction_factor": 3}}, "no job uses this method"),
+        ({"method": "lora", "bottleneck": {"reduction_factor": 3}}, "no job's method takes it"),
         ({"method": "lora+prompt_tuning", "prompt_tuning": {"r": 3}}, "unknown key 'r'"),
         ({"method": "lora", "neftune_noise_alpha": -1}, "neftune_noise_alpha"),
         ({"method": "lora", "neftune_noise_alpha": True}, "neftune_noise_alpha"),

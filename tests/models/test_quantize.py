@@ -13,7 +13,7 @@ from weft.core.stream import Part
 from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models import load_base
-from weft.models.quantize import quantization_config
+from weft.models.quantize import num_parameters, quantization_config
 
 FITTING = ["bitfit", "bottleneck", "lora", "prefix_tuning", "prompt_tuning"]
 
@@ -59,6 +59,11 @@ def test_alone_as_beside_others(quantised, method: str) -> None:
     assert any(p.grad is not None and p.grad.any() for p in adapters[method].parameters())
     assert kit.sha256(kit.hidden_of(adapters, [Part(None, kit.texts(2))])) == before
     adapters.close()
+
+
+def test_parameters_are_counted_as_they_stand_for(quantised) -> None:
+    plain = kit.make_model("llama", hidden_size=64, intermediate_size=128)
+    assert num_parameters(quantised.model) == sum(p.numel() for p in plain.parameters())
 
 
 def test_without_bitsandbytes_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,26 @@ def test_keys_of_other_tools(theirs: dict[str, Any], where: str, ours: str, valu
     assert (config.jobs[0].method_settings[ours] if found is None else getattr(found, ours)) == value
 
 
+@pytest.mark.parametrize(
+    ("method", "key", "knows"),
+    [
+        ("bitfit", "r", "lora"),
+        ("lora", "num_virtual_tokens", "prefix_tuning"),
+        ("lora+ia3", "bottleneck", "bottleneck"),
+    ],
+)
+def test_a_setting_that_no_job_takes(method: str, key: str, knows: str) -> None:
+    values = {"model": "m", "data": "d.jsonl"}
+    with pytest.raises(UserError, match=rf"{key}: no job's method takes it.* These do: .*\b{knows}\b"):
+        make_config({**values, "method": method, key: {} if key == "bottleneck" else 8})
+    assert make_config({**values, "method": [method, knows], key: {} if key == "bottleneck" else 8})
+
+
+def test_a_key_stands_once_in_a_message() -> None:
+    with pytest.raises(UserError, match=r"^configuration: data: .* sum to 0\.9"):
+        make_config({"model": "m", "data": "0.5*a.jsonl + 0.4*b.jsonl", "method": "lora"})
+
+
 @pytest.mark.parametrize("key", ["model_name_or_path", "base_model", "model"])
 @pytest.mark.parametrize("method", [("finetuning_type", "lora"), ("adapter", "lora"), ("tuner_type", "lora"),
                                     ("train_type", "lora"), ("peft_type", "LORA"), ("use_peft", True)])  # fmt: skip

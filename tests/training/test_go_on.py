@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from weft.errors import UserError
+from weft.models import load_base
 from weft.training.config import load_run_config, make_config
-from weft.training.run import train
-from weft.training.same_run import check_same_run
+from weft.training.run import prepare, train
+from weft.training.same_run import base_fingerprint, check_same_run, other_base
 
 
 def settings(base: Path, **more: Any) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def test_more_steps(place: Path, schedule: str) -> None:
     more = load_run_config("run", ["steps=7"], flags={"resume": True})
     result = train(more, on_event=lambda e: told.append(e.get("message", "")))
     assert {job["step"] for job in result.jobs.values()} == {7}
-    assert any("job 'lora' has 7 steps now, and 4 when it began" in text for text in told)
+    assert any("job 'lora' has 7 steps now, and 4 before" in text for text in told)
     train(make_config({**values, "steps": 7, "output_dir": "whole"}))
     assert (adapters("run") == adapters("whole")) == (schedule == "constant")
 
@@ -138,3 +139,48 @@ def test_data_of_every_job_is_enough(place: Path) -> None:
     assert train(make_config({**values, "output_dir": "run"})).completed
     with pytest.raises(UserError, match="'data' is missing"):
         make_config({**values, "jobs": [*values["jobs"], {"name": "b", "method": "ia3"}]})
+
+
+def test_a_run_past_its_steps_says_only_that_it_has_finished(place: Path) -> None:
+    train(make_config(settings(Path("base"), data="data.jsonl")))
+    before, told = Path("run/run.json").read_bytes(), list[str]()
+    again = load_run_config("run", ["steps=2"], flags={"resume": True})
+    result = train(again, on_event=lambda e: told.append(e.get("message", "")))
+    assert {(job["step"], job["total_steps"]) for job in result.jobs.values()} == {(4, 4)}
+    assert [text for text in told if text] == [
+        "this run has finished, with 4 steps. To go on give it more: steps=N, or epochs=N."
+    ]
+    assert Path("run/run.json").read_bytes() == before
+
+
+def test_the_limit_is_for_what_is_learned(place: Path) -> None:
+    values = settings(Path("base"), data="data.jsonl", limit=3)
+    shutil.copy("data.jsonl", "dev.jsonl")
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, evaluated in {"all": "dev.jsonl", "own": [{"path": "dev.jsonl", "limit": 2}]}.items():
+        setup = prepare(make_config({**values, "eval_data": evaluated}))
+        setup.adapters.close()
+        sizes[name] = (len(setup.jobs[0].samples), len(setup.jobs[0].eval_samples))
+    assert sizes == {"all": (3, len(Path("dev.jsonl").read_text().splitlines())), "own": (3, 2)}
+
+
+def test_a_run_of_before_whose_limit_cut_evaluation_data_goes_on_as_it_was(place: Path) -> None:
+    values = settings(Path("base"), data="data.jsonl", limit=3)
+    shutil.copy("data.jsonl", "dev.jsonl")
+    stopped({**values, "eval_data": [{"path": "dev.jsonl", "limit": 3}]}, after=1)
+    kept = json.loads(Path("run/run.json").read_text())
+    kept["config"]["eval_data"] = str(place / "dev.jsonl")  # as it was written
+    del kept["format"]
+    Path("run/run.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=r"eval_data: .*'limit': 3.* -> '…'"):
+        train(make_config({**values, "eval_data": "dev.jsonl", "resume": True}))
+    assert train(load_run_config("run", flags={"resume": True})).completed
+
+
+def test_a_tied_head_counts_once_also_beside_a_run_of_before(place: Path) -> None:
+    base = load_base("base", device="cpu")
+    found, every = base_fingerprint(base), sum(t.numel() for t in base.model.state_dict().values())
+    assert found["parameters"] == base.model.num_parameters() < every
+    assert other_base(base, found) is None
+    assert other_base(base, {**found, "parameters": every}) is None
+    assert f"parameters {found['parameters']:,} instead of 3" in str(other_base(base, {**found, "parameters": 3}))

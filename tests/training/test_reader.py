@@ -317,7 +317,7 @@ def test_the_report_of_a_finished_run_is_left_alone(
         train(config("a.jsonl", resume=True, **options))
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
     rows(tmp_path, "a.jsonl", 5, bad=2)
-    with pytest.raises(UserError, match=r"cannot hold out 99 of 5") as error:
+    with pytest.raises(UserError, match=r"a\.jsonl: eval_size 99 leaves nothing to train on, of 5") as error:
         train(config("a.jsonl", eval_size=99, **{**options, "output_dir": "other"}))
     assert "bad records" not in str(error.value)
     assert not Path("other").exists()

@@ -58,8 +58,7 @@ def chat(
 
     opened = _open(target, how, chat_template)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    names = [*(adapter or opened.names), None]
-    talk = Conversation(opened, opened.adapter(names[0]), system, sampling, max_new_tokens, as_json=as_json)
+    talk = Conversation(opened, _first(opened, adapter), system, sampling, max_new_tokens, as_json=as_json)
     for note in (*opened.notes, opened.summary(), talk.introduction()):
         common.say(note)
     for line in _lines():
@@ -78,6 +77,20 @@ def _open(target: str, how: dict[str, Any], chat_template: str | None) -> Target
     from weft.generation.open import open_target
 
     return open_target(target, **how, chat_template=options.template_text(chat_template))
+
+
+def _first(opened: Target, asked: list[str] | None) -> str | None:
+    """The adapter that answers first: the first that is asked for, else the first that writes.
+
+    Raises:
+        UserError: It classifies, or all do.
+    """
+    from weft.generation.engine import check_writes
+
+    names: list[str | None] = [opened.adapter(asked[0])] if asked else [*opened.names] or [None]
+    first = next((name for name in names if name is None or opened.adapters.head(name).writes), names[0])
+    check_writes(opened.adapters, first)
+    return first
 
 
 def _lines() -> Iterator[str]:
@@ -162,8 +175,12 @@ class Conversation:
         return True
 
     def _switch(self, name: str) -> None:
+        from weft.generation.engine import check_writes
+
         if name:
-            self.adapter = self.opened.adapter(name)
+            found = self.opened.adapter(name)
+            check_writes(self.opened.adapters, found)
+            self.adapter = found
         common.say(self.introduction())
 
     def answer(self, text: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -70,20 +71,13 @@ def combine(
             context, ["majority_sign_method"], f"with --type {combination_type}: only ties elects signs"
         )
     given = _weights(weights)
-    early.refuse(lambda: _chosen(sources, adapter, given, model))
-    from weft.combine.rules import Combination
+    settings = {"density": density, "majority_sign_method": majority_sign_method, "svd_rank": svd_rank, "seed": seed}
+    early.refuse(lambda: _check(given, combination_type, settings, output, sources, adapter=adapter, model=model))
     from weft.files import adapter_folder as files
     from weft.files.whole import new_folder
     from weft.models.load import sketch_base
 
-    how = Combination(
-        given,
-        combination_type,
-        density,
-        majority_sign_method=majority_sign_method,  # type: ignore[arg-type]
-        svd_rank=svd_rank,
-        seed=seed,
-    )
+    how = _how(given, combination_type, settings)
     with new_folder(output, "--output ") as part:
         found, base_name = _chosen(sources, adapter, given, model)
         common.tell_hub(base_name)
@@ -93,6 +87,41 @@ def combine(
         _save_tokenizer(found, part)
     _tell(output, found, how, sum(tensor.numel() for tensor in new.tensors().values()), as_json=as_json)
     return common.DONE
+
+
+def _check(
+    weights: tuple[float, ...],
+    kind: str,
+    settings: dict[str, Any],
+    output: Path,
+    sources: list[str],
+    *,
+    adapter: list[str] | None,
+    model: str | None,
+) -> None:
+    from weft.files.whole import check_new
+
+    _how(weights, kind, settings)
+    check_new(output, "--output ")
+    _chosen(sources, adapter, weights, model)
+
+
+def _how(weights: tuple[float, ...], kind: str, settings: dict[str, Any]) -> Combination:
+    """The settings of the combination. Raises UserError for those that cannot be, by the names that they have here."""
+    from weft.combine.rules import Combination
+
+    try:
+        return Combination(weights, kind, **settings)
+    except UserError as error:
+        raise UserError(_by_options(str(error))) from None
+
+
+def _by_options(text: str) -> str:
+    return re.sub(r"\b(combination_(?=type)|density|svd_rank|majority_sign_method)", _option, text)
+
+
+def _option(found: re.Match[str]) -> str:
+    return f"--{found[0].removeprefix('combination_').replace('_', '-')}"
 
 
 def _chosen(
@@ -109,7 +138,7 @@ def _chosen(
         )
     if weights and len(weights) != len(found):
         names = ", ".join(one.name for one in found)
-        raise UserError(f"--weights has {len(weights)} numbers; there are {len(found)} adapters: {names}.")
+        raise UserError(f"--weights: {len(weights)} given for {len(found)}: {names}. Give one for each adapter.")
     return found, resolve_model(model) if model else _base(found)
 
 
@@ -144,7 +173,11 @@ def _combined(found: list[AdapterFolder], how: Combination, base: Base, base_nam
             raise UserError(f"{one.name}, on {base_name}: {error}") from None
         return Source(one.name, config, made.tensors())
 
-    config, tensors = compose([load(one) for one in found], how)
+    parts = [load(one) for one in found]
+    try:
+        config, tensors = compose(parts, how)
+    except UserError as error:
+        raise UserError(str(error).replace("combination_type", "--type")) from None
     new = files.assemble(name, config, tensors, base.model, base.architecture)
     kept = [files.trained_on(one.folder) for one in found]
     new.record_origin(_common_provenance(found), kept[0] if all(one == kept[0] for one in kept) else {})
@@ -234,6 +267,7 @@ def _save_tokenizer(found: Sequence[AdapterFolder], folder: Path) -> None:
 
 def _tell(output: Path, found: Sequence[AdapterFolder], how: Combination, parameters: int, *, as_json: bool) -> None:
     from weft.files.whole import weights_bytes
+    from weft.preview.text import count_of
 
     size = weights_bytes(output)
     if as_json:
@@ -248,6 +282,6 @@ def _tell(output: Path, found: Sequence[AdapterFolder], how: Combination, parame
             }
         )
         return
-    print(f"{len(found)} adapters, {how.combination_type} -> {output} ({parameters:,} parameters, "
+    print(f"{count_of(len(found), 'adapter')}, {how.combination_type} -> {output} ({parameters:,} parameters, "
           f"{common.human_size(size)})")  # fmt: skip
     print(f"talk to it:  weft chat {output}")

@@ -157,6 +157,7 @@ def set_up() -> None:
     """Import Weft with the stand-ins. This process can then check, and nothing else."""
     sys.meta_path.insert(0, _Finder())
     # What the checks import must be there before stand-ins refuse to be used.
+    import weft.combine.rules
     import weft.export.folder
     import weft.preview.data_sets
     import weft.training.run  # noqa: F401

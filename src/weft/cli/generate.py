@@ -102,6 +102,8 @@ def _tell(
     pairs = [pair for name in asked for pair in zip(asked[name], answers[name], strict=True)]
     results = [row for _, row in sorted(pairs, key=lambda pair: pair[0].number)]
     scores = {name or "base": found for name, rows in answers.items() if (found := _scores(rows))}
+    from weft.preview.text import count_of
+
     if output is not None:
         _write(output, results)
     if as_json:
@@ -110,7 +112,7 @@ def _tell(
     if output is None:
         _show(results)
     else:
-        common.say(f"{len(results)} answers -> {output}")
+        common.say(f"{count_of(len(results), 'answer')} -> {output}")
     for name, found in scores.items():
         told = f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}, MCC {found['mcc']:.4f}"
         print(f"{name}: {told} ({found['records']:,} records with a label)")

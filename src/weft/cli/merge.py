@@ -38,7 +38,7 @@ def merge(
     """
     if quantization is not None:
         check_word("--quantization", quantization, ("nf4", "fp4", "int8"))
-    early.refuse(lambda: _check(adapter, model, dtype, device))
+    early.refuse(lambda: _check(adapter, output, model, dtype, device=device))
     from weft.export.folder import merge_folder
 
     common.tell_hub(model or "")
@@ -65,8 +65,9 @@ def merge(
     return common.DONE
 
 
-def _check(adapter: Path, model: str | None, dtype: str, device: str) -> None:
+def _check(adapter: Path, output: Path, model: str | None, dtype: str, *, device: str) -> None:
     from weft.export.folder import adapter_folder
+    from weft.files.whole import check_new
     from weft.models.load import check_device, resolve_dtype, resolve_model
 
     adapter_folder(local_path(adapter))
@@ -74,3 +75,4 @@ def _check(adapter: Path, model: str | None, dtype: str, device: str) -> None:
     check_device(device)
     if model is not None:
         resolve_model(model)
+    check_new(output, "--output ")

@@ -172,15 +172,24 @@ def _named(items: Sequence[Item], name: str) -> Item:
             last = max(item.number for item in items)
             raise UserError(f"--record {name}: there are the records 1 to {last}, but for those that are left out.")
         return numbered
+    from weft.data.pipeline import lines_in
+
     path, _, line = name.rpartition(":")
     for item in items:
         if item.source == name or (path and item.source.endswith(f"/{path}:{line}")):
             return item
-    lines = [int(item.source.rpartition(":")[2]) for item in items if _same_file(item, path)]
-    if not lines or not line.isdecimal():
+    mine = [item for item in items if _same_file(item, path)]
+    found = {int(item.source.rpartition(":")[2]): item for item in reversed(mine)}
+    if not found or not line.isdecimal():
         raise UserError(f"--record {name}: no such record. Give its number, or file:line, such as {items[0].source}.")
-    before = max((number for number in lines if number <= int(line)), default=lines[0])
-    return next(item for item in items if _same_file(item, path) and item.source.endswith(f":{before}"))
+    first, last = min(found), max(found)
+    if int(line) > max(last, lines_in(found[last].source.rpartition(":")[0])):
+        raise UserError(
+            f"--record {name}: no such record; the file has {len(mine):,}, the last at {found[last].source}."
+        )
+    shown = found[max((number for number in found if number <= int(line)), default=first)]
+    common.say(f"no record begins at {name}; the one at {shown.source} is shown")
+    return shown
 
 
 def _same_file(item: Item, path: str) -> bool:

@@ -27,11 +27,12 @@ def not_reached(setup: Setup) -> dict[str, Omission | None]:
 
 def opening(setup: Setup, missed: Mapping[str, Omission | None]) -> Iterator[str]:
     """PEFT's sentence for each job, with its folder, the parts of the base that it does not reach, and its note."""
+    from weft.models.quantize import num_parameters
     from weft.models.reach import unquantized
 
     if told := unquantized(setup.base.model, setup.base.architecture):
         yield told
-    base = sum(p.numel() for p in setup.base.model.parameters())
+    base = num_parameters(setup.base.model)
     for job in setup.jobs:
         own = job.adapter.num_trainable()
         yield (

@@ -68,7 +68,9 @@ class ReadSettings(BaseModel):
         description="of files of text, what is learned as one text: the file, a paragraph (blank lines separate them) "
         "or a line; default: of .txt a paragraph, of other files all ([data.md](data.md))",
     )
-    limit: int | None = Field(None, gt=0, description="read only this many records (of each source of `data`)")
+    limit: int | None = Field(
+        None, gt=0, description="read only this many records of each source of `data`; not of `eval_data`"
+    )
     empty_answers: EmptyAnswers = Field("error", description="what to do with a record whose answer is empty")
     on_bad_record: OnBadRecord = Field(
         "error",
@@ -87,14 +89,14 @@ class ReadSettings(BaseModel):
     def _home(cls, path: str | None) -> str | None:
         return path and with_home(path)
 
-    def of(self, source: Source) -> ReadSettings:
-        """How one source is read: its own keys win."""
+    def of(self, source: Source, *, evaluated: bool = False) -> ReadSettings:
+        """How one source is read: its own keys win. The run's limit is not for what is ``evaluated``."""
         return part(
             ReadSettings,
             self,
             data_format=source.format or self.data_format,
             columns=source.columns or self.columns,
-            limit=source.limit or self.limit,
+            limit=source.limit or (None if evaluated else self.limit),
         )
 
 

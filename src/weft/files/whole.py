@@ -26,6 +26,21 @@ _PART, _OLD = ".unfinished", ".replaced"
 _TEMPORARY = "free some space, or name another folder for temporary files (the environment variable TMPDIR)"
 
 
+def check_new(output: Path, name: str = "") -> tuple[Path, Path]:
+    """The place of a new folder, and the nearest folder above it that is there; changes nothing.
+
+    Raises:
+        UserError: ``output`` is taken, or cannot be made where it is to go.
+    """
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{name}{output} is there already; it is left alone. Take another folder.")
+    target = Path(os.path.realpath(output))
+    above = next(path for path in target.parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise UserError(f"{name}{output}: {above} is no folder.")
+    return target, above
+
+
 @contextmanager
 def new_folder(output: Path, name: str = "") -> Iterator[Path]:
     """Give the block a folder to write, which becomes ``output`` at the block's end; after an error nothing remains.
@@ -36,12 +51,7 @@ def new_folder(output: Path, name: str = "") -> Iterator[Path]:
         UserError: ``output`` is taken, or cannot be made where it is to go.
         WriteError: The machine refuses to write there.
     """
-    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{name}{output} is there already; it is left alone. Take another folder.")
-    target = Path(os.path.realpath(output))
-    above = next(path for path in target.parents if os.path.lexists(path))
-    if not above.is_dir():
-        raise UserError(f"{name}{output}: {above} is no folder.")
+    target, above = check_new(output, name)
     part = _beside(target)
     remove(part)
     try:

@@ -168,7 +168,7 @@ def _open_adapter(folder: Path, asked: _Overrides) -> Target:
         adapters.load(name, folder, tokenizer=base.tokenizer)
     except UserError as error:
         adapters.close()
-        raise UserError(f"{error}{_not_its_base(difference)}") from None
+        raise UserError(f"{_not_its_base(difference)}{error}") from None
     if difference is not None:
         notes.append(f"{base.name} is not the base that {folder} was trained on ({difference}).")
     read = {name: (record.settings if record else None) or {}}
@@ -207,11 +207,12 @@ def _open_run(folder: Path, asked: _Overrides, wanted: Sequence[str] | None) -> 
     try:
         notes += _add_adapters(adapters, store, config, keep, base)
     except UserError as error:
-        raise UserError(f"{error}{_not_its_base(difference)}") from None
+        raise UserError(f"{_not_its_base(difference)}{error}") from None
     if difference is not None:
         notes.append(f"{base.name} is not the base that {folder} was trained on ({difference}).")
     read = {job.name: config.data_settings(job) for job in config.jobs if job.name in keep}
-    return Target(base, adapters, renderer, names=tuple(keep), data_settings=read, notes=notes)
+    others = tuple(name for name in names if name not in keep and name not in failed)
+    return Target(base, adapters, renderer, names=tuple(keep), others=others, data_settings=read, notes=notes)
 
 
 def _renderer_of_run(
@@ -244,7 +245,7 @@ def _difference(base: Base, folder: Path, adapters: Adapters) -> str | None:
 
 
 def _not_its_base(difference: str | None) -> str:
-    return "" if difference is None else f" This is not the base of its training ({difference})."
+    return "" if difference is None else f"this is not the base of its training ({difference}). So it does not fit: "
 
 
 def _add_adapters(

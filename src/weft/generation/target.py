@@ -21,7 +21,7 @@ from weft.data.queries import (
 )
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import part
-from weft.errors import UserError
+from weft.errors import UserError, nearest
 from weft.generation.engine import check_writes
 from weft.methods.dense import how_kept
 from weft.models import Base
@@ -38,6 +38,7 @@ class Target:
 
     Attributes:
         names: the adapters, in the run's order; empty for a plain model.
+        others: the adapters of the run that are not loaded.
         data_settings: how each adapter's training read its data, as far as that is known.
         notes: what the user should know, such as that an adapter comes from a checkpoint.
     """
@@ -47,6 +48,7 @@ class Target:
     renderer: Renderer
     _: KW_ONLY
     names: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     data_settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -69,7 +71,13 @@ class Target:
         """
         if name is None or (name == BASE and name not in self.names):
             return None
-        self.adapters[name]
+        if name not in self.names:
+            known = ", ".join(dict.fromkeys((*self.names, BASE)))
+            if name in self.others:
+                raise UserError(
+                    f"adapter '{name}' is in the run, but not loaded: --adapter chose {known}. Name it there, too."
+                )
+            raise UserError(f"no adapter named '{name}'.{nearest(name, [*self.names, BASE])} There are: {known}.")
         return name
 
     def prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> Prompt:

@@ -40,6 +40,11 @@ def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> BitsA
     )
 
 
+def num_parameters(model: nn.Module) -> int:
+    """The number of a base's parameters; of those that are packed in 4 bits as many as they stand for."""
+    return sum(getattr(getattr(p, "quant_state", None), "shape", p.shape).numel() for p in model.parameters())
+
+
 def one_kernel(model: nn.Module) -> list[nn.Module]:
     """Let 4-bit linears on a CPU compute the same with and without gradients; returns those that would not have.
 

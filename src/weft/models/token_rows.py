@@ -20,6 +20,17 @@ def token_rows(model: nn.Module) -> int:
     return int(input_embeddings(model).weight.shape[0])
 
 
+def check_tokens(tokens: Sequence[str]) -> None:
+    """Refuse texts that no tokenizer could take as tokens.
+
+    Raises:
+        UserError: One is there twice, or has nothing to see.
+    """
+    for token in tokens:
+        if not token.strip() or tokens.count(token) > 1:
+            raise UserError(f"add_tokens: {token!r} is {'there twice' if token.strip() else 'no word'}; leave it out.")
+
+
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
     """Make each of ``tokens`` one token of the tokenizer, wherever it stands in a text; tokens that it has stay.
 
@@ -31,9 +42,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tup
     """
     from transformers import AddedToken
 
+    check_tokens(tokens)
     for token in tokens:
-        if not token.strip() or tokens.count(token) > 1:
-            raise UserError(f"add_tokens: {token!r} is {'there twice' if token.strip() else 'no word'}; leave it out.")
         if token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
     ids = tuple(tokenizer.get_vocab()[token] for token in tokens)

@@ -87,7 +87,8 @@ def _refused(item: ErrorDetails, fields: Mapping[str, object], where: str) -> st
         return f"{where}: {place[0]}: expected {expected(annotation)}, not {shown(value)}.{hint}"
     key = ".".join(str(part) for part in place)
     given = "" if isinstance(value, (dict, BaseModel)) else f" (given: {shown(value)})"
-    return f"{where}: {key + ': ' if key else ''}{item['msg'].removeprefix('Value error, ')}{given}"
+    said = item["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
+    return f"{where}: {key + ': ' if key else ''}{said}{given}"
 
 
 def expected(annotation: object) -> str:

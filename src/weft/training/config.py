@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 import weft.methods
 from weft.data.rendering.templates import is_file_name
+from weft.data.sources import parse_sets
 from weft.errors import UserError, shown
 from weft.files.run_folder import RUN_FILE
 from weft.foreign import read_json, read_yaml
@@ -28,6 +30,8 @@ from weft.training.settings import JobConfig, RunConfig, method_names, own_setti
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)
+# Of ``run.json``; in one without a number, ``limit`` was also for evaluation data.
+RUN_FORMAT = 2
 
 
 def load_config(
@@ -147,7 +151,21 @@ def read_run_config(folder: str | Path) -> RunConfig:
     if "text_unit" not in config:  # every line was a text, before the key was there
         data = json.dumps([config.get(key) for key in ("data", "eval_data", "jobs")])
         config = {**config, "text_unit": "line"} if ".txt" in data else config
+    if "format" not in stored and isinstance(limit := config.get("limit"), int):  # it cut what is evaluated, too
+        jobs = [{**job, "eval_data": _cut(job.get("eval_data"), limit)} for job in config.get("jobs", ())]
+        config = {**config, "eval_data": _cut(config.get("eval_data"), limit), "jobs": jobs}
     return _run_config(config, str(path))
+
+
+def _cut(data: object, limit: int) -> object:
+    """Evaluation data of which each source has a limit: its own, or this one."""
+    sets = {
+        name: [
+            {"limit": limit} | {key: value for key, value in asdict(one).items() if value is not None} for one in own
+        ]
+        for name, own in parse_sets(data).items()
+    }
+    return sets.get("", sets) or None
 
 
 def _run_config(values: Mapping[str, object], source: str) -> RunConfig:
@@ -190,9 +208,13 @@ def make_config(
     ]
     if jobs and "method" in defaults and all("method" in job for job in jobs):
         raise UserError(f"{source}: method and jobs both say what is trained, and every job has its own; keep one.")
-    for name in defaults.keys() & weft.methods.METHODS.keys():
-        if not any(name in method_names(job.method) for job in made):
-            raise UserError(f"{source}: {name}: no job uses this method, so nothing would take these settings.")
+    used = {part for job in made for part in method_names(job.method)}
+    for key in [key for key in defaults if key not in _JOB_KEYS]:
+        knowing = sorted(n for n, cls in weft.methods.METHODS.items() if key == n or key in cls.model_fields)
+        if not used.intersection(knowing):
+            raise UserError(
+                f"{source}: {key}: no job's method takes it, so it would do nothing. These do: {', '.join(knowing)}."
+            )
     return _run_config({**top, "jobs": tuple(made)}, source)
 
 

@@ -335,20 +335,24 @@ class Job:
             UserError: Early stopping had put back its best weights, so its last ones are gone.
         """
         progress, total = self.progress, self.total_steps
-        if progress.ended == "finished" and progress.step < total:
+        if progress.ended == "finished" and progress.step < total and self.parameters:
             if self.best is not None:
                 raise UserError(
                     f"job '{self.name}' has finished with its best weights (early_stopping_patience), so it cannot go "
                     f"on to step {total}. Begin a new run in another output_dir."
                 )
             progress.ended = None
-        elif self.active and progress.step >= total:
+        elif not self.active:
+            self.total_steps = planned  # it has ended by these
+            return ""
+        elif progress.step >= total:
             progress.ended = "finished"
+            return f"job '{self.name}' has done {progress.step} steps, and {total} are wanted now: it ends here."
         if total == planned:
             return ""
         kind = self.config.lr_scheduler_type
         return (
-            f"job '{self.name}' has {total} steps now, and {planned} when it began. The learning rate ({kind}) is that "
+            f"job '{self.name}' has {total} steps now, and {planned} before. The learning rate ({kind}) is that "
             f"of {total} steps from step {progress.step + 1} on, so the run is not what {total} steps from the start "
             "would be."
         )

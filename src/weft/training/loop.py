@@ -53,6 +53,9 @@ class Trainer:
         on_event: called with every logged event (``step``, ``eval``, ``end``, ``warning``).
         verify_packing: before the first step, prove that the sequences of the first batch do not feel each other.
         should_stop: asked after every step and before every evaluation; True saves and leaves.
+
+    Attributes:
+        over: whether it went back to a run that had ended, and that has no step to do.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Trainer:
         self.logging_steps, self.save_steps, self.save_total_limit = logging_steps, save_steps, save_total_limit
         self.on_event, self.should_stop = on_event, should_stop
         self.verify_packing = verify_packing
-        self.step = 0
+        self.step, self.over = 0, False
         if adapters.dtype == torch.float16:
             for job in self.jobs:
                 job.scale_losses(_FIRST_LOSS_SCALE)
@@ -91,11 +94,14 @@ class Trainer:
             return False
         state, tensors, warnings = found
         self._compare(state)
+        ended = []
         for job in self.jobs:
             job.restore(tensors[job.name], state["jobs"][job.name]["progress"])
+            ended.append(not job.active)
             self._recent[job.name] = list(state["jobs"][job.name]["recent"])
             warnings.append(job.go_on(state["jobs"][job.name].get("total_steps", job.total_steps)))
-        if not any(job.active for job in self.jobs):
+        self.over = all(ended) and not any(job.active for job in self.jobs)
+        if self.over:
             warnings.append(
                 f"this run has finished, with {max(job.progress.step for job in self.jobs)} steps. To go on give it "
                 "more: steps=N, or epochs=N."

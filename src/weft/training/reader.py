@@ -19,6 +19,7 @@ from weft.data.pipeline import Fold, Outcome, Recipe, TextRecipe, outcomes
 from weft.data.problems import OnBadRecord
 from weft.data.reading.files import Place, Shards, find_files, unique
 from weft.data.rendering.render import Task
+from weft.data.settings import ReadSettings
 from weft.data.sources import held_by_chance, held_by_hash, parse_sets
 from weft.data.store import MEMORY, SampleStore
 from weft.data.views import Array, Samples, chained
@@ -100,8 +101,6 @@ def _place(path: str, config: RunConfig) -> Place:
     if is_dataset_id(path):
         found = fetch_dataset(path, config.data_hub or config.hub)
         return found if isinstance(found, Path) else Shards(found.name, found.files)
-    if not Path(path).exists() and not any(mark in path for mark in "*?["):
-        raise UserError(f"no data file at {path}.")
     return Path(path)
 
 
@@ -161,18 +160,31 @@ class Reader:
             raise UserError("eval_data has weights; every record of it is evaluated once. Leave them out.")
         loaded: list[SourceSamples] = []
         labels = given_labels(job.labels)
-        for source, name in zip((*sources, *evaluated), (*[None] * len(sources), *names), strict=True):
-            loaded.append(self._source(source, job, labels, nothing=nothing_left(name)))
+        for number, (source, name) in enumerate(
+            zip((*sources, *evaluated), (*[None] * len(sources), *names), strict=True)
+        ):
+            settings = self.config.of(source, evaluated=number >= len(sources))
+            loaded.append(self._source(source, settings, job, labels, nothing=nothing_left(name)))
             labels = labels or loaded[0].several
         parts = tuple(loaded[: len(sources)]), tuple(loaded[len(sources) :])
         return JobSources(parts[0], parts[1] if sets else None, tuple(names))
 
     def split(self, read: JobSources) -> list[Array]:
-        """The marks (bool) of the samples held out, by source. All jobs have the same, so that losses compare."""
+        """The marks (bool) of the samples held out, by source. All jobs have the same, so that losses compare.
+
+        Raises:
+            UserError: All would be held out, or none where some are wanted.
+        """
         sizes = [len(part.samples) for part in read.sources]
         if read.evaluated is not None:
             return [np.zeros(size, bool) for size in sizes]
         if self.config.eval_split is None:
+            if 0 < sum(sizes) <= self.config.eval_size:
+                files = " + ".join(part.path for part in read.sources)
+                raise UserError(
+                    f"{files}: eval_size {self.config.eval_size} leaves nothing to train on, of {sum(sizes)} samples. "
+                    "Take a smaller eval_size, eval_split: 0.1 (a share), or eval_data (another file)."
+                )
             held = held_by_chance(sum(sizes), self.config.eval_size, seed=0)
         else:
             held = held_by_hash((key for part in read.sources for key in part.keys), self.config.eval_split)
@@ -212,7 +224,7 @@ class Reader:
             store.append(sample)
         return store[start:]
 
-    def _recipe(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
+    def _recipe(self, settings: ReadSettings, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
         keyed = self.config.eval_split is not None
         if job.classifies:
             return ClassRecipe(
@@ -228,15 +240,16 @@ class Reader:
         return TextRecipe(
             renderer=self.renderer,
             token_rows=self.token_rows,
-            settings=self.config.of(source),
+            settings=settings,
             task=self.base.task,
             keyed=keyed,
             watched=self.watched,
         )
 
-    def _source(self, source: Source, job: JobConfig, labels: tuple[str, ...] | None, *, nothing: str) -> SourceSamples:
-        recipe, place = self._recipe(source, job, labels), self.places[source.path]
-        limit = self.config.of(source).limit
+    def _source(
+        self, source: Source, settings: ReadSettings, job: JobConfig, labels: tuple[str, ...] | None, *, nothing: str
+    ) -> SourceSamples:
+        recipe, place, limit = self._recipe(settings, job, labels), self.places[source.path], settings.limit
         key = (source.path, repr(recipe), limit)
         if key not in self.files:
             self.problems.begin()

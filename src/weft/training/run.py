@@ -31,9 +31,10 @@ from weft.models import Base
 from weft.models.attached import prove_attached
 from weft.models.load import check_device, resolve_dtype, resolve_model
 from weft.models.tasks import check_job
+from weft.models.token_rows import check_tokens
 from weft.training.batches import Batches
 from weft.training.callbacks import CALLBACKS, Callback, begun, with_callbacks
-from weft.training.config import read_run_config
+from weft.training.config import RUN_FORMAT, read_run_config
 from weft.training.job import Job
 from weft.training.loop import Event, Trainer, TrainResult
 from weft.training.reader import JobData, Reader, data_files
@@ -109,11 +110,12 @@ def check_names(config: RunConfig) -> dict[str, Place]:
         The places of the data, as ``data_files`` gives them.
 
     Raises:
-        UserError: An objective, a dtype, a device, a format or a template is unknown, a method does not go with the
-            quantisation, or a data file is not there.
+        UserError: An objective, a dtype, a device, a format or a template is unknown, a token to add is none, a method
+            does not go with the quantisation, or a data file is not there.
     """
     resolve_dtype(config.dtype)
     check_device(config.device)
+    check_tokens(config.add_tokens)
     if config.chat_template is not None:
         template_text(config.chat_template)
     for job in config.jobs:
@@ -274,12 +276,8 @@ def _train(
     )
     if config.resume:
         trainer.resume()
-    labels = {job.name: job.adapter.head.labels for job in setup.jobs if job.adapter.head.labels}
-    store.write_run({"config": config.model_dump(mode="json"), "base": base, "labels": labels})
-    if config.on_bad_record == "report":
-        setup.problems.write(_report_of(config))
-    with refilled_folder(store.tokenizer) as part, writing(part):
-        setup.base.tokenizer.save_pretrained(part)
+    if not (trainer.over and (store.folder / RUN_FILE).is_file()):
+        _write_settings(config, setup, base, store)
     result = trainer.run()
     if result.completed:
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
@@ -292,6 +290,17 @@ def _train(
             setup.adapters.save(job.name, store.adapters / job.name, base_name=resolve_model(config.model))
         on_trained(setup)
     return result
+
+
+def _write_settings(config: RunConfig, setup: Setup, base: Mapping[str, object], store: RunStore) -> None:
+    """Write all that stands in the run's folder before its first step."""
+    labels = {job.name: job.adapter.head.labels for job in setup.jobs if job.adapter.head.labels}
+    values = config.model_dump(mode="json")
+    store.write_run({"format": RUN_FORMAT, "config": values, "base": base, "labels": labels})
+    if config.on_bad_record == "report":
+        setup.problems.write(_report_of(config))
+    with refilled_folder(store.tokenizer) as part, writing(part):
+        setup.base.tokenizer.save_pretrained(part)
 
 
 def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance:

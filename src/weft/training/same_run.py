@@ -24,18 +24,26 @@ def base_fingerprint(base: Base) -> dict[str, object]:
     tensors = base.model.state_dict()
     for key in sorted(tensors, key=lambda k: (tensors[k].numel(), k))[:64]:
         digest.update(key.encode() + tensors[key].detach().float().cpu().numpy().tobytes())
-    parameters = sum(t.numel() for t in tensors.values())
+    distinct = {(t.data_ptr(), t.shape): t.numel() for t in tensors.values()}  # a tied head is the embeddings' tensor
+    parameters = sum(distinct.values())
     return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
 
 
 def other_base(base: Base, recorded: Mapping[str, object]) -> str | None:
     """How the base differs from the one of this fingerprint, with both names; None: it does not, as far as it tells."""
-    found = base_fingerprint(base)
+    found, known = base_fingerprint(base), recorded.get("parameters")
+    if known == sum(t.numel() for t in base.model.state_dict().values()):  # in earlier versions a tied head counted too
+        found["parameters"] = known
     keys = [key for key in ("parameters", "sha256_of_small_tensors") if found[key] != recorded.get(key, found[key])]
     if not keys:
         return None
-    told = ", ".join(f"{key} {found[key]} instead of {recorded[key]}" for key in keys)
+    told = ", ".join(f"{key} {_brief(found[key])} instead of {_brief(recorded[key])}" for key in keys)
     return f"here {found['model']}, in training {recorded.get('model', '(a name that is not kept)')}: {told}"
+
+
+def _brief(value: object) -> str:
+    """A number, or the beginning of a hash, which is enough to tell it from another."""
+    return f"{value:,}" if isinstance(value, int) else f"{str(value)[:12]}…"
 
 
 def check_base(base: Base, recorded: Mapping[str, object]) -> None:

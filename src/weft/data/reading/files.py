@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from weft.errors import UserError
+from weft.errors import UserError, nearest
 from weft.foreign import check_regular
+from weft.paths import names_in
 
 TABLES = (".csv", ".tsv")
 COLUMNAR = (".parquet", ".arrow", ".feather")
@@ -121,7 +122,7 @@ def find_files(path: str | os.PathLike[str]) -> list[Path]:
                 f"{path} is a directory without data files (it holds {names or 'no files'}). Files that are read end "
                 f"in {', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)} after it."
             )
-        return _one_kind(found, f"the folder {path}", str(place / "*"))
+        return _one_kind(found, f"the folder {path}")
     if not place.exists() and glob.has_magic(str(path)):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not found:
@@ -129,11 +130,10 @@ def find_files(path: str | os.PathLike[str]) -> list[Path]:
                 f"{path}: no file matches this pattern (it is relative to the current directory). `*` stands for any "
                 "name, `**` for any folders."
             )
-        return _one_kind([_readable_kind(file) for file in found], f"the pattern {path}", str(path))
+        return _one_kind([_readable_kind(file) for file in found], f"the pattern {path}")
     if not place.exists():
-        raise UserError(
-            f"{path} does not exist: check the path of the data file (it is relative to the current directory)."
-        )
+        seen = "" if place.is_absolute() else " (relative to the current directory)"
+        raise UserError(f"no data file at {path}{seen}.{nearest(place.name, names_in(place.parent))}")
     return [_readable_kind(place)]
 
 
@@ -162,15 +162,15 @@ def _family(file: Path) -> str:
     return _KIND.get(suffix, suffix)
 
 
-def _one_kind(files: list[Path], what: str, pattern: str) -> list[Path]:
+def _one_kind(files: list[Path], what: str) -> list[Path]:
     """``files``, if all are of one kind (.json and .jsonl count as one, and so do all texts)."""
-    kinds = Counter(map(_family, files))
-    if len(kinds) > 1:
+    if len(set(map(_family, files))) > 1:
+        kinds = Counter("".join(kind_of(file)) for file in files)
         listed = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(kinds.items()))
-        star = pattern.rsplit("*", 1)[0] + "*"
+        pattern = files[0].with_name("*" + "".join(kind_of(files[0])))
         raise UserError(
-            f"{what} holds files of several kinds: {listed}. Name one kind with a pattern such as "
-            f"{star}{min(kinds)}, or list the files one by one."
+            f"{what} holds files of several kinds: {listed}. Name one kind with a pattern such as {pattern}, or list "
+            "the files one by one."
         )
     return unique(files)
 
