@@ -7,9 +7,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from weft.complaints import Worded
 from weft.core.architecture import Architecture
 from weft.core.head import Head, TokenHead
 from weft.core.route import PrefixStates, Router, Segment
@@ -72,7 +73,7 @@ class HeadTask(Protocol):
         """Make the head; its initial values come from ``context.generator`` only."""
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Worded):
     """The settings of one method: frozen, checked on construction, with PEFT's field names.
 
     A subclass names itself (``method``), says what PEFT calls it (``peft_type``) and builds its adapter.
@@ -201,7 +202,7 @@ class MethodConfig(BaseModel):
         for key, default in cls.peft_defaults.items():
             if default is None and known.get(key) is None:
                 raise UserError(f"adapter_config.json: {key!r} is not there, and PEFT has no default for it.")
-        return cls(**{**cls.peft_defaults, **known})
+        return cls.model_validate({**cls.peft_defaults, **known})
 
 
 class Adapter(nn.Module):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import UserError
+from weft.switches import is_on, switch_of
 from weft.training.bits import in_our_words
-from weft.training.switches import is_on, switch_of
 
 # Our key -> the names that transformers and TRL, LLaMA-Factory, axolotl and ms-swift have for it.
 _NAMES: dict[str, tuple[str, ...]] = {

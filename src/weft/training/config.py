@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import weft.methods
+from weft.complaints import check_switches, explain, unknown_keys, with_switches
 from weft.core.adapter import MethodConfig
 from weft.data.rendering.templates import is_file_name
 from weft.errors import UserError
@@ -24,7 +25,6 @@ from weft.methods.registry import METHODS
 from weft.paths import local_path
 from weft.training.aliases import AUTO, translate
 from weft.training.bits import DETAILS
-from weft.training.complaints import check_switches, explain, unknown_keys, with_switches
 from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from weft.errors import UserError, nearest
-from weft.training.switches import switch_of
+from weft.switches import switch_of
 
 _PLAIN: dict[object, str] = {
     bool: "true or false",
@@ -21,6 +21,22 @@ _PLAIN: dict[object, str] = {
     tuple: "a list",
     dict: "key: value pairs",
 }
+
+
+class Worded(BaseModel):
+    """Settings that a program makes. A wrong one is refused in our words; ``model_validate`` keeps pydantic's error."""
+
+    def __init__(self, **settings: Any) -> None:
+        cls = type(self)
+        check_switches(settings, cls, cls.__name__)
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            known = f" It takes: {', '.join(cls.model_fields)}." * bool(settings.keys() - cls.model_fields.keys())
+            raise UserError(explain(error, (cls,), cls.__name__, set(cls.model_fields)) + known) from None
+
+    # Without this mark model_validate would call the constructor, and give its words inside pydantic's.
+    __init__.__dict__["__pydantic_base_init__"] = True
 
 
 def with_switches(settings: Mapping[str, Any], cls: type[BaseModel]) -> dict[str, Any]:
