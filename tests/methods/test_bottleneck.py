@@ -176,7 +176,7 @@ def test_the_architecture_sets_what_is_not_given() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "pfeifer"}, "'houlsby'.*'pfeiffer'"),
+        ({"architecture": "pfeifer"}, "houlsby, pfeiffer, .*Did you mean 'pfeiffer'"),
         ({"reduction_factor": 0}, "reduction_factor: above 0"),
         ({"reduction_factor": {"first": 2}}, "reduction_factor: .'first'.: keys are layer numbers"),
         ({"non_linearity": "rellu"}, "non_linearity is 'rellu'.*Did you mean 'relu'"),
