@@ -14,10 +14,12 @@ import weft
 
 def test_all_is_sorted_and_importable() -> None:
     assert weft.__all__ == [
-        "Adapters", "BitFitConfig", "BottleneckConfig", "LoraConfig", "Message", "Part", "PrefixTuningConfig",
-        "PromptTuningConfig", "Renderer", "Request", "RunConfig", "Sampling", "Target", "UserError", "describe",
-        "generate", "load_base", "load_config", "load_extension", "make_config", "open_target", "read_metrics",
-        "register_callback", "register_format", "register_method", "register_objective", "train",
+        "AdaLoraConfig", "Adapters", "BitFitConfig", "BottleneckConfig", "FreezeConfig", "FullConfig",
+        "HardPromptConfig", "IA3Config", "LNTuningConfig", "LlamaProConfig", "LoraConfig", "Message",
+        "PTuningConfig", "PTuningV2Config", "Part", "PrefixTuningConfig", "PromptTuningConfig", "Renderer",
+        "Request", "RunConfig", "Sampling", "Target", "TrainableTokensConfig", "UserError", "VeraConfig",
+        "describe", "generate", "load_base", "load_config", "load_extension", "make_config", "open_target",
+        "read_metrics", "register_callback", "register_format", "register_method", "register_objective", "train",
     ]  # fmt: skip
 
 

@@ -15,7 +15,18 @@ ORDER = (
     "adapters", "data", "training", "preview", "generation", "export", "evaluate", "synthesize", "serve", "cli", "api",
 )  # fmt: skip
 # Anyone may use them, and they use nobody.
-FREE = {"errors", "extensions", "foreign", "patterns", "paths", "assets", "libraries", "version"}
+FREE = {
+    "errors",
+    "complaints",
+    "switches",
+    "extensions",
+    "foreign",
+    "patterns",
+    "paths",
+    "assets",
+    "libraries",
+    "version",
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

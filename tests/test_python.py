@@ -224,12 +224,15 @@ def test_the_code_of_the_pages_runs(
     Path("run.yaml").write_text(
         f"{{model: {tiny_llama_dir}, data: train.jsonl, method: lora, epochs: 1, eval_size: 2, output_dir: runs/five}}"
     )
+    reviews = [{"text": f"It {word} a day.", "label": word == "held"} for word in ("broke after", "held") * 4]
+    Path("reviews.jsonl").write_text("".join(json.dumps(r | {"label": str(r["label"])}) + "\n" for r in reviews))
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == {"README.md": 2, "docs/python.md": 8}[page]
+    assert len(blocks) == {"README.md": 2, "docs/python.md": 10}[page]
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block.replace("tiny-llama", str(tiny_llama_dir)), page, "exec"), names)
-    assert sum(bool(line.strip()) for line in blocks[-1].splitlines()) <= 40
+    assert max(sum(bool(line.strip()) for line in block.splitlines()) for block in blocks) <= 40
     if page == "docs/python.md":
         assert weft.open_target("my-adapter").names == ("my-adapter",)
-        assert names["loss"] < 5 < names["evaluate_loss"](names["adapters"], None, names["held"])
+        with weft.Adapters(names["base"].model, names["base"].architecture) as adapters:
+            assert names["loss"] < 5 < names["evaluate_loss"](adapters, None, names["held"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from weft.base.checkpointing import checkpointing as checkpointed
 from weft.combine.rules import Combination, Source, combine
 from weft.core import adapters as core
-from weft.core.adapter import Adapter
+from weft.core.adapter import Adapter, MethodConfig
 from weft.core.architecture import Architecture
 from weft.core.head import TokenHead
 from weft.core.layout import Counts
@@ -23,7 +23,7 @@ from weft.files.adapter_folder import add_with_tensors, load_adapter, save_adapt
 from weft.layouts.choice import layout_for
 from weft.merge.weights import MergedWeights, merge_adapter
 from weft.methods.combined import Combined, CombinedConfig
-from weft.models.added import check_added
+from weft.models.added import check_added, check_config
 from weft.ops.combine import MajoritySign
 
 
@@ -31,8 +31,8 @@ class Adapters(core.Adapters):
     """Many adapters, of any methods, over one base model: added, loaded, run, combined, merged and saved.
 
     The model is not wrapped: its modules, keys and parameters stay in place, frozen and in evaluation mode while
-    ``Adapters`` is open. ``close()`` gives back exactly the model that came in. ``weft.core.adapters.Adapters`` says
-    how batches run.
+    ``Adapters`` is open. ``close()``, or the end of a ``with``, gives back exactly the model that came in.
+    ``weft.core.adapters.Adapters`` says how batches run.
 
     Args:
         model: A transformers model.
@@ -62,7 +62,18 @@ class Adapters(core.Adapters):
             original_weight=original_weight,
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     _latest: tuple[weakref.ref[Tensor], Stream] | None = None
+
+    def _check_new(self, name: str, config: MethodConfig | None = None) -> None:
+        super()._check_new(name)
+        if config is not None:
+            check_config(self, config)
 
     def _check(self, adapter: Adapter, *, fresh: bool) -> None:
         check_added(self, adapter, fresh=fresh)

@@ -20,11 +20,22 @@ from weft.generation.open import open_target
 from weft.generation.sampling import Sampling
 from weft.generation.target import Target
 from weft.methods import (
+    AdaLoraConfig,
     BitFitConfig,
     BottleneckConfig,
+    FreezeConfig,
+    FullConfig,
+    HardPromptConfig,
+    IA3Config,
+    LlamaProConfig,
+    LNTuningConfig,
     LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningConfig,
+    PTuningV2Config,
+    TrainableTokensConfig,
+    VeraConfig,
     register_method,
 )
 from weft.models import describe, load_base
@@ -37,11 +48,20 @@ from weft.training.run import Setup
 from weft.training.run import train as run_training
 
 __all__ = [
+    "AdaLoraConfig",
     "Adapters",
     "BitFitConfig",
     "BottleneckConfig",
+    "FreezeConfig",
+    "FullConfig",
+    "HardPromptConfig",
+    "IA3Config",
+    "LNTuningConfig",
+    "LlamaProConfig",
     "LoraConfig",
     "Message",
+    "PTuningConfig",
+    "PTuningV2Config",
     "Part",
     "PrefixTuningConfig",
     "PromptTuningConfig",
@@ -50,7 +70,9 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "Target",
+    "TrainableTokensConfig",
     "UserError",
+    "VeraConfig",
     "describe",
     "generate",
     "load_base",

@@ -79,10 +79,16 @@ class Registry(MutableMapping[str, _T]):
         """A decorator that adds ``entry(decorated)`` under ``name``.
 
         Raises:
-            UserError: the name is taken. (The same function or class again, as in a notebook, takes its own place.)
+            UserError: it is no name, or is taken. (The same function or class again, as in a notebook, takes its own
+                place.) Or what is decorated is no function and no class.
         """
+        usage = f'write @weft.register_{self.kind}("name") above it'
+        if not isinstance(name, str):
+            raise UserError(f"{getattr(name, '__qualname__', name)} is registered without a name: {usage}.")
 
         def add(decorated: _Added) -> _Added:
+            if not callable(decorated):
+                raise UserError(f"{decorated!r} cannot be the {self.kind} {name!r}: it is no function; {usage}.")
             place = f"{getattr(decorated, '__module__', '')}.{getattr(decorated, '__qualname__', '')}"
             if name in self._entries and self._added_by.get(name) != place:
                 owner = self._added_by.get(name, "Weft itself")

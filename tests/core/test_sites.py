@@ -12,7 +12,7 @@ from tests import kit
 from torch import Tensor
 
 from weft.api import Adapters
-from weft.core.adapter import Adapter, InputFunction, SiteFunction
+from weft.core.adapter import Adapter, InputFunction, MethodConfig, SiteFunction
 from weft.core.route import Segment
 from weft.core.stream import Part
 from weft.methods.combined import CombinedConfig
@@ -35,11 +35,13 @@ class Scaled(Adapter):
         return x * self.factor
 
 
-class Config:
-    """Stands where a configuration would, and gives the adapter."""
+class Config(MethodConfig):
+    """Gives the adapter that ``make`` makes."""
+
+    make: Any
 
     def __init__(self, make: Any) -> None:
-        self.make = make
+        super().__init__(make=make)
 
     def methods(self) -> tuple[Any, ...]:
         return ()

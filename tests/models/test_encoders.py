@@ -152,7 +152,7 @@ def test_a_prefix_that_a_padded_batch_would_lose_is_refused() -> None:
     model = make_encoder("distilbert")
     adapters = Adapters(model, describe(model))
     adapters.add("it", kit.method_config("prefix_tuning", prefix_init="random"), head=TASK)
-    adapters.layout = Padded(model, adapters.architecture, adapters.router, adapters._adapters, exact=False)
+    adapters._layout = Padded(model, adapters.architecture, adapters.router, adapters._adapters, exact=False)
     with pytest.raises(UserError, match="takes no prefix in padded batches"):
         classes(adapters, [Part("it", kit.texts(2))])
     adapters.close()

@@ -7,16 +7,16 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from weft.complaints import Worded
 from weft.core.architecture import Architecture
 from weft.core.head import Head, TokenHead
 from weft.core.route import PrefixStates, Router, Segment
 from weft.errors import UserError
 from weft.ops.copying import copy_into
 from weft.ops.rates import rate_for
-from weft.patterns import in_order
 
 # (rows of the module's input, rows of its output, the segment they belong to) -> the rows of the new output.
 SiteFunction = Callable[[Tensor, Tensor, Segment], Tensor]
@@ -73,7 +73,7 @@ class HeadTask(Protocol):
         """Make the head; its initial values come from ``context.generator`` only."""
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Worded):
     """The settings of one method: frozen, checked on construction, with PEFT's field names.
 
     A subclass names itself (``method``), says what PEFT calls it (``peft_type``) and builds its adapter.
@@ -101,8 +101,6 @@ class MethodConfig(BaseModel):
     instead_of_merging: ClassVar[str] = "Serve the adapter beside its base instead (weft chat, weft generate)."
     # What the method can be used for.
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification", "seq2seq"})
-
-    _sets = field_validator("*", mode="before")(in_order)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
@@ -203,7 +201,7 @@ class MethodConfig(BaseModel):
         for key, default in cls.peft_defaults.items():
             if default is None and known.get(key) is None:
                 raise UserError(f"adapter_config.json: {key!r} is not there, and PEFT has no default for it.")
-        return cls(**{**cls.peft_defaults, **known})
+        return cls.model_validate({**cls.peft_defaults, **known})
 
 
 class Adapter(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +24,13 @@ from weft.patterns import check_name
 
 # The mark of a model whose attention and sites already obey a router: no site would ask a second one.
 _OPEN = "_weft_open"
+
+
+class _Named(dict[str, Adapter]):
+    """The adapters by name; whoever looks one up is told which there are."""
+
+    def __missing__(self, name: str) -> Adapter:
+        raise UserError(f"no adapter named {name!r}; there are: {', '.join(self) or 'none'}. None is the base.")
 
 
 class Adapters:
@@ -50,9 +56,9 @@ class Adapters:
         self.architecture = architecture
         self.router = Router()
         self.exact = exact
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters = _Named()
         self._body = body_of(model, architecture)
-        self.layout = layout(model, architecture, self.router, self._adapters, exact)
+        self._layout = layout(model, architecture, self.router, self._adapters, exact)
         self.original_weight = original_weight
         model.__dict__[_OPEN] = True
         self._undo: list[Callable[[], None]] = [lambda: model.__dict__.pop(_OPEN), freeze(model)]
@@ -72,6 +78,17 @@ class Adapters:
             raise
 
     @property
+    def layout(self) -> Layout:
+        """How batches lie. All use of the adapters comes by here.
+
+        Raises:
+            UserError: They are closed.
+        """
+        if not self._undo:
+            raise UserError("these adapters are closed: the model is again the one without them. Open them once more.")
+        return self._layout
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the base computes."""
         return input_embeddings(self.model).weight.dtype
@@ -87,9 +104,7 @@ class Adapters:
         return list(self._adapters)
 
     def __getitem__(self, name: str) -> Adapter:
-        if name not in self._adapters:
-            raise UserError(f"no adapter named '{name}'; there are: {', '.join(self._adapters) or 'none'}.")
-        return self._adapters[name]
+        return self.layout.adapters[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._adapters
@@ -111,7 +126,7 @@ class Adapters:
         Raises:
             UserError: The name is taken or no valid folder name, or the method finds nothing to tune.
         """
-        self._check_new(name)
+        self._check_new(name, config)
         context = BuildContext(
             self.model,
             self.architecture,
@@ -125,7 +140,6 @@ class Adapters:
             router=self.router,
             original_weight=self.original_weight,
         )
-        self.layout.check_config(config)
         adapter = config.build(name, context)
         if reason := self.layout.refusal(adapter):
             raise UserError(reason)
@@ -141,9 +155,9 @@ class Adapters:
     def _check(self, adapter: Adapter, *, fresh: bool) -> None:
         """Refuse an adapter that was just attached; here all may stay. ``fresh``: it has the values it begins with."""
 
-    def _check_new(self, name: str) -> None:
+    def _check_new(self, name: str, config: MethodConfig | None = None) -> None:
         check_name(name)
-        if name in self._adapters:
+        if name in self.layout.adapters:
             raise UserError(f"there is already an adapter named '{name}'; give this one another name.")
 
     def _site(self, path: str) -> Site:
@@ -192,6 +206,8 @@ class Adapters:
 
     def close(self) -> None:
         """Remove every adapter and every trace of it: the model is again the one that was loaded."""
+        if not self._undo:
+            return  # the model may carry others by now
         for name in reversed(self.names):  # a stack came after its parts
             self.remove(name)
         for module, _ in list(sites_in(self.model)):
@@ -232,7 +248,7 @@ class Adapters:
 
         Logits are never held where the head is one matrix that no adapter changes.
         """
-        form = self.architecture.head_form
+        form = self.layout.shape.head_form
         if form is None or any(self.changes_head(name) for name, _ in rows):
             return losses_of_logits(self.logits(hidden, rows), targets)
         layer = output_head(self.model)
@@ -244,6 +260,8 @@ class Adapters:
 
     def rows_route(self, rows: Counts) -> Route:
         """The route of single rows, each a hidden state that a head is asked about."""
+        for name, _ in rows:
+            self.head(name)  # refuses a name that is not there
         segments = (Segment(name, count, count, lengths=(1,) * count) for name, count in rows if count)
         return StreamRoute(tuple(segments), exact=self.exact)
 
@@ -253,15 +271,12 @@ class Adapters:
 
     def changes_head(self, name: str | None) -> bool:
         """Whether the adapter's logits differ from the base's for the same hidden state."""
+        self.head(name)  # refuses a name that is not there
         sites = map(site_of, self._head_modules())
         return any(site is not None and (name in site.functions or name in site.inputs) for site in sites)
 
     def _head_modules(self) -> list[nn.Module]:
-        return head_modules(self.model, self._body, self.architecture.head_form)
-
-    def route(self, route: Route | None) -> AbstractContextManager[None]:
-        """A context whose body runs under ``route`` (None: the sites stand aside)."""
-        return self.router.use(route)
+        return head_modules(self.model, self._body, self.layout.shape.head_form)
 
     @torch.no_grad()
     def _keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, MethodConfig
+from weft.core.adapter import Adapter
 from weft.core.architecture import Architecture, Installer
 from weft.core.route import Route, Router, Segment
 from weft.core.stream import Part, Stream
-from weft.errors import UserError
 
 # (adapter, how many rows of it), in the order of the rows.
 Counts = Sequence[tuple[str | None, int]]
@@ -102,20 +101,6 @@ class Layout(ABC):
     @abstractmethod
     def keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Per layer the keys and values [kv_heads, n, head_dim] that the plain base has for one text [n]."""
-
-    def check_config(self, config: MethodConfig) -> None:
-        """Refuse a method that is not made for the base's task.
-
-        Raises:
-            UserError: names the method and what it is made for.
-        """
-        for part in config.methods():
-            if self.tasks.isdisjoint(part.tasks):
-                raise UserError(
-                    f"method {part.method} does not work with {self.shape.model_type}, whose task is "
-                    f"{self.shape.task}; it is made for: {', '.join(sorted(part.tasks))}. Take another method (lora, "
-                    "for one) or another base."
-                )
 
     def refusal(self, adapter: Adapter) -> str:
         """Why the adapter's sites cannot work in such batches; "": they can."""

@@ -54,6 +54,7 @@ class ClassRecipe(Recipe):
     pair_separator: str = "\n"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.encodes and self.as_chat:
             raise UserError(
                 "as_chat and encoder exclude each other: an encoder's tokenizer has no chat template. Drop one."

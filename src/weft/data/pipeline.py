@@ -106,6 +106,11 @@ class Recipe:
     keyed: bool = False
     watched: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.renderer, Renderer):
+            given = type(self.renderer).__name__
+            raise UserError(f"data is rendered by a weft.Renderer, weft.Renderer(tokenizer), and not by {given}.")
+
     @property
     def whole(self) -> bool:
         """Whether records behind the limit count too."""
@@ -215,6 +220,7 @@ class TextRecipe(Recipe):
     task: Task = "causal_lm"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_word("empty_answers", self.settings.empty_answers, get_args(EmptyAnswers))
         check_word("task", self.task, get_args(Task))
 

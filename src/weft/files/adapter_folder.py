@@ -238,7 +238,7 @@ def read(
         if own:
             method, settings = entry(own, "method", str, str(path)), entry(own, "config", dict, str(path))
             _check_sizes(settings, tensors, str(path))
-            config = METHODS.find(method)(**settings)
+            config = METHODS.find(method).model_validate(settings)
             check_agreement(path, config, folder / CONFIG, entries)
             if (folder / EXTRA).is_file():  # inference does not need it
                 tensors |= _checked_tensors(folder / EXTRA, own)

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.base.embeddings import input_embeddings
 from weft.core.adapters import Adapters
 from weft.core.layout import Counts
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generation.sampling import choose
 from weft.generation.ways import Begin, Request, batches
+from weft.layouts.building import check_ids
 
 
 @dataclass
@@ -43,7 +45,8 @@ def generate(
     Raises:
         UserError: a prompt is empty, or prompt and answer together exceed the model's length limit.
     """
-    for request in requests:
+    for index, request in enumerate(requests):
+        check_ids(request.prompt, len(input_embeddings(adapters.model).weight), f"requests[{index}]: its prompt")
         _check(request, adapters)
     done: dict[int, Completion] = {}
     for indices, begin in batches(adapters, requests, batch_size):
@@ -67,8 +70,6 @@ def check_writes(adapters: Adapters, name: str | None) -> None:
 
 def _check(request: Request, adapters: Adapters) -> None:
     check_writes(adapters, request.adapter)
-    if not request.prompt:
-        raise UserError("a prompt without a single token cannot be continued.")
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {request.max_new_tokens}; at least 1 is needed.")
     learned = 0 if request.adapter is None else adapters[request.adapter].num_learned_tokens

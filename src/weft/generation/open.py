@@ -46,7 +46,7 @@ def open_target(
     target: str | Path,
     *,
     model: str | None = None,
-    adapters: Sequence[str] | None = None,
+    adapters: str | Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quantization: Quantization | None = None,
@@ -57,7 +57,7 @@ def open_target(
     Args:
         target: what to open.
         model: the base to use instead of the one that the target names.
-        adapters: load only these of a run; default all. ``base`` is always there.
+        adapters: load only this one, or these, of a run; default all. ``base`` is always there.
         device, dtype: as in a run's configuration.
         quantization: how the base of an adapter's folder is kept; default: as in training, if the folder says it.
         chat_template: to render prompts with, instead of the one of training.
@@ -67,6 +67,7 @@ def open_target(
     """
     asked = _Overrides(model=model, device=device, dtype=dtype, quantization=quantization, chat_template=chat_template)
     folder = local_path(target)
+    adapters = [adapters] if isinstance(adapters, str) else adapters
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, asked, adapters)
     if merged_from(folder) is None and is_adapter(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"seed {self.seed} does not fit into 64 bits.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
+        if not self.top_k >= 0:
+            raise UserError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more.")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must lie between 0 and 1 (all tokens).")
 
     def generator(self) -> torch.Generator:
         """The request's own generator: what its neighbours draw does not change it."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Self
 
 from weft.adapters import Adapters
 from weft.data import Message, Prompt, Renderer
+from weft.data.formats.turns import Turn
 from weft.data.pipeline import Recipe
 from weft.data.problems import Problems
 from weft.data.queries import (
@@ -52,6 +54,12 @@ class Target:
     data_settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every token that ends an answer: the tokenizer's, the model's and the renderer's."""
@@ -80,7 +88,7 @@ class Target:
             raise UserError(f"no adapter named '{name}'.{nearest(name, [*self.names, BASE])} There are: {known}.")
         return name
 
-    def prompt(self, prompt: str | Sequence[Message], *, raw: bool = False) -> Prompt:
+    def prompt(self, prompt: str | Sequence[Turn], *, raw: bool = False) -> Prompt:
         """Ids and slots of a prompt: a conversation, or a text that is one question (``raw``: to be continued)."""
         if isinstance(prompt, str) and not raw:
             return self.prompt([Message("user", prompt)])
@@ -91,7 +99,7 @@ class Target:
         check_rows(made.ids, self.base.token_rows, self.base.tokenizer, "the prompt")
         return made
 
-    def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[Turn], *, raw: bool = False) -> list[int]:
         """``prompt(...).ids``, for adapters that need no slots."""
         return self.prompt(prompt, raw=raw).ids
 

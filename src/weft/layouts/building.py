@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -22,19 +24,28 @@ from weft.ops.seeds import stable_seed
 
 
 def lay_out(layout: Layout, parts: Sequence[Part], cache: Any = None) -> Stream:
-    """The batch of ``parts`` for the base of ``layout``; their rows keep their order."""
-    shape = layout.shape
-    return build_stream(
-        parts,
-        layout.adapters,
-        device=input_embeddings(layout.model).weight.device,
-        route=layout.route,
-        exact=layout.exact,
-        cache=cache,
-        first_position=shape.first_position,
-        token_types=shape.token_types,
-        first_stands=shape.bidirectional,
-    )
+    """The batch of ``parts`` for the base of ``layout``; their rows keep their order.
+
+    Raises:
+        UserError: There is no sequence, or one of them holds what is no token id of the base.
+    """
+    shape, table = layout.shape, input_embeddings(layout.model).weight
+    with explained(parts, len(table)):
+        stream = build_stream(
+            parts,
+            layout.adapters,
+            device=table.device,
+            vocabulary=len(table),
+            route=layout.route,
+            exact=layout.exact,
+            cache=cache,
+            first_position=shape.first_position,
+            token_types=shape.token_types,
+            first_stands=shape.bidirectional,
+        )
+        if 0 in stream.lengths:  # it would have no row that stands for it
+            raise ValueError("a sequence without a token")
+    return stream
 
 
 def build_stream(
@@ -42,6 +53,7 @@ def build_stream(
     adapters: Mapping[str, Adapter],
     *,
     device: torch.device,
+    vocabulary: int | None = None,
     route: type[Route] = StreamRoute,
     exact: bool = False,
     cache: Any = None,
@@ -96,7 +108,7 @@ def build_stream(
     )  # fmt: skip
     starts = (end - length for end, length in zip(accumulate(lengths), lengths, strict=True))
     return Stream(
-        input_ids=torch.tensor(ids, device=device),
+        input_ids=id_tensor(ids, vocabulary, device),
         position_ids=torch.tensor(positions, device=device),
         lengths=tuple(lengths),
         rows=tuple(own_rows),
@@ -106,6 +118,71 @@ def build_stream(
         standing=tuple(starts if first_stands else (end - 1 for end in accumulate(lengths))),
         token_types=_token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
     )
+
+
+def id_tensor(ids: Sequence[int], vocabulary: int | None, device: torch.device) -> Tensor:
+    """The token ids [N] as a tensor; ``explained`` says what is wrong where this fails."""
+    found = torch.tensor(ids)
+    low, high = found.aminmax()
+    if found.dim() != 1 or found.dtype != torch.int64 or low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ValueError("these are no token ids")
+    return found.to(device)
+
+
+@contextlib.contextmanager
+def explained(parts: Sequence[Part], vocabulary: int) -> Iterator[None]:
+    """Look for what is wrong with a batch, token by token, only where it cannot be laid out inside.
+
+    Raises:
+        UserError: Something is; names the part and the place.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        _check_parts(parts, vocabulary)
+        raise
+
+
+def _check_parts(parts: Sequence[Part], vocabulary: int) -> None:
+    for part in parts:
+        who = f"the part of {'the base' if part.adapter is None else repr(part.adapter)}"
+        for index, sequence in enumerate(_list(part.sequences, f"{who}: its sequences", "lists of token ids")):
+            check_ids(sequence, vocabulary, f"{who}: sequences[{index}]")
+        for name in ("answers", "slots", "token_types", "targets"):
+            given = _list(getattr(part, name), f"{who}: its {name}", "a list with an entry for each sequence")
+            if given and len(given) != len(part.sequences):
+                raise UserError(f"{who}: {len(given)} {name} for {len(part.sequences)} sequences.")
+        for index, sequence in enumerate(part.targets):
+            if len(sequence):  # a part that writes nothing has empty ones
+                check_ids(sequence, vocabulary, f"{who}: targets[{index}]")
+    if not any(part.sequences for part in parts):
+        raise UserError("the batch holds no sequence; give at least one part with one.")
+
+
+def check_ids(sequence: object, vocabulary: int, where: str) -> None:
+    """Refuse what is no list of token ids, or an empty one.
+
+    Raises:
+        UserError: It is; names the first place.
+    """
+    if not (ids := _list(sequence, where, "a list of token ids")):
+        raise UserError(f"{where} is without a single token.")
+    for place, token in enumerate(ids):
+        try:
+            known = 0 <= operator.index(token) < vocabulary
+        except TypeError:
+            known = False
+        if not known:
+            raise UserError(f"{where}: {token!r} at place {place} is no token id; the base has 0 to {vocabulary - 1}.")
+
+
+def _list(value: object, where: str, expected: str) -> Sequence[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        hint = " (.tolist() gives one)" if hasattr(value, "tolist") else ""
+        raise UserError(f"{where} must be {expected}, not {type(value).__name__}{hint}.")
+    return value
 
 
 def _token_types(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -25,7 +26,7 @@ from weft.core.layout import Counts, Decoding, Layout
 from weft.core.route import BatchRoute, PrefixStates, Segment
 from weft.core.stream import Part, Stream
 from weft.errors import UserError
-from weft.layouts.building import embed, lay_out
+from weft.layouts.building import embed, explained, id_tensor, lay_out
 from weft.layouts.padded_batch import padded, padded_prefix, padded_rows, prefix_mask
 from weft.libraries import cache_arguments, fixed_decoder_cache, growing_decoder_cache, keys_values, output_cache
 
@@ -66,7 +67,8 @@ class EncoderDecoder(Layout):
     def run(self, parts: Sequence[Part]) -> tuple[Stream, Tensor]:
         """Both stacks, the decoder seeing each target's predecessors: its batch has one row per token of a target."""
         memory, start = self.encode(self.stream(parts)), start_token(self.model)
-        stream = self.decoder_stream(memory, [(start, *target[:-1]) for part in parts for target in part.targets])
+        with explained(parts, len(input_embeddings(self.model).weight)):
+            stream = self.decoder_stream(memory, [(start, *target[:-1]) for part in parts for target in part.targets])
         longest = max(stream.prefix_length)
         past = fixed_decoder_cache(padded_prefix(stream, longest, memory.states)) if longest else None
         with self.router.use(stream.route):
@@ -110,7 +112,7 @@ class EncoderDecoder(Layout):
         prefixes = {group: _by_layer(states, self.shape) for group, states in source.prefixes.items()}
         elsewhere, device = dict.fromkeys(self.shape.memory_linears, source), memory.states.device
         return Stream(
-            input_ids=torch.tensor([token for sequence in inputs for token in sequence], device=device),
+            input_ids=id_tensor(list(chain.from_iterable(inputs)), len(input_embeddings(self.model).weight), device),
             position_ids=torch.tensor([place for own_rows in rows for place in range(len(own_rows))], device=device),
             lengths=tuple(len(own_rows) for own_rows in rows),
             rows=tuple(rows),

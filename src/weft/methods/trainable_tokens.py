@@ -131,7 +131,11 @@ def _check_ids(key: str, ids: Sequence[int], rows: int) -> None:
     if len(set(ids)) < len(ids):
         raise UserError(f"{key} names a token twice.")
     if wrong := next((i for i in ids if not 0 <= i < rows), None):
-        raise UserError(f"{key}: token {wrong} has no row; there are {rows}. add_tokens makes rows for new tokens.")
+        raise UserError(
+            f"{key}: token {wrong} has no row; there are {rows}. To train new tokens, name them in add_tokens, which "
+            "makes rows for them. An adapter of a base that was resized (resize_token_embeddings) needs that base: "
+            "save it with save_pretrained, and name its folder (--model; in Python model=)."
+        )
 
 
 def with_token_rows(config: MethodConfig, ids: Sequence[int], model: nn.Module) -> MethodConfig:

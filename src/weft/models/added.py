@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weft.core.adapter import Adapter
+from weft.core.adapter import Adapter, MethodConfig
 from weft.core.adapters import Adapters
 from weft.core.site import plain_class, without_sites
 from weft.core.stream import Part
@@ -19,6 +19,26 @@ from weft.errors import UserError
 _TEXT = [1, 2, 3, 1]
 # Units of the last place of the largest hidden state.
 _UNITS = 64
+
+
+def check_config(adapters: Adapters, config: MethodConfig) -> None:
+    """Refuse what is no configuration of a method, and a method that is not made for the base's task.
+
+    Raises:
+        UserError: names the method and what it is made for.
+    """
+    if not isinstance(config, MethodConfig):
+        given = repr(config) if isinstance(config, str) else f"{type(config).__module__}.{type(config).__qualname__}"
+        raise UserError(
+            f"an adapter is made of one of Weft's configurations, such as weft.LoraConfig(r=8), not {given}."
+        )
+    shape, tasks = adapters.architecture, adapters.layout.tasks
+    for part in config.methods():
+        if tasks.isdisjoint(part.tasks):
+            raise UserError(
+                f"method {part.method} does not work with {shape.model_type}, whose task is {shape.task}; it is made "
+                f"for: {', '.join(sorted(part.tasks))}. Take another method (lora, for one) or another base."
+            )
 
 
 @torch.no_grad()

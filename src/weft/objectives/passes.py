@@ -17,9 +17,10 @@ from torch import Tensor
 from weft.core.adapters import Adapters
 from weft.core.head import Sample
 from weft.core.stream import Part, Stream
+from weft.errors import UserError
 from weft.objectives.classification import class_metrics
 from weft.objectives.likelihood import likelihood
-from weft.objectives.registry import Objective
+from weft.objectives.registry import Objective, losses_of
 
 AnySample = TypeVar("AnySample", bound=Sample)
 
@@ -38,6 +39,13 @@ class Work:
     divisor: float = 1.0
     neftune_alpha: float = 0.0
     objective: Objective | None = None
+
+    def __post_init__(self) -> None:
+        if not self.divisor > 0:
+            raise UserError(
+                f"the divisor of {self.adapter!r} is {self.divisor}; it must be above 0: the loss weight of its step, "
+                "sum(adapter.head.loss_weight(sample) for sample in samples)."
+            )
 
     def part(self) -> Part:
         """Its rows of a batch."""
@@ -87,10 +95,10 @@ def _losses(
     name, head = work.adapter, adapters.head(work.adapter)
     batch = head.learned(stream, samples, sequences)
     rows = [(name, len(batch.rows))]
-    with adapters.route(adapters.rows_route(rows)):
+    with adapters.router.use(adapters.rows_route(rows)):
         if work.objective is not None:
             logits = head.logits(hidden.index_select(0, batch.rows), partial(adapters.logits, rows=rows))
-            return work.objective(logits, batch)
+            return losses_of(work.objective, logits, batch)
         losses = head.losses(hidden.index_select(0, batch.rows), batch.targets, partial(adapters.losses, rows=rows))
     return likelihood(losses, batch)
 
@@ -108,7 +116,7 @@ def answer_logits(
     head = adapters.head(name)
     at = head.rows(stream, sequences)
     rows = [(name, len(at))]
-    with adapters.route(adapters.rows_route(rows)):
+    with adapters.router.use(adapters.rows_route(rows)):
         return head.logits(
             hidden.index_select(0, torch.tensor(at, device=hidden.device)), partial(adapters.logits, rows=rows)
         )
@@ -133,6 +141,9 @@ def evaluate(
     """Evaluate on ``samples``, in passes of at most ``max_tokens`` tokens (or one sequence).
 
     None if ``should_stop``, asked before every pass, said yes.
+
+    Raises:
+        UserError: Nothing is learned in the samples.
     """
     total, weight, head = 0.0, 0.0, adapters.head(adapter)
     predicted: list[int] = []
@@ -145,6 +156,8 @@ def evaluate(
         weight += sum(map(head.loss_weight, asked))
         if head.labels:
             predicted += answer_logits(adapters, adapter, stream, states, range(len(asked))).argmax(-1).tolist()
+    if not weight:
+        raise UserError(f"there is nothing to evaluate on: {len(samples)} samples, in which nothing is learned.")
     metrics = class_metrics(predicted, [s.label for s in samples if s.label is not None]) if predicted else {}
     return Evaluation(total / weight, metrics)
 

@@ -33,7 +33,7 @@ def make_objective(name: str, settings: Mapping[str, object]) -> Objective:
     """The objective of this name with its settings.
 
     Raises:
-        UserError: There is no such objective, or it has no such setting; when called: it gives another shape.
+        UserError: There is no such objective, or it has no such setting.
     """
     function = OBJECTIVES.find(name)
     try:
@@ -42,12 +42,29 @@ def make_objective(name: str, settings: Mapping[str, object]) -> Objective:
         raise UserError(f"objective_settings do not fit the objective {name!r}: {error}.") from None
 
     def objective(logits: Tensor, batch: Supervised) -> Tensor:
-        losses = function(logits, batch, **settings)
-        if losses.shape != (batch.num_sequences,):
-            raise UserError(
-                f"the objective {name!r} must give one loss per sequence, of shape ({batch.num_sequences},); it gave "
-                f"{tuple(losses.shape)}. Sum the tokens of each sequence: batch.per_sequence(losses)."
-            )
-        return losses
+        return function(logits, batch, **settings)
 
+    objective.__name__ = name
     return objective
+
+
+def losses_of(objective: Objective, logits: Tensor, batch: Supervised) -> Tensor:
+    """The losses [num_sequences] that an objective gives.
+
+    Raises:
+        UserError: It gives another shape, or what no gradient can come from.
+    """
+    losses: object = objective(logits, batch)
+    name = getattr(objective, "__name__", type(objective).__name__)
+    if not isinstance(losses, Tensor) or losses.shape != (batch.num_sequences,):
+        given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise UserError(
+            f"the objective {name!r} must give one loss per sequence, of shape ({batch.num_sequences},); it gave "
+            f"{given}. Sum the tokens of each sequence: batch.per_sequence(losses)."
+        )
+    if logits.requires_grad and not losses.requires_grad:
+        raise UserError(
+            f"the objective {name!r} gives losses without a gradient, so nothing would be learned: it must compute "
+            "them from the logits, without detach, item or no_grad."
+        )
+    return losses

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import UserError, shown
+from weft.switches import is_on, switch_of
 from weft.training.bits import in_our_words
-from weft.training.switches import is_on, switch_of
 
 # Our key -> the names that transformers and TRL, LLaMA-Factory, axolotl and ms-swift have for it.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -35,17 +35,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "neftune_noise_alpha": ("neftune_alpha", "noisy_embedding_alpha"),
 }
 RENAMED = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
-
-_TOKENIZER = "The base's own tokenizer is taken; chat_template and add_tokens are what can be changed."
-# What is said of keys that have no counterpart here.
-HINTS = {
-    "tokenizer": _TOKENIZER,
-    "processing_class": _TOKENIZER,
-    "peft_config": "Say method: lora with its settings beside it (r: 4), or in Python method=weft.LoraConfig(r=4).",
-    "args": "Its values are keys here, by the same names (learning_rate, num_train_epochs, output_dir).",
-    "compute_metrics": "The evaluation gives the loss, of labels also accuracy, F1 and MCC; weft generate --input "
-    "scores answers.",
-}
 
 # AUTO is the value of batch_tokens that stands for batch_size * max_length; the keys in _SAME ask for it.
 AUTO = "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from weft.errors import UserError, check_word
-from weft.training.switches import is_on
+from weft.switches import is_on
 
 # transformers' BitsAndBytesConfig, LLaMA-Factory, ms-swift.
 _KIND = ("bnb_4bit_quant_type", "quantization_type")

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import weft.methods
+from weft.complaints import check_switches, explain, unknown_keys, with_switches
 from weft.data.rendering.templates import is_file_name
 from weft.data.sources import parse_sets
 from weft.errors import UserError, shown
@@ -24,7 +25,6 @@ from weft.foreign import read_json, read_yaml
 from weft.methods.registry import METHODS
 from weft.paths import local_path
 from weft.training.aliases import AUTO, translate
-from weft.training.complaints import check_switches, explain, unknown_keys, with_switches
 from weft.training.said import Overrides, in_our_words, jobs_of, no_method, override, plain, said_last
 from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
 

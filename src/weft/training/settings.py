@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from weft.complaints import Worded
 from weft.core.adapter import MethodConfig
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
@@ -184,7 +185,7 @@ class JobConfig(BaseModel):
         return per_epoch, self.steps or max(1, math.ceil(self.epochs * per_epoch - 1e-9))
 
 
-class RunConfig(DataSettings):
+class RunConfig(Worded, DataSettings):
     """A run: base, data, jobs, where it is written."""
 
     model: str = Field(
@@ -357,5 +358,5 @@ def method_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
     classes = [(name, METHODS.find(name)) for name in method_names(method)]
     if len(classes) == 1:
         name, cls = classes[0]
-        return cls(**{key: value for key, value in settings.items() if key != name} | settings.get(name, {}))
-    return CombinedConfig(parts=tuple(cls(**settings_of(name, cls, settings)) for name, cls in classes))
+        return cls.model_validate({k: v for k, v in settings.items() if k != name} | settings.get(name, {}))
+    return CombinedConfig(parts=tuple(cls.model_validate(settings_of(name, cls, settings)) for name, cls in classes))

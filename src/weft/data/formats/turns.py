@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from weft.data.formats.examples import Conversation, Message
@@ -37,6 +37,10 @@ _UNREAD = {
     "training_detail": "Write the parts as a record of `segments`",
     "reasoning_content": "Put the thoughts into 'content', in the marks that the model's template uses",
 }
+
+
+# As programs give them.
+Turn = Message | Mapping[str, object]
 
 
 class EmptyAnswerError(UserError):
@@ -146,6 +150,20 @@ def _exchange(item: dict[str, Any], where: str) -> list[Message]:
     roles = ("system", "user", "assistant")
     pairs = zip(roles, texts, strict=True)
     return [Message(role, text) for role, text in pairs if text or (role != "system" and text is not None)]
+
+
+def as_messages(given: Sequence[Turn], where: str = "the conversation") -> tuple[Message, ...]:
+    """The messages of a conversation that a program made: messages, or mappings with OpenAI's keys (transformers').
+
+    Raises:
+        UserError: It is no list of these; names the first that is neither.
+    """
+    if isinstance(given, (str, Mapping, Message)) or not isinstance(given, Iterable):
+        raise UserError(
+            f"{where} must be a list of messages (weft.Message, or 'role' and 'content'), not {short(given)}."
+        )
+    items = enumerate(given, start=1)
+    return tuple(item if isinstance(item, Message) else message(item, f"{where}: turn {n}") for n, item in items)
 
 
 def message(item: object, where: str) -> Message:

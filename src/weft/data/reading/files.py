@@ -107,6 +107,9 @@ def find_files(path: str | os.PathLike[str]) -> list[Path]:
     """
     if isinstance(path, Shards):
         return list(path.files)
+    if not isinstance(path, (str, os.PathLike)):
+        given = type(path).__name__
+        raise UserError(f"records are read from a file, a folder or a pattern (*.jsonl), not from {given}: write one.")
     place = Path(path)
     if is_saved_dataset(place):
         return [place]

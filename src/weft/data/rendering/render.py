@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
-from weft.data.formats.examples import SFT, Conversation, Message
+from weft.data.formats.examples import SFT, Conversation
+from weft.data.formats.turns import Turn, as_messages
 from weft.data.rendering.drafts import Drafter
 from weft.data.rendering.explain import Explanation, explain
 from weft.data.rendering.fingerprint import fingerprint
@@ -43,20 +44,20 @@ class Renderer(Drafter):
 
     def prompt(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Turn],
         *,
         tools: Sequence[dict[str, Any]] = (),
         task: Task = "causal_lm",
         source: str = "the conversation",
     ) -> Prompt:
         """The ids and slots from which the next assistant turn is generated. Raises UserError as ``sample`` does."""
-        example = Conversation(tuple(messages), source, tuple(tools))
+        example = Conversation(as_messages(messages, source), source, tuple(tools))
         if task == "seq2seq":
             return seq2seq_source(self, example)
         draft = self._assemble(self.turns.script(example, generation=True))
         return Prompt(draft.ids, tuple(draft.slots))
 
-    def prompt_ids(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Turn], *, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """``prompt(messages).ids`` [prompt length]."""
         return self.prompt(messages, tools=tools).ids
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from weft.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -34,6 +36,10 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         from transformers import PreTrainedTokenizerFast
 
+        if not hasattr(tokenizer, "bos_token_id"):
+            raise UserError(
+                f"a renderer takes a tokenizer (weft.load_base(...).tokenizer), not {type(tokenizer).__name__}."
+            )
         self.tokenizer = tokenizer
         usual_call = getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
         self._backend = tokenizer.backend_tokenizer if usual_call else None

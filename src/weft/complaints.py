@@ -6,12 +6,12 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from weft.errors import UserError, nearest, shown
-from weft.training.aliases import HINTS
-from weft.training.switches import switch_of
+from weft.patterns import in_order
+from weft.switches import switch_of
 
 _PLAIN: dict[object, str] = {
     bool: "true or false",
@@ -22,6 +22,35 @@ _PLAIN: dict[object, str] = {
     tuple: "a list",
     dict: "key: value pairs",
 }
+_TOKENIZER = "The base's own tokenizer is taken; chat_template and add_tokens are what can be changed."
+# What is said of keys that have no counterpart here.
+HINTS = {
+    "tokenizer": _TOKENIZER,
+    "processing_class": _TOKENIZER,
+    "peft_config": "Say method: lora with its settings beside it (r: 4), or in Python method=weft.LoraConfig(r=4).",
+    "args": "Its values are keys here, by the same names (learning_rate, num_train_epochs, output_dir).",
+    "compute_metrics": "The evaluation gives the loss, of labels also accuracy, F1 and MCC; weft generate --input "
+    "scores answers.",
+}
+
+
+class Worded(BaseModel):
+    """Settings that a program makes. A wrong one is refused in our words; ``model_validate`` keeps pydantic's error."""
+
+    # A set has another order in every process, and settings are compared.
+    _sets = field_validator("*", mode="before")(in_order)
+
+    def __init__(self, **settings: Any) -> None:
+        cls = type(self)
+        check_switches(settings, cls, cls.__name__)
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            known = f" It takes: {', '.join(cls.model_fields)}." * bool(settings.keys() - cls.model_fields.keys())
+            raise UserError(explain(error, (cls,), cls.__name__, set(cls.model_fields)) + known) from None
+
+    # Without this mark model_validate would call the constructor, and give its words inside pydantic's.
+    __init__.__dict__["__pydantic_base_init__"] = True
 
 
 def with_switches(settings: Mapping[str, Any], cls: type[BaseModel]) -> dict[str, Any]:
