@@ -79,7 +79,10 @@ def test_a_method_takes_the_place_of_the_jobs(said: Any) -> None:
     [
         ({"method": "lora", "jobs": [{"method": "ia3"}]}, "give one of the two"),
         ({"method": weft.LoraConfig(), "jobs": [{"method": "ia3"}]}, "give one of the two"),
-        ({"num_virtual_tokens": 3}, r"num_virtual_tokens: no job would take this; there are jobs of lora, ia3"),
+        (
+            {"num_virtual_tokens": 3},
+            r"num_virtual_tokens: no job's method takes it, so it would do nothing. These do: p_tuning",
+        ),
         ({"method": weft.LoraConfig}, r"no method: expected a name .*LoraConfig.*method=weft\.LoraConfig\(r=4\)"),
         ({"method": {"name": "lora"}}, r"no method: expected a name .*'name': 'lora'"),
         ({"tokenizer": "t"}, "unknown key 'tokenizer'. The base's own"),

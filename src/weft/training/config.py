@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,18 +90,9 @@ def build_config(
     said = said_last(flags or {}, overrides)
     # Keys are translated first, because an override of learning_rate has to win over the file's lr.
     merged = in_our_words(plain(values), source)
-    taken = {name for key, value in said for name in override(merged, key, value)}
-    config = make_config(merged, source=source)
-    _check_taken(config, taken, source)
-    return config
-
-
-def _check_taken(config: RunConfig, said: Iterable[str], source: str) -> None:
-    """Refuse settings of methods that are said for every job and that none would take."""
-    known = {key for job in config.jobs for part in job.method_config().methods() for key in type(part).model_fields}
-    for key in sorted(set(said) - _RUN_KEYS - _JOB_KEYS - METHODS.keys() - known):
-        methods = ", ".join(dict.fromkeys(job.method for job in config.jobs))
-        raise UserError(f"{source}: {key}: no job would take this; there are jobs of {methods}.")
+    for key, value in said:
+        override(merged, key, value)
+    return make_config(merged, source=source)
 
 
 def load_run_config(

@@ -115,24 +115,23 @@ def in_our_words(values: Mapping[str, object], where: str) -> dict[str, Any]:
     return found
 
 
-def override(values: dict[str, Any], key: str, value: Any) -> set[str]:
+def override(values: dict[str, Any], key: str, value: Any) -> None:
     """Put what is said last into a configuration in our words. It wins in every job, unless its dots lead into one.
-
-    Returns:
-        The keys of every job that this has set, in our words.
 
     Raises:
         UserError: The dots lead nowhere.
     """
     *parents, last = key.split(".")
     if not parents and last in METHODS and isinstance(value, Mapping):
-        return set().union(*(override(values, f"{last}.{name}", one) for name, one in value.items()))
+        for name, one in value.items():
+            override(values, f"{last}.{name}", one)
+        return
     if parents and parents[0] == "jobs" and "jobs" not in values and "method" in values:
         values["jobs"] = jobs_of(values.pop("method"))
     place = _inside(values, parents, key)
     if isinstance(place, list):
         place[_index(place, last, key)] = value
-        return set()
+        return
     taken = _put(place, last, value, key)
     jobs = [job for job in _list(values.get("jobs")) if isinstance(job, dict)]
     if not parents:
@@ -144,12 +143,10 @@ def override(values: dict[str, Any], key: str, value: Any) -> set[str]:
             values.pop("jobs", None)
         if "jobs" in taken and all("method" in job for job in jobs):
             values.pop("method", None)
-        return taken
     if len(parents) == 1 and parents[0] in METHODS:
         for job in jobs:
             if parents[0] in method_names(str(job.get("method", values.get("method")))):
                 _put(_inside(job, parents, key), last, value, key)
-    return set()
 
 
 def _inside(values: dict[str, Any], parents: Sequence[str], key: str) -> Any:
