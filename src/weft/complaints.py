@@ -38,7 +38,7 @@ class Worded(BaseModel):
     """Settings that a program makes. A wrong one is refused in our words; ``model_validate`` keeps pydantic's error."""
 
     # A set has another order in every process, and settings are compared.
-    _sets = field_validator("*", mode="before")(in_order)
+    _ordered = field_validator("*", mode="before")(in_order)
 
     def __init__(self, **settings: Any) -> None:
         cls = type(self)

@@ -52,7 +52,7 @@ def test_the_home_everywhere(weft: Callable[..., Any], home: Path, tiny_llama_di
     (home / "base").symlink_to(tiny_llama_dir)
     (home / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     Path("run.yaml").write_text(
-        "model: ~/base\nmethod: lora\nsteps: 1\noutput_dir: ~/run\ndata: ~/data.jsonl\nchat_template: ~/mine.jinja\n"
+        "model: ~/base\nsteps: 1\noutput_dir: ~/run\ndata: ~/data.jsonl\nchat_template: ~/mine.jinja\n"
         "jobs:\n- {name: a, method: lora, data: [{path: ~/data.jsonl, limit: 4}]}\n- {name: b, method: ia3,"
         " data: 0.5*~/data.jsonl + 0.5*~/more.jsonl}\n"
     )

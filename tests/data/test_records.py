@@ -165,7 +165,7 @@ def test_errors_name_the_place(tmp_path: Path, name: str, content: str | bytes, 
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="no data file at"):
         read_records(tmp_path / "none.json")
     with pytest.raises(UserError, match="is a directory"):
         read_records(tmp_path)

@@ -72,7 +72,7 @@ def first_difference(
     with _recorded(model) as alone:
         own([sequences[place]])
     with contextlib.closing(Adapters(model, shape, layout_for(shape))) as adapters, _recorded(model) as ours:
-        stream = adapters.stream([Part(None, sequences)])
+        stream, padded = adapters.stream([Part(None, sequences)]), adapters.layout.route.padded
         adapters.logits(adapters.forward(stream))
     rows = slice(sum(len(s) for s in sequences[:place]), sum(len(s) for s in sequences[: place + 1]))
     total, length = sum(len(s) for s in sequences), len(sequences[place])
@@ -85,7 +85,7 @@ def first_difference(
                 return f"{named(model, path)}, which is not called"
             continue
         out = outs.pop(0)
-        part = _part(out, place, rows, total=total, length=length, padded=adapters.layout.route.padded)
+        part = _part(out, place, rows, total=total, length=length, padded=padded)
         if part is None or part.numel() != expected.numel():
             continue
         if _differs(part.reshape(expected.shape), expected):
