@@ -302,6 +302,7 @@ class Judge:
             except Exception as error:
                 cell.notes.append(f"not compared: peft: {type(error).__name__}: {first_line(error)[:120]}")
                 return
+            give_back_biases(theirs)
             self.compare(cell, "peft", routed, lambda ids: peft_logits(theirs, ids))
 
 
@@ -335,6 +336,14 @@ def logits_of(adapters: Adapters, parts: Sequence[tuple[str | None, list[list[in
         own = hidden[torch.tensor(list(rows))]
         out.append(adapters.logits(own, [(name, len(own))]))
     return out
+
+
+def give_back_biases(model: nn.Module) -> None:
+    """Add the bias of a tied head, which peft's layer for rows of tokens leaves out: it computes ``F.linear(x, W)``."""
+    for module in model.modules():
+        base = module.get_base_layer() if type(module).__name__ == "TrainableTokensLayer" else None
+        if isinstance(base, nn.Linear) and base.bias is not None:
+            module.register_forward_hook(lambda _, given, out, bias=base.bias: out + bias)
 
 
 @torch.no_grad()
