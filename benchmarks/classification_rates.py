@@ -24,8 +24,7 @@ from unittest.mock import patch
 
 import torch
 
-from weft.core.adapter import Adapter
-from weft.training import make_config
+from weft.training import Job, make_config
 from weft.training.run import train
 
 SHARED = Path(os.environ.get("WEFT_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -46,9 +45,10 @@ GRID: dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
         "lora": ((1,), ()),
     },
     "RTE": {
-        "prompt_tuning": ((1,), (1,)),
-        "p_tuning": ((1,), ()),
-        "p_tuning_v2": ((1,), (1,)),
+        "prompt_tuning": ((0.3, 1, 3), (1,)),
+        "p_tuning": ((0.3, 1, 3), ()),
+        "p_tuning_v2": ((0.3, 1, 3), (1,)),
+        "bitfit": ((0.3, 1), ()),
         "lora": ((1,), ()),
     },
 }
@@ -63,8 +63,9 @@ def write_records(task: str, split: str, path: Path) -> None:
     path.write_text("".join("\t".join(row) + "\n" for row in head + short), encoding="utf-8")
 
 
-def rate_of(adapter: Adapter, parameter: str) -> float:
+def rate_of(job: Job, parameter: str) -> float:
     """The rate that a job's name asks for: METHOD-MULTIPLE-HEAD-SEED."""
+    adapter = job.adapter
     _, multiple, head, _ = adapter.name.rsplit("-", 3)
     if head == "own" and parameter.startswith("head."):
         return HEAD_RATE
@@ -114,8 +115,8 @@ def measure(task: str, model: str) -> list[dict[str, Any]]:
             source="benchmarks/classification_rates.py",
         )
         begun = time.process_time()
-        # No setting gives a head a rate of its own.
-        with patch.object(Adapter, "default_learning_rate", rate_of):
+        # No setting gives a head a rate of its own. At the job, so that no method changes what is asked for.
+        with patch.object(Job, "_default_rate", rate_of):
             train(config, on_event=heard)
     print(f"{task}, {model}: {len(jobs)} jobs in {time.process_time() - begun:.0f} CPU seconds", flush=True)
     return rows

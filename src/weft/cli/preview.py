@@ -172,7 +172,7 @@ def _named(items: Sequence[Item], name: str) -> Item:
             last = max(item.number for item in items)
             raise UserError(f"--record {name}: there are the records 1 to {last}, but for those that are left out.")
         return numbered
-    from weft.data.pipeline import lines_in
+    from weft.data.reading.files import lines_in
 
     path, _, line = name.rpartition(":")
     for item in items:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 from weft.data.formats.detect import to_example
@@ -21,7 +20,6 @@ from weft.data.formats.examples import SFT
 from weft.data.formats.labels import ordered
 from weft.data.formats.turns import EmptyAnswerError
 from weft.data.problems import OnBadRecord, Problem, Problems, about_record
-from weft.data.reading.files import PLAIN, kind_of, opened
 from weft.data.reading.records import first_rows, iter_items, iter_records
 from weft.data.reading.rows import Record
 from weft.data.reading.texts import TextUnit
@@ -389,19 +387,3 @@ def read_all(
     """
     columns = header(partial(first_rows, path, _PEEK))
     return [read(record) for record in iter_records(path, limit=limit, header=columns, text_unit="line")]
-
-
-def lines_in(path: str) -> int:
-    """The number of lines of a file of text; of any other 0, for its records stand at rows.
-
-    Raises:
-        UserError: The file is not what its name says.
-    """
-    file = Path(path)
-    if kind_of(file)[0] not in PLAIN or not file.is_file():
-        return 0
-    count, piece = 0, b"\n"
-    with opened(file) as data:
-        for piece in iter(lambda: data.read(1 << 20), b""):
-            count += piece.count(b"\n")
-    return count + (not piece.endswith(b"\n"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +23,7 @@ from weft.core.architecture import Architecture
 from weft.core.route import Segment
 from weft.errors import UserError, check_word
 from weft.methods.adapterhub import adapterhub_settings
+from weft.methods.bottleneck_places import Place, bottleneck_places, holders
 from weft.methods.dropout import seeded_dropout
 from weft.methods.initial import kaiming_uniform
 from weft.methods.site_adapter import SiteAdapter
@@ -176,48 +176,6 @@ class BottleneckConfig(MethodConfig):
         return Bottleneck(self, name, context)
 
 
-@dataclass(frozen=True)
-class _Surroundings:
-    """The modules of a block around its sub-layers, in pairs for attention and MLP.
-
-    They are the modules whose input is the residual stream before the sub-layer ("": there is none, because the
-    sub-layers run side by side), the norms after the addition, and AdapterHub's name for the holder of its adapters.
-    """
-
-    reads: tuple[str, str]
-    norms: tuple[str, str] | None = None
-    holders: tuple[str, str] = ("attention_adapters", "output_adapters")
-
-
-_PRE = _Surroundings(("input_layernorm", "post_attention_layernorm"))
-_BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
-_BERT = _Surroundings(("attention.self.query", "intermediate.dense"), _BERT_NORMS, ("attention.output", "output"))
-_AROUND: dict[str, _Surroundings] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "starcoder2", "stablelm"), _PRE),
-    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), _PRE),
-    "gpt2": _Surroundings(("ln_1", "ln_2")),
-    "opt": _Surroundings(("self_attn_layer_norm", "final_layer_norm")),
-    "phi": _Surroundings(("input_layernorm", "")),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    "distilbert": _Surroundings(("attention.q_lin", "ffn.lin1"), ("sa_layer_norm", "output_layer_norm")),
-}
-
-
-@dataclass(frozen=True)
-class Place:
-    """The place of one bottleneck: after sub-layer ``kind`` (0: attention, 1: MLP) of block ``layer``, on ``path``.
-
-    ``path`` is a linear. ``read`` and ``norm`` are needed only if the configuration asks for the residual stream.
-    """
-
-    layer: int
-    kind: int
-    path: str
-    _: KW_ONLY
-    read: str | None = None
-    norm: str | None = None
-
-
 class BottleneckLayer(nn.Module):
     """Down, non-linearity, up, on up to three modules of a block.
 
@@ -310,12 +268,9 @@ class Bottleneck(SiteAdapter):
     """Bottlenecks after (or beside) the attention and MLP sub-layers."""
 
     def __init__(self, config: BottleneckConfig, name: str, context: BuildContext) -> None:
-        places, shape = _places(config, context), context.architecture
+        places = bottleneck_places(config, context)
         super().__init__(config, name, {place.path: BottleneckLayer(config, place, context) for place in places})
-        self.settings, holders = config, _AROUND.get(shape.model_type, _PRE).holders
-        # The modules that hold them in AdapterHub; every sub-layer of T5 is one.
-        at = [p.path.rsplit(".", 2)[0] if shape.stacks > 1 else shape.blocks[p.layer] for p in places]
-        self.holders = [f"{path}.{holders[place.kind]}" for path, place in zip(at, places, strict=True)]
+        self.settings, self.holders = config, holders(context.architecture, places)
 
     def sites(self) -> Mapping[str, SiteFunction]:
         functions: dict[str, SiteFunction] = {}
@@ -357,57 +312,6 @@ class Bottleneck(SiteAdapter):
         own = {_UP_TO_LAYER.sub("", f"{holder}.{tail}"): key for holder, tail, key in self._hub_names()}
         short = {key: _UP_TO_LAYER.sub("", _HUB_TENSOR.sub(".", key)) for key in tensors}
         super().load_tensors({own.get(short[key], key): tensor for key, tensor in tensors.items()})
-
-
-def _places(config: BottleneckConfig, context: BuildContext) -> list[Place]:
-    """All bottlenecks, those of a block together.
-
-    Raises:
-        UserError: No place is left, a layer is not there, or the residual stream of an unknown block is asked for.
-    """
-    shape = context.architecture
-    named = [int(key) for key in config.factors if key != "default"]
-    for key, numbers in (("leave_out", config.leave_out), ("reduction_factor", named)):
-        # AdapterHub numbers the layers of an encoder-decoder through both stacks.
-        if wrong := [i for i in numbers if not 0 <= i < len(shape.blocks)]:
-            raise UserError(f"bottleneck: {key} {wrong}: this model's layers are 0 to {len(shape.blocks) - 1}.")
-    outputs = (shape.attention_output * config.mh_adapter, shape.mlp_output * config.output_adapter)
-    found = [
-        _place(config, context, layer, kind, path)
-        for layer, block in enumerate(shape.blocks)
-        if layer not in config.leave_out
-        for kind, paths in enumerate(outputs)
-        for path in paths
-        if path.startswith(f"{block}.")
-    ]
-    if not found:
-        raise UserError(
-            "bottleneck finds nothing to tune: mh_adapter and output_adapter are both off, every layer is in "
-            f"leave_out, or the sub-layers of this {shape.model_type} model were not recognised."
-        )
-    return found
-
-
-def _place(config: BottleneckConfig, context: BuildContext, layer: int, kind: int, path: str) -> Place:
-    shape, c = context.architecture, config
-    asks = [("is_parallel", c.is_parallel, "false"), ("original_ln_before", c.original_ln_before, "false"),
-            ("original_ln_after", not c.original_ln_after, "true")]  # fmt: skip
-    wanted = next(((key, other) for key, asked, other in asks if asked), None)
-    if wanted is None:
-        return Place(layer, kind, path)
-    trouble = f"bottleneck: {wanted[0]} needs the residual stream before the {('attention', 'MLP')[kind]}, which "
-    around, block = _AROUND.get(shape.model_type), shape.blocks[layer]
-    if around is None or (shape.norms_sums and shape.writes):
-        raise UserError(f"{trouble}is not known of this {shape.model_type} model; set it to {wanted[1]}.")
-    if around.norms is None and c.residual_before_ln == "post_add":
-        raise UserError(f"bottleneck: residual_before_ln is true or false in a {shape.model_type} model; 'post_add' "
-                        "needs a norm after the addition, as in BERT.")  # fmt: skip
-    inside = {name for name, _ in context.model.get_submodule(block).named_modules()}
-    if around.reads[kind] not in inside or (not around.reads[kind] and (c.is_parallel or not c.original_ln_after)):
-        raise UserError(f"{trouble}this {shape.model_type} model has not; set it to {wanted[1]}.")
-    norm = f"{block}.{around.norms[kind]}" if around.norms else None
-    reads = around.reads[kind] and (c.is_parallel or c.original_ln_before or norm is None)
-    return Place(layer, kind, path, read=f"{block}.{around.reads[kind]}" if reads else None, norm=norm)
 
 
 # AdapterHub's folders hold adapter_config.json and adapter.safetensors (or a pickle, which is never read).
