@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from weft.generation.sampling import Sampling
     from weft.generation.target import Target
 
+# An answer of an adapter to a query, as JSON holds it.
+Row = dict[str, Any]
+
 
 def generate(
     context: typer.Context,
@@ -93,7 +96,7 @@ def generate(
 def _tell(
     target: str,
     asked: Mapping[str | None, Sequence[Query]],
-    answers: Mapping[str | None, list[dict[str, Any]]],
+    answers: Mapping[str | None, list[Row]],
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -195,7 +198,7 @@ def _asked(
 
 def _answer(
     opened: Target, asked: Mapping[str | None, Sequence[Query]], how: _AnswerSettings
-) -> dict[str | None, list[dict[str, Any]]]:
+) -> dict[str | None, list[Row]]:
     """A row of every adapter for every prompt."""
     writers = {name: found for name, found in asked.items() if name is None or opened.adapters.head(name).writes}
     texts = _continue(opened, writers, how) if writers else {}
@@ -206,7 +209,7 @@ def _answer(
 
 def _continue(
     opened: Target, asked: Mapping[str | None, Sequence[Query]], how: _AnswerSettings
-) -> dict[str | None, list[dict[str, Any]]]:
+) -> dict[str | None, list[Row]]:
     """Let the adapters write, all in the same batches."""
     from weft.generation import Request
     from weft.generation import generate as run
@@ -220,7 +223,7 @@ def _continue(
             requests.append(Request(ids, name, count, sampling=how.sampling, slots=query.prompt.slots))
             owners.append(query)
     completions = run(opened.adapters, requests, stop_ids=opened.stop_ids, batch_size=how.batch_size)
-    rows: dict[str | None, list[dict[str, Any]]] = {name: [] for name in asked}
+    rows: dict[str | None, list[Row]] = {name: [] for name in asked}
     for query, request, done in zip(owners, requests, completions, strict=True):
         rows[request.adapter].append({
             "prompt": query.said,
@@ -233,7 +236,7 @@ def _continue(
     return rows
 
 
-def _classify(opened: Target, queries: Sequence[Query], name: str) -> list[dict[str, Any]]:
+def _classify(opened: Target, queries: Sequence[Query], name: str) -> list[Row]:
     """The class of every text, beside the one that its record names."""
     from weft.evaluate.classify import predict
 
@@ -251,7 +254,7 @@ def _classify(opened: Target, queries: Sequence[Query], name: str) -> list[dict[
     ]
 
 
-def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _scores(rows: Sequence[Row]) -> dict[str, float]:
     """How well the classes fit the labels, where records have some."""
     from weft.objectives import class_metrics
 
@@ -269,7 +272,7 @@ def _write(path: Path, results: Sequence[dict[str, object]]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results), "--output ")
 
 
-def _show(results: Sequence[dict[str, Any]]) -> None:
+def _show(results: Sequence[Row]) -> None:
     """Print the text alone if there is one answer, else each under a heading."""
     if len(results) == 1:
         print(results[0]["text"])

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from weft.training.run import Setup
     from weft.training.settings import RunConfig
 
+# What is known of a job, of an event or of a run, as JSON holds it.
+Figures = Mapping[str, Any]
+
 
 def train(
     config: options.Config = None,
@@ -174,7 +177,7 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
     }
 
 
-def _eval_figures(told: Sequence[Mapping[str, Any]], name: str, best: float | None) -> dict[str, float | None]:
+def _eval_figures(told: Sequence[Figures], name: str, best: float | None) -> dict[str, float | None]:
     """The figures of the evaluations ``told`` on the set ``name``."""
     from weft.training.settings import eval_key
 
@@ -192,7 +195,7 @@ def _eval_figures(told: Sequence[Mapping[str, Any]], name: str, best: float | No
 
 
 def _eval_sets(
-    job: Mapping[str, Any], told: Sequence[Mapping[str, Any]], state: Mapping[str, Any], *, kept: bool
+    job: Figures, told: Sequence[Figures], state: Figures, *, kept: bool
 ) -> dict[str, dict[str, float | None]]:
     """The figures by set, with the loss of the plain base, that of the adapter as it is kept, and the forgetting."""
     from weft.training.settings import eval_key
@@ -213,7 +216,7 @@ def _eval_sets(
     return found
 
 
-_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+_COLUMNS: dict[str, Callable[[Figures], str]] = {
     "job": lambda job: job["name"],
     "method": lambda job: job["method"],
     "params": lambda job: f"{job['trainable_parameters']:,}",
@@ -230,7 +233,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 _UNNAMED, _OF_CLASSES = ("eval first", "best", "last"), ("accuracy", "majority")
 # Of a job's named sets, a row each.
-_SET_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+_SET_COLUMNS: dict[str, Callable[[Figures], str]] = {
     "job": lambda row: row["job"],
     "evaluated on": lambda row: row["set"] + " (early stopping)" * (row["set"] == row["watched"]),
     "base": lambda row: _loss(row["base_loss"]),
@@ -268,7 +271,7 @@ def _print_table(rows: Sequence[Mapping[str, str]], narrow: str, figures: Sequen
         print("  " + "  ".join(f"{heading} {cells[heading]}" for heading in figures if cells.get(heading)))
 
 
-def _show(summary: Mapping[str, Any]) -> None:
+def _show(summary: Figures) -> None:
     jobs = summary["jobs"]
     sets = [
         {**figures, "job": job["name"], "set": name, "watched": job["early_stopping_on"]}
