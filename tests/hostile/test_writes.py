@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from tests.hostile.writes import COMMANDS, MODES, Bench, points
-from tests.kit.disk import NUMBERS, Disk
+from tests.kit.disk import NUMBERS, Disk, refusing
 from tests.kit.elsewhere import rendered_here
 
 import weft
 from weft.cli.main import main
+from weft.errors import UserError
+from weft.export import rendering
 from weft.files.run_folder import RunStore
 
 SOURCE = Path(weft.__file__).parent
@@ -142,6 +144,15 @@ def test_a_limit_of_the_system(tiny_llama_dir: Path, tiny_data: Path, tmp_path: 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_no_room_for_the_question_to_another_process(at: int, tmp_path: Path) -> None:
+    """The proof of a merge asks a fresh process by files without a name; what is full is the folder they lie in."""
+    asked = rendering.fresh_ids(tmp_path, [[weft.Message("user", "x")]])
+    with refusing(disk := Disk(at)), pytest.raises(UserError, match="another folder for temporary files"), asked:
+        pass
+    assert disk.refused
+
+
 def test_a_device_that_is_full(tiny_llama_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["preview", f"model={tiny_llama_dir}", f"data={tiny_data}"]
     assert main([*words, "--html", "/dev/full"]) == 2
