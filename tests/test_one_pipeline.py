@@ -10,8 +10,8 @@ from tests.test_layering import FILES, SOURCE, imports
 
 PIPELINE = "data/pipeline.py"
 READING = "weft.data.reading"
-# What names a record or the place of a file, and opens none.
-NAMES = {"Record", "Place", "Shards", "TextUnit", "find_files", "unique", "listed"}
+# What names a record or the place of a file, or counts its lines; none gives a record.
+NAMES = {"Record", "Place", "Shards", "TextUnit", "find_files", "unique", "listed", "lines_in"}
 READERS = {"iter_items", "iter_records", "read_records", "first_rows"}
 # Libraries that parse files of records; what a hub has is fetched with one.
 PARSERS = {"csv", "pyarrow", "datasets", "pandas", "polars", "ijson"}
