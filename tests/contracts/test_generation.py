@@ -10,7 +10,7 @@ from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generation import Request, generate
-from weft.generation.sampling import Sampling, choose
+from weft.generation.sampling import Drawing, Sampling, choose
 
 WHO = [None, *kit.ALL]
 
@@ -132,12 +132,12 @@ def test_sampling_follows_the_distribution() -> None:
         Sampling(temperature=1.0, top_p=1e-9): [0],
     }
     for sampling, kept in cases.items():
-        generator = sampling.generator()
+        drawing = Drawing(sampling)
         count = 3000
-        drawn = torch.cat([choose(logits, [sampling], [generator]) for _ in range(count)])
+        drawn = torch.tensor([token for _ in range(count) for token in choose(logits, [drawing]).tokens])
         wanted = torch.zeros(5)
         wanted[kept] = (logits[0, kept] / sampling.temperature).softmax(-1)
         found = torch.bincount(drawn, minlength=5) / count
         assert set(drawn.tolist()) <= set(kept)
         assert float((found - wanted).abs().max()) < 0.04
-    assert choose(logits, [Sampling()], [Sampling().generator()]).tolist() == [0]
+    assert choose(logits, [Drawing(Sampling())]).tokens == [0]

@@ -57,7 +57,7 @@ def chat(
     from weft.generation.sampling import Sampling
 
     opened = _open(target, how, chat_template)
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed=seed)
     talk = Conversation(opened, _first(opened, adapter), system, sampling, max_new_tokens, as_json=as_json)
     for note in (*opened.notes, opened.summary(), talk.introduction()):
         common.say(note)

@@ -84,7 +84,7 @@ def generate(
         options.refuse_idle(context, ["all_adapters"], "for a model, which has no adapters")
     if not any(name is None or opened.adapters.head(name).writes for name in who):
         options.refuse_idle(context, [*options.WRITES, "batch_size"], "for adapters that classify")
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed=seed)
     how = _AnswerSettings(
         system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size
     )

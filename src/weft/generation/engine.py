@@ -14,7 +14,7 @@ from weft.core.adapters import Adapters
 from weft.core.layout import Counts
 from weft.core.stream import Part
 from weft.errors import UserError
-from weft.generation.sampling import choose
+from weft.generation.sampling import Drawing, choose
 from weft.generation.ways import Begin, Request, batches
 from weft.layouts.building import check_ids
 
@@ -95,7 +95,7 @@ class _Batch:
         self.adapters, self.requests, self.indices = adapters, requests, indices
         self.stop_ids, self.on_token = stop_ids, on_token
         self.completions = [Completion([]) for _ in requests]
-        self.generators = [r.sampling.generator() for r in requests]
+        self.drawings = [Drawing(r.sampling, r.prompt) for r in requests]
         self.alive = list(range(len(requests)))
 
     def run(self, begin: Begin) -> list[Completion]:
@@ -127,9 +127,10 @@ class _Batch:
 
     def _take(self, logits: Tensor, ended: set[int]) -> Tensor:
         """Choose each row's next token, one per row of the cache; rows that end now join ``ended``."""
-        samplings = [self.requests[r].sampling for r in self.alive]
-        chosen = choose(logits, samplings, [self.generators[r] for r in self.alive])
-        for row, token in zip(self.alive, chosen.tolist(), strict=True):
+        choice = choose(logits, [self.drawings[r] for r in self.alive])
+        for failure in choice.failures.values():
+            raise UserError(failure)
+        for row, token in zip(self.alive, choice.tokens, strict=True):
             if row in ended:
                 continue
             completion = self.completions[row]
@@ -142,4 +143,4 @@ class _Batch:
                 self.on_token(self.indices[row], token)
             if len(completion.ids) >= self.requests[row].max_new_tokens:
                 ended.add(row)
-        return chosen
+        return torch.tensor(choice.tokens, device=logits.device)
