@@ -9,7 +9,7 @@ from tests import kit
 from weft.api import Adapters
 from weft.core.route import BatchRoute, Segment, StreamRoute
 from weft.core.stream import Part
-from weft.generation.cache import KeyValueCache
+from weft.generation.pool import Pass, Piece, Pool
 from weft.layouts.packed import Packed
 from weft.layouts.padded_batch import Padded
 from weft.models import describe
@@ -46,46 +46,32 @@ def test_alone_is_what_a_stream_of_its_own_has(adapters: Adapters, exact: bool, 
             assert alone.layout.separate_groups == exact
 
 
-def filled(lengths: list[int], prefixes: list[int], seed: int = 0) -> tuple[KeyValueCache, torch.Tensor]:
-    cache = KeyValueCache(torch.tensor(lengths), torch.tensor(prefixes), 4)
-    generator = torch.Generator().manual_seed(seed)
-    return cache, torch.randn(2, sum(lengths), 3, generator=generator)
+def test_a_part_of_a_pass_sees_its_texts_alone() -> None:
+    """Texts of two adapters in one pass, single tokens and longer pieces, against a pass of each part's own."""
+    pieces = [Piece((3, 1), 5, 1), Piece((2,), 0, 3), Piece((0, 4), 4, 2), Piece((5,), 2, 1)]
 
+    def numbers(heads: int, seed: int) -> torch.Tensor:
+        return torch.randn(heads, 7, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-def test_a_part_of_the_cache_holds_its_rows_alone() -> None:
-    """Layer 5 of two adapters (rows 1 and 2; row 3) in one cache, against a cache of each part's own."""
-    lengths, prefixes = [3, 2, 4, 1, 2], [2, 0, 0, 0, 3]
-    cache, k = filled(lengths, prefixes)
-    segments = tuple(
-        Segment(n, sum(lengths[a:b]), b - a) for n, a, b in (("p", 0, 1), ("a", 1, 3), ("b", 3, 4), ("q", 4, 5))
-    )
-    route = StreamRoute(segments, cache=cache)
-    begin = [0, 3, 9, 10]
-    parts = {1: cache.part(1, 2), 2: cache.part(3, 1)}
-    singles = {1: KeyValueCache(torch.tensor([2, 4]), torch.tensor([0, 0]), 4),
-               2: KeyValueCache(torch.tensor([1]), torch.tensor([0]), 4)}  # fmt: skip
-    for index, part in parts.items():
-        assert not part.prefilled
-        rows = k[:, begin[index] : begin[index] + segments[index].tokens]
-        part.prefill(5, rows, rows * 2, route.alone(index))
-        singles[index].prefill(5, rows, rows * 2, StreamRoute((segments[index],)))
-    cache.prefilled = True
-    assert parts[1].prefilled
-    for step in range(3):
-        for index, part in parts.items():
-            count = segments[index].sequences if step < 2 or index == 2 else 1
-            new = torch.randn(2, count, 3, generator=torch.Generator().manual_seed(step))
-            for a, b in zip(part.append(5, new, new * 2), singles[index].append(5, new, new * 2), strict=True):
-                assert torch.equal(a, b)
-        cache.advance()
-        for single in singles.values():
-            single.advance()
-        if step == 1:  # row 1 leaves, and so do the prefixes' rows
-            cache.keep(torch.tensor([2, 3]))
-            singles[1].keep(torch.tensor([1]))
-            parts = {1: cache.part(0, 1), 2: cache.part(1, 1)}
-    nested = cache.part(0, 2).part(1, 1)
-    assert nested.rows == slice(1, 2)
+    def filled() -> Pool:
+        pool = Pool(6, 4)
+        places, old = torch.arange(24), torch.Generator().manual_seed(9)
+        pool.store(5, places, *torch.randn(2, 2, 24, 8, generator=old, dtype=torch.float64))
+        return pool
+
+    q, k, v = numbers(4, 0), numbers(2, 1), numbers(2, 2)
+    whole = Pass(filled(), pieces, torch.device("cpu"))
+    out = whole.attend(5, q, k, v, scale=0.3)
+    for first, count, rows in ((0, 2, slice(0, 4)), (2, 1, slice(4, 6)), (3, 1, slice(6, 7)), (1, 3, slice(1, 7))):
+        own = Pass(filled(), pieces, torch.device("cpu")).part(first, count)
+        found = own.attend(5, q[:, rows], k[:, rows], v[:, rows], scale=0.3)
+        torch.testing.assert_close(found, out[rows], rtol=0, atol=1e-12)
+    # What the blocks hold is what counts: another's are not seen, one's own are.
+    other = filled()
+    other.store(5, torch.arange(20, 24), *torch.zeros(2, 2, 4, 8, dtype=torch.float64))
+    changed = Pass(other, pieces, torch.device("cpu")).attend(5, q, k, v, scale=0.3)
+    assert torch.equal(changed[:6], out[:6])
+    assert not torch.equal(changed[6], out[6])
 
 
 def segments(*sizes: tuple[int, ...]) -> tuple[Segment, ...]:

@@ -11,7 +11,7 @@ from tests import kit
 
 from weft.api import Adapters
 from weft.generation import Request, generate
-from weft.generation.cache import KeyValueCache
+from weft.generation.pool import Pool
 from weft.generation.ways import goes_on
 from weft.models import describe
 
@@ -57,12 +57,12 @@ def test_a_cache_that_gives_something_else_is_not_used(adapters: Adapters, monke
     assert goes_on(adapters)
     requests = asked(1)
     wanted = [c.ids for c in generate(adapters, requests, stop_ids=())]
-    plain = KeyValueCache.append
+    plain = Pool.store
 
-    def twice(self: Any, layer: int, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return plain(self, layer, k, 2 * v)
+    def twice(self: Any, layer: int, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return plain(self, layer, places, k, 2 * v)
 
-    monkeypatch.setattr(KeyValueCache, "append", twice)
+    monkeypatch.setattr(Pool, "store", twice)
     other = Adapters(model := kit.make_model("llama", torch.float64), describe(model))
     for index, name in enumerate(("lora", "prefix_tuning", "prompt_tuning")):
         kit.randomize(other.add(name, kit.method_config(name)), index)

@@ -10,7 +10,7 @@ from tests import kit
 from weft.api import Adapters
 from weft.core.adapter import Adapter
 from weft.core.stream import Part
-from weft.layouts.building import _interleave, embed
+from weft.layouts.building import embed, interleave
 from weft.models import describe
 
 Runs = list[tuple[int, int]]
@@ -27,7 +27,7 @@ def sequences(draw: st.DrawFn) -> tuple[int, Runs, int]:
 @settings(deadline=None, max_examples=300)
 def test_every_row_is_taken_once_and_stands_where_it_was_asked(case: tuple[int, Runs, int]) -> None:
     length, runs, start = case
-    own, virtual = _interleave(length, runs, start)
+    own, virtual = interleave(length, runs, start)
     total = length + sum(count for _, count in runs)
     assert sorted([*own, *virtual]) == list(range(start, start + total))
     assert own == sorted(own)

@@ -258,7 +258,7 @@ CAUSAL = {name: features for name, features in FEATURES.items() if features.get(
 def test_decode_equals_ref(features: dict[str, Any], dtype: torch.dtype) -> None:
     gen = torch.Generator().manual_seed(3)
     q = torch.randn(5, 4, 8, generator=gen).to(dtype)
-    k, v = (torch.randn(5, 2, 33, 8, generator=gen).to(dtype) for _ in range(2))
+    k, v = (torch.randn(2, 5, 33, 8, generator=gen).to(dtype) for _ in range(2))
     lengths = torch.tensor([1, 33, 7, 20, 2])
     fast = decode_attention(q, k, v, lengths, scale=SCALE, **features)
     ref = decode_attention_ref(q, k, v, lengths, scale=SCALE, **features)
@@ -272,5 +272,5 @@ def test_decode_continues_varlen(features: dict[str, Any]) -> None:
     n = 24
     q, k, v = (stream(s, h, n).detach() for s, h in enumerate((4, 2, 2)))
     full = varlen_attention(q, k, v, SequenceLayout.build([n]), scale=SCALE, **features)
-    last = decode_attention(q[None, :, -1], k[None], v[None], torch.tensor([n]), scale=SCALE, **features)
+    last = decode_attention(q[None, :, -1], k[:, None], v[:, None], torch.tensor([n]), scale=SCALE, **features)
     torch.testing.assert_close(last[0], full[-1], rtol=0, atol=1e-12)

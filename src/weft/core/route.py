@@ -26,24 +26,14 @@ PrefixStates = Sequence[tuple[Tensor, Tensor]]
 
 
 class KeyValueCache(Protocol):
-    """A cache as attention needs it while generating (``weft.generation.cache`` has ours)."""
+    """A cache as attention asks it while text is generated (``weft.generation.paged`` has ours)."""
 
-    @property
-    def prefilled(self) -> bool:
-        """Whether the prompts are stored; from then on every row of the stream is one new token."""
-
-    def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
-        """Store the prompts' keys and values, [kv_heads, N, head_dim], after the prefixes of ``route``."""
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store one token per row, k and v [kv_heads, B, head_dim].
-
-        Returns:
-            The layer's keys and values, [B, kv_heads, T, head_dim] each, and how many of them each row has, [B].
-        """
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, **bias: Any) -> Tensor | None:
+        """Store the rows' k and v [kv_heads, N, head_dim]; the attention [N, heads, head_dim] of q [heads, N, head_dim]
+        to all that is stored of their texts. None: as without a cache. ``bias`` as in ``varlen_attention``."""
 
     def part(self, first: int, count: int) -> KeyValueCache:
-        """A view of ``count`` rows from row ``first``, for layers that only these rows pass through."""
+        """A view of ``count`` sequences from ``first``, for layers that only these pass through."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 from torch import Tensor
 
@@ -39,6 +39,7 @@ class Stream:
         input_ids, position_ids: [N] int64; rows of virtual tokens hold id 0, their embedding is put in later.
         rows: stream row of every own token, one tuple per sequence.
         virtual_rows: for each segment with virtual tokens, the rows they take, [sequences * num_virtual_tokens].
+        virtual_numbers: which virtual token each of these rows is, where not every sequence has all in order.
         prefix_length: learned keys that each sequence sees before its own.
         route: where each row goes.
         standing: of each sequence the row whose hidden state stands for all of it.
@@ -54,3 +55,4 @@ class Stream:
     route: Route
     standing: tuple[int, ...]
     token_types: Tensor | None = None
+    virtual_numbers: Mapping[int, Tensor] = field(default_factory=dict)

@@ -1,37 +1,323 @@
-"""Batched generation in which every row has its own adapter, or none."""
+"""The engine: rows of any adapter of any method, or of none, are written together, and join and leave at every step.
+
+``generate`` answers a list of requests. ``Engine`` takes requests one by one, from any thread, and gives each token as
+it comes: for a server, for a chat, for training that generates.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Collection, Sequence
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from weft.base.embeddings import input_embeddings
+from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
-from weft.core.layout import Counts
-from weft.core.stream import Part
 from weft.errors import UserError
-from weft.generation.sampling import Drawing, choose
-from weft.generation.ways import Begin, Request, batches
+from weft.generation.limits import Limits, cache_blocks
+from weft.generation.request import Answer, Completion, FinishReason, Request, Token
+from weft.generation.row import Row
+from weft.generation.sampling import choose
+from weft.generation.way import Way, counts_of
+from weft.generation.ways import Ways
+from weft.generation.writer import Writer
 from weft.layouts.building import check_ids
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-@dataclass
-class Completion:
-    """The token ids of an answer, without the stop token, and why it ended (``stop`` or ``length``)."""
-
-    ids: list[int]
-    finish_reason: str = "length"
-
-
+T = TypeVar("T")
 # (index of the request, token id), called as the tokens come.
 TokenCallback = Callable[[int, int], None]
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What an engine is doing.
+
+    Attributes:
+        waiting, running: rows that have not begun, and rows that have.
+        blocks_used, blocks_total: of the cache of keys and values.
+        tokens: how many were written since it began. ``steps``: how many passes.
+        last_step: when the last pass ended, by ``time.monotonic()``.
+    """
+
+    waiting: int
+    running: int
+    blocks_used: int
+    blocks_total: int
+    tokens: int
+    steps: int
+    last_step: float
+
+
+class Engine:
+    """Writes the answers to requests; one pass of the base takes every row one step further.
+
+    Without ``start`` it computes while somebody waits for an answer; after it a thread of its own does.
+
+    Args:
+        adapters: The base with its adapters.
+        tokenizer: For texts and stop strings; without one answers are token ids.
+        stop_ids: The tokens that end an answer.
+        limits: What it may use.
+    """
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stop_ids: Collection[int] = (),
+        limits: Limits = Limits(),
+    ) -> None:
+        self.adapters, self.tokenizer, self.limits = adapters, tokenizer, limits
+        self.stop_ids = frozenset(stop_ids)
+        prefill = limits.prefill_tokens or (256 if adapters.device.type == "cpu" else 2048)
+        self.blocks = cache_blocks(adapters, limits)
+        self._ways = Ways(adapters, blocks=self.blocks, block_tokens=limits.block_tokens, prefill_tokens=prefill)
+        self._waiting: deque[Row] = deque()
+        self._writers: dict[Row, Writer] = {}
+        self._where: dict[Row, Way] = {}  # rows that have begun
+        self._serials: weakref.WeakKeyDictionary[Adapter, int] = weakref.WeakKeyDictionary()
+        self._numbers = itertools.count()
+        self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        # One thread computes at a time; submitting needs no more than the queue.
+        self._computing, self._arrived = threading.Lock(), threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._tokens = self._steps = 0
+        self._last_step = time.monotonic()
+
+    # What users call.
+
+    def submit(self, request: Request) -> Answer:
+        """Take a request; any thread may call this.
+
+        Raises:
+            UserError: It cannot be answered: a prompt is empty or too long, an adapter writes no text.
+        """
+        self._check(request, "the request")
+        return self._begin(request, Answer(request, self))
+
+    def _begin(self, request: Request, answer: Answer) -> Answer:
+        writer = Writer(request, answer, self.tokenizer, self.stop_ids)
+        row = Row(request, self.adapters, self._root(request))
+        self._check_room(row)
+        with self._arrived:
+            if self._closed:
+                raise UserError("the engine is closed; it takes no more requests.")
+            self._writers[row] = writer
+            self._waiting.append(row)
+            self._arrived.notify_all()
+        return answer
+
+    def generate(self, requests: Sequence[Request], on_token: TokenCallback | None = None) -> list[Completion]:
+        """Answer all; the completions are in the requests' order.
+
+        Raises:
+            UserError: One of them cannot be answered; none is then.
+        """
+        for index, request in enumerate(requests):
+            self._check(request, f"requests[{index}]")
+        answers: list[Answer] = []
+        try:
+            for index, request in enumerate(requests):
+                answers.append(self._begin(request, Answer(request, self, _heard_as(index, on_token))))
+            return [answer.result() for answer in answers]
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+
+    def apply(self, function: Callable[[], T]) -> Future[T]:
+        """Run ``function`` between two steps, when no pass is on its way: to load and remove adapters."""
+        future: Future[T] = Future()
+        with self._arrived:
+            self._calls.append((function, future))  # type: ignore[arg-type]
+            self._arrived.notify_all()
+        if not self.threaded:
+            self.step()
+        return future
+
+    def stats(self) -> Stats:
+        """What the engine is doing now."""
+        paged = self._ways.paged
+        return Stats(
+            waiting=len(self._waiting),
+            running=len(self._where),
+            blocks_used=0 if paged is None else paged.blocks.used,
+            blocks_total=0 if paged is None else paged.blocks.count,
+            tokens=self._tokens,
+            steps=self._steps,
+            last_step=self._last_step,
+        )
+
+    @property
+    def threaded(self) -> bool:
+        """Whether a thread of its own computes."""
+        return self._thread is not None
+
+    def start(self) -> None:
+        """Let a thread of its own compute as long as there is work."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="weft-engine", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End what is on its way, as cancelled, and the thread. The adapters stay open."""
+        with self._arrived:
+            self._closed = True
+            self._arrived.notify_all()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._thread = None
+        with self._computing:
+            for row in list(self._writers):
+                self._finish(row, "cancelled")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One pass of the base, in which every row that has begun goes on; False if there was nothing to do."""
+        with self._computing:
+            called = self._call()
+            self._end_early()
+            self._admit()
+            if not self._where:
+                return called
+            for way in self._ways.all:
+                for rows, hidden in way.step():
+                    self._take(rows, self.adapters.logits(hidden, counts_of(rows)))
+                for row in way.pushed_out():
+                    del self._where[row]
+                    self._waiting.appendleft(row)
+            self._steps += 1
+            self._last_step = time.monotonic()
+            return True
+
+    # What a step does.
+
+    def _serve(self) -> None:
+        while True:
+            with self._arrived:
+                while not (self._closed or self._waiting or self._where or self._calls):
+                    self._arrived.wait()
+                if self._closed:
+                    return
+            try:
+                self.step()
+            except BaseException as error:  # every waiting thread has to hear of it
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._computing:
+            for row in list(self._writers):
+                self._finish(row, "cancelled", error)
+
+    def _call(self) -> bool:
+        called = False
+        while self._calls:
+            function, future = self._calls.popleft()
+            called = True
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+        return called
+
+    def _end_early(self) -> None:
+        now = time.monotonic()
+        for row, writer in list(self._writers.items()):
+            deadline = row.request.deadline
+            if writer.answer.cancelled:
+                self._finish(row, "cancelled")
+            elif deadline is not None and now >= deadline:
+                self._finish(row, "deadline")
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._where) < self.limits.max_rows:
+            row = self._waiting[0]
+            way = self._ways.of(row.request)
+            if not way.add(row):
+                return
+            self._waiting.popleft()
+            self._where[row] = way
+
+    def _take(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """Choose the next token of rows, whose logits are [n, V]; those that end leave."""
+        writing = [row for row in rows if row in self._writers]
+        if len(writing) < len(rows):  # a cohort keeps those that have ended until its next step
+            logits = logits[[i for i, row in enumerate(rows) if row in self._writers]]
+        if not writing:
+            return
+        choice = choose(logits, [self._writers[row].drawing for row in writing])
+        told = zip(choice.tokens, choice.logprobs, choice.top, strict=True)
+        for index, (row, (token, logprob, top)) in enumerate(zip(writing, told, strict=True)):
+            if index in choice.failures:
+                self._finish(row, "cancelled", UserError(choice.failures[index]))
+                continue
+            row.take(token)
+            self._tokens += 1
+            reason = self._writers[row].take(Token(token, "", logprob, top))
+            if reason is not None:
+                self._finish(row, reason)
+
+    def _finish(self, row: Row, reason: FinishReason, error: BaseException | None = None) -> None:
+        writer, way = self._writers.pop(row), self._where.pop(row, None)
+        if way is not None:
+            way.drop(row)
+        else:
+            with self._arrived, contextlib.suppress(ValueError):
+                self._waiting.remove(row)
+        writer.end(reason, cached=row.cached or 0, error=error)
+
+    # What a request is checked for.
+
+    def _check(self, request: Request, what: str) -> None:
+        vocabulary = len(input_embeddings(self.adapters.model).weight)
+        check_ids(request.prompt, vocabulary, f"{what}: its prompt")
+        request.sampling.check_vocabulary(vocabulary)
+        check_request(request, self.adapters)
+
+    def _check_room(self, row: Row) -> None:
+        longest = len(row.symbols) + row.request.max_new_tokens
+        room = self.blocks * self.limits.block_tokens
+        if self._ways.paged is not None and longest > room:
+            raise UserError(
+                f"the request needs room for {longest} tokens (prompt and answer); the cache has {room}. Give it more "
+                "bytes, or ask for a shorter answer."
+            )
+
+    def _root(self, request: Request) -> Hashable:
+        """Whose text it is: the adapter with its present values. None if no other text may share its keys."""
+        if self._ways.paged is None or not self._ways.shares(request):
+            return None
+        if request.adapter is None:
+            return ("base",)
+        adapter = self.adapters[request.adapter]
+        # A number of its own, because another adapter may come to lie at the same place under the same name.
+        if adapter not in self._serials:
+            self._serials[adapter] = next(self._numbers)
+        return (self._serials[adapter], tuple(p._version for p in adapter.parameters()))
+
+
 def generate(
     adapters: Adapters,
     requests: Sequence[Request],
@@ -42,17 +328,24 @@ def generate(
 ) -> list[Completion]:
     """Answer every request; the completions are in the requests' order.
 
+    Args:
+        stop_ids: The tokens that end an answer.
+        batch_size: Rows that are written at once.
+        on_token: Hears every token as it comes.
+
     Raises:
-        UserError: a prompt is empty, or prompt and answer together exceed the model's length limit.
+        UserError: A prompt is empty, or prompt and answer together exceed the model's length limit.
     """
-    for index, request in enumerate(requests):
-        check_ids(request.prompt, len(input_embeddings(adapters.model).weight), f"requests[{index}]: its prompt")
-        _check(request, adapters)
-    done: dict[int, Completion] = {}
-    for indices, begin in batches(adapters, requests, batch_size):
-        batch = _Batch(adapters, [requests[i] for i in indices], indices, frozenset(stop_ids), on_token)
-        done.update(zip(indices, batch.run(begin), strict=True))
-    return [done[i] for i in range(len(requests))]
+    if not requests:
+        return []
+    names = {request.adapter for request in requests if request.adapter is not None}
+    learned = max((adapters[name].num_learned_tokens for name in names), default=0)
+    lengths = sorted(len(r.prompt) + r.max_new_tokens + learned for r in requests)[-batch_size:]
+    # Two blocks more for each row: its last one is not full, and one stays free.
+    tokens = sum(lengths) + 2 * Limits().block_tokens * len(lengths)
+    limits = Limits(max_rows=batch_size, cache_tokens=tokens)
+    with Engine(adapters, stop_ids=stop_ids, limits=limits) as engine:
+        return engine.generate(requests, on_token)
 
 
 def check_writes(adapters: Adapters, name: str | None) -> None:
@@ -68,7 +361,12 @@ def check_writes(adapters: Adapters, name: str | None) -> None:
         raise UserError(f"adapter '{name}' was trained to classify; it writes no text. {what}")
 
 
-def _check(request: Request, adapters: Adapters) -> None:
+def check_request(request: Request, adapters: Adapters) -> None:
+    """Refuse what the base cannot answer.
+
+    Raises:
+        UserError: It writes no text, or prompt and answer together are longer than it allows.
+    """
     check_writes(adapters, request.adapter)
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {request.max_new_tokens}; at least 1 is needed.")
@@ -81,66 +379,5 @@ def _check(request: Request, adapters: Adapters) -> None:
         )
 
 
-class _Batch:
-    """The rows that decode together; a row that has ended leaves when enough others have too."""
-
-    def __init__(
-        self,
-        adapters: Adapters,
-        requests: list[Request],
-        indices: list[int],
-        stop_ids: frozenset[int],
-        on_token: TokenCallback | None,
-    ) -> None:
-        self.adapters, self.requests, self.indices = adapters, requests, indices
-        self.stop_ids, self.on_token = stop_ids, on_token
-        self.completions = [Completion([]) for _ in requests]
-        self.drawings = [Drawing(r.sampling, r.prompt) for r in requests]
-        self.alive = list(range(len(requests)))
-
-    def run(self, begin: Begin) -> list[Completion]:
-        """Decode token by token, until every row has ended."""
-        parts = [self._part(name, rows) for name, rows in self._groups()]
-        rows = begin(self.adapters, parts, max(r.max_new_tokens for r in self.requests))
-        ended = set[int]()
-        while True:
-            tokens = self._take(self.adapters.logits(rows.hidden, self._counts()), ended)
-            if len(ended) == len(self.alive):
-                return self.completions
-            if 2 * len(ended) >= len(self.alive) or (ended and not rows.patient):
-                keep = [i for i, row in enumerate(self.alive) if row not in ended]
-                rows.keep(torch.tensor(keep, device=tokens.device))
-                tokens, self.alive, ended = tokens[keep], [self.alive[i] for i in keep], set()
-            rows.step(tokens, self._counts())
-
-    def _groups(self) -> list[tuple[str | None, list[int]]]:
-        groups = itertools.groupby(self.alive, key=lambda row: self.requests[row].adapter)
-        return [(name, list(group)) for name, group in groups]
-
-    def _counts(self) -> Counts:
-        return [(name, len(rows)) for name, rows in self._groups()]
-
-    def _part(self, name: str | None, rows: Sequence[int]) -> Part:
-        asked = [self.requests[r] for r in rows]
-        prompts = [r.prompt for r in asked]
-        return Part(name, prompts, None, answers=[len(prompt) for prompt in prompts], slots=[r.slots for r in asked])
-
-    def _take(self, logits: Tensor, ended: set[int]) -> Tensor:
-        """Choose each row's next token, one per row of the cache; rows that end now join ``ended``."""
-        choice = choose(logits, [self.drawings[r] for r in self.alive])
-        for failure in choice.failures.values():
-            raise UserError(failure)
-        for row, token in zip(self.alive, choice.tokens, strict=True):
-            if row in ended:
-                continue
-            completion = self.completions[row]
-            if token in self.stop_ids:
-                completion.finish_reason = "stop"
-                ended.add(row)
-                continue
-            completion.ids.append(token)
-            if self.on_token is not None:
-                self.on_token(self.indices[row], token)
-            if len(completion.ids) >= self.requests[row].max_new_tokens:
-                ended.add(row)
-        return torch.tensor(choice.tokens, device=logits.device)
+def _heard_as(index: int, on_token: TokenCallback | None) -> Callable[[Token], None] | None:
+    return None if on_token is None else lambda token: on_token(index, token.id)

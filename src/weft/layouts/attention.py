@@ -1,4 +1,4 @@
-"""Attention under a route: per sequence, with the adapter's prefix before it, or one new token against a cache."""
+"""Attention under a route: per sequence, with the adapter's prefix before it, or as the cache of a text has it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from weft.core.route import Router
 from weft.ops.attention import varlen_attention
-from weft.ops.decoding import decode_attention
 
 
 def attend(
@@ -36,11 +35,8 @@ def attend(
             "this model carries Weft's attention and was called outside a route; call it through Adapters.forward, or "
             "Adapters.close() to get the plain model back"
         )
-    if route.cache is not None and route.cache.prefilled:
-        keys, values, lengths = route.cache.append(layer, k, v)
-        return decode_attention(q.transpose(0, 1), keys, values, lengths, scale=scale, **bias)
-    if route.cache is not None:
-        route.cache.prefill(layer, k, v, route)
+    if route.cache is not None and (cached := route.cache.attend(layer, q, k, v, scale=scale, **bias)) is not None:
+        return cached
     assert route.layout is not None
     prefix = {
         group: (states[layer][0].to(k.dtype), states[layer][1].to(v.dtype))

@@ -85,7 +85,7 @@ def build_stream(
                 place = part.answers[index] if part.answers else None
                 answer = adapter.head.answer(place, len(sequence))
                 runs = adapter.places(len(sequence), answer, part.slots[index] if part.slots else ())
-                own, taken = _interleave(len(sequence), runs, start)
+                own, taken = interleave(len(sequence), runs, start)
                 learned.extend(taken)
             own_rows.append(own)
             ids.extend([0] * length)
@@ -201,7 +201,7 @@ def _token_types(
     return torch.tensor(found, device=device)
 
 
-def _interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:
+def interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:
     """Rows, from ``start``, of a sequence's own tokens, and those of its virtual tokens in the order of ``runs``."""
     own: list[int] = []
     taken: dict[int, range] = {}
@@ -225,7 +225,9 @@ def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> 
         segment = stream.route.segments[group]
         assert segment.adapter is not None
         learned = adapters[segment.adapter].virtual_tokens(segment.seed).to(hidden.dtype)
-        hidden = hidden.index_copy(0, rows, learned.repeat(segment.sequences, 1))
+        numbers = stream.virtual_numbers.get(group)
+        learned = learned.repeat(segment.sequences, 1) if numbers is None else learned[numbers]
+        hidden = hidden.index_copy(0, rows, learned)
     return hidden
 
 

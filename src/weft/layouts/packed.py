@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 
 from weft.core.layout import Layout
-from weft.core.route import KeyValueCache, Route, StreamRoute
+from weft.core.route import KeyValueCache, StreamRoute
 from weft.core.stream import Part, Stream
 from weft.layouts.building import embed, lay_out, run_body
 
@@ -37,22 +37,17 @@ class Packed(Layout):
     def keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         recorder = _Recorder()
         self.forward(self.stream([Part(None, [input_ids.tolist()])], cache=recorder))
-        return recorder.layers
+        return [recorder.layers[layer] for layer in sorted(recorder.layers)]
 
 
 class _Recorder:
     """Stands where a cache would and keeps what the layers show it."""
 
-    prefilled = False
-
     def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def prefill(self, layer: int, k: Tensor, v: Tensor, route: Route) -> None:
-        self.layers.append((k, v))
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise AssertionError("a recorder sees one pass only")
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, **bias: Any) -> None:
+        self.layers[layer] = (k, v)
 
     def part(self, first: int, count: int) -> KeyValueCache:
         raise AssertionError("a recorder sees the plain base only")

@@ -25,6 +25,28 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
+def gather_blocks(pool: Tensor, blocks: Tensor, block_tokens: int) -> Tensor:
+    """The rows of a pool [K, S, D] that lie in blocks of ``block_tokens``, as one cache per sequence.
+
+    Args:
+        pool: S is a multiple of ``block_tokens``.
+        blocks: [B, P] int64, the numbers of each sequence's blocks, in order.
+
+    Returns:
+        [K, B, P * block_tokens, D].
+    """
+    heads, _, dim = pool.shape
+    count, each = blocks.shape
+    wide = pool.view(heads, -1, block_tokens * dim).index_select(1, blocks.flatten())
+    return wide.view(heads, count, each * block_tokens, dim)
+
+
+def gather_blocks_ref(pool: Tensor, blocks: Tensor, block_tokens: int) -> Tensor:
+    """``gather_blocks`` one row at a time, [K, B, P * block_tokens, D]."""
+    rows = [[pool[:, int(b) * block_tokens + i] for b in own for i in range(block_tokens)] for own in blocks]
+    return torch.stack([torch.stack(own, 1) for own in rows], 1)
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -41,8 +63,8 @@ def decode_attention(
 
     Args:
         q: [B, H, D].
-        k_cache: [B, K, T, D].
-        v_cache: [B, K, T, D].
+        k_cache: [K, B, T, D].
+        v_cache: [K, B, T, D].
         lengths: [B] int64, at least 1. Row b sees its first ``lengths[b]`` keys; the last of them is the token's own.
             What lies beyond may be anything finite.
         alibi_slopes: [H].
@@ -52,21 +74,22 @@ def decode_attention(
         [B, H, D].
     """
     rows, heads, dim = q.shape
-    kv_heads, size = k_cache.shape[1], k_cache.shape[2]
+    kv_heads, size = k_cache.shape[0], k_cache.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.view(rows, kv_heads, -1, dim), k_cache.transpose(2, 3)).to(wide) * scale  # [B, K, G, T]
+    queries = q.view(rows, kv_heads, -1, dim).transpose(0, 1)
+    scores = torch.matmul(queries, k_cache.transpose(2, 3)).to(wide) * scale  # [K, B, G, T]
     distance = lengths[:, None] - 1 - torch.arange(size, device=q.device)  # [B, T]: how far back each key lies
     hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(wide).view(1, kv_heads, -1, 1) * distance.to(wide)[:, None, None]
-    scores = scores.masked_fill(hidden[:, None, None], -math.inf)
+        scores = scores - alibi_slopes.to(wide).view(kv_heads, 1, -1, 1) * distance.to(wide)[:, None]
+    scores = scores.masked_fill(hidden[:, None], -math.inf)
     if sinks is not None:
-        column = sinks.to(wide).view(1, kv_heads, -1, 1).expand(rows, -1, -1, -1)
+        column = sinks.to(wide).view(kv_heads, 1, -1, 1).expand(-1, rows, -1, -1)
         scores = torch.cat([scores, column], -1)
     p = scores.softmax(-1)[..., :size].to(q.dtype)
-    return torch.matmul(p, v_cache).reshape(rows, heads, dim)
+    return torch.matmul(p, v_cache).transpose(0, 1).reshape(rows, heads, dim)
 
 
 def decode_attention_ref(
@@ -83,11 +106,11 @@ def decode_attention_ref(
 ) -> Tensor:
     """``decode_attention`` one row at a time: the last row, [H, D], of a full attention over the row's own keys."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    per_kv, outs = q.shape[1] // k_cache.shape[1], []
+    per_kv, outs = q.shape[1] // k_cache.shape[0], []
     for row, length in enumerate(lengths.tolist()):
         first = 0 if sliding_window is None else max(0, length - sliding_window)
-        keys = k_cache[row, :, first:length].to(wide).repeat_interleave(per_kv, 0)
-        values = v_cache[row, :, first:length].to(wide).repeat_interleave(per_kv, 0)
+        keys = k_cache[:, row, first:length].to(wide).repeat_interleave(per_kv, 0)
+        values = v_cache[:, row, first:length].to(wide).repeat_interleave(per_kv, 0)
         scores = q[row, :, None].to(wide) @ keys.transpose(1, 2) * scale  # [H, 1, J]
         scores = cap_and_bias(scores, torch.arange(first, length, device=q.device), alibi_slopes, softcap)
         outs.append((softmax_with_sinks(scores, sinks) @ values)[:, 0])

@@ -1,0 +1,60 @@
+"""The side of a row that its reader sees: which token is next, what text it makes, and when the answer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from weft.errors import UserError
+from weft.generation.request import Answer, Completion, FinishReason, Request, Token
+from weft.generation.sampling import Drawing
+from weft.generation.text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Writer:
+    """Collects the tokens of one answer and hands them on."""
+
+    def __init__(
+        self,
+        request: Request,
+        answer: Answer,
+        tokenizer: PreTrainedTokenizerBase | None,
+        stop_ids: Collection[int],
+    ) -> None:
+        if request.stop and tokenizer is None:
+            raise UserError("stop strings need the tokenizer; give it to the engine.")
+        self.request, self.answer = request, answer
+        self.stop_ids = frozenset[int]() if request.ignore_stop_ids else frozenset(stop_ids)
+        self.drawing = Drawing(request.sampling, request.prompt, logprobs=request.logprobs)
+        self._text = None if tokenizer is None else TextStream(tokenizer)
+        self._tokens: list[Token] = []
+
+    def take(self, token: Token) -> FinishReason | None:
+        """Take the next token; returns why the answer ends with it, if it does."""
+        if token.id in self.stop_ids:
+            return "stop"
+        if self._text is not None:
+            token = replace(token, text=self._text.push(token.id))
+        self._tokens.append(token)
+        self.answer.put(token)
+        return "length" if len(self._tokens) >= self.request.max_new_tokens else None
+
+    def end(self, reason: FinishReason, *, cached: int, error: BaseException | None = None) -> None:
+        """End the answer; ``cached``: how many of the prompt's tokens were there when it began."""
+        if error is not None:
+            self.answer.end(None, error)
+            return
+        tail = "" if self._text is None else self._text.flush()
+        self.answer.end(Completion(
+            [token.id for token in self._tokens],
+            reason,
+            text="".join(token.text for token in self._tokens) + tail,
+            tokens=self._tokens,
+            tail=tail,
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=cached,
+        ))  # fmt: skip

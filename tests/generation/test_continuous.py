@@ -1,0 +1,260 @@
+"""Rows join and leave at every step, share what they begin with, and are pushed out; no token depends on any of it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tests import kit
+
+from weft.api import Adapters
+from weft.errors import UserError
+from weft.generation import Engine, Limits, Request
+from weft.generation.request import Answer, Completion
+from weft.generation.sampling import Sampling
+
+NAMES = [None, *kit.ALL]
+
+
+@pytest.fixture(scope="module")
+def adapters() -> Adapters:
+    return kit.open_with_all(kit.make_model("llama", torch.float64))
+
+
+def expected(adapters: Adapters, request: Request) -> Completion:
+    """The answer of an engine of its own."""
+    with Engine(adapters) as engine:
+        return engine.generate([request])[0]
+
+
+def passed(adapters: Adapters, patch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens go through every pass, from now on."""
+    seen: list[int] = []
+    forward = type(adapters).forward
+
+    def counted(self: Adapters, stream: object) -> torch.Tensor:
+        seen.append(len(stream.input_ids))  # type: ignore[attr-defined]
+        return forward(self, stream)  # type: ignore[arg-type]
+
+    patch.setattr(type(adapters), "forward", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("tokens", "prefill", "block"), [(4096, 256, 16), (160, 5, 4), (96, 7, 3)])
+def test_who_comes_and_goes_changes_no_token(adapters: Adapters, tokens: int, prefill: int, block: int) -> None:
+    """Small caches push rows out, small pieces cut prompts, and equal beginnings meet: every method, at any time."""
+    draw = random.Random(tokens)
+    opening = kit.texts(1, 20, 20, seed=3)[0]
+    requests = []
+    for index in range(60):
+        (own,) = kit.texts(1, 1, 12, seed=index)
+        prompt = [*opening[: draw.choice([0, 0, 7, 16, 20])], *own]
+        warm = Sampling(0.9 * (index % 3 == 0), seed=index)
+        requests.append(Request(prompt, NAMES[index % len(NAMES)], draw.randint(1, 14), sampling=warm))
+    wanted = [expected(adapters, request).ids for request in requests]
+    assert len({tuple(ids) for ids in wanted}) > 40, "all alike would prove nothing"
+    engine = Engine(
+        adapters, limits=Limits(max_rows=9, prefill_tokens=prefill, cache_tokens=tokens, block_tokens=block)
+    )
+    answers: list[Answer] = []
+    cancelled = set[int]()
+    waiting = list(requests)
+    while waiting or not all(answer.done for answer in answers):
+        for _ in range(draw.randint(0, 4)):
+            if waiting:
+                answers.append(engine.submit(waiting.pop(0)))
+        if answers and draw.random() < 0.1:
+            chosen = draw.randrange(len(answers))
+            if not answers[chosen].done:
+                answers[chosen].cancel()
+                cancelled.add(chosen)
+        engine.step()
+    for index, (answer, ids) in enumerate(zip(answers, wanted, strict=True)):
+        found = answer.result()
+        if index in cancelled:
+            assert found.finish_reason == "cancelled"
+            assert found.ids == ids[: len(found.ids)]
+        else:
+            assert found.ids == ids, (index, requests[index].adapter)
+    stats = engine.stats()
+    assert (stats.waiting, stats.running, stats.blocks_used) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", [None, "lora", "prefix_tuning", "prompt_tuning"])
+def test_what_rows_begin_with_is_computed_once(
+    adapters: Adapters, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = kit.texts(1, 40, 40)[0]
+    learned = 0 if name is None else adapters[name].num_virtual_tokens
+    requests = [Request([*shared, 5 + row], name, 2) for row in range(6)]
+    wanted = [expected(adapters, request).ids for request in requests]
+    engine = Engine(adapters, limits=Limits(block_tokens=4))
+    seen = passed(adapters, monkeypatch)
+    answers = engine.generate(requests)
+    assert [answer.ids for answer in answers] == wanted
+    # The first computes all; the others the last, open block and their own token, and each then one token more.
+    whole = 41 + learned
+    assert sum(seen) <= whole + 5 * (whole - (whole - 1) // 4 * 4 + 4) + 6
+    assert [answer.cached_tokens for answer in answers][1:] == [40 - (40 + learned) % 4 if learned else 40] * 5
+    before = sum(seen)
+    assert engine.generate(requests[:1])[0].ids == wanted[0], "it is found again when nobody holds it"
+    assert sum(seen) - before <= 8
+    engine.close()
+
+
+def test_values_that_have_changed_share_nothing(adapters: Adapters) -> None:
+    """Training between two answers, and another adapter under the same name: neither meets old keys."""
+    model = kit.make_model("llama", torch.float64)
+    own = kit.open_with_all(model)
+    request = Request(kit.texts(1, 30, 30)[0], "lora", 8)
+    engine = Engine(own, limits=Limits(block_tokens=4))
+    first = engine.generate([request])[0]
+    with torch.no_grad():
+        for parameter in own["lora"].parameters():
+            parameter.mul_(-3)
+    second = engine.generate([request])[0]
+    assert second.cached_tokens == 0
+    assert second.ids == expected(own, request).ids != first.ids
+    config = own["lora"].config
+    for seed in (5, 6):
+        own.remove("lora")
+        kit.randomize(own.add("lora", config), seed)
+        third = engine.generate([request])[0]
+        assert third.cached_tokens == 0
+        assert third.ids == expected(own, request).ids
+    own.close()
+
+
+def test_a_prompt_in_pieces_stops_nobody(adapters: Adapters) -> None:
+    """While a long prompt is read, the others write one token per step."""
+    engine = Engine(adapters, limits=Limits(prefill_tokens=8))
+    short = engine.submit(Request([7], "lora", 30))
+    engine.step()
+    long = engine.submit(Request(kit.texts(1, 60, 60)[0], "bitfit", 2))
+    before = engine.stats().tokens
+    for step in range(1, 8):
+        engine.step()
+        assert engine.stats().tokens == before + step
+    assert not long.done
+    assert long.result().ids == expected(adapters, long.request).ids
+    assert short.result().ids == expected(adapters, short.request).ids
+
+
+def test_one_that_waits_goes_on_when_the_one_that_computes_leaves(adapters: Adapters) -> None:
+    engine = Engine(adapters, limits=Limits(prefill_tokens=8, block_tokens=4))
+    prompt = kit.texts(1, 50, 50)[0]
+    first, *others = [engine.submit(Request([*prompt, row], None, 3)) for row in range(4)]
+    engine.step()
+    first.cancel()
+    assert [answer.result().ids for answer in others] == [expected(adapters, a.request).ids for a in others]
+    assert engine.stats().blocks_used == 0
+
+
+def test_threads_an_event_loop_and_a_thread_of_its_own(adapters: Adapters) -> None:
+    requests = [Request(ids, NAMES[i % len(NAMES)], 5) for i, ids in enumerate(kit.texts(24, 1, 9))]
+    wanted = [expected(adapters, request).ids for request in requests]
+
+    def in_threads(engine: Engine) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+
+        def ask(index: int) -> None:
+            found[index] = [token.id for token in engine.submit(requests[index])]
+
+        threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(requests))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [found[index] for index in range(len(requests))]
+
+    def in_a_loop(engine: Engine) -> list[list[int]]:
+        async def ask(request: Request) -> list[int]:
+            return [token.id async for token in engine.submit(request)]
+
+        async def everyone() -> list[list[int]]:
+            return await asyncio.gather(*map(ask, requests))
+
+        return asyncio.run(everyone())
+
+    def at_once(engine: Engine) -> list[list[int]]:
+        return [completion.ids for completion in engine.generate(requests)]
+
+    ways: tuple[Callable[[Engine], list[list[int]]], ...] = (in_threads, in_a_loop, at_once)
+    for ask in ways:
+        for started in (False, True):
+            with Engine(adapters) as engine:
+                if started:
+                    engine.start()
+                assert ask(engine) == wanted, (ask.__name__, started)
+
+
+def test_adapters_come_and_go_while_others_answer(adapters: Adapters) -> None:
+    model = kit.make_model("llama", torch.float64)
+    own = kit.open_with_all(model)
+    request = Request([5, 6, 7], "bitfit", 40)
+    wanted = expected(own, request).ids
+    with Engine(own) as engine:
+        engine.start()
+        answer = engine.submit(request)
+        for turn in range(8):
+            name = f"guest{turn}"
+            added = engine.apply(lambda name=name: own.add(name, kit.method_config("lora")))  # type: ignore[misc]
+            added.result(timeout=30)
+            assert len(engine.submit(Request([9, 9], name, 3)).result(timeout=30).ids) == 3
+            engine.apply(lambda name=name: own.remove(name)).result(timeout=30)  # type: ignore[misc]
+        assert answer.result(timeout=30).ids == wanted
+        failing = engine.apply(lambda: own.remove("nobody"))
+        with pytest.raises(UserError, match="nobody"):
+            failing.result(timeout=30)
+    own.close()
+
+
+def test_ends(adapters: Adapters) -> None:
+    """A deadline, a cancelled answer that has not begun, and an engine that closes."""
+    engine = Engine(adapters, limits=Limits(max_rows=1))
+    late = engine.submit(Request([5], None, 50, deadline=time.monotonic() - 1))
+    first = engine.submit(Request([5], None, 50))
+    second = engine.submit(Request([6], None, 50))
+    for _ in range(3):
+        engine.step()
+    assert (late.result().finish_reason, late.result().ids) == ("deadline", [])
+    second.cancel()
+    engine.step()
+    assert second.result().finish_reason == "cancelled"
+    with pytest.raises(TimeoutError):
+        first.result(timeout=0)
+    engine.close()
+    assert first.result().finish_reason == "cancelled"
+    assert len(first.result().ids) >= 3
+    with pytest.raises(UserError, match="closed"):
+        engine.submit(Request([5]))
+
+
+def test_a_request_larger_than_the_cache_is_refused(adapters: Adapters) -> None:
+    engine = Engine(adapters, limits=Limits(cache_tokens=32))
+    with pytest.raises(UserError, match="room for 60 tokens"):
+        engine.submit(Request([5] * 20, None, 40))
+    with pytest.raises(UserError, match="cache_bytes is 10"):
+        Engine(adapters, limits=Limits(cache_bytes=10))
+
+
+def test_an_error_of_the_machine_reaches_everyone(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(adapters) as engine:
+        answers: Iterator[Answer] = map(engine.submit, [Request([5], None, 5), Request([6], "lora", 5)])
+        held = list(answers)
+
+        def broken(*_: object) -> None:
+            raise MemoryError("no more")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(adapters), "forward", broken)
+            engine.start()
+            for answer in held:
+                with pytest.raises(MemoryError):
+                    answer.result(timeout=30)
+        assert len(engine.submit(Request([5], None, 5)).result(timeout=30).ids) == 5
