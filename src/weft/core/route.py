@@ -79,6 +79,8 @@ class Route(ABC):
     exact: bool = False
     # Module path -> its own route: a decoder's cross-attention also takes the encoder's rows.
     elsewhere: Mapping[str, Route] = field(default_factory=dict)
+    # While text is written: the changes that all adapters make at a site at once (``weft.generation.together``).
+    together: Any = None
     # While a padded batch generates: adapter -> the cache of the blocks that it inserts.
     inserted: Mapping[str | None, Any] = field(default_factory=dict)
     _alone: dict[int, Route] = field(default_factory=dict, repr=False)

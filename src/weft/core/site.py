@@ -110,6 +110,8 @@ class Site:
         """
         if (route.exact or self.apart) and x.is_floating_point():
             return self._apply_exactly(module, x, call, route)
+        if route.together is not None and not call and (all_at_once := route.together.at(self, x)) is not None:
+            return all_at_once.change(x := all_at_once.prepare(x), self.base_class.forward(module, x))
         if any(segment.adapter in self.inputs for segment in route.segments):
             rows = route.rows(x, self.path)
             pieces = [self._prepare(i, piece, route) for i, piece in enumerate(rows.cut(x))]

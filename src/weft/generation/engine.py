@@ -7,10 +7,8 @@ it comes: for a server, for a chat, for training that generates.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future
@@ -21,9 +19,9 @@ import torch
 from torch import Tensor
 
 from weft.base.embeddings import input_embeddings
-from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
 from weft.errors import UserError
+from weft.generation.identity import Identities
 from weft.generation.limits import Limits, cache_blocks
 from weft.generation.request import Answer, Completion, FinishReason, Request, Token
 from weft.generation.row import Row
@@ -85,12 +83,17 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         prefill = limits.prefill_tokens or (256 if adapters.device.type == "cpu" else 2048)
         self.blocks = cache_blocks(adapters, limits)
-        self._ways = Ways(adapters, blocks=self.blocks, block_tokens=limits.block_tokens, prefill_tokens=prefill)
+        self._identities = Identities(adapters)
+        self._ways = Ways(
+            adapters,
+            self._identities,
+            blocks=self.blocks,
+            block_tokens=limits.block_tokens,
+            prefill_tokens=prefill,
+        )
         self._waiting: deque[Row] = deque()
         self._writers: dict[Row, Writer] = {}
         self._where: dict[Row, Way] = {}  # rows that have begun
-        self._serials: weakref.WeakKeyDictionary[Adapter, int] = weakref.WeakKeyDictionary()
-        self._numbers = itertools.count()
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         # One thread computes at a time; submitting needs no more than the queue.
         self._computing, self._arrived = threading.Lock(), threading.Condition()
@@ -309,13 +312,7 @@ class Engine:
         """Whose text it is: the adapter with its present values. None if no other text may share its keys."""
         if self._ways.paged is None or not self._ways.shares(request):
             return None
-        if request.adapter is None:
-            return ("base",)
-        adapter = self.adapters[request.adapter]
-        # A number of its own, because another adapter may come to lie at the same place under the same name.
-        if adapter not in self._serials:
-            self._serials[adapter] = next(self._numbers)
-        return (self._serials[adapter], tuple(p._version for p in adapter.parameters()))
+        return self._identities.of(request.adapter)
 
 
 def generate(

@@ -18,8 +18,10 @@ from weft.core.adapters import Adapters
 from weft.core.route import Segment, StreamRoute
 from weft.core.stream import Stream
 from weft.generation.blocks import Block, Blocks
+from weft.generation.identity import Identities
 from weft.generation.pool import Pass, Piece, Pool
 from weft.generation.row import Row, sorted_rows, virtual_number
+from weft.generation.together import Together
 from weft.generation.way import Way
 from weft.ops.sequence_layout import SequenceLayout
 
@@ -28,8 +30,11 @@ from weft.ops.sequence_layout import SequenceLayout
 class Paged(Way):
     """Rows of any length in the stream, with their keys and values in blocks."""
 
-    def __init__(self, adapters: Adapters, *, blocks: int, block_tokens: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, adapters: Adapters, identities: Identities, *, blocks: int, block_tokens: int, prefill_tokens: int
+    ) -> None:
         self.adapters, self.prefill_tokens = adapters, prefill_tokens
+        self._together = Together(adapters, identities)
         self.blocks, self.pool = Blocks(blocks), Pool(blocks, block_tokens)
         self.rows: list[Row] = []
         self._pushed: list[Row] = []
@@ -176,7 +181,11 @@ class Paged(Way):
             virtual_numbers={group: torch.tensor(which, device=device) for group, (_, which) in virtual.items()},
             prefix_length=(0,) * len(rows),
             route=StreamRoute(
-                tuple(segments), layout, cache=Pass(self.pool, pieces, device), exact=self.adapters.exact
+                tuple(segments),
+                layout,
+                cache=Pass(self.pool, pieces, device),
+                exact=self.adapters.exact,
+                together=None if self.adapters.exact else self._together.of(segments),
             ),
             standing=tuple(end - 1 for end in accumulate(lengths)),
         )

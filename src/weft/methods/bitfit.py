@@ -17,6 +17,7 @@ from weft.core.route import Segment
 from weft.errors import UserError, nearest
 from weft.methods.mergeable import MergedModule
 from weft.methods.site_adapter import SiteAdapter
+from weft.ops.grouped import RowForm
 
 
 class BitFitConfig(MethodConfig):
@@ -55,6 +56,10 @@ class BiasDelta(nn.Module):
     def forward(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         """``y + Δb`` of y [..., out]."""
         return y + self.bias_delta.to(y.dtype)
+
+    def row_form(self) -> RowForm:
+        """``y + Δb``."""
+        return RowForm(bias=self.bias_delta)
 
     def merge_into(self, merged: MergedModule) -> None:
         """b + Δb."""

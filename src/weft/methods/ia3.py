@@ -8,6 +8,7 @@ The base itself does not change: its inputs or its outputs are scaled. So its we
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -20,6 +21,7 @@ from weft.core.route import Segment
 from weft.errors import UserError
 from weft.methods.mergeable import MergedModule
 from weft.methods.site_adapter import SiteAdapter
+from weft.ops.grouped import RowForm
 from weft.patterns import last_parts, pattern
 
 # The linears of the keys and of the values. The paper never scales keys alone (Zaya's values come from two linears of
@@ -134,9 +136,9 @@ class IA3Scale(nn.Module):
         """``l * y`` of y [..., out]."""
         return self.scale(y)
 
-    def on_input(self, x: Tensor, segment: Segment) -> Tensor:
-        """``l * x`` of x [..., in]."""
-        return self.scale(x)
+    def row_form(self) -> RowForm:
+        """``l * y``."""
+        return RowForm(scale=self.ia3_l.flatten())
 
     def merge_into(self, merged: MergedModule) -> None:
         """W diag(l), or diag(l) W and l b."""
@@ -145,6 +147,21 @@ class IA3Scale(nn.Module):
             merged.scale_input(scale)
             return
         merged.put(scale[:, None] * merged.weight, None if merged.bias is None else scale * merged.bias)
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """The function of a vector that scales inputs."""
+
+    layer: IA3Scale
+
+    def __call__(self, x: Tensor, segment: Segment) -> Tensor:
+        """``l * x`` of x [..., in]."""
+        return self.layer.scale(x)
+
+    def row_form(self) -> RowForm:
+        """``W (l * x)``."""
+        return RowForm(input_scale=self.layer.ia3_l.flatten())
 
 
 class IA3(SiteAdapter):
@@ -161,4 +178,4 @@ class IA3(SiteAdapter):
 
     def input_sites(self) -> Mapping[str, InputFunction]:
         layers = zip(self.paths, self.layers, strict=True)
-        return {path: layer.on_input for path, layer in layers if isinstance(layer, IA3Scale) and layer.inner}
+        return {path: InputScale(layer) for path, layer in layers if isinstance(layer, IA3Scale) and layer.inner}

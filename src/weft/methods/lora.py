@@ -36,6 +36,7 @@ from weft.methods.low_rank import LowRankConfig, check_rank, find_targets
 from weft.methods.mergeable import MergedModule
 from weft.methods.site_adapter import SiteAdapter
 from weft.ops.copying import checked, copy_into
+from weft.ops.grouped import RowForm
 from weft.ops.lowrank import low_rank_add
 from weft.patterns import named
 
@@ -208,6 +209,10 @@ class LoraLinear(nn.Module):
         """``y + s B A x`` of x [..., in] and y [..., out]."""
         x = seeded_dropout(x, self.dropout, segment, self.path)
         return low_rank_add(y, x, self.lora_A, self.lora_B, self.scaling)
+
+    def row_form(self) -> RowForm:
+        """``y + (s B) A x``."""
+        return RowForm(a=self.lora_A, b=self.scaling * self.lora_B)
 
     def merge_into(self, merged: MergedModule) -> None:
         """W + s B A."""

@@ -130,6 +130,8 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
 
     Frozen linears and the LoRA updates on them become one autograd node; other functions of a site follow it.
     """
+    if route.together is not None:
+        return [module(x) for module in modules]
     sites = [site_of(module) for module in modules]
     if not all(_is_plain(module, site) for module, site in zip(modules, sites, strict=True)):
         return [module(x) for module in modules]

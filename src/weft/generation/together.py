@@ -1,0 +1,168 @@
+"""While text is written, the adapters on one linear act together: a few products for all rows, not some for each.
+
+Routing by segments costs a few operations per adapter and site, which is nothing in training and much where every
+adapter has a row or two. Here each site of a route gets one object that changes all its rows (``ops.grouped``).
+Functions that have no such form act on their own rows, in place. Exact mode and training do not come here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.core.adapters import Adapters
+from weft.core.route import Segment
+from weft.core.site import Site
+from weft.generation.identity import Identities
+from weft.ops.grouped import Factors, HasRowForm, RowForm, grouped_change, row_table, stack_factors
+
+# What one more operation costs beside the arithmetic, in floating-point operations.
+_OPERATION = 200_000
+
+
+class Together:
+    """The changes at all sites, for the rows of one route after the other."""
+
+    def __init__(self, adapters: Adapters, identities: Identities) -> None:
+        self.device = adapters.device
+        self._identities = identities
+        self._factors: weakref.WeakKeyDictionary[Site, tuple[Hashable, _Stacked]] = weakref.WeakKeyDictionary()
+        self._routes: dict[Hashable, RouteChanges] = {}
+
+    def of(self, segments: Sequence[Segment]) -> RouteChanges | None:
+        """The changes for rows that lie so; None where no adapter is among them."""
+        names = tuple(segment.adapter for segment in segments)
+        if all(name is None for name in names):
+            return None
+        key = (tuple((s.adapter, s.tokens) for s in segments), tuple(map(self._identities.of, names)))
+        if key not in self._routes:
+            self._routes.clear()  # the same rows come many times, then never again
+            self._routes[key] = RouteChanges(self, segments, key[1])
+        return self._routes[key]
+
+    def stacked(self, site: Site, names: Sequence[str | None], state: Hashable, dtype: torch.dtype) -> _Stacked:
+        """The forms of these adapters at a site, and their factors one below the other."""
+        key = (tuple(names), state, dtype)
+        known = self._factors.get(site)
+        if known is None or known[0] != key:
+            forms = [_form(site, name) for name in names]
+            known = self._factors[site] = (key, _Stacked(forms, stack_factors(forms, dtype)))
+        return known[1]
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """The form of each adapter at a site, None where it has none; and the factors of all."""
+
+    forms: Sequence[RowForm | None]
+    factors: Factors | None
+
+
+class RouteChanges:
+    """The changes at all sites for the rows of one route."""
+
+    def __init__(self, together: Together, segments: Sequence[Segment], state: Hashable) -> None:
+        self._together, self.segments, self.state = together, segments, state
+        self.rows = sum(segment.tokens for segment in segments)
+        sizes = torch.tensor([segment.tokens for segment in segments], device=together.device)
+        self.owners = torch.arange(len(segments), device=sizes.device).repeat_interleave(sizes)
+        self._sites: dict[str, SiteChange | None] = {}
+
+    def at(self, site: Site, x: object) -> SiteChange | None:
+        """The change of rows x [..., N, in] at a site; None where the site has to see each segment by itself."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[-2:-1] != (self.rows,):
+            return None
+        if site.path not in self._sites:
+            special = site.apart or site.inserted or site.parameters or site.rows_name
+            own = x.numel() == self.rows * x.shape[-1] and not special
+            self._sites[site.path] = SiteChange(site, self, x.dtype) if own else None
+        return self._sites[site.path]
+
+    def stacked(self, site: Site, dtype: torch.dtype) -> _Stacked:
+        """``Together.stacked`` for the adapters of this route."""
+        return self._together.stacked(site, [segment.adapter for segment in self.segments], self.state, dtype)
+
+
+class SiteChange:
+    """The change of all rows at one site."""
+
+    def __init__(self, site: Site, route: RouteChanges, dtype: torch.dtype) -> None:
+        stacked = route.stacked(site, dtype)
+        forms, self._factors = list(stacked.forms), stacked.factors
+        starts = list(itertools.accumulate((segment.tokens for segment in route.segments), initial=0))
+        self._segments = [
+            (slice(start, start + segment.tokens), segment)
+            for start, segment in zip(starts, route.segments, strict=False)
+        ]
+        if self._factors is not None and not _worth(self._factors, forms, route.segments):
+            forms = [form if form is None or form.a is None else None for form in forms]
+            self._factors = None
+        self._site = site
+        self._alone = [
+            index
+            for index, (form, segment) in enumerate(zip(forms, route.segments, strict=True))
+            if form is None and (segment.adapter in site.functions or segment.adapter in site.inputs)
+        ]
+        self._foreign: Tensor | None = None
+        if self._factors is not None and len(route.segments) > 1:
+            self._foreign = self._factors.owners[None] != route.owners[:, None]
+
+        def table(name: str, neutral: float) -> Tensor | None:
+            vectors = [None if form is None else getattr(form, name) for form in forms]
+            return row_table(vectors, route.owners, neutral, dtype)
+
+        self._bias, self._scale, self._input = table("bias", 0.0), table("scale", 1.0), table("input_scale", 1.0)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The rows [..., N, in] that go into the module."""
+        if self._input is not None:
+            x = x * self._input
+        for index in self._alone:
+            rows, segment = self._segments[index]
+            if (prepare := self._site.inputs.get(segment.adapter or "")) is not None:
+                x = x.clone()
+                x[..., rows, :] = prepare(x[..., rows, :], segment)
+        return x
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """The rows [..., N, out] that come out, for rows x that went in."""
+        if y.data_ptr() == x.data_ptr():
+            y = y.clone()  # a module that does nothing gives what it was given
+        flat, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        flat = grouped_change(given, flat, self._factors, self._foreign, scale=self._scale, bias=self._bias)
+        for index in self._alone:
+            rows, segment = self._segments[index]
+            own = flat[rows]
+            for function in self._site.functions.get(segment.adapter or "", ()):
+                own = function(given[None, rows], own[None], segment)[0]
+            flat[rows] = own
+        return flat.view_as(y)
+
+
+def _form(site: Site, name: str | None) -> RowForm | None:
+    """What the adapter does at the site, if it is of the form."""
+    functions, prepare = site.functions.get(name or "", []), site.inputs.get(name or "")
+    found: Sequence[object] = [*functions, *([] if prepare is None else [prepare])]
+    return found[0].row_form() if len(found) == 1 and isinstance(found[0], HasRowForm) and _own(found[0]) else None
+
+
+def _own(function: object) -> bool:
+    """Whether the form is that of its computation: a class that computes something else may inherit the form."""
+    mro = type(function).__mro__
+    call = "forward" if isinstance(function, torch.nn.Module) else "__call__"
+    owners = [next(kind for kind in mro if name in vars(kind)) for name in (call, "row_form")]
+    return owners[0] is owners[1]
+
+
+def _worth(factors: Factors, forms: Sequence[RowForm | None], segments: Sequence[Segment]) -> bool:
+    """Whether all factors on all rows cost less than each adapter's on its own rows, one after the other."""
+    width = factors.a.shape[1] + factors.b.shape[1]
+    rows = sum(segment.tokens for segment in segments)
+    own = [(form.a.shape[0], s.tokens) for form, s in zip(forms, segments, strict=True) if form and form.a is not None]
+    apart = sum(2 * ranks * tokens * width + 2 * _OPERATION for ranks, tokens in own)
+    return 2 * len(factors.a) * rows * width + 2 * _OPERATION <= apart or len(own) == 1 == len(segments)
