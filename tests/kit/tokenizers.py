@@ -57,6 +57,21 @@ def space_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def fallback_tokenizer() -> Any:
+    """As Llama 2 has it: a space before the text, which decoding takes away, and bytes for what has no token."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789{}[]:,.-", '"', "织", "é"]
+    symbols = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "▁a", "▁▁", "▁织"]
+    vocab = {symbol: number for number, symbol in enumerate(symbols)}
+    merges = [("▁", "a"), ("▁", "▁"), ("▁", "织")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in symbols[:3]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 def t5_tokenizer(*, adds_bos: bool = False) -> Any:
     """Bytes, with an EOS put after every text (T5), or between two special tokens (BART)."""
     fast = byte_tokenizer(adds_bos=adds_bos)
