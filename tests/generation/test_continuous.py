@@ -258,3 +258,28 @@ def test_an_error_of_the_machine_reaches_everyone(adapters: Adapters, monkeypatc
                 with pytest.raises(MemoryError):
                     answer.result(timeout=30)
         assert len(engine.submit(Request([5], None, 5)).result(timeout=30).ids) == 5
+
+
+def test_texts_and_stop_strings(tiny_llama_dir: str) -> None:
+    """Pieces make the text, a stop string ends it over the borders of tokens, an end token that is ignored does not."""
+    from weft.models import load_base
+
+    base = load_base(str(tiny_llama_dir))
+    own = Adapters(base.model, base.architecture)
+    ids = base.tokenizer("The quick brown")["input_ids"]
+    with Engine(own, tokenizer=base.tokenizer) as engine:
+        (plain,) = engine.generate([Request(ids, None, 24)])
+        assert "".join(token.text for token in plain.tokens) + plain.tail == plain.text
+        assert plain.text == base.tokenizer.decode(plain.ids, skip_special_tokens=True).rstrip("�")
+        stop = plain.text[5:9]
+        (cut,) = engine.generate([Request(ids, None, 24, stop=(stop, "never"))])
+        assert (cut.finish_reason, cut.stop) == ("stop", stop)
+        assert cut.text == plain.text[: plain.text.index(stop)]
+    end = plain.ids[3]
+    with Engine(own, tokenizer=base.tokenizer, stop_ids=[end]) as engine:
+        ended, ignored = engine.generate([Request(ids, None, 24), Request(ids, None, 24, ignore_stop_ids=True)])
+        assert ended.ids == plain.ids[: plain.ids.index(end)]
+        assert ignored.ids == plain.ids
+    with pytest.raises(UserError, match="tokenizer"):
+        Engine(own).submit(Request(ids, None, 4, stop=("x",)))
+    own.close()

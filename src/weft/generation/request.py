@@ -62,6 +62,7 @@ class Completion:
         finish_reason: ``stop`` (an end token, a stop string, a grammar's end), ``length``, ``cancelled``, ``deadline``.
         text: its text, without a stop string; "" where the engine has no tokenizer.
         tokens: each of ``ids`` with its log-probabilities.
+        stop: the stop string that ended it.
         tail: the text that came with no token: what was held back until the end.
         cached_tokens: how many of the prompt's tokens were computed before.
     """
@@ -71,6 +72,7 @@ class Completion:
     _: KW_ONLY
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    stop: str | None = None
     tail: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0

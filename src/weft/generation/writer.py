@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weft.errors import UserError
 from weft.generation.request import Answer, Completion, FinishReason, Request, Token
 from weft.generation.sampling import Drawing
-from weft.generation.text import TextStream
+from weft.generation.text import StopStrings, TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,7 @@ class Writer:
         self.stop_ids = frozenset[int]() if request.ignore_stop_ids else frozenset(stop_ids)
         self.drawing = Drawing(request.sampling, request.prompt, logprobs=request.logprobs)
         self._text = None if tokenizer is None else TextStream(tokenizer)
+        self._stops = StopStrings(request.stop)
         self._tokens: list[Token] = []
 
     def take(self, token: Token) -> FinishReason | None:
@@ -38,9 +39,11 @@ class Writer:
         if token.id in self.stop_ids:
             return "stop"
         if self._text is not None:
-            token = replace(token, text=self._text.push(token.id))
+            token = replace(token, text=self._stops.push(self._text.push(token.id)))
         self._tokens.append(token)
         self.answer.put(token)
+        if self._stops.found is not None:
+            return "stop"
         return "length" if len(self._tokens) >= self.request.max_new_tokens else None
 
     def end(self, reason: FinishReason, *, cached: int, error: BaseException | None = None) -> None:
@@ -48,10 +51,14 @@ class Writer:
         if error is not None:
             self.answer.end(None, error)
             return
-        tail = "" if self._text is None else self._text.flush()
+        tail = ""
+        if self._text is not None:
+            tail = self._stops.push(self._text.flush())
+            tail += "" if self._stops.found else self._stops.flush()
         self.answer.end(Completion(
             [token.id for token in self._tokens],
             reason,
+            stop=self._stops.found,
             text="".join(token.text for token in self._tokens) + tail,
             tokens=self._tokens,
             tail=tail,
