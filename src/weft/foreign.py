@@ -163,17 +163,19 @@ def parse_json(text: str | bytes, where: str, *, infinities: bool = False) -> An
     return value
 
 
-def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, object]]:
+def json_lines(path: str | os.PathLike[str], *, limit: int = LINE_LIMIT) -> Iterator[dict[str, object]]:
     """The objects of a file with one on each line that is not blank. Only one line at a time is in memory.
+
+    ``limit``: bytes that a line may have.
 
     Raises:
         UserError: A line is too long or holds no object.
     """
     check_regular(path)
     with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), 1):
-            if len(line) > LINE_LIMIT:
-                raise UserError(f"{path}:{number}: the line is longer than {LINE_LIMIT} bytes.")
+        for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
+            if len(line) > limit:
+                raise UserError(f"{path}:{number}: the line is longer than {limit} bytes.")
             if line.strip():
                 yield expect(parse_json(line, f"{path}:{number}", infinities=True), dict, f"{path}:{number}")
 

@@ -17,6 +17,12 @@ def with_home(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def cache_folder() -> Path | None:
+    """Where Weft keeps what it may lose: ``~/.cache/weft``, or where ``WEFT_CACHE_DIR`` says; None: nowhere."""
+    place = with_home(os.environ.get("WEFT_CACHE_DIR", "~/.cache/weft"))
+    return Path(place) if place else None
+
+
 def local_path(path: str | os.PathLike[str]) -> Path:
     """The place that a user means by a path.
 

@@ -32,7 +32,7 @@ def test_all_adapters_and_json(weft: Callable[..., Any], run_dir: Path) -> None:
     for row in rows:
         alone = weft("generate", run_dir, "--prompt", row["prompt"], "--adapter", row["adapter"], "--json",
                      "--max-new-tokens", 4)  # fmt: skip
-        assert json.loads(alone.out)["results"] == [row]
+        assert json.loads(alone.out)["results"] == [{**row, "index": 0}]
 
 
 def test_the_prompt_is_the_one_of_training(weft: Callable[..., Any], run_dir: Path, tiny_llama_dir: Path) -> None:

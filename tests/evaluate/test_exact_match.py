@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import pytest
 from tests import kit
 from tests.kit.tokenizers import CHATML, byte_tokenizer
 
-from weft.api import Adapters
+from weft.api import Adapters, LoraConfig
 from weft.data import Message, Renderer
 from weft.errors import UserError
 from weft.evaluate.exact_match import Answer, Question, answer_questions, exact_match, fold, read_questions
-from weft.generation import Completion
+from weft.generation import Completion, Engine
 from weft.models import describe
 
 ROWS: list[dict[str, Any]] = [
@@ -61,25 +60,27 @@ def test_each_adapter_answers_each_question(monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer = byte_tokenizer(eos="<|im_end|>", template=CHATML)
     renderer = Renderer(tokenizer)
     adapters = Adapters(model := kit.make_model("llama"), describe(model))
+    adapters.add("mine", LoraConfig())
     questions = [Question((Message("user", text),), f"{text} said", f"q:{i}") for i, text in enumerate("xyz")]
     calls: list[Any] = []
 
-    def echo(adapters: Adapters, requests: Any, **given: Any) -> list[Completion]:
+    def echo(engine: Engine, requests: Any) -> list[Completion]:
         """The base repeats the question; any adapter also says who it is."""
-        calls.append((requests, given))
+        calls.append((requests, engine))
         found = []
         for request in requests:
             asked = tokenizer.decode(request.prompt).partition("user\n")[2][0]
             text = f" {asked}  said\n" if request.adapter else asked
-            found.append(Completion([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]))
+            found.append(Completion(tokenizer(text)["input_ids"], text=text))
         return found
 
-    monkeypatch.setattr(importlib.import_module("weft.evaluate.exact_match"), "generate", echo)
+    monkeypatch.setattr(Engine, "generate", echo)
     answers = answer_questions(adapters, renderer, questions, [None, "mine"], max_new_tokens=9, batch_size=4)
-    ((requests, given),) = calls
+    ((requests, engine),) = calls
     assert [r.adapter for r in requests] == [None] * 3 + ["mine"] * 3
     assert {r.max_new_tokens for r in requests} == {9}
-    assert (given["batch_size"], given["stop_ids"]) == (4, {tokenizer.eos_token_id})
+    assert engine.limits.max_rows == 4
+    assert tokenizer.eos_token_id in engine.stop_ids
     assert [a.question for a in answers["mine"]] == [a.question for a in answers[None]] == questions
     assert [a.text for a in answers[None]] == ["x", "y", "z"]
     assert (exact_match(answers[None]), exact_match(answers["mine"])) == (0.0, 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from weft.core.adapter import Adapter, BuildContext, MethodConfig, Run
 from weft.core.stream import Part
 from weft.data import SOFT, Conversation, Message, Renderer, Sample
 from weft.evaluate.exact_match import Question, answer_questions
-from weft.generation import Completion, Request, generate
+from weft.generation import Engine, Request, generate
 from weft.generation.open import open_target
 from weft.generation.sampling import Sampling
 from weft.models import describe
@@ -137,12 +136,13 @@ def test_chat_generate_and_exact_match_pass_them(
 ) -> None:
     seen: list[Request] = []
 
-    def record(adapters: Any, requests: Sequence[Request], **more: Any) -> list[Completion]:
-        seen.extend(requests)
-        return [Completion([5]) for _ in requests]
+    check = Engine._check
 
-    monkeypatch.setattr("weft.generation.generate", record)
-    monkeypatch.setattr(importlib.import_module("weft.evaluate.exact_match"), "generate", record)
+    def record(self: Engine, request: Request, what: str) -> None:
+        seen.append(request)
+        check(self, request, what)
+
+    monkeypatch.setattr(Engine, "_check", record)
     opened = open_target(str(tiny_llama_dir))
     opened = replace(opened, renderer=Renderer(opened.base.tokenizer, chat_template=TEMPLATE))
     asked = (Message("user", "Count."),)

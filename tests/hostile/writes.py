@@ -247,12 +247,14 @@ def is_remain(name: str) -> bool:
 
 
 def result(folder: Path) -> dict[str, object]:
-    """All that a command leaves, but for times."""
+    """All that a command leaves, but for times and for what was there before."""
     found: dict[str, object] = {}
     for name, data in content(folder).items():
         if name.endswith("metrics.jsonl"):
             rows = [json.loads(line) for line in data.decode().splitlines()]
             found[name] = [{k: v for k, v in row.items() if k not in _TIMING} for row in rows]
+        elif name.endswith(".answers.jsonl.run"):
+            found[name] = {**json.loads(data), "replaces": None}  # what was there before
         elif "/checkpoints/" not in name or name.endswith(".safetensors"):
             found[name] = data if not name.endswith("run.json") else b""
     return found

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
 from weft.cli import common, early, options
+from weft.cli.columns import Columns
+from weft.cli.lines import turns
 from weft.errors import UserError, nearest
+from weft.paths import local_path
 
 if TYPE_CHECKING:
     from weft.data import Message
+    from weft.generation.request import Answer, Completion
     from weft.generation.sampling import Sampling
     from weft.generation.target import Target
 
 COMMANDS = {
     "/help": "this list",
     "/adapter NAME": "switch to another adapter, or to 'base'; the conversation goes on",
+    "/compare [NAME …]": "from now on these answer side by side (without names: all); /adapter NAME ends it",
     "/system TEXT": "set the system message and begin anew (without TEXT: none)",
     "/reset": "begin a new conversation",
+    "/save FILE": "write the conversation as JSON messages (/save --overwrite FILE: also if FILE is there)",
+    '"""': 'begins a message of several lines, which ends with the next """; a line may also end with \\',
     "/exit": "leave (so does Ctrl-D)",
 }
 
@@ -38,7 +49,16 @@ def chat(
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    stop: options.Stop = None,
     seed: options.Seed = 0,
+    no_history: Annotated[
+        bool,
+        typer.Option("--no-history", envvar="WEFT_NO_HISTORY", help="Keep no lines for the next chat, and show none."),
+    ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: Annotated[
@@ -57,19 +77,25 @@ def chat(
     from weft.generation.sampling import Sampling
 
     opened = _open(target, how, chat_template)
-    sampling = Sampling(temperature, top_k, top_p, seed=seed)
-    talk = Conversation(opened, _first(opened, adapter), system, sampling, max_new_tokens, as_json=as_json)
-    for note in (*opened.notes, opened.summary(), talk.introduction()):
-        common.say(note)
-    for line in _lines():
-        try:
-            if not talk.take(line):
-                break
-        except UserError as error:
-            # One bad line does not end a conversation, but a script has to notice it.
-            if not sys.stdin.isatty():
-                raise
-            common.say(f"error: {error}")
+    sampling = Sampling(
+        temperature, top_k, top_p, seed=seed, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+    )  # fmt: skip
+    first = _first(opened, adapter)
+    with Conversation(opened, first, system, sampling, max_new_tokens, stop=stop or (), as_json=as_json) as talk:
+        for note in (*opened.notes, opened.summary(), talk.introduction()):
+            common.say(note)
+        for turn in turns(not no_history):
+            try:
+                if turn.quoted:
+                    talk.answer(turn.text)
+                elif not talk.take(turn.text):
+                    break
+            except UserError as error:
+                # One bad line does not end a conversation, but a script has to notice it.
+                if not sys.stdin.isatty():
+                    raise
+                common.say(f"error: {error}")
     return common.DONE
 
 
@@ -93,31 +119,12 @@ def _first(opened: Target, asked: list[str] | None) -> str | None:
     return first
 
 
-def _lines() -> Iterator[str]:
-    """The lines that the user types, or those of stdin."""
-    if not sys.stdin.isatty():
-        for number, line in enumerate(sys.stdin, 1):
-            if any("\ud800" <= character <= "\udfff" for character in line):
-                raise UserError(f"line {number} of stdin is not UTF-8.")
-            if line.strip():
-                yield line.rstrip("\r\n")
-        return
-    import contextlib
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() its editing and history)
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if line.strip():
-            yield line
-
-
 class Conversation:
-    """A conversation: its turns so far, and the adapter that answers."""
+    """A conversation with one adapter, or the same with several: each has its own answers behind common questions.
+
+    Attributes:
+        lanes: the turns so far of each adapter that answers (None: the base).
+    """
 
     def __init__(
         self,
@@ -126,24 +133,40 @@ class Conversation:
         system: str | None,
         sampling: Sampling,
         max_new_tokens: int | None,
+        *,
+        stop: Sequence[str] = (),
         as_json: bool = False,
     ) -> None:
-        self.opened, self.adapter, self.system = opened, adapter, system
-        self.sampling, self.max_new_tokens, self.as_json = sampling, max_new_tokens, as_json
-        self.messages: list[Message] = []
+        from weft.generation import Limits
+
+        self.opened, self.system = opened, system
+        self.sampling, self.max_new_tokens, self.stop, self.as_json = sampling, max_new_tokens, tuple(stop), as_json
+        self.lanes: dict[str | None, list[Message]] = {adapter: []}
         self.reset()
+        # One for the whole chat: it knows the keys and values of the turns before.
+        self.engine = opened.engine(Limits(max_rows=len(opened.names) + 1))
+
+    def __enter__(self) -> Self:
+        self.engine.start()  # so that Ctrl-C never comes into a step
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.engine.close()
 
     def introduction(self) -> str:
         """The sentence that says who answers, and who else could."""
-        others = [name for name in (*self.opened.names, "base") if name != (self.adapter or "base")]
+        names = [name or "base" for name in self.lanes]
+        if len(names) > 1:
+            return f"{', '.join(names)} answer side by side; /adapter NAME goes on with one. /help lists the commands."
+        others = [name for name in (*self.opened.names, "base") if name not in names]
         rest = f" (also there: {', '.join(others)}; /adapter NAME switches)" if self.opened.names and others else ""
-        return f"{self.adapter or 'base'} answers{rest}. /help lists the commands."
+        return f"{names[0]} answers{rest}. /help lists the commands."
 
     def reset(self) -> None:
         """Forget the turns."""
         from weft.data import Message
 
-        self.messages = [Message("system", self.system)] if self.system else []
+        self.lanes = {name: [Message("system", self.system)] if self.system else [] for name in self.lanes}
 
     def take(self, line: str) -> bool:
         """Obey a command or answer a message; False if it was ``/exit``.
@@ -159,7 +182,7 @@ class Conversation:
             return False
         if word == "/help":
             for command, meaning in COMMANDS.items():
-                common.say(f"  {command:<15} {meaning}")
+                common.say(f"  {command:<18} {meaning}")
         elif word == "/reset":
             self.reset()
             common.say("a new conversation")
@@ -168,51 +191,157 @@ class Conversation:
             self.reset()
             common.say("a new conversation, with this system message" if self.system else "a new conversation")
         elif word == "/adapter":
-            self._switch(rest.strip())
+            self._answer_with([rest.strip()] if rest.strip() else [])
+        elif word == "/compare":
+            self._compare(rest.replace(",", " ").split())
+        elif word == "/save":
+            self._save(rest.strip())
         else:
-            known = [command.split()[0] for command in COMMANDS]
+            known = [command.split()[0] for command in COMMANDS if command.startswith("/")]
             raise UserError(f"there is no command '{word}'.{nearest(word, known)} Commands: {', '.join(known)}.")
         return True
 
-    def _switch(self, name: str) -> None:
+    def _answer_with(self, names: Sequence[str]) -> None:
+        """Let these answer from now on. Who has answered goes on with the own answers, others with the first's."""
         from weft.generation.engine import check_writes
 
-        if name:
-            found = self.opened.adapter(name)
-            check_writes(self.opened.adapters, found)
-            self.adapter = found
+        found = list(dict.fromkeys(self.opened.adapter(name) for name in names))
+        for name in found:
+            check_writes(self.opened.adapters, name)
+        common_turns = next(iter(self.lanes.values()))
+        if found:
+            self.lanes = {name: list(self.lanes.get(name, common_turns)) for name in found}
         common.say(self.introduction())
 
-    def answer(self, text: str) -> None:
-        """Answer a message, printing the tokens as they come. Ctrl-C ends the answer, not the program."""
-        from weft.data import Message
-        from weft.generation import Request, generate
-        from weft.generation.text import TextStream
+    def _compare(self, names: Sequence[str]) -> None:
+        heads = self.opened.adapters
+        everyone = [name for name in self.opened.names if heads.head(name).writes]
+        asked = names or list(dict.fromkeys((*everyone, "base")))
+        if len({self.opened.adapter(name) for name in asked}) < 2:
+            there = ", ".join(dict.fromkeys((*everyone, "base")))
+            raise UserError(f"/compare needs two who answer, such as /compare a b; there are: {there}.")
+        self._answer_with(asked)
 
-        messages = [*self.messages, Message("user", text)]
-        prompt = self.opened.prompt(messages)
-        what = "the conversation (/reset begins a new one)"
-        count = self.opened.room(len(prompt.ids), self.adapter, self.max_new_tokens, what=what, clip=True)
-        stream = TextStream(self.opened.renderer.tokenizer)
-        said: list[str] = []
+    def _save(self, given: str) -> None:
+        """Write a record of messages for each adapter that answers: a file that Weft can read as data."""
+        from weft.files.whole import write_whole
 
-        def show(index: int, token: int) -> None:
-            said.append(stream.push(token))
-            if not self.as_json:
-                print(said[-1], end="", flush=True)
-
-        request = Request(prompt.ids, self.adapter, count, sampling=self.sampling, slots=prompt.slots)
-        reason = "interrupted"
-        try:
-            (done,) = generate(self.opened.adapters, [request], stop_ids=self.opened.stop_ids, on_token=show)
-            reason = done.finish_reason
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-        said.append(stream.flush())
-        if self.as_json:
-            whole = {"adapter": self.adapter, "prompt": text, "answer": "".join(said), "finish_reason": reason}
-            common.print_json(whole, indent=None)
+        word, _, rest = given.partition(" ")
+        overwrite = word == "--overwrite"
+        name = rest.strip() if overwrite else given
+        if not name:
+            raise UserError("/save needs the name of a file, such as /save chat.json.")
+        path = local_path(name)
+        if path.is_dir() or (path.exists() and not overwrite):
+            way = "" if path.is_dir() else f", or /save --overwrite {name}"
+            raise UserError(f"{path} is there already; take another name{way}.")
+        if not any(message.role == "user" for message in next(iter(self.lanes.values()))):
+            raise UserError("there is nothing to save yet: no message was answered.")
+        records = [
+            {"adapter": lane or "base", "messages": [{"role": one.role, "content": one.content} for one in messages]}
+            for lane, messages in self.lanes.items()
+        ]
+        if path.suffix == ".jsonl":
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         else:
-            print(said[-1], flush=True)
-        self.messages = [*messages, Message("assistant", "".join(said))]
+            text = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
+        write_whole(path, text, "/save ")
+        common.say(f"saved -> {path}")
+
+    def answer(self, text: str) -> None:
+        """Answer a message, showing the tokens as they come. Ctrl-C ends the answer, not the program.
+
+        Raises:
+            UserError: There is no room left for an answer.
+        """
+        from weft.data import Message
+        from weft.generation import Request
+
+        lanes = {name: [*before, Message("user", text)] for name, before in self.lanes.items()}
+        requests = []
+        for name, messages in lanes.items():
+            prompt = self.opened.prompt(messages)
+            what = "the conversation (/reset begins a new one)"
+            count = self.opened.room(len(prompt.ids), name, self.max_new_tokens, what=what, clip=True)
+            requests.append(
+                Request(prompt.ids, name, count, sampling=self.sampling, slots=prompt.slots, stop=self.stop)
+            )
+        answers = {name: self.engine.submit(request) for name, request in zip(lanes, requests, strict=True)}
+        for name, done in self._shown(answers, text).items():
+            self.lanes[name] = [*lanes[name], Message("assistant", done.text)]
+
+    def _shown(self, answers: Mapping[str | None, Answer], text: str) -> dict[str | None, Completion]:
+        """The completions, which are on stdout now."""
+        if self.as_json:
+            found = _ended(answers, lambda: None)
+            for name, done in found.items():
+                common.print_json({
+                    "adapter": name, "prompt": text, "answer": done.text, "finish_reason": done.finish_reason,
+                    "prompt_tokens": done.prompt_tokens, "cached_tokens": done.cached_tokens, "tokens": len(done.ids),
+                }, indent=None)  # fmt: skip
+            return found
+        console = common.console()
+        if len(answers) > 1 and sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
+            return _side_by_side(answers, Columns([name or "base" for name in answers], console))
+        found = {}
+        for place, (name, answer) in enumerate(answers.items()):
+            if len(answers) > 1:
+                print(f"\n[{name or 'base'}]" if place else f"[{name or 'base'}]")
+            found |= _one_by_one(name, answer)
+        return found
+
+
+def _one_by_one(name: str | None, answer: Answer) -> dict[str | None, Completion]:
+    """The completion of an answer that is printed as it comes."""
+    shown = 0
+
+    def show(text: str) -> None:
+        nonlocal shown
+        shown += len(text)
+        print(common.printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+    def follow() -> None:
+        for token in answer:
+            show(token.text)
+
+    found = _ended({name: answer}, follow)
+    show(found[name].text[shown:] + "\n")
+    return found
+
+
+def _side_by_side(answers: Mapping[str | None, Answer], columns: Columns) -> dict[str | None, Completion]:
+    """The completions of answers that grow side by side."""
+
+    def grow(column: int, answer: Answer) -> None:
+        with contextlib.suppress(UserError):  # who waits for the end hears of it
+            for token in answer:
+                columns.add(column, token.text)
+
+    threads = [threading.Thread(target=grow, args=pair, daemon=True) for pair in enumerate(answers.values())]
+    with columns:
+        for thread in threads:
+            thread.start()
+        found = _ended(answers, lambda: None)
+        for column, done in enumerate(found.values()):
+            threads[column].join()
+            columns.add(column, done.tail)
+            columns.feet[column] = _foot(done)
+    return found
+
+
+def _foot(done: Completion) -> str:
+    ends = {"length": ", cut off at the limit", "cancelled": ", ended by you"}
+    return f"{len(done.ids)} tokens{ends.get(done.finish_reason, '')}"
+
+
+def _ended(answers: Mapping[str | None, Answer], follow: Callable[[], None]) -> dict[str | None, Completion]:
+    """The completions; on a terminal Ctrl-C ends the answers."""
+    try:
+        follow()
+        return {name: answer.result() for name, answer in answers.items()}
+    except KeyboardInterrupt:
+        for answer in answers.values():
+            answer.cancel()
+        if not sys.stdin.isatty():
+            raise
+        return {name: answer.result() for name, answer in answers.items()}

@@ -79,6 +79,11 @@ def folded(text: str) -> str:
     return "\n".join(lines)
 
 
+def printable(text: str) -> str:
+    """The text for a terminal: what would move its cursor or change its colours is shown as ``�``."""
+    return "".join(c if c in "\n\t" or " " <= c < "\x7f" or c > "\x9f" else "�" for c in text)
+
+
 def tell_hub(model: str) -> None:
     """Say that a model will be looked for on the hub: a mistyped folder looks like an id, and asking takes a while."""
     if is_hub_id(model):

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weft.cli import common, early, options
+from weft.cli.answer_progress import make_progress
+from weft.cli.answering import AnswerSettings, Questions, contents
+from weft.cli.answers import AnswerFile, Key, Row, key_of
 from weft.errors import UserError
 from weft.paths import local_path
 
 if TYPE_CHECKING:
     from weft.data.queries import Query
-    from weft.generation.sampling import Sampling
     from weft.generation.target import Target
-
-# An answer of an adapter to a query, as JSON holds it.
-Row = dict[str, Any]
 
 
 def generate(
@@ -43,9 +42,10 @@ def generate(
     ] = None,
     all_adapters: Annotated[bool, typer.Option("--all-adapters", help="Every adapter of the run answers.")] = False,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", parser=local_path, help="Write one JSON line per answer.")
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", parser=local_path, help="Write one JSON line per answer, as they come."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew if the output file is there.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
     model: options.Model = None,
     system: options.System = None,
@@ -54,61 +54,127 @@ def generate(
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    stop: options.Stop = None,
     seed: options.Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that decode together.")] = 64,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers per prompt, each drawn with a seed of its own.")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, metavar="K", help="Log-probability of each token and of the K likeliest.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--concurrency", min=1, help="Answers that are written at once.")
+    ] = 64,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,
 ) -> int:
     """Answer prompts with one or many adapters, all in one batch; a classification adapter answers with the label.
 
+    An --output file that this same command has begun is continued.
+
     weft generate runs/weft --prompt "What is a loom?" --all-adapters
     """
     _refuse_idle(context)
-    _check(prompt, input_file, adapter, all_adapters, output=output, overwrite=overwrite)
+    _check(prompt, input_file, adapter, all_adapters)
     how_opened: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
-    early.refuse(lambda: _check_files(target, input_file, how_opened, chat_template))
+    sampled: dict[str, Any] = {
+        "seed": seed, "min_p": min_p, "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+    }  # fmt: skip
+    answered: dict[str, Any] = {
+        "system": system, "raw": raw, "chat_template": chat_template, "stop": tuple(stop or ()),
+        "logprobs": logprobs, "count": n, "max_rows": batch_size,
+    }  # fmt: skip
+
+    def settings() -> AnswerSettings:
+        from weft.generation.sampling import Sampling
+        from weft.generation.text import StopStrings
+
+        StopStrings(answered["stop"])
+        return AnswerSettings(Sampling(temperature, top_k, top_p, **sampled), max_new_tokens, **answered)
+
+    def check_files() -> None:
+        how = settings()
+        if output is not None:
+            AnswerFile(output, how.recorded(), overwrite=overwrite)
+        _check_files(target, input_file, how_opened, chat_template)
+
+    early.refuse(check_files)
     from weft.data.queries import check_readable
     from weft.generation.open import leaves_out_bad_records, open_target
-    from weft.generation.sampling import Sampling
 
+    how = settings()
+    file = None if output is None else AnswerFile(output, how.recorded(), overwrite=overwrite)
     if input_file is not None and not leaves_out_bad_records(target):
         check_readable(input_file)  # which is told before weights are loaded
     common.tell_hub(model or target)
-    template = options.template_text(chat_template)
-    opened = open_target(target, **how_opened, chat_template=template)
+    opened = open_target(target, **how_opened, chat_template=options.template_text(chat_template))
     for note in opened.notes:
         common.say(note)
     who = _who(opened, adapter, all_adapters)
     if not opened.names:
         options.refuse_idle(context, ["all_adapters"], "for a model, which has no adapters")
     if not any(name is None or opened.adapters.head(name).writes for name in who):
-        options.refuse_idle(context, [*options.WRITES, "batch_size"], "for adapters that classify")
-    sampling = Sampling(temperature, top_k, top_p, seed=seed)
-    how = _AnswerSettings(
-        system=system, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw, batch_size=batch_size
-    )
-    asked = _asked(opened, input_file or list(prompt or ()), who, how)
-    _tell(target, asked, _answer(opened, asked, how), output, as_json)
+        options.refuse_idle(context, [*options.WRITES, "n", "logprobs", "batch_size"], "for adapters that classify")
+    questions = Questions(opened, _asked(opened, input_file or list(prompt or ()), who, how), how)
+    try:
+        rows = _answer(questions, file, who)
+    except KeyboardInterrupt:
+        _tell_interrupted(file, len(questions.keys()), overwrite)
+        return common.INTERRUPTED
+    _tell(target, rows, output, as_json)
     return common.DONE
 
 
-def _tell(
-    target: str,
-    asked: Mapping[str | None, Sequence[Query]],
-    answers: Mapping[str | None, list[Row]],
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """Write and print the answers, and the scores of classes."""
-    # Adapters that read a file in two ways may leave out different records of it.
-    pairs = [pair for name in asked for pair in zip(asked[name], answers[name], strict=True)]
-    results = [row for _, row in sorted(pairs, key=lambda pair: pair[0].number)]
-    scores = {name or "base": found for name, rows in answers.items() if (found := _scores(rows))}
+def _answer(questions: Questions, file: AnswerFile | None, who: Sequence[str | None]) -> list[Row]:
+    """All rows, in the order of the prompts. A file takes each as it comes."""
+    order = questions.keys()
+    rows: dict[Key, Row] = {}
+    if file is not None:
+        file.open(contents(questions.opened, who), questions.prompts_hash())
+        file.check_keys(order)
+        rows = file.rows
+        if rows:
+            common.say(f"{len(rows):,} of {len(order):,} answers are in {file.path} already")
+    todo = questions.requests(rows)
+    with contextlib.ExitStack() as stack:
+        engine, opened = None, questions.opened
+        if todo:
+            from weft.generation.limits import limits_for
+
+            limits = limits_for(opened.adapters, [one for _, _, one in todo], questions.settings.max_rows)
+            engine = stack.enter_context(opened.engine(limits))
+        came = itertools.chain(() if engine is None else questions.written(engine, todo), questions.classified(rows))
+        told = make_progress(len(order), len(rows), lambda: 0 if engine is None else engine.stats().tokens)
+        progress = stack.enter_context(told)
+        for row in came:
+            if file is not None:
+                file.add(row)
+            else:
+                rows[key_of(row)] = row
+            progress.advance()
+    return [rows[key] for key in order] if file is None else file.close(order)
+
+
+def _tell_interrupted(file: AnswerFile | None, total: int, overwrite: bool) -> None:
+    """Say what is kept, and how to go on."""
+    if file is None:
+        common.say("interrupted; no answer is kept. With --output FILE they are, and the same command goes on.")
+        return
+    again = "the same command without --overwrite" if overwrite else "the same command"
+    common.say(f"interrupted: {len(file.rows):,} of {total:,} answers are in {file.path}; {again} goes on.")
+
+
+def _tell(target: str, results: Sequence[Row], output: Path | None, as_json: bool) -> None:
+    """Print the answers, and the scores of classes."""
+    names = dict.fromkeys(row["adapter"] for row in results)
+    of = {name: [row for row in results if row["adapter"] == name] for name in names}
+    scores = {name: found for name, rows in of.items() if (found := _scores(rows))}
     from weft.preview.text import count_of
 
-    if output is not None:
-        _write(output, results)
     if as_json:
         common.print_json({"target": target, "results": results, **({"scores": scores} if scores else {})})
         return
@@ -127,28 +193,15 @@ def _refuse_idle(context: typer.Context) -> None:
     if given["raw"]:
         options.refuse_idle(context, ["system", "chat_template"], "with --raw, which takes no chat template")
     if not given["temperature"]:
-        options.refuse_idle(context, options.DRAWS, "without --temperature: the likeliest token is taken")
+        options.refuse_idle(context, [*options.DRAWS, "n"], "without --temperature: the likeliest token is taken")
     if given["output"] is None:
         options.refuse_idle(context, ["overwrite"], "without --output")
 
 
-def _check(
-    prompt: list[str] | None,
-    input_file: Path | None,
-    adapter: list[str] | None,
-    all_adapters: bool,
-    output: Path | None,
-    overwrite: bool,
-) -> None:
+def _check(prompt: list[str] | None, input_file: Path | None, adapter: list[str] | None, all_adapters: bool) -> None:
     """Refuse what can be refused before a model is loaded."""
     if bool(prompt) == (input_file is not None):
         raise UserError("give the prompts by --prompt TEXT (may be repeated) or by --input FILE, one of the two.")
-    if output is not None and output.is_dir():
-        raise UserError(f"--output {output} is a folder, not a file.")
-    if output is not None and output.exists() and not overwrite:
-        raise UserError(f"{output} is there already; take another name or --overwrite.")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {output.absolute().parent} for {output.name}.")
     if all_adapters and adapter:
         raise UserError("--all-adapters and --adapter exclude each other.")
 
@@ -173,19 +226,8 @@ def _who(opened: Target, adapter: list[str] | None, everyone: bool) -> list[str 
     return [first]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _AnswerSettings:
-    """The settings by which all prompts are answered."""
-
-    system: str | None
-    max_new_tokens: int | None
-    sampling: Sampling
-    raw: bool
-    batch_size: int
-
-
 def _asked(
-    opened: Target, source: Path | Sequence[str], who: Sequence[str | None], how: _AnswerSettings
+    opened: Target, source: Path | Sequence[str], who: Sequence[str | None], how: AnswerSettings
 ) -> dict[str | None, list[Query]]:
     """The prompts of every adapter. What is left out of them is logged."""
     from weft.data.problems import Problems
@@ -194,64 +236,6 @@ def _asked(
     asked = {name: opened.queries(source, name, problems=problems, system=how.system, raw=how.raw) for name in who}
     problems.check(str(source))
     return asked
-
-
-def _answer(
-    opened: Target, asked: Mapping[str | None, Sequence[Query]], how: _AnswerSettings
-) -> dict[str | None, list[Row]]:
-    """A row of every adapter for every prompt."""
-    writers = {name: found for name, found in asked.items() if name is None or opened.adapters.head(name).writes}
-    texts = _continue(opened, writers, how) if writers else {}
-    return {
-        name: texts[name] if name in texts else _classify(opened, found, str(name)) for name, found in asked.items()
-    }
-
-
-def _continue(
-    opened: Target, asked: Mapping[str | None, Sequence[Query]], how: _AnswerSettings
-) -> dict[str | None, list[Row]]:
-    """Let the adapters write, all in the same batches."""
-    from weft.generation import Request
-    from weft.generation import generate as run
-    from weft.generation.text import decode
-
-    requests, owners = [], []
-    for name, queries in asked.items():
-        for query in queries:
-            ids = query.prompt.input_ids
-            count = opened.room(len(ids), name, how.max_new_tokens, what=query.source)
-            requests.append(Request(ids, name, count, sampling=how.sampling, slots=query.prompt.slots))
-            owners.append(query)
-    completions = run(opened.adapters, requests, stop_ids=opened.stop_ids, batch_size=how.batch_size)
-    rows: dict[str | None, list[Row]] = {name: [] for name in asked}
-    for query, request, done in zip(owners, requests, completions, strict=True):
-        rows[request.adapter].append({
-            "prompt": query.said,
-            "adapter": request.adapter or "base",
-            "text": decode(opened.renderer.tokenizer, done.ids),
-            "finish_reason": done.finish_reason,
-            "prompt_tokens": len(request.prompt),
-            "tokens": len(done.ids),
-        })  # fmt: skip
-    return rows
-
-
-def _classify(opened: Target, queries: Sequence[Query], name: str) -> list[Row]:
-    """The class of every text, beside the one that its record names."""
-    from weft.evaluate.classify import predict
-
-    found = predict(opened.adapters, name, [query.prompt for query in queries])
-    return [
-        {
-            "prompt": query.said,
-            "adapter": name,
-            "text": found.names[label],
-            **({"label": query.label} if query.label is not None else {}),
-            "probabilities": dict(zip(found.names, row, strict=True)),
-            "prompt_tokens": len(query.prompt.input_ids),
-        }
-        for query, label, row in zip(queries, found.labels, found.probabilities.tolist(), strict=True)
-    ]
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, float]:
@@ -264,12 +248,6 @@ def _scores(rows: Sequence[Row]) -> dict[str, float]:
     number = {name: index for index, name in enumerate(labelled[0]["probabilities"])}
     pairs = [[number[row[key]] for row in labelled] for key in ("text", "label")]
     return {**class_metrics(*pairs), "records": len(labelled)}
-
-
-def _write(path: Path, results: Sequence[dict[str, object]]) -> None:
-    from weft.files.whole import write_whole
-
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results), "--output ")
 
 
 def _show(results: Sequence[Row]) -> None:

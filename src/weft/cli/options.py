@@ -33,6 +33,15 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer (2
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")]
 TopK = Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")]
+MinP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Draw from tokens with at least this share of the likeliest's.")
+]
+RepetitionPenalty = Annotated[float, typer.Option(help="Makes tokens of prompt and answer rarer; 1: does nothing.")]
+PresencePenalty = Annotated[
+    float, typer.Option(min=-2.0, max=2.0, help="Taken off the logits of tokens that the answer has.")
+]
+FrequencyPenalty = Annotated[float, typer.Option(min=-2.0, max=2.0, help="The same, as often as the answer has them.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draws; every answer has its own generator.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
@@ -40,8 +49,9 @@ Dtype = Annotated[str, typer.Option(help="auto (as in training), float32, bfloat
 
 
 # The options of those who write, and of those who draw.
-DRAWS = ("top_p", "top_k", "seed")
-WRITES = ("system", "chat_template", "raw", "max_new_tokens", "temperature", *DRAWS)
+DRAWS = ("top_p", "top_k", "min_p", "seed")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+WRITES = ("system", "chat_template", "raw", "max_new_tokens", "temperature", *DRAWS, *PENALTIES, "stop")
 
 
 def refuse_idle(context: typer.Context, names: Sequence[str], why: str) -> None:

@@ -10,8 +10,9 @@ from weft.core.adapters import Adapters
 from weft.data import Conversation, Message, Record, Renderer, to_example
 from weft.data.pipeline import read_all
 from weft.errors import UserError
-from weft.generation import Request, generate
-from weft.generation.text import decode
+from weft.generation import Request
+from weft.generation.limits import limits_for
+from weft.generation.target import open_engine
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ def answer_questions(
     """Let every adapter in ``names`` (None: the base) answer every question, all in the same batches, greedily."""
     prompts = [renderer.prompt(question.messages, task=adapters.architecture.task) for question in questions]
     requests = [Request(prompt.ids, name, max_new_tokens, slots=prompt.slots) for name in names for prompt in prompts]
-    completions = generate(adapters, requests, stop_ids={renderer.eos_token_id}, batch_size=batch_size)
+    with open_engine(adapters, renderer, limits_for(adapters, requests, batch_size)) as engine:
+        completions = engine.generate(requests)
     answers: dict[str | None, list[Answer]] = {}
     for number, name in enumerate(names):
         own = completions[number * len(prompts) : (number + 1) * len(prompts)]
-        texts = [decode(renderer.tokenizer, completion.ids).strip() for completion in own]
+        texts = [completion.text.strip() for completion in own]
         answers[name] = [
             Answer(question, text, fold(text) == fold(question.reference))
             for question, text in zip(questions, texts, strict=True)

@@ -219,6 +219,26 @@ def append_line(path: Path, line: str) -> None:
         raise
 
 
+def drop_torn_line(path: Path) -> None:
+    """Take off what stands behind the last end of a line: whoever wrote it was ended in the middle.
+
+    Raises:
+        WriteError: The machine refuses to write.
+    """
+    with writing(path), open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        keep = end
+        while keep > 0:
+            start = max(0, keep - (1 << 16))
+            file.seek(start)
+            if (found := file.read(keep - start).rfind(b"\n")) >= 0:
+                keep = start + found + 1
+                break
+            keep = start
+        if keep < end:
+            file.truncate(keep)
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors of any shape as safetensors, in a folder that is new.
 

@@ -22,7 +22,7 @@ from weft.base.embeddings import input_embeddings
 from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.generation.identity import Identities
-from weft.generation.limits import Limits, cache_blocks
+from weft.generation.limits import Limits, cache_blocks, limits_for
 from weft.generation.request import Answer, Completion, FinishReason, Request, Token
 from weft.generation.row import Row
 from weft.generation.sampling import choose
@@ -335,12 +335,7 @@ def generate(
     """
     if not requests:
         return []
-    names = {request.adapter for request in requests if request.adapter is not None}
-    learned = max((adapters[name].num_learned_tokens for name in names), default=0)
-    lengths = sorted(len(r.prompt) + r.max_new_tokens + learned for r in requests)[-batch_size:]
-    # Two blocks more for each row: its last one is not full, and one stays free.
-    tokens = sum(lengths) + 2 * Limits().block_tokens * len(lengths)
-    limits = Limits(max_rows=batch_size, cache_tokens=tokens)
+    limits = limits_for(adapters, requests, batch_size)
     with Engine(adapters, stop_ids=stop_ids, limits=limits) as engine:
         return engine.generate(requests, on_token)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from weft.core.adapters import Adapters
 from weft.errors import UserError
+from weft.generation.request import Request
 from weft.layouts.packed import Packed
 
 # Of the memory that is free, for a cache whose size nobody has given.
@@ -41,6 +43,16 @@ class Limits:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; at least 1 is needed.")
+
+
+def limits_for(adapters: Adapters, requests: Sequence[Request], max_rows: int) -> Limits:
+    """The limits of an engine for these requests alone: its cache holds the ``max_rows`` longest, and no more."""
+    names = {request.adapter for request in requests if request.adapter is not None}
+    learned = max((adapters[name].num_learned_tokens for name in names), default=0)
+    lengths = sorted(len(r.prompt) + r.max_new_tokens + learned for r in requests)[-max_rows:]
+    # Two blocks more for each row: its last one is not full, and one stays free.
+    tokens = sum(lengths) + 2 * Limits().block_tokens * len(lengths)
+    return Limits(max_rows=max_rows, cache_tokens=max(1, tokens))
 
 
 def cache_blocks(adapters: Adapters, limits: Limits) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from weft.adapters import Adapters
+from weft.core import adapters as core
 from weft.data import Message, Prompt, Renderer
 from weft.data.formats.turns import Turn
 from weft.data.pipeline import Recipe
@@ -24,7 +25,8 @@ from weft.data.queries import (
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import part
 from weft.errors import UserError, nearest
-from weft.generation.engine import check_writes
+from weft.generation.engine import Engine, check_writes
+from weft.generation.limits import Limits
 from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.token_rows import check_rows
@@ -63,13 +65,11 @@ class Target:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every token that ends an answer: the tokenizer's, the model's and the renderer's."""
-        check_writes(self.adapters, None)
-        configured = getattr(self.base.model, "generation_config", None)
-        eos = getattr(configured, "eos_token_id", None)
-        ids = eos if isinstance(eos, list) else [eos]
-        return frozenset(
-            i for i in (*ids, self.base.tokenizer.eos_token_id, self.renderer.eos_token_id) if isinstance(i, int)
-        )
+        return stop_ids(self.adapters, self.renderer)
+
+    def engine(self, limits: Limits = Limits()) -> Engine:
+        """An engine that answers with texts, as whoever talks to the target wants them. Close it after use."""
+        return open_engine(self.adapters, self.renderer, limits)
 
     def adapter(self, name: str | None) -> str | None:
         """The adapter's name as ``Request`` wants it; ``base`` (unless an adapter is called so) and None are the base.
@@ -188,3 +188,24 @@ class Target:
     def close(self) -> None:
         """Take the adapters off; the model is again the one that was loaded."""
         self.adapters.close()
+
+
+def open_engine(adapters: core.Adapters, renderer: Renderer, limits: Limits = Limits()) -> Engine:
+    """An engine whose answers are texts, and end where those of ``renderer``'s conversations do.
+
+    Raises:
+        UserError: The base writes no text.
+    """
+    return Engine(adapters, tokenizer=renderer.tokenizer, stop_ids=stop_ids(adapters, renderer), limits=limits)
+
+
+def stop_ids(adapters: core.Adapters, renderer: Renderer) -> frozenset[int]:
+    """Every token that ends an answer: the tokenizer's, the model's and the renderer's.
+
+    Raises:
+        UserError: The base writes no text.
+    """
+    check_writes(adapters, None)
+    eos = getattr(getattr(adapters.model, "generation_config", None), "eos_token_id", None)
+    ids = eos if isinstance(eos, list) else [eos]
+    return frozenset(i for i in (*ids, renderer.tokenizer.eos_token_id, renderer.eos_token_id) if isinstance(i, int))

@@ -30,7 +30,7 @@ from weft.core.architecture import Architecture
 from weft.errors import UserError
 from weft.foreign import read_json
 from weft.models.finding import Finding, architecture_of, finding_of
-from weft.paths import with_home
+from weft.paths import cache_folder
 
 _LIMIT = 8 << 20  # bytes; a block of Llama's takes about 220
 
@@ -45,9 +45,9 @@ class KeptProof:
     @classmethod
     def of(cls, model: nn.Module, folder: Path) -> KeptProof | None:
         """The kept proof of a model that was loaded from a folder; None if nothing is kept."""
-        root = with_home(os.environ.get("WEFT_CACHE_DIR", "~/.cache/weft"))
+        root = cache_folder()
         weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".py"))
-        if not root or not any(path.suffix == ".safetensors" for path in weights):
+        if root is None or not any(path.suffix == ".safetensors" for path in weights):
             return None
         config = config_of(model)
         # One walk, because it takes most of the time of a kept proof.
@@ -64,7 +64,7 @@ class KeptProof:
             *(f"{path}:{type(module).__qualname__}" for path, module in modules),
             *(f"{path}:{p.dtype}{tuple(p.shape)}" for path, p in held),
         ]  # fmt: skip
-        return cls(Path(root) / "proofs" / f"{name}.json", _hash(state))
+        return cls(root / "proofs" / f"{name}.json", _hash(state))
 
     def recall(self, model: nn.Module) -> Architecture | None:
         """The model's proved architecture; None if there is none, or if the conditions have changed."""
