@@ -62,7 +62,7 @@ class AnswerBar(AnswerProgress):
                 return Text(self.speed())
 
         self._bar = Progress(
-            TextColumn("answers"), BarColumn(), TextColumn("{task.completed}/{task.total}"), Speed(),
+            TextColumn("answers"), BarColumn(30), TextColumn("{task.completed}/{task.total}"), Speed(),
             TextColumn("ETA"), TimeRemainingColumn(), console=common.console(stderr=True), transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("answers", total=total, completed=done)

@@ -181,8 +181,7 @@ class Conversation:
         if word in ("/exit", "/quit"):
             return False
         if word == "/help":
-            for command, meaning in COMMANDS.items():
-                common.say(f"  {command:<18} {meaning}")
+            _help()
         elif word == "/reset":
             self.reset()
             common.say("a new conversation")
@@ -289,6 +288,15 @@ class Conversation:
                 print(f"\n[{name or 'base'}]" if place else f"[{name or 'base'}]")
             found |= _one_by_one(name, answer)
         return found
+
+
+def _help() -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for command, meaning in COMMANDS.items():
+        table.add_row(f"  {command}", meaning)
+    common.console(stderr=True).print(table)
 
 
 def _one_by_one(name: str | None, answer: Answer) -> dict[str | None, Completion]:
