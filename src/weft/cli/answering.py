@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from weft.cli.answers import Key, Row
+from weft.cli.options import sampling_of
 
 if TYPE_CHECKING:
     from weft.data.queries import Query
@@ -43,11 +44,24 @@ class AnswerSettings:
     count: int = 1
     max_rows: int = 64
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> AnswerSettings:
+        """Those of the command's options.
+
+        Raises:
+            UserError: One of them is out of its range.
+        """
+        own = {name: given[name] for name in ("system", "raw", "chat_template", "logprobs")}
+        return cls(
+            sampling_of(given), given["max_new_tokens"], stop=tuple(given["stop"] or ()), count=given["n"],
+            max_rows=given["batch_size"], **own,
+        )  # fmt: skip
+
     def recorded(self) -> dict[str, object]:
         """What makes a run another one, by the names of the options."""
-        own = {name: getattr(self, name) for name in ("max_new_tokens", "system", "raw", "chat_template", "stop")}
+        own = {name: getattr(self, name) for name in ("max_new_tokens", "system", "raw", "chat_template", "logprobs")}
         drawn = {name: value for name, value in asdict(self.sampling).items() if name != "logit_bias"}
-        return {**own, **drawn, "logprobs": self.logprobs, "n": self.count}
+        return {**own, **drawn, "stop": list(self.stop), "n": self.count}
 
     def drawn(self, sample: int) -> Sampling:
         """How the answer of this number is drawn: the first with the seed itself, each other with one made of it."""

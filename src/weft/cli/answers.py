@@ -47,7 +47,7 @@ class AnswerFile:
         Raises:
             UserError: There is a file that this run cannot go on with.
         """
-        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.path, self.settings = path, dict(settings)
         self.rows: dict[Key, Row] = {}
         self._order: list[Key] = []  # of the lines
         self._replace = overwrite and path.exists()

@@ -72,20 +72,17 @@ def chat(
     if not temperature:
         options.refuse_idle(context, options.DRAWS, "without --temperature: the likeliest token is taken")
     how: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
-    early.refuse(lambda: _open(target, how, chat_template))
+    early.refuse(lambda: (options.sampling_of(context.params), _open(target, how, chat_template)))
     common.tell_hub(model or target)
-    from weft.generation.sampling import Sampling
-
     opened = _open(target, how, chat_template)
-    sampling = Sampling(
-        temperature, top_k, top_p, seed=seed, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-    )  # fmt: skip
-    first = _first(opened, adapter)
-    with Conversation(opened, first, system, sampling, max_new_tokens, stop=stop or (), as_json=as_json) as talk:
+    first, sampling = _first(opened, adapter), options.sampling_of(context.params)
+    with (
+        Conversation(opened, first, system, sampling, max_new_tokens, stop=stop or (), as_json=as_json) as talk,
+        contextlib.closing(turns(not no_history)) as said,
+    ):
         for note in (*opened.notes, opened.summary(), talk.introduction()):
             common.say(note)
-        for turn in turns(not no_history):
+        for turn in said:
             try:
                 if turn.quoted:
                     talk.answer(turn.text)

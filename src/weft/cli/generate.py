@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,31 +22,45 @@ if TYPE_CHECKING:
     from weft.generation.target import Target
 
 
+_Prompts = Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")]
+_Input = Annotated[
+    Path | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        parser=local_path,
+        help="Prompts: data as the adapter learned it, of which the answers are left out and the labels scored; a "
+        ".txt with one per line; records with prompt, instruction (and input), question, text or messages.",
+    ),
+]
+_Adapters = Annotated[
+    list[str] | None,
+    typer.Option(help="Adapter that answers; may be repeated. 'base' is the base. Default: the first."),
+]
+_Everyone = Annotated[bool, typer.Option("--all-adapters", help="Every adapter of the run answers.")]
+_Output = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.jsonl", parser=local_path, help="Write one JSON line per answer, as they come."),
+]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew if the output file is there.")]
+_Raw = Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")]
+_Count = Annotated[int, typer.Option("--n", min=1, help="Answers per prompt, each drawn with a seed of its own.")]
+_Logprobs = Annotated[
+    int | None, typer.Option(min=0, metavar="K", help="Log-probability of each token and of the K likeliest.")
+]
+_Rows = Annotated[int, typer.Option("--batch-size", "--concurrency", min=1, help="Answers that are written at once.")]
+
+
 def generate(
     context: typer.Context,
     target: options.Target,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--input",
-            metavar="FILE",
-            parser=local_path,
-            help="Prompts: data as the adapter learned it, of which the answers are left out and the labels scored; a "
-            ".txt with one per line; records with prompt, instruction (and input), question, text or messages.",
-        ),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="Adapter that answers; may be repeated. 'base' is the base. Default: the first."),
-    ] = None,
-    all_adapters: Annotated[bool, typer.Option("--all-adapters", help="Every adapter of the run answers.")] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.jsonl", parser=local_path, help="Write one JSON line per answer, as they come."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew if the output file is there.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
+    prompt: _Prompts = None,
+    input_file: _Input = None,
+    adapter: _Adapters = None,
+    all_adapters: _Everyone = False,
+    output: _Output = None,
+    overwrite: _Overwrite = False,
+    raw: _Raw = False,
     model: options.Model = None,
     system: options.System = None,
     chat_template: options.ChatTemplate = None,
@@ -60,13 +74,9 @@ def generate(
     frequency_penalty: options.FrequencyPenalty = 0.0,
     stop: options.Stop = None,
     seed: options.Seed = 0,
-    n: Annotated[int, typer.Option("--n", min=1, help="Answers per prompt, each drawn with a seed of its own.")] = 1,
-    logprobs: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Log-probability of each token and of the K likeliest.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "--concurrency", min=1, help="Answers that are written at once.")
-    ] = 64,
+    n: _Count = 1,
+    logprobs: _Logprobs = None,
+    batch_size: _Rows = 64,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,
@@ -80,40 +90,10 @@ def generate(
     _refuse_idle(context)
     _check(prompt, input_file, adapter, all_adapters)
     how_opened: dict[str, Any] = {"model": model, "adapters": adapter, "device": device, "dtype": dtype}
-    sampled: dict[str, Any] = {
-        "seed": seed, "min_p": min_p, "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
-    }  # fmt: skip
-    answered: dict[str, Any] = {
-        "system": system, "raw": raw, "chat_template": chat_template, "stop": tuple(stop or ()),
-        "logprobs": logprobs, "count": n, "max_rows": batch_size,
-    }  # fmt: skip
-
-    def settings() -> AnswerSettings:
-        from weft.generation.sampling import Sampling
-        from weft.generation.text import StopStrings
-
-        StopStrings(answered["stop"])
-        return AnswerSettings(Sampling(temperature, top_k, top_p, **sampled), max_new_tokens, **answered)
-
-    def check_files() -> None:
-        how = settings()
-        if output is not None:
-            AnswerFile(output, how.recorded(), overwrite=overwrite)
-        _check_files(target, input_file, how_opened, chat_template)
-
-    early.refuse(check_files)
-    from weft.data.queries import check_readable
-    from weft.generation.open import leaves_out_bad_records, open_target
-
-    how = settings()
-    file = None if output is None else AnswerFile(output, how.recorded(), overwrite=overwrite)
-    if input_file is not None and not leaves_out_bad_records(target):
-        check_readable(input_file)  # which is told before weights are loaded
+    early.refuse(lambda: _check_files(context.params, how_opened))
+    how, file = _begin(context.params)
     common.tell_hub(model or target)
-    opened = open_target(target, **how_opened, chat_template=options.template_text(chat_template))
-    for note in opened.notes:
-        common.say(note)
+    opened = _open(target, input_file, {**how_opened, "chat_template": options.template_text(chat_template)})
     who = _who(opened, adapter, all_adapters)
     if not opened.names:
         options.refuse_idle(context, ["all_adapters"], "for a model, which has no adapters")
@@ -121,7 +101,7 @@ def generate(
         options.refuse_idle(context, [*options.WRITES, "n", "logprobs", "batch_size"], "for adapters that classify")
     questions = Questions(opened, _asked(opened, input_file or list(prompt or ()), who, how), how)
     try:
-        rows = _answer(questions, file, who)
+        rows = _answer(questions, file)
     except KeyboardInterrupt:
         _tell_interrupted(file, len(questions.keys()), overwrite)
         return common.INTERRUPTED
@@ -129,12 +109,30 @@ def generate(
     return common.DONE
 
 
-def _answer(questions: Questions, file: AnswerFile | None, who: Sequence[str | None]) -> list[Row]:
+def _begin(given: Mapping[str, Any]) -> tuple[AnswerSettings, AnswerFile | None]:
+    """What the options say of the answers and of their file, which is not changed yet."""
+    how, output = AnswerSettings.of(given), given["output"]
+    return how, None if output is None else AnswerFile(output, how.recorded(), overwrite=given["overwrite"])
+
+
+def _open(target: str, input_file: Path | None, how: dict[str, Any]) -> Target:
+    from weft.data.queries import check_readable
+    from weft.generation.open import leaves_out_bad_records, open_target
+
+    if input_file is not None and not leaves_out_bad_records(target):
+        check_readable(input_file)  # which is told before weights are loaded
+    opened = open_target(target, **how)
+    for note in opened.notes:
+        common.say(note)
+    return opened
+
+
+def _answer(questions: Questions, file: AnswerFile | None) -> list[Row]:
     """All rows, in the order of the prompts. A file takes each as it comes."""
     order = questions.keys()
     rows: dict[Key, Row] = {}
     if file is not None:
-        file.open(contents(questions.opened, who), questions.prompts_hash())
+        file.open(contents(questions.opened, list(questions.asked)), questions.prompts_hash())
         file.check_keys(order)
         rows = file.rows
         if rows:
@@ -206,14 +204,15 @@ def _check(prompt: list[str] | None, input_file: Path | None, adapter: list[str]
         raise UserError("--all-adapters and --adapter exclude each other.")
 
 
-def _check_files(target: str, input_file: Path | None, how: dict[str, Any], chat_template: str | None) -> None:
-    """Refuse files and folders that are not there. Where it needs torch, this ends."""
+def _check_files(given: Mapping[str, Any], how: dict[str, Any]) -> None:
+    """Refuse settings, files and folders that cannot be used. Where it needs torch, this ends."""
     from weft.data.reading.files import find_files
     from weft.generation.open import open_target
 
-    if input_file is not None:
-        find_files(input_file)
-    open_target(target, **how, chat_template=options.template_text(chat_template))
+    _begin(given)
+    if given["input_file"] is not None:
+        find_files(given["input_file"])
+    open_target(given["target"], **how, chat_template=options.template_text(given["chat_template"]))
 
 
 def _who(opened: Target, adapter: list[str] | None, everyone: bool) -> list[str | None]:

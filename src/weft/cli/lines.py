@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from weft.errors import UserError
@@ -32,7 +32,7 @@ class _DroppedError(Exception):
 Reader = Callable[[bool], str | None]
 
 
-def turns(keep_history: bool) -> Iterator[Turn]:
+def turns(keep_history: bool) -> Generator[Turn]:
     """The turns that the user types, or those of stdin.
 
     A message between ``\"\"\"`` and ``\"\"\"`` may have several lines; so may one whose lines end with a backslash.
@@ -47,7 +47,7 @@ def turns(keep_history: bool) -> Iterator[Turn]:
         yield from joined(_typed, lenient=True)
 
 
-def joined(read: Reader, *, lenient: bool = False) -> Iterator[Turn]:
+def joined(read: Reader, *, lenient: bool = False) -> Generator[Turn]:
     """Turns of the lines that ``read`` gives. ``lenient``: a message that has no end is dropped.
 
     Raises:

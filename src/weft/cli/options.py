@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import weft
 from weft.errors import UserError
+
+if TYPE_CHECKING:
+    from weft.generation.sampling import Sampling
 
 Config = Annotated[
     list[str] | None,
@@ -64,6 +67,20 @@ def refuse_idle(context: typer.Context, names: Sequence[str], why: str) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise UserError(f"--{name.replace('_', '-')} does nothing {why}. Leave it out.")
+
+
+def sampling_of(given: Mapping[str, Any]) -> Sampling:
+    """How answers are drawn and stopped, by the options ``given``.
+
+    Raises:
+        UserError: One of them is out of its range.
+    """
+    from weft.generation.sampling import Sampling
+    from weft.generation.text import StopStrings
+
+    StopStrings(given["stop"] or ())  # which refuses an empty one
+    drawn = {name: given[name] for name in ("min_p", "seed", *PENALTIES)}
+    return Sampling(given["temperature"], given["top_k"], given["top_p"], **drawn)
 
 
 @cache
