@@ -283,3 +283,14 @@ def test_texts_and_stop_strings(tiny_llama_dir: str) -> None:
     with pytest.raises(UserError, match="tokenizer"):
         Engine(own).submit(Request(ids, None, 4, stop=("x",)))
     own.close()
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(1000, marks=pytest.mark.slow)])
+def test_traffic_of_all_methods_while_adapters_come_and_go(count: int) -> None:
+    """Every answer, token for token, as alone; names come again with other methods and other values."""
+    adapters = kit.open_with_all(kit.make_model("llama"))
+    report = kit.run_traffic(adapters, count, seed=count)
+    assert report.answers == count
+    assert report.wrong == []
+    assert report.loads >= count // 30
+    assert report.reloaded_names >= count // 60
