@@ -142,7 +142,7 @@ def main() -> None:
     ]  # fmt: skip
     tail = [
         "",
-        "| base | one row, 500 tokens, to its first | sixteen rows with that prompt, over it |",
+        "| base | one row of 500 tokens, to its first | sixteen such rows, over it |",
         "|---|---|---|",
     ]
     rows: list[str] = []

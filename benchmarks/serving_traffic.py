@@ -27,7 +27,8 @@ def main() -> int:
     text = (
         "# Mixed traffic, each answer against the same request alone\n\n"
         f"`python -m benchmarks.serving_traffic --count {options.count} --seed {options.seed}`, "
-        f"{datetime.date.today()}, torch {torch.__version__}, a random Llama of width 32 in float32, {time.perf_counter() - begun:.0f} s.\n\n"
+        f"{datetime.date.today()}, torch {torch.__version__}, a random Llama of width 32 in float32, "
+        f"{time.perf_counter() - begun:.0f} s.\n\n"
         "| requests | adapters loaded meanwhile | under a name that had been another's | answers that differ |\n"
         "|---|---|---|---|\n"
         f"| {report.answers:,} | {report.loads:,} | {report.reloaded_names:,} | {len(report.wrong)} |\n"

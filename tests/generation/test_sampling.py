@@ -19,7 +19,7 @@ class Evens:
     """Allows even tokens; a double of a constraint's matcher."""
 
     def __init__(self, vocabulary: int) -> None:
-        self.vocabulary, self.taken, self.failure = vocabulary, list[int](), None
+        self.vocabulary, self.taken, self.failure, self.ended = vocabulary, list[int](), None, False
 
     def mask(self) -> Tensor:
         return torch.arange(self.vocabulary) % 2 == 0
