@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +27,25 @@ FORMATS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
 
 
+def check_library() -> None:
+    """Refuse where the ``gguf`` package is missing; it is not imported.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError('GGUF files need the gguf package: pip install "weft[gguf]".')
+
+
 def gguf_library() -> Any:
     """The ``gguf`` package.
 
     Raises:
         UserError: It is not installed.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError('GGUF files need the gguf package: pip install "weft[gguf]".') from None
+    check_library()
+    import gguf
+
     return gguf
 
 
