@@ -143,7 +143,11 @@ def test_read_back_by_the_gguf_package(kind: str, tmp_path: Path, monkeypatch: p
         ("gpt2", {}, "gpt2 models are not written as GGUF"),
         ("mistral", {"sliding_window": 16}, "sliding_window: 16"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: gelu"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type: dynamic"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type: dynamic",
+        ),
     ],
 )
 def test_what_is_not_proved_is_refused(kind: str, more: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -158,7 +162,10 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
     folder = model_of("llama", tmp_path / "model")
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("a"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex("a"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"BPE after Split, ByteLevel\) is none that llama.cpp gives the ids of"):

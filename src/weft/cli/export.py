@@ -51,12 +51,16 @@ def export(
         check_word("--quantization", quantization, ("nf4", "fp4", "int8"))
     if public and push_to_hub is None:
         raise UserError("--public does nothing without --push-to-hub. Leave it out.")
-    early.refuse(lambda: _check(source, to, output, adapter, dtype, model=model, device=device,
-                                base_name=base_name, push=push_to_hub))  # fmt: skip
+
+    def check() -> None:
+        _check(source, to, output, adapter, dtype, model=model, device=device, base_name=base_name, push=push_to_hub)
+
+    early.refuse(check)
     from weft.export.exporting import export as write
     from weft.export.exporting import find_format, find_material
 
     common.tell_hub(model or "")
+    check()
     form, kind = find_format(to, dtype)
     done = write(
         find_material(source, adapter, model),

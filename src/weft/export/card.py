@@ -12,16 +12,16 @@ from typing import Any
 from weft.data.provenance import file_names
 from weft.export.format import Written
 from weft.files import adapter_folder as files
-from weft.files.run_folder import read_metrics, run_of
+from weft.files.run_folder import RUN_FILE, read_metrics, run_of
 from weft.files.tensors import digest
 from weft.files.whole import sha256_of
-from weft.foreign import read_json
+from weft.foreign import expect, read_json
 from weft.paths import is_hub_id
 from weft.version import __version__
 
 CARD = "README.md"
 # Settings of a method that say where and how much; the others are written where they are set.
-_UNSET = (None, False, [], {}, "", 0, 0.0, "none")
+_UNSET: tuple[object, ...] = (None, False, [], {}, "", 0, 0.0, "none")
 _JOB_KEYS = ("objective", "steps", "epochs", "batch_size", "batch_tokens", "learning_rate", "lr_scheduler_type",
              "optimizer", "seed")  # fmt: skip
 _LIBRARIES = {"peft": "peft", "gguf": "gguf", "gguf-lora": "gguf", "ollama": "gguf"}
@@ -60,13 +60,13 @@ def facts_of(adapter: Path, base: str) -> Facts:
     job: Mapping[str, Any] = {}
     figures: dict[str, float] = {}
     if run is not None:
-        config = read_json(run / "run.json").get("config", {})
-        job = next((one for one in config.get("jobs", []) if one.get("name") == name), {})
+        job = next((one for one in _jobs(run) if one.get("name") == name), {})
         for row in read_metrics(run):
             if row.get("job") == name:
                 figures |= {k: row[k] for k in ("loss", "eval_loss", "step") if isinstance(row.get(k), (int, float))}
-    parts = [adapter / str(part) for part in own.get("parts", ())] if isinstance(own.get("parts"), list) else []
-    methods = [str(files.read_own(part).get("method")) for part in parts] or [str(own.get("method") or "")]
+    parts = own.get("parts")
+    folders = [adapter / str(part) for part in parts] if isinstance(parts, list) else []
+    methods = [str(files.read_own(part).get("method")) for part in folders] or [str(own.get("method") or "")]
     if not own:
         methods = [str(read_json(adapter / files.CONFIG).get("peft_type", "")).lower()]
     return Facts(
@@ -78,6 +78,12 @@ def facts_of(adapter: Path, base: str) -> Facts:
         figures=figures,
         tensors=hash_of_tensors(adapter),
     )
+
+
+def _jobs(run: Path) -> list[dict[str, Any]]:
+    where = f"{run / RUN_FILE}: config"
+    config = expect(read_json(run / RUN_FILE).get("config", {}), dict, where)
+    return [expect(one, dict, f"{where}.jobs") for one in expect(config.get("jobs", []), list, f"{where}.jobs")]
 
 
 def hash_of_tensors(folder: Path) -> str:
@@ -169,4 +175,3 @@ def _cell(value: object) -> str:
         return f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text.replace("|", "\\|").replace("\n", " ")
-

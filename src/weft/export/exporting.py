@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from weft.data.provenance import file_names
 from weft.errors import UserError, check_word, nearest
@@ -22,9 +21,6 @@ from weft.models.load import resolve_model
 from weft.models.quantize import Quantization
 from weft.paths import is_hub_id, local_path
 from weft.training.config import read_run_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _MERGED = ".merged"
 
@@ -54,17 +50,18 @@ def find_material(source: str | Path, adapter: str | None = None, model: str | N
     folder = local_path(source)
     if (folder / RUN_FILE).is_file():
         names = [job.name for job in read_run_config(folder).jobs]
+        listed = ", ".join(names)
         if adapter is None and len(names) != 1:
-            raise UserError(f"{folder} is a run with the adapters {', '.join(names)}; choose one: --adapter {names[0]}.")
+            raise UserError(f"{folder} is a run with the adapters {listed}; choose one: --adapter {names[0]}.")
         if adapter is not None and adapter not in names:
-            raise UserError(f"{folder} has no adapter '{adapter}'.{nearest(adapter, names)} There are: {', '.join(names)}.")
+            raise UserError(f"{folder} has no adapter '{adapter}'.{nearest(adapter, names)} There are: {listed}.")
         (folder,) = RunStore(folder).finished([adapter or names[0]])
     elif adapter is not None:
         raise UserError(f"--adapter {adapter} chooses among the adapters of a run, and {folder} is none. Leave it out.")
     if files.merged_from(folder) is None and files.is_adapter(folder):
         base = model or _base_of(folder)
         if base is None:
-            raise UserError(f"{folder / files.CONFIG} does not say which base the adapter is for; name it with --model.")
+            raise UserError(f"{folder / files.CONFIG} does not say which base it is for; name that with --model.")
         return Material(folder, files.name_for(folder), base=resolve_model(base), adapter=folder)
     if model is not None:
         raise UserError(f"{source} is no run and no adapter, so that --model has no base to replace. Leave one out.")
@@ -107,12 +104,8 @@ def check(material: Material, form: Format) -> None:
     Raises:
         UserError: It cannot hold it.
     """
-    form.check(material, _config_of(material))
-
-
-def _config_of(material: Material) -> PreTrainedConfig | None:
-    place = material.base or str(material.folder)
-    return gate.load_config(place) if Path(place).is_dir() or is_hub_id(place) else None
+    path = Path(material.base or material.folder) / "config.json"
+    form.check(material, read_json(path) if path.is_file() else {})
 
 
 def export(
@@ -140,6 +133,7 @@ def export(
     base = base_name or material.base or str(material.folder)
     shown = base if is_hub_id(base) else Path(base).name
     check(material, form)
+    form.check_model(gate.load_config(material.base or material.folder))
     with new_folder(output, "--output ") as part:
         merge, given = None, material
         if form.of_model and material.adapter is not None:

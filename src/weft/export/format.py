@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from weft.export.loaders import Loader
 
@@ -19,7 +18,7 @@ class Material:
     """What is exported: an adapter's folder, or a model's.
 
     Attributes:
-        folder: the adapter's folder; of a format that is made of a model, the model's, into which an adapter was merged.
+        folder: the adapter's; of a format that is made of a model, the model's, into which an adapter was merged.
         name: what the result is called.
         base: the folder or hub id of the adapter's base; None for a plain model.
         adapter: the adapter's own folder, also where it was merged; None for a plain model.
@@ -51,7 +50,7 @@ class Written:
     loaders: list[Loader] = field(default_factory=list)
 
 
-class Format(ABC):
+class Format:
     """A format of export.
 
     Attributes:
@@ -64,17 +63,24 @@ class Format(ABC):
     kinds: ClassVar[Mapping[str, str]] = {}
     of_model: ClassVar[bool] = False
 
-    def check(self, material: Material, config: PreTrainedConfig | None) -> None:
-        """Refuse early what cannot be written; ``config`` is the base's or the model's, where it is known.
+    def check(self, material: Material, entries: Mapping[str, Any]) -> None:
+        """Refuse early what cannot be written; ``entries`` are those of the model's ``config.json``, if it is here.
 
         Raises:
             UserError: It cannot.
         """
 
-    @abstractmethod
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Refuse a model that cannot be written, before an adapter is merged into it.
+
+        Raises:
+            UserError: It cannot.
+        """
+
     def write(self, material: Material, part: Path, kind: str) -> Written:
         """Write the material into the new folder ``part``.
 
         Raises:
             UserError: The format has no place for something, or what was written is not what it should be.
         """
+        raise NotImplementedError

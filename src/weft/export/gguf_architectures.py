@@ -61,9 +61,7 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
     "mistral": GgufArchitecture("llama", pairs_together=True),
     "qwen2": GgufArchitecture("qwen2"),
     "qwen3": GgufArchitecture("qwen3"),
-    "gemma": GgufArchitecture(
-        "gemma", ("gelu_pytorch_tanh", "gelu_new", "gelu"), norm_offset=1.0, needs_tied=True
-    ),
+    "gemma": GgufArchitecture("gemma", ("gelu_pytorch_tanh", "gelu_new", "gelu"), norm_offset=1.0, needs_tied=True),
 }
 # Settings that change what a model computes and that these architectures of llama.cpp do not know, with the values that
 # change nothing.
@@ -77,6 +75,19 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
+def check_type(kind: str) -> None:
+    """Refuse a type of model that has no record.
+
+    Raises:
+        UserError: It has none.
+    """
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"{kind} models are not written as GGUF; Weft can prove {', '.join(ARCHITECTURES)}. Export --to peft, or "
+            "merge the adapter (weft merge) and serve the folder with transformers or vLLM."
+        )
+
+
 def architecture_of(config: PreTrainedConfig) -> GgufArchitecture:
     """The record of a model's architecture.
 
@@ -84,11 +95,7 @@ def architecture_of(config: PreTrainedConfig) -> GgufArchitecture:
         UserError: There is none, or the model has a setting that llama.cpp would not honour.
     """
     kind = config.model_type
-    if kind not in ARCHITECTURES:
-        raise UserError(
-            f"{kind} models are not written as GGUF; Weft can prove {', '.join(ARCHITECTURES)}. Export --to peft, or "
-            "merge the adapter (weft merge) and serve the folder with transformers or vLLM."
-        )
+    check_type(kind)
     found = ARCHITECTURES[kind]
     for key, values in _NEUTRAL.items():
         value = getattr(config, key, None)

@@ -82,6 +82,10 @@ class GgufContent:
             )
         self.formats[name] = kind
 
+    def read_back_line(self, kind: str) -> str:
+        """What ``write_gguf`` has shown, as a line for people."""
+        return f"read back by the gguf package: {len(self.tensors)} tensors, each within the rounding of {kind}"
+
 
 def write_gguf(content: GgufContent, path: Path) -> None:
     """Write a file, and read it again.

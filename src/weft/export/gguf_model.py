@@ -40,12 +40,15 @@ def check_exportable(config: PreTrainedConfig) -> GgufArchitecture:
         UserError: It cannot be written as GGUF.
     """
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError("the model is quantised, and GGUF is made of plain weights; export the one that it was made of.")
-    found = architecture_of(config)
-    if any("CausalLM" not in name for name in config.architectures or ()):
         raise UserError(
-            f"{config.architectures[0]} is no model that writes text, and llama.cpp would run it as one; transformers "
-            "runs the merged folder (weft merge)."
+            "the model is quantised, and GGUF is made of plain weights; export the one that it was made of."
+        )
+    found = architecture_of(config)
+    others = [name for name in config.architectures or () if "CausalLM" not in name]
+    if others:
+        raise UserError(
+            f"{others[0]} is no model that writes text, and llama.cpp would run it as one; transformers runs the "
+            "merged folder (weft merge)."
         )
     return found
 

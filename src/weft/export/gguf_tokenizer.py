@@ -44,11 +44,13 @@ CUTS: dict[str, tuple[str, ...]] = {
 _WHOLE_WORDS = ("llama-bpe",)
 _SPACE = "▁"
 _TEXTS = (
-    "", " ", "a", " a", "a ", "Hello, world!", "it's we'll I'M THEY'VE don't", "  two  spaces   three", "\n", "\n\n\n a\n",
-    "tabs\tand\r\nlines \n ends", "12 345 6789 1234567890 3.14 1,000", "def f(x):\n    return x ** 2  # squared\n",
-    "今天天气怎么样？请用一句话回答。", "abc今天def 今 天", "日本語のテキスト、カタカナ。", "한국어 문장입니다.", "Привет, как дела?",
-    "مرحبا كيف حالك", "שלום עולם", "नमस्ते दुनिया", "สวัสดีชาวโลก", "Grüße, naïve café ÆØÅ", "😀 👩‍👩‍👧 🧵a", "∑∫√ ≤≥ €£¥ «»",
-    "{\"key\": [1, 2.5, null]}", "<html> &amp; </html>", "a" * 50, "....!!!???---", "x\u00a0y\u2003z", "\u200bzero", "ﬁ ½ ²",
+    "", " ", "a", " a", "a ", "Hello, world!", "it's we'll I'M THEY'VE don't", "  two  spaces   three", "\n",
+    "\n\n\n a\n", "tabs\tand\r\nlines \n ends", "12 345 6789 1234567890 3.14 1,000",
+    "def f(x):\n    return x ** 2  # squared\n", "今天天气怎么样？请用一句话回答。", "abc今天def 今 天",
+    "日本語のテキスト、カタカナ。", "한국어 문장입니다.", "Привет, как дела?", "مرحبا كيف حالك", "שלום עולם",
+    "नमस्ते दुनिया", "สวัสดีชาวโลก", "Grüße, naïve café ÆØÅ", "😀 👩\u200d👩\u200d👧 🧵a", "∑∫√ ≤≥ €£¥ «»",
+    '{"key": [1, 2.5, null]}', "<html> &amp; </html>", "a" * 50, "....!!!???---", "x\u00a0y\u2003z", "\u200bzero",
+    "ﬁ ½ ²",
 )  # fmt: skip
 _LETTERS = "abcXYZ '’0123456789\n\t .,!?-_<>|#/é今天日の한д€😀"
 _RANDOM_TEXTS, _RANDOM_LENGTH = 200, 24
@@ -199,7 +201,8 @@ class _Vocabulary:
     def merges(self) -> list[tuple[str, str]]:
         """The pairs that are joined, the first ones first."""
         given = self.model.get("merges") or []
-        return [tuple(one.split(" ", 1)) if isinstance(one, str) else (one[0], one[1]) for one in given]
+        pairs = (one.split(" ", 1) if isinstance(one, str) else one for one in given)
+        return [(left, right) for left, right in pairs]
 
     def candidates(self) -> list[Candidate]:
         """The algorithms of llama.cpp that this may be."""

@@ -89,7 +89,7 @@ def go_template(gaps: Gaps, leave_out: str = "") -> str:
     Args:
         leave_out: what the program itself puts at the beginning (the BOS), and the template must not.
     """
-    cases = []
+    cases: list[str] = []
     for role in _ROLES:
         before = {pair[0]: text for pair, text in gaps.texts.items() if pair[1] == role}
         if not before:
@@ -110,7 +110,7 @@ def _by_last(texts: Mapping[str, str]) -> str:
     """The text for each role of the turn before."""
     if len(set(texts.values())) == 1 and START not in texts:
         return _written(next(iter(texts.values())))
-    found = []
+    found: list[str] = []
     for role, text in texts.items():
         found.append(f'{{{{ {"else " if found else ""}if eq $last "{role}" }}}}{_written(text)}')
     return "".join(found) + "{{ end }}"
@@ -243,9 +243,7 @@ def _branch(tokens: Tokens, at: int, kind: str, condition: str) -> tuple[Node, i
 Scope = dict[str, str]
 
 
-def _run(
-    nodes: Sequence[Node], scope: Scope, messages: Sequence[Scope], dot: Scope | None, found: list[str]
-) -> None:
+def _run(nodes: Sequence[Node], scope: Scope, messages: Sequence[Scope], dot: Scope | None, found: list[str]) -> None:
     for node in nodes:
         if node.kind == "text":
             found.append(node.words)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import UserError
 from weft.export import llama_cpp
 from weft.export.format import Format, Material, Written
+from weft.export.gguf_architectures import check_type
 from weft.export.gguf_file import check_library, write_gguf
 from weft.export.gguf_model import check_exportable, file_name, gguf_model
 from weft.export.samples import plain_logits
@@ -30,10 +32,13 @@ class Gguf(Format):
     }
     of_model = True
 
-    def check(self, material: Material, config: PreTrainedConfig | None) -> None:
+    def check(self, material: Material, entries: Mapping[str, Any]) -> None:
         check_library()
-        if config is not None and config.model_type:
-            check_exportable(config)
+        if "model_type" in entries:
+            check_type(str(entries["model_type"]))
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        check_exportable(config)
 
     def write(self, material: Material, part: Path, kind: str) -> Written:
         return write_model(material, part, kind)[0]
@@ -50,7 +55,7 @@ def write_model(material: Material, part: Path, kind: str) -> tuple[Written, Pat
     make_folder(part)
     path = part / file_name(material.name, kind)
     write_gguf(content, path)
-    lines = [f"read back by the gguf package: all {len(content.tensors)} tensors are there, within the rounding of {kind}"]
+    lines = [content.read_back_line(kind)]
     figures: dict[str, object] = {"file": path.name, "tensors": len(content.tensors), "kind": kind}
     if llama_cpp.installed():
         try:
@@ -62,5 +67,5 @@ def write_model(material: Material, part: Path, kind: str) -> tuple[Written, Pat
                                 "difference": proof.difference, "version": proof.version}  # fmt: skip
     else:
         lines.append("not run in llama.cpp, for llama-cpp-python is not installed here")
-    commands = [f"llama-server -m {path.name}", f'Llama("{path.name}").create_chat_completion(messages)  # llama-cpp-python']
-    return Written(lines, commands, figures=figures, notes=content.notes), path
+    python = f'Llama("{path.name}").create_chat_completion(messages)  # llama-cpp-python'
+    return Written(lines, [f"llama-server -m {path.name}", python], figures=figures, notes=content.notes), path

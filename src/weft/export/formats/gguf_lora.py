@@ -7,9 +7,11 @@ llama.cpp scales a module's change by ``adapter.lora.alpha`` over the module's r
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from weft.base.embeddings import config_of
 from weft.errors import UserError
 from weft.export.format import Format, Material, Written
 from weft.export.gguf_architectures import architecture_of
@@ -22,8 +24,6 @@ from weft.methods.lora import LoraConfig
 from weft.models.load import sketch_base
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from weft.models import Base
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
@@ -42,7 +42,7 @@ def gguf_lora(folder: Path, base: Base, found: AdapterFiles, kind: str) -> GgufC
     """
     if why := gguf_obstacle(found):
         raise UserError(_refusal(folder, why))
-    hf_config = base.model.config
+    hf_config = config_of(base.model)
     architecture = architecture_of(hf_config)
     config, tensors, _ = files.read(folder, base.model)
     assert isinstance(config, LoraConfig)
@@ -74,34 +74,34 @@ class GgufLora(Format):
     sentence = "the LoRA alone, for llama.cpp beside its base's GGUF file"
     kinds = {"f32": "32 bits", "f16": "16 bits", "bf16": "16 bits, of which more for the exponent"}
 
-    def check(self, material: Material, config: PreTrainedConfig | None) -> None:
+    def check(self, material: Material, entries: Mapping[str, Any]) -> None:
         check_library()
         if material.adapter is None:
             raise UserError(f"{material.folder} is a model, not an adapter; --to gguf-lora is for adapters.")
-        if why := gguf_obstacle(_files(material, config)):
+        if why := gguf_obstacle(_files(material, entries)):
             raise UserError(_refusal(material.adapter, why))
 
     def write(self, material: Material, part: Path, kind: str) -> Written:
         assert material.adapter is not None
         assert material.base is not None
         base = sketch_base(material.base, tokens=files.added_tokens(material.adapter))
-        content = gguf_lora(material.adapter, base, _files(material, base.model.config), kind)
+        content = gguf_lora(material.adapter, base, _files(material, config_of(base.model).to_dict()), kind)
         content.settings |= {"general.name": material.name}
         make_folder(part)
         path = part / file_name(f"{material.name}-lora", kind)
         write_gguf(content, path)
+        beside = f"# BASE: weft export {Path(material.base).name} --to gguf"
         return Written(
-            [f"read back by the gguf package: all {len(content.tensors)} factors are there, within the rounding of {kind}"],
-            [f"llama-server -m BASE.gguf --lora {path.name}   # BASE.gguf: weft export {Path(material.base).name} --to gguf"],
+            [content.read_back_line(kind)],
+            [f"llama-server -m BASE.gguf --lora {path.name}   {beside}"],
             figures={"file": path.name, "tensors": len(content.tensors), "kind": kind},
         )
 
 
-def _files(material: Material, config: PreTrainedConfig | None) -> AdapterFiles:
+def _files(material: Material, entries: Mapping[str, Any]) -> AdapterFiles:
     assert material.adapter is not None
-    if config is None:
-        return adapter_files(material.adapter)
-    return adapter_files(material.adapter, model_type=config.model_type, tied=bool(config.tie_word_embeddings))
+    tied = bool(entries.get("tie_word_embeddings"))
+    return adapter_files(material.adapter, model_type=entries.get("model_type"), tied=tied)
 
 
 def _refusal(folder: Path, why: str) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from weft.errors import UserError
 from weft.export.format import Format, Material, Written
 from weft.export.loaders import adapter_files, loaders
-from weft.errors import UserError
 from weft.files import adapter_folder as files
 from weft.files.run_folder import RunStore, run_of
 from weft.files.whole import copy_file, make_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 # Other tools read the tokenizer and its template beside an adapter under these names.
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
@@ -25,14 +23,14 @@ class Peft(Format):
     name = "peft"
     sentence = "the adapter in PEFT's layout"
 
-    def check(self, material: Material, config: PreTrainedConfig | None) -> None:
+    def check(self, material: Material, entries: Mapping[str, Any]) -> None:
         if material.adapter is None:
             raise UserError(f"{material.folder} is a model, not an adapter; --to peft is for adapters.")
-        # This compares the tensors with their hashes, so no damaged file travels.
-        files.read(material.adapter)
 
     def write(self, material: Material, part: Path, kind: str) -> Written:
         assert material.adapter is not None
+        # This compares the tensors with their hashes, so no damaged file travels.
+        files.read(material.adapter)
         _copy(material.adapter, part)
         run = run_of(material.adapter)
         tokenizer = None if run is None else RunStore(run).tokenizer
