@@ -138,7 +138,7 @@ class Adapters(core.Adapters):
             raise UserError(f"a weighted sum needs adapters, each once with a weight: {list(names)} {list(weights)}.")
         if not all(math.isfinite(weight) for weight in weights):
             raise UserError(f"weights {list(weights)}: every weight must be a finite number.")
-        adapter = WeightedSum(name, [self[part] for part in names], weights)
+        adapter = WeightedSum(name, [self[part] for part in names], weights, self.model)
         adapter.set_up(self.architecture.hidden_size, TokenHead())
         return self._attach(name, adapter)
 

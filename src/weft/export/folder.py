@@ -17,7 +17,9 @@ from weft.data.rendering.served import served_template
 from weft.errors import UserError
 from weft.export.proof import Proof, Reference, compare, fixed_prompts, fixed_texts, routed_logits
 from weft.export.rendering import Wanted, compare_ids, fixed_conversations, fresh_ids, wanted_ids
+from weft.export.requantized import changes_of, requantize
 from weft.export.sources import Sources
+from weft.export.tokenizer_files import keep_unchanged
 from weft.files import adapter_folder as files
 from weft.files.run_folder import run_of
 from weft.files.whole import new_folder, weights_bytes
@@ -27,7 +29,8 @@ from weft.generation.target import Target
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears, how_kept
-from weft.models.load import resolve_dtype
+from weft.models.hub import folder_of
+from weft.models.load import resolve_dtype, resolve_model
 from weft.models.quantize import Quantization
 from weft.paths import local_path
 from weft.training.config import read_run_config
@@ -42,12 +45,13 @@ SHARD = "5GB"
 
 @dataclass(frozen=True)
 class Result:
-    """A merged model's folder, how it compares, and what the user should know."""
+    """A merged model's folder, how it compares (``lines`` say it in words), and what the user should know."""
 
     folder: Path
     entries: Mapping[str, object]
     proof: Proof
     _: KW_ONLY
+    lines: tuple[str, ...]
     notes: tuple[str, ...]
     bytes: int
 
@@ -61,6 +65,7 @@ def merge_folder(
     dtype: str = "auto",
     device: str = "auto",
     quantization: Quantization | None = None,
+    quantize: Quantization | None = None,
 ) -> Result:
     """Write the base with an adapter in its weights to the new folder ``output``, and compare it with the adapter.
 
@@ -70,6 +75,7 @@ def merge_folder(
         model: the base, instead of the one that the adapter names.
         dtype: of the weights that are written; ``auto``: those of the base in training.
         quantization: how the base of the training was kept, where the folder does not say.
+        quantize: how the merged model is kept; the proof is of the model before.
 
     Raises:
         UserError: the adapter cannot become weights, does not fit the base, the folder is taken, or the merged model
@@ -80,7 +86,8 @@ def merge_folder(
         given = resolve_dtype(dtype)
         opened, notes = _open(sources.folders[0], model, device, quantization)
         notes += sources.load_others(opened)
-        written = _write(opened, sources, part, given if isinstance(given, torch.dtype) else None)
+        narrowed = given if isinstance(given, torch.dtype) else None
+        written = _write(opened, sources, part, narrowed, measured=quantize is not None)
         where, tokenizer = opened.adapters.device, opened.base.tokenizer
         del opened  # two models at once are enough
         with fresh_ids(part, [messages for messages, _ in written.wanted]) as ids_elsewhere:
@@ -96,6 +103,12 @@ def merge_folder(
                 "adapter beside its base."
             )
         entries = written.entries | {"proof": asdict(proof)}
+        lines = proof.lines()
+        if quantize is not None:
+            rounded = requantize(part, quantize, written.changes, written.expected, where)
+            entries |= {"requantized": asdict(rounded)}
+            lines += rounded.lines()
+            notes += rounded.notes()
         data = {} if written.data is None else {"data": written.data}
         files.write_json(part / files.OWN_CONFIG, {"merged": entries, **data})
     if entries["quantization"]:
@@ -103,7 +116,7 @@ def merge_folder(
             f"the base of the training was {entries['quantization']}: its dequantised weights, beside which the "
             f"adapter learned, are what it was merged with, written in {entries['dtype']}."
         )
-    return Result(output, entries, proof, notes=tuple(notes), bytes=weights_bytes(output))
+    return Result(output, entries, proof, lines=tuple(lines), notes=tuple(notes), bytes=weights_bytes(output))
 
 
 def _open(folder: Path, model: str | None, device: str, quantization: Quantization | None) -> tuple[Target, list[str]]:
@@ -151,10 +164,12 @@ class _MergedFolder:
     entries: dict[str, object]
     data: Mapping[str, object] | None
     expected: list[Reference]
+    _: KW_ONLY
     wanted: Wanted
+    changes: Mapping[str, float]
 
 
-def _write(opened: Target, sources: Sources, part: Path, dtype: torch.dtype | None) -> _MergedFolder:
+def _write(opened: Target, sources: Sources, part: Path, dtype: torch.dtype | None, *, measured: bool) -> _MergedFolder:
     """Write the model and its tokenizer, and close what was opened. The base is this function's own."""
     adapters, name = opened.adapters, sources.name(opened)
     adapter, quantized = adapters[name], bool(getattr(adapters.model, "is_quantized", False))
@@ -166,11 +181,15 @@ def _write(opened: Target, sources: Sources, part: Path, dtype: torch.dtype | No
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
     entries = _entries(opened, sources, new)
+    changes = changes_of(adapters.model, adapter, new) if measured else {}
     wanted = _save(opened, new, part)
+    source = folder_of(resolve_model(opened.base.name))
+    if source is not None:
+        entries["tokenizer_files_of_the_base"] = keep_unchanged(part, source)
     del new
     expected = _expected(opened, sources, written)
     opened.close()
-    return _MergedFolder(entries, sources.provenance(), expected, wanted=wanted)
+    return _MergedFolder(entries, sources.provenance(), expected, wanted=wanted, changes=changes)
 
 
 def _expected(opened: Target, sources: Sources, written: torch.dtype) -> list[Reference]:

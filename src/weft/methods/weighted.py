@@ -7,62 +7,55 @@ same with the modules' functions (for the proof) and with their weights (for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from weft.core.adapter import Adapter, InputFunction, SiteFunction
 from weft.core.route import Segment
+from weft.core.site import plain_class
 from weft.errors import UserError
 from weft.methods.combined import CombinedConfig
 from weft.methods.mergeable import Mergeable, MergedModule
 
-T = TypeVar("T")
-
 
 class WeightedSum(Adapter):
-    """Adapters with a weight each. It is run and merged, and neither trained nor saved.
+    """Adapters with a weight each, over ``model``. It is run and merged, and neither trained nor saved.
 
     Raises:
         UserError: An adapter does what no weighted sum of weights can be.
     """
 
-    def __init__(self, name: str, parts: Sequence[Adapter], weights: Sequence[float]) -> None:
+    def __init__(self, name: str, parts: Sequence[Adapter], weights: Sequence[float], model: nn.Module) -> None:
         super().__init__(CombinedConfig(parts=tuple(part.config for part in parts)), name)
         self.part_modules = nn.ModuleList(parts)
         self.weights = tuple(weights)
         for part in parts:
             if reason := _obstacle(part):
                 raise UserError(f"adapter '{part.name}' ({part.config.method}) has no weight in a sum: {reason}.")
-        both = {path for part in parts for path in part.input_sites()} & {p for part in parts for p in part.sites()}
-        if both:
-            raise UserError(
-                f"at '{min(both)}' one adapter changes what goes in and another what comes out, and the sum of both is "
-                "no weight of one module. Merge one of them, and train the other on the result."
-            )
+        self._module = model.get_submodule
 
     @property
     def parts(self) -> Sequence[Adapter]:
         return tuple(cast(Sequence[Adapter], self.part_modules))
 
     def sites(self) -> Mapping[str, SiteFunction]:
-        return {path: _output_sum(found) for path, found in self._at(lambda part: part.sites()).items()}
-
-    def input_sites(self) -> Mapping[str, InputFunction]:
-        return {path: _input_sum(found) for path, found in self._at(lambda part: part.input_sites()).items()}
+        found: dict[str, list[tuple[float, SiteFunction]]] = {}
+        for weight, part in zip(self.weights, self.parts, strict=True):
+            inputs, outputs = part.input_sites(), part.sites()
+            for path in dict.fromkeys((*inputs, *outputs)):
+                function = _alone(self._module(path), inputs.get(path), outputs.get(path))
+                found.setdefault(path, []).append((weight, function))
+        return {path: _sum(functions) for path, functions in found.items()}
 
     def merges(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {path: [WeightedChanges(found)] for path, found in self._at(lambda part: part.merges()).items()}
-
-    def _at(self, sites: Callable[[Adapter], Mapping[str, T]]) -> dict[str, list[tuple[float, T]]]:
-        """Path -> what the parts have there, with their weights."""
-        found: dict[str, list[tuple[float, T]]] = {}
+        found: dict[str, list[tuple[float, Sequence[nn.Module]]]] = {}
         for weight, part in zip(self.weights, self.parts, strict=True):
-            for path, value in sites(part).items():
-                found.setdefault(path, []).append((weight, value))
-        return found
+            for path, layers in part.merges().items():
+                found.setdefault(path, []).append((weight, layers))
+        return {path: [WeightedChanges(changes)] for path, changes in found.items()}
 
 
 def _obstacle(part: Adapter) -> str:
@@ -74,16 +67,22 @@ def _obstacle(part: Adapter) -> str:
     return "it changes parameters of experts" if part.parameter_sites() else ""
 
 
-def _output_sum(found: Sequence[tuple[float, SiteFunction]]) -> SiteFunction:
+def _alone(module: nn.Module, prepare: InputFunction | None, change: SiteFunction | None) -> SiteFunction:
+    """What one adapter alone makes of the module's output."""
+
     def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
-        return y + torch.stack([weight * (function(x, y, segment) - y) for weight, function in found]).sum(0)
+        if prepare is not None:
+            # The others must not see the input that this one changes, so the module itself runs once more.
+            x = prepare(x, segment)
+            y = plain_class(module).forward(module, x)
+        return y if change is None else change(x, y, segment)
 
     return run
 
 
-def _input_sum(found: Sequence[tuple[float, InputFunction]]) -> InputFunction:
-    def run(x: Tensor, segment: Segment) -> Tensor:
-        return x + torch.stack([weight * (function(x, segment) - x) for weight, function in found]).sum(0)
+def _sum(found: Sequence[tuple[float, SiteFunction]]) -> SiteFunction:
+    def run(x: Tensor, y: Tensor, segment: Segment) -> Tensor:
+        return y + torch.stack([weight * (function(x, y, segment) - y) for weight, function in found]).sum(0)
 
     return run
 
