@@ -32,11 +32,9 @@ def fixed_ids(folder: Path) -> list[list[int]]:
 @torch.no_grad()
 def plain_logits(folder: Path) -> list[tuple[list[int], Tensor]]:
     """Fixed prompts, each with its logits [positions, tokens] in 32 bits."""
-    import transformers
+    from transformers import AutoModelForCausalLM
 
     config = gate.load_config(folder)
-    assert config.architectures is not None
-    auto = getattr(transformers, config.architectures[0])
-    model = nn.Module.to(gate.load_weights(auto, folder, config, dtype=torch.float32), "cpu").eval()
+    model = nn.Module.to(gate.load_weights(AutoModelForCausalLM, folder, config, dtype=torch.float32), "cpu").eval()
     limit = int(config.max_position_embeddings)
     return [(ids, model(input_ids=torch.tensor([ids])).logits[0]) for ids in (one[:limit] for one in fixed_ids(folder))]
