@@ -18,7 +18,7 @@ from weft.errors import UserError
 from weft.export import gguf_file
 from weft.export.gguf_file import FORMATS, read_settings, write_gguf
 from weft.export.gguf_model import gguf_model
-from weft.export.gguf_tokenizer import trial_texts
+from weft.export.gguf_tokenizer import CUTS, trial_texts
 
 gguf = pytest.importorskip("gguf")
 
@@ -170,6 +170,38 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"BPE after Split, ByteLevel\) is none that llama.cpp gives the ids of"):
         gguf_model(folder, "f32")
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_llama_cpp_cuts_texts_alike(cut: str, tmp_path: Path) -> None:
+    """A tokenizer that cuts texts as the name says, with joined pieces of many scripts, gets the same ids there."""
+    llama_cpp = pytest.importorskip("weft.export.llama_cpp")
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=cut == "llama-bpe"))
+    steps = [pre_tokenizers.Split(Regex(one), "isolated") for one in CUTS[cut]]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(trial_texts() * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    model = kit.make_model("llama")
+    model.resize_token_embeddings(len(fast), mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    content = gguf_model(tmp_path, "f16")
+    assert content.settings["tokenizer.ggml.pre"] == cut
+    write_gguf(content, tmp_path / "model.gguf")
+    with llama_cpp.opened(tmp_path / "model.gguf", 8) as opened:
+        for text in [*trial_texts(), "end</s>of <s> one", "  </s>  x"]:
+            plain = fast(text, add_special_tokens=False)["input_ids"]
+            assert opened.tokenize(text.encode(), add_bos=False, special=True) == plain, text
 
 
 def test_numbers_that_sixteen_bits_cannot_hold(tmp_path: Path) -> None:

@@ -33,12 +33,13 @@ _CASELESS = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# llama.cpp's names of first cuts, and the expressions that they stand for, one after the other.
+# llama.cpp's names of first cuts, and the expressions that they stand for, one after the other. Where two give the same
+# ids the first is taken, so those that cut digits apart come before those that do not.
 CUTS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_WORDS,),
-    "llama-bpe": (_CASELESS.replace("DIGITS", "{1,3}"),),
-    "qwen2": (_CASELESS.replace("DIGITS", ""),),
     "smollm": (r"\p{N}", _WORDS),
+    "gpt-2": (_WORDS,),
+    "qwen2": (_CASELESS.replace("DIGITS", ""),),
+    "llama-bpe": (_CASELESS.replace("DIGITS", "{1,3}"),),
 }
 # With this cut llama.cpp takes a word that is a token whole, without joining pieces.
 _WHOLE_WORDS = ("llama-bpe",)

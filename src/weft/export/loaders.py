@@ -7,7 +7,7 @@ from its own checks; where one would take a file and compute something else, the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class AdapterFiles:
 
     entries: Mapping[str, Any]
     shapes: Mapping[str, Sequence[int]]
+    _: KW_ONLY
     parts: tuple[str, ...] = ()
     model_type: str | None = None
     tied: bool = False
@@ -82,7 +83,7 @@ def adapter_files(folder: Path, *, model_type: str | None = None, tied: bool = F
     header: dict[str, Any] = check_safetensors(weights) if weights.is_file() else {}
     shapes = {key: tuple(one["shape"]) for key, one in header.items()}
     named = tuple(map(str, parts)) if isinstance(parts, list) else ()
-    return AdapterFiles(entries, shapes, named, model_type=model_type, tied=tied)
+    return AdapterFiles(entries, shapes, parts=named, model_type=model_type, tied=tied)
 
 
 def loaders(files: AdapterFiles) -> list[Loader]:
