@@ -34,7 +34,9 @@ from speed_setting import SHAPES, Shape, build_model
 from weft.assets import model_path
 
 ALL = {**SHAPES, "160m": Shape(768, 2048, 12, 12)}
-WORDS = ["the", "loom", "keeps", "its", "warp", "fixed", "and", "weaves", "many", "wefts", "through", "it", "while", "people", "look", "on", "and", "talk", "of", "old", "bridges"]
+WORDS = (
+    "the loom keeps its warp fixed and weaves many wefts through it while people look on and talk of old bridges"
+).split()  # noqa: SIM905
 
 
 @dataclass
@@ -205,8 +207,8 @@ def table(servers: Sequence[Server], options: argparse.Namespace) -> list[str]:
     lines = [
         "# weft serve beside other servers", "",
         f"`python benchmarks/serving_servers.py --shape {options.shape} --each {options.each}`, "
-        f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}, the {options.shape} shape in bf16 "
-        "with random weights. Prompts of 8 to 160 words, answers of 8 to 48 tokens; every client asks "
+        f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}, the {options.shape} shape in "
+        "bf16 with random weights. Prompts of 8 to 160 words, answers of 8 to 48 tokens; every client asks "
         f"{options.each * options.rounds} times, streaming.", "",
         "| clients | server | tokens/s | first token p50, s | p99, s | over transformers serve | errors |",
         "|---|---|---|---|---|---|---|",
@@ -227,8 +229,8 @@ def table(servers: Sequence[Server], options: argparse.Namespace) -> list[str]:
             over = "" if usual is None or not usual.tokens else f"{rate / (usual.tokens / usual.seconds):.2f}"
             first = one.first or [float("nan")]
             lines.append(
-                f"| {clients} | {name} | {rate:,.1f} | {statistics.median(first):.2f} | {percentile(first, 0.99):.2f} | "
-                f"{over} | {len(one.errors)} |"
+                f"| {clients} | {name} | {rate:,.1f} | {statistics.median(first):.2f} | "
+                f"{percentile(first, 0.99):.2f} | {over} | {len(one.errors)} |"
             )
             print(lines[-1], *one.errors[:1], flush=True)
     lines += ["", "| server | seconds to its first answer, from its start |", "|---|---|"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -54,6 +55,23 @@ def refuse_idle(context: typer.Context, names: Sequence[str], why: str) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise UserError(f"--{name.replace('_', '-')} does nothing {why}. Leave it out.")
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """The numbers of an option, which stand between commas; none if it is not given.
+
+    Raises:
+        UserError: One is no finite number.
+    """
+    if text is None:
+        return ()
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r}: expected numbers separated by commas, such as 0.7,0.3.") from None
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{option} {text!r}: every weight must be a finite number.")
+    return found
 
 
 @cache

@@ -186,7 +186,7 @@ def compare(folder: Path, expected: Sequence[Reference], device: torch.device) -
     from_routed = from_precise = 0.0
     exact = expected[0].rounded is None
     for one in expected:
-        merged = _plain_logits(model, one.ids, device)
+        merged = plain_logits(model, one.ids, device)
         positions += len(merged)
         same += _same(one.routed, merged)
         from_routed = _larger(from_routed, one.routed.double(), merged)
@@ -209,7 +209,7 @@ def _in_32_bits(
     from_precise = error = own_error = 0.0
     for one in expected:
         assert one.rounded is not None
-        merged, precise, rounded = _plain_logits(model, one.ids, device), one.precise.double(), one.rounded.double()
+        merged, precise, rounded = plain_logits(model, one.ids, device), one.precise.double(), one.rounded.double()
         best, second = precise.topk(2, -1).values.unbind(-1)
         clear = best - second > 2 * (rounded - precise).abs().max()
         decided += int(clear.sum())
@@ -232,15 +232,16 @@ def _same(wanted: Tensor, found: Tensor) -> int:
 
 def _own_rounding(model: nn.Module, prompts: Sequence[list[int]], device: torch.device) -> float:
     """The largest relative difference of a model's logits in 32 bits from its own in 64. Changes the model's dtype."""
-    single = [_plain_logits(model, ids, device) for ids in prompts]
+    single = [plain_logits(model, ids, device) for ids in prompts]
     model.to(torch.float64)
     found = 0.0
     for ids, logits in zip(prompts, single, strict=True):
-        found = _larger(found, _plain_logits(model, ids, device), logits)
+        found = _larger(found, plain_logits(model, ids, device), logits)
     return found
 
 
-def _plain_logits(model: nn.Module, ids: list[int], device: torch.device) -> Tensor:
+def plain_logits(model: nn.Module, ids: list[int], device: torch.device) -> Tensor:
+    """The logits [positions, tokens or classes] of a plain model of transformers for token ids, in 64 bits."""
     inputs = torch.tensor([ids], device=device)
     more = {}
     if config_of(model).is_encoder_decoder:
