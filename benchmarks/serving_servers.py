@@ -34,9 +34,7 @@ from speed_setting import SHAPES, Shape, build_model
 from weft.assets import model_path
 
 ALL = {**SHAPES, "160m": Shape(768, 2048, 12, 12)}
-WORDS = (
-    "the loom keeps its warp fixed and weaves many wefts through it while people look on and talk of old bridges"
-).split()  # noqa: SIM905
+WORDS = ["the", "loom", "keeps", "its", "warp", "fixed", "and", "weaves", "many", "wefts", "through", "it", "while", "people", "look", "on", "and", "talk", "of", "old", "bridges"]
 
 
 @dataclass
