@@ -159,6 +159,7 @@ def set_up() -> None:
     # What the checks import must be there before stand-ins refuse to be used.
     import weft.combine.rules
     import weft.export.folder
+    import weft.export.targets
     import weft.preview.data_sets
     import weft.training.run  # noqa: F401
 

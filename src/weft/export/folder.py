@@ -75,7 +75,7 @@ def merge_folder(
     folder, output = adapter_folder(local_path(adapter)), local_path(output)
     with new_folder(output, "--output ") as part:
         given = resolve_dtype(dtype)
-        opened, notes = _open(folder, model, device, quantization)
+        opened, notes = open_trained(folder, model, device, quantization)
         written = _write(opened, folder, part, given if isinstance(given, torch.dtype) else None)
         where, tokenizer = opened.adapters.device, opened.base.tokenizer
         del opened  # two models at once are enough
@@ -123,8 +123,14 @@ def adapter_folder(folder: Path) -> Path:
     return folder
 
 
-def _open(folder: Path, model: str | None, device: str, quantization: Quantization | None) -> tuple[Target, list[str]]:
-    """Open the adapter on its base, kept as it was in training."""
+def open_trained(
+    folder: Path, model: str | None, device: str, quantization: Quantization | None
+) -> tuple[Target, list[str]]:
+    """Open the adapter on its base, kept as it was in training, and say what the user should know.
+
+    Raises:
+        UserError: It cannot be opened, or its base is another one now and no ``model`` is named.
+    """
     kept = files.trained_on(folder)
     run, notes = run_of(folder), []
     if kept is None and run is not None:
@@ -178,7 +184,7 @@ def _write(opened: Target, folder: Path, part: Path, dtype: torch.dtype | None) 
     check_mergeable(adapter)
     # A wider dtype holds the weights of training as they are, and both sides are compared in one precision.
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
-        _recast(opened, folder, dtype)
+        recast(opened, folder, dtype)
         adapter = adapters[name]
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
@@ -198,15 +204,15 @@ def _expected(opened: Target, folder: Path, written: torch.dtype) -> list[Refere
     rounded: list[Tensor] | list[None] = [None] * len(prompts)
     if getattr(adapters.model, "is_quantized", False) or adapters.dtype.itemsize < 4:
         dequantize_linears(adapters.model, torch.float32)
-        _recast(opened, folder, torch.float32)
+        recast(opened, folder, torch.float32)
         precise = routed_logits(adapters, name, prompts)
     if written.itemsize < 4:
-        _recast(opened, folder, written)
+        recast(opened, folder, written)
         rounded = routed_logits(adapters, name, prompts)
     return [Reference(*row) for row in zip(prompts, routed, precise, rounded, strict=True)]
 
 
-def _recast(opened: Target, folder: Path, dtype: torch.dtype) -> None:
+def recast(opened: Target, folder: Path, dtype: torch.dtype) -> None:
     """Give the base another dtype, and load the adapter anew, for adapters know what their base has."""
     name = opened.names[0]
     nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
