@@ -27,6 +27,7 @@ from weft.methods.dense import dequantize_linears
 from weft.models.complete import named
 from weft.models.load import load_plain, load_tokenizer
 from weft.models.quantize import Quantization
+from weft.models.token_rows import token_rows
 from weft.paths import local_path
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class ModelHere(ABC):
         """The number of its positions; None: any."""
         found = getattr(config_of(self.model).get_text_config(), "max_position_embeddings", None)
         return found if isinstance(found, int) else None
+
+    @property
+    def token_rows(self) -> int:
+        """The number of tokens that have a row in the embeddings."""
+        return token_rows(self.model)
 
     @abstractmethod
     def prompt(self, messages: Sequence[Message]) -> list[int] | None:

@@ -132,13 +132,23 @@ def verify_models(a: ModelHere, b: ModelHere, texts: Sequence[str] = ()) -> Verd
 
 
 def _prompts(a: ModelHere, b: ModelHere, texts: Sequence[str]) -> tuple[list[list[int]], dict[int, list[int]]]:
-    """The ids of each prompt, some with A's greedy answer behind them, and those answers by the prompt's number."""
+    """The ids of each prompt, some with A's greedy answer behind them, and those answers by the prompt's number.
+
+    A prompt with a token for which one side has no row is left out: the comparison of the tokenizers tells of it.
+
+    Raises:
+        UserError: There is no other.
+    """
     room = min((side.max_length for side in (a, b) if side.max_length is not None), default=None)
-    prompts = [a.text(text)[:room] for text in texts]
+    rows = min(side.token_rows for side in (a, b))
+    prompts = [ids for text in texts if max(ids := a.text(text)[:room], default=rows) < rows]
+    if not prompts:
+        raise UserError(f"every prompt of {a.name} has tokens beyond the {rows} rows that both models have.")
     answers = {}
     if a.continues:
         shortest = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[:_ANSWERED]
         answers = {number: a.greedy(prompts[number], _ANSWER) for number in sorted(shortest)}
+        answers = {number: [i for i in found if i < rows] for number, found in answers.items()}
     return [ids + answers.get(number, []) for number, ids in enumerate(prompts)], answers
 
 
