@@ -229,7 +229,7 @@ def test_half_a_file(work: Path, tmp_path: Path) -> None:
     whole = (work / "merged/model.safetensors").read_bytes()
     shutil.copytree(work / "merged", tmp_path / "cut")
     (tmp_path / "cut/model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot be loaded: .* file not fully covered"):
+    with pytest.raises(UserError, match=r"cannot be loaded: .* file not fully covered"):
         verify_sides(str(work / "adapter"), str(tmp_path / "cut"))
 
 
@@ -240,7 +240,7 @@ def test_a_change_that_the_format_rounds_away(work: Path, tmp_path: Path) -> Non
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     make_adapter(base, "lora", tmp_path / "small", scale=2e-4)
     found = differences(tmp_path / "small", base, prompts)
-    assert "so small that the format has rounded it away" in found
+    assert "the format has rounded it away" in found
     make_adapter(base, "lora", tmp_path / "large", scale=0.1)
     merge_folder(tmp_path / "large", tmp_path / "merged")
     assert differences(tmp_path / "large", tmp_path / "merged", prompts) == ""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from weft.export.formats import Format, rms
-from weft.models.complete import named, turned
+from weft.models.complete import named
+from weft.ops.copying import turned
 
 # Two right tensors are each rounded once, and one may come of a change that was rounded before: three errors of a
 # format are the most that two right ones are apart. One more is for the orders in which a change is summed.
@@ -70,8 +71,8 @@ class TensorFindings:
             )
         if self.kept is not None and not _KEPT[0] <= self.kept <= _KEPT[1]:
             return (
-                f"each tensor is within its format's rounding, but {self.kept:.2g} times the adapter's change is there: "
-                "it is so small that the format has rounded it away"
+                f"each tensor is within its format's rounding, but the adapter's change is there {self.kept:.2g} "
+                "times: the format has rounded it away"
             )
         return ""
 

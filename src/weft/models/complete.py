@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from weft.errors import UserError
+from weft.ops.copying import turned
 
 _NAMED = 3  # tensors of each kind that a message names
 
@@ -38,13 +39,6 @@ def check_complete(
             f"the model {name!r} is damaged: {key} is {tuple(found)}, its config.json says {tuple(wanted)}."
             f"{turned(found, wanted)}"
         )
-
-
-def turned(found: Sequence[int], wanted: Sequence[int]) -> str:
-    """A sentence if a tensor's shape is the wanted one the other way round; else nothing."""
-    if len(wanted) == 2 and tuple(found) == tuple(wanted)[::-1] and found[0] != found[1]:
-        return " It is transposed: the other way round it would fit."
-    return ""
 
 
 def named(keys: Sequence[str]) -> str:
