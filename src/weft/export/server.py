@@ -6,7 +6,6 @@ the model on this machine, token by token, as long as both write the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from types import TracebackType
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 _ANSWER = 8  # tokens of an answer
 _TOP = 5  # log-probabilities of each
+_LOOKED_AT = 50  # likeliest tokens here, among which a text must be the only one of its kind
 _SECONDS = 120.0
 _CONVERSATIONS = 3  # questions whose rendering is compared, beside those of several turns
 
@@ -301,10 +301,18 @@ def _compare_answer(
             told = f"token {at + 1}: the model here says {text!r}, the server {step.text!r}"
             return at + 1, at, worst, told if clear or not apart <= asked else ""
         worst = larger(worst, apart)
-        likely = chances[at].topk(_TOP)
-        for chance, other in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
-            there = step.top.get(decode(side.tokenizer, [other]))
+        for other, chance in _named(side, chances[at]).items():
+            there = step.top.get(other)
             worst = worst if there is None else larger(worst, abs(chance - there))
-        if not math.isfinite(worst):
-            return at + 1, at, worst, f"token {at + 1}: a log-probability is not finite"
     return len(answer), len(answer), worst, ""
+
+
+def _named(side: ModelHere, chances: Tensor) -> dict[str, float]:
+    """The likeliest tokens of log-probabilities [tokens] by their texts, which a server has for names.
+
+    Several tokens may have one text: control tokens none, parts of characters the same sign.
+    """
+    best = chances.topk(min(_LOOKED_AT, len(chances)))
+    texts = [decode(side.tokenizer, [token]) for token in best.indices.tolist()]
+    likely = zip(texts, best.values.tolist(), strict=True)
+    return {text: chance for text, chance in likely if text and "�" not in text and texts.count(text) == 1}
