@@ -6,8 +6,8 @@
 
 Pairs that must be equal: adapters of all methods that can be weights, of random values, on tiny random bases of five
 architectures in two dtypes, beside their merges by Weft in three dtypes and by peft in its own; merged folders beside
-themselves loaded in 4 and 8 bits; adapters that cannot be weights beside copies that were loaded and saved again. Beside
-every fifth merge lies one that lacks the adapter's change in one module, or has it twice.
+themselves loaded in 4 and 8 bits; adapters that cannot be weights beside copies that were loaded and saved again.
+Beside every fifth merge lies one that lacks the adapter's change in one module, or has it twice.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ BASES: dict[str, Any] = {
 MERGED = ("lora", "bitfit", "ia3", "ln_tuning", "llama_pro", "adalora", "vera", "trainable_tokens", "full", "freeze")
 COPIED = ("prompt_tuning", "prefix_tuning", "p_tuning", "bottleneck")
 DTYPES = ("float32", "bfloat16", "float16")
-PROMPTS = "What comes after two?\nCount from one to five: one, two.\nWhat colour is the sky?\nuser assistant\n"
+PROMPTS = "What comes after two?\nCount from one to five: one, two.\n"
 
 
 def make(folder: Path) -> None:
@@ -101,7 +101,8 @@ def _pairs(base: Path, method: str, *, whole: bool, count: int) -> Iterator[dict
     if method in COPIED:
         copy = adapter.with_name(f"{adapter.name}-copy")
         _save_again(base, adapter, copy)
-        yield {**about, "kind": "saved again", "a": adapter.name, "b": copy.name}
+        # AdapterHub's layout, that of bottlenecks, has no place for the base's name.
+        yield {**about, "kind": "saved again", "a": adapter.name, "b": copy.name, "model": base.name}
         return
     for dtype in DTYPES if whole else ("bfloat16",):
         merged = adapter.with_name(f"{adapter.name}-{dtype}")
@@ -171,7 +172,7 @@ def check(folder: Path, threads: int) -> None:
             begun = time.process_time()
             verdict = verify_sides(
                 str(folder / pair["a"]), str(folder / pair["b"]), prompts=folder / "prompts.txt",
-                quantization=pair.get("quantization"),
+                quantization=pair.get("quantization"), model=str(folder / pair["model"]) if "model" in pair else None,
             )  # fmt: skip
             found = {**pair, "threads": threads, "torch": torch.__version__, "transformers": transformers.__version__,
                      "differences": verdict.differences, "seconds": time.process_time() - begun,
@@ -189,7 +190,7 @@ def report(folder: Path, out: Path) -> None:
     lines = [
         "# What is sound passes `weft verify`, and what is not is seen", "",
         "    python benchmarks/verify_sound.py make FOLDER",
-        "    python benchmarks/verify_sound.py check FOLDER --threads 1 (and 2, 4; and with the Python of the oldest libraries)",
+        "    python benchmarks/verify_sound.py check FOLDER --threads 1    (and 2, 4; and by another Python)",
         "    python benchmarks/verify_sound.py report FOLDER --out THIS", "",
         "| torch | transformers | threads | sound pairs | passed | faults | seen | nearest: difference / asked | "
         "nearest: error / that of the format (at most 1.5) | CPU s a pair |",

@@ -45,7 +45,7 @@ def clear_positions(wanted: Tensor, moved: float) -> Tensor:
 
 def larger(before: float, found: float) -> float:
     """The larger of two numbers; what is not a number stays."""
-    return found if math.isnan(found) else max(found, before)
+    return math.nan if math.isnan(before) or math.isnan(found) else max(before, found)
 
 
 @dataclass

@@ -65,13 +65,13 @@ class Format:
         return (drawn * step).to(weight)
 
     def error(self, weight: Tensor) -> float:
-        """The root mean square of what rounding to this format may move in a weight of any shape.
+        """The root mean square of what rounding to this format moves in a weight of any shape.
 
-        Of a dtype it is half of the distance of two neighbours, whatever the weight: it may have been rounded before.
+        In 32 bits it is half of the distance of two neighbours, for a change is summed in many orders there.
         """
-        if self.quantization is None:
+        if self.exact:
             return torch.finfo(self.dtype).eps / 2 * rms(weight)
-        return rms(self.rounded(weight) - weight)
+        return rms(self.moved(weight))
 
 
 def rms(tensor: Tensor) -> float:

@@ -217,8 +217,11 @@ def judge(
     exact = expected[0].rounded is None
     routed, precise = Distances(), Distances()
     for one, run, logits in zip(expected, as_run, found, strict=True):
-        routed.add(one.routed, run)
         precise.add(one.precise, logits)
+        if one.routed is not one.precise or run is not logits:
+            routed.add(one.routed, run)
+    if not routed.positions:
+        routed = precise
     proof = Proof(
         len(expected),
         precise.positions,
