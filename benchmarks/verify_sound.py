@@ -155,11 +155,15 @@ def _fault(base: Path, merged: Path, *, times: int) -> Path:
     folder = merged.with_name(f"{merged.name}-fault")
     shutil.copytree(merged, folder)
     tensors, plain = load_file(folder / "model.safetensors"), load_file(base / "model.safetensors")
-    changes = {
-        k: (t.float() - plain[k].float()) for k, t in tensors.items() if k in plain and t.shape == plain[k].shape
+    # What the adapter leaves alone has no change, whatever the format rounds.
+    own = {
+        key: plain[key].to(t.dtype).float()
+        for key, t in tensors.items()
+        if key in plain and t.shape == plain[key].shape
     }
+    changes = {key: tensors[key].float() - weight for key, weight in own.items()}
     key = max(changes, key=lambda k: float(changes[k].abs().mean()))
-    tensors[key] = (plain[key].float() + times * changes[key]).to(tensors[key].dtype)
+    tensors[key] = (own[key] + times * changes[key]).to(tensors[key].dtype)
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     return folder
 

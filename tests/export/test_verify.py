@@ -274,19 +274,19 @@ def test_a_merge_onto_the_base_before_it_was_quantised(work: Path, tmp_path: Pat
 
 
 SOUND = kit.in_turn(
-    ["llama", "gpt2"],
-    ["lora", "bitfit", "ia3", "ln_tuning", "llama_pro", "adalora", "vera", "trainable_tokens", "full"],
+    ["llama-lora", "llama-llama_pro", "llama-trainable_tokens", "gpt2-lora", "gpt2-bitfit", "gpt2-ia3", "gpt2-full"],
     ["float32", "bfloat16", "float16"],
 )
 
 
-@pytest.mark.parametrize(("kind", "method", "dtype"), SOUND)
-def test_sound_artefacts(work: Path, tmp_path: Path, kind: str, method: str, dtype: str) -> None:
+@pytest.mark.parametrize(("what", "dtype"), SOUND)
+def test_sound_artefacts(work: Path, tmp_path: Path, what: str, dtype: str) -> None:
+    """A few; ``benchmarks/verify_sound.py`` has 266, with 1, 2 and 4 threads and two builds of torch."""
+    kind, method = what.split("-")
     base = work / "base" if kind == "llama" else work / "gpt2/base"
-    more = {"add_missing": False} if method == "bitfit" else {}
-    if (kind, method) == ("llama", "bitfit") or (kind, method) == ("gpt2", "llama_pro"):
-        pytest.skip("this base has no place for it")
-    make_adapter(base, method, tmp_path / "adapter", scale=0.02, **more)
+    make_adapter(
+        base, method, tmp_path / "adapter", scale=0.02, **({"add_missing": False} if method == "bitfit" else {})
+    )
     merge_folder(tmp_path / "adapter", tmp_path / "merged", dtype=dtype)
     verdict = verify_sides(str(tmp_path / "adapter"), str(tmp_path / "merged"), prompts=work / "prompts.txt")
     assert verdict.differences == ()

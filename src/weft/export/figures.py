@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -60,12 +60,13 @@ class Distances:
 
     positions: int = 0
     same: int = 0
+    _: KW_ONLY
     largest: float = 0.0
     divergence: float = 0.0
     squares: float = 0.0
 
     def add(self, wanted: Tensor, found: Tensor) -> None:
-        """Take one more pair."""
+        """Take one more pair, logits [positions, tokens] both."""
         self.positions += len(wanted)
         self.same += same_tokens(wanted, found)
         self.largest = larger(self.largest, relative_difference(wanted, found))

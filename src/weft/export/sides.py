@@ -156,6 +156,11 @@ class PlainModel(ModelHere):
         return not self._classes
 
     def prompt(self, messages: Sequence[Message]) -> list[int] | None:
+        """The ids that the folder's own template gives.
+
+        Raises:
+            UserError: The template refuses the messages.
+        """
         if self._classes or not self.tokenizer.chat_template:
             return None
         try:

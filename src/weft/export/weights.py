@@ -132,7 +132,7 @@ def _kept(a: Weights, b: Weights) -> float | None:
 
 
 def explained_errors(a: Weights, b: Weights) -> dict[str, Tensor]:
-    """For each tensor that is not the same what rounding to the other side's format may move.
+    """For each tensor, of any shape, that is not the same what rounding to the other side's format may move.
 
     Each side may have a format of fewer bits. The two errors are added.
     """
