@@ -17,7 +17,7 @@ from weft.data import Message, unlabelled_sample
 from weft.data.rendering.served import ids_elsewhere
 from weft.errors import UserError
 from weft.export.folder import adapter_folder, open_trained, recast
-from weft.export.formats import Format, formats_in, words_of
+from weft.export.number_format import Format, formats_in, words_of
 from weft.export.proof import plain_logits, routed_logits
 from weft.export.targets import check_target, is_adapted
 from weft.export.weights import Weights

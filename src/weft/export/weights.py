@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from weft.export.formats import Format, rms
+from weft.export.number_format import Format, rms
 from weft.models.complete import named
 from weft.ops.copying import turned
 

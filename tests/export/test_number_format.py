@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weft.export.figures import Distances, clear_positions, divergence, larger, relative_difference
-from weft.export.formats import Format, format_of, rms
+from weft.export.number_format import Format, format_of, rms
 from weft.export.weights import ROUNDINGS, Weights, compare_weights, explained_errors
 from weft.methods.dense import dense_weight
 
