@@ -184,7 +184,7 @@ def _write(opened: Target, folder: Path, part: Path, dtype: torch.dtype | None) 
     check_mergeable(adapter)
     # A wider dtype holds the weights of training as they are, and both sides are compared in one precision.
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
-        recast(opened, folder, dtype)
+        _recast(opened, folder, dtype)
         adapter = adapters[name]
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
@@ -204,15 +204,15 @@ def _expected(opened: Target, folder: Path, written: torch.dtype) -> list[Refere
     rounded: list[Tensor] | list[None] = [None] * len(prompts)
     if getattr(adapters.model, "is_quantized", False) or adapters.dtype.itemsize < 4:
         dequantize_linears(adapters.model, torch.float32)
-        recast(opened, folder, torch.float32)
+        _recast(opened, folder, torch.float32)
         precise = routed_logits(adapters, name, prompts)
     if written.itemsize < 4:
-        recast(opened, folder, written)
+        _recast(opened, folder, written)
         rounded = routed_logits(adapters, name, prompts)
     return [Reference(*row) for row in zip(prompts, routed, precise, rounded, strict=True)]
 
 
-def recast(opened: Target, folder: Path, dtype: torch.dtype) -> None:
+def _recast(opened: Target, folder: Path, dtype: torch.dtype) -> None:
     """Give the base another dtype, and load the adapter anew, for adapters know what their base has."""
     name = opened.names[0]
     nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded

@@ -16,7 +16,7 @@ from weft.base.kinds import is_linear
 from weft.data import Message, unlabelled_sample
 from weft.data.rendering.served import ids_elsewhere
 from weft.errors import UserError
-from weft.export.folder import adapter_folder, open_trained, recast
+from weft.export.folder import adapter_folder, open_trained
 from weft.export.number_format import Format, formats_in, words_of
 from weft.export.proof import plain_logits, routed_logits
 from weft.export.targets import check_target, is_adapted
@@ -233,9 +233,16 @@ class AdaptedBase(ModelHere):
             dtype=opened.adapters.dtype,
             notes=notes,
         )
-        dequantize_linears(opened.adapters.model, torch.float32)
-        recast(opened, folder, torch.float32)
         self._folder = folder
+        dequantize_linears(opened.adapters.model, torch.float32)
+        self._recast(torch.float32)
+
+    def _recast(self, dtype: torch.dtype) -> None:
+        """Give the base another dtype, and load the adapter anew, for adapters know what their base has."""
+        adapters, name = self._opened.adapters, self._adapter
+        nn.Module.to(adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
+        adapters.remove(name)
+        adapters.load(name, self._folder, tokenizer=self._opened.base.tokenizer)
 
     @property
     def model(self) -> nn.Module:
@@ -280,11 +287,11 @@ class AdaptedBase(ModelHere):
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
-        recast(self._opened, self._folder, dtype)
+        self._recast(dtype)
         try:
             yield
         finally:
-            recast(self._opened, self._folder, torch.float32)
+            self._recast(torch.float32)
 
     def close(self) -> None:
         self._opened.close()
