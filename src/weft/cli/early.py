@@ -160,6 +160,7 @@ def set_up() -> None:
     import weft.combine.rules
     import weft.export.exporting
     import weft.export.folder
+    import weft.export.targets
     import weft.preview.data_sets
     import weft.training.run  # noqa: F401
 

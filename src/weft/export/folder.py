@@ -84,7 +84,7 @@ def merge_folder(
     sources, output = Sources.of(adapter, weights), local_path(output)
     with new_folder(output, "--output ") as part:
         given = resolve_dtype(dtype)
-        opened, notes = _open(sources.folders[0], model, device, quantization)
+        opened, notes = open_trained(sources.folders[0], model, device, quantization)
         notes += sources.load_others(opened)
         narrowed = given if isinstance(given, torch.dtype) else None
         written = _write(opened, sources, part, narrowed, measured=quantize is not None)
@@ -119,8 +119,14 @@ def merge_folder(
     return Result(output, entries, proof, lines=tuple(lines), notes=tuple(notes), bytes=weights_bytes(output))
 
 
-def _open(folder: Path, model: str | None, device: str, quantization: Quantization | None) -> tuple[Target, list[str]]:
-    """Open the adapter on its base, kept as it was in training."""
+def open_trained(
+    folder: Path, model: str | None, device: str, quantization: Quantization | None
+) -> tuple[Target, list[str]]:
+    """Open the adapter on its base, kept as it was in training, and say what the user should know.
+
+    Raises:
+        UserError: It cannot be opened, or its base is another one now and no ``model`` is named.
+    """
     kept = files.trained_on(folder)
     run, notes = run_of(folder), []
     if kept is None and run is not None:

@@ -118,7 +118,7 @@ def requantize(
     positions = same = 0
     difference = 0.0
     for one in expected:
-        found = plain_logits(model, one.ids, device)
+        found = plain_logits(model, one.ids, device).double()
         positions += len(found)
         same += int((found.argmax(-1) == one.precise.argmax(-1)).sum())
         difference = max(difference, float((found - one.precise.double()).abs().max() / one.precise.abs().max()))
