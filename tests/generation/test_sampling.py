@@ -130,6 +130,11 @@ def test_log_probabilities_are_of_the_whole_vocabulary_before_everything() -> No
     assert sum(math.exp(p) for _, p in choice.top[0]) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_small_bias_counts_in_sixteen_bits() -> None:
+    logits = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert choose(logits, [Drawing(Sampling(logit_bias={1: 1e-3}))]).tokens == [1]
+
+
 def test_a_row_without_a_number_fails_alone() -> None:
     logits = torch.zeros(4, 8)
     logits[1, 3] = math.nan
