@@ -34,7 +34,10 @@ from speed_setting import SHAPES, Shape, build_model
 from weft.assets import model_path
 
 ALL = {**SHAPES, "160m": Shape(768, 2048, 12, 12)}
-WORDS = ["the", "loom", "keeps", "its", "warp", "fixed", "and", "weaves", "many", "wefts", "through", "it", "while", "people", "look", "on", "and", "talk", "of", "old", "bridges"]
+WORDS = (
+    "the", "loom", "keeps", "its", "warp", "fixed", "and", "weaves", "many", "wefts", "through", "it", "while", "people",
+    "look", "on", "talk", "of", "old", "bridges",
+)  # fmt: skip
 
 
 @dataclass
