@@ -44,6 +44,12 @@ def test_grouped_equals_ref(dtype: torch.dtype, inputs: int, outputs: int) -> No
         fast = grouped_change(x, y.clone(), factors, choices, scale)
         ref = grouped_change_ref(x, y, found, owners)
         torch.testing.assert_close(fast, ref, rtol=0, atol=TOLERANCE[dtype])
+        apart = grouped_change(x, y.clone(), None, None, scale)
+        for index, form in enumerate(found):
+            rows = (owners == index).nonzero()[:, 0]
+            if form is not None:
+                form.cast(dtype).add_to(apart[rows[0] : rows[-1] + 1], x[rows])
+        torch.testing.assert_close(apart, ref, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_a_broken_neighbour_reaches_no_other_row() -> None:

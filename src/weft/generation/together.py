@@ -22,7 +22,7 @@ from weft.generation.identity import Identities
 from weft.ops.grouped import Factors, HasRowForm, RowForm, choose_factors, grouped_change, row_table, stack_factors
 
 # What one more operation costs beside the arithmetic, in floating-point operations.
-_OPERATION = 200_000
+_OPERATION = 100_000
 
 
 class Together:
@@ -104,8 +104,10 @@ class SiteChange:
             (slice(start, start + segment.tokens), segment)
             for start, segment in zip(starts, route.segments, strict=False)
         ]
+        self._pieces: list[tuple[slice, RowForm]] = []
         if self._factors is not None and not _worth(self._factors, forms, route.segments):
-            forms = [form if form is None or (form.a is None and form.bias is None) else None for form in forms]
+            places = zip((rows for rows, _ in self._segments), forms, strict=True)
+            self._pieces = [(rows, form.cast(x.dtype)) for rows, form in places if form is not None and form.adds]
             self._factors = None
         self._site = site
         self._alone = [
@@ -140,6 +142,8 @@ class SiteChange:
         y = y.contiguous()
         flat, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         grouped_change(given, flat, self._factors, self._choices, self._scale)
+        for rows, form in self._pieces:
+            form.add_to(flat[rows], given[rows])
         for index in self._alone:
             rows, segment = self._segments[index]
             own = flat[rows]
@@ -171,7 +175,7 @@ def _worth(factors: Factors, forms: Sequence[RowForm | None], segments: Sequence
     own = [
         (0 if form.a is None else len(form.a), segment.tokens)
         for form, segment in zip(forms, segments, strict=True)
-        if form is not None and (form.a is not None or form.bias is not None)
+        if form is not None and form.adds
     ]
     apart = sum(2 * ranks * tokens * width + 2 * _OPERATION for ranks, tokens in own)
     return 2 * len(factors.b) * rows * width + 2 * _OPERATION <= apart or len(own) == 1 == len(segments)

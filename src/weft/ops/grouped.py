@@ -12,7 +12,7 @@ one more row of B, beside the number 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -34,6 +34,23 @@ class RowForm:
     bias: Tensor | None = None
     scale: Tensor | None = None
     input_scale: Tensor | None = None
+
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to y."""
+        return self.a is not None or self.bias is not None
+
+    def cast(self, dtype: torch.dtype) -> RowForm:
+        """The same, with what is added in this dtype."""
+        a, b, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.a, self.b, self.bias))
+        return replace(self, a=a, b=b, bias=bias)
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add ``b a x + bias`` to rows y [n, out] of this adapter alone, for its rows x [n, in]; in y's dtype."""
+        if self.bias is not None:
+            y += self.bias
+        if self.a is not None and self.b is not None:
+            y.addmm_(x.to(y.dtype) @ self.a.t(), self.b.t())
 
 
 @runtime_checkable
