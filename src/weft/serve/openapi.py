@@ -39,6 +39,13 @@ _ERRORS = {
     "503": "The server loads, ends, or is stuck.",
 }
 
+# One event of a stream: JSON in ``data``, or ``[DONE]``.
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
@@ -109,7 +116,7 @@ def _operation(one: Operation, schemas: dict[str, Any], *, guarded: bool) -> dic
     if one.answer is not None:
         content["application/json"] = {"schema": _schema(one.answer, schemas)}
     if one.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     if one.text:
         content[one.text] = {"schema": {"type": "string"}}
     errors = {code: {"$ref": f"#/components/responses/{code}"} for code in _ERRORS}
