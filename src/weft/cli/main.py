@@ -29,6 +29,7 @@ VERBS = (
     "preview",
     "chat",
     "generate",
+    "serve",
     "combine",
     "merge",
     "export",
