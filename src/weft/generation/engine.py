@@ -242,6 +242,8 @@ class Engine:
         while self._calls:
             function, future = self._calls.popleft()
             called = True
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function())
             except BaseException as error:
