@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from weft.files.adapter_folder import add_with_tensors, load_adapter, save_adapt
 from weft.layouts.choice import layout_for
 from weft.merge.weights import MergedWeights, merge_adapter
 from weft.methods.combined import Combined, CombinedConfig
+from weft.methods.weighted import WeightedSum
 from weft.models.added import check_added, check_config
 from weft.ops.combine import MajoritySign
 
@@ -121,6 +123,23 @@ class Adapters(core.Adapters):
             raise UserError(f"{', '.join(names)}: more than one of them has a classification head of its own.")
         adapter = Combined(CombinedConfig(parts=tuple(part.config for part in parts)), name, parts)
         adapter.set_up(self.architecture.hidden_size, heads[0] if heads else TokenHead())
+        return self._attach(name, adapter)
+
+    def weighted_sum(self, name: str, names: Sequence[str], weights: Sequence[float]) -> Adapter:
+        """The weighted sum of several adapters' changes of the base's weights, under a new name; nothing is copied.
+
+        It can be run and merged. Unlike in a stack, no adapter sees what the others do.
+
+        Raises:
+            UserError: A name is missing, taken or given twice, or an adapter does what no sum of weights can be.
+        """
+        self._check_new(name)
+        if len(set(names)) < max(len(names), 1) or len(weights) != len(names):
+            raise UserError(f"a weighted sum needs adapters, each once with a weight: {list(names)} {list(weights)}.")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise UserError(f"weights {list(weights)}: every weight must be a finite number.")
+        adapter = WeightedSum(name, [self[part] for part in names], weights, self.model)
+        adapter.set_up(self.architecture.hidden_size, TokenHead())
         return self._attach(name, adapter)
 
     def save(self, name: str, folder: str | Path, *, base_name: str = "") -> None:

@@ -78,6 +78,15 @@ BAD = [
     "merge --adapter ./nowhere --output new",
     "merge --adapter {run}/adapters/lora --output here",
     "merge --adapter {run}/adapters/lora --output new --dtype float12",
+    "merge --adapter {run}/adapters/lora --adapter {run}/adapters/lora --output new",
+    "merge --adapter {run}/adapters/lora --output new --weights 1,2",
+    "export {run} --adapter lara --to peft --output new",
+    "export {run} --adapter lora --to ggfu --output new",
+    "export {run} --adapter lora --to gguf --output new --dtype q4",
+    "export {run} --adapter prefix_tuning --to gguf-lora --output new",
+    "export {run} --adapter lora --to peft --output new --push-to-hub me",
+    "export {model} --to peft --output new",
+    "export tiny-bloom --to gguf --output new",
 ]
 GOOD = [
     "train {good}",
@@ -102,6 +111,9 @@ GOOD = [
     "chat {model}",
     "combine {run} {run} --adapter lora --output new",
     "merge --adapter {run}/adapters/lora --output new",
+    "export {run} --adapter lora --to peft --output new",
+    "export {run} --adapter lora --to gguf --output new",
+    "export {model} --to ollama --output new",
 ]
 NOTHING = "it goes on"
 # The copies of the process are left out, which would import Weft for each line.

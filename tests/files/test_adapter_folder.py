@@ -103,7 +103,7 @@ def test_tensors_that_are_missing_or_new_are_named(tmp_path: Path) -> None:
     # Without what we know of it the file is one that peft could have written, and then its names decide.
     (tmp_path / "weft.json").unlink()
     save_file(strange, tmp_path / LORA)
-    with pytest.raises(UserError, match=r"nothing here uses: stranger"):
+    with pytest.raises(UserError, match=r"nothing here uses: 'stranger'"):
         adapters.load("again", tmp_path)
     save_file({key: t for key, t in tensors.items() if key != first}, tmp_path / LORA)
     with pytest.raises(UserError, match=f"no tensor '{first}'"):
@@ -142,7 +142,8 @@ SICK = {
     "bytes": (lambda t: t.to(torch.uint8), "is uint8"),
     "truths": (lambda t: t > 0, "is bool"),
     "eight bits": (lambda t: t.to(torch.float8_e4m3fn), "is float8_e4m3fn"),
-    "another shape": (lambda t: t.t().contiguous(), "has shape"),
+    "another shape": (lambda t: t[:, 1:].contiguous(), "has shape .* Was the adapter made for another base"),
+    "transposed": (lambda t: t.t().contiguous(), r"has shape \(32, 4\); .* need \(4, 32\)\. It is transposed"),
     "nothing": (lambda t: t[:0], "has shape .*of no elements.*gathered"),
 }
 
@@ -163,6 +164,23 @@ def test_sick_tensors_are_named(what: str, ours: bool, tmp_path: Path) -> None:
         (tmp_path / "weft.json").unlink()
     with pytest.raises(UserError, match=f"'{key}' {words}"):
         adapters.load("again", tmp_path)
+    assert adapters.names == ["it"]
+
+
+def test_missing_and_unexpected_tensors_are_named_together(tmp_path: Path) -> None:
+    """Of a file that nobody has stated a SHA-256 for: one renamed, two lost."""
+    adapters = saved(tmp_path, r=4, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / LORA)
+    first, second, third, *_ = sorted(tensors)
+    wrong = first.replace("lora_A", "lora_Z")
+    tensors = {wrong if key == first else key: t for key, t in tensors.items() if key not in (second, third)}
+    save_file(tensors, tmp_path / LORA)
+    (tmp_path / "weft.json").unlink()
+    with pytest.raises(UserError) as caught:
+        adapters.load("again", tmp_path)
+    message = str(caught.value)
+    assert f"has no tensor '{first}', '{second}', '{third}'. Did you mean '{wrong}'?" in message
+    assert f"And the adapter's file holds tensors that nothing here uses: '{wrong}'" in message
     assert adapters.names == ["it"]
 
 

@@ -283,3 +283,40 @@ def test_texts_and_stop_strings(tiny_llama_dir: str) -> None:
     with pytest.raises(UserError, match="tokenizer"):
         Engine(own).submit(Request(ids, None, 4, stop=("x",)))
     own.close()
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(1000, marks=pytest.mark.slow)])
+def test_traffic_of_all_methods_while_adapters_come_and_go(count: int) -> None:
+    """Every answer, token for token, as alone; names come again with other methods and other values."""
+    adapters = kit.open_with_all(kit.make_model("llama"))
+    report = kit.run_traffic(adapters, count, seed=count)
+    assert report.answers == count
+    assert report.wrong == []
+    assert min(report.loads, report.reloaded_names) >= 2
+
+
+def test_constrained_answers(tiny_llama_dir: str) -> None:
+    """Rows with grammars beside rows without: each ends as its grammar says, and neighbours do not change."""
+    pytest.importorskip("llguidance")
+    from weft.generation.constraint import Constraint
+    from weft.models import load_base
+
+    base = load_base(str(tiny_llama_dir))
+    own = Adapters(base.model, base.architecture)
+    ids = base.tokenizer("Answer:")["input_ids"]
+    warm = Sampling(1.0, seed=4)
+    with Engine(own, tokenizer=base.tokenizer, stop_ids=[base.tokenizer.eos_token_id]) as engine:
+        (free,) = engine.generate([Request(ids, None, 12, sampling=warm)])
+        beside, choice, number = engine.generate([
+            Request(ids, None, 12, sampling=warm),
+            Request(ids, None, 40, sampling=warm, constraint=Constraint.choice(["yes, indeed", "no"])),
+            Request(ids, None, 40, sampling=warm, constraint=Constraint.regex("[0-9]{3}-[a-c]+z")),
+        ])  # fmt: skip
+        assert beside.ids == free.ids
+        assert (choice.finish_reason, choice.text) in {("stop", "yes, indeed"), ("stop", "no")}
+        assert number.finish_reason != "stop" or number.text.endswith("z")
+        with pytest.raises(UserError, match="regex"):
+            engine.submit(Request(ids, None, 4, constraint=Constraint.regex("(")))
+    with pytest.raises(UserError, match="tokenizer"):
+        Engine(own).submit(Request(ids, None, 4, constraint=Constraint.json_object()))
+    own.close()

@@ -19,7 +19,7 @@ class Evens:
     """Allows even tokens; a double of a constraint's matcher."""
 
     def __init__(self, vocabulary: int) -> None:
-        self.vocabulary, self.taken, self.failure = vocabulary, list[int](), None
+        self.vocabulary, self.taken, self.failure, self.ended = vocabulary, list[int](), None, False
 
     def mask(self) -> Tensor:
         return torch.arange(self.vocabulary) % 2 == 0
@@ -128,6 +128,11 @@ def test_log_probabilities_are_of_the_whole_vocabulary_before_everything() -> No
     assert choice.logprobs[0] == pytest.approx(float(wanted[9]), abs=1e-5)
     assert [token for token, _ in choice.top[0]] == wanted.argsort(descending=True).tolist()
     assert sum(math.exp(p) for _, p in choice.top[0]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_small_bias_counts_in_sixteen_bits() -> None:
+    logits = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert choose(logits, [Drawing(Sampling(logit_bias={1: 1e-3}))]).tokens == [1]
 
 
 def test_a_row_without_a_number_fails_alone() -> None:

@@ -16,6 +16,7 @@ from tests.kit.methods import (
 )
 from tests.kit.models import VOCABULARY, make_model, model_config
 from tests.kit.samples import samples, texts
+from tests.kit.traffic import run_traffic
 
 from weft.methods import METHODS
 
@@ -40,6 +41,7 @@ __all__ = [
     "open_with_all",
     "parameters",
     "randomize",
+    "run_traffic",
     "samples",
     "sha256",
     "texts",

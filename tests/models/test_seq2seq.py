@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from weft.data import Message
 from weft.errors import UserError
 from weft.evaluate import Question, answer_questions
 from weft.files.adapter_folder import read_tensors
-from weft.generation import Request, generate
+from weft.generation import Engine, Request, generate
 from weft.generation.open import open_target
 from weft.methods import METHODS
 from weft.models import describe
@@ -153,12 +152,13 @@ def test_generate_answers_as_training_asked(
     assert ids[-1] == tokenizer.eos_token_id
     asked: list[list[int]] = []
 
-    def note(adapters: Any, requests: Any, **options: Any) -> Any:
-        asked.extend(request.prompt for request in requests)
-        return generate(adapters, requests, **options)
+    check = Engine._check
 
-    # The package has a function of the module's name.
-    monkeypatch.setattr(importlib.import_module("weft.evaluate.exact_match"), "generate", note)
+    def note(self: Engine, request: Request, what: str) -> None:
+        asked.append(list(request.prompt))
+        check(self, request, what)
+
+    monkeypatch.setattr(Engine, "_check", note)
     question = Question((Message("user", "What comes after one?"),), "two", "here")
     answers = answer_questions(opened.adapters, opened.renderer, [question], METHODS_HERE, max_new_tokens=5)
     assert asked == [ids] * len(METHODS_HERE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.ops.grouped import RowForm, grouped_change, grouped_change_ref, row_table, stack_factors
+from weft.ops.grouped import RowForm, choose_factors, grouped_change, grouped_change_ref, row_table, stack_factors
 
 # A sum of up to 40 products of numbers near 1, and what one rounding of the dtype makes of it.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.3}
@@ -38,15 +38,18 @@ def test_grouped_equals_ref(dtype: torch.dtype, inputs: int, outputs: int) -> No
         counts = torch.randint(1, 4, (len(found),), generator=generator)
         owners = torch.arange(len(found)).repeat_interleave(counts)
         x, y = (torch.randn(len(owners), d, generator=generator).to(dtype) for d in (inputs, outputs))
-        factors = stack_factors(found, dtype)
-        tables = [
-            row_table([None if form is None else getattr(form, name) for form in found], owners, neutral, dtype)
-            for name, neutral in (("scale", 1.0), ("bias", 0.0))
-        ]
-        foreign = None if factors is None else factors.owners[None] != owners[:, None]
-        fast = grouped_change(x, y.clone(), factors, foreign, scale=tables[0], bias=tables[1])
+        factors = stack_factors(found, inputs, dtype)
+        scale = row_table([None if form is None else form.scale for form in found], owners, 1.0, dtype)
+        choices = None if factors is None else choose_factors(factors, owners)
+        fast = grouped_change(x, y.clone(), factors, choices, scale)
         ref = grouped_change_ref(x, y, found, owners)
         torch.testing.assert_close(fast, ref, rtol=0, atol=TOLERANCE[dtype])
+        apart = grouped_change(x, y.clone(), None, None, scale)
+        for index, form in enumerate(found):
+            rows = (owners == index).nonzero()[:, 0]
+            if form is not None:
+                form.cast(dtype).add_to(apart[rows[0] : rows[-1] + 1], x[rows])
+        torch.testing.assert_close(apart, ref, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_a_broken_neighbour_reaches_no_other_row() -> None:
@@ -56,10 +59,10 @@ def test_a_broken_neighbour_reaches_no_other_row() -> None:
         RowForm(a=torch.ones(1, 4), b=torch.ones(3, 1)),
     ]
     owners = torch.tensor([0, 1])
-    factors = stack_factors(some, torch.float32)
+    factors = stack_factors(some, 4, torch.float32)
     assert factors is not None
     x, y = torch.full((2, 4), 10.0), torch.zeros(2, 3)
-    found = grouped_change(x, y, factors, factors.owners[None] != owners[:, None])
+    found = grouped_change(x, y, factors, choose_factors(factors, owners))
     assert not found[0].isfinite().any()
     assert found[1].tolist() == [40.0, 40.0, 40.0]
 

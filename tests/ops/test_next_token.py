@@ -103,3 +103,12 @@ def test_log_probabilities_are_those_of_the_reference(
         # fp32 rounds logits of up to 20, divided by 0.1, by 200 eps / 2; the sums of 300 terms by less.
         assert own == pytest.approx(own_ref, abs=2e-5)
         assert [p for _, p in top] == pytest.approx([p for _, p in top_ref], abs=2e-5)
+
+
+def test_of_equally_likely_tokens_those_with_small_ids_are_told() -> None:
+    """Whatever a neighbour asks for."""
+    logits = torch.zeros(2, 300)
+    logits[:, 250] = 1
+    (_, few), (_, many) = token_logprobs(logits, [250, 250], [1.0, 1.0], [3, 40])
+    assert [token for token, _ in few] == [250, 0, 1]
+    assert [token for token, _ in many] == [250, *range(39)]

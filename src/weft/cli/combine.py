@@ -70,7 +70,7 @@ def combine(
         options.refuse_idle(
             context, ["majority_sign_method"], f"with --type {combination_type}: only ties elects signs"
         )
-    given = _weights(weights)
+    given = options.numbers("--weights", weights)
     settings = {"density": density, "majority_sign_method": majority_sign_method, "svd_rank": svd_rank, "seed": seed}
     early.refuse(lambda: _check(given, combination_type, settings, output, sources, adapter=adapter, model=model))
     from weft.files import adapter_folder as files
@@ -182,15 +182,6 @@ def _combined(found: list[AdapterFolder], how: Combination, base: Base, base_nam
     kept = [files.trained_on(one.folder) for one in found]
     new.record_origin(_common_provenance(found), kept[0] if all(one == kept[0] for one in kept) else {})
     return new
-
-
-def _weights(text: str | None) -> tuple[float, ...]:
-    if text is None:
-        return ()
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise UserError(f"--weights {text!r}: expected numbers separated by commas, such as 0.7,0.3.") from None
 
 
 def _find(source: str, wanted: Sequence[str] | None) -> list[AdapterFolder]:

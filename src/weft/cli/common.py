@@ -22,6 +22,7 @@ DONE = 0
 DEFECT = AUDIT_FAILED = 1
 USAGE = 2
 JOB_FAILED = 3
+DIFFERS = 4
 INTERRUPTED = 130
 TERMINATED = 143
 PIPE_CLOSED = 141
@@ -31,6 +32,7 @@ EXIT_CODES: dict[int, str] = {
     DEFECT: "a defect of Weft (--debug shows the traceback); of `weft preview`: the audit found errors",
     USAGE: "the input cannot be used, or the disk is full (the message says what and where)",
     JOB_FAILED: "training ended, but a job failed (loss or gradient not finite, or nothing learned)",
+    DIFFERS: "`weft verify`: the two differ by more than rounding explains (it says where first)",
     INTERRUPTED: "interrupted by Ctrl-C (a training run is saved and can be resumed)",
     PIPE_CLOSED: "whoever read the output has gone",
     TERMINATED: "ended by SIGTERM (likewise)",

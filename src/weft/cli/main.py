@@ -24,7 +24,20 @@ _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 _LONGEST = 4000  # characters of a message
 
 # Each has a module with a function of its name.
-VERBS = ("train", "preview", "chat", "generate", "combine", "merge", "convert", "doctor", "demo")
+VERBS = (
+    "train",
+    "preview",
+    "chat",
+    "generate",
+    "serve",
+    "combine",
+    "merge",
+    "export",
+    "verify",
+    "convert",
+    "doctor",
+    "demo",
+)
 
 
 def _show_version(wanted: bool) -> None:

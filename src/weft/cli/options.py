@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -81,6 +82,23 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
     StopStrings(given["stop"] or ())  # which refuses an empty one
     drawn = {name: given[name] for name in ("min_p", "seed", *PENALTIES)}
     return Sampling(given["temperature"], given["top_k"], given["top_p"], **drawn)
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """The numbers of an option, which stand between commas; none if it is not given.
+
+    Raises:
+        UserError: One is no finite number.
+    """
+    if text is None:
+        return ()
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r}: expected numbers separated by commas, such as 0.7,0.3.") from None
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{option} {text!r}: every weight must be a finite number.")
+    return found
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,20 @@ from weft.data.rendering.served import served_template
 from weft.errors import UserError
 from weft.export.proof import Proof, Reference, compare, fixed_prompts, fixed_texts, routed_logits
 from weft.export.rendering import Wanted, compare_ids, fixed_conversations, fresh_ids, wanted_ids
+from weft.export.requantized import changes_of, requantize
+from weft.export.sources import Sources
+from weft.export.tokenizer_files import keep_unchanged
 from weft.files import adapter_folder as files
-from weft.files.run_folder import RUN_FILE, RunStore, run_of
-from weft.files.whole import new_folder, sha256_of, weights_bytes
+from weft.files.run_folder import run_of
+from weft.files.whole import new_folder, weights_bytes
 from weft.files.writing import writing
 from weft.generation.open import open_target
 from weft.generation.target import Target
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears, how_kept
-from weft.models.load import resolve_dtype
+from weft.models.hub import folder_of
+from weft.models.load import resolve_dtype, resolve_model
 from weft.models.quantize import Quantization
 from weft.paths import local_path
 from weft.training.config import read_run_config
@@ -41,42 +45,49 @@ SHARD = "5GB"
 
 @dataclass(frozen=True)
 class Result:
-    """A merged model's folder, how it compares, and what the user should know."""
+    """A merged model's folder, how it compares (``lines`` say it in words), and what the user should know."""
 
     folder: Path
     entries: Mapping[str, object]
     proof: Proof
     _: KW_ONLY
+    lines: tuple[str, ...]
     notes: tuple[str, ...]
     bytes: int
 
 
 def merge_folder(
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
+    weights: Sequence[float] = (),
     model: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     quantization: Quantization | None = None,
+    quantize: Quantization | None = None,
 ) -> Result:
     """Write the base with an adapter in its weights to the new folder ``output``, and compare it with the adapter.
 
     Args:
-        adapter: an adapter's folder, or a run's that has only one.
+        adapter: an adapter's folder, or a run's that has only one; or several, whose weighted sum it then is.
+        weights: one for each of several adapters; default: the same share for each.
         model: the base, instead of the one that the adapter names.
         dtype: of the weights that are written; ``auto``: those of the base in training.
         quantization: how the base of the training was kept, where the folder does not say.
+        quantize: how the merged model is kept; the proof is of the model before.
 
     Raises:
         UserError: the adapter cannot become weights, does not fit the base, the folder is taken, or the merged model
             does not answer as the adapter does; nothing is left behind.
     """
-    folder, output = adapter_folder(local_path(adapter)), local_path(output)
+    sources, output = Sources.of(adapter, weights), local_path(output)
     with new_folder(output, "--output ") as part:
         given = resolve_dtype(dtype)
-        opened, notes = _open(folder, model, device, quantization)
-        written = _write(opened, folder, part, given if isinstance(given, torch.dtype) else None)
+        opened, notes = open_trained(sources.folders[0], model, device, quantization)
+        notes += sources.load_others(opened)
+        narrowed = given if isinstance(given, torch.dtype) else None
+        written = _write(opened, sources, part, narrowed, measured=quantize is not None)
         where, tokenizer = opened.adapters.device, opened.base.tokenizer
         del opened  # two models at once are enough
         with fresh_ids(part, [messages for messages, _ in written.wanted]) as ids_elsewhere:
@@ -92,6 +103,12 @@ def merge_folder(
                 "adapter beside its base."
             )
         entries = written.entries | {"proof": asdict(proof)}
+        lines = proof.lines()
+        if quantize is not None:
+            rounded = requantize(part, quantize, written.changes, written.expected, where)
+            entries |= {"requantized": asdict(rounded)}
+            lines += rounded.lines()
+            notes += rounded.notes()
         data = {} if written.data is None else {"data": written.data}
         files.write_json(part / files.OWN_CONFIG, {"merged": entries, **data})
     if entries["quantization"]:
@@ -99,32 +116,17 @@ def merge_folder(
             f"the base of the training was {entries['quantization']}: its dequantised weights, beside which the "
             f"adapter learned, are what it was merged with, written in {entries['dtype']}."
         )
-    return Result(output, entries, proof, notes=tuple(notes), bytes=weights_bytes(output))
+    return Result(output, entries, proof, lines=tuple(lines), notes=tuple(notes), bytes=weights_bytes(output))
 
 
-def adapter_folder(folder: Path) -> Path:
-    """The folder of one adapter; a run with one stands for it.
+def open_trained(
+    folder: Path, model: str | None, device: str, quantization: Quantization | None
+) -> tuple[Target, list[str]]:
+    """Open the adapter on its base, kept as it was in training, and say what the user should know.
 
     Raises:
-        UserError: It holds no adapter, or several.
+        UserError: It cannot be opened, or its base is another one now and no ``model`` is named.
     """
-    if (folder / RUN_FILE).is_file():
-        names = [job.name for job in read_run_config(folder).jobs]
-        if len(names) != 1:
-            raise UserError(
-                f"{folder} is a run with the adapters {', '.join(names)}; one is merged at a time: --adapter "
-                f"{RunStore(folder).adapters / names[0]}, for one."
-            )
-        (folder,) = RunStore(folder).finished(names)
-    if files.merged_from(folder) is not None:
-        raise UserError(f"{folder} is a merged model already, not an adapter.")
-    if not files.is_adapter(folder):
-        raise UserError(f"{folder} holds no adapter ({files.CONFIG}).")
-    return folder
-
-
-def _open(folder: Path, model: str | None, device: str, quantization: Quantization | None) -> tuple[Target, list[str]]:
-    """Open the adapter on its base, kept as it was in training."""
     kept = files.trained_on(folder)
     run, notes = run_of(folder), []
     if kept is None and run is not None:
@@ -168,58 +170,63 @@ class _MergedFolder:
     entries: dict[str, object]
     data: Mapping[str, object] | None
     expected: list[Reference]
+    _: KW_ONLY
     wanted: Wanted
+    changes: Mapping[str, float]
 
 
-def _write(opened: Target, folder: Path, part: Path, dtype: torch.dtype | None) -> _MergedFolder:
+def _write(opened: Target, sources: Sources, part: Path, dtype: torch.dtype | None, *, measured: bool) -> _MergedFolder:
     """Write the model and its tokenizer, and close what was opened. The base is this function's own."""
-    adapters, name = opened.adapters, opened.names[0]
+    adapters, name = opened.adapters, sources.name(opened)
     adapter, quantized = adapters[name], bool(getattr(adapters.model, "is_quantized", False))
     check_mergeable(adapter)
     # A wider dtype holds the weights of training as they are, and both sides are compared in one precision.
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
-        _recast(opened, folder, dtype)
+        _recast(opened, sources, dtype)
         adapter = adapters[name]
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
-    entries = _entries(opened, folder, new)
+    entries = _entries(opened, sources, new)
+    changes = changes_of(adapters.model, adapter, new) if measured else {}
     wanted = _save(opened, new, part)
+    source = folder_of(resolve_model(opened.base.name))
+    if source is not None:
+        entries["tokenizer_files_of_the_base"] = keep_unchanged(part, source)
     del new
-    expected = _expected(opened, folder, written)
+    expected = _expected(opened, sources, written)
     opened.close()
-    return _MergedFolder(entries, adapter.provenance, expected, wanted=wanted)
+    return _MergedFolder(entries, sources.provenance(), expected, wanted=wanted, changes=changes)
 
 
-def _expected(opened: Target, folder: Path, written: torch.dtype) -> list[Reference]:
+def _expected(opened: Target, sources: Sources, written: torch.dtype) -> list[Reference]:
     """Compute what the merged model must give. This changes the base's dtype."""
-    adapters, name = opened.adapters, opened.names[0]
+    adapters, name = opened.adapters, sources.name(opened)
     prompts = fixed_prompts(adapters, name, opened.renderer)
     precise = routed = routed_logits(adapters, name, prompts)
     rounded: list[Tensor] | list[None] = [None] * len(prompts)
     if getattr(adapters.model, "is_quantized", False) or adapters.dtype.itemsize < 4:
         dequantize_linears(adapters.model, torch.float32)
-        _recast(opened, folder, torch.float32)
+        _recast(opened, sources, torch.float32)
         precise = routed_logits(adapters, name, prompts)
     if written.itemsize < 4:
-        _recast(opened, folder, written)
+        _recast(opened, sources, written)
         rounded = routed_logits(adapters, name, prompts)
     return [Reference(*row) for row in zip(prompts, routed, precise, rounded, strict=True)]
 
 
-def _recast(opened: Target, folder: Path, dtype: torch.dtype) -> None:
-    """Give the base another dtype, and load the adapter anew, for adapters know what their base has."""
-    name = opened.names[0]
+def _recast(opened: Target, sources: Sources, dtype: torch.dtype) -> None:
+    """Give the base another dtype, and load the adapters anew, for adapters know what their base has."""
     nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
-    opened.adapters.remove(name)
-    opened.adapters.load(name, folder, tokenizer=opened.base.tokenizer)
+    for name in reversed(opened.adapters.names):
+        opened.adapters.remove(name)
+    opened.adapters.load(opened.names[0], sources.folders[0], tokenizer=opened.base.tokenizer)
+    sources.load_others(opened)
 
 
-def _entries(opened: Target, folder: Path, new: PreTrainedModel) -> dict[str, object]:
+def _entries(opened: Target, sources: Sources, new: PreTrainedModel) -> dict[str, object]:
     """The section ``merged`` of weft.json: what was made of what. Paths are cut to their names."""
-    adapter = opened.adapters[opened.names[0]]
-    found = {
-        "adapter": folder.resolve().name,
-        "adapter_sha256": {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*.safetensors"))},
+    adapter = opened.adapters[sources.name(opened)]
+    found = sources.entries() | {
         "method": "+".join(part.method for part in adapter.config.methods()),
         "base": base_fingerprint(opened.base) | {"model": file_names(opened.base.name)},
         "quantization": how_kept(opened.adapters.model, opened.adapters.dtype)["quantization"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from weft.base.embeddings import config_of
 from weft.core.adapters import Adapters
 from weft.data import Message, Renderer, Sample, unlabelled_sample
+from weft.export.figures import Distances, clear_positions, larger, relative_difference, same_tokens
 from weft.export.rendering import Rendering
 from weft.layouts.encoder_decoder import start_token
 from weft.merge.model import check_as_written
@@ -67,6 +67,8 @@ class Proof:
         decided_agreement: share of these where the merged model, in 32 bits, chooses the same.
         rounding: its distance (root mean square) from base and adapter in 32 bits, over the distance that base and
             adapter have from there in the dtype that was written.
+        divergence: Kullback-Leibler, in nats, of its answers from those of both in 32 bits: the mean over positions.
+        explained_divergence: the same of base and adapter in the dtype that was written, where that has fewer bits.
         rendering: how messages become ids elsewhere; None where the merged model takes none.
     """
 
@@ -81,6 +83,8 @@ class Proof:
     decided_agreement: float | None = None
     rounding: float | None = None
     own_rounding: float | None = None
+    divergence: float | None = None
+    explained_divergence: float | None = None
     rendering: Rendering | None = None
 
     @property
@@ -182,75 +186,94 @@ def compare(folder: Path, expected: Sequence[Reference], device: torch.device) -
     auto = getattr(transformers, config.architectures[0])
     model = nn.Module.to(gate.load_weights(auto, folder, config, dtype="auto"), device).eval()
     check_as_written(model, folder)
-    positions = same = 0
-    from_routed = from_precise = 0.0
     exact = expected[0].rounded is None
-    for one in expected:
-        merged = _plain_logits(model, one.ids, device)
-        positions += len(merged)
-        same += _same(one.routed, merged)
-        from_routed = _larger(from_routed, one.routed.double(), merged)
-        if exact:
-            from_precise = _larger(from_precise, one.precise.double(), merged)
-    figures = functools.partial(Proof, len(expected), positions, from_routed, agreement=same / positions, exact=exact)
+    as_run = [plain_logits(model, one.ids, device) for one in expected]
+    found = as_run
     if not exact:
-        return _in_32_bits(figures, model.to(torch.float32), expected, device)
-    proof = figures(precise_difference=from_precise)
-    if model.dtype == torch.float32 and LARGEST_DIFFERENCE < from_precise < math.inf:
-        proof = replace(proof, own_rounding=_own_rounding(model, [one.ids for one in expected], device))
+        nn.Module.to(model, torch.float32)
+        found = [plain_logits(model, one.ids, device) for one in expected]
+
+    def own_rounding() -> float | None:
+        known = model.dtype == torch.float32
+        return _own_rounding(model, [one.ids for one in expected], device) if known else None
+
+    return judge(expected, found, as_run=as_run, own_rounding=own_rounding)
+
+
+def judge(
+    expected: Sequence[Reference],
+    found: Sequence[Tensor],
+    *,
+    as_run: Sequence[Tensor],
+    own_rounding: Callable[[], float | None],
+) -> Proof:
+    """Judge logits [positions, tokens], in 32 bits, by what was expected of each prompt.
+
+    Args:
+        expected: with ``rounded`` for every prompt, or for none.
+        as_run: the logits in the dtype that the model has.
+        own_rounding: measures the model's own rounding in 32 bits, where that decides; None: it cannot be measured.
+    """
+    exact = expected[0].rounded is None
+    routed, precise = Distances(), Distances()
+    for one, run, logits in zip(expected, as_run, found, strict=True):
+        precise.add(one.precise, logits)
+        if one.routed is not one.precise or run is not logits:
+            routed.add(one.routed, run)
+    if not routed.positions:
+        routed = precise
+    proof = Proof(
+        len(expected),
+        precise.positions,
+        routed.largest,
+        agreement=routed.same / routed.positions,
+        precise_difference=precise.largest,
+        exact=exact,
+        divergence=precise.divergence / precise.positions,
+    )
+    if not exact:
+        return _beside_rounding(proof, expected, found, precise)
+    if LARGEST_DIFFERENCE < precise.largest < math.inf:
+        proof = replace(proof, own_rounding=own_rounding())
     return proof
 
 
-def _in_32_bits(
-    figures: Callable[..., Proof], model: nn.Module, expected: Sequence[Reference], device: torch.device
-) -> Proof:
-    """The proof of a model that was written in 16 bits and now computes in 32."""
+def _beside_rounding(proof: Proof, expected: Sequence[Reference], found: Sequence[Tensor], apart: Distances) -> Proof:
+    """The proof with what rounding explains: ``found`` lies ``apart`` from what was expected in 32 bits."""
     decided = same = 0
-    from_precise = error = own_error = 0.0
-    for one in expected:
+    rounding = Distances()
+    for one, logits in zip(expected, found, strict=True):
         assert one.rounded is not None
-        merged, precise, rounded = _plain_logits(model, one.ids, device), one.precise.double(), one.rounded.double()
-        best, second = precise.topk(2, -1).values.unbind(-1)
-        clear = best - second > 2 * (rounded - precise).abs().max()
+        rounding.add(one.precise, one.rounded)
+        clear = clear_positions(one.precise, float((one.rounded.double() - one.precise.double()).abs().max()))
         decided += int(clear.sum())
-        same += _same(precise[clear], merged[clear])
-        from_precise = _larger(from_precise, precise, merged)
-        error += float((merged - precise).square().sum())
-        own_error += float((rounded - precise).square().sum())
-    return figures(
-        precise_difference=from_precise,
+        same += same_tokens(one.precise[clear], logits[clear])
+    return replace(
+        proof,
         decided=decided,
         decided_agreement=same / decided if decided else 0.0,
-        rounding=math.sqrt(error / own_error) if own_error else math.inf,
+        rounding=math.sqrt(apart.squares / rounding.squares) if rounding.squares else math.inf,
+        explained_divergence=rounding.divergence / rounding.positions,
     )
-
-
-def _same(wanted: Tensor, found: Tensor) -> int:
-    """The number of positions with the same likeliest token, of logits [positions, tokens]."""
-    return int((wanted.argmax(-1) == found.argmax(-1)).sum())
 
 
 def _own_rounding(model: nn.Module, prompts: Sequence[list[int]], device: torch.device) -> float:
     """The largest relative difference of a model's logits in 32 bits from its own in 64. Changes the model's dtype."""
-    single = [_plain_logits(model, ids, device) for ids in prompts]
+    single = [plain_logits(model, ids, device) for ids in prompts]
     model.to(torch.float64)
     found = 0.0
     for ids, logits in zip(prompts, single, strict=True):
-        found = _larger(found, _plain_logits(model, ids, device), logits)
+        found = larger(found, relative_difference(plain_logits(model, ids, device), logits))
     return found
 
 
-def _plain_logits(model: nn.Module, ids: list[int], device: torch.device) -> Tensor:
-    inputs = torch.tensor([ids], device=device)
+@torch.no_grad()
+def plain_logits(model: nn.Module, ids: Sequence[int], device: torch.device) -> Tensor:
+    """The logits [positions, tokens or classes] of a transformers model, by its own forward."""
+    inputs = torch.tensor([list(ids)], device=device)
     more = {}
     if config_of(model).is_encoder_decoder:
         start = torch.full((1, 1), start_token(model), device=device)
         more = {"decoder_input_ids": torch.cat([start, inputs[:, :-1]], dim=1)}
-    logits: Tensor = model(input_ids=inputs, **more).logits.cpu().double()
+    logits: Tensor = model(input_ids=inputs, **more).logits.cpu()
     return logits[0] if logits.dim() == 3 else logits
-
-
-def _larger(before: float, wanted: Tensor, found: Tensor) -> float:
-    """The larger of a relative difference and this one; what is not a number stays."""
-    relative = float((wanted - found).abs().max() / wanted.abs().max())
-    return relative if math.isnan(relative) else max(relative, before)

@@ -130,30 +130,45 @@ def compare_ids(wanted: Wanted, found: Ids, decode: Callable[[list[int]], str]) 
     Raises:
         UserError: A conversation without an answer has other ids.
     """
+
+    def tell(ids: list[int], other: list[int]) -> str:
+        place, here, there = first_difference(ids, other, decode)
+        return f"From token {place} on training sees {here}, and transformers gives {there}"
+
+    rendering, first, turns = count_alike(wanted, found, tell)
+    if first:
+        raise UserError(
+            f"the merged folder's chat template does not give the tokens of training by transformers alone, and "
+            f"nothing is kept. {first}. Train with a `chat_template` that transformers renders alike, or serve "
+            "the adapter beside its base."
+        )
+    if not turns:
+        return rendering, []
+    return rendering, [
+        f"warning: in a conversation of several turns other tools give other tokens than training, which no template "
+        f"can change: this tokenizer joins or marks text across the end of a turn. {turns}."
+    ]
+
+
+def count_alike(wanted: Wanted, found: Ids, tell: Callable[[list[int], list[int]], str]) -> tuple[Rendering, str, str]:
+    """Count the conversations with the same ids, and ``tell`` of the first that differ.
+
+    Returns:
+        The figures; the words on the first conversation without an answer that differs, and on the first with one.
+    """
     counts, notes = {True: [0, 0], False: [0, 0]}, {True: "", False: ""}
     for (messages, ids), other in zip(wanted, found, strict=True):
         first, same = opening(messages), ids == other
         counts[first][0] += 1
         counts[first][1] += same
         if not same:
-            notes[first] = notes[first] or _difference(ids, other, decode)
-    rendering = Rendering(*counts[True], *counts[False])
-    if notes[True]:
-        raise UserError(
-            f"the merged folder's chat template does not give the tokens of training by transformers alone, and "
-            f"nothing is kept. {notes[True]}. Train with a `chat_template` that transformers renders alike, or serve "
-            "the adapter beside its base."
-        )
-    if not notes[False]:
-        return rendering, []
-    return rendering, [
-        f"warning: in a conversation of several turns other tools give other tokens than training, which no template "
-        f"can change: this tokenizer joins or marks text across the end of a turn. {notes[False]}."
-    ]
+            notes[first] = notes[first] or tell(ids, other)
+    return Rendering(*counts[True], *counts[False]), notes[True], notes[False]
 
 
-def _difference(ids: list[int], other: list[int], decode: Callable[[list[int]], str]) -> str:
+def first_difference(ids: list[int], other: list[int], decode: Callable[[list[int]], str]) -> tuple[int, str, str]:
+    """The place at which two texts' ids first differ, and what each has from there on."""
     shorter = min(len(ids), len(other))
     place = next((at for at in range(shorter) if ids[at] != other[at]), shorter)
     here, there = (repr(decode(one[place : place + 6])) for one in (ids, other))
-    return f"From token {place} on training sees {here}, and transformers gives {there}"
+    return place, here, there

@@ -21,6 +21,7 @@ from torch import Tensor
 from weft.base.embeddings import input_embeddings
 from weft.core.adapters import Adapters
 from weft.errors import UserError
+from weft.generation.constraint import Grammars, Matcher
 from weft.generation.identity import Identities
 from weft.generation.limits import Limits, cache_blocks, limits_for
 from weft.generation.request import Answer, Completion, FinishReason, Request, Token
@@ -98,6 +99,8 @@ class Engine:
         # One thread computes at a time; submitting needs no more than the queue.
         self._computing, self._arrived = threading.Lock(), threading.Condition()
         self._thread: threading.Thread | None = None
+        self._grammars: Grammars | None = None
+        self._compiling = threading.Lock()
         self._closed = False
         self._tokens = self._steps = 0
         self._last_step = time.monotonic()
@@ -114,7 +117,7 @@ class Engine:
         return self._begin(request, Answer(request, self))
 
     def _begin(self, request: Request, answer: Answer) -> Answer:
-        writer = Writer(request, answer, self.tokenizer, self.stop_ids)
+        writer = Writer(request, answer, self.tokenizer, self.stop_ids, self._matcher(request))
         row = Row(request, self.adapters, self._root(request))
         self._check_room(row)
         with self._arrived:
@@ -239,6 +242,8 @@ class Engine:
         while self._calls:
             function, future = self._calls.popleft()
             called = True
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -298,6 +303,17 @@ class Engine:
         check_ids(request.prompt, vocabulary, f"{what}: its prompt")
         request.sampling.check_vocabulary(vocabulary)
         check_request(request, self.adapters)
+
+    def _matcher(self, request: Request) -> Matcher | None:
+        if request.constraint is None:
+            return None
+        if self.tokenizer is None:
+            raise UserError("a constraint needs the tokenizer; give it to the engine.")
+        with self._compiling:
+            if self._grammars is None:
+                vocabulary = len(input_embeddings(self.adapters.model).weight)
+                self._grammars = Grammars(self.tokenizer, vocabulary, self.stop_ids)
+        return self._grammars.matcher(request.constraint)
 
     def _check_room(self, row: Row) -> None:
         longest = len(row.symbols) + row.request.max_new_tokens

@@ -38,6 +38,7 @@ class Paged(Way):
         self.blocks, self.pool = Blocks(blocks), Pool(blocks, block_tokens)
         self.rows: list[Row] = []
         self._pushed: list[Row] = []
+        self._passed: list[Row] = []  # the rows of the last pass
 
     def add(self, row: Row) -> bool:
         size = self.pool.block_tokens
@@ -172,6 +173,10 @@ class Paged(Way):
         lengths = tuple(counts)
         # Only tables of positions that look at a whole sequence ask where each one ends.
         layout = SequenceLayout.build(lengths, device=device) if shape.install_tables and max(lengths) > 1 else None
+        together = None if self.adapters.exact else self._together.of(segments, same=list(rows) == self._passed)
+        self._passed = list(rows)
+        # The same objects: a function may keep something for a segment between two modules of a block.
+        kept = segments if together is None else together.segments
         stream = Stream(
             input_ids=torch.tensor([max(symbol, 0) for own in symbols for symbol in own], device=device),
             position_ids=torch.tensor(positions, device=device),
@@ -181,11 +186,11 @@ class Paged(Way):
             virtual_numbers={group: torch.tensor(which, device=device) for group, (_, which) in virtual.items()},
             prefix_length=(0,) * len(rows),
             route=StreamRoute(
-                tuple(segments),
+                tuple(kept),
                 layout,
                 cache=Pass(self.pool, pieces, device),
                 exact=self.adapters.exact,
-                together=None if self.adapters.exact else self._together.of(segments),
+                together=together,
             ),
             standing=tuple(end - 1 for end in accumulate(lengths)),
         )

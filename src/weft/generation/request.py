@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, Protocol
 
+from weft.generation.constraint import Constraint
 from weft.generation.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -25,6 +26,7 @@ class Request:
         ignore_stop_ids: whether the answer goes on after an end token.
         logprobs: None: none; k: the log-probability of every chosen token and of the k likeliest. They are those of the
             whole vocabulary at the sampling's temperature (0 counts as 1), before penalties, biases and cuts.
+        constraint: what the answer's text must be.
         deadline: the moment, by ``time.monotonic()``, at which the answer ends as it is.
     """
 
@@ -37,6 +39,7 @@ class Request:
     stop: Sequence[str] = ()
     ignore_stop_ids: bool = False
     logprobs: int | None = None
+    constraint: Constraint | None = None
     deadline: float | None = None
 
 

@@ -117,7 +117,9 @@ class Sampling:
 
 
 class Restriction(Protocol):
-    """What a constraint allows next, for one row."""
+    """What a constraint allows next, for one row. ``ended``: nothing can follow but an end."""
+
+    ended: bool
 
     def mask(self) -> Tensor:
         """[V] bool, on the CPU: True where a token may come next."""

@@ -193,10 +193,10 @@ class Target:
 def open_engine(adapters: core.Adapters, renderer: Renderer, limits: Limits = Limits()) -> Engine:
     """An engine whose answers are texts, and end where those of ``renderer``'s conversations do.
 
-    Raises:
-        UserError: The base writes no text.
+    Of an encoder it answers nothing, and says so when it is asked.
     """
-    return Engine(adapters, tokenizer=renderer.tokenizer, stop_ids=stop_ids(adapters, renderer), limits=limits)
+    ends = stop_ids(adapters, renderer) if adapters.architecture.writes else frozenset[int]()
+    return Engine(adapters, tokenizer=renderer.tokenizer, stop_ids=ends, limits=limits)
 
 
 def stop_ids(adapters: core.Adapters, renderer: Renderer) -> frozenset[int]:

@@ -19,10 +19,10 @@ from weft.core.adapters import Adapters
 from weft.core.route import Segment
 from weft.core.site import Site
 from weft.generation.identity import Identities
-from weft.ops.grouped import Factors, HasRowForm, RowForm, grouped_change, row_table, stack_factors
+from weft.ops.grouped import Factors, HasRowForm, RowForm, choose_factors, grouped_change, row_table, stack_factors
 
 # What one more operation costs beside the arithmetic, in floating-point operations.
-_OPERATION = 200_000
+_OPERATION = 100_000
 
 
 class Together:
@@ -32,26 +32,30 @@ class Together:
         self.device = adapters.device
         self._identities = identities
         self._factors: weakref.WeakKeyDictionary[Site, tuple[Hashable, _Stacked]] = weakref.WeakKeyDictionary()
-        self._routes: dict[Hashable, RouteChanges] = {}
+        self._last: tuple[Hashable, RouteChanges] | None = None  # the same rows come many times, then never again
 
-    def of(self, segments: Sequence[Segment]) -> RouteChanges | None:
-        """The changes for rows that lie so; None where no adapter is among them."""
+    def of(self, segments: Sequence[Segment], *, same: bool) -> RouteChanges | None:
+        """The changes for rows that lie so; None where no adapter is among them.
+
+        ``same``: whether all rows are those of the pass before, so that no adapter can have come or changed.
+        """
         names = tuple(segment.adapter for segment in segments)
         if all(name is None for name in names):
             return None
-        key = (tuple((s.adapter, s.tokens) for s in segments), tuple(map(self._identities.of, names)))
-        if key not in self._routes:
-            self._routes.clear()  # the same rows come many times, then never again
-            self._routes[key] = RouteChanges(self, segments, key[1])
-        return self._routes[key]
+        key = tuple((s.adapter, s.tokens) for s in segments)
+        if not same or self._last is None or self._last[0] != key:
+            state = tuple(map(self._identities.of, names))
+            if self._last is None or self._last[0] != key or self._last[1].state != state:
+                self._last = (key, RouteChanges(self, segments, state))
+        return self._last[1]
 
-    def stacked(self, site: Site, names: Sequence[str | None], state: Hashable, dtype: torch.dtype) -> _Stacked:
-        """The forms of these adapters at a site, and their factors one below the other."""
-        key = (tuple(names), state, dtype)
+    def stacked(self, site: Site, names: Sequence[str | None], state: Hashable, *, x: Tensor) -> _Stacked:
+        """The forms of these adapters at a site with rows x [..., in], and their factors one below the other."""
+        key = (tuple(names), state, x.dtype)
         known = self._factors.get(site)
         if known is None or known[0] != key:
             forms = [_form(site, name) for name in names]
-            known = self._factors[site] = (key, _Stacked(forms, stack_factors(forms, dtype)))
+            known = self._factors[site] = (key, _Stacked(forms, stack_factors(forms, x.shape[-1], x.dtype)))
         return known[1]
 
 
@@ -80,27 +84,30 @@ class RouteChanges:
         if site.path not in self._sites:
             special = site.apart or site.inserted or site.parameters or site.rows_name
             own = x.numel() == self.rows * x.shape[-1] and not special
-            self._sites[site.path] = SiteChange(site, self, x.dtype) if own else None
+            self._sites[site.path] = SiteChange(site, self, x) if own else None
         return self._sites[site.path]
 
-    def stacked(self, site: Site, dtype: torch.dtype) -> _Stacked:
-        """``Together.stacked`` for the adapters of this route."""
-        return self._together.stacked(site, [segment.adapter for segment in self.segments], self.state, dtype)
+    def stacked(self, site: Site, x: Tensor) -> _Stacked:
+        """``Together.stacked`` for the adapters of this route, and rows x [..., in]."""
+        return self._together.stacked(site, [segment.adapter for segment in self.segments], self.state, x=x)
 
 
 class SiteChange:
     """The change of all rows at one site."""
 
-    def __init__(self, site: Site, route: RouteChanges, dtype: torch.dtype) -> None:
-        stacked = route.stacked(site, dtype)
+    def __init__(self, site: Site, route: RouteChanges, x: Tensor) -> None:
+        """``x``: [..., in], the rows that come first."""
+        stacked = route.stacked(site, x)
         forms, self._factors = list(stacked.forms), stacked.factors
         starts = list(itertools.accumulate((segment.tokens for segment in route.segments), initial=0))
         self._segments = [
             (slice(start, start + segment.tokens), segment)
             for start, segment in zip(starts, route.segments, strict=False)
         ]
+        self._pieces: list[tuple[slice, RowForm]] = []
         if self._factors is not None and not _worth(self._factors, forms, route.segments):
-            forms = [form if form is None or form.a is None else None for form in forms]
+            places = zip((rows for rows, _ in self._segments), forms, strict=True)
+            self._pieces = [(rows, form.cast(x.dtype)) for rows, form in places if form is not None and form.adds]
             self._factors = None
         self._site = site
         self._alone = [
@@ -108,15 +115,14 @@ class SiteChange:
             for index, (form, segment) in enumerate(zip(forms, route.segments, strict=True))
             if form is None and (segment.adapter in site.functions or segment.adapter in site.inputs)
         ]
-        self._foreign: Tensor | None = None
-        if self._factors is not None and len(route.segments) > 1:
-            self._foreign = self._factors.owners[None] != route.owners[:, None]
+        self._choices = None if self._factors is None else choose_factors(self._factors, route.owners)
+        self._fresh = issubclass(site.base_class, torch.nn.Linear)
 
-        def table(name: str, neutral: float) -> Tensor | None:
+        def table(name: str) -> Tensor | None:
             vectors = [None if form is None else getattr(form, name) for form in forms]
-            return row_table(vectors, route.owners, neutral, dtype)
+            return row_table(vectors, route.owners, 1.0, x.dtype)
 
-        self._bias, self._scale, self._input = table("bias", 0.0), table("scale", 1.0), table("input_scale", 1.0)
+        self._scale, self._input = table("scale"), table("input_scale")
 
     def prepare(self, x: Tensor) -> Tensor:
         """The rows [..., N, in] that go into the module."""
@@ -131,17 +137,20 @@ class SiteChange:
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         """The rows [..., N, out] that come out, for rows x that went in."""
-        if y.data_ptr() == x.data_ptr():
+        if not self._fresh and y.data_ptr() == x.data_ptr():
             y = y.clone()  # a module that does nothing gives what it was given
+        y = y.contiguous()
         flat, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        flat = grouped_change(given, flat, self._factors, self._foreign, scale=self._scale, bias=self._bias)
+        grouped_change(given, flat, self._factors, self._choices, self._scale)
+        for rows, form in self._pieces:
+            form.add_to(flat[rows], given[rows])
         for index in self._alone:
             rows, segment = self._segments[index]
             own = flat[rows]
             for function in self._site.functions.get(segment.adapter or "", ()):
                 own = function(given[None, rows], own[None], segment)[0]
             flat[rows] = own
-        return flat.view_as(y)
+        return y
 
 
 def _form(site: Site, name: str | None) -> RowForm | None:
@@ -161,8 +170,12 @@ def _own(function: object) -> bool:
 
 def _worth(factors: Factors, forms: Sequence[RowForm | None], segments: Sequence[Segment]) -> bool:
     """Whether all factors on all rows cost less than each adapter's on its own rows, one after the other."""
-    width = factors.a.shape[1] + factors.b.shape[1]
+    width = factors.a.shape[0] + factors.b.shape[1]
     rows = sum(segment.tokens for segment in segments)
-    own = [(form.a.shape[0], s.tokens) for form, s in zip(forms, segments, strict=True) if form and form.a is not None]
+    own = [
+        (0 if form.a is None else len(form.a), segment.tokens)
+        for form, segment in zip(forms, segments, strict=True)
+        if form is not None and form.adds
+    ]
     apart = sum(2 * ranks * tokens * width + 2 * _OPERATION for ranks, tokens in own)
-    return 2 * len(factors.a) * rows * width + 2 * _OPERATION <= apart or len(own) == 1 == len(segments)
+    return 2 * len(factors.b) * rows * width + 2 * _OPERATION <= apart or len(own) == 1 == len(segments)

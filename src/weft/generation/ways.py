@@ -41,7 +41,7 @@ class Ways:
         self.adapters = adapters
         self.cohorts = Cohorts(adapters, kinds, begin)
         self.paged: Paged | None = None
-        if isinstance(adapters.layout, Packed) and goes_on(adapters):
+        if isinstance(adapters.layout, Packed) and adapters.architecture.writes and goes_on(adapters):
             self.paged = Paged(
                 adapters, identities, blocks=blocks, block_tokens=block_tokens, prefill_tokens=prefill_tokens
             )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from weft.errors import UserError
+from weft.generation.constraint import Matcher
 from weft.generation.request import Answer, Completion, FinishReason, Request, Token
 from weft.generation.sampling import Drawing
 from weft.generation.text import StopStrings, TextStream
@@ -24,14 +25,15 @@ class Writer:
         answer: Answer,
         tokenizer: PreTrainedTokenizerBase | None,
         stop_ids: Collection[int],
+        matcher: Matcher | None = None,
     ) -> None:
         if request.stop and tokenizer is None:
             raise UserError("stop strings need the tokenizer; give it to the engine.")
         self.request, self.answer = request, answer
         self.stop_ids = frozenset[int]() if request.ignore_stop_ids else frozenset(stop_ids)
-        self.drawing = Drawing(request.sampling, request.prompt, logprobs=request.logprobs)
+        self.drawing = Drawing(request.sampling, request.prompt, matcher=matcher, logprobs=request.logprobs)
         self._text = None if tokenizer is None else TextStream(tokenizer)
-        self._stops = StopStrings(request.stop)
+        self._stops, self._matcher = StopStrings(request.stop), matcher
         self._tokens: list[Token] = []
 
     def take(self, token: Token) -> FinishReason | None:
@@ -42,7 +44,7 @@ class Writer:
             token = replace(token, text=self._stops.push(self._text.push(token.id)))
         self._tokens.append(token)
         self.answer.put(token)
-        if self._stops.found is not None:
+        if self._stops.found is not None or (self._matcher is not None and self._matcher.ended):
             return "stop"
         return "length" if len(self._tokens) >= self.request.max_new_tokens else None
 

@@ -58,6 +58,11 @@ class MergedModule:
         scale = self.cast(scale)
         self._input_scale = scale if self._input_scale is None else self._input_scale * scale
 
+    @property
+    def folded_weight(self) -> Tensor:
+        """The weight, in the shape of ``weight``, with the scale of the input in it."""
+        return self.weight if self._input_scale is None else self.weight * self._input_scale
+
     def laid_out(self, tensor: Tensor) -> Tensor:
         """A matrix of the module's layout in that of ``weight``, or the other way round: Conv1D keeps [in, out]."""
         return tensor.t() if self.linear and not isinstance(self.module, nn.Linear) else tensor
@@ -70,8 +75,7 @@ class MergedModule:
 
     def tensors(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> dict[str, Tensor]:
         """The module's tensors in its own layout and shapes, rounded; on the CPU, because the base fills the GPU."""
-        weight = self.weight if self._input_scale is None else self.weight * self._input_scale
-        found = {"weight": self._in_files(weight).to(weight_dtype).cpu().contiguous()}
+        found = {"weight": self._in_files(self.folded_weight).to(weight_dtype).cpu().contiguous()}
         return found if self.bias is None else {**found, "bias": self.bias.to(bias_dtype).cpu().contiguous()}
 
 

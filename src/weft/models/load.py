@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest, reason_of
 from weft.files.whole import temporary_place, writing_temporary
 from weft.models import gate
+from weft.models.complete import check_complete
 from weft.models.facts import ENCODERS
 from weft.models.hub import Hub, fetch_model, folder_of
 from weft.models.originals import HeldWeights, OriginalWeights
@@ -235,9 +236,73 @@ def _add(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[
     return ids
 
 
+def load_plain(
+    name: str, *, device: str = "auto", quantization: Quantization | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model as its own folder describes it, in evaluation mode: with its head, in its dtype, and no adapters.
+
+    Returns:
+        The model, and the names of tensors in its files that it has no place for.
+
+    Raises:
+        UserError: As ``load_base``.
+    """
+    source = fetch_model(resolve_model(name))
+    model, report = _loaded(name, source, _own_class, "auto", resolve_device(device), quantization)
+    check_complete(
+        name,
+        missing=report["missing_keys"],
+        unexpected=report["unexpected_keys"],
+        mismatched=report["mismatched_keys"],
+    )
+    if quantization is None:
+        nn.Module.to(model, resolve_device(device))
+    one_kernel(model)
+    return model.eval(), sorted(report["unexpected_keys"])
+
+
+def _own_class(config: PreTrainedConfig, name: str) -> object:
+    """The transformers class that the configuration names; if it names none, the usual one."""
+    import transformers
+
+    named = (config.architectures or [""])[0]
+    found = getattr(transformers, named, None) if named.isidentifier() else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    return _auto_class(config, name)
+
+
 def _load_model(
     name: str, source: str, kind: torch.dtype | str, where: torch.device, quantization: Quantization | None
 ) -> nn.Module:
+    model, report = _loaded(name, source, _auto_class, kind, where, quantization)
+    own = set(_headless(model).state_dict(keep_vars=True))
+    check_complete(
+        name,
+        missing=report["missing_keys"],
+        unexpected=report["unexpected_keys"],
+        mismatched=report["mismatched_keys"],
+        # What an encoder lacks of a head is of no matter, for the head is removed.
+        own=own if _is_encoder(model.config) else own | set(report["missing_keys"]),
+    )
+    # What an adapter's file calls its base: for transformers a hub's model is the folder in which its files lie.
+    model.config.name_or_path = resolve_model(name)
+    if quantization is None:
+        nn.Module.to(model, where)
+    else:
+        one_kernel(model)
+    return model.eval()
+
+
+def _loaded(
+    name: str,
+    source: str,
+    choose: Callable[[PreTrainedConfig, str], object],
+    kind: torch.dtype | str,
+    where: torch.device,
+    quantization: Quantization | None,
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A model of the class that ``choose`` gives, and transformers' report of its tensors."""
     options: dict[str, object] = {}
     if quantization is not None:
         compute = kind if isinstance(kind, torch.dtype) else torch.bfloat16
@@ -249,8 +314,8 @@ def _load_model(
     verbosity = transformers_logging.get_verbosity()
     try:
         config = gate.load_config(source)
-        auto = _auto_class(config, name)
-        # transformers' own report of missing tensors would name the head that is removed; ours is below.
+        auto = choose(config, name)
+        # transformers' own report of missing tensors would name the head that is removed; ours comes later.
         transformers_logging.set_verbosity_error()
         loaded: Any = gate.load_weights(
             auto, source, config, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -262,22 +327,7 @@ def _load_model(
     finally:
         transformers_logging.set_verbosity(verbosity)
     model, report = loaded
-    own = set(_headless(model).state_dict(keep_vars=True))
-    # For both, transformers only warns and fills in random numbers.
-    missing = sorted(own & set(report["missing_keys"]) if _is_encoder(model.config) else report["missing_keys"])
-    if missing:
-        raise UserError(f"the model {name!r} lacks {len(missing)} of its tensors: {', '.join(missing[:3])} ...")
-    for key, found, wanted in sorted(key for key in report["mismatched_keys"] if key[0] in own):
-        raise UserError(
-            f"the model {name!r} is damaged: {key} is {tuple(found)}, its config.json says {tuple(wanted)}."
-        )
-    # What an adapter's file calls its base: for transformers a hub's model is the folder in which its files lie.
-    model.config.name_or_path = resolve_model(name)
-    if quantization is None:
-        nn.Module.to(model, where)
-    else:
-        one_kernel(model)
-    return model.eval()
+    return model, report
 
 
 def _is_encoder(config: object) -> bool:

@@ -3,15 +3,16 @@
 Every row n belongs to one adapter (or to none). Where each of them changes ``y = W x`` in one of the ways of
 ``RowForm``, all changes are one computation over all rows:
 
-    y_n <- s_n * y_n + B^T (m_n * (A x_n)) + c_n
+    y_n <- s_n * y_n + B^T (m_n * (A x_n))
 
-A and B hold the factors of all adapters one below the other, and the mask m_n leaves those of row n's own.
+A and B hold the factors of all adapters one below the other, and the mask m_n leaves those of row n's own. A bias is
+one more row of B, beside the number 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -34,6 +35,23 @@ class RowForm:
     scale: Tensor | None = None
     input_scale: Tensor | None = None
 
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to y."""
+        return self.a is not None or self.bias is not None
+
+    def cast(self, dtype: torch.dtype) -> RowForm:
+        """The same, with what is added in this dtype."""
+        a, b, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.a, self.b, self.bias))
+        return replace(self, a=a, b=b, bias=bias)
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add ``b a x + bias`` to rows y [n, out] of this adapter alone, for its rows x [n, in]; in y's dtype."""
+        if self.bias is not None:
+            y += self.bias
+        if self.a is not None and self.b is not None:
+            y.addmm_(x.to(y.dtype) @ self.a.t(), self.b.t())
+
 
 @runtime_checkable
 class HasRowForm(Protocol):
@@ -44,22 +62,58 @@ class HasRowForm(Protocol):
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of all adapters: ``a`` [R, in], ``b`` [R, out], and who owns which rows of them, ``owners`` [R]."""
+    """The factors of all adapters, one below the other.
+
+    Attributes:
+        a: [in, R], transposed, and ``b``: [R, out]. A bias is a row of b whose column of a is zero.
+        owners: [R], whose each of them is.
+        constant: [R] bool, true for biases.
+    """
 
     a: Tensor
     b: Tensor
     owners: Tensor
+    constant: Tensor
 
 
-def stack_factors(forms: Sequence[RowForm | None], dtype: torch.dtype) -> Factors | None:
-    """The factors [R, ...] of the adapters 0, 1, ... ; None if none has any."""
-    found = [(index, form.a, form.b) for index, form in enumerate(forms) if form is not None and form.a is not None]
-    if not found:
+def stack_factors(forms: Sequence[RowForm | None], inputs: int, dtype: torch.dtype) -> Factors | None:
+    """The factors of the adapters 0, 1, ..., of x [..., ``inputs``]; None if none has any."""
+    a, b, owners, constant = list[Tensor](), list[Tensor](), list[int](), list[bool]()
+    for index, form in enumerate(forms):
+        if form is not None and form.a is not None and form.b is not None:
+            a.append(form.a.to(dtype))
+            b.append(form.b.to(dtype).t())
+            owners += [index] * len(form.a)
+            constant += [False] * len(form.a)
+        if form is not None and form.bias is not None:
+            a.append(form.bias.new_zeros(1, inputs, dtype=dtype))
+            b.append(form.bias.to(dtype)[None])
+            owners.append(index)
+            constant.append(True)
+    if not owners:
         return None
-    a = torch.cat([a.to(dtype) for _, a, _ in found if a is not None])
-    b = torch.cat([b.to(dtype).t() for _, _, b in found if b is not None])
-    owners = torch.cat([torch.full((len(a),), index) for index, a, _ in found if a is not None])
-    return Factors(a, b, owners.to(a.device))
+    device = a[0].device
+    return Factors(
+        torch.cat(a).t().contiguous(),
+        torch.cat(b),
+        torch.tensor(owners, device=device),
+        torch.tensor(constant, device=device),
+    )
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which factors are whose: ``replaced`` [N, R] bool is true where ``values`` [N, R] stand in the place of A x."""
+
+    replaced: Tensor
+    values: Tensor
+
+
+def choose_factors(factors: Factors, owners: Tensor) -> Choices | None:
+    """The choices for rows of these owners [N], [N, R] each; None: every row has all factors, and none is a bias."""
+    own = factors.owners == owners[:, None]
+    replaced = ~own | factors.constant
+    return Choices(replaced, own.to(factors.b.dtype)) if bool(replaced.any()) else None
 
 
 def row_table(vectors: Sequence[Tensor | None], owners: Tensor, neutral: float, dtype: torch.dtype) -> Tensor | None:
@@ -72,36 +126,27 @@ def row_table(vectors: Sequence[Tensor | None], owners: Tensor, neutral: float, 
 
 
 def grouped_change(
-    x: Tensor,
-    y: Tensor,
-    factors: Factors | None,
-    foreign: Tensor | None,
-    *,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
+    x: Tensor, y: Tensor, factors: Factors | None, choices: Choices | None, scale: Tensor | None = None
 ) -> Tensor:
     """The formula at the head of this module; it may write into y.
 
     Args:
         x: [N, in].
         y: [N, out].
-        foreign: [N, R] bool, true where a factor is not the row's own; None: all rows have all of them.
-        scale: [N, out], of the adapters that have no factors.
-        bias: [N, out].
+        choices: of ``choose_factors``.
+        scale: [N, out], of adapters that have no factors.
 
     Returns:
         [N, out].
     """
     if scale is not None:
         y = y.mul_(scale)
-    if bias is not None:
-        y = y.add_(bias)
     if factors is None:
         return y
-    z = x.to(y.dtype) @ factors.a.t()
-    if foreign is not None:
+    z = x.to(y.dtype) @ factors.a
+    if choices is not None:
         # Not a product with zeros: what a neighbour's factors make of this row may be infinite.
-        z.masked_fill_(foreign, 0)
+        z = torch.where(choices.replaced, choices.values, z)
     return y.addmm_(z, factors.b)
 
 

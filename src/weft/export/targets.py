@@ -1,0 +1,57 @@
+"""What `weft verify` may be given: checks that need no large library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weft.errors import UserError
+from weft.export.sources import adapter_folder
+from weft.files.adapter_folder import is_adapter, merged_from
+from weft.files.run_folder import RUN_FILE
+from weft.models.load import resolve_model
+from weft.paths import local_path
+
+
+def is_address(target: str) -> bool:
+    """Whether it is the address of a server."""
+    return target.startswith(("http://", "https://"))
+
+
+def is_adapted(folder: Path) -> bool:
+    """Whether the folder holds a run or an adapter, and not a model by itself."""
+    return (folder / RUN_FILE).is_file() or (merged_from(folder) is None and is_adapter(folder))
+
+
+def check_target(target: str) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        UserError: It is a GGUF file, a run of several adapters, or not there.
+    """
+    if is_address(target):
+        return
+    folder = local_path(target)
+    if target.endswith(".gguf"):
+        raise UserError(
+            f"{target} is a GGUF file, which `weft verify` does not read. Compare the folder that it was made of; or "
+            "serve the file (llama.cpp's server does) and give that server's address."
+        )
+    if is_adapted(folder):
+        adapter_folder(folder)
+    else:
+        resolve_model(target)
+
+
+def check_pair(a: str, b: str) -> None:
+    """Refuse two sides of which neither can be measured.
+
+    Raises:
+        UserError: One of them cannot be compared, or both are servers.
+    """
+    for target in (a, b):
+        check_target(target)
+    if is_address(a) and is_address(b):
+        raise UserError(
+            f"{a} and {b} are both servers. One of the two must be a model on this machine, for what rounding explains "
+            "is measured on it."
+        )
