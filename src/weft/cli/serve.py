@@ -98,9 +98,10 @@ def _run(settings: ServeSettings, open_it: Callable[[], Target]) -> int:
 
     def load(metrics: Metrics) -> Endpoints:
         common.say(f"listening on {url}; loading …")  # from here on a signal is heard
-        from weft.serve.loading import make_endpoints
+        with common.no_collection():
+            from weft.serve.loading import make_endpoints
 
-        opened = open_it()
+            opened = open_it()
         for note in (*opened.notes, opened.summary()):
             common.say(note)
         return make_endpoints(opened, settings, metrics)
