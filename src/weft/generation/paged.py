@@ -42,6 +42,8 @@ class Paged(Way):
 
     def add(self, row: Row) -> bool:
         size = self.pool.block_tokens
+        if (twin := self._twin_of(row)) is not None:
+            return self._follow(row, twin)
         # The last symbol is always computed: what it gives, chooses the next token.
         found = (
             [] if row.root is None else self.blocks.find(row.root, row.symbols, size, (len(row.symbols) - 1) // size)
@@ -63,11 +65,35 @@ class Paged(Way):
         self.rows.append(row)
         return True
 
+    def _twin_of(self, row: Row) -> Row | None:
+        """A row that is computing the same text now."""
+        if row.root is None:
+            return None
+        same = (other for other in self.rows if other.root == row.root and other.twin is None and not other.ids)
+        return next((other for other in same if other.left and other.symbols == row.symbols), None)
+
+    def _follow(self, row: Row, twin: Row) -> bool:
+        """Let a row take over what its twin computes: full blocks are shared, of the last one it gets a copy."""
+        full = len(row.symbols) // self.pool.block_tokens
+        open_block = self.blocks.take() if len(row.symbols) % self.pool.block_tokens else None
+        if open_block is None and len(row.symbols) % self.pool.block_tokens:
+            return False
+        for block in twin.blocks[:full]:
+            block.uses += 1
+        row.blocks = [*twin.blocks[:full], *([] if open_block is None else [open_block])]
+        row.shared, row.done, row.twin = full, 0, twin
+        if row.cached is None:
+            row.cached = sum(symbol >= 0 for symbol in row.symbols)
+        self.rows.append(row)
+        return True
+
     def drop(self, row: Row) -> None:
         self.rows.remove(row)
+        for other in [o for o in self.rows if o.twin is row]:
+            self._push_out(other)
         broken = {id(block) for block in row.blocks[row.shared :] if not block.ready and block.uses > 1}
         self.blocks.release(row.blocks)
-        row.blocks, row.done, row.shared = [], 0, 0
+        row.blocks, row.done, row.shared, row.twin = [], 0, 0, None
         # Others wait for what this row will not compute: they begin again.
         for other in [o for o in self.rows if broken and any(id(b) in broken for b in o.blocks[: o.shared])]:
             self._push_out(other)
@@ -85,21 +111,35 @@ class Paged(Way):
         ends = list(accumulate(chosen[row] for row in rows))
         for row in rows:
             self._count(row, chosen[row])
-        whole = [(row, end - 1) for row, end in zip(rows, ends, strict=True) if row.left == 0]
+        whole = [
+            (each, end - 1)
+            for row, end in zip(rows, ends, strict=True)
+            if row.left == 0
+            for each in (row, *self._followers(row))
+        ]
         if not whole:
             return []
         places = torch.tensor([place for _, place in whole], device=hidden.device)
         return [([row for row, _ in whole], hidden[places])]
 
+    def _followers(self, row: Row) -> list[Row]:
+        """The rows for which this one has computed; from now on they go on by themselves."""
+        followers = [other for other in self.rows if other.twin is row]
+        for other in followers:
+            other.twin, other.done = None, row.done
+            if other.blocks[-1] is not row.blocks[len(other.blocks) - 1]:
+                self.pool.copy_block(row.blocks[len(other.blocks) - 1].number, other.blocks[-1].number)
+        return followers
+
     def _choose(self) -> dict[Row, int]:
         """How many symbols of which rows go through the next pass."""
         for row in list(self.rows):
-            if row.blocks and row.left == 1:
+            if row.blocks and row.left == 1 and row.twin is None:
                 self._grow(row)
         chosen: dict[Row, int] = {}
         budget = self.prefill_tokens
         for row in self.rows:
-            if row.shared and not row.blocks[row.shared - 1].ready:
+            if row.twin is not None or (row.shared and not row.blocks[row.shared - 1].ready):
                 continue  # another row computes what it begins with
             self._begin(row)
             count = row.left

@@ -47,6 +47,12 @@ class Pool:
                 v = torch.nn.functional.pad(v, (0, narrow))
             self.store(layer, places, k.to(dtype), v.to(dtype))
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy one block's keys and values to another, in all layers."""
+        size = self.block_tokens
+        for side in (side for pair in self._layers.values() for side in pair):
+            side[:, target * size : (target + 1) * size] = side[:, source * size : (source + 1) * size]
+
     def places(self, blocks: Sequence[int], start: int, end: int) -> list[int]:
         """The places of the positions ``start`` to ``end`` of a text that lies in ``blocks``."""
         size = self.block_tokens

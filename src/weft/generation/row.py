@@ -24,6 +24,7 @@ class Row:
         done: how many symbols have theirs there.
         shared: how many blocks at its head others have, or will have, computed.
         cached: how many of its prompt's tokens were there when it began; None: it has not begun.
+        twin: a row with the same text, which computes for both.
     """
 
     def __init__(self, request: Request, adapters: Adapters, root: Hashable = None) -> None:
@@ -33,6 +34,7 @@ class Row:
         self.blocks: list[Block] = []
         self.done = self.shared = 0
         self.cached: int | None = None
+        self.twin: Row | None = None
 
     @property
     def adapter(self) -> str | None:

@@ -13,13 +13,22 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.core.adapters import Adapters
 from weft.core.route import Segment
-from weft.core.site import Site
+from weft.core.site import Site, site_of
 from weft.generation.identity import Identities
-from weft.ops.grouped import Factors, HasRowForm, RowForm, choose_factors, grouped_change, row_table, stack_factors
+from weft.ops.grouped import (
+    Choices,
+    Factors,
+    HasRowForm,
+    RowForm,
+    choose_factors,
+    grouped_change,
+    row_table,
+    stack_factors,
+)
 
 # What one more operation costs beside the arithmetic, in floating-point operations.
 _OPERATION = 100_000
@@ -76,6 +85,7 @@ class RouteChanges:
         sizes = torch.tensor([segment.tokens for segment in segments], device=together.device)
         self.owners = torch.arange(len(segments), device=sizes.device).repeat_interleave(sizes)
         self._sites: dict[str, SiteChange | None] = {}
+        self._projections: dict[str, Projection | None] = {}
 
     def at(self, site: Site, x: object) -> SiteChange | None:
         """The change of rows x [..., N, in] at a site; None where the site has to see each segment by itself."""
@@ -86,6 +96,21 @@ class RouteChanges:
             own = x.numel() == self.rows * x.shape[-1] and not special
             self._sites[site.path] = SiteChange(site, self, x) if own else None
         return self._sites[site.path]
+
+    def project(self, modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None:
+        """The outputs [1, N, out] of plain linears for the same rows x [1, N, in]; None: ask each by itself."""
+        sites = [site_of(module) for module in modules]
+        key = next((site.path for site in sites if site is not None), "")
+        if not key:
+            return None
+        if key not in self._projections:
+            changes = [None if site is None else self.at(site, x) for site in sites]
+            known = all(change is not None or site is None for site, change in zip(sites, changes, strict=True))
+            linears = [module for module in modules if isinstance(module, nn.Linear)]
+            fits = known and len(linears) == len(modules) and all(c is None or c.joins for c in changes)
+            self._projections[key] = Projection(linears, changes) if fits else None
+        projection = self._projections[key]
+        return None if projection is None else projection.run(x)
 
     def stacked(self, site: Site, x: Tensor) -> _Stacked:
         """``Together.stacked`` for the adapters of this route, and rows x [..., in]."""
@@ -109,6 +134,11 @@ class SiteChange:
             places = zip((rows for rows, _ in self._segments), forms, strict=True)
             self._pieces = [(rows, form.cast(x.dtype)) for rows, form in places if form is not None and form.adds]
             self._factors = None
+        self._pieces += [
+            (rows, RowForm(on_output=form.on_output))
+            for (rows, _), form in zip(self._segments, forms, strict=True)
+            if form is not None and form.on_output is not None
+        ]
         self._site = site
         self._alone = [
             index
@@ -124,6 +154,11 @@ class SiteChange:
 
         self._scale, self._input = table("scale"), table("input_scale")
 
+    @property
+    def joins(self) -> bool:
+        """Whether the change is of what comes out alone, and of all rows alike."""
+        return self._fresh and self._input is None and not self._alone
+
     def prepare(self, x: Tensor) -> Tensor:
         """The rows [..., N, in] that go into the module."""
         if self._input is not None:
@@ -134,6 +169,20 @@ class SiteChange:
                 x = x.clone()
                 x[..., rows, :] = prepare(x[..., rows, :], segment)
         return x
+
+    @property
+    def factors(self) -> tuple[Factors, Choices | None] | None:
+        """The factors of all adapters and whose they are, if they act on all rows at once."""
+        return None if self._factors is None else (self._factors, self._choices)
+
+    def finish(self, x: Tensor, y: Tensor, z: Tensor | None) -> None:
+        """``change`` in place of rows x [N, in] and y [N, out], where z [N, R] is computed."""
+        if self._scale is not None:
+            y.mul_(self._scale)
+        if z is not None and self._factors is not None:
+            y.addmm_(z, self._factors.b)
+        for rows, form in self._pieces:
+            form.add_to(y[rows], x[rows])
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         """The rows [..., N, out] that come out, for rows x that went in."""
@@ -153,11 +202,54 @@ class SiteChange:
         return y
 
 
+class Projection:
+    """Several linears that see the same rows: A x of all adapters and all linears is one product."""
+
+    def __init__(self, linears: Sequence[nn.Linear], changes: Sequence[SiteChange | None]) -> None:
+        self._linears, self._changes = linears, changes
+        found = [change.factors for change in changes if change is not None and change.factors is not None]
+        self._a = torch.cat([factors.a for factors, _ in found], 1) if found else None
+        self._ranks = [len(factors.b) for factors, _ in found]
+        self._choices: Choices | None = None
+        chosen = [choices for _, choices in found]
+        if any(choices is not None for choices in chosen):
+            size = [0 if choices is None else len(choices.values) for choices in chosen]
+            plain = torch.zeros(max(size), 1, dtype=torch.bool, device=found[0][0].a.device)
+            replaced = [
+                plain.expand(-1, ranks) if choices is None else choices.replaced
+                for choices, ranks in zip(chosen, self._ranks, strict=True)
+            ]
+            values = [
+                plain.expand(-1, ranks).to(found[0][0].a) if choices is None else choices.values
+                for choices, ranks in zip(chosen, self._ranks, strict=True)
+            ]
+            self._choices = Choices(torch.cat(replaced, 1), torch.cat(values, 1))
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        """The outputs [1, N, out] of rows x [1, N, in]."""
+        rows = x[0]
+        shared = iter(())
+        if self._a is not None:
+            z = rows @ self._a
+            if self._choices is not None:
+                z = torch.where(self._choices.replaced, self._choices.values, z)
+            shared = iter(z.split(self._ranks, 1))
+        ys = []
+        for linear, change in zip(self._linears, self._changes, strict=True):
+            y = nn.functional.linear(rows, linear.weight, linear.bias)
+            if change is not None:
+                change.finish(rows, y, None if change.factors is None else next(shared))
+            ys.append(y[None])
+        return ys
+
+
 def _form(site: Site, name: str | None) -> RowForm | None:
     """What the adapter does at the site, if it is of the form."""
     functions, prepare = site.functions.get(name or "", []), site.inputs.get(name or "")
     found: Sequence[object] = [*functions, *([] if prepare is None else [prepare])]
-    return found[0].row_form() if len(found) == 1 and isinstance(found[0], HasRowForm) and _own(found[0]) else None
+    if len(found) != 1 or not isinstance(found[0], HasRowForm) or not _own(found[0]):
+        return None
+    return found[0].row_form()
 
 
 def _own(function: object) -> bool:

@@ -27,6 +27,7 @@ from weft.methods.bottleneck_places import Place, bottleneck_places, holders
 from weft.methods.dropout import seeded_dropout
 from weft.methods.initial import kaiming_uniform
 from weft.methods.site_adapter import SiteAdapter
+from weft.ops.grouped import RowForm
 
 _PFEIFFER = {"mh_adapter": False, "original_ln_before": True, "non_linearity": "relu"}
 _PARALLEL = {"mh_adapter": False, "is_parallel": True, "non_linearity": "relu", "reduction_factor": 2.0, "scaling": 4.0}
@@ -232,6 +233,20 @@ class BottleneckLayer(nn.Module):
             return y
         more -= not c.original_ln_after
         return out + more * r if more else out
+
+    def row_form(self) -> RowForm | None:
+        """``y + U f(D y + b) + c`` in place, where nothing else is set."""
+        c = self.config
+        if c.is_parallel or c.original_ln_before or c.ln_before or c.ln_after or c.scaling != 1.0:
+            return None
+        plain = c.original_ln_after and not self.place.norm and not self.place.read
+        return RowForm(on_output=self._add_in_place) if plain else None
+
+    def _add_in_place(self, y: Tensor) -> None:
+        """Add the bottleneck of rows y [n, d] to them."""
+        down, up = self.down_weight.to(y.dtype), self.up_weight.to(y.dtype)
+        h = self.f(torch.addmm(self.down_bias.to(y.dtype), y, down.t()))
+        y.addmm_(h, up.t()).add_(self.up_bias.to(y.dtype))
 
     def finish(self, x: Tensor, y: Tensor, segment: Segment) -> Tensor:
         """Undo addition and norm (``original_ln_after: false``): the result of ``forward``, [..., d], at that norm."""

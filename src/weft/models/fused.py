@@ -130,11 +130,12 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
 
     Frozen linears and the LoRA updates on them become one autograd node; other functions of a site follow it.
     """
-    if route.together is not None:
-        return [module(x) for module in modules]
     sites = [site_of(module) for module in modules]
     if not all(_is_plain(module, site) for module, site in zip(modules, sites, strict=True)):
         return [module(x) for module in modules]
+    if route.together is not None:
+        joined: Sequence[Tensor] | None = route.together.project(modules, x)
+        return [module(x) for module in modules] if joined is None else joined
     pieces, factors, begin = [], [], 0
     later: list[dict[int, list[SiteFunction]]] = [{} for _ in modules]
     for index, segment in enumerate(route.segments):

@@ -11,7 +11,7 @@ one more row of B, beside the number 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -26,6 +26,7 @@ class RowForm:
     Attributes:
         a: [r, in]. ``b``: [out, r], with every factor in it.
         bias: [out]. ``scale``: [out]. ``input_scale``: [in].
+        on_output: changes rows y [n, out] in place, in their dtype, after all of that.
     """
 
     a: Tensor | None = None
@@ -34,6 +35,7 @@ class RowForm:
     bias: Tensor | None = None
     scale: Tensor | None = None
     input_scale: Tensor | None = None
+    on_output: Callable[[Tensor], object] | None = None
 
     @property
     def adds(self) -> bool:
@@ -46,18 +48,21 @@ class RowForm:
         return replace(self, a=a, b=b, bias=bias)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
-        """Add ``b a x + bias`` to rows y [n, out] of this adapter alone, for its rows x [n, in]; in y's dtype."""
+        """Add ``b a x + bias`` to rows y [n, out] of this adapter alone, for its rows x [n, in]; then ``on_output``."""
         if self.bias is not None:
             y += self.bias
         if self.a is not None and self.b is not None:
             y.addmm_(x.to(y.dtype) @ self.a.t(), self.b.t())
+        if self.on_output is not None:
+            self.on_output(y)
 
 
 @runtime_checkable
 class HasRowForm(Protocol):
     """A function at a site that has such a form when nothing is drawn at random."""
 
-    def row_form(self) -> RowForm: ...
+    def row_form(self) -> RowForm | None:
+        """None: with these settings it has none."""
 
 
 @dataclass(frozen=True)
