@@ -192,6 +192,7 @@ class Engine:
         with self._computing:
             for row in list(self._writers):
                 self._finish(row, "cancelled")
+            self._ways.forget()
 
     def __enter__(self) -> Self:
         return self

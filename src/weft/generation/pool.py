@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +30,7 @@ class Pool:
         """Write k and v [kv_heads, n, head_dim] at these places [n]; returns the layer's whole keys and values."""
         if layer not in self._layers:
             size = self.blocks * self.block_tokens
-            # Zeros, because what a mask hides is still multiplied by 0. The system gives their memory when it is used.
-            self._layers[layer] = (
-                k.new_zeros(k.shape[0], size, k.shape[2]),
-                v.new_zeros(v.shape[0], size, v.shape[2]),
-            )
+            self._layers[layer] = (_zeros(k, size), _zeros(v, size))
         keys, values = self._layers[layer]
         keys.index_copy_(1, places, k.to(keys.dtype))
         values.index_copy_(1, places, v.to(values.dtype))
@@ -47,6 +45,10 @@ class Pool:
                 v = torch.nn.functional.pad(v, (0, narrow))
             self.store(layer, places, k.to(dtype), v.to(dtype))
 
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._layers.clear()
+
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block's keys and values to another, in all layers."""
         size = self.block_tokens
@@ -57,6 +59,17 @@ class Pool:
         """The places of the positions ``start`` to ``end`` of a text that lies in ``blocks``."""
         size = self.block_tokens
         return [blocks[i // size] * size + i % size for i in range(start, end)]
+
+
+def _zeros(like: Tensor, size: int) -> Tensor:
+    """Zeros [heads, size, head_dim], because what a mask hides is still multiplied by 0.
+
+    On a CPU the system gives their memory when it is used, so that a large cache costs nothing before.
+    """
+    shape = (like.shape[0], size, like.shape[2])
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
 
 
 @dataclass(frozen=True)

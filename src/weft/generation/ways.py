@@ -47,6 +47,12 @@ class Ways:
             )
         self.all: tuple[Way, ...] = (self.cohorts,) if self.paged is None else (self.paged, self.cohorts)
 
+    def forget(self) -> None:
+        """Give the memory of the cache back; no row is there any more."""
+        if self.paged is not None:
+            self.paged.blocks.forget()
+            self.paged.pool.clear()
+
     def of(self, request: Request) -> Way:
         """The way of a request."""
         return self.cohorts if self.paged is None or self._moves(request, first=False) else self.paged
