@@ -35,8 +35,8 @@ from weft.assets import model_path
 
 ALL = {**SHAPES, "160m": Shape(768, 2048, 12, 12)}
 WORDS = (
-    "the", "loom", "keeps", "its", "warp", "fixed", "and", "weaves", "many", "wefts", "through", "it", "while", "people",
-    "look", "on", "talk", "of", "old", "bridges",
+    "the", "loom", "keeps", "its", "warp", "fixed", "and", "weaves", "many", "wefts", "through", "it", "while",
+    "people", "look", "on", "talk", "of", "old", "bridges",
 )  # fmt: skip
 
 

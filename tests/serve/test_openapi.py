@@ -8,14 +8,15 @@ from typing import Any
 
 import hypothesis
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
-from schemathesis import GenerationMode
-from schemathesis.checks import CHECKS, load_all_checks
 from tests.kit.serving import Running
 
 from weft.serve.openapi import OPERATIONS
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: weft[dev] has it")
+from schemathesis import GenerationMode  # noqa: E402
+from schemathesis.checks import CHECKS, load_all_checks  # noqa: E402
 
 Serve = Callable[..., AbstractContextManager[Running]]
 KEY = "a-key-of-the-tests"
