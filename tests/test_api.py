@@ -14,8 +14,9 @@ import weft
 
 def test_all_is_sorted_and_importable() -> None:
     assert weft.__all__ == [
-        "AdaLoraConfig", "Adapters", "BitFitConfig", "BottleneckConfig", "FreezeConfig", "FullConfig",
-        "HardPromptConfig", "IA3Config", "LNTuningConfig", "LlamaProConfig", "LoraConfig", "Message",
+        "AdaLoraConfig", "Adapters", "BitFitConfig", "BottleneckConfig", "Constraint", "Engine", "FreezeConfig",
+        "FullConfig", "HardPromptConfig", "IA3Config", "LNTuningConfig", "Limits", "LlamaProConfig", "LoraConfig",
+        "Message",
         "PTuningConfig", "PTuningV2Config", "Part", "PrefixTuningConfig", "PromptTuningConfig", "Renderer",
         "Request", "RunConfig", "Sampling", "Target", "TrainableTokensConfig", "UserError", "VeraConfig",
         "describe", "generate", "load_base", "load_config", "load_extension", "make_config", "open_target",

@@ -15,7 +15,8 @@ from weft.data import Message, Renderer, register_format
 from weft.errors import UserError
 from weft.extensions import load_extension
 from weft.files.run_folder import read_metrics
-from weft.generation import Request, generate
+from weft.generation import Engine, Limits, Request, generate
+from weft.generation.constraint import Constraint
 from weft.generation.open import open_target
 from weft.generation.sampling import Sampling
 from weft.generation.target import Target
@@ -52,11 +53,14 @@ __all__ = [
     "Adapters",
     "BitFitConfig",
     "BottleneckConfig",
+    "Constraint",
+    "Engine",
     "FreezeConfig",
     "FullConfig",
     "HardPromptConfig",
     "IA3Config",
     "LNTuningConfig",
+    "Limits",
     "LlamaProConfig",
     "LoraConfig",
     "Message",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from weft.evaluate.exact_match import decode
 from weft.generation import Request, generate
+from weft.generation.text import decode
 from weft.training import load_config
 from weft.training.run import train
 

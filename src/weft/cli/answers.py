@@ -13,7 +13,6 @@ from typing import Any
 
 from weft.cli import common
 from weft.errors import UserError
-from weft.foreign import json_lines, read_json
 
 # An answer of an adapter to a prompt, as JSON holds it; and its prompt's place, its adapter, the number of its sample.
 Row = dict[str, Any]
@@ -72,6 +71,7 @@ class AnswerFile:
             UserError: The file holds answers of another run, or is damaged.
         """
         from weft.files.whole import drop_torn_line, sha256_of, write_whole
+        from weft.foreign import json_lines
 
         if self._device:
             return
@@ -130,6 +130,8 @@ class AnswerFile:
 
     def _begun(self) -> dict[str, Any]:
         """What is known of the run that began the file."""
+        from weft.foreign import read_json
+
         found = read_json(self._beside) if self._beside.is_file() else None
         if found is None or self._stands(found.get("replaces")):
             raise UserError(
