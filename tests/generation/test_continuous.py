@@ -147,12 +147,34 @@ def test_a_prompt_in_pieces_stops_nobody(adapters: Adapters) -> None:
 
 def test_one_that_waits_goes_on_when_the_one_that_computes_leaves(adapters: Adapters) -> None:
     engine = Engine(adapters, limits=Limits(prefill_tokens=8, block_tokens=4))
-    prompt = kit.texts(1, 50, 50)[0]
-    first, *others = [engine.submit(Request([*prompt, row], None, 3)) for row in range(4)]
-    engine.step()
-    first.cancel()
-    assert [answer.result().ids for answer in others] == [expected(adapters, a.request).ids for a in others]
-    assert engine.stats().blocks_used == 0
+    for leaves in (False, True):
+        # Whole blocks: of the others only one token is left, which could go at once.
+        (prompt,) = kit.texts(1, 48, 48, seed=leaves)
+        # And some of one and the same text, with and without a whole block.
+        same = [prompt[1:]] * 3 + [prompt[:3]] * 3
+        texts = [*([*prompt, row] for row in range(4)), *same]
+        answers = [engine.submit(Request(ids, None, 3)) for ids in texts]
+        for _ in range(2 if leaves else 12):
+            engine.step()
+        gone = (0, 4, 7) if leaves else ()
+        for index in gone:
+            answers[index].cancel()
+        for _ in range(100):
+            engine.step()
+        for index, answer in enumerate(answers):
+            assert answer.done, index
+            if index not in gone:
+                assert answer.result().ids == expected(adapters, answer.request).ids
+        assert engine.stats().blocks_used == 0
+
+
+def test_learned_keys_over_the_border_of_a_block(adapters: Adapters) -> None:
+    """Of four keys a block of three tokens holds three: the next row finds these, and needs the fourth."""
+    engine = Engine(adapters, limits=Limits(block_tokens=3))
+    for ids in kit.texts(3, 4, 9):
+        request = Request(ids, "prefix_tuning", 6, logprobs=0)
+        (found,), wanted = engine.generate([request]), expected(adapters, request)
+        assert [token.logprob for token in found.tokens] == pytest.approx([t.logprob for t in wanted.tokens], abs=1e-9)
 
 
 def test_threads_an_event_loop_and_a_thread_of_its_own(adapters: Adapters) -> None:

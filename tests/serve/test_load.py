@@ -86,9 +86,8 @@ def check_overload(serve: Serve, seconds: float, *, least: float, most: float, s
         answered = [one for one in found if one[0] == 200]
         refused = sorted(took for status, _, took in found if status == 429)
         slow = refused[int(share * len(refused))]
-        print(
-            f"{len(answered) / seconds:.1f}/s of {goodput:.1f}/s; refusals: {len(refused)}, p{share:.2f} {slow * 1000:.1f} ms"
-        )
+        told = f"{len(refused)} refusals, a share of {share} within {slow * 1000:.1f} ms"
+        print(f"{len(answered) / seconds:.1f}/s of {goodput:.1f}/s; {told}")
         assert len(answered) + len(refused) == len(found)
         assert len(answered) / seconds >= least * goodput, (len(answered) / seconds, goodput)
         assert slow <= most
