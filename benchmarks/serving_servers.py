@@ -118,13 +118,13 @@ def started(name: str, command: list[str], model: str, log: Path) -> Server | No
 
 
 def questions(clients: int, each: int) -> list[list[dict[str, object]]]:
-    """What every client asks, in order: prompts of 8 to 160 words, answers of 8 to 48 tokens."""
+    """What every client asks, in order: prompts of 4 to 40 words, answers of 16 to 96 tokens."""
     draw = random.Random(7)
     return [
         [
             {
-                "prompt": " ".join(draw.choice(WORDS) for _ in range(draw.choice([8, 20, 60, 160]))),
-                "max_tokens": draw.choice([8, 16, 32, 48]),
+                "prompt": " ".join(draw.choice(WORDS) for _ in range(draw.choice([4, 8, 16, 40]))),
+                "max_tokens": draw.choice([16, 32, 64, 96]),
                 "temperature": 0,
                 "stream": True,
             }
@@ -209,7 +209,7 @@ def table(servers: Sequence[Server], options: argparse.Namespace) -> list[str]:
         "# weft serve beside other servers", "",
         f"`python benchmarks/serving_servers.py --shape {options.shape} --each {options.each}`, "
         f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}, the {options.shape} shape in "
-        "bf16 with random weights. Prompts of 8 to 160 words, answers of 8 to 48 tokens; every client asks "
+        "bf16 with random weights. Prompts of 4 to 40 words, answers of 16 to 96 tokens; every client asks "
         f"{options.each * options.rounds} times, streaming.", "",
         "| clients | server | tokens/s | first token p50, s | p99, s | over transformers serve | errors |",
         "|---|---|---|---|---|---|---|",

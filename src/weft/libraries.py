@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, cat, nn
 
 from weft.errors import UserError
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 # The newest name first: where a library understands both, the older one is deprecated.
 CACHE_NAMES = ("cache", "past_key_values")
+
+
+def multiplies_sixteen_bits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of small matrices in this dtype are as fast as in 32 bits. A CPU without instructions for them
+    takes ten times as long."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return dtype == torch.bfloat16 and any(bool(getattr(torch.cpu, ask, lambda: False)()) for ask in asks)
 
 
 def cache_name(forward: Callable[..., object]) -> str | None:
