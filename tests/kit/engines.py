@@ -99,6 +99,9 @@ class FakeEngine:
     def start(self) -> None:
         self._thread.start()
 
+    def run(self) -> None:
+        """It has a thread of its own."""
+
     def close(self) -> None:
         with self._lock:
             self._closed = True

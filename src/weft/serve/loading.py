@@ -23,6 +23,8 @@ _FIRST = 120.0  # seconds for the first token that is ever written
 def make_endpoints(target: Target, settings: ServeSettings, metrics: Metrics) -> Endpoints:
     """Endpoints whose engine has written a token, so that the first client does not wait for what is done once.
 
+    The calling thread runs the engine next (``Service.run``).
+
     Raises:
         UserError: Two models would have one name, or the engine does not run.
     """
@@ -35,10 +37,10 @@ def make_endpoints(target: Target, settings: ServeSettings, metrics: Metrics) ->
         max_adapters=settings.max_adapters,
         metrics=metrics,
     )
-    engine.start()
     try:
         if writes:
             engine.submit(Request([0], None, 1)).result(_FIRST)
+        engine.claim()
     except BaseException:
         engine.close()
         raise

@@ -139,6 +139,7 @@ class Server(uvicorn.Server):
             return
         self.health.loaded(endpoints)
         self._on_ready(endpoints)
+        endpoints.service.run()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first lets answers end, the second does not."""

@@ -69,6 +69,10 @@ class Service:
         except UserError as error:
             raise bad_request(str(error)) from None
 
+    def run(self) -> None:
+        """Compute on the calling thread, which has loaded the base, until the service ends."""
+        self.engine.run()
+
     def close(self) -> None:
         """End the engine and give the model back."""
         self.engine.close()
