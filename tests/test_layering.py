@@ -25,6 +25,7 @@ FREE = {
     "paths",
     "assets",
     "libraries",
+    "machine",
     "version",
 }
 FILES = sorted(SOURCE.rglob("*.py"))

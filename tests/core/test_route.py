@@ -74,25 +74,6 @@ def test_a_part_of_a_pass_sees_its_texts_alone() -> None:
     assert not torch.equal(changed[6], out[6])
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_sixteen_bits_with_and_without_instructions_for_them(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 inside, or not: both are within bf16's rounding of the same pass in float64."""
-    monkeypatch.setattr("weft.generation.pool.multiplies_sixteen_bits", lambda device, dtype: fast)
-    pieces = [Piece((3, 1), 5, 1), Piece((2,), 0, 3), Piece((0, 4), 4, 2)]
-
-    def run(dtype: torch.dtype) -> torch.Tensor:
-        pool, generator = Pool(6, 4), torch.Generator().manual_seed(1)
-        old = torch.randn(2, 2, 24, 8, generator=generator).bfloat16().to(dtype)
-        q, k, v = (torch.randn(h, 6, 8, generator=generator).bfloat16().to(dtype) for h in (4, 2, 2))
-        pool.store(0, torch.arange(24), *old)
-        return Pass(pool, pieces, torch.device("cpu")).attend(0, q, k, v, scale=0.3)
-
-    found = run(torch.bfloat16)
-    assert found.dtype == torch.bfloat16
-    # A value of up to about 3 is rounded after each of four products.
-    torch.testing.assert_close(found.double(), run(torch.float64), rtol=0, atol=4 * 3 * 2**-8)
-
-
 def segments(*sizes: tuple[int, ...]) -> tuple[Segment, ...]:
     return tuple(Segment(str(i), sum(lengths), len(lengths), lengths=lengths) for i, lengths in enumerate(sizes))
 

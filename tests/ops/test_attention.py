@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft.ops import attention
+from weft.ops import attention, decoding
 from weft.ops.attention import (
     SequenceLayout,
     varlen_attention,
@@ -93,8 +93,12 @@ def test_equals_ref_float64(lengths: list[int], features: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_equals_ref_in_every_dtype(features: dict[str, Any], dtype: torch.dtype) -> None:
-    check([5, 1, 40, 17, 120, 2], [0, 1, 0, 2, 1, 0], dtype=dtype, prefix_rows={1: 4}, **features)
+def test_equals_ref_in_every_dtype(
+    features: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for instructions in (True, False):  # for products in 16 bits
+        monkeypatch.setattr(attention, "multiplies_sixteen_bits", lambda *_, there=instructions: there)
+        check([5, 1, 40, 17, 120, 2], [0, 1, 0, 2, 1, 0], dtype=dtype, prefix_rows={1: 4}, **features)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (6, 2)])
@@ -255,15 +259,17 @@ CAUSAL = {name: features for name, features in FEATURES.items() if features.get(
 
 @pytest.mark.parametrize("features", CAUSAL.values(), ids=CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_decode_equals_ref(features: dict[str, Any], dtype: torch.dtype) -> None:
+def test_decode_equals_ref(features: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     gen = torch.Generator().manual_seed(3)
     q = torch.randn(5, 4, 8, generator=gen).to(dtype)
     k, v = (torch.randn(2, 5, 33, 8, generator=gen).to(dtype) for _ in range(2))
     lengths = torch.tensor([1, 33, 7, 20, 2])
-    fast = decode_attention(q, k, v, lengths, scale=SCALE, **features)
     ref = decode_attention_ref(q, k, v, lengths, scale=SCALE, **features)
-    assert fast.dtype == dtype
-    torch.testing.assert_close(fast, ref, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for instructions in (True, False) if dtype.itemsize == 2 else (True,):
+        monkeypatch.setattr(decoding, "multiplies_sixteen_bits", lambda *_, there=instructions: there)
+        fast = decode_attention(q, k, v, lengths, scale=SCALE, **features)
+        assert fast.dtype == dtype
+        torch.testing.assert_close(fast, ref, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("features", CAUSAL.values(), ids=CAUSAL)

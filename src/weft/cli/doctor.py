@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.cli import common, options
+from weft.machine import memory
 
 OK, ABSENT, FAILED = "ok", "absent", "failed"
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
@@ -130,11 +131,8 @@ def _machine() -> Iterator[Check]:
         for flag in _CPU_FLAGS:
             yield Check("machine", flag, OK if flag in line.split() else ABSENT)
     yield Check("machine", "cores", OK, f"{common.cores()}")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        pairs = (line.split() for line in meminfo.read_text().splitlines())
-        kib = {words[0].rstrip(":"): int(words[1]) for words in pairs if len(words) > 1}
-        free, total = (common.human_size(kib.get(key, 0) * 1024) for key in ("MemAvailable", "MemTotal"))
+    if (known := memory()) is not None:
+        free, total = map(common.human_size, known)
         yield Check("machine", "memory", OK, f"{free} of {total} free")
     disk = shutil.disk_usage(".")
     yield Check("machine", "disk here", OK, f"{common.human_size(disk.free)} of {common.human_size(disk.total)} free")

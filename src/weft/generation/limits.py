@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,12 @@ from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.generation.request import Request
 from weft.layouts.packed import Packed
+from weft.machine import memory
 
 # Of the memory that is free, for a cache whose size nobody has given.
 _SHARE = 0.5
+# Taken to be free where the system does not say.
+_LITTLE = 1 << 30
 # Texts of bases that name no longest one are taken to be of this length.
 _USUAL_LENGTH = 4096
 
@@ -87,4 +89,5 @@ def bytes_per_token(adapters: Adapters) -> int:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    known = memory()
+    return _LITTLE if known is None else known[0]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from weft.core.route import PrefixStates
-from weft.libraries import multiplies_sixteen_bits
 from weft.ops.attention import varlen_attention
 from weft.ops.decoding import decode_attention, gather_blocks
 from weft.ops.sequence_layout import SequenceLayout
@@ -96,7 +95,6 @@ class Pass:
 
     def __init__(self, pool: Pool, pieces: Sequence[Piece], device: torch.device) -> None:
         self.pool, self.pieces, self.device = pool, pieces, device
-        self._widens = False
 
     def part(self, first: int, count: int) -> Pass:
         """The pass of ``count`` pieces from ``first`` alone."""
@@ -105,7 +103,6 @@ class Pass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, **bias: Any) -> Tensor:
         """Attention [N, heads, head_dim] of q [heads, N, head_dim] to the texts so far and, causally, to itself."""
         stored = self.pool.store(layer, self._places, k, v)
-        self._widens = not multiplies_sixteen_bits(self.device, q.dtype)
         rule = {"scale": scale, **bias}
         if self._rows is None:
             return self._singles(q, stored, rule) if self._layout is None else self._longer(q, k, v, stored, rule)
@@ -121,8 +118,6 @@ class Pass:
             k, v = (side[:, None, run] for side in stored)
         else:
             k, v = (gather_blocks(side, blocks, self.pool.block_tokens) for side in stored)
-        if self._widens:
-            return decode_attention(q.transpose(0, 1).float(), k.float(), v.float(), lengths, **rule).to(q.dtype)
         return decode_attention(q.transpose(0, 1), k, v, lengths, **rule)
 
     def _longer(self, q: Tensor, k: Tensor, v: Tensor, stored: tuple[Tensor, Tensor], rule: dict[str, Any]) -> Tensor:
@@ -131,9 +126,6 @@ class Pass:
         for group, (blocks, length) in self._pasts.items():
             before = [gather_blocks(side, blocks, self.pool.block_tokens)[:, 0, :length] for side in stored]
             past[group] = (before[0].to(k.dtype), before[1].to(v.dtype))
-        if self._widens:
-            q_wide, k_wide, v_wide = q.float(), k.float(), v.float()
-            return varlen_attention(q_wide, k_wide, v_wide, self._layout, prefix=past, **rule).to(q.dtype)
         return varlen_attention(q, k, v, self._layout, prefix=past, **rule)
 
     @cached_property

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.libraries import multiplies_sixteen_bits
 from weft.ops.autograd import Context
 from weft.ops.decoding import cap_and_bias, softmax_with_sinks
 from weft.ops.sequence_layout import Bucket, SequenceLayout
@@ -221,6 +222,11 @@ def _with_prefix(own: Tensor, prefix: Tensor | None) -> Tensor:
     return torch.cat([prefix.repeat(own.shape[0] // prefix.shape[0], 1, 1), own], 1)
 
 
+def _products_in(x: Tensor) -> torch.dtype:
+    """The dtype in which x's products are computed: its own, or fp32 where the machine is slow in 16 bits."""
+    return x.dtype if multiplies_sixteen_bits(x.device, x.dtype) else torch.float32
+
+
 class _Context(Context, Protocol):
     scores: _Scores
     slots: dict[int | None, int]
@@ -246,7 +252,7 @@ class _VarlenAttention(torch.autograd.Function):
         layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
         ctx.scores, ctx.slots = scores, slots
         ctx.save_for_backward(q, k, v, *prefix)
-        q_rows, k_rows, v_rows = (_pack(x, layout, kv_heads) for x in (q, k, v))
+        q_rows, k_rows, v_rows = (_pack(x, layout, kv_heads).to(_products_in(q)) for x in (q, k, v))
         out_rows = torch.empty_like(q_rows)
         for bucket in layout.buckets:
             q_b, out_b = (_block(x, bucket, kv_heads, heads) for x in (q_rows, out_rows))
@@ -254,7 +260,7 @@ class _VarlenAttention(torch.autograd.Function):
             if (at := slots.get(bucket.group)) is not None:
                 k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
             scores.forward(q_b, k_b, v_b, out_b, bucket)
-        return _unpack(out_rows, layout, kv_heads, heads)
+        return _unpack(out_rows, layout, kv_heads, heads).to(q.dtype)
 
     @staticmethod
     @once_differentiable
@@ -262,7 +268,10 @@ class _VarlenAttention(torch.autograd.Function):
         q, k, v, *prefix = ctx.saved_tensors
         scores, slots = ctx.scores, ctx.slots
         layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
-        q_rows, k_rows, v_rows, do_rows = (_pack(x, layout, kv_heads) for x in (q, k, v, d_out.transpose(0, 1)))
+        work = _products_in(q)
+        q_rows, k_rows, v_rows, do_rows = (
+            _pack(x, layout, kv_heads).to(work) for x in (q, k, v, d_out.transpose(0, 1))
+        )
         if not _is_plain(layout) and (pads := layout.head_index(kv_heads, heads // kv_heads).pads) is not None:
             do_rows.index_fill_(0, pads, 0.0)  # a pad query must not reach the keys' gradients
         dq_rows, dk_rows, dv_rows = (torch.empty_like(x) for x in (q_rows, k_rows, v_rows))
@@ -286,8 +295,8 @@ class _VarlenAttention(torch.autograd.Function):
                 part = d_all[:, :before].unflatten(0, (-1, kv_heads)).sum(0, dtype=wide)
                 so_far = d_prefix[place]
                 d_prefix[place] = part if so_far is None else so_far + part
-        dq = _unpack(dq_rows, layout, kv_heads, heads).transpose(0, 1)
-        dk, dv = (_unpack(x, layout, kv_heads, kv_heads).transpose(0, 1) for x in (dk_rows, dv_rows))
+        dq = _unpack(dq_rows, layout, kv_heads, heads).transpose(0, 1).to(q.dtype)
+        dk, dv = (_unpack(x, layout, kv_heads, kv_heads).transpose(0, 1).to(q.dtype) for x in (dk_rows, dv_rows))
         given = (None if d is None else d.to(x.dtype) for d, x in zip(d_prefix, prefix, strict=True))
         if d_sinks is not None and scores.sinks is not None:
             d_sinks = d_sinks.to(scores.sinks.dtype)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from weft.libraries import multiplies_sixteen_bits
+
 
 def cap_and_bias(scores: Tensor, position: Tensor, alibi_slopes: Tensor | None, softcap: float | None) -> Tensor:
     """Apply the soft cap and ALiBi to scores [H, I, J] of keys at position [J]; returns [H, I, J]."""
@@ -73,6 +75,9 @@ def decode_attention(
     Returns:
         [B, H, D].
     """
+    dtype = q.dtype
+    if not multiplies_sixteen_bits(q.device, dtype):
+        q, k_cache, v_cache = q.float(), k_cache.float(), v_cache.float()
     rows, heads, dim = q.shape
     kv_heads, size = k_cache.shape[0], k_cache.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -89,7 +94,7 @@ def decode_attention(
         column = sinks.to(wide).view(kv_heads, 1, -1, 1).expand(-1, rows, -1, -1)
         scores = torch.cat([scores, column], -1)
     p = scores.softmax(-1)[..., :size].to(q.dtype)
-    return torch.matmul(p, v_cache).transpose(0, 1).reshape(rows, heads, dim)
+    return torch.matmul(p, v_cache).transpose(0, 1).reshape(rows, heads, dim).to(dtype)
 
 
 def decode_attention_ref(
