@@ -13,10 +13,12 @@ import torch
 from tests import kit
 
 from weft.api import Adapters
+from weft.core.stream import Part
 from weft.errors import UserError
 from weft.generation import Engine, Limits, Request
 from weft.generation.request import Answer, Completion
 from weft.generation.sampling import Sampling
+from weft.models import describe
 
 NAMES = [None, *kit.ALL]
 
@@ -233,6 +235,54 @@ def test_adapters_come_and_go_while_others_answer(adapters: Adapters) -> None:
         failing = engine.apply(lambda: own.remove("nobody"))
         with pytest.raises(UserError, match="nobody"):
             failing.result(timeout=30)
+    own.close()
+
+
+def test_a_step_of_training_in_the_middle_of_an_answer() -> None:
+    """From the next token on the new values count. (Only the last block's output depends on them, and so no keys.)"""
+    own = Adapters(model := kit.make_model("llama", torch.float64), describe(model))
+    last = own.architecture.num_layers - 1
+    config = kit.method_config("lora", target_modules=["down_proj"], layers_to_transform=[last])
+    kit.randomize(own.add("lora", config), 3, scale=0.5)
+    with Engine(own) as engine:
+        answer = engine.submit(Request([5, 6, 7], "lora", 6, logprobs=0))
+        waits = engine.submit(Request([5, 6, 7, 8], "lora", 2, logprobs=0))
+        for _ in range(3):
+            engine.step()
+        kit.randomize(own["lora"], 4, scale=0.5)
+        done = answer.result()
+        for token, (index, before) in zip(done.tokens[3:], enumerate(done.ids[3:], 3), strict=True):
+            assert token.logprob == pytest.approx(forced(own, [5, 6, 7, *done.ids[:index]], before), abs=1e-9)
+        assert done.tokens[1].logprob != pytest.approx(forced(own, [5, 6, 7, *done.ids[:1]], done.ids[1]), abs=1e-3)
+        waits.result()
+    own.close()
+
+
+def forced(adapters: Adapters, text: list[int], token: int) -> float:
+    """log p(token) after the text, by a pass over all of it."""
+    with torch.no_grad():
+        (hidden,) = kit.hidden_of(adapters, [Part("lora", [text])])
+        return float(adapters.logits(hidden[-1:], [("lora", 1)]).log_softmax(-1)[0, token])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_adapter_that_is_taken_away_ends_its_own_answers_alone(padded: bool) -> None:
+    own = kit.open_with_all(kit.make_model("llama", torch.float64), padded=padded)
+    with Engine(own) as engine:
+        names = ["lora", "bitfit", None, "ia3"]
+        answers = [engine.submit(Request([5, 6, 7], name, 8)) for name in names]
+        wanted = expected(own, answers[2].request).ids
+        for _ in range(2):
+            engine.step()
+        own.remove("lora")
+        own.remove("bitfit")
+        kit.randomize(own.add("bitfit", kit.method_config("bitfit")), 9)  # another under the same name
+        for answer in answers[:2]:
+            with pytest.raises(UserError, match="was taken away, or another took its name"):
+                answer.result()
+        assert answers[2].result().ids == wanted
+        assert len(answers[3].result().ids) == 8
+        assert engine.stats().running == 0
     own.close()
 
 

@@ -108,7 +108,7 @@ def _first(opened: Target, asked: list[str] | None) -> str | None:
     Raises:
         UserError: It classifies, or all do.
     """
-    from weft.generation.engine import check_writes
+    from weft.generation.checks import check_writes
 
     names: list[str | None] = [opened.adapter(asked[0])] if asked else [*opened.names] or [None]
     first = next((name for name in names if name is None or opened.adapters.head(name).writes), names[0])
@@ -199,7 +199,7 @@ class Conversation:
 
     def _answer_with(self, names: Sequence[str]) -> None:
         """Let these answer from now on. Who has answered goes on with the own answers, others with the first's."""
-        from weft.generation.engine import check_writes
+        from weft.generation.checks import check_writes
 
         found = list(dict.fromkeys(self.opened.adapter(name) for name in names))
         for name in found:

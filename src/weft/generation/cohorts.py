@@ -39,16 +39,15 @@ class Cohorts(Way):
     def drop(self, row: Row) -> None:
         if row in self._new:
             self._new.remove(row)
-            return
-        cohort = next(cohort for cohort in self._cohorts if row in cohort.rows)
-        cohort.left.add(row)
-        if len(cohort.left) == len(cohort.rows):
-            self._cohorts.remove(cohort)
+        for cohort in [cohort for cohort in self._cohorts if row in cohort.rows]:
+            cohort.left.add(row)
+            if len(cohort.left) == len(cohort.rows):
+                self._cohorts.remove(cohort)
 
     def step(self) -> list[tuple[list[Row], Tensor]]:
         for cohort in self._cohorts:
             cohort.step()
-        new, self._new = self._new, []
+        new = self._new
         kinds = self._kinds(self.adapters, [row.request for row in new])
         kind = dict(zip(new, kinds, strict=True))
         new.sort(key=lambda row: (kind[row], row.adapter or "", len(row.request.prompt)))
@@ -57,6 +56,7 @@ class Cohorts(Way):
             for start in range(0, len(same), most := shared.rows or len(same)):
                 begin = self._begin if shared.rows else RepeatedRows
                 self._cohorts.append(_Cohort(self.adapters, same[start : start + most], begin))
+        self._new = []
         return [(list(cohort.rows), cohort.decoding.hidden) for cohort in self._cohorts]
 
 

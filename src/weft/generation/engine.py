@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -21,8 +21,8 @@ from torch import Tensor
 from weft.base.embeddings import input_embeddings
 from weft.core.adapters import Adapters
 from weft.errors import UserError
+from weft.generation.checks import check_request
 from weft.generation.constraint import Grammars, Matcher
-from weft.generation.identity import Identities
 from weft.generation.limits import Limits, cache_blocks, limits_for
 from weft.generation.request import Answer, Completion, FinishReason, Request, Token
 from weft.generation.row import Row
@@ -84,14 +84,7 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         prefill = limits.prefill_tokens or (256 if adapters.device.type == "cpu" else 2048)
         self.blocks = cache_blocks(adapters, limits)
-        self._identities = Identities(adapters)
-        self._ways = Ways(
-            adapters,
-            self._identities,
-            blocks=self.blocks,
-            block_tokens=limits.block_tokens,
-            prefill_tokens=prefill,
-        )
+        self._ways = Ways(adapters, blocks=self.blocks, block_tokens=limits.block_tokens, prefill_tokens=prefill)
         self._waiting: deque[Row] = deque()
         self._writers: dict[Row, Writer] = {}
         self._where: dict[Row, Way] = {}  # rows that have begun
@@ -118,7 +111,7 @@ class Engine:
 
     def _begin(self, request: Request, answer: Answer) -> Answer:
         writer = Writer(request, answer, self.tokenizer, self.stop_ids, self._matcher(request))
-        row = Row(request, self.adapters, self._root(request))
+        row = Row(request, self.adapters)
         self._check_room(row)
         with self._arrived:
             if self._closed:
@@ -202,7 +195,7 @@ class Engine:
             thread.join()
         self._thread = None
         with self._computing:
-            for row in list(self._writers):
+            for row, _ in self._all():
                 self._finish(row, "cancelled")
             self._ways.forget()
 
@@ -247,7 +240,7 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         with self._computing:
-            for row in list(self._writers):
+            for row, _ in self._all():
                 self._finish(row, "cancelled", error)
 
     def _call(self) -> bool:
@@ -264,13 +257,21 @@ class Engine:
         return called
 
     def _end_early(self) -> None:
-        now = time.monotonic()
-        for row, writer in list(self._writers.items()):
+        now, adapters = time.monotonic(), {name: self.adapters[name] for name in self.adapters.names}
+        for row, writer in self._all():
             deadline = row.request.deadline
             if writer.answer.cancelled:
                 self._finish(row, "cancelled")
             elif deadline is not None and now >= deadline:
                 self._finish(row, "deadline")
+            elif row.owner is not None and adapters.get(row.adapter or "") is not row.owner:
+                gone = f"adapter '{row.adapter}' was taken away, or another took its name, before the answer was whole."
+                self._finish(row, "cancelled", UserError(gone))
+
+    def _all(self) -> list[tuple[Row, Writer]]:
+        """All rows, while other threads may bring more."""
+        with self._arrived:
+            return list(self._writers.items())
 
     def _admit(self) -> None:
         while self._waiting and len(self._where) < self.limits.max_rows:
@@ -337,12 +338,6 @@ class Engine:
                 "bytes, or ask for a shorter answer."
             )
 
-    def _root(self, request: Request) -> Hashable:
-        """Whose text it is: the adapter with its present values. None if no other text may share its keys."""
-        if self._ways.paged is None or not self._ways.shares(request):
-            return None
-        return self._identities.of(request.adapter)
-
 
 def generate(
     adapters: Adapters,
@@ -367,37 +362,6 @@ def generate(
     limits = limits_for(adapters, requests, batch_size)
     with Engine(adapters, stop_ids=stop_ids, limits=limits) as engine:
         return engine.generate(requests, on_token)
-
-
-def check_writes(adapters: Adapters, name: str | None) -> None:
-    """Refuse a base that writes no text under adapter ``name``.
-
-    Raises:
-        UserError: the base is an encoder, or the adapter was trained to classify.
-    """
-    what = "A classification adapter answers with a label: weft generate, or weft.evaluate.predict."
-    if not adapters.architecture.writes:
-        raise UserError(f"a {adapters.architecture.model_type} model is an encoder: it writes no text. {what}")
-    if not adapters.head(name).writes:
-        raise UserError(f"adapter '{name}' was trained to classify; it writes no text. {what}")
-
-
-def check_request(request: Request, adapters: Adapters) -> None:
-    """Refuse what the base cannot answer.
-
-    Raises:
-        UserError: It writes no text, or prompt and answer together are longer than it allows.
-    """
-    check_writes(adapters, request.adapter)
-    if request.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {request.max_new_tokens}; at least 1 is needed.")
-    learned = 0 if request.adapter is None else adapters[request.adapter].num_learned_tokens
-    limit, length = adapters.architecture.max_length, len(request.prompt) + learned
-    if limit is not None and length + request.max_new_tokens > limit:
-        raise UserError(
-            f"a prompt of {length} tokens and max_new_tokens {request.max_new_tokens} exceed the model's limit of "
-            f"{limit}."
-        )
 
 
 def _heard_as(index: int, on_token: TokenCallback | None) -> Callable[[Token], None] | None:

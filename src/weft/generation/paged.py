@@ -6,9 +6,8 @@ long prompt never stops the others. Which blocks of the cache a text has, is a m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, groupby
 from typing import final
 
 import torch
@@ -20,6 +19,7 @@ from weft.core.stream import Stream
 from weft.generation.blocks import Block, Blocks
 from weft.generation.identity import Identities
 from weft.generation.pool import Pass, Piece, Pool
+from weft.generation.request import Request
 from weft.generation.row import Row, sorted_rows, virtual_number
 from weft.generation.together import Together
 from weft.generation.way import Way
@@ -31,17 +31,26 @@ class Paged(Way):
     """Rows of any length in the stream, with their keys and values in blocks."""
 
     def __init__(
-        self, adapters: Adapters, identities: Identities, *, blocks: int, block_tokens: int, prefill_tokens: int
+        self,
+        adapters: Adapters,
+        shares: Callable[[Request], bool],
+        *,
+        blocks: int,
+        block_tokens: int,
+        prefill_tokens: int,
     ) -> None:
+        """``shares``: whether others may use the keys and values of a request's text, and it may use theirs."""
         self.adapters, self.prefill_tokens = adapters, prefill_tokens
-        self._together = Together(adapters, identities)
+        self._identities = Identities(adapters)
+        self._together, self._shares = Together(adapters, self._identities), shares
         self.blocks, self.pool = Blocks(blocks), Pool(blocks, block_tokens)
         self.rows: list[Row] = []
         self._pushed: list[Row] = []
-        self._passed: list[Row] = []  # the rows of the last pass
 
     def add(self, row: Row) -> bool:
         size = self.pool.block_tokens
+        # Not when it was asked: a step of training may have come since.
+        row.root = self._identities.of(row.adapter) if self._shares(row.request) else None
         if (twin := self._twin_of(row)) is not None:
             return self._follow(row, twin)
         # The last symbol is always computed: what it gives, chooses the next token.
@@ -197,24 +206,20 @@ class Paged(Way):
         segments: list[Segment] = []
         virtual: dict[int, tuple[list[int], list[int]]] = {}
         start = 0
-        for row, own in zip(rows, symbols, strict=True):
-            if not segments or segments[-1].adapter != row.adapter:
-                segments.append(Segment(row.adapter, 0, 0))
-            last = segments[-1]
-            segments[-1] = replace(
-                last, tokens=last.tokens + len(own), sequences=last.sequences + 1, lengths=(*last.lengths, len(own))
-            )
-            for place, symbol in enumerate(own, start):
+        for name, found in groupby(zip(rows, symbols, strict=True), key=lambda pair: pair[0].adapter):
+            texts = [own for _, own in found]
+            own_lengths = tuple(map(len, texts))
+            for place, symbol in enumerate(chain.from_iterable(texts), start):
                 if (number := virtual_number(symbol)) is not None:
-                    at, numbers = virtual.setdefault(len(segments) - 1, ([], []))
+                    at, numbers = virtual.setdefault(len(segments), ([], []))
                     at.append(place)
                     numbers.append(number)
-            start += len(own)
+            segments.append(Segment(name, sum(own_lengths), len(texts), lengths=own_lengths))
+            start += sum(own_lengths)
         lengths = tuple(counts)
         # Only tables of positions that look at a whole sequence ask where each one ends.
         layout = SequenceLayout.build(lengths, device=device) if shape.install_tables and max(lengths) > 1 else None
-        together = None if self.adapters.exact else self._together.of(segments, same=list(rows) == self._passed)
-        self._passed = list(rows)
+        together = None if self.adapters.exact else self._together.of(segments)
         # The same objects: a function may keep something for a segment between two modules of a block.
         kept = segments if together is None else together.segments
         stream = Stream(

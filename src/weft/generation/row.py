@@ -18,6 +18,7 @@ class Row:
 
     Attributes:
         symbols: the text as the base sees it: token ids, virtual tokens and learned keys (negative), and the answer.
+        owner: the adapter that was asked; None: the base.
         root: whose text it is: equal symbols under equal roots have equal keys and values. None: they are not shared.
         ids: the answer so far.
         blocks: where its keys and values lie.
@@ -27,8 +28,10 @@ class Row:
         twin: a row with the same text, which computes for both.
     """
 
-    def __init__(self, request: Request, adapters: Adapters, root: Hashable = None) -> None:
-        self.request, self.root = request, root
+    def __init__(self, request: Request, adapters: Adapters) -> None:
+        self.request = request
+        self.root: Hashable = None
+        self.owner = None if request.adapter is None else adapters[request.adapter]
         self.symbols = text_symbols(adapters, request)
         self.ids: list[int] = []
         self.blocks: list[Block] = []

@@ -25,7 +25,8 @@ from weft.data.queries import (
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import part
 from weft.errors import UserError, nearest
-from weft.generation.engine import Engine, check_writes
+from weft.generation.checks import check_writes
+from weft.generation.engine import Engine
 from weft.generation.limits import Limits
 from weft.methods.dense import how_kept
 from weft.models import Base

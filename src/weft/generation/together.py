@@ -43,19 +43,16 @@ class Together:
         self._factors: weakref.WeakKeyDictionary[Site, tuple[Hashable, _Stacked]] = weakref.WeakKeyDictionary()
         self._last: tuple[Hashable, RouteChanges] | None = None  # the same rows come many times, then never again
 
-    def of(self, segments: Sequence[Segment], *, same: bool) -> RouteChanges | None:
-        """The changes for rows that lie so; None where no adapter is among them.
-
-        ``same``: whether all rows are those of the pass before, so that no adapter can have come or changed.
-        """
+    def of(self, segments: Sequence[Segment]) -> RouteChanges | None:
+        """The changes for rows that lie so; None where no adapter is among them."""
         names = tuple(segment.adapter for segment in segments)
         if all(name is None for name in names):
             return None
-        key = tuple((s.adapter, s.tokens) for s in segments)
-        if not same or self._last is None or self._last[0] != key:
-            state = tuple(map(self._identities.of, names))
-            if self._last is None or self._last[0] != key or self._last[1].state != state:
-                self._last = (key, RouteChanges(self, segments, state))
+        # Looked at in every pass: a step of training between two of them gives the rows other values.
+        state = tuple(map(self._identities.of, names))
+        key = (tuple((s.adapter, s.tokens) for s in segments), state)
+        if self._last is None or self._last[0] != key:
+            self._last = (key, RouteChanges(self, segments, state))
         return self._last[1]
 
     def stacked(self, site: Site, names: Sequence[str | None], state: Hashable, *, x: Tensor) -> _Stacked:

@@ -20,7 +20,6 @@ from weft.core.stream import Part
 from weft.generation import cache_proof
 from weft.generation.cache_proof import MANY, Kind
 from weft.generation.cohorts import Begin, Cohorts, Kinds, RepeatedRows
-from weft.generation.identity import Identities
 from weft.generation.lockstep import Group
 from weft.generation.paged import Paged
 from weft.generation.request import Request
@@ -34,16 +33,14 @@ from weft.layouts.padded_batch import Padded
 class Ways:
     """The ways that the rows of one engine take."""
 
-    def __init__(
-        self, adapters: Adapters, identities: Identities, *, blocks: int, block_tokens: int, prefill_tokens: int
-    ) -> None:
+    def __init__(self, adapters: Adapters, *, blocks: int, block_tokens: int, prefill_tokens: int) -> None:
         kinds, begin = _COHORTS[type(adapters.layout)]
         self.adapters = adapters
         self.cohorts = Cohorts(adapters, kinds, begin)
         self.paged: Paged | None = None
         if isinstance(adapters.layout, Packed) and adapters.architecture.writes and goes_on(adapters):
             self.paged = Paged(
-                adapters, identities, blocks=blocks, block_tokens=block_tokens, prefill_tokens=prefill_tokens
+                adapters, self.shares, blocks=blocks, block_tokens=block_tokens, prefill_tokens=prefill_tokens
             )
         self.all: tuple[Way, ...] = (self.cohorts,) if self.paged is None else (self.paged, self.cohorts)
 
@@ -96,7 +93,7 @@ def _prove(adapters: Adapters) -> bool:
     if room is not None and room < 9 + _STEPS:
         return True  # no text of this base is long enough to be tried
     # Small blocks and pieces: the longer text comes in three pieces, beside the other, which is being written.
-    paged = Paged(adapters, Identities(adapters), blocks=16, block_tokens=4, prefill_tokens=4)
+    paged = Paged(adapters, lambda request: True, blocks=16, block_tokens=4, prefill_tokens=4)
     rows = [Row(Request(text), adapters) for text in texts]
     for row in rows:
         paged.add(row)
