@@ -42,6 +42,20 @@ def make_target(folder: Path, **options: Any) -> Target:
     return Target(opened.base, adapters, opened.renderer, names=("lora", "prefix", "judge"))
 
 
+@contextmanager
+def closing(
+    make: Callable[[ServeSettings, Metrics], Service], settings: ServeSettings, opened: list[Target]
+) -> Iterator[Running]:
+    """A server, and the end of its engine and of the targets that ``make`` has opened."""
+    with running(make, settings) as server:
+        try:
+            yield server
+        finally:
+            server.engine.close()
+            for target in opened:
+                target.close()
+
+
 @pytest.fixture(scope="session")
 def serve(tiny_llama_dir: Path) -> Callable[..., AbstractContextManager[Running]]:
     """``with serve(keys=(...), script=..., delay=...) as server``: the tiny Llama behind a ``FakeEngine``."""
@@ -61,13 +75,8 @@ def serve(tiny_llama_dir: Path) -> Callable[..., AbstractContextManager[Running]
             )
             return service_of(target, engine, given, metrics)
 
-        with running(make, ServeSettings(port=0, **settings)) as server:
-            try:
-                yield server
-            finally:
-                server.engine.close()
-                for target in opened:
-                    target.close()
+        with closing(make, ServeSettings(port=0, **settings), opened) as server:
+            yield server
 
     return start
 
@@ -91,12 +100,7 @@ def serve_real(tiny_llama_dir: Path) -> Callable[..., AbstractContextManager[Run
             return make_endpoints(target, given, metrics).service
 
         opened: list[Target] = []
-        with running(make, ServeSettings(port=0, model_name="tiny", **settings)) as server:
-            try:
-                yield server
-            finally:
-                server.engine.close()
-                for target in opened:
-                    target.close()
+        with closing(make, ServeSettings(port=0, model_name="tiny", **settings), opened) as server:
+            yield server
 
     return start
