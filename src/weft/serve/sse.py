@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from weft.serve.envelope import ApiError, internal_error, json_bytes
+from weft.serve.envelope import CLIENT_GONE, ApiError, internal_error, json_bytes
 
 _LOG = logging.getLogger("weft.serve")
 
@@ -105,7 +105,7 @@ async def until_gone(request: Request, work: asyncio.Future[Response]) -> Respon
         await asyncio.wait(pair, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
-        return Response(status_code=499)  # nobody reads it; the access log does
+        return Response(status_code=CLIENT_GONE)
     finally:
         for task in (work, gone):
             task.cancel()
