@@ -19,6 +19,10 @@ from tests.kit.crowd import crowd
 from tests.kit.serving import Running
 from tests.kit.waiting import until
 
+from weft.serve.endpoints import Endpoints
+from weft.serve.server import Server, address, listen
+from weft.serve.settings import ServeSettings
+
 Serve = Callable[..., AbstractContextManager[Running]]
 
 
@@ -196,6 +200,24 @@ def test_what_the_grace_does_not_suffice_for_is_cut(serve: Serve) -> None:
         connection.close()
 
 
+def test_what_fails_behind_the_load_ends_the_server(serve: Serve) -> None:
+    """Else it would say that it is ready, with an engine that nobody runs."""
+
+    def tell(endpoints: Any) -> None:
+        raise BrokenPipeError
+
+    with serve() as other:
+        settings = ServeSettings(port=0)
+        server = Server(settings, lambda metrics: Endpoints(other.service), tell)
+        thread = threading.Thread(target=server.run, args=([listen(settings)],), daemon=True)
+        thread.start()
+        assert until(lambda: server.failure is not None, 5)
+        thread.join(5)
+        assert not thread.is_alive()
+        assert isinstance(server.failure, BrokenPipeError)
+        server.health.forget()
+
+
 def test_figures(serve: Serve) -> None:
     with serve() as server, server.client() as client:
         for model in ("lora", "lora", "prefix"):
@@ -217,9 +239,6 @@ def test_figures(serve: Serve) -> None:
 
 
 def test_before_it_is_loaded_it_says_so(serve: Serve) -> None:
-    from weft.serve.server import Server, address, listen
-    from weft.serve.settings import ServeSettings
-
     settings, going = ServeSettings(port=0), threading.Event()
 
     def load(metrics: Any) -> Any:

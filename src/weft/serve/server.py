@@ -66,7 +66,7 @@ def run(settings: ServeSettings, listening: socket.socket, load: Load, on_ready:
     """Serve until a signal comes and the running answers have ended; False if some had to be cut.
 
     Raises:
-        UserError: What ``load`` raises.
+        UserError: What ``load`` or ``on_ready`` raises.
     """
     server = Server(settings, load, on_ready)
     server.run([listening])
@@ -133,13 +133,12 @@ class Server(uvicorn.Server):
     def _loading(self) -> None:
         try:
             endpoints = self._load(self.metrics)
+            self.health.loaded(endpoints)
+            self._on_ready(endpoints)
+            endpoints.service.run()
         except BaseException as error:
             self.failure = error
             self.should_exit = True
-            return
-        self.health.loaded(endpoints)
-        self._on_ready(endpoints)
-        endpoints.service.run()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first lets answers end, the second does not."""
