@@ -160,6 +160,14 @@ def test_a_stuck_engine_is_seen(serve: Serve) -> None:
         connection.close()
 
 
+def test_an_engine_that_has_written_all_is_not_stuck(serve: Serve) -> None:
+    """An answer takes room also while a form is made ready for it, and while its client reads slowly."""
+    with serve(stalled_after=1.0) as server, server.client() as client:
+        server.service.admission.enter(1)
+        time.sleep(1.7)
+        assert client.get("/health").status_code == 200
+
+
 def test_the_end_cuts_no_stream(serve: Serve) -> None:
     with serve(delay=0.01, grace=20) as server, server.client() as client:
         texts: list[str] = []
