@@ -30,10 +30,14 @@ def body(tokens: int = 20, **more: Any) -> dict[str, Any]:
     return {"model": "lora", "prompt": "one", "max_tokens": tokens, **more}
 
 
-def begin(server: Running, request: dict[str, Any], wait_for: bytes = b"") -> socket.socket:
+def begin(server: Running, request: dict[str, Any], wait_for: bytes = b"", buffer: int = 0) -> socket.socket:
     """A connection on which a request was sent, and some of its answer read."""
     host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection = socket.socket()
+    if buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.settimeout(10)
+    connection.connect((host, int(port)))
     text = json.dumps(request).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
@@ -53,6 +57,16 @@ def test_a_client_that_goes_frees_its_row(serve: Serve, stream: bool) -> None:
         assert until(lambda: server.engine.stats().running == 0, 2)
         assert time.monotonic() - begun < 1, "long before 240 tokens are written"
         assert server.drained()
+
+
+def test_a_client_that_reads_nothing_is_let_go(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    with serve(write_timeout=0.5) as server:
+        many = body(200, prompt=["one"] * 32, n=2, logprobs=20, stream=True)
+        connection = begin(server, many, b"HTTP/1.1 200", buffer=4096)
+        assert until(lambda: not server.server.server_state.connections, 12)
+        assert server.drained()
+        assert not [one for one in caplog.records if one.levelname in ("WARNING", "ERROR")]
+        connection.close()
 
 
 def test_500_abrupt_disconnects_leak_nothing(serve: Serve) -> None:

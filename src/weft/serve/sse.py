@@ -30,15 +30,15 @@ def event(value: object, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events while they come. It ends, and so does their source, when the client goes or stops reading."""
+    """Sends events while they come. It ends, and so does their source, when the client goes."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events, write_timeout: float, close: Callable[[], None]) -> None:
+    def __init__(self, events: Events, close: Callable[[], None]) -> None:
         """``close`` is called at the end, however it comes."""
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.events, self.write_timeout, self.close = events, write_timeout, close
+        self.events, self.close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events."""
@@ -56,9 +56,7 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async def put(body: bytes, more: bool = True) -> None:
-            await asyncio.wait_for(
-                send({"type": "http.response.body", "body": body, "more_body": more}), self.write_timeout
-            )
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self.events) as events:
