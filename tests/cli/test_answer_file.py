@@ -157,9 +157,10 @@ def test_begun_anew_the_old_file_stands_until_the_first_answer(tmp_path: Path) -
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
     with pytest.raises(UserError, match="it has an answer of 'base' to prompt 1, which this run does not ask"):
         again.check_keys([(0, "base", 0)])
-    path.write_text('{"text": "no place"}\n')
-    with pytest.raises(UserError, match="not all of its lines are answers of this run"):
-        AnswerFile(path, {"n": 1}, overwrite=False).open({}, "p")
+    for damaged in ('{"text": "no place"}', '{"index": [0], "adapter": "base"}', '{"index": "0", "adapter": "base"}'):
+        path.write_text(f"{damaged}\n")
+        with pytest.raises(UserError, match="not all of its lines are answers of this run"):
+            AnswerFile(path, {"n": 1}, overwrite=False).open({}, "p")
 
 
 def test_what_fails_before_the_first_answer_changes_nothing(

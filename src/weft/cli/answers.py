@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from weft.cli import common
 from weft.errors import UserError
@@ -79,9 +79,8 @@ class AnswerFile:
         self._check_run(self._begun(), self._run)
         drop_torn_line(self.path)
         for row in json_lines(self.path, limit=_LINE_LIMIT):
-            try:
-                key = key_of(row)
-            except KeyError:
+            key = key_of(row) if {"index", "adapter"} <= row.keys() else None
+            if key is None or [type(part) for part in key] != [int, str, int]:
                 self._refuse("not all of its lines are answers of this run")
             self.rows[key] = row
             self._order.append(key)
@@ -170,7 +169,7 @@ class AnswerFile:
         if begun.get("prompts") != run["prompts"]:
             self._refuse("it was begun with other prompts, or with prompts that were rendered otherwise")
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         raise UserError(
             f"{self.path} holds answers of another run: {why}. Take another name, or --overwrite to begin anew."
         )
