@@ -129,6 +129,8 @@ class FakeEngine:
                     self._running.append(self._waiting.pop(0))
             busy = bool(work or self._running)
             for function, future in work:
+                if not future.set_running_or_notify_cancel():
+                    continue
                 try:
                     future.set_result(function())
                 except BaseException as error:

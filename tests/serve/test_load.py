@@ -30,7 +30,14 @@ def body(tokens: int = 20, **more: Any) -> dict[str, Any]:
     return {"model": "lora", "prompt": "one", "max_tokens": tokens, **more}
 
 
-def begin(server: Running, request: dict[str, Any], wait_for: bytes = b"", buffer: int = 0) -> socket.socket:
+def begin(
+    server: Running,
+    request: dict[str, Any],
+    wait_for: bytes = b"",
+    *,
+    buffer: int = 0,
+    path: str = "/v1/completions",
+) -> socket.socket:
     """A connection on which a request was sent, and some of its answer read."""
     host, port = server.url.removeprefix("http://").split(":")
     connection = socket.socket()
@@ -39,7 +46,7 @@ def begin(server: Running, request: dict[str, Any], wait_for: bytes = b"", buffe
     connection.settimeout(10)
     connection.connect((host, int(port)))
     text = json.dumps(request).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
     found = b""
     while wait_for not in found:
@@ -67,6 +74,24 @@ def test_a_client_that_reads_nothing_is_let_go(serve: Serve, caplog: pytest.LogC
         assert server.drained()
         assert not [one for one in caplog.records if one.levelname in ("WARNING", "ERROR")]
         connection.close()
+
+
+def test_texts_of_clients_that_go_are_not_classified(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those who come and go could fill the engine's queue without being counted."""
+    predicted: list[str] = []
+    monkeypatch.setattr("weft.serve.classify.predict", lambda adapters, name, samples: predicted.append(name))
+    with serve() as server:
+        going = threading.Event()
+        server.engine.apply(lambda: going.wait(10))
+        asked = {"model": "judge", "input": "one"}
+        waiting = [begin(server, asked, path="/classify") for _ in range(5)]
+        assert until(lambda: len(server.engine._work) == 5)
+        for connection in waiting:
+            connection.close()
+        assert server.drained()
+        going.set()
+        server.engine.apply(lambda: None).result(5)
+        assert predicted == []
 
 
 def test_500_abrupt_disconnects_leak_nothing(serve: Serve) -> None:
