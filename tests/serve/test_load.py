@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -283,6 +284,20 @@ def test_figures(serve: Serve) -> None:
         kinds = {line.split()[2] for line in lines if line.startswith("# TYPE")}
         assert {name.split("{")[0].removesuffix("_bucket").removesuffix("_sum").removesuffix("_count")
                 for name in samples} <= kinds  # fmt: skip
+
+
+def test_figures_of_an_adapter_go_with_its_last_answer(serve: Serve, tmp_path: Path) -> None:
+    def told(client: httpx.Client) -> bool:
+        return 'model="lora"' in client.get("/metrics").text
+
+    with serve(delay=0.02, adapters_folder=tmp_path) as server, server.client() as client:
+        connection = begin(server, body(40, stream=True), b"data: ")
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "lora"}).status_code == 200
+        assert told(client), "its answer is still being written"
+        assert until(lambda: not server.engine.stats().running)
+        assert server.drained()
+        assert not told(client)
+        connection.close()
 
 
 def test_before_it_is_loaded_it_says_so(serve: Serve) -> None:
