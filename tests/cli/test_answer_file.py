@@ -157,9 +157,36 @@ def test_begun_anew_the_old_file_stands_until_the_first_answer(tmp_path: Path) -
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
     with pytest.raises(UserError, match="it has an answer of 'base' to prompt 1, which this run does not ask"):
         again.check_keys([(0, "base", 0)])
-    path.write_text('{"text": "no place"}\n')
-    with pytest.raises(UserError, match="not all of its lines are answers of this run"):
-        AnswerFile(path, {"n": 1}, overwrite=False).open({}, "p")
+    for damaged in ('{"text": "no place"}', '{"index": [0], "adapter": "base"}', '{"index": "0", "adapter": "base"}'):
+        path.write_text(f"{damaged}\n")
+        with pytest.raises(UserError, match="not all of its lines are answers of this run"):
+            AnswerFile(path, {"n": 1}, overwrite=False).open({}, "p")
+
+
+def test_what_fails_before_the_first_answer_changes_nothing(
+    weft: Callable[..., Any], asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+
+    def stop(self: AnswerFile, row: Row) -> None:
+        raise KeyboardInterrupt
+
+    empty = files()
+    assert "leave no room" in weft(*asked, "out.jsonl", "--max-new-tokens", 5000).err
+    assert files() == empty
+    assert weft(*asked, "out.jsonl").code == 0
+    before = files()
+    assert "leave no room" in weft(*asked, "out.jsonl", "--max-new-tokens", 5000, "--overwrite").err
+    assert files() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerFile, "add", stop)
+        result = weft(*asked, "out.jsonl", "--overwrite")
+    assert (result.code, "interrupted before an answer came; out.jsonl is as it was." in result.err) == (130, True)
+    assert files() == before
+    assert weft(*asked, "out.jsonl", "--overwrite").code == 0
+    assert files() == before, "the new answers are the old ones"
+    assert "24 of 24 answers are in" in weft(*asked, "out.jsonl").err
 
 
 def test_samples_log_probabilities_and_stop_strings(weft: Callable[..., Any], run_dir: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from tests import kit
 
 from weft.api import Adapters
-from weft.generation import Request, generate
+from weft.generation import Engine, Request, generate
 from weft.generation.pool import Pool
 from weft.generation.ways import goes_on
 from weft.models import describe
@@ -50,6 +50,14 @@ def test_why_an_answer_ended_and_what_was_told_on_the_way(adapters: Adapters) ->
         assert found.ids == seen == whole.ids[:end]
         assert found.finish_reason == ("length" if end is None else "stop")
     assert cut[5].finish_reason == "stop"
+
+
+def test_a_call_is_seen_while_it_runs_and_counts_as_a_step(adapters: Adapters) -> None:
+    with Engine(adapters) as engine:
+        begun, seen = engine.stats().last_step, []
+        engine.apply(lambda: seen.append(engine.stats().calls))
+        assert (seen, engine.stats().calls) == ([1], 0)
+        assert engine.stats().last_step > begun
 
 
 def test_a_cache_that_gives_something_else_is_not_used(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,8 @@ class FakeEngine:
 
     def stats(self) -> Stats:
         return Stats(waiting=len(self._waiting), running=len(self._running), blocks_used=0, blocks_total=0,
-                     tokens=self._tokens, steps=self._steps, last_step=self._last)  # fmt: skip
+                     tokens=self._tokens, steps=self._steps,
+                     calls=len(self._work), last_step=self._last)  # fmt: skip
 
     def step(self) -> bool:
         return False
@@ -126,7 +127,10 @@ class FakeEngine:
                 work, self._work = self._work, []
                 while self._waiting and len(self._running) < self.max_rows:
                     self._running.append(self._waiting.pop(0))
+            busy = bool(work or self._running)
             for function, future in work:
+                if not future.set_running_or_notify_cancel():
+                    continue
                 try:
                     future.set_result(function())
                 except BaseException as error:
@@ -137,7 +141,8 @@ class FakeEngine:
                 time.sleep(self.delay)
             self._running = [row for row in self._running if not self._advance(row)]
             self._waiting = [row for row in self._waiting if not (row.answer.cancelled and self._end(row, "cancelled"))]
-            self._steps, self._last = self._steps + 1, time.monotonic()
+            if busy:
+                self._steps, self._last = self._steps + 1, time.monotonic()
 
     def _advance(self, row: _Row) -> bool:
         """Write a row's next token; whether it has ended."""

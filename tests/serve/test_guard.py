@@ -158,6 +158,17 @@ def test_slow_clients_are_let_go(serve: Serve) -> None:
         assert until(lambda: not server.server.server_state.connections)
 
 
+def test_a_client_that_goes_before_its_body_is_whole_is_no_defect(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with caplog.at_level(logging.INFO), serve() as server:
+        raw(server, head + b"Content-Length: 90\r\n\r\n", b"{", wait=0.2)
+        assert until(lambda: "path=/v1/completions status=499" in said(caplog))
+        assert "failed" not in said(caplog)
+        assert server.server.metrics.requests.values[("/v1/completions", "499")] == 1
+
+
 def said(caplog: pytest.LogCaptureFixture) -> str:
     """What the server has logged; the client has a log of its own."""
     return "\n".join(one.getMessage() for one in caplog.records if one.name.startswith("weft"))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,10 @@ from tests.kit.crowd import crowd
 from tests.kit.serving import Running
 from tests.kit.waiting import until
 
+from weft.serve.endpoints import Endpoints
+from weft.serve.server import Server, address, listen
+from weft.serve.settings import ServeSettings
+
 Serve = Callable[..., AbstractContextManager[Running]]
 
 
@@ -26,12 +31,23 @@ def body(tokens: int = 20, **more: Any) -> dict[str, Any]:
     return {"model": "lora", "prompt": "one", "max_tokens": tokens, **more}
 
 
-def begin(server: Running, request: dict[str, Any], wait_for: bytes = b"") -> socket.socket:
+def begin(
+    server: Running,
+    request: dict[str, Any],
+    wait_for: bytes = b"",
+    *,
+    buffer: int = 0,
+    path: str = "/v1/completions",
+) -> socket.socket:
     """A connection on which a request was sent, and some of its answer read."""
     host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection = socket.socket()
+    if buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.settimeout(10)
+    connection.connect((host, int(port)))
     text = json.dumps(request).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
     found = b""
     while wait_for not in found:
@@ -49,6 +65,34 @@ def test_a_client_that_goes_frees_its_row(serve: Serve, stream: bool) -> None:
         assert until(lambda: server.engine.stats().running == 0, 2)
         assert time.monotonic() - begun < 1, "long before 240 tokens are written"
         assert server.drained()
+
+
+def test_a_client_that_reads_nothing_is_let_go(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    with serve(write_timeout=0.5) as server:
+        many = body(200, prompt=["one"] * 32, n=2, logprobs=20, stream=True)
+        connection = begin(server, many, b"HTTP/1.1 200", buffer=4096)
+        assert until(lambda: not server.server.server_state.connections, 12)
+        assert server.drained()
+        assert not [one for one in caplog.records if one.levelname in ("WARNING", "ERROR")]
+        connection.close()
+
+
+def test_texts_of_clients_that_go_are_not_classified(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those who come and go could fill the engine's queue without being counted."""
+    predicted: list[str] = []
+    monkeypatch.setattr("weft.serve.classify.predict", lambda adapters, name, samples: predicted.append(name))
+    with serve() as server:
+        going = threading.Event()
+        server.engine.apply(lambda: going.wait(10))
+        asked = {"model": "judge", "input": "one"}
+        waiting = [begin(server, asked, path="/classify") for _ in range(5)]
+        assert until(lambda: len(server.engine._work) == 5)
+        for connection in waiting:
+            connection.close()
+        assert server.drained()
+        going.set()
+        server.engine.apply(lambda: None).result(5)
+        assert predicted == []
 
 
 def test_500_abrupt_disconnects_leak_nothing(serve: Serve) -> None:
@@ -156,6 +200,14 @@ def test_a_stuck_engine_is_seen(serve: Serve) -> None:
         connection.close()
 
 
+def test_an_engine_that_has_written_all_is_not_stuck(serve: Serve) -> None:
+    """An answer takes room also while a form is made ready for it, and while its client reads slowly."""
+    with serve(stalled_after=1.0) as server, server.client() as client:
+        server.service.admission.enter(1)
+        time.sleep(1.7)
+        assert client.get("/health").status_code == 200
+
+
 def test_the_end_cuts_no_stream(serve: Serve) -> None:
     with serve(delay=0.01, grace=20) as server, server.client() as client:
         texts: list[str] = []
@@ -196,6 +248,24 @@ def test_what_the_grace_does_not_suffice_for_is_cut(serve: Serve) -> None:
         connection.close()
 
 
+def test_what_fails_behind_the_load_ends_the_server(serve: Serve) -> None:
+    """Else it would say that it is ready, with an engine that nobody runs."""
+
+    def tell(endpoints: Any) -> None:
+        raise BrokenPipeError
+
+    with serve() as other:
+        settings = ServeSettings(port=0)
+        server = Server(settings, lambda metrics: Endpoints(other.service), tell)
+        thread = threading.Thread(target=server.run, args=([listen(settings)],), daemon=True)
+        thread.start()
+        assert until(lambda: server.failure is not None, 5)
+        thread.join(5)
+        assert not thread.is_alive()
+        assert isinstance(server.failure, BrokenPipeError)
+        server.health.forget()
+
+
 def test_figures(serve: Serve) -> None:
     with serve() as server, server.client() as client:
         for model in ("lora", "lora", "prefix"):
@@ -216,10 +286,21 @@ def test_figures(serve: Serve) -> None:
                 for name in samples} <= kinds  # fmt: skip
 
 
-def test_before_it_is_loaded_it_says_so(serve: Serve) -> None:
-    from weft.serve.server import Server, address, listen
-    from weft.serve.settings import ServeSettings
+def test_figures_of_an_adapter_go_with_its_last_answer(serve: Serve, tmp_path: Path) -> None:
+    def told(client: httpx.Client) -> bool:
+        return 'model="lora"' in client.get("/metrics").text
 
+    with serve(delay=0.02, adapters_folder=tmp_path) as server, server.client() as client:
+        connection = begin(server, body(40, stream=True), b"data: ")
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "lora"}).status_code == 200
+        assert told(client), "its answer is still being written"
+        assert until(lambda: not server.engine.stats().running)
+        assert server.drained()
+        assert not told(client)
+        connection.close()
+
+
+def test_before_it_is_loaded_it_says_so(serve: Serve) -> None:
     settings, going = ServeSettings(port=0), threading.Event()
 
     def load(metrics: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from weft.cli import common
 from weft.errors import UserError
@@ -49,7 +49,7 @@ class AnswerFile:
         self.path, self.settings = path, dict(settings)
         self.rows: dict[Key, Row] = {}
         self._order: list[Key] = []  # of the lines
-        self._replace = overwrite and path.exists()
+        self._run: dict[str, object] = {}
         if path.is_dir():
             raise UserError(f"--output {path} is a folder, not a file.")
         self._beside = path.with_name(f".{path.name}.run")
@@ -70,22 +70,17 @@ class AnswerFile:
         Raises:
             UserError: The file holds answers of another run, or is damaged.
         """
-        from weft.files.whole import drop_torn_line, sha256_of, write_whole
+        from weft.files.whole import drop_torn_line
         from weft.foreign import json_lines
 
-        if self._device:
-            return
-        run = {"settings": self.settings, "target": dict(target), "prompts": prompts}
+        self._run = {"settings": self.settings, "target": dict(target), "prompts": prompts}
         if not self._continues:
-            replaced = sha256_of(self.path) if self._replace else None
-            write_whole(self._beside, json.dumps({**run, "replaces": replaced}, ensure_ascii=False), "--output ")
             return
-        self._check_run(self._begun(), run)
+        self._check_run(self._begun(), self._run)
         drop_torn_line(self.path)
         for row in json_lines(self.path, limit=_LINE_LIMIT):
-            try:
-                key = key_of(row)
-            except KeyError:
+            key = key_of(row) if {"index", "adapter"} <= row.keys() else None
+            if key is None or [type(part) for part in key] != [int, str, int]:
                 self._refuse("not all of its lines are answers of this run")
             self.rows[key] = row
             self._order.append(key)
@@ -107,17 +102,28 @@ class AnswerFile:
         Raises:
             WriteError: The machine refuses to write it.
         """
-        from weft.files.whole import append_line, write_whole
+        from weft.files.whole import append_line
 
         key = key_of(row)
         if not self._device:
-            if self._replace:
-                write_whole(self.path, _line(row) + "\n", "--output ")
-                self._replace = False
-            else:
+            if self._continues:
                 append_line(self.path, _line(row))
+            else:
+                self._begin(_line(row) + "\n")
         self.rows[key] = row
         self._order.append(key)
+
+    def _begin(self, first: str) -> None:
+        """Put the first answer in the place of what is there. A run that fails before it changes nothing."""
+        from weft.files.whole import sha256_of, write_whole
+
+        def record(replaced: str | None) -> None:
+            write_whole(self._beside, json.dumps({**self._run, "replaces": replaced}, ensure_ascii=False), "--output ")
+
+        record(sha256_of(self.path) if self.path.exists() else None)
+        write_whole(self.path, first, "--output ")
+        record(None)  # the answers may be those of the old file
+        self._continues = True
 
     def close(self, order: Sequence[Key]) -> list[Row]:
         """The answers in the order of the prompts, which the file's lines have from now on."""
@@ -163,7 +169,7 @@ class AnswerFile:
         if begun.get("prompts") != run["prompts"]:
             self._refuse("it was begun with other prompts, or with prompts that were rendered otherwise")
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         raise UserError(
             f"{self.path} holds answers of another run: {why}. Take another name, or --overwrite to begin anew."
         )

@@ -162,6 +162,9 @@ def _tell_interrupted(file: AnswerFile | None, total: int, overwrite: bool) -> N
     if file is None:
         common.say("interrupted; no answer is kept. With --output FILE they are, and the same command goes on.")
         return
+    if not file.rows:
+        common.say(f"interrupted before an answer came; {file.path} is as it was.")
+        return
     again = "the same command without --overwrite" if overwrite else "the same command"
     common.say(f"interrupted: {len(file.rows):,} of {total:,} answers are in {file.path}; {again} goes on.")
 

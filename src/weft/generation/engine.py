@@ -48,7 +48,8 @@ class Stats:
         waiting, running: rows that have not begun, and rows that have.
         blocks_used, blocks_total: of the cache of keys and values.
         tokens: how many were written since it began. ``steps``: how many passes.
-        last_step: when the last pass ended, by ``time.monotonic()``.
+        calls: functions given to ``apply`` that wait or run.
+        last_step: when the last pass or call ended, by ``time.monotonic()``.
     """
 
     waiting: int
@@ -57,6 +58,7 @@ class Stats:
     blocks_total: int
     tokens: int
     steps: int
+    calls: int
     last_step: float
 
 
@@ -159,6 +161,7 @@ class Engine:
             blocks_total=0 if paged is None else paged.blocks.count,
             tokens=self._tokens,
             steps=self._steps,
+            calls=len(self._calls),
             last_step=self._last_step,
         )
 
@@ -246,14 +249,15 @@ class Engine:
     def _call(self) -> bool:
         called = False
         while self._calls:
-            function, future = self._calls.popleft()
+            function, future = self._calls[0]
             called = True
-            if not future.set_running_or_notify_cancel():
-                continue
             try:
-                future.set_result(function())
+                if future.set_running_or_notify_cancel():
+                    future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
+            self._calls.popleft()
+            self._last_step = time.monotonic()
         return called
 
     def _end_early(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 
@@ -10,7 +11,6 @@ from weft.errors import UserError
 from weft.evaluate.classify import Predictions, predict
 from weft.serve.answers import ClassifiedText, ClassifyAnswer
 from weft.serve.envelope import bad_request
-from weft.serve.registry import between_steps
 from weft.serve.requests import ClassifyRequest
 from weft.serve.service import Service
 
@@ -55,8 +55,9 @@ async def classify(service: Service, asked: ClassifyRequest) -> ClassifyAnswer:
 
 
 async def _predicted(service: Service, internal: str, samples: list[Sample]) -> Predictions:
-    """The predictions, computed between two steps of the engine."""
+    """The predictions, computed between two steps of the engine, unless the client goes before."""
+    wanted = service.engine.apply(lambda: predict(service.target.adapters, internal, samples))
     try:
-        return await between_steps(service.engine, lambda: predict(service.target.adapters, internal, samples))
+        return await asyncio.wrap_future(wanted)
     except UserError as error:
         raise bad_request(str(error), "input", "invalid_value") from None

@@ -72,7 +72,7 @@ class Endpoints:
         except BaseException:
             writer.writing.close()
             raise
-        return EventStream(writer.events(), self.settings.write_timeout, writer.writing.close)
+        return EventStream(writer.events(), writer.writing.close)
 
     def _note(self, request: Request, asked: ApiRequest) -> None:
         note(request, model=getattr(asked, "model", None))

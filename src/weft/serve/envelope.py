@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from weft.errors import nearest
 
+CLIENT_GONE = 499  # a status that only the access log and the figures read
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",

@@ -16,11 +16,12 @@ from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weft.serve.access_log import log_request
-from weft.serve.envelope import ApiError, internal_error
+from weft.serve.envelope import CLIENT_GONE, ApiError, internal_error
 from weft.serve.incoming import Body, too_long
 from weft.serve.metrics import Metrics
 from weft.serve.settings import Keys, ServeSettings, is_loopback
@@ -76,6 +77,8 @@ class Guard:
                 if "expect" in headers or not await body.discard():
                     told.headers["connection"] = "close"
                 await told.response()(scope, receive, answer)
+        except ClientDisconnect:
+            status = CLIENT_GONE
         except Exception:
             _LOG.exception("request %s failed", name)
             if status:

@@ -53,7 +53,7 @@ class Health:
 
     @property
     def stalled(self) -> bool:
-        """Whether answers are asked for, and the engine has not taken a step for long."""
+        """Whether the engine has work and has not taken a step for long."""
         if self.endpoints is None or self.idle:
             return False
         since = max(self._seen, self.endpoints.service.admission.busy_since)
@@ -66,8 +66,10 @@ class Health:
 
     def _watch(self, endpoints: Endpoints) -> None:
         while self.endpoints is endpoints:
-            self.stats = endpoints.service.engine.stats()
-            self._seen = max(self._seen, self.stats.last_step)
+            self.stats = stats = endpoints.service.engine.stats()
+            # Answers are open also while a form is made ready for them, and while a client reads slowly.
+            has_work = stats.waiting or stats.running or stats.calls
+            self._seen = max(self._seen, stats.last_step) if has_work else time.monotonic()
             time.sleep(_EVERY)
 
     def forget(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
@@ -73,7 +72,7 @@ class Histogram:
 
 
 class Metrics:
-    """All figures. Names of models are those that are served, so their number is bounded."""
+    """All figures, which only the event loop changes. Names of models are those that are served, so they are few."""
 
     def __init__(self) -> None:
         self.requests = Counter("weft_http_requests_total", "Requests by route and status.", "route", "status")
@@ -87,14 +86,11 @@ class Metrics:
         self.first = Histogram("weft_time_to_first_token_seconds", "From the request to its first token.", _FIRST_TOKEN)
         self.between = Histogram("weft_inter_token_seconds", "Between two tokens of an answer.", _BETWEEN)
         self.whole = Histogram("weft_answer_seconds", "From the request to the end of its answer.", _WHOLE)
-        # Answers begin and end in one event loop, but adapters also go in others' threads.
-        self._lock = threading.Lock()
 
     def forget(self, model: str) -> None:
         """Drop the figures of a model that is gone."""
-        with self._lock:
-            for one in self._all():
-                one.forget(model)
+        for one in self._all():
+            one.forget(model)
 
     def _all(self) -> tuple[Counter | Histogram, ...]:
         return (self.requests, self.rejected, self.answers, self.read, self.cached, self.written, self.first,
@@ -103,11 +99,10 @@ class Metrics:
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
         """All figures as text; ``gauges``: name -> (what it means, its value now)."""
         lines = []
-        with self._lock:
-            for name, (about, value) in gauges.items():
-                lines += [f"# HELP {name} {about}", f"# TYPE {name} gauge", f"{name} {_number(value)}"]
-            for one in self._all():
-                lines += [f"# HELP {one.name} {one.about}", f"# TYPE {one.name} {one.kind}", *one.lines()]
+        for name, (about, value) in gauges.items():
+            lines += [f"# HELP {name} {about}", f"# TYPE {name} gauge", f"{name} {_number(value)}"]
+        for one in self._all():
+            lines += [f"# HELP {one.name} {one.about}", f"# TYPE {one.name} {one.kind}", *one.lines()]
         return "\n".join(lines) + "\n"
 
 

@@ -209,7 +209,6 @@ class Registry:
                 raise bad_request("The base cannot be unloaded.", "lora_name", "is_base")
             del self._models[found.name]
             await self._retire(found)
-            self.metrics.forget(found.name)
             return {"status": "unloaded", "lora_name": name, "sha256": found.sha256 or ""}
 
     async def _retire(self, served: Served) -> None:
@@ -219,7 +218,9 @@ class Registry:
             await self._remove(served.internal)
 
     async def _remove(self, internal: str) -> None:
-        del self._retired[internal]
+        gone = self._retired.pop(internal)
+        if gone.name not in self._models:
+            self.metrics.forget(gone.name)
         await between_steps(self.engine, lambda: self.target.adapters.remove(internal))
 
 

@@ -66,7 +66,7 @@ def run(settings: ServeSettings, listening: socket.socket, load: Load, on_ready:
     """Serve until a signal comes and the running answers have ended; False if some had to be cut.
 
     Raises:
-        UserError: What ``load`` raises.
+        UserError: What ``load`` or ``on_ready`` raises.
     """
     server = Server(settings, load, on_ready)
     server.run([listening])
@@ -89,7 +89,7 @@ def _leave_at_once() -> NoReturn:
 
 
 class ServerConfig(uvicorn.Config):
-    """What uvicorn is told, and how long the head of a request may take."""
+    """What uvicorn is told, and how long a client may take to send the head of a request, and to read."""
 
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         super().__init__(
@@ -105,7 +105,7 @@ class ServerConfig(uvicorn.Config):
             timeout_keep_alive=round(settings.idle_timeout),
             timeout_graceful_shutdown=_LAST_BYTES,
         )
-        self.header_timeout = settings.header_timeout
+        self.header_timeout, self.write_timeout = settings.header_timeout, settings.write_timeout
 
 
 class Server(uvicorn.Server):
@@ -133,13 +133,12 @@ class Server(uvicorn.Server):
     def _loading(self) -> None:
         try:
             endpoints = self._load(self.metrics)
+            self.health.loaded(endpoints)
+            self._on_ready(endpoints)
+            endpoints.service.run()
         except BaseException as error:
             self.failure = error
             self.should_exit = True
-            return
-        self.health.loaded(endpoints)
-        self._on_ready(endpoints)
-        endpoints.service.run()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first lets answers end, the second does not."""
@@ -160,9 +159,10 @@ class Server(uvicorn.Server):
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if the head of a request does not come in time, and whose errors are JSON."""
+    """A connection that ends if a client sends no whole head, or reads nothing, for too long. Its errors are JSON."""
 
     _waiting: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     config: ServerConfig
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -179,9 +179,20 @@ class Connection(H11Protocol):
             self._stop_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the timer."""
+        """Forget the timers."""
         self._stop_waiting()
+        self._stop_unread()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Much is written and not read. Closing would wait for the client, so that the connection is cut."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.config.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        self._stop_unread()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
@@ -199,6 +210,11 @@ class Connection(H11Protocol):
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _close(self) -> None:
         self._waiting = None

@@ -32,7 +32,7 @@ class ServeSettings:
         body_bytes: The longest body of a request.
         request_timeout: Seconds after which an answer is ended. ``grace``: seconds for running answers after SIGTERM.
         header_timeout, body_timeout, idle_timeout, write_timeout: Seconds that a slow client gets.
-        stalled_after: Seconds without a step, while answers are asked for, after which the engine counts as stuck.
+        stalled_after: Seconds without a step, while it has work, after which the engine counts as stuck.
         max_adapters: Adapters that may be there at once.
         log_prompts: Whether the access log holds the texts of prompts.
     """

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from weft.serve.envelope import ApiError, internal_error, json_bytes
+from weft.serve.envelope import CLIENT_GONE, ApiError, internal_error, json_bytes
 
 _LOG = logging.getLogger("weft.serve")
 
@@ -30,15 +30,15 @@ def event(value: object, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events while they come. It ends, and so does their source, when the client goes or stops reading."""
+    """Sends events while they come. It ends, and so does their source, when the client goes."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events, write_timeout: float, close: Callable[[], None]) -> None:
+    def __init__(self, events: Events, close: Callable[[], None]) -> None:
         """``close`` is called at the end, however it comes."""
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.events, self.write_timeout, self.close = events, write_timeout, close
+        self.events, self.close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events."""
@@ -56,9 +56,7 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async def put(body: bytes, more: bool = True) -> None:
-            await asyncio.wait_for(
-                send({"type": "http.response.body", "body": body, "more_body": more}), self.write_timeout
-            )
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self.events) as events:
@@ -105,7 +103,7 @@ async def until_gone(request: Request, work: asyncio.Future[Response]) -> Respon
         await asyncio.wait(pair, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
-        return Response(status_code=499)  # nobody reads it; the access log does
+        return Response(status_code=CLIENT_GONE)
     finally:
         for task in (work, gone):
             task.cancel()
