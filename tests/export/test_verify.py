@@ -319,6 +319,9 @@ def test_what_the_command_says(work: Path, capsys: pytest.CaptureFixture[str], t
         ([str(work / "merged"), "http://127.0.0.1:1/v1"], "does not answer"),
         ([str(work / "merged"), str(work / "merged"), "--quantization", "int4"], "one of nf4"),
         ([str(work / "merged"), str(work / "merged"), "--prompts", "nowhere.txt"], "nowhere.txt"),
+        ([str(work / "merged"), str(work / "merged"), "--model", str(work / "base")], "--model is the base of an"),
+        ([str(work / "merged"), str(work / "merged"), "--api-key-env", "HOME"], "--api-key-env is for a server"),
+        ([str(work / "merged"), "http://127.0.0.1:1", "--quantization", "nf4"], "--quantization is for how B is"),
     ):
         assert main(["verify", *words]) == 2
         assert message in capsys.readouterr().err

@@ -38,9 +38,7 @@ def verify_sides(
     Raises:
         UserError: One of them cannot be opened, or the two cannot be compared.
     """
-    check_pair(a, b)
-    if quantization is not None and is_address(b):
-        raise UserError("--quantization is for how B is loaded, and B is a server. Leave it out.")
+    check_pair(a, b, model=model, quantization=quantization, api_key_env=api_key_env)
     with ExitStack() as stack:
         here: list[ModelHere] = []
         for target, how in ((a, None), (b, quantization)):

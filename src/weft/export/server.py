@@ -97,6 +97,9 @@ class Server:
         if not isinstance(told, dict):
             raise UserError(f"{where} gives no log-probabilities (logprobs), which the comparison needs.")
         tokens, chosen, top = (entry(told, key, list, where) for key in ("tokens", "token_logprobs", "top_logprobs"))
+        if not len(tokens) == len(chosen) == len(top):
+            raise UserError(f"{where} gives {len(tokens)} tokens, {len(chosen)} log-probabilities and {len(top)} lists "
+                            "of the likeliest; one of each belongs to a token.")  # fmt: skip
         found = []
         for text, logprob, others in zip(tokens, chosen, top, strict=True):
             likely = {key: float(expect(value, (int, float), where)) for key, value in
@@ -270,7 +273,7 @@ def _explained(
         for ids, answer, logits in zip(prompts, answers, precise, strict=True):
             again = _at_answer(side.logits(ids + answer), answer)
             worst = larger(worst, relative_difference(logits, again))
-            scale = max(scale, float(logits[logits.isfinite()].abs().max()))
+            scale = max(scale, float(logits.nan_to_num(0.0, 0.0, 0.0).abs().max()))
     relative = MOST_ROUNDING * ROUNDED_TWICE * worst if narrow else max(LARGEST_DIFFERENCE, ROUNDINGS * worst)
     return 2 * relative * scale
 
