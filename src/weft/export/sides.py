@@ -17,7 +17,7 @@ from weft.data import Message, unlabelled_sample
 from weft.data.rendering.served import ids_elsewhere
 from weft.errors import UserError
 from weft.export.folder import open_trained, recast
-from weft.export.number_format import Format, formats_in, words_of
+from weft.export.number_format import NumberFormat, formats_in, words_of
 from weft.export.proof import plain_logits, routed_logits
 from weft.export.sources import Sources, adapter_folder
 from weft.export.targets import check_target, is_adapted
@@ -176,7 +176,7 @@ class PlainModel(ModelHere):
     def weights(self, label: str) -> Weights:
         state = self._model.state_dict()
         return _weights(
-            label, self._model, state, {key: self._formats.get(key, Format(t.dtype)) for key, t in state.items()}
+            label, self._model, state, {key: self._formats.get(key, NumberFormat(t.dtype)) for key, t in state.items()}
         )
 
     @contextmanager
@@ -277,7 +277,7 @@ class AdaptedBase(ModelHere):
         base = None
         if not adapter.inserted_blocks():  # they move the numbers of the blocks
             base = _weights(label, adapters.model, adapters.model.state_dict(), {}).tensors
-        return _weights(label, merged, state, dict.fromkeys(state, Format(torch.float32)), base=base)
+        return _weights(label, merged, state, dict.fromkeys(state, NumberFormat(torch.float32)), base=base)
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
@@ -314,7 +314,7 @@ def _weights(
     label: str,
     model: nn.Module,
     state: Mapping[str, Tensor],
-    formats: Mapping[str, Format],
+    formats: Mapping[str, NumberFormat],
     *,
     base: Mapping[str, Tensor] | None = None,
 ) -> Weights:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -114,7 +115,8 @@ def _prompts(a: ModelHere, b: ModelHere, texts: Sequence[str]) -> tuple[list[lis
     if a.continues:
         shortest = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[:_ANSWERED]
         answers = {number: a.greedy(prompts[number], _ANSWER) for number in sorted(shortest)}
-        answers = {number: [i for i in found if i < rows] for number, found in answers.items()}
+        # Behind a token that one side lacks the two would go on after other texts.
+        answers = {number: list(takewhile(lambda i: i < rows, found)) for number, found in answers.items()}
     return [ids + answers.get(number, []) for number, ids in enumerate(prompts)], answers
 
 
