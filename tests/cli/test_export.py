@@ -193,6 +193,8 @@ def test_ollama(weft: Callable[..., Any], trained: Path) -> None:
         (["tiny-bloom", "--to", "gguf"], "bloom models are not written as GGUF"),
         (["run", "--adapter", "lora", "--to", "peft", "--push-to-hub", "me/it"], "names its base by a path of this"),
         (["run", "--adapter", "lora", "--to", "peft", "--push-to-hub", "it"], "expected OWNER/NAME"),
+        (["run", "--adapter", "lora", "--to", "peft", "--quantization", "nf4"], "--quantization is for the merge"),
+        (["tiny-llama", "--to", "gguf", "--quantization", "nf4"], "--quantization is for the merge"),
         (["run", "--adapter", "lora", "--to", "peft", "--public"], "--public does nothing without"),
     ],
 )

@@ -194,6 +194,7 @@ def test_what_it_came_from(weft: Callable[..., Any], trained: Path) -> None:
     [
         (["--adapter", "prompt"], "(prompt_tuning) cannot be merged: what it adds are virtual tokens"),
         (["--adapter", "mixed"], "(lora+bottleneck: its part bottleneck) cannot be merged"),
+        (["--adapter", ".."], "mixed. Name the folder of one, such as"),
         (["--adapter", ".."], "is a run with the adapters lora, pro, several"),
         (["--adapter", "nowhere"], "holds no adapter"),
         (["--adapter", "lora", "--output", "here"], "is there already"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weft.export import tokenizer_files
+from weft.export.proof import plain_logits
 from weft.files.adapter_folder import merged_from
 from weft.generation.open import open_target
 from weft.methods.dense import dense_weight
@@ -128,6 +129,26 @@ def test_a_change_that_drowns_is_told(weft: Callable[..., Any], trained: Path) -
     result = weft("merge", *several(trained, "lora", "ia3"), "--weights", "0.001,0", "-o", "small", "--quantize", "nf4")
     assert result.code == 0
     assert "warning: in nf4 the rounding of the weights is larger than what the adapter changed" in result.err
+
+
+def test_a_quantised_model_of_no_numbers_is_refused(
+    weft: Callable[..., Any], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One NaN is enough, though a later prompt has none."""
+    pytest.importorskip("bitsandbytes")
+    spoilt = []
+
+    def run(*words: Any) -> torch.Tensor:
+        logits = plain_logits(*words)
+        if not spoilt:
+            spoilt.append(logits[0, 0].fill_(float("nan")))
+        return logits
+
+    monkeypatch.setattr("weft.export.requantized.plain_logits", run)
+    result = weft("merge", *several(trained, "lora"), "-o", "small", "--quantize", "nf4")
+    assert result.code == 2
+    assert "in nf4 the merged model gives logits that are not finite" in result.err
+    assert list(Path().iterdir()) == []
 
 
 def test_files_of_a_tokenizer(tiny_llama_dir: Path, tmp_path: Path) -> None:

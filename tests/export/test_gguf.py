@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weft.assets import model_path
 from weft.errors import UserError
-from weft.export import gguf_file
+from weft.export import gguf_file, llama_cpp
 from weft.export.gguf_file import FORMATS, read_settings, write_gguf
 from weft.export.gguf_model import gguf_model
 from weft.export.gguf_tokenizer import CUTS, trial_texts
@@ -79,7 +79,6 @@ def transformers_logits(folder: Path, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_computes_the_same(kind: str, tmp_path: Path) -> None:
     """The layout of q and k, offsets of norms, biases, positions: a fault in any is far beyond rounding."""
-    llama_cpp = pytest.importorskip("weft.export.llama_cpp")
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     name, more = KINDS[kind]
     folder = model_of(name, tmp_path / "model", **more)
@@ -91,10 +90,22 @@ def test_llama_cpp_computes_the_same(kind: str, tmp_path: Path) -> None:
     assert proof.agreement == 1
 
 
+def test_logits_that_are_not_finite_prove_nothing(tmp_path: Path) -> None:
+    """One NaN among a hundred positions, and a next text without any."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    folder = model_of("llama", tmp_path / "model")
+    write_gguf(gguf_model(folder, "f32"), tmp_path / "model.gguf")
+    ids = (AutoTokenizer.from_pretrained(folder)(ASKED)["input_ids"] * 4)[:100]
+    right = transformers_logits(folder, ids)
+    wrong = right.clone()
+    wrong[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not the model that it was made of"):
+        llama_cpp.prove(tmp_path / "model.gguf", [(ids, wrong), (ids, right)])
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_pre_trained_models_and_their_tokenizers(kind: str, tmp_path: Path) -> None:
     """Greedy tokens and ids of the trial's texts in llama.cpp: byte-level BPE, and SentencePiece where the data is."""
-    llama_cpp = pytest.importorskip("weft.export.llama_cpp")
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     stories = SHARED / "models/stories260K"
     for folder in [model_path("tiny-llama"), *([stories] if stories.is_dir() else [])]:
@@ -175,7 +186,6 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
 @pytest.mark.parametrize("cut", CUTS)
 def test_llama_cpp_cuts_texts_alike(cut: str, tmp_path: Path) -> None:
     """A tokenizer that cuts texts as the name says, with joined pieces of many scripts, gets the same ids there."""
-    llama_cpp = pytest.importorskip("weft.export.llama_cpp")
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

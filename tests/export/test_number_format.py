@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weft.export.figures import Distances, clear_positions, divergence, larger, relative_difference
-from weft.export.number_format import Format, format_of, rms
+from weft.export.number_format import NumberFormat, format_of, rms
 from weft.export.weights import ROUNDINGS, Weights, compare_weights, explained_errors
 from weft.methods.dense import dense_weight
 
@@ -38,7 +38,7 @@ def test_a_quantised_weight_is_rounded_as_the_library_does(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_of_a_dtype(dtype: torch.dtype) -> None:
-    weight, form = drawn(50, 40), Format(dtype)
+    weight, form = drawn(50, 40), NumberFormat(dtype)
     assert torch.equal(form.rounded(weight), weight.to(dtype).float())
     assert torch.equal(form.moved(weight), weight.to(dtype).float() - weight)
     assert rms(form.moved(weight)) <= form.error(weight)
@@ -51,15 +51,15 @@ def test_rounding_of_a_dtype(dtype: torch.dtype) -> None:
     assert rms(noise) == pytest.approx(rms(form.moved(weight)), rel=0.1)
 
 
-def weights(tensor: torch.Tensor, form: Format, label: str) -> Weights:
+def weights(tensor: torch.Tensor, form: NumberFormat, label: str) -> Weights:
     return Weights({"w": tensor}, {"w": form}, label=label)
 
 
 def test_tensors_within_their_formats() -> None:
     """Two right ones of sixteen bits, rounded once and twice; one that is further off than four roundings."""
-    exact, form = drawn(80, 60), Format(torch.bfloat16)
+    exact, form = drawn(80, 60), NumberFormat(torch.bfloat16)
     once, twice = form.rounded(exact), form.rounded(form.rounded(exact / 3) + form.rounded(exact * 2 / 3))
-    a = weights(exact, Format(torch.float32), "A")
+    a = weights(exact, NumberFormat(torch.float32), "A")
     for right in (once, twice):
         assert compare_weights(a, weights(right, form, "B")).differing == ()
     assert compare_weights(weights(once, form, "A"), weights(twice, form, "B")).differing == ()

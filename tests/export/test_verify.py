@@ -319,6 +319,27 @@ def test_what_the_command_says(work: Path, capsys: pytest.CaptureFixture[str], t
         ([str(work / "merged"), "http://127.0.0.1:1/v1"], "does not answer"),
         ([str(work / "merged"), str(work / "merged"), "--quantization", "int4"], "one of nf4"),
         ([str(work / "merged"), str(work / "merged"), "--prompts", "nowhere.txt"], "nowhere.txt"),
+        ([str(work / "merged"), str(work / "merged"), "--model", str(work / "base")], "--model is the base of an"),
+        ([str(work / "merged"), str(work / "merged"), "--api-key-env", "HOME"], "--api-key-env is for a server"),
+        ([str(work / "merged"), "http://127.0.0.1:1", "--quantization", "nf4"], "--quantization is for how B is"),
     ):
         assert main(["verify", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_answer_ends_before_a_token_that_one_side_lacks(work: Path, tmp_path: Path) -> None:
+    """What A writes behind it follows a text that B cannot be given; all else of these two is the same."""
+    model = AutoModelForCausalLM.from_pretrained(work / "merged")
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows + 1, mean_resizing=False)
+    tokenizer = AutoTokenizer.from_pretrained(work / "merged")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What comes after two?"}], add_generation_prompt=True, return_dict=False
+    )
+    answer = model.generate(torch.tensor([prompt]), max_new_tokens=1, do_sample=False)[0, -1]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rows] = 1.01 * model.get_input_embeddings().weight[answer]
+    model.save_pretrained(tmp_path / "longer")
+    tokenizer.save_pretrained(tmp_path / "longer")
+    greedy = verify_sides(str(tmp_path / "longer"), str(work / "merged"), prompts=work / "prompts.txt").greedy
+    assert 0 < greedy.same == greedy.tokens < 24  # three prompts, eight tokens each

@@ -24,13 +24,14 @@ KEY = "a-key"
 
 @dataclass
 class Answers:
-    """What the server answers with; ``template`` and ``shift`` are its faults."""
+    """What the server answers with; ``template``, ``shift`` and ``lost`` are its faults."""
 
     folder: Path
     names: tuple[str, ...] = ("tiny",)
     template: str | None = None
     shift: float = 0.0
     logprobs: bool = True
+    lost: int = 0
     dtype: torch.dtype = torch.float32
     key: str | None = None
 
@@ -59,7 +60,7 @@ class Answers:
                     for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 }
             )
-        told = {"tokens": texts, "token_logprobs": chosen, "top_logprobs": tops} if self.logprobs else None
+        told = {"tokens": texts, "token_logprobs": chosen, "top_logprobs": tops[self.lost :]} if self.logprobs else None
         return {"choices": [{"index": 0, "text": "".join(texts), "finish_reason": "length", "logprobs": told}]}
 
     def chat(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +150,16 @@ def test_faults_of_a_server(tiny_llama_dir: Path, prompts: Path, tmp_path: Path)
             assert said in " | ".join(verdict(tiny_llama_dir, address, prompts).differences)
 
 
+def test_a_model_here_of_no_numbers(tiny_llama_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    """It is unlike every server, though nothing can be measured on it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "spoilt")
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path / "spoilt")
+    with running(Answers(tiny_llama_dir)) as address:
+        assert "answers differ: at prompt 1" in " | ".join(verdict(tmp_path / "spoilt", address, prompts).differences)
+
+
 def test_what_a_server_must_give(
     tiny_llama_dir: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +167,8 @@ def test_what_a_server_must_give(
     with running(Answers(tiny_llama_dir, logprobs=False)) as address, pytest.raises(UserError, match="no log-prob"):
         verdict(tiny_llama_dir, address, prompts)
     with running(Answers(tiny_llama_dir, shift=float("nan"))) as address, pytest.raises(UserError, match="holds NaN"):
+        verdict(tiny_llama_dir, address, prompts)
+    with running(Answers(tiny_llama_dir, lost=1)) as address, pytest.raises(UserError, match="7 lists of the likel"):
         verdict(tiny_llama_dir, address, prompts)
     with running(Answers(tiny_llama_dir, names=("base", "lora"))) as address:
         with pytest.raises(UserError, match=r"has several models\. Name one .*#NAME\. There are: base, lora"):

@@ -53,7 +53,8 @@ def export(
         raise UserError("--public does nothing without --push-to-hub. Leave it out.")
 
     def check() -> None:
-        _check(source, to, output, adapter, dtype, model=model, device=device, base_name=base_name, push=push_to_hub)
+        _check(source, to, output, adapter, dtype, model=model, quantization=quantization, device=device,
+               base_name=base_name, push=push_to_hub)  # fmt: skip
 
     early.refuse(check)
     from weft.export.exporting import export as write
@@ -93,6 +94,7 @@ def _check(
     dtype: str | None,
     *,
     model: str | None,
+    quantization: str | None,
     device: str,
     base_name: str | None,
     push: str | None,
@@ -107,6 +109,8 @@ def _check(
     check_device(device)
     material = find_material(source, adapter, model)
     check(material, form)
+    if quantization is not None and not (form.of_model and material.adapter is not None):
+        raise UserError("--quantization is for the merge of an adapter, and nothing is merged here. Leave it out.")
     if push is not None:
         check_repository(push)
         base = base_name or material.base

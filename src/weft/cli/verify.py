@@ -46,7 +46,9 @@ def verify(
     """
     if quantization is not None:
         check_word("--quantization", quantization, ("nf4", "fp4", "int8"))
-    early.refuse(lambda: _check(a, b, prompts, model, device=device))
+    early.refuse(
+        lambda: _check(a, b, prompts, model, quantization=quantization, api_key_env=api_key_env, device=device)
+    )
     from weft.export.compare import verify_sides
 
     common.tell_hub(model or "")
@@ -72,12 +74,21 @@ def verify(
     return common.DONE if verdict.equal else common.DIFFERS
 
 
-def _check(a: str, b: str, prompts: Path | None, model: str | None, *, device: str) -> None:
+def _check(
+    a: str,
+    b: str,
+    prompts: Path | None,
+    model: str | None,
+    *,
+    quantization: str | None,
+    api_key_env: str | None,
+    device: str,
+) -> None:
     from weft.data.reading.files import find_files
     from weft.export.targets import check_pair
     from weft.models.load import check_device, resolve_model
 
-    check_pair(a, b)
+    check_pair(a, b, model=model, quantization=quantization, api_key_env=api_key_env)
     check_device(device)
     if prompts is not None:
         find_files(prompts)

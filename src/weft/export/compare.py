@@ -10,10 +10,11 @@ from weft.data import Renderer
 from weft.data.queries import QueryRecipe, read_queries
 from weft.data.settings import ReadSettings
 from weft.errors import UserError
-from weft.export.server import Server, ServerVerdict, verify_server
+from weft.export.server import Server, verify_server
 from weft.export.sides import ModelHere, open_here
 from weft.export.targets import check_pair, is_address
-from weft.export.verify import Verdict, verify_models
+from weft.export.verdict import Verdict
+from weft.export.verify import verify_models
 from weft.models.quantize import Quantization
 
 
@@ -26,7 +27,7 @@ def verify_sides(
     quantization: Quantization | None = None,
     device: str = "auto",
     api_key_env: str | None = None,
-) -> Verdict | ServerVerdict:
+) -> Verdict:
     """Compare two of: a run with one adapter, an adapter's folder, a model, a server's address.
 
     Args:
@@ -38,9 +39,7 @@ def verify_sides(
     Raises:
         UserError: One of them cannot be opened, or the two cannot be compared.
     """
-    check_pair(a, b)
-    if quantization is not None and is_address(b):
-        raise UserError("--quantization is for how B is loaded, and B is a server. Leave it out.")
+    check_pair(a, b, model=model, quantization=quantization, api_key_env=api_key_env)
     with ExitStack() as stack:
         here: list[ModelHere] = []
         for target, how in ((a, None), (b, quantization)):

@@ -58,7 +58,7 @@ def find_material(source: str | Path, adapter: str | None = None, model: str | N
         (folder,) = RunStore(folder).finished([adapter or names[0]])
     elif adapter is not None:
         raise UserError(f"--adapter {adapter} chooses among the adapters of a run, and {folder} is none. Leave it out.")
-    if files.merged_from(folder) is None and files.is_adapter(folder):
+    if files.is_adapter(folder):
         base = model or _base_of(folder)
         if base is None:
             raise UserError(f"{folder / files.CONFIG} does not say which base it is for; name that with --model.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -41,6 +42,13 @@ def clear_positions(wanted: Tensor, moved: float) -> Tensor:
     move so far."""
     best, second = wanted.double().topk(2, -1).values.unbind(-1)
     return best - second > 2 * moved
+
+
+def at_answer(logits: Tensor, answer: Sequence[int]) -> Tensor:
+    """The logits [answer length, tokens] that choose the tokens of an answer, of those [positions, tokens] of a text
+    that ends with it."""
+    end = len(logits)
+    return logits[end - len(answer) - 1 : end - 1]
 
 
 def larger(before: float, found: float) -> float:

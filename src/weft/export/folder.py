@@ -182,7 +182,7 @@ def _write(opened: Target, sources: Sources, part: Path, dtype: torch.dtype | No
     check_mergeable(adapter)
     # A wider dtype holds the weights of training as they are, and both sides are compared in one precision.
     if dtype is not None and dtype.itemsize > adapters.dtype.itemsize and not quantized:
-        _recast(opened, sources, dtype)
+        recast(opened, sources, dtype)
         adapter = adapters[name]
     new = merged_model(adapters.model, adapters.architecture, adapters.merge(name, dtype), adapter.head)
     written: torch.dtype = new.dtype
@@ -206,16 +206,20 @@ def _expected(opened: Target, sources: Sources, written: torch.dtype) -> list[Re
     rounded: list[Tensor] | list[None] = [None] * len(prompts)
     if getattr(adapters.model, "is_quantized", False) or adapters.dtype.itemsize < 4:
         dequantize_linears(adapters.model, torch.float32)
-        _recast(opened, sources, torch.float32)
+        recast(opened, sources, torch.float32)
         precise = routed_logits(adapters, name, prompts)
     if written.itemsize < 4:
-        _recast(opened, sources, written)
+        recast(opened, sources, written)
         rounded = routed_logits(adapters, name, prompts)
     return [Reference(*row) for row in zip(prompts, routed, precise, rounded, strict=True)]
 
 
-def _recast(opened: Target, sources: Sources, dtype: torch.dtype) -> None:
-    """Give the base another dtype, and load the adapters anew, for adapters know what their base has."""
+def recast(opened: Target, sources: Sources, dtype: torch.dtype) -> None:
+    """Give the base another dtype, and load the adapters anew, for adapters know what their base has.
+
+    Raises:
+        UserError: An adapter cannot be loaded again.
+    """
     nn.Module.to(opened.adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
     for name in reversed(opened.adapters.names):
         opened.adapters.remove(name)

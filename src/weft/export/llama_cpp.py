@@ -5,6 +5,7 @@ Reading a file back shows that it holds what it should; only llama.cpp shows tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import UserError
+from weft.export.figures import Distances
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -105,15 +107,11 @@ def prove(path: Path, expected: Sequence[tuple[list[int], Tensor]], adapter: Pat
     """
     import llama_cpp
 
-    positions, same, difference = 0, 0, 0.0
+    apart = Distances()
     with opened(path, max(len(ids) for ids, _ in expected), adapter) as model:
         for ids, wanted in expected:
-            found = logits(model, ids)
-            wanted = wanted.double()
-            positions += len(ids)
-            same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
-            difference = max(difference, float((found - wanted).abs().max() / wanted.abs().max()))
-    proof = LlamaCppProof(positions, difference, same / positions, llama_cpp.__version__)
-    if not proof.agreement >= LEAST_AGREEMENT:
+            apart.add(wanted, logits(model, ids))
+    proof = LlamaCppProof(apart.positions, apart.largest, apart.same / apart.positions, llama_cpp.__version__)
+    if not (proof.agreement >= LEAST_AGREEMENT and math.isfinite(proof.difference)):
         raise UserError(f"{path.name} is not the model that it was made of, and nothing is kept: {proof.line()}.")
     return proof

@@ -12,7 +12,7 @@ from weft.methods.dense import kind_of
 
 
 @dataclass(frozen=True)
-class Format:
+class NumberFormat:
     """A number format: a dtype, or a quantisation by bitsandbytes with its block's length.
 
     ``nested``: the scales of the blocks are quantised too.
@@ -79,21 +79,21 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
 
 
-def format_of(parameter: Tensor) -> Format:
+def format_of(parameter: Tensor) -> NumberFormat:
     """The format in which a model keeps a parameter of any shape."""
     state: Any = getattr(parameter, "quant_state", None)
     kind = kind_of(parameter)
     if kind is None:
-        return Format(parameter.dtype)
+        return NumberFormat(parameter.dtype)
     if state is None:
-        return Format(parameter.dtype, kind)
-    return Format(parameter.dtype, kind, blocksize=int(state.blocksize), nested=bool(state.nested))
+        return NumberFormat(parameter.dtype, kind)
+    return NumberFormat(parameter.dtype, kind, blocksize=int(state.blocksize), nested=bool(state.nested))
 
 
-def formats_in(model: nn.Module) -> dict[str, Format]:
+def formats_in(model: nn.Module) -> dict[str, NumberFormat]:
     """The format of every tensor in a model's state dict; of tied ones under each name."""
     found = {name: format_of(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    return found | {name: Format(b.dtype) for name, b in model.named_buffers(remove_duplicate=False)}
+    return found | {name: NumberFormat(b.dtype) for name, b in model.named_buffers(remove_duplicate=False)}
 
 
 def words_of(model: nn.Module) -> str:

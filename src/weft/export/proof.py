@@ -33,6 +33,8 @@ LARGEST_DIFFERENCE = 1e-5
 ROUNDINGS = 4
 LEAST_AGREEMENT = 0.999
 MOST_ROUNDING = 1.5
+# A tool that rounds a change, and then the sum, rounds twice.
+ROUNDED_TWICE = math.sqrt(2)
 
 _TEXT = """
 A loom keeps its warp fixed and weaves many wefts through it. Write down what you see from the window,

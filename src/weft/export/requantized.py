@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from weft.base.kinds import is_linear
 from weft.core.adapter import Adapter
+from weft.errors import UserError
+from weft.export.figures import Distances
 from weft.export.proof import Reference, plain_logits
 from weft.files.tensors import read_tensors
 from weft.files.whole import remove
@@ -102,7 +104,7 @@ def requantize(
         expected: what base and adapter give.
 
     Raises:
-        UserError: bitsandbytes is not installed.
+        UserError: bitsandbytes is not installed, or the quantised model gives logits that are not finite.
         WriteError: The machine refuses to write.
     """
     import transformers
@@ -115,13 +117,12 @@ def requantize(
     model = gate.load_weights(auto, folder, config, dtype=compute, **options)
     one_kernel(model)
     noise = _noise(model, folder, changes)
-    positions = same = 0
-    difference = 0.0
+    apart = Distances()
     for one in expected:
-        found = plain_logits(model, one.ids, device).double()
-        positions += len(found)
-        same += int((found.argmax(-1) == one.precise.argmax(-1)).sum())
-        difference = max(difference, float((found - one.precise.double()).abs().max() / one.precise.abs().max()))
+        apart.add(one.precise, plain_logits(model, one.ids, device))
+    if not math.isfinite(apart.largest):
+        raise UserError(f"in {kind} the merged model gives logits that are not finite, and nothing is kept. Leave "
+                        "--quantize out, or take another kind.")  # fmt: skip
     with writing(folder):
         model.save_pretrained(folder / _NEW)
         for path in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
@@ -137,8 +138,8 @@ def requantize(
         worst=worst,
         worst_decibels=ratios.get(worst),
         drowned=sum(one < LEAST_DECIBELS for one in ratios.values()) / max(len(ratios), 1),
-        agreement=same / positions,
-        difference=difference,
+        agreement=apart.same / apart.positions,
+        difference=apart.largest,
     )
 
 

@@ -7,7 +7,7 @@ the model on this machine, token by token, as long as both write the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from weft.data import Message
 from weft.data.rendering.served import message_fields
 from weft.errors import UserError, nearest, reason_of
-from weft.export.figures import larger, relative_difference
-from weft.export.proof import LARGEST_DIFFERENCE, MOST_ROUNDING, ROUNDINGS, fixed_texts
+from weft.export.figures import at_answer, larger, relative_difference
+from weft.export.proof import LARGEST_DIFFERENCE, MOST_ROUNDING, ROUNDED_TWICE, ROUNDINGS, fixed_texts
 from weft.export.rendering import fixed_conversations
 from weft.export.sides import ModelHere
-from weft.export.verify import ROUNDED_TWICE, ModelFacts
+from weft.export.verdict import ModelFacts, Verdict
 from weft.foreign import entry, expect, parse_json
 from weft.generation.text import decode
 
@@ -97,6 +97,9 @@ class Server:
         if not isinstance(told, dict):
             raise UserError(f"{where} gives no log-probabilities (logprobs), which the comparison needs.")
         tokens, chosen, top = (entry(told, key, list, where) for key in ("tokens", "token_logprobs", "top_logprobs"))
+        if not len(tokens) == len(chosen) == len(top):
+            raise UserError(f"{where} gives {len(tokens)} tokens, {len(chosen)} log-probabilities and {len(top)} lists "
+                            "of the likeliest; one of each belongs to a token.")  # fmt: skip
         found = []
         for text, logprob, others in zip(tokens, chosen, top, strict=True):
             likely = {key: float(expect(value, (int, float), where)) for key, value in
@@ -140,7 +143,7 @@ class _RefusalError(UserError):
 
 
 @dataclass(frozen=True)
-class ServerVerdict:
+class ServerVerdict(Verdict):
     """How a server compares with a model on this machine.
 
     Attributes:
@@ -148,11 +151,8 @@ class ServerVerdict:
         same: tokens that both wrote.
         difference: the largest difference of two log-probabilities; ``asked``: the largest that rounding explains.
         renderings, renderings_alike: conversations, and how many became as many tokens there as here.
-        differences: what differs by more than rounding explains; none: they are equal.
     """
 
-    a: ModelFacts
-    b: ModelFacts
     prompts: int
     _: KW_ONLY
     tokens: int
@@ -161,26 +161,15 @@ class ServerVerdict:
     asked: float
     renderings: int
     renderings_alike: int
-    differences: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def equal(self) -> bool:
-        """Whether nothing differs by more than rounding explains."""
-        return not self.differences
 
     def lines(self) -> list[str]:
         """The figures as lines for people."""
         return [
-            *(one.line(side) for side, one in (("A", self.a), ("B", self.b))),
+            *super().lines(),
             f"chat template: as many tokens in {self.renderings_alike} of {self.renderings} conversations",
             f"greedy answers to {self.prompts} prompts: the same token in {self.same} of {self.tokens} places",
             f"log-probabilities: largest difference {self.difference:.2g}, explained by rounding {self.asked:.2g}",
         ]
-
-    def entries(self) -> dict[str, object]:
-        """All of it, as JSON holds it."""
-        return {"equal": self.equal, **asdict(self)}
 
 
 def verify_server(side: ModelHere, server: Server, texts: Sequence[str] = (), *, server_is_a: bool) -> ServerVerdict:
@@ -196,7 +185,7 @@ def verify_server(side: ModelHere, server: Server, texts: Sequence[str] = (), *,
     room = None if side.max_length is None else side.max_length - _ANSWER
     prompts = [side.text(text)[:room] for text in texts]
     answers = [side.greedy(ids, _ANSWER) for ids in prompts]
-    precise = [_at_answer(side.logits(ids + answer), answer) for ids, answer in zip(prompts, answers, strict=True)]
+    precise = [at_answer(side.logits(ids + answer), answer) for ids, answer in zip(prompts, answers, strict=True)]
     asked = _explained(side, prompts, answers, precise)
     tokens = same = 0
     worst, first = 0.0, ""
@@ -250,12 +239,6 @@ def _compare_renderings(side: ModelHere, server: Server, texts: Sequence[str]) -
     return count, alike, differences, notes
 
 
-def _at_answer(logits: Tensor, answer: Sequence[int]) -> Tensor:
-    """The logits [answer length, tokens] that choose the answer's tokens."""
-    end = len(logits)
-    return logits[end - len(answer) - 1 : end - 1]
-
-
 def _explained(
     side: ModelHere, prompts: Sequence[list[int]], answers: Sequence[list[int]], precise: Sequence[Tensor]
 ) -> float:
@@ -268,9 +251,9 @@ def _explained(
     worst = scale = 0.0
     with side.computing_in(side.dtype if narrow else torch.float64):
         for ids, answer, logits in zip(prompts, answers, precise, strict=True):
-            again = _at_answer(side.logits(ids + answer), answer)
+            again = at_answer(side.logits(ids + answer), answer)
             worst = larger(worst, relative_difference(logits, again))
-            scale = max(scale, float(logits[logits.isfinite()].abs().max()))
+            scale = max(scale, float(logits.nan_to_num(0.0, 0.0, 0.0).abs().max()))
     relative = MOST_ROUNDING * ROUNDED_TWICE * worst if narrow else max(LARGEST_DIFFERENCE, ROUNDINGS * worst)
     return 2 * relative * scale
 

@@ -16,10 +16,10 @@ from weft.base.kinds import is_linear
 from weft.data import Message, unlabelled_sample
 from weft.data.rendering.served import ids_elsewhere
 from weft.errors import UserError
-from weft.export.folder import open_trained
-from weft.export.number_format import Format, formats_in, words_of
+from weft.export.folder import open_trained, recast
+from weft.export.number_format import NumberFormat, formats_in, words_of
 from weft.export.proof import plain_logits, routed_logits
-from weft.export.sources import adapter_folder
+from weft.export.sources import Sources, adapter_folder
 from weft.export.targets import check_target, is_adapted
 from weft.export.weights import Weights
 from weft.merge.model import merged_model
@@ -176,7 +176,7 @@ class PlainModel(ModelHere):
     def weights(self, label: str) -> Weights:
         state = self._model.state_dict()
         return _weights(
-            label, self._model, state, {key: self._formats.get(key, Format(t.dtype)) for key, t in state.items()}
+            label, self._model, state, {key: self._formats.get(key, NumberFormat(t.dtype)) for key, t in state.items()}
         )
 
     @contextmanager
@@ -234,16 +234,9 @@ class AdaptedBase(ModelHere):
             dtype=opened.adapters.dtype,
             notes=notes,
         )
-        self._folder = folder
+        self._sources = Sources((folder,))
         dequantize_linears(opened.adapters.model, torch.float32)
-        self._recast(torch.float32)
-
-    def _recast(self, dtype: torch.dtype) -> None:
-        """Give the base another dtype, and load the adapter anew, for adapters know what their base has."""
-        adapters, name = self._opened.adapters, self._adapter
-        nn.Module.to(adapters.model, dtype)  # transformers' own refuses where a quantised model was loaded
-        adapters.remove(name)
-        adapters.load(name, self._folder, tokenizer=self._opened.base.tokenizer)
+        recast(opened, self._sources, torch.float32)
 
     @property
     def model(self) -> nn.Module:
@@ -284,15 +277,15 @@ class AdaptedBase(ModelHere):
         base = None
         if not adapter.inserted_blocks():  # they move the numbers of the blocks
             base = _weights(label, adapters.model, adapters.model.state_dict(), {}).tensors
-        return _weights(label, merged, state, dict.fromkeys(state, Format(torch.float32)), base=base)
+        return _weights(label, merged, state, dict.fromkeys(state, NumberFormat(torch.float32)), base=base)
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
-        self._recast(dtype)
+        recast(self._opened, self._sources, dtype)
         try:
             yield
         finally:
-            self._recast(torch.float32)
+            recast(self._opened, self._sources, torch.float32)
 
     def close(self) -> None:
         self._opened.close()
@@ -321,7 +314,7 @@ def _weights(
     label: str,
     model: nn.Module,
     state: Mapping[str, Tensor],
-    formats: Mapping[str, Format],
+    formats: Mapping[str, NumberFormat],
     *,
     base: Mapping[str, Tensor] | None = None,
 ) -> Weights:

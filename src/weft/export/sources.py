@@ -128,8 +128,8 @@ def adapter_folder(folder: Path) -> Path:
         names = [job.name for job in read_run_config(folder).jobs]
         if len(names) != 1:
             raise UserError(
-                f"{folder} is a run with the adapters {', '.join(names)}; one is merged at a time: --adapter "
-                f"{RunStore(folder).adapters / names[0]}, for one."
+                f"{folder} is a run with the adapters {', '.join(names)}. Name the folder of one, such as "
+                f"{RunStore(folder).adapters / names[0]}."
             )
         (folder,) = RunStore(folder).finished(names)
     if files.merged_from(folder) is not None:

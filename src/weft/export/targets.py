@@ -6,7 +6,7 @@ from pathlib import Path
 
 from weft.errors import UserError
 from weft.export.sources import adapter_folder
-from weft.files.adapter_folder import is_adapter, merged_from
+from weft.files.adapter_folder import is_adapter
 from weft.files.run_folder import RUN_FILE
 from weft.models.load import resolve_model
 from weft.paths import local_path
@@ -19,7 +19,7 @@ def is_address(target: str) -> bool:
 
 def is_adapted(folder: Path) -> bool:
     """Whether the folder holds a run or an adapter, and not a model by itself."""
-    return (folder / RUN_FILE).is_file() or (merged_from(folder) is None and is_adapter(folder))
+    return (folder / RUN_FILE).is_file() or is_adapter(folder)
 
 
 def check_target(target: str) -> None:
@@ -42,11 +42,13 @@ def check_target(target: str) -> None:
         resolve_model(target)
 
 
-def check_pair(a: str, b: str) -> None:
-    """Refuse two sides of which neither can be measured.
+def check_pair(
+    a: str, b: str, *, model: str | None = None, quantization: str | None = None, api_key_env: str | None = None
+) -> None:
+    """Refuse two sides of which neither can be measured, and options that neither side has a use for.
 
     Raises:
-        UserError: One of them cannot be compared, or both are servers.
+        UserError: One of them cannot be compared, both are servers, or an option does nothing.
     """
     for target in (a, b):
         check_target(target)
@@ -55,3 +57,9 @@ def check_pair(a: str, b: str) -> None:
             f"{a} and {b} are both servers. One of the two must be a model on this machine, for what rounding explains "
             "is measured on it."
         )
+    if quantization is not None and is_address(b):
+        raise UserError("--quantization is for how B is loaded, and B is a server. Leave it out.")
+    if model is not None and not any(not is_address(one) and is_adapted(local_path(one)) for one in (a, b)):
+        raise UserError("--model is the base of an adapter, and neither side is one. Leave it out.")
+    if api_key_env is not None and not (is_address(a) or is_address(b)):
+        raise UserError("--api-key-env is for a server, and neither side is one. Leave it out.")

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from weft.data.auditing.pieces import decode
 from weft.errors import UserError
-from weft.export.figures import clear_positions, larger, relative_difference
-from weft.export.proof import MOST_ROUNDING, Proof, Reference, fixed_texts, judge
+from weft.export.figures import at_answer, clear_positions, larger, relative_difference
+from weft.export.proof import MOST_ROUNDING, ROUNDED_TWICE, Proof, Reference, fixed_texts, judge
 from weft.export.sides import ModelHere, PlainModel
 from weft.export.tokens import TokenFindings, compare_tokens
+from weft.export.verdict import ModelFacts, Verdict
 from weft.export.weights import TensorFindings, Weights, compare_weights, explained_errors
 from weft.models.complete import named
 
 # So many of the shortest prompts are answered, with so many tokens each; then both sides are asked about the whole.
 _ANSWERED, _ANSWER = 6, 8
-# A tool that rounds a change, and then the sum, rounds twice.
-ROUNDED_TWICE = math.sqrt(2)
 
 
 @dataclass(frozen=True)
@@ -40,61 +40,28 @@ class Greedy:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How two models compare.
+class ModelsVerdict(Verdict):
+    """How two models on this machine compare.
 
     Attributes:
         proof: the figures of their logits.
-        differences: what differs by more than rounding explains, the nearest cause first; none: they are equal.
     """
 
-    a: ModelFacts
-    b: ModelFacts
     proof: Proof
     _: KW_ONLY
     greedy: Greedy
     tokens: TokenFindings
     weights: TensorFindings | None
-    differences: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def equal(self) -> bool:
-        """Whether nothing differs by more than rounding explains."""
-        return not self.differences
 
     def lines(self) -> list[str]:
         """The figures as lines for people."""
-        found = [one.line(side) for side, one in (("A", self.a), ("B", self.b))]
-        found += self.tokens.lines()
+        found = [*super().lines(), *self.tokens.lines()]
         if self.weights is not None:
             found += self.weights.lines()
         return [*found, *_logit_lines(self.proof, self.greedy)]
 
-    def entries(self) -> dict[str, object]:
-        """All of it, as JSON holds it."""
-        return {"equal": self.equal, **asdict(self)}
 
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a side is: the name that the user gave, its kind, and the format of its weights."""
-
-    name: str
-    kind: str
-    format: str
-
-    @classmethod
-    def of(cls, side: ModelHere) -> ModelFacts:
-        """The facts of a side."""
-        return cls(side.name, side.kind, side.format)
-
-    def line(self, side: str) -> str:
-        """The facts as a line for people."""
-        return f"{side}: {self.name} ({self.kind}, {self.format})"
-
-
-def verify_models(a: ModelHere, b: ModelHere, texts: Sequence[str] = ()) -> Verdict:
+def verify_models(a: ModelHere, b: ModelHere, texts: Sequence[str] = ()) -> ModelsVerdict:
     """Compare two models on this machine.
 
     Args:
@@ -119,7 +86,7 @@ def verify_models(a: ModelHere, b: ModelHere, texts: Sequence[str] = ()) -> Verd
         if weights is not None:
             differences += [f"{named(w)} only in {s}" for s, w in (("A", weights.only_a), ("B", weights.only_b)) if w]
         differences.append(_logits_differ(a, proof, expected, found))
-    return Verdict(
+    return ModelsVerdict(
         ModelFacts.of(a),
         ModelFacts.of(b),
         proof,
@@ -148,7 +115,8 @@ def _prompts(a: ModelHere, b: ModelHere, texts: Sequence[str]) -> tuple[list[lis
     if a.continues:
         shortest = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[:_ANSWERED]
         answers = {number: a.greedy(prompts[number], _ANSWER) for number in sorted(shortest)}
-        answers = {number: [i for i in found if i < rows] for number, found in answers.items()}
+        # Behind a token that one side lacks the two would go on after other texts.
+        answers = {number: list(takewhile(lambda i: i < rows, found)) for number, found in answers.items()}
     return [ids + answers.get(number, []) for number, ids in enumerate(prompts)], answers
 
 
@@ -194,8 +162,7 @@ def _count_greedy(answers: dict[int, list[int]], found: Sequence[Tensor]) -> Gre
     """Count the tokens of A's answers that B, asked about the same text, finds the likeliest."""
     same = 0
     for number, answer in answers.items():
-        end = len(found[number])
-        same += int((found[number][end - len(answer) - 1 : end - 1].argmax(-1) == torch.tensor(answer)).sum())
+        same += int((at_answer(found[number], answer).argmax(-1) == torch.tensor(answer)).sum())
     return Greedy(sum(map(len, answers.values())), same)
 
 

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from weft.export.number_format import Format, rms
+from weft.export.number_format import NumberFormat, rms
 from weft.models.complete import named
 from weft.ops.copying import turned
 
@@ -32,7 +32,7 @@ class Weights:
     """
 
     tensors: Mapping[str, Tensor]
-    formats: Mapping[str, Format]
+    formats: Mapping[str, NumberFormat]
     _: KW_ONLY
     label: str
     base: Mapping[str, Tensor] | None = None
@@ -149,7 +149,7 @@ def explained_errors(a: Weights, b: Weights) -> dict[str, Tensor]:
     return found
 
 
-def _share(wanted: Tensor, found: Tensor, of_a: Format, of_b: Format) -> float:
+def _share(wanted: Tensor, found: Tensor, of_a: NumberFormat, of_b: NumberFormat) -> float:
     """The distance of two tensors of any shape as a share of what their formats allow."""
     if torch.equal(wanted, found):
         return 0.0

@@ -200,8 +200,9 @@ def weights_path(folder: Path) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter, or what is left of one."""
-    return any(path.is_file() for path in (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder)))
+    """Whether the folder holds an adapter, or what is left of one; a merged model is none."""
+    files = (folder / CONFIG, folder / OWN_CONFIG, weights_path(folder))
+    return merged_from(folder) is None and any(path.is_file() for path in files)
 
 
 def name_for(folder: Path) -> str:

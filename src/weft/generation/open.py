@@ -70,7 +70,7 @@ def open_target(
     adapters = [adapters] if isinstance(adapters, str) else adapters
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, asked, adapters)
-    if merged_from(folder) is None and is_adapter(folder):
+    if is_adapter(folder):
         run = run_of(folder)
         if run is not None and model is None:
             return _open_run(run, asked, [folder.absolute().name])

@@ -79,9 +79,12 @@ def folder_of(root: Path, path: str) -> Path:
             if not stat.S_ISDIR(os.lstat(place).st_mode):
                 raise _no_path(path, "there is no such folder")
         _check_files(place, path)
+        found = is_adapter(place)
+    except UserError:  # its words name the folder
+        found = False
     except (OSError, ValueError):
         raise _no_path(path, "there is no such folder") from None
-    if not is_adapter(place):
+    if not found:
         raise _no_path(path, "that folder holds no adapter")
     return place
 

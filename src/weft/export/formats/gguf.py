@@ -12,7 +12,7 @@ from weft.export.format import Format, Material, Written
 from weft.export.gguf_architectures import check_type
 from weft.export.gguf_file import check_library, write_gguf
 from weft.export.gguf_model import check_exportable, file_name, gguf_model
-from weft.export.samples import plain_logits
+from weft.export.samples import fixed_samples
 from weft.files.whole import make_folder
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def write_model(material: Material, part: Path, kind: str) -> tuple[Written, Pat
     figures: dict[str, object] = {"file": path.name, "tensors": len(content.tensors), "kind": kind}
     if llama_cpp.installed():
         try:
-            proof = llama_cpp.prove(path, plain_logits(material.folder))
+            proof = llama_cpp.prove(path, fixed_samples(material.folder))
         except UserError as error:
             raise UserError(f"{error} --dtype f32 rounds least.") from None
         lines.append(proof.line())
