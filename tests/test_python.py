@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import types
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,15 @@ def test_metrics_of_before_there_were_times(tmp_path: Path) -> None:
         weft.read_metrics(tmp_path / "none")
 
 
+@pytest.fixture
+def _usual_interruption() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_usual_interruption")
 def test_an_interruption_saves_and_is_raised(given: dict[str, Any], tmp_path: Path) -> None:
     def press(event: Event) -> None:
         if event["event"] == "step" and event["step"] == 2:

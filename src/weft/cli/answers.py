@@ -6,6 +6,7 @@ and adapters by their contents, its prompts. A run goes on with answers of its o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,12 +118,12 @@ class AnswerFile:
         """Put the first answer in the place of what is there. A run that fails before it changes nothing."""
         from weft.files.whole import sha256_of, write_whole
 
-        def record(replaced: str | None) -> None:
-            write_whole(self._beside, json.dumps({**self._run, "replaces": replaced}, ensure_ascii=False), "--output ")
-
-        record(sha256_of(self.path) if self.path.exists() else None)
-        write_whole(self.path, first, "--output ")
-        record(None)  # the answers may be those of the old file
+        replaced = sha256_of(self.path) if self.path.exists() else None
+        if replaced == hashlib.sha256(first.encode()).hexdigest():
+            replaced = None  # it has this answer already: there is nothing to put in its place
+        write_whole(self._beside, json.dumps({**self._run, "replaces": replaced}, ensure_ascii=False), "--output ")
+        if replaced is not None or not self.path.exists():
+            write_whole(self.path, first, "--output ")
         self._continues = True
 
     def close(self, order: Sequence[Key]) -> list[Row]:

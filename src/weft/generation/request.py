@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -108,7 +109,7 @@ class Answer:
         self._error: BaseException | None = None
         self._cancelled = False
         self._changed = threading.Condition()
-        self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._listeners: list[Callable[[], object]] = []
 
     @property
     def done(self) -> bool:
@@ -154,24 +155,36 @@ class Answer:
             self._wait(seen, None)
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        listener = (asyncio.get_running_loop(), asyncio.Event())
-        with self._changed:
-            self._listeners.append(listener)
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
         seen = 0
-        try:
+        with self.heard_by(lambda: None if loop.is_closed() else loop.call_soon_threadsafe(changed.set)):
             while True:
-                listener[1].clear()
-                while seen < len(self._tokens):
-                    yield self._tokens[seen]
-                    seen += 1
-                if self.done and seen == len(self._tokens):
+                changed.clear()
+                tokens, done = self.since(seen)
+                for token in tokens:
+                    yield token
+                seen += len(tokens)
+                if done:
                     self._end()
                     return
                 if self._stepper.threaded or not await asyncio.to_thread(self._stepper.step):
-                    await listener[1].wait()
+                    await changed.wait()
+
+    @contextlib.contextmanager
+    def heard_by(self, wake: Callable[[], object]) -> Iterator[None]:
+        """Let the thread that computes call ``wake`` after every token and at the end, as long as the block lasts."""
+        with self._changed:
+            self._listeners.append(wake)
+        try:
+            yield
         finally:
             with self._changed:
-                self._listeners.remove(listener)
+                self._listeners.remove(wake)
+
+    def since(self, seen: int) -> tuple[list[Token], bool]:
+        """The tokens after the first ``seen``, and whether no more will come."""
+        done = self.done  # before the tokens: the last of them come before the end
+        return self._tokens[seen:], done
 
     def put(self, token: Token) -> None:
         """Add a token; the engine calls this."""
@@ -189,9 +202,8 @@ class Answer:
 
     def _tell(self) -> None:
         self._changed.notify_all()
-        for loop, event in self._listeners:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(event.set)
+        for wake in self._listeners:
+            wake()
 
     def _wait(self, seen: int, until: float | None) -> None:
         left = None if until is None else until - time.monotonic()

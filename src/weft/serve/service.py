@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 from weft.errors import UserError
@@ -14,6 +16,7 @@ from weft.generation.engine import Engine
 from weft.generation.request import Answer, Completion, Request, Token
 from weft.generation.target import Target
 from weft.serve.admission import Admission
+from weft.serve.bell import Bell
 from weft.serve.envelope import ApiError, bad_request
 from weft.serve.logprobs import TokenTexts
 from weft.serve.metrics import Metrics
@@ -47,6 +50,11 @@ class Service:
         default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="weft-grammars")
     )
     _ending: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @cached_property
+    def bell(self) -> Bell:
+        """Wakes the event loop in which the service answers."""
+        return Bell(asyncio.get_running_loop())
 
     @property
     def texts(self) -> TokenTexts:
@@ -126,40 +134,41 @@ class Writing:
         Raises:
             ApiError: The engine ended an answer before its time.
         """
-        queue: asyncio.Queue[tuple[int, Token | Completion | BaseException]] = asyncio.Queue()
+        changed = asyncio.Event()
+        bell = self.service.bell
+        seen, times = [0] * len(self.answers), [self.began] * len(self.answers)
+        left = set(range(len(self.answers)))
+        with contextlib.ExitStack() as stack:
+            for answer in self.answers:
+                stack.enter_context(answer.heard_by(lambda: bell.ring(changed)))
+            while True:
+                changed.clear()
+                for index in sorted(left):
+                    tokens, done = self.answers[index].since(seen[index])
+                    for token in tokens:
+                        self._observe(first=not seen[index], since=times[index])
+                        times[index] = time.monotonic()
+                        seen[index] += 1
+                        yield index, token
+                    if done:
+                        left.discard(index)
+                        yield index, self._end_of(self.answers[index])
+                if not left:
+                    return
+                await changed.wait()
 
-        async def pump(index: int, answer: Answer) -> None:
-            try:
-                async for token in answer:
-                    queue.put_nowait((index, token))
-                queue.put_nowait((index, await answer.aresult()))
-            except Exception as error:
-                queue.put_nowait((index, error))
+    def _observe(self, *, first: bool, since: float) -> None:
+        metrics = self.service.metrics
+        (metrics.first if first else metrics.between).observe(self.served.name, time.monotonic() - since)
 
-        pumps = [asyncio.ensure_future(pump(index, answer)) for index, answer in enumerate(self.answers)]
-        seen = [self.began] * len(pumps)
-        left, begun = len(pumps), [False] * len(pumps)
-        model, metrics = self.served.name, self.service.metrics
+    def _end_of(self, answer: Answer) -> Completion:
         try:
-            while left:
-                index, item = await queue.get()
-                if isinstance(item, UserError):  # logits that are not finite, a form that allows no token
-                    raise bad_request(str(item), code="generation_failed")
-                if isinstance(item, BaseException):
-                    raise item
-                if isinstance(item, Token):
-                    now = time.monotonic()
-                    (metrics.between if begun[index] else metrics.first).observe(model, now - seen[index])
-                    seen[index], begun[index] = now, True
-                else:
-                    left -= 1
-                    self._count(item)
-                    _check_end(item)
-                yield index, item
-        finally:
-            for task in pumps:
-                task.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            done = answer.result()
+        except UserError as error:  # logits that are not finite, a form that allows no token
+            raise bad_request(str(error), code="generation_failed") from None
+        self._count(done)
+        _check_end(done)
+        return done
 
     def _count(self, done: Completion) -> None:
         model, metrics = self.served.name, self.service.metrics

@@ -55,38 +55,44 @@ class EventStream(Response):
             await asyncio.gather(writing, gone, return_exceptions=True)
 
     async def _write(self, send: Send) -> None:
-        async def put(body: bytes, more: bool = True) -> None:
+        put = False
+
+        async def write(body: bytes, more: bool = True) -> None:
+            nonlocal put
+            put = True
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
+        async def ping() -> None:
+            nonlocal put
+            while True:
+                put = False
+                await asyncio.sleep(_PING_AFTER)
+                if not put:
+                    await write(_PING)
+
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self.events) as events:
-            coming = asyncio.ensure_future(_next(events))
-            try:
-                while True:
-                    await asyncio.wait({coming}, timeout=_PING_AFTER)
-                    if not coming.done():
-                        await put(_PING)
-                        continue
-                    body = coming.result()
-                    if body is None:
-                        break
-                    await put(body)
-                    coming = asyncio.ensure_future(_next(events))
-            finally:
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
-        await put(b"", more=False)
+        pinging = asyncio.ensure_future(ping())
+        try:
+            async with aclosing(_told(self.events)) as events:
+                async for body in events:
+                    await write(body)
+        finally:
+            pinging.cancel()
+            await asyncio.gather(pinging, return_exceptions=True)
+        await write(b"", more=False)
 
 
-async def _next(events: Events) -> bytes | None:
-    """The next event, or None after the last. The status is long sent, so an error becomes an event."""
-    try:
-        return await anext(events, None)
-    except ApiError as error:
-        return event(error.body()) + DONE
-    except Exception:
-        _LOG.exception("an answer failed while it was sent")
-        return event(internal_error().body()) + DONE
+async def _told(events: Events) -> Events:
+    """The events. The status is long sent, so an error becomes an event."""
+    async with aclosing(events):
+        try:
+            async for body in events:
+                yield body
+        except ApiError as error:
+            yield event(error.body()) + DONE
+        except Exception:
+            _LOG.exception("an answer failed while it was sent")
+            yield event(internal_error().body()) + DONE
 
 
 async def disconnected(receive: Receive) -> None:
