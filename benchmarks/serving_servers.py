@@ -2,7 +2,8 @@
 
 Contestants: ``weft serve``; ``transformers serve``, with and without its continuous batching, where that starts; and
 the server of llama-cpp-python on a GGUF file of the same model, where that package is installed. Every client sends
-requests of mixed lengths one after the other, and streams. The contestants take turns. A model of random weights is
+requests of mixed lengths one after the other, and streams. The contestants take turns, and those
+that wait are stopped: some poll. A model of random weights is
 written first; its vocabulary is that of the embedded tokenizer, so that every token has a text.
 
     python benchmarks/serving_servers.py --shape 1.26b --output benchmarks/results/serving_servers_<hardware>_<date>.md
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -26,6 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -62,11 +65,18 @@ class Server:
 
 
 def write_model(shape: str, folder: Path) -> None:
-    """The model with the embedded tokenizer."""
+    """The model with the embedded tokenizer. It writes words only: a part of a character would be no text yet, and the
+    first token would seem to come when the character is whole."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path("tiny-llama"), trust_remote_code=False)
-    build_model(replace(ALL[shape], vocabulary=len(tokenizer))).save_pretrained(folder)
+    model: Any = build_model(replace(ALL[shape], vocabulary=len(tokenizer)))
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    with torch.no_grad():
+        for token, text in enumerate(texts):
+            if not (text.isascii() and text.strip().isalpha()) or token in tokenizer.all_special_ids:
+                model.get_output_embeddings().weight[token] = 0  # never the likeliest
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -108,7 +118,9 @@ def started(name: str, command: list[str], model: str, log: Path) -> Server | No
                 name_there = model or listed.json()["data"][0]["id"]
                 asked = {"model": name_there, "prompt": "the", "max_tokens": 1}
                 if httpx.post(f"{url}/completions", json=asked, timeout=120).status_code == 200:
-                    return Server(name, name_there, url, process, time.perf_counter() - begun)
+                    ready = time.perf_counter() - begun
+                    process.send_signal(signal.SIGSTOP)
+                    return Server(name, name_there, url, process, ready)
         except httpx.HTTPError:
             pass
         time.sleep(0.2)
@@ -136,6 +148,8 @@ def questions(clients: int, each: int) -> list[list[dict[str, object]]]:
 
 async def measure(server: Server, asked: Sequence[Sequence[dict[str, object]]]) -> Measured:
     """All clients at once."""
+    server.process.send_signal(signal.SIGCONT)
+    await asyncio.sleep(0.5)
     found = Measured()
 
     async def client(own: Sequence[dict[str, object]]) -> None:
@@ -161,6 +175,7 @@ async def measure(server: Server, asked: Sequence[Sequence[dict[str, object]]]) 
     begun = time.perf_counter()
     await asyncio.gather(*map(client, asked))
     found.seconds = time.perf_counter() - begun
+    server.process.send_signal(signal.SIGSTOP)
     return found
 
 
@@ -196,7 +211,7 @@ def main() -> None:
         ]
         lines = table(servers, options)
         for server in servers:
-            server.process.terminate()
+            server.process.kill()
     text = "\n".join(lines) + "\n"
     print(text)
     if options.output:

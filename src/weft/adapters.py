@@ -26,6 +26,7 @@ from weft.merge.weights import MergedWeights, merge_adapter
 from weft.methods.combined import Combined, CombinedConfig
 from weft.methods.weighted import WeightedSum
 from weft.models.added import check_added, check_config
+from weft.models.products import install_products
 from weft.ops.combine import MajoritySign
 
 
@@ -60,7 +61,7 @@ class Adapters(core.Adapters):
             architecture,
             layout_for(architecture, padded, exact),
             exact=exact,
-            installers=(checkpointed(architecture.blocks),) if checkpointing else (),
+            installers=(install_products, *((checkpointed(architecture.blocks),) if checkpointing else ())),
             original_weight=original_weight,
         )
 

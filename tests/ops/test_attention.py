@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft.ops import attention, decoding
+from weft.ops import attention, products
 from weft.ops.attention import (
     SequenceLayout,
     varlen_attention,
     varlen_attention_ref,
 )
-from weft.ops.decoding import decode_attention, decode_attention_ref
+from weft.ops.decoding import decode_attention, decode_attention_ref, hidden_keys
 
 # Relative to the largest entry. In 16 bits, about six eps (bfloat16: 7.8e-3, float16: 9.8e-4): each of the two rounds
 # its result (1 eps together), the weights before they meet the values (1), and scores of up to 4 before exp (4).
@@ -97,7 +97,7 @@ def test_equals_ref_in_every_dtype(
     features: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for instructions in (True, False):  # for products in 16 bits
-        monkeypatch.setattr(attention, "multiplies_sixteen_bits", lambda *_, there=instructions: there)
+        monkeypatch.setattr(products, "multiplies_sixteen_bits", lambda *_, there=instructions: there)
         check([5, 1, 40, 17, 120, 2], [0, 1, 0, 2, 1, 0], dtype=dtype, prefix_rows={1: 4}, **features)
 
 
@@ -266,7 +266,7 @@ def test_decode_equals_ref(features: dict[str, Any], dtype: torch.dtype, monkeyp
     lengths = torch.tensor([1, 33, 7, 20, 2])
     ref = decode_attention_ref(q, k, v, lengths, scale=SCALE, **features)
     for instructions in (True, False) if dtype.itemsize == 2 else (True,):
-        monkeypatch.setattr(decoding, "multiplies_sixteen_bits", lambda *_, there=instructions: there)
+        monkeypatch.setattr(products, "multiplies_sixteen_bits", lambda *_, there=instructions: there)
         fast = decode_attention(q, k, v, lengths, scale=SCALE, **features)
         assert fast.dtype == dtype
         torch.testing.assert_close(fast, ref, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -278,5 +278,9 @@ def test_decode_continues_varlen(features: dict[str, Any]) -> None:
     n = 24
     q, k, v = (stream(s, h, n).detach() for s, h in enumerate((4, 2, 2)))
     full = varlen_attention(q, k, v, SequenceLayout.build([n]), scale=SCALE, **features)
-    last = decode_attention(q[None, :, -1], k[:, None], v[:, None], torch.tensor([n]), scale=SCALE, **features)
-    torch.testing.assert_close(last[0], full[-1], rtol=0, atol=1e-12)
+    given = (q[None, :, -1], k[:, None], v[:, None])
+    lengths = torch.tensor([n])
+    hidden = hidden_keys(lengths, n, features.get("sliding_window"), lengths.device)
+    for rows, more in ((lengths, {}), (None, {}), (lengths, {"hidden": hidden})):
+        last = decode_attention(*given, rows, scale=SCALE, **features, **more)
+        torch.testing.assert_close(last[0], full[-1], rtol=0, atol=1e-12)

@@ -53,6 +53,27 @@ def test_rms_norm(dtype: torch.dtype, n: int, d: int, block: int, monkeypatch: p
     close(*(torch.autograd.grad(out, x, d_y)[0] for out in (y, ref)), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_same_without_gradients(dtype: torch.dtype) -> None:
+    """Text is written without nodes; its numbers are those of training."""
+    x, weight = draw(5, 3, 8, dtype=dtype, seed=1, grad=False), draw(8, dtype=dtype, seed=2, grad=False)
+    cos, sin = (draw(5, 8, dtype=dtype, seed=seed, grad=False) for seed in (3, 4))
+    linears = [(draw(6, 8, dtype=dtype, seed=5, grad=False), draw(6, dtype=dtype, seed=6, grad=False)), (x[:, 0], None)]
+
+    def run() -> list[Tensor]:
+        return [
+            rms_norm(x, weight, 1e-5),
+            rotary(x, cos, sin),
+            swiglu(x, x.flip(0)),
+            *low_rank_linears(x[:, 0], linears, [Piece(0, 5)], []),
+        ]
+
+    with_nodes = run()
+    with torch.no_grad():
+        for found, wanted in zip(run(), with_nodes, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
 def test_rms_norm_computes_in_fp32() -> None:
     """Squares of large bf16 and fp16 numbers must not overflow."""
     for dtype in (torch.bfloat16, torch.float16):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -65,6 +66,17 @@ def test_a_client_that_goes_frees_its_row(serve: Serve, stream: bool) -> None:
         assert until(lambda: server.engine.stats().running == 0, 2)
         assert time.monotonic() - begun < 1, "long before 240 tokens are written"
         assert server.drained()
+
+
+def test_answers_leave_at_once(serve: Serve) -> None:
+    """With Nagle's algorithm the second packet of an answer waits for the client's word on the first: 40 ms."""
+    with serve() as server:
+        url = urlsplit(server.url)
+        with socket.create_connection((str(url.hostname), url.port or 0)):
+            connections = server.server.server_state.connections
+            assert until(lambda: bool(connections))
+            ours = next(iter(connections)).transport.get_extra_info("socket")
+            assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_client_that_reads_nothing_is_let_go(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.core.route import PrefixStates
 from weft.ops.attention import varlen_attention
-from weft.ops.decoding import decode_attention, gather_blocks
+from weft.ops.decoding import decode_attention, gather_blocks, hidden_keys
 from weft.ops.sequence_layout import SequenceLayout
 
 
@@ -95,6 +95,7 @@ class Pass:
 
     def __init__(self, pool: Pool, pieces: Sequence[Piece], device: torch.device) -> None:
         self.pool, self.pieces, self.device = pool, pieces, device
+        self._hidden: dict[int | None, Tensor] = {}  # of the single tokens, by the window of a layer
 
     def part(self, first: int, count: int) -> Pass:
         """The pass of ``count`` pieces from ``first`` alone."""
@@ -116,9 +117,12 @@ class Pass:
         blocks, lengths, run = self._tables
         if run is not None:
             k, v = (side[:, None, run] for side in stored)
-        else:
-            k, v = (gather_blocks(side, blocks, self.pool.block_tokens) for side in stored)
-        return decode_attention(q.transpose(0, 1), k, v, lengths, **rule)
+            return decode_attention(q.transpose(0, 1), k, v, None, **rule)
+        k, v = (gather_blocks(side, blocks, self.pool.block_tokens) for side in stored)
+        window = rule.get("sliding_window")
+        if window not in self._hidden:
+            self._hidden[window] = hidden_keys(lengths, k.shape[2], window, q.device)
+        return decode_attention(q.transpose(0, 1), k, v, lengths, hidden=self._hidden[window], **rule)
 
     def _longer(self, q: Tensor, k: Tensor, v: Tensor, stored: tuple[Tensor, Tensor], rule: dict[str, Any]) -> Tensor:
         assert self._layout is not None

@@ -29,6 +29,7 @@ from weft.ops.grouped import (
     row_table,
     stack_factors,
 )
+from weft.ops.products import add_product_, linear, multiply
 
 # What one more operation costs beside the arithmetic, in floating-point operations.
 _OPERATION = 100_000
@@ -177,7 +178,7 @@ class SiteChange:
         if self._scale is not None:
             y.mul_(self._scale)
         if z is not None and self._factors is not None:
-            y.addmm_(z, self._factors.b)
+            add_product_(y, z, self._factors.b)
         for rows, form in self._pieces:
             form.add_to(y[rows], x[rows])
 
@@ -227,13 +228,13 @@ class Projection:
         rows = x[0]
         shared = iter(())
         if self._a is not None:
-            z = rows @ self._a
+            z = multiply(rows, self._a)
             if self._choices is not None:
                 z = torch.where(self._choices.replaced, self._choices.values, z)
             shared = iter(z.split(self._ranks, 1))
         ys = []
-        for linear, change in zip(self._linears, self._changes, strict=True):
-            y = nn.functional.linear(rows, linear.weight, linear.bias)
+        for module, change in zip(self._linears, self._changes, strict=True):
+            y = linear(rows, module.weight, module.bias)
             if change is not None:
                 change.finish(rows, y, None if change.factors is None else next(shared))
             ys.append(y[None])

@@ -28,6 +28,7 @@ from weft.methods.dropout import seeded_dropout
 from weft.methods.initial import kaiming_uniform
 from weft.methods.site_adapter import SiteAdapter
 from weft.ops.grouped import RowForm
+from weft.ops.products import linear
 
 _PFEIFFER = {"mh_adapter": False, "original_ln_before": True, "non_linearity": "relu"}
 _PARALLEL = {"mh_adapter": False, "is_parallel": True, "non_linearity": "relu", "reduction_factor": 2.0, "scaling": 4.0}
@@ -256,8 +257,8 @@ class BottleneckLayer(nn.Module):
         dtype, scaling = h.dtype, self.config.scaling
         if self.config.ln_before:
             h = self._own_norm(h, "norm_before")
-        h = self.f(F.linear(h, self.down_weight.to(dtype), self.down_bias.to(dtype)))
-        h = F.linear(h, self.up_weight.to(dtype), self.up_bias.to(dtype))
+        h = self.f(linear(h, self.down_weight.to(dtype), self.down_bias.to(dtype)))
+        h = linear(h, self.up_weight.to(dtype), self.up_bias.to(dtype))
         if scaling != 1.0:
             h = h * (scaling if isinstance(scaling, float) else self.scaling.to(dtype))
         return seeded_dropout(h, self.config.dropout, segment, self.path)

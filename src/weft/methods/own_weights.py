@@ -21,6 +21,7 @@ from weft.core.route import Segment
 from weft.core.site import _SITE, plain_class, site_of
 from weft.errors import UserError
 from weft.methods.mergeable import MergedModule
+from weft.ops.products import product
 from weft.patterns import last_parts
 
 
@@ -111,9 +112,9 @@ class WeightDelta(nn.Module):
             scale = getattr(base, "embed_scale", None)
             y = y + (change if scale is None else change * torch.as_tensor(scale).to(change))
         elif isinstance(base, nn.Linear):
-            y = y + F.linear(x, weight)
+            y = y + product(x, weight, flipped=True)
         else:
-            y = y + x @ weight
+            y = y + product(x, weight)
         return y if self.bias_delta is None else y + self.bias_delta.to(y.dtype)
 
     def merge_into(self, merged: MergedModule) -> None:

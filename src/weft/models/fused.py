@@ -24,6 +24,7 @@ from weft.layouts.attention import attend
 from weft.libraries import given_cache
 from weft.methods.lora import LoraLinear
 from weft.models.interface import Band, install_interface
+from weft.models.products import PLAIN_LINEARS
 from weft.ops.attention import SequenceLayout
 from weft.ops.fused import Piece, low_rank_linears, rms_norm, rms_norm_ref, rotary, swiglu
 
@@ -174,7 +175,10 @@ def _is_plain(module: nn.Module, site: Site | None) -> bool:
     kind = type(module) if site is None else site.base_class
     if site is not None and site.inputs:
         return False
-    return kind is nn.Linear and not _hooked(module) and not any(p.requires_grad for p in module.parameters())
+    if kind not in PLAIN_LINEARS or _hooked(module):
+        return False
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    return not (weight is None or weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def _hooked(module: nn.Module) -> bool:

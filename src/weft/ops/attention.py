@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weft.libraries import multiplies_sixteen_bits
 from weft.ops.autograd import Context
 from weft.ops.decoding import cap_and_bias, softmax_with_sinks
-from weft.ops.sequence_layout import Bucket, SequenceLayout
+from weft.ops.products import products_in
+from weft.ops.sequence_layout import Bucket, SequenceLayout, block, is_plain, pack, unpack
 
 QUERY_CHUNK = 128  # queries per score block; longer sequences are cut (measured, see benchmarks/attention.py)
 
@@ -185,46 +185,11 @@ class _Scores:
             dq[:, rows].baddbmm_(ds, k_c, beta=0, alpha=self.scale)
 
 
-def _pack(x: Tensor, layout: SequenceLayout, kv_heads: int) -> Tensor:
-    """Stream [H, N, D] -> padded rows [M * H, D] in the buckets' order (b, K, T, G)."""
-    heads, n, dim = x.shape
-    if _is_plain(layout):
-        return x.unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(heads * n, dim)
-    rows = x.transpose(0, 1).reshape(n * heads, dim)  # a view of what a projection gives: memory order [N, H, D]
-    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).gather)
-
-
-def _unpack(rows: Tensor, layout: SequenceLayout, kv_heads: int, heads: int) -> Tensor:
-    """Padded rows [M * H, D] -> stream [N, H, D]."""
-    n, dim = layout.tokens, rows.shape[1]
-    if _is_plain(layout):
-        # With one query head per key head, reshape would give a view, and models ask for memory in order.
-        return rows.view(kv_heads, n, heads // kv_heads, dim).transpose(0, 1).reshape(n, heads, dim).contiguous()
-    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).inverse).view(n, heads, dim)
-
-
-def _is_plain(layout: SequenceLayout) -> bool:
-    """Whether the stream is one sequence, and so the only block. (Never in exact mode, where a sequence must take the
-    same path alone and together with others.)"""
-    return len(layout.lengths) == 1 and not layout.separate_groups
-
-
-def _block(rows: Tensor, bucket: Bucket, kv_heads: int, heads: int) -> Tensor:
-    """The bucket's part of the padded rows, as [b * K, T * G, D]."""
-    size = bucket.tokens.numel() * heads
-    return rows.narrow(0, bucket.start * heads, size).view(len(bucket.lengths) * kv_heads, -1, rows.shape[1])
-
-
 def _with_prefix(own: Tensor, prefix: Tensor | None) -> Tensor:
     """[b * K, T, D] and [K, P, D] -> [b * K, P + T, D]."""
     if prefix is None:
         return own
     return torch.cat([prefix.repeat(own.shape[0] // prefix.shape[0], 1, 1), own], 1)
-
-
-def _products_in(x: Tensor) -> torch.dtype:
-    """The dtype in which x's products are computed: its own, or fp32 where the machine is slow in 16 bits."""
-    return x.dtype if multiplies_sixteen_bits(x.device, x.dtype) else torch.float32
 
 
 class _Context(Context, Protocol):
@@ -252,15 +217,15 @@ class _VarlenAttention(torch.autograd.Function):
         layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
         ctx.scores, ctx.slots = scores, slots
         ctx.save_for_backward(q, k, v, *prefix)
-        q_rows, k_rows, v_rows = (_pack(x, layout, kv_heads).to(_products_in(q)) for x in (q, k, v))
+        q_rows, k_rows, v_rows = (pack(x, layout, kv_heads).to(products_in(q)) for x in (q, k, v))
         out_rows = torch.empty_like(q_rows)
         for bucket in layout.buckets:
-            q_b, out_b = (_block(x, bucket, kv_heads, heads) for x in (q_rows, out_rows))
-            k_b, v_b = (_block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows))
+            q_b, out_b = (block(x, bucket, kv_heads, heads) for x in (q_rows, out_rows))
+            k_b, v_b = (block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows))
             if (at := slots.get(bucket.group)) is not None:
                 k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
             scores.forward(q_b, k_b, v_b, out_b, bucket)
-        return _unpack(out_rows, layout, kv_heads, heads).to(q.dtype)
+        return unpack(out_rows, layout, kv_heads, heads).to(q.dtype)
 
     @staticmethod
     @once_differentiable
@@ -268,11 +233,11 @@ class _VarlenAttention(torch.autograd.Function):
         q, k, v, *prefix = ctx.saved_tensors
         scores, slots = ctx.scores, ctx.slots
         layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
-        work = _products_in(q)
+        work = products_in(q)
         q_rows, k_rows, v_rows, do_rows = (
-            _pack(x, layout, kv_heads).to(work) for x in (q, k, v, d_out.transpose(0, 1))
+            pack(x, layout, kv_heads).to(work) for x in (q, k, v, d_out.transpose(0, 1))
         )
-        if not _is_plain(layout) and (pads := layout.head_index(kv_heads, heads // kv_heads).pads) is not None:
+        if not is_plain(layout) and (pads := layout.head_index(kv_heads, heads // kv_heads).pads) is not None:
             do_rows.index_fill_(0, pads, 0.0)  # a pad query must not reach the keys' gradients
         dq_rows, dk_rows, dv_rows = (torch.empty_like(x) for x in (q_rows, k_rows, v_rows))
         d_prefix: list[Tensor | None] = [None] * len(prefix)
@@ -280,8 +245,8 @@ class _VarlenAttention(torch.autograd.Function):
         if scores.sinks is not None and ctx.needs_input_grad[5]:
             d_sinks = torch.zeros(heads, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for bucket in layout.buckets:
-            q_b, do_b, dq_b = (_block(x, bucket, kv_heads, heads) for x in (q_rows, do_rows, dq_rows))
-            k_b, v_b, dk_b, dv_b = (_block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows, dk_rows, dv_rows))
+            q_b, do_b, dq_b = (block(x, bucket, kv_heads, heads) for x in (q_rows, do_rows, dq_rows))
+            k_b, v_b, dk_b, dv_b = (block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows, dk_rows, dv_rows))
             if (at := slots.get(bucket.group)) is None:
                 scores.backward(q_b, k_b, v_b, do_b, (dq_b, dk_b, dv_b), bucket=bucket, d_sinks=d_sinks)
                 continue
@@ -295,8 +260,8 @@ class _VarlenAttention(torch.autograd.Function):
                 part = d_all[:, :before].unflatten(0, (-1, kv_heads)).sum(0, dtype=wide)
                 so_far = d_prefix[place]
                 d_prefix[place] = part if so_far is None else so_far + part
-        dq = _unpack(dq_rows, layout, kv_heads, heads).transpose(0, 1).to(q.dtype)
-        dk, dv = (_unpack(x, layout, kv_heads, kv_heads).transpose(0, 1).to(q.dtype) for x in (dk_rows, dv_rows))
+        dq = unpack(dq_rows, layout, kv_heads, heads).transpose(0, 1).to(q.dtype)
+        dk, dv = (unpack(x, layout, kv_heads, kv_heads).transpose(0, 1).to(q.dtype) for x in (dk_rows, dv_rows))
         given = (None if d is None else d.to(x.dtype) for d, x in zip(d_prefix, prefix, strict=True))
         if d_sinks is not None and scores.sinks is not None:
             d_sinks = d_sinks.to(scores.sinks.dtype)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from weft.libraries import multiplies_sixteen_bits
+from weft.ops.products import products_in
 
 
 def cap_and_bias(scores: Tensor, position: Tensor, alibi_slopes: Tensor | None, softcap: float | None) -> Tensor:
@@ -49,17 +49,30 @@ def gather_blocks_ref(pool: Tensor, blocks: Tensor, block_tokens: int) -> Tensor
     return torch.stack([torch.stack(own, 1) for own in rows], 1)
 
 
+def _distance(lengths: Tensor | None, size: int, device: torch.device) -> Tensor:
+    """How far back each of ``size`` keys lies, [B, T]."""
+    last = torch.tensor([size], device=device) if lengths is None else lengths
+    return last[:, None] - 1 - torch.arange(size, device=device)
+
+
+def hidden_keys(lengths: Tensor | None, size: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """Which of ``size`` keys the rows do not see, [B, T] bool; ``lengths`` [B] as in ``decode_attention``."""
+    distance = _distance(lengths, size, device)
+    return distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None,
     *,
     scale: float,
     alibi_slopes: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per row, q [B, H, D], to the keys in the row's cache.
 
@@ -68,28 +81,30 @@ def decode_attention(
         k_cache: [K, B, T, D].
         v_cache: [K, B, T, D].
         lengths: [B] int64, at least 1. Row b sees its first ``lengths[b]`` keys; the last of them is the token's own.
-            What lies beyond may be anything finite.
+            What lies beyond may be anything finite. None: all rows see all keys.
         alibi_slopes: [H].
         sinks: [H], one more score per head.
+        hidden: [B, T] of ``hidden_keys``, if the caller has it; all layers share it.
 
     Returns:
         [B, H, D].
     """
     dtype = q.dtype
-    if not multiplies_sixteen_bits(q.device, dtype):
-        q, k_cache, v_cache = q.float(), k_cache.float(), v_cache.float()
+    q, k_cache, v_cache = (x.to(products_in(q)) for x in (q, k_cache, v_cache))
     rows, heads, dim = q.shape
     kv_heads, size = k_cache.shape[0], k_cache.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     queries = q.view(rows, kv_heads, -1, dim).transpose(0, 1)
     scores = torch.matmul(queries, k_cache.transpose(2, 3)).to(wide) * scale  # [K, B, G, T]
-    distance = lengths[:, None] - 1 - torch.arange(size, device=q.device)  # [B, T]: how far back each key lies
-    hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
+        distance = _distance(lengths, size, q.device)
         scores = scores - alibi_slopes.to(wide).view(kv_heads, 1, -1, 1) * distance.to(wide)[:, None]
-    scores = scores.masked_fill(hidden[:, None], -math.inf)
+    if hidden is None and (lengths is not None or (sliding_window is not None and sliding_window < size)):
+        hidden = hidden_keys(lengths, size, sliding_window, q.device)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden[:, None], -math.inf)
     if sinks is not None:
         column = sinks.to(wide).view(kv_heads, 1, -1, 1).expand(-1, rows, -1, -1)
         scores = torch.cat([scores, column], -1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from weft.ops.autograd import Context
+from weft.ops.products import add_product_, linear, multiply
 
 BLOCK = 2**18  # numbers per block: 1 MiB in fp32, of which every core's L2 holds its share (measured)
 
@@ -31,6 +32,11 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
     step = max(1, BLOCK // width)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether nothing is kept and x is one block, as where text is written: a node and its blocks cost more there."""
+    return x.numel() <= BLOCK and not torch.is_grad_enabled()
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -77,6 +83,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x [..., d] and weight [d] have one dtype, and so has the result, [..., d]. The quotient is computed in fp32 (fp64
     for fp64) and rounded to x's dtype before the weight multiplies it, as in transformers' LlamaRMSNorm.
     """
+    if _is_small(x):
+        return rms_norm_ref(x, weight, eps)
     return _RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view_as(x)
 
 
@@ -107,7 +115,7 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer 2020), all of shape [..., d]."""
-    return _SwiGlu.apply(gate, up)
+    return torch.nn.functional.silu(gate).mul_(up) if _is_small(gate) else _SwiGlu.apply(gate, up)
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
@@ -148,7 +156,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x is [N, H, D] (a projection's memory order), cos and sin are [N, D]; returns [N, H, D].
     """
-    return _Rotary.apply(x.contiguous(), cos[:, None], sin[:, None])
+    x, cos, sin = x.contiguous(), cos[:, None], sin[:, None]
+    return _rotate(x, cos, sin) if _is_small(x) else _Rotary.apply(x, cos, sin)
 
 
 def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -189,7 +198,7 @@ class _LowRankLinears(torch.autograd.Function):
         factors = [f.to(x.dtype) for f in tensors[2 * count :] if f is not None]
         touched = {i for piece in pieces for i in piece.linears}
         ys = [
-            x.new_empty(len(x), len(w)) if i in touched else torch.nn.functional.linear(x, w, bias)
+            x.new_empty(len(x), len(w)) if i in touched else linear(x, w, bias)
             for i, (w, bias) in enumerate(zip(weights, biases, strict=True))
         ]
         kept: list[Tensor] = []
@@ -203,17 +212,16 @@ class _LowRankLinears(torch.autograd.Function):
             mine = factors[at : at + 2 * len(piece.linears)]
             at += len(mine)
             stacked = torch.cat(mine[::2])  # A of all updates, [R, in]
-            z = x[rows] @ stacked.t()
+            z = multiply(x[rows], stacked.t())
             parts = z.split([len(a) for a in mine[::2]], 1)
             for i, s, z_i, b in zip(piece.linears, piece.scalings, parts, mine[1::2], strict=True):
                 y = ys[i][rows]
-                if biases[i] is None:
-                    torch.addmm(y, z_i, b.t(), beta=0, alpha=s, out=y)
-                else:
-                    torch.addmm(biases[i], z_i, b.t(), alpha=s, out=y)
+                if biases[i] is not None:
+                    y.copy_(biases[i])
+                add_product_(y, z_i, b.t(), alpha=s, beta=0 if biases[i] is None else 1)
             kept += [stacked, z, *mine[1::2]]
         for i in touched:
-            ys[i].addmm_(x, weights[i].t())
+            add_product_(ys[i], x, weights[i].t())
         ctx.save_for_backward(*([x] if touched else []), *kept, *weights)
         ctx.pieces, ctx.count, ctx.shape = pieces, count, x.shape
         ctx.dtypes = [f.dtype for f in tensors[2 * count :] if f is not None]
@@ -242,15 +250,15 @@ class _LowRankLinears(torch.autograd.Function):
             parts = zip(piece.linears, piece.scalings, z.split(ranks, 1), dz.split(ranks, 1), bs, strict=True)
             for i, s, z_i, dz_i, b in parts:
                 dy = d_ys[i][rows]
-                dz_i.copy_(dy @ b).mul_(s)
-                d_bs.append((z_i.t() @ dy).t().to(torch.promote_types(b.dtype, torch.float32)).mul_(s))
-            d_as = (dz.t() @ x[rows]).split(ranks)
+                dz_i.copy_(multiply(dy, b)).mul_(s)
+                d_bs.append(multiply(z_i.t(), dy).t().to(torch.promote_types(b.dtype, torch.float32)).mul_(s))
+            d_as = multiply(dz.t(), x[rows]).split(ranks)
             gradients += [g for pair in zip(d_as, d_bs, strict=True) for g in pair]
             if dx is not None:
-                torch.mm(dz, stacked, out=dx[rows])
+                add_product_(dx[rows], dz, stacked, beta=0)
         if dx is not None:
             for i, (dy, w) in enumerate(zip(d_ys, weights, strict=True)):
-                dx.addmm_(dy, w, beta=1 if i or updated else 0)
+                add_product_(dx, dy, w, beta=1 if i or updated else 0)
         cast = (g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dx, None, None, *(None,) * (2 * ctx.count), *cast
 
@@ -275,6 +283,8 @@ def low_rank_linears(
     Returns:
         [N, out_i] per linear.
     """
+    if not factors and _is_small(x):
+        return tuple(linear(x, w, bias) for w, bias in linears)
     weights, biases = [w for w, _ in linears], [bias for _, bias in linears]
     return _LowRankLinears.apply(x, pieces, len(linears), *weights, *biases, *factors)
 

@@ -18,6 +18,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from weft.ops.products import add_product_, multiply
+
 
 @dataclass(frozen=True)
 class RowForm:
@@ -52,7 +54,7 @@ class RowForm:
         if self.bias is not None:
             y += self.bias
         if self.a is not None and self.b is not None:
-            y.addmm_(x.to(y.dtype) @ self.a.t(), self.b.t())
+            add_product_(y, multiply(x.to(y.dtype), self.a.t()), self.b.t())
         if self.on_output is not None:
             self.on_output(y)
 
@@ -148,11 +150,12 @@ def grouped_change(
         y = y.mul_(scale)
     if factors is None:
         return y
-    z = x.to(y.dtype) @ factors.a
+    z = multiply(x.to(y.dtype), factors.a)
     if choices is not None:
         # Not a product with zeros: what a neighbour's factors make of this row may be infinite.
         z = torch.where(choices.replaced, choices.values, z)
-    return y.addmm_(z, factors.b)
+    add_product_(y, z, factors.b)
+    return y
 
 
 def grouped_change_ref(x: Tensor, y: Tensor, forms: Sequence[RowForm | None], owners: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from weft.ops.autograd import Context
+from weft.ops.products import add_product_, in_pieces, multiply
 
 LOGIT_BYTES = 64 * 2**20  # default size of a chunk's logits in fp32; 524 tokens of a 32,000-word vocabulary
 
@@ -33,7 +34,12 @@ class HeadForm:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadForm) -> tuple[Tensor, Tensor | None]:
     """Logits [C, V] in fp32 (fp64 for fp64) and, with a softcap, tanh(z / c)."""
-    z = torch.nn.functional.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if in_pieces(hidden, weight.t()):
+        z = multiply(hidden, weight.t(), wide)
+        z = z if bias is None else z.add_(bias)
+    else:
+        z = torch.nn.functional.linear(hidden, weight, bias).to(wide)
     if head.scale != 1.0:
         z = z * head.scale
     if head.softcap is None:
@@ -74,7 +80,7 @@ class _FrozenHead(torch.autograd.Function):
             del z
             losses.append(-log_p.gather(1, targets[part, None])[:, 0])
             if u is not None:
-                torch.mm(_dlogits(log_p, targets[part], tanh, head).to(weight.dtype), weight, out=u[part])
+                add_product_(u[part], _dlogits(log_p, targets[part], tanh, head).to(weight.dtype), weight, beta=0)
         if u is not None:
             ctx.save_for_backward(u)
         return torch.cat(losses)
@@ -130,9 +136,9 @@ class _TrainedHead(torch.autograd.Function):
                 d_bias += g.sum(0)
             g = g.to(weight.dtype)
             if d_hidden is not None:
-                torch.mm(g, weight, out=d_hidden[part])
+                add_product_(d_hidden[part], g, weight, beta=0)
             if d_weight is not None:
-                d_weight += g.t() @ hidden[part]
+                d_weight += multiply(g.t(), hidden[part])
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from weft.ops.products import in_pieces, product
+
 
 def low_rank_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``y + scaling * (x Aᵀ) Bᵀ``, in y's dtype.
@@ -21,7 +23,9 @@ def low_rank_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> 
         [..., out].
     """
     dtype = y.dtype
-    z = x.reshape(-1, x.shape[-1]).to(dtype) @ a.to(dtype).t()
+    z = product(x.reshape(-1, x.shape[-1]).to(dtype), a.to(dtype), flipped=True)
+    if in_pieces(z, b.t()):
+        return y + (scaling * product(z, b.to(dtype), flipped=True)).view_as(y)
     # addmm folds scaling and sum into the product: no [N, out] intermediate is written or saved.
     return y.reshape(-1, y.shape[-1]).addmm(z, b.to(dtype).t(), alpha=scaling).view_as(y)
 
@@ -33,7 +37,7 @@ def low_rank_add_ref(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float)
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``(x Aᵀ) Bᵀ`` in ``dtype``, [..., out], of x [..., in], a [r, in] and b [out, r]."""
-    return x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t()
+    return product(product(x.to(dtype), a.to(dtype), flipped=True), b.to(dtype), flipped=True)
 
 
 def low_rank_merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

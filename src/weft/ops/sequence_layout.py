@@ -163,3 +163,33 @@ def _make_bucket(
     of_groups = {groups[s] for s in members}
     group = of_groups.pop() if len(of_groups) == 1 else None
     return Bucket(tuple(members), own, length, group=group, start=row, tokens=tokens)
+
+
+def pack(x: Tensor, layout: SequenceLayout, kv_heads: int) -> Tensor:
+    """Stream [H, N, D] -> padded rows [M * H, D] in the buckets' order (b, K, T, G)."""
+    heads, n, dim = x.shape
+    if is_plain(layout):
+        return x.unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(heads * n, dim)
+    rows = x.transpose(0, 1).reshape(n * heads, dim)  # a view of what a projection gives: memory order [N, H, D]
+    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).gather)
+
+
+def unpack(rows: Tensor, layout: SequenceLayout, kv_heads: int, heads: int) -> Tensor:
+    """Padded rows [M * H, D] -> stream [N, H, D]."""
+    n, dim = layout.tokens, rows.shape[1]
+    if is_plain(layout):
+        # With one query head per key head, reshape would give a view, and models ask for memory in order.
+        return rows.view(kv_heads, n, heads // kv_heads, dim).transpose(0, 1).reshape(n, heads, dim).contiguous()
+    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).inverse).view(n, heads, dim)
+
+
+def is_plain(layout: SequenceLayout) -> bool:
+    """Whether the stream is one sequence, and so the only block. (Never in exact mode, where a sequence must take the
+    same path alone and together with others.)"""
+    return len(layout.lengths) == 1 and not layout.separate_groups
+
+
+def block(rows: Tensor, bucket: Bucket, kv_heads: int, heads: int) -> Tensor:
+    """The bucket's part of the padded rows, as [b * K, T * G, D]."""
+    size = bucket.tokens.numel() * heads
+    return rows.narrow(0, bucket.start * heads, size).view(len(bucket.lengths) * kv_heads, -1, rows.shape[1])

@@ -1,0 +1,56 @@
+"""A base's linears in 16 bits, on a CPU without instructions for them: they multiply through ``weft.ops.products``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weft.base.mixin import Mixin, mixed
+from weft.core.route import Router
+from weft.core.site import plain_class, replace_class
+from weft.libraries import multiplies_sixteen_bits
+from weft.ops.products import in_pieces, linear, product
+
+
+class _PiecewiseLinear(Mixin):
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _PiecewiseConv1D(Mixin):
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return product(x, self.weight) + self.bias if in_pieces(rows, self.weight) else super().forward(x)
+
+
+_MIXINS: dict[type[nn.Module], type] = {nn.Linear: _PiecewiseLinear, Conv1D: _PiecewiseConv1D}
+# Linears that compute what nn.Linear does. Both have its name, by which modules are known.
+PLAIN_LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, mixed("", _PiecewiseLinear, nn.Linear))
+
+
+def install_products(model: nn.Module, router: Router) -> Callable[[], None]:
+    """Swap the classes of linears in whose dtype this machine multiplies slowly; returns what undoes it."""
+    swapped = []
+    for module in model.modules():
+        own = plain_class(module)
+        mixin = _MIXINS.get(own)
+        if mixin is None or "forward" in module.__dict__:
+            continue
+        weight = module.get_parameter("weight")
+        if not multiplies_sixteen_bits(weight.device, weight.dtype):
+            swapped.append((module, own))
+            replace_class(module, mixed("", mixin, own))
+
+    def undo() -> None:
+        for module, own in swapped:
+            replace_class(module, own)
+
+    return undo

@@ -1,0 +1,130 @@
+"""Matrix products in 16 bits, also on a CPU that has no instructions for them.
+
+There torch multiplies number by number: from eight rows on, the same product is faster in fp32, at 256 rows four times
+(``benchmarks/results/products_*``). The larger factor, which is a weight as a rule, is widened piece by piece: a piece
+fits the cache, and nothing of it is kept. Sums are fp32 either way, and the result is rounded once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from weft.libraries import multiplies_sixteen_bits
+from weft.ops.autograd import Context
+
+# Numbers of a piece: 4 MiB in fp32.
+_PIECE = 1 << 20
+# Rows, and multiplications in all, below which torch's own product is faster.
+_FEW, _SMALL = 8, 1 << 20
+_SCRATCH = threading.local()
+
+
+def products_in(x: Tensor) -> torch.dtype:
+    """The dtype in which small products of x are fastest: its own, or fp32 where the machine is slow in 16 bits."""
+    return x.dtype if multiplies_sixteen_bits(x.device, x.dtype) else torch.float32
+
+
+def in_pieces(a: Tensor, b: Tensor) -> bool:
+    """Whether the product of a [N, K] and b [K, O] is faster in fp32."""
+    if multiplies_sixteen_bits(a.device, a.dtype) or torch.compiler.is_compiling():
+        return False
+    return len(a) >= _FEW and a.numel() * b.shape[1] >= _SMALL
+
+
+def _pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of x [n, d] piece by piece, each in fp32 until the next one comes."""
+    # Of one length: two pieces of 512 and 256 rows take twice as long as two of 384 (measured).
+    step = max(1, -(-len(x) // max(1, round(x.numel() / _PIECE))))
+    # Each thread keeps its memory: what is new, the kernel clears page by page, and that takes as long as the product.
+    if not hasattr(_SCRATCH, "numbers") or _SCRATCH.numbers.numel() < step * x.shape[1]:
+        _SCRATCH.numbers = torch.empty(step * x.shape[1], device="cpu")
+    for start in range(0, len(x), step):
+        rows = x[start : start + step]
+        yield slice(start, start + len(rows)), _SCRATCH.numbers[: rows.numel()].view(rows.shape).copy_(rows)
+
+
+def _transposed(a: Tensor, b: Tensor) -> Tensor:
+    """(a b)^T [O, N] in fp32. Kernels for few rows are faster in this order, and pieces of it lie one after another."""
+    given = a.float().t()
+    out = given.new_empty(b.shape[1], len(a))
+    if b.stride(0) == 1:  # the transpose of a weight [O, K]
+        for part, wide in _pieces(b.t()):
+            torch.mm(wide, given, out=out[part])
+    else:
+        for part, wide in _pieces(b):
+            torch.addmm(out, wide.t(), given[part], beta=0 if part.start == 0 else 1, out=out)
+    return out
+
+
+def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """a b [N, O] of a [N, K] and b [K, O] of one dtype, in that or in ``dtype``. It makes no graph."""
+    if not in_pieces(a, b):
+        found = a @ b
+        return found if dtype is None else found.to(dtype)
+    return a.new_empty(len(a), b.shape[1], dtype=dtype or a.dtype).copy_(_transposed(a, b).t())
+
+
+def add_product_(y: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """``y <- beta y + alpha a b`` of y [N, O], a [N, K] and b [K, O] of one dtype. It makes no graph."""
+    if not in_pieces(a, b):
+        y.addmm_(a, b, beta=beta, alpha=alpha)
+        return
+    found = _transposed(a, b).t()
+    if alpha != 1.0:
+        found.mul_(alpha)
+    if beta:
+        found.add_(y, alpha=beta)
+    y.copy_(found)
+
+
+class _Context(Context, Protocol):
+    flipped: bool
+
+
+class _Product(torch.autograd.Function):
+    """x W, or x W^T if ``flipped``. It keeps x only where W is trained."""
+
+    @staticmethod
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, flipped: bool) -> Tensor:
+        ctx.flipped = flipped
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return multiply(x, weight.t() if flipped else weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """dx = dy W^T,  dW = x^T dy; flipped: dx = dy W,  dW = dy^T x."""
+        x, weight = ctx.saved_tensors
+        dx = multiply(dy, weight if ctx.flipped else weight.t()) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        return dx, multiply(dy.t(), x) if ctx.flipped else multiply(x.t(), dy), None
+
+
+def product(x: Tensor, weight: Tensor, *, flipped: bool = False) -> Tensor:
+    """``x W`` of x [..., in] and W [in, out], or ``x W^T`` of W [out, in] if ``flipped``: [..., out], in one dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not in_pieces(rows, weight.t() if flipped else weight):
+        return torch.nn.functional.linear(x, weight) if flipped else x @ weight
+    return _Product.apply(rows, weight, flipped).view(*x.shape[:-1], -1)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` of x [..., in], W [out, in] and bias [out]: [..., out], in one dtype."""
+    if not in_pieces(x.reshape(-1, x.shape[-1]), weight.t()):
+        return torch.nn.functional.linear(x, weight, bias)
+    y = product(x, weight, flipped=True)
+    return y if bias is None else y + bias
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear``, every number in fp32 at least; [..., out] too."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide) @ weight.to(wide).t()
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)

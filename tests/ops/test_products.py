@@ -1,0 +1,108 @@
+"""Products in 16 bits, with and without instructions for them, beside the same in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from tests import kit
+from torch import Tensor
+
+from weft.ops import products
+from weft.ops.products import add_product_, linear, linear_ref, multiply, product
+
+# (rows, in, out); every product is in several pieces, of which the last is smaller.
+SHAPES = [(1, 5, 7), (3, 33, 20), (9, 40, 70), (70, 9, 1), (17, 1, 33)]
+
+
+@pytest.fixture(params=[True, False], ids=["instructions", "none"])
+def _machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with or without the instructions; without them nothing is too small."""
+    monkeypatch.setattr(products, "multiplies_sixteen_bits", lambda _, dtype: dtype.itemsize != 2 or request.param)
+    monkeypatch.setattr(products, "_FEW", 1)
+    monkeypatch.setattr(products, "_SMALL", 0)
+    monkeypatch.setattr(products, "_PIECE", 100)
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def close(what: str, found: Tensor, wanted: Tensor, terms: int) -> None:
+    """``found`` is ``wanted`` (float64), a sum of ``terms`` products in fp32 at least, rounded once or twice."""
+    eps, sums = torch.finfo(found.dtype).eps, torch.finfo(torch.promote_types(found.dtype, torch.float32)).eps
+    limit = (2 * eps + terms * sums) * max(1.0, float(wanted.abs().max())) * 2
+    kit.measured(what, float((found.double() - wanted).abs().max()), limit, derived=True)
+
+
+@pytest.mark.usefixtures("_machine")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_orders(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """b as it lies, and b as the transpose of what lies; a as it lies, and as the transpose."""
+    rows, inner, outer = shape
+    a, b = drawn(rows, inner, dtype=dtype), drawn(inner, outer, dtype=dtype, seed=1)
+    wanted = a.double() @ b.double()
+    for left in (a, a.t().contiguous().t()):
+        for right in (b, b.t().contiguous().t()):
+            close("a b", multiply(left, right), wanted, inner)
+            wide = torch.promote_types(dtype, torch.float32)
+            assert multiply(left, right, wide).dtype == wide
+            y = drawn(rows, outer, dtype=dtype, seed=2)
+            sums = 0.5 * y.double() - 2 * wanted
+            add_product_(y, left, right, alpha=-2.0, beta=0.5)
+            close("beta y + alpha a b", y, sums, inner)
+            y.fill_(math.nan)
+            add_product_(y, left, right, beta=0)
+            close("what was there does not count", y, wanted, inner)
+
+
+@pytest.mark.usefixtures("_machine")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_and_its_gradients(shape: tuple[int, int, int], bias: bool, dtype: torch.dtype) -> None:
+    rows, inner, outer = shape
+    leaves = [drawn(2, rows, inner, dtype=dtype), drawn(outer, inner, dtype=dtype, seed=1)]
+    leaves += [drawn(outer, dtype=dtype, seed=2)] if bias else []
+    d_out = drawn(2, rows, outer, dtype=dtype, seed=3)
+
+    def run(function: Callable[..., Tensor], own: Sequence[Tensor]) -> list[Tensor]:
+        given = [leaf.clone().requires_grad_() for leaf in own]
+        y = function(*given)
+        assert y.shape == (2, rows, outer)
+        y.backward(d_out.to(y.dtype))
+        return [y.detach(), *(leaf.grad for leaf in given if leaf.grad is not None)]
+
+    exact = run(linear_ref, [leaf.double() for leaf in leaves])
+    close("the reference", linear_ref(*leaves), exact[0], inner)
+    for found, wanted, terms in zip(run(linear, leaves), exact, (inner, outer, 2 * rows, 2 * rows), strict=False):
+        assert found.dtype == dtype
+        close("linear", found, wanted, terms)
+
+
+@pytest.mark.usefixtures("_machine")
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_frozen_weight_and_a_frozen_input(flipped: bool) -> None:
+    x, weight = drawn(9, 8, dtype=torch.bfloat16), drawn(8, 8, dtype=torch.bfloat16, seed=1)
+    for trained in (x, weight):
+        trained.requires_grad_()
+        product(x, weight, flipped=flipped).sum().backward()
+        ones = torch.ones(9, 8, dtype=torch.float64)
+        w = weight.detach().double()
+        dx = ones @ (w if flipped else w.t())
+        dw = ones.t() @ x.detach().double() if flipped else x.detach().double().t() @ ones
+        assert trained.grad is not None
+        close("the gradient", trained.grad, dx if trained is x else dw, 9)
+        trained.requires_grad_(False)
+
+
+def test_what_is_small_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiplies_sixteen_bits", lambda *_: False)
+    monkeypatch.setattr(products, "_transposed", lambda *_: pytest.fail("a few rows are faster as they are"))
+    x, weight = drawn(7, 512, dtype=torch.bfloat16), drawn(512, 512, dtype=torch.bfloat16)
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+    x, weight = drawn(64, 8, dtype=torch.bfloat16), drawn(8, 8, dtype=torch.bfloat16)
+    assert torch.equal(product(x, weight), x @ weight)
