@@ -42,7 +42,11 @@ def test_a_draw_is_that_of_the_reference(cuts: list[Cut], vocabulary: int, dtype
     before = logits.clone()
     edges = [0.0, 1 - 2**-53, *torch.rand(len(cuts), generator=torch.Generator().manual_seed(seed)).tolist()]
     for uniforms in (edges[: len(cuts)], edges[-len(cuts) :]):
-        assert draw(logits, cuts, uniforms).tolist() == draw_ref(logits, cuts, uniforms).tolist()
+        # A sum of n numbers in another order may differ by n roundings; between those all ids are right.
+        near = vocabulary * 2**-53
+        low, high = (draw_ref(logits, cuts, [u + side * near for u in uniforms]) for side in (-1, 1))
+        found = draw(logits, cuts, uniforms)
+        assert bool(((low <= found) & (found <= high)).all()), (low, found, high)
     assert torch.equal(logits, before)
 
 
