@@ -285,7 +285,8 @@ def test_words_of_yaml_that_are_text() -> None:
         ("audit: false", "audit: expected one of error, warn, off, not false"),
         ("audit: of", "audit: expected one of error, warn, off, not 'of'. Did you mean 'off'?"),
         ("quantization: nf5", "quantization: expected one of nf4, fp4, int8, not 'nf5'. Did you mean 'nf4'?"),
-        ("optimizer: adamv", "optimizer: expected one of adamw, sgd, not 'adamv'. Did you mean 'adamw'?"),
+        ("optimizer: adamv", "optimizer: expected one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, "
+            "adafactor, lion, sgd, apollo, not 'adamv'. Did you mean 'adamw'?"),
         ("exact: perhaps", "exact: expected true or false, not 'perhaps'"),
         ("batch_size: true", "batch_size: expected a whole number, not true"),
         ("packing: perhaps", "packing: expected yes or no, not 'perhaps'"),
@@ -327,10 +328,10 @@ def test_keys_for_bits(lines: str, quantization: str | None, dtype: str) -> None
         ("load_in_4bit: true\nbnb_4bit_quant_storage: bfloat16", "uint8"),
         ("load_in_4bit: true\nbnb_4bit_compute_dtype: float16\ndtype: float32", "keep one"),
         ("quantization_bit: 4\nquantization_method: hqq", "'hqq' is not in this version"),
-        ("optim: adafactor", "'adafactor' is not in this version.*adamw, sgd"),
-        ("optim: paged_adamw_8bit", "8 bits"),
-        ("lr_scheduler_type: inverse_sqrt", "not in this version.*constant, linear, cosine"),
-        ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs"),
+        ("optim: muon", "'muon' is not in this version.*adamw, adamw_8bit"),
+        ("optim: adamw_torch_8bit", "8 bits"),
+        ("lr_scheduler_type: greedy", "not in this version.*constant, linear, cosine"),
+        ("lr_scheduler_type: linear\nlr_scheduler_kwargs: {num_cycles: 2}", "linear has no option 'num_cycles'"),
     ],
 )
 def test_other_tools_words_that_are_refused(lines: str, message: str) -> None:
@@ -338,7 +339,19 @@ def test_other_tools_words_that_are_refused(lines: str, message: str) -> None:
         built(lines)
 
 
-@pytest.mark.parametrize("word", ["adamw_torch", "adamw_torch_fused", "adamw_hf", "sgd"])
-def test_optimizers_of_transformers(word: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [("adamw_torch", "adamw"), ("adamw_torch_fused", "adamw"), ("adamw_hf", "adamw"), ("sgd", "sgd"),
+     ("adamw_bnb_8bit", "adamw_8bit"), ("paged_adamw_32bit", "paged_adamw"), ("paged_adamw_8bit", "paged_adamw_8bit"),
+     ("adafactor", "adafactor"), ("lion_32bit", "lion"), ("apollo_adamw", "apollo")],
+)  # fmt: skip
+def test_optimizers_of_transformers(word: str, ours: str) -> None:
     config = built(f"optim: {word}\nlr_scheduler_type: constant_with_warmup").jobs[0]
-    assert (config.optimizer, config.lr_scheduler_type) == ("sgd" if word == "sgd" else "adamw", "constant")
+    assert (config.optimizer, config.lr_scheduler_type) == (ours, "constant")
+
+
+def test_options_of_optimizers_and_schedules() -> None:
+    lines = "optim: apollo_adamw\noptim_args: rank=64,scale_type=tensor\nlr_scheduler_type: cosine_with_restarts"
+    job = built(lines + "\nlr_scheduler_kwargs: {num_cycles: 2}").jobs[0]
+    assert job.optimizer_kind.model_dump(include={"rank", "scale_type"}) == {"rank": 64, "scale_type": "tensor"}
+    assert job.schedule.model_dump() == {"num_cycles": 2}

@@ -51,6 +51,7 @@ class AnswerFile:
         self.rows: dict[Key, Row] = {}
         self._order: list[Key] = []  # of the lines
         self._run: dict[str, object] = {}
+        self._replaced: str | None = None
         if path.is_dir():
             raise UserError(f"--output {path} is a folder, not a file.")
         self._beside = path.with_name(f".{path.name}.run")
@@ -118,13 +119,18 @@ class AnswerFile:
         """Put the first answer in the place of what is there. A run that fails before it changes nothing."""
         from weft.files.whole import sha256_of, write_whole
 
-        replaced = sha256_of(self.path) if self.path.exists() else None
-        if replaced == hashlib.sha256(first.encode()).hexdigest():
-            replaced = None  # it has this answer already: there is nothing to put in its place
-        write_whole(self._beside, json.dumps({**self._run, "replaces": replaced}, ensure_ascii=False), "--output ")
-        if replaced is not None or not self.path.exists():
+        self._replaced = sha256_of(self.path) if self.path.exists() else None
+        if self._replaced == hashlib.sha256(first.encode()).hexdigest():
+            self._replaced = None  # it has this answer already: there is nothing to put in its place
+        self._record(self._replaced)
+        if self._replaced is not None or not self.path.exists():
             write_whole(self.path, first, "--output ")
         self._continues = True
+
+    def _record(self, replaced: str | None) -> None:
+        from weft.files.whole import write_whole
+
+        write_whole(self._beside, json.dumps({**self._run, "replaces": replaced}, ensure_ascii=False), "--output ")
 
     def close(self, order: Sequence[Key]) -> list[Row]:
         """The answers in the order of the prompts, which the file's lines have from now on."""
@@ -133,6 +139,8 @@ class AnswerFile:
         rows = [self.rows[key] for key in order]
         if self._device or self._order != list(order):
             write_whole(self.path, (f"{_line(row)}\n" for row in rows), "--output ")
+        if self._replaced is not None and self._stands(self._replaced):
+            self._record(None)  # the answers are those that they have replaced
         return rows
 
     def _begun(self) -> dict[str, Any]:

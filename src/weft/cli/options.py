@@ -109,10 +109,11 @@ def _sentences() -> dict[str, str]:
         for node in ast.walk(ast.parse((Path(weft.__file__).parent / file).read_text(encoding="utf-8"))):
             if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
                 told = {one.arg: one.value for one in node.value.keywords}
-                if "description" in told:
+                said = told.get("description")
+                # Sentences that are made of others stand in the reference alone.
+                if isinstance(said, ast.Constant) and isinstance(said.value, str):
                     default = [str(one.value) for one in node.value.args if isinstance(one, ast.Constant) and one.value]
-                    text = ast.literal_eval(told["description"]) + "".join(f" (default: {one})" for one in default)
-                    found[ast.unparse(node.target)] = text
+                    found[ast.unparse(node.target)] = said.value + "".join(f" (default: {one})" for one in default)
     return found
 
 

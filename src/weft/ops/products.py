@@ -26,7 +26,7 @@ _SCRATCH = threading.local()
 
 
 def products_in(x: Tensor) -> torch.dtype:
-    """The dtype in which small products of x [...] are fastest: its own, or fp32 where the machine is slow in 16 bits."""
+    """The dtype in which small products of x [...] are fastest: its own, or fp32 where that is slow."""
     return x.dtype if multiplies_sixteen_bits(x.device, x.dtype) else torch.float32
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from weft.errors import UserError, shown
 from weft.switches import is_on, switch_of
 from weft.training.bits import in_our_words
+from weft.training.optimizers import OPTIMIZERS
+from weft.training.schedules import SCHEDULES
 
 # Our key -> the names that transformers and TRL, LLaMA-Factory, axolotl and ms-swift have for it.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -43,10 +45,21 @@ _SAME = ("packing", "sample_packing", "neat_packing")
 # The words that other tools have for our values.
 VALUES: dict[str, dict[object, object]] = {
     "optimizer": {
-        name: "adamw"
-        for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla")
+        theirs: ours
+        for ours, names in {
+            "adamw": ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"),
+            "adamw_8bit": ("adamw_bnb_8bit",),
+            "paged_adamw": ("paged_adamw_32bit",),
+            "lion": ("lion_32bit",),
+            "apollo": ("apollo_adamw",),
+        }.items()
+        for theirs in names
     },
-    "lr_scheduler_type": {"constant_with_warmup": "constant"},
+    "lr_scheduler_type": {
+        "constant_with_warmup": "constant",
+        "cosine_warmup_with_min_lr": "cosine_with_min_lr",
+        "wsd": "warmup_stable_decay",
+    },
     "method": {
         "LORA": "lora",
         "PROMPT_TUNING": "prompt_tuning",
@@ -60,30 +73,21 @@ VALUES: dict[str, dict[object, object]] = {
 }
 
 # Their values that are something else than all that we have, and what is said of them.
-_EIGHT_BITS = "it keeps its state in 8 bits or on the CPU, to save memory that an adapter's state does not take"
 _OTHERS: dict[str, dict[str, str]] = {
     "optimizer": {
+        **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "`adamw_8bit` keeps its state in 8 bits"),
         **dict.fromkeys(
-            ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_8bit",
-             "adamw_torch_4bit"), _EIGHT_BITS),
-        **dict.fromkeys(
-            ("adafactor", "adagrad", "rmsprop", "rmsprop_bnb", "lion", "lion_8bit", "lion_32bit", "paged_lion_8bit",
-             "paged_lion_32bit", "ademamix", "ademamix_8bit", "adamw_anyprecision", "galore_adamw", "galore_adafactor",
-             "lomo", "adalomo", "grokadamw", "apollo_adamw", "schedule_free_adamw", "schedule_free_sgd",
-             "schedule_free_radam", "stable_adamw", "muon"), "it takes other steps"),
+            ("adagrad", "rmsprop", "rmsprop_bnb", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit", "ademamix",
+             "ademamix_8bit", "adamw_anyprecision", "galore_adamw", "galore_adafactor", "lomo", "adalomo", "grokadamw",
+             "schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam", "stable_adamw", "muon"),
+            "it takes other steps"),
     },
-    "lr_scheduler_type": {
-        "cosine_with_restarts": "the rate of `cosine` falls once",
-        "polynomial": "its last rate and its power can be chosen; `linear` falls to 0",
-        "inverse_sqrt": "it never ends; `cosine` and `linear` fall to 0",
-        "reduce_lr_on_plateau": "it listens to the evaluations; early_stopping_patience is what does so here",
-        "cosine_with_min_lr": "the rate of `cosine` falls to 0",
-        "cosine_warmup_with_min_lr": "the rate of `cosine` falls to 0",
-        "warmup_stable_decay": "`constant` stays, `linear` and `cosine` fall from the warm-up on",
-        "greedy": "it listens to the evaluations; early_stopping_patience is what does so here",
-    },
+    "lr_scheduler_type": dict.fromkeys(
+        ("reduce_lr_on_plateau", "greedy"),
+        "it listens to the evaluations; early_stopping_patience is what does so here",
+    ),
 }  # fmt: skip
-_KNOWN = {"optimizer": "adamw, sgd", "lr_scheduler_type": "constant, linear, cosine"}
+_KNOWN = {"optimizer": ", ".join(OPTIMIZERS), "lr_scheduler_type": ", ".join(SCHEDULES)}
 
 Meaning = Callable[[Any], tuple[str, Any] | None]
 
@@ -192,7 +196,6 @@ SWITCHES: dict[str, Switch] = {
     "sample_packing": _PACKING,
     "neat_packing": _PACKING,
     "report_to": _only_off("report_to"),
-    "lr_scheduler_kwargs": _only_off("lr_scheduler_kwargs"),
 }
 
 

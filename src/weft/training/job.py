@@ -25,10 +25,8 @@ from weft.training.optim import (
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
-    schedule_factor,
-    state_copies,
-    tensor_bytes,
 )
+from weft.training.optimizers import tensor_bytes
 from weft.training.settings import JobConfig
 
 # So many numbers of a larger tensor stand for all of it when we ask whether a job has changed it.
@@ -91,6 +89,7 @@ class Job:
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
         self.rate = config.learning_rate or self._default_rate("")
+        config.schedule.check(self.rate)
         self.parameters: list[nn.Parameter] = list(named.values())
         # A resumed job has the same ones, by its seed: the checkpoint's values are put back after this.
         self._began = {n: _witness(p) for n, p in named.items()}
@@ -154,8 +153,7 @@ class Job:
 
     def schedule_factor(self) -> float:
         """The factor of the learning rates in the coming step."""
-        kind, step = self.config.lr_scheduler_type, self.progress.step
-        return schedule_factor(kind, step, self.total_steps, self.warmup)
+        return self.config.schedule.factor(self.progress.step, self.total_steps, self.warmup, self.rate)
 
     def learning_rate(self) -> float:
         """The learning rate of the coming step."""
@@ -305,8 +303,9 @@ class Job:
     def checkpoint_bytes(self) -> int:
         """The bytes of ``tensors()`` once the optimizer has a state and, with early stopping, there is a best."""
         tensors = (*self.adapter.parameters(), *self.adapter.buffers())
-        copies = state_copies(self.config) + (self.config.early_stopping_patience is not None)
-        return tensor_bytes(tensors) + copies * tensor_bytes(self.parameters)
+        best = tensor_bytes(self.parameters) if self.config.early_stopping_patience is not None else 0
+        state = self.config.optimizer_kind.state_bytes(self.config, self.parameters)
+        return tensor_bytes(tensors) + best + state
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:

@@ -1,9 +1,8 @@
-"""Optimizers (torch's own) and learning-rate schedules."""
+"""A job's optimizer: its groups of parameters, and its state as tensors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,11 +29,14 @@ def decays(adapter: Adapter, parameter: str) -> bool:
 def make_optimizer(
     config: JobConfig, parameters: Sequence[nn.Parameter], rates: Sequence[float], decays: Sequence[bool] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) or SGD with momentum, over one job's parameters.
+    """The job's optimizer, over its parameters.
 
     Args:
         rates: the learning rate of each; a group's own, before the schedule, stands in its ``peak_lr``.
         decays: whether ``weight_decay`` pulls each to 0; default: all.
+
+    Raises:
+        UserError: As ``OptimizerKind.make``.
     """
     # A checkpoint numbers the parameters by rate alone: as it did before some of them did not decay.
     order = sorted(range(len(parameters)), key=lambda i: rates.index(rates[i]))
@@ -47,50 +49,34 @@ def make_optimizer(
          "weight_decay": decay}
         for (rate, decay), numbers in alike.items()
     ]  # fmt: skip
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, foreach=False)
-    return torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_epsilon, fused=True)
+    return config.optimizer_kind.make(config, groups)
 
 
-def state_copies(config: JobConfig) -> int:
-    """How many numbers the optimizer keeps for each one that it trains."""
-    return int(config.momentum > 0) if config.optimizer == "sgd" else 2
-
-
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors of any shape."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def schedule_factor(kind: str, step: int, total: int, warmup: int) -> float:
-    """The factor of the learning rate at ``step`` (from 0) of ``total``.
-
-    Warm-up rises linearly and reaches 1 at its end; then ``constant``, ``linear`` to 0, or ``cosine`` (half a period,
-    1 to 0; Loshchilov & Hutter 2017 without restarts).
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    if kind == "constant":
-        return 1.0
-    progress = (step - warmup) / max(1, total - warmup)
-    return 1.0 - progress if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+# Of a number that is no tensor, after its name.
+_NUMBER = ":number"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as tensors ``<parameter's number>.<what>``, in their own shapes (a step is a scalar)."""
-    state, numbers = optimizer.state_dict()["state"], _numbers(optimizer)
-    return {
-        f"{numbers[i]}.{key}": value for i, entry in state.items() for key, value in entry.items() if value is not None
-    }
+    found: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for number, parameter in zip(group["numbers"], group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"{number}.{key}"] = value
+                elif value is not None:
+                    found[f"{number}.{key}{_NUMBER}"] = torch.tensor(value)
+    return found
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back the tensors of ``optimizer_tensors``, in the same shapes."""
     places = {number: place for place, number in _numbers(optimizer).items()}
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         number, what = key.split(".", 1)
-        state.setdefault(places[int(number)], {})[what] = value.clone()
+        plain = what.endswith(_NUMBER)
+        state.setdefault(places[int(number)], {})[what.removesuffix(_NUMBER)] = value.item() if plain else value.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

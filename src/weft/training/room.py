@@ -10,7 +10,7 @@ from pathlib import Path
 from weft.errors import UserError
 from weft.files.run_folder import RunStore
 from weft.training.job import Job
-from weft.training.optim import tensor_bytes
+from weft.training.optimizers import tensor_bytes
 from weft.training.settings import RunConfig
 
 TEXTS = 1 << 16  # bytes of a checkpoint's and an adapter's JSON, per job

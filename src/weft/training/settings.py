@@ -26,6 +26,9 @@ from weft.objectives import Objective, class_metrics, make_objective
 from weft.paths import with_home
 from weft.patterns import check_name
 from weft.training.aliases import translate
+from weft.training.optimizers import OPTIMIZERS, OptimizerKind, OptimizerName
+from weft.training.options import options_of, with_options
+from weft.training.schedules import SCHEDULES, Schedule, ScheduleName
 
 
 def eval_key(name: str, figure: str) -> str:
@@ -78,7 +81,12 @@ class JobConfig(BaseModel):
         "([extending.md](extending.md)); evaluation stays the likelihood",
     )
     objective_settings: dict[str, object] = Field({}, description="settings of the objective")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch's own")
+    optimizer: OptimizerName = Field(
+        "adamw", description="; ".join(f"`{name}`: {one.about}" for name, one in OPTIMIZERS.items())
+    )
+    optim_args: dict[str, object] = Field(
+        {}, description="options of the optimizer, by their names above; also as `rank=64,scale=2`"
+    )
     learning_rate: float | None = Field(
         None,
         gt=0,
@@ -95,7 +103,11 @@ class JobConfig(BaseModel):
         ge=0,
         description="decoupled for `adamw`; not for what is stored whole: norms, biases and scales of their own",
     )
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
+    lr_scheduler_type: ScheduleName = Field(
+        "cosine",
+        description="after the warm-up: " + "; ".join(f"`{name}` {one.about}" for name, one in SCHEDULES.items()),
+    )
+    lr_scheduler_kwargs: dict[str, object] = Field({}, description="options of the schedule, by their names above")
     warmup_steps: int = Field(0, ge=0, description="wins over `warmup_ratio`")
     warmup_ratio: float = Field(
         0.03,
@@ -121,6 +133,9 @@ class JobConfig(BaseModel):
     )
 
     _method: MethodConfig = PrivateAttr()
+    _schedule: Schedule = PrivateAttr()
+    _optimizer: OptimizerKind = PrivateAttr()
+    _options = field_validator("optim_args", "lr_scheduler_kwargs", mode="before")(options_of)
     _paths = field_validator("data", mode="before")(checked_paths)
     _sets = field_validator("eval_data", mode="before")(checked_sets)
 
@@ -151,6 +166,10 @@ class JobConfig(BaseModel):
             raise ValueError("objective is for tasks that write; a classification has its own")
         if self.objective_settings and self.objective is None:
             raise ValueError("objective_settings need an objective")
+        kind = SCHEDULES[self.lr_scheduler_type]
+        self._schedule = with_options(kind, self.lr_scheduler_type, self.lr_scheduler_kwargs, "lr_scheduler_kwargs")
+        self._optimizer = with_options(OPTIMIZERS[self.optimizer], self.optimizer, self.optim_args, "optim_args")
+        self._optimizer.check_packages()
         self._method = method = method_of(self.method, self.method_settings)
         for one in method.methods():
             if self.task not in one.tasks:
@@ -166,6 +185,16 @@ class JobConfig(BaseModel):
     def method_config(self) -> MethodConfig:
         """The method's own configuration."""
         return self._method
+
+    @property
+    def optimizer_kind(self) -> OptimizerKind:
+        """The optimizer with its options."""
+        return self._optimizer
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the learning rate changes."""
+        return self._schedule
 
     def method_on(self, base: Base) -> MethodConfig:
         """The method's configuration for ``base``, of whose added tokens it also trains the rows."""

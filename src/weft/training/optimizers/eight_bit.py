@@ -1,0 +1,58 @@
+"""AdamW with its moments in 8 bits, block by block (Dettmers et al. 2022): bitsandbytes', on GPUs and CPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from weft.errors import UserError
+from weft.training.optimizers.kind import Groups, OptimizerKind
+
+if TYPE_CHECKING:
+    from weft.training.settings import JobConfig
+
+# bitsandbytes keeps smaller tensors in 32 bits, and a scale for each block of larger ones.
+SMALLEST, BLOCK = 4096, 256
+_MAPS = 2 * 256 * 4  # bytes of the two tables of values, which every tensor's state names
+
+
+class AdamW8Bit(OptimizerKind):
+    """Two bytes for each number that is trained."""
+
+    name = "adamw_8bit"
+    about = f"moments in 8 bits (needs `weft[quant]`); tensors of less than {SMALLEST:,} numbers keep 32"
+
+    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+        """bitsandbytes' AdamW8bit.
+
+        Raises:
+            UserError: The parameters are float64.
+        """
+        return self.class_for(groups)(list(groups), betas=config.adam_betas, eps=config.adam_epsilon)
+
+    def check_packages(self) -> None:
+        """Raises ValueError where bitsandbytes is not installed."""
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f'optimizer: {self.name} needs bitsandbytes: pip install "weft[quant]".')
+
+    def class_for(self, groups: Groups) -> Any:
+        """bitsandbytes' class.
+
+        Raises:
+            UserError: As ``make``.
+        """
+        from bitsandbytes.optim import AdamW8bit
+
+        if any(p.dtype == torch.float64 for group in groups for p in group["params"]):
+            raise UserError(f"optimizer: {self.name} has no form for float64; take adamw, or dtype: float32.")
+        return AdamW8bit
+
+    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+        """Both moments with their scales and tables."""
+        return sum(
+            8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK) + _MAPS for n in (p.numel() for p in parameters)
+        )

@@ -1,0 +1,31 @@
+"""Stochastic gradient descent with momentum, also Nesterov's: torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from weft.training.optimizers.kind import Groups, OptimizerKind, tensor_bytes
+
+if TYPE_CHECKING:
+    from weft.training.settings import JobConfig
+
+
+class Sgd(OptimizerKind):
+    """One number for each that is trained, or none without momentum."""
+
+    name = "sgd"
+    about = "torch's own, with `momentum`; option `nesterov` (false)"
+    nesterov: bool = False
+
+    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+        """torch's SGD."""
+        nesterov = self.nesterov and config.momentum > 0
+        return torch.optim.SGD(list(groups), momentum=config.momentum, nesterov=nesterov, foreach=False)
+
+    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+        """The momentum."""
+        return tensor_bytes(parameters) if config.momentum > 0 else 0
