@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from weft.training.optimizers.kind import Groups, OptimizerKind
-
-if TYPE_CHECKING:
-    from weft.training.settings import JobConfig
+from weft.training.optimizers.kind import Groups, OptimizerKind, Settings
 
 
 class Adafactor(OptimizerKind):
@@ -23,7 +19,7 @@ class Adafactor(OptimizerKind):
     decay_rate: float = -0.8
     beta1: float | None = None
 
-    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+    def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
         """transformers' Adafactor with ``scale_parameter`` and ``relative_step`` off."""
         from transformers.optimization import Adafactor as Theirs
 
@@ -37,7 +33,7 @@ class Adafactor(OptimizerKind):
             relative_step=False,
         )
 
-    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+    def state_bytes(self, config: Settings, parameters: Iterable[Tensor]) -> int:
         """Rows and columns, or the whole second moment of what is no matrix; a first moment with ``beta1``."""
         sizes = [
             (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() >= 2 else p.numel(), p) for p in parameters

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from weft.training.optimizers.kind import Groups, OptimizerKind, tensor_bytes
-
-if TYPE_CHECKING:
-    from weft.training.settings import JobConfig
+from weft.training.optimizers.kind import Groups, OptimizerKind, Settings, tensor_bytes
 
 
 class AdamW(OptimizerKind):
@@ -20,10 +16,10 @@ class AdamW(OptimizerKind):
     name = "adamw"
     about = "torch's own"
 
-    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+    def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
         """torch's fused AdamW."""
         return torch.optim.AdamW(list(groups), betas=config.adam_betas, eps=config.adam_epsilon, fused=True)
 
-    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+    def state_bytes(self, config: Settings, parameters: Iterable[Tensor]) -> int:
         """Both moments."""
         return 2 * tensor_bytes(parameters)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,10 +22,7 @@ from torch import Tensor
 
 from weft.errors import UserError
 from weft.ops.seeds import stable_seed
-from weft.training.optimizers.kind import Groups, OptimizerKind
-
-if TYPE_CHECKING:
-    from weft.training.settings import JobConfig
+from weft.training.optimizers.kind import Groups, OptimizerKind, Settings
 
 _GROWTH = 1.01
 
@@ -109,7 +106,7 @@ class Apollo(OptimizerKind):
         """Whether a parameter's gradient [m, n] is projected."""
         return p.dim() == 2 and min(p.shape) > self.rank
 
-    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+    def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
         """The optimizer.
 
         Raises:
@@ -125,7 +122,7 @@ class Apollo(OptimizerKind):
             )
         return ApolloOptimizer(groups, self, config.adam_betas, config.adam_epsilon, config.seed)
 
-    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+    def state_bytes(self, config: Settings, parameters: Iterable[Tensor]) -> int:
         """Both moments of the projections, or of the whole."""
         return sum(
             2 * (self.rank * max(p.shape) if self.projects(p) else p.numel()) * p.element_size() for p in parameters

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.errors import UserError
-from weft.training.optimizers.kind import Groups, OptimizerKind
-
-if TYPE_CHECKING:
-    from weft.training.settings import JobConfig
+from weft.training.optimizers.kind import Groups, OptimizerKind, Settings
 
 # bitsandbytes keeps smaller tensors in 32 bits, and a scale for each block of larger ones.
 SMALLEST, BLOCK = 4096, 256
@@ -26,7 +23,7 @@ class AdamW8Bit(OptimizerKind):
     name = "adamw_8bit"
     about = f"moments in 8 bits (needs `weft[quant]`); tensors of less than {SMALLEST:,} numbers keep 32"
 
-    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+    def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
         """bitsandbytes' AdamW8bit.
 
         Raises:
@@ -51,7 +48,7 @@ class AdamW8Bit(OptimizerKind):
             raise UserError(f"optimizer: {self.name} has no form for float64; take adamw, or dtype: float32.")
         return AdamW8bit
 
-    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+    def state_bytes(self, config: Settings, parameters: Iterable[Tensor]) -> int:
         """Both moments with their scales and tables."""
         return sum(
             8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK) + _MAPS for n in (p.numel() for p in parameters)

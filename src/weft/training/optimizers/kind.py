@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from weft.training.settings import JobConfig
-
 # Parameters with one rate and one weight decay: {"params", "numbers", "lr", "peak_lr", "weight_decay"}.
 Groups = Sequence[dict[str, Any]]
+
+
+class Settings(Protocol):
+    """What optimizers ask of a job's settings (``weft.training.settings.JobConfig``)."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def adam_betas(self) -> tuple[float, float]: ...
+    @property
+    def adam_epsilon(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def model_fields_set(self) -> set[str]:
+        """What the user has said."""
 
 
 class OptimizerKind(BaseModel):
@@ -30,7 +45,7 @@ class OptimizerKind(BaseModel):
             ValueError: A package is missing.
         """
 
-    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+    def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
         """The optimizer of a job over these groups.
 
         Raises:
@@ -38,7 +53,7 @@ class OptimizerKind(BaseModel):
         """
         raise NotImplementedError
 
-    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+    def state_bytes(self, config: Settings, parameters: Iterable[Tensor]) -> int:
         """The bytes of its state for parameters of any shape, once it has one."""
         raise NotImplementedError
 

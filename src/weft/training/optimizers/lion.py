@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.training.optimizers.kind import Groups, OptimizerKind, tensor_bytes
-
-if TYPE_CHECKING:
-    from weft.training.settings import JobConfig
+from weft.training.optimizers.kind import Groups, OptimizerKind, Settings, tensor_bytes
 
 _BETAS = (0.9, 0.99)  # the paper's; AdamW's second one is larger
 
@@ -45,10 +42,10 @@ class Lion(OptimizerKind):
     name = "lion"
     about = "one moment; wants a third to a tenth of AdamW's rate, `adam_betas` (0.9, 0.99)"
 
-    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+    def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
         """With the paper's betas, where none are given."""
         return LionOptimizer(groups, config.adam_betas if "adam_betas" in config.model_fields_set else _BETAS)
 
-    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+    def state_bytes(self, config: Settings, parameters: Iterable[Tensor]) -> int:
         """The moment."""
         return tensor_bytes(parameters)

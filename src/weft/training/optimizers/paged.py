@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -21,10 +21,7 @@ from torch import Tensor
 from weft.errors import UserError
 from weft.training.optimizers.adamw import AdamW
 from weft.training.optimizers.eight_bit import AdamW8Bit
-from weft.training.optimizers.kind import Groups
-
-if TYPE_CHECKING:
-    from weft.training.settings import JobConfig
+from weft.training.optimizers.kind import Groups, Settings
 
 # What is smaller stays in memory: a page is what the system moves.
 _SMALLEST = 1 << 16
@@ -88,7 +85,7 @@ class PagedAdamW(AdamW):
     about = "its moments lie in files that the system may write out, in `folder` (that of temporary files)"
     folder: str | None = Field(None)
 
-    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+    def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
         """In files on a CPU; on a GPU bitsandbytes' own.
 
         Raises:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from weft.training.optimizers.kind import Groups, OptimizerKind, tensor_bytes
-
-if TYPE_CHECKING:
-    from weft.training.settings import JobConfig
+from weft.training.optimizers.kind import Groups, OptimizerKind, Settings, tensor_bytes
 
 
 class Sgd(OptimizerKind):
@@ -21,11 +17,11 @@ class Sgd(OptimizerKind):
     about = "torch's own, with `momentum`; option `nesterov` (false)"
     nesterov: bool = False
 
-    def make(self, config: JobConfig, groups: Groups) -> torch.optim.Optimizer:
+    def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
         """torch's SGD."""
         nesterov = self.nesterov and config.momentum > 0
         return torch.optim.SGD(list(groups), momentum=config.momentum, nesterov=nesterov, foreach=False)
 
-    def state_bytes(self, config: JobConfig, parameters: Iterable[Tensor]) -> int:
+    def state_bytes(self, config: Settings, parameters: Iterable[Tensor]) -> int:
         """The momentum."""
         return tensor_bytes(parameters) if config.momentum > 0 else 0
