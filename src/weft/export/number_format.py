@@ -61,7 +61,7 @@ class NumberFormat:
             return error
         drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) - 0.5
         # The distance of neighbours is eps times the power of two below the number.
-        step = torch.finfo(self.dtype).eps * torch.ldexp(torch.ones(()), weight.float().frexp().exponent.cpu() - 1)
+        step = torch.finfo(self.dtype).eps * torch.ldexp(torch.ones(weight.shape), weight.float().frexp().exponent.cpu() - 1)
         return (drawn * step).to(weight)
 
     def error(self, weight: Tensor) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,6 +13,8 @@ from weft.base.mixin import Mixin, mixed
 from weft.core.route import Router
 from weft.core.site import plain_class, replace_class
 from weft.libraries import multiplies_sixteen_bits
+from weft.ops.four_bit import FourBitRows, four_bit_linear
+from weft.ops.four_bit import in_pieces as in_pieces_of_four_bits
 from weft.ops.products import in_pieces, linear, product
 
 
@@ -31,6 +35,23 @@ class _PiecewiseConv1D(Mixin):
         return product(x, self.weight) + self.bias if in_pieces(rows, self.weight) else super().forward(x)
 
 
+class _PiecewiseFourBit(Mixin):
+    """bitsandbytes' Linear4bit."""
+
+    weight: Any
+    bias: Tensor | None
+    compute_dtype: torch.dtype | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or x.dtype
+        state = self.weight.quant_state
+        ours = state is not None and tuple(state.shape[1:]) == x.shape[-1:] and in_pieces_of_four_bits(x, dtype)
+        if not ours or getattr(state, "packing_format_for_cpu", False):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return four_bit_linear(x.to(dtype), FourBitRows(self.weight.data, state, dtype), bias).to(x.dtype)
+
+
 _MIXINS: dict[type[nn.Module], type] = {nn.Linear: _PiecewiseLinear, Conv1D: _PiecewiseConv1D}
 # Linears that compute what nn.Linear does. Both have its name, by which modules are known.
 PLAIN_LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, mixed("", _PiecewiseLinear, nn.Linear))
@@ -41,11 +62,12 @@ def install_products(model: nn.Module, router: Router) -> Callable[[], None]:
     swapped = []
     for module in model.modules():
         own = plain_class(module)
-        mixin = _MIXINS.get(own)
+        four_bit = own.__name__ == "Linear4bit" and own.__module__.startswith("bitsandbytes.")
+        mixin = _PiecewiseFourBit if four_bit else _MIXINS.get(own)
         if mixin is None or "forward" in module.__dict__:
             continue
         weight = module.get_parameter("weight")
-        if not multiplies_sixteen_bits(weight.device, weight.dtype):
+        if four_bit or not multiplies_sixteen_bits(weight.device, weight.dtype):
             swapped.append((module, own))
             replace_class(module, mixed("", mixin, own))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -37,29 +38,73 @@ def in_pieces(a: Tensor, b: Tensor) -> bool:
     return len(a) >= _FEW and a.numel() * b.shape[1] >= _SMALL
 
 
-def _pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of x [n, d] piece by piece, each in fp32 until the next one comes."""
-    # Of one length: two pieces of 512 and 256 rows take twice as long as two of 384 (measured).
-    step = max(1, -(-len(x) // max(1, round(x.numel() / _PIECE))))
-    # Each thread keeps its memory: what is new, the kernel clears page by page, and that takes as long as the product.
-    if not hasattr(_SCRATCH, "numbers") or _SCRATCH.numbers.numel() < step * x.shape[1]:
-        _SCRATCH.numbers = torch.empty(step * x.shape[1], device="cpu")
-    for start in range(0, len(x), step):
-        rows = x[start : start + step]
-        yield slice(start, start + len(rows)), _SCRATCH.numbers[: rows.numel()].view(rows.shape).copy_(rows)
+class Rows(Protocol):
+    """A matrix that is read row by row, however it is kept."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its rows and columns."""
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Its rows piece by piece, each [n, columns] in fp32 until the next one comes."""
+
+
+def lengths_of_pieces(rows: int, columns: int, multiple: int = 1) -> int:
+    """The rows of a piece, of which all but the last have as many.
+
+    Two pieces of 512 and 256 rows take twice as long as two of 384 (measured).
+    """
+    step = -(-rows // max(1, round(rows * columns / _PIECE)))
+    return max(1, -(-step // multiple) * multiple)
+
+
+def scratch(numbers: int) -> Tensor:
+    """Memory of the calling thread for so many numbers, [numbers] in fp32 on the CPU; the next call gives the same.
+
+    What is new, the kernel clears page by page, and that takes as long as the product.
+    """
+    if not hasattr(_SCRATCH, "numbers") or len(_SCRATCH.numbers) < numbers:
+        _SCRATCH.numbers = torch.empty(numbers, device="cpu")
+    found: Tensor = _SCRATCH.numbers[:numbers]
+    return found
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The rows of a tensor [n, d]."""
+
+    x: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (len(self.x), self.x.shape[1])
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        step = lengths_of_pieces(*self.shape)
+        for start in range(0, len(self.x), step):
+            rows = self.x[start : start + step]
+            yield slice(start, start + len(rows)), scratch(rows.numel()).view(rows.shape).copy_(rows)
+
+
+def transposed_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
+    """(a W)^T [O, N] in fp32 of a [N, K] and W, or (a W^T)^T if ``flipped``.
+
+    Kernels for few rows are faster in this order, and the results of pieces lie one after another.
+    """
+    given = a.float().t()
+    out = given.new_empty(rows.shape[0 if flipped else 1], len(a))
+    for part, wide in rows.pieces():
+        if flipped:
+            torch.mm(wide, given, out=out[part])
+        else:
+            torch.addmm(out, wide.t(), given[part], beta=0 if part.start == 0 else 1, out=out)
+    return out
 
 
 def _transposed(a: Tensor, b: Tensor) -> Tensor:
-    """(a b)^T [O, N] in fp32. Kernels for few rows are faster in this order, and pieces of it lie one after another."""
-    given = a.float().t()
-    out = given.new_empty(b.shape[1], len(a))
-    if b.stride(0) == 1:  # the transpose of a weight [O, K]
-        for part, wide in _pieces(b.t()):
-            torch.mm(wide, given, out=out[part])
-    else:
-        for part, wide in _pieces(b):
-            torch.addmm(out, wide.t(), given[part], beta=0 if part.start == 0 else 1, out=out)
-    return out
+    """(a b)^T [O, N] in fp32 of a [N, K] and b [K, O]."""
+    flipped = b.stride(0) == 1  # the transpose of a weight [O, K]
+    return transposed_product(a, _Plain(b.t() if flipped else b), flipped=flipped)
 
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,0 +1,68 @@
+"""Weights in four bits, read piece by piece, beside the whole weight at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tests import kit
+
+from weft.ops import products
+from weft.ops.four_bit import FourBitRows, four_bit_linear, four_bit_linear_ref, in_pieces
+
+pytest.importorskip("bitsandbytes")
+# (rows, in, out): blocks that are rows, that end within rows, that are longer than rows; an odd number of weights.
+SHAPES = [(9, 64, 10), (8, 48, 7), (12, 16, 40), (8, 5, 7), (10, 130, 33)]
+
+
+def made(outer: int, inner: int, dtype: torch.dtype, **options: Any) -> FourBitRows:
+    from bitsandbytes.functional import quantize_4bit
+
+    generator = torch.Generator().manual_seed(1)
+    packed, state = quantize_4bit(torch.randn(outer, inner, generator=generator).to(dtype), **options)
+    return FourBitRows(packed, state, dtype)
+
+
+@pytest.mark.parametrize("options", [{"quant_type": "nf4", "compress_statistics": True}, {"quant_type": "fp4"},
+                                     {"quant_type": "nf4", "blocksize": 128}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_whole_weight(
+    shape: tuple[int, int, int], dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_PIECE", 100)
+    count, inner, outer = shape
+    rows = made(outer, inner, dtype, **options)
+    block = rows.state.blocksize
+    assert len(list(rows.pieces())) > 1 or outer <= block // math.gcd(block, inner), "pieces begin where blocks do"
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, count, inner, generator=generator).to(dtype).requires_grad_()
+    bias, dy = torch.randn(outer, generator=generator).to(dtype), torch.randn(2, count, outer, generator=generator)
+    found = []
+    for function in (four_bit_linear, four_bit_linear_ref):
+        y = function(x, rows, bias)
+        assert y.dtype == dtype
+        (dx,) = torch.autograd.grad(y, x, dy.to(dtype))
+        found.append((y.detach(), dx))
+    for what, ours, wanted, terms in zip(("y", "dx"), *found, (inner, outer), strict=True):
+        eps = torch.finfo(dtype).eps
+        limit = 2 * (2 * eps + terms * torch.finfo(torch.float32).eps) * max(1.0, float(wanted.abs().max()))
+        kit.measured(what, float((ours.double() - wanted.double()).abs().max()), limit, derived=True)
+
+
+def test_the_numbers_are_those_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    monkeypatch.setattr(products, "_PIECE", 500)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = made(70, 48, dtype, quant_type="nf4", compress_statistics=True)
+        whole = torch.cat([wide.clone() for _, wide in rows.pieces()])
+        assert torch.equal(whole, dequantize_4bit(rows.packed, rows.state).float())
+
+
+def test_where_it_is_used() -> None:
+    assert in_pieces(torch.zeros(8, 4), torch.float32)
+    assert not in_pieces(torch.zeros(7, 4), torch.float32)
+    assert not in_pieces(torch.zeros(8, 4, device="meta"), torch.float32)
