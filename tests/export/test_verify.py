@@ -313,7 +313,7 @@ def test_what_the_command_says(work: Path, capsys: pytest.CaptureFixture[str], t
     assert "differs: " in out
     assert out.endswith("not equal\n")
     for words, message in (
-        (["x.gguf", str(work / "merged")], "is a GGUF file, which `weft verify` does not read"),
+        (["x.gguf", str(work / "merged")], "there is no file x.gguf"),
         (["http://127.0.0.1:1", "http://127.0.0.1:1"], "are both servers"),
         ([str(work / "merged"), "nowhere/at/all"], "no model at"),
         ([str(work / "merged"), "http://127.0.0.1:1/v1"], "does not answer"),

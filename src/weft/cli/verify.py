@@ -14,9 +14,9 @@ from weft.paths import local_path
 Side = Annotated[
     str,
     typer.Argument(
-        metavar="RUN|ADAPTER|MODEL|URL",
-        help="A run with one adapter, an adapter's folder, a model (plain, merged or quantised), or the address of an "
-        "OpenAI-compatible server (http://127.0.0.1:8000/v1, with #NAME where it has several models).",
+        metavar="RUN|ADAPTER|MODEL|GGUF|URL",
+        help="A run with one adapter, an adapter's folder, a model (plain, merged or quantised), a GGUF file, or the "
+        "address of an OpenAI-compatible server (http://127.0.0.1:8000/v1, with #NAME where it has several models).",
     ),
 ]
 

@@ -148,6 +148,40 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as GGUF: {error}") from None
 
 
+def matrix_formats(path: Path) -> list[str]:
+    """How the matrices of a GGUF file are kept, each format of ``FORMATS`` once, the coarsest last.
+
+    Raises:
+        UserError: The file is damaged, or one is kept in another format.
+    """
+    gguf = gguf_library()
+    try:
+        found = {one.tensor_type.name for one in gguf.GGUFReader(path).tensors if len(one.shape) > 1}
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise UserError(f"{path} cannot be read as GGUF: {error}") from None
+    known = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}
+    if not found or (strange := sorted(found - known.keys())):
+        what = f"keeps matrices as {', '.join(strange)}" if found else "holds no matrices"
+        raise UserError(f"{path} {what}; only {', '.join(known.values())} are judged, whose rounding is known.")
+    return [word for kind, word in known.items() if kind in found]
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    """The tokens of a GGUF file that are used, and their ids.
+
+    Raises:
+        UserError: The file is damaged, or holds none.
+    """
+    settings = read_settings(path)
+    tokens = settings.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise UserError(f"{path} holds no tokenizer.")
+    unused = int(gguf_library().TokenType.UNUSED)
+    kinds = settings.get("tokenizer.ggml.token_type") or [0] * len(tokens)
+    pairs = enumerate(zip(tokens, kinds, strict=True))
+    return {str(token): number for number, (token, kind) in pairs if kind != unused}
+
+
 def read_settings(path: Path) -> Mapping[str, Any]:
     """The settings of a GGUF file by their keys.
 

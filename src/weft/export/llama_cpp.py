@@ -52,6 +52,11 @@ class LlamaCppProof:
     agreement: float
     version: str
 
+    @property
+    def holds(self) -> bool:
+        """Whether it is the same model."""
+        return self.agreement >= LEAST_AGREEMENT and math.isfinite(self.difference)
+
     def line(self) -> str:
         """The figures as a line for people."""
         return (
@@ -99,11 +104,11 @@ def logits(model: llama_cpp.Llama, ids: Sequence[int]) -> Tensor:
     return torch.tensor(model.scores[: len(ids)]).double()
 
 
-def prove(path: Path, expected: Sequence[tuple[list[int], Tensor]], adapter: Path | None = None) -> LlamaCppProof:
+def compare(path: Path, expected: Sequence[tuple[list[int], Tensor]], adapter: Path | None = None) -> LlamaCppProof:
     """Compare a file in llama.cpp with logits [positions, tokens] of ids by the model that it was made of.
 
     Raises:
-        UserError: It is another model.
+        UserError: llama.cpp does not load it.
     """
     import llama_cpp
 
@@ -111,7 +116,16 @@ def prove(path: Path, expected: Sequence[tuple[list[int], Tensor]], adapter: Pat
     with opened(path, max(len(ids) for ids, _ in expected), adapter) as model:
         for ids, wanted in expected:
             apart.add(wanted, logits(model, ids))
-    proof = LlamaCppProof(apart.positions, apart.largest, apart.same / apart.positions, llama_cpp.__version__)
-    if not (proof.agreement >= LEAST_AGREEMENT and math.isfinite(proof.difference)):
+    return LlamaCppProof(apart.positions, apart.largest, apart.same / apart.positions, llama_cpp.__version__)
+
+
+def prove(path: Path, expected: Sequence[tuple[list[int], Tensor]], adapter: Path | None = None) -> LlamaCppProof:
+    """``compare``, for a file that was just written.
+
+    Raises:
+        UserError: It is another model.
+    """
+    proof = compare(path, expected, adapter)
+    if not proof.holds:
         raise UserError(f"{path.name} is not the model that it was made of, and nothing is kept: {proof.line()}.")
     return proof

@@ -13,7 +13,7 @@ from weft.methods.dense import kind_of
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A number format: a dtype, or a quantisation by bitsandbytes with its block's length.
+    """A number format: a dtype, a quantisation by bitsandbytes with its block's length, or llama.cpp's ``q8_0``.
 
     ``nested``: the scales of the blocks are quantised too.
     """
@@ -40,6 +40,8 @@ class NumberFormat:
         if self.quantization == "int8":
             step = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
             return (weight / step).round() * step
+        if self.quantization == "q8_0":
+            return _q8_0(weight)
         from bitsandbytes import functional
 
         packed, state = functional.quantize_4bit(
@@ -61,8 +63,8 @@ class NumberFormat:
             return error
         drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) - 0.5
         # The distance of neighbours is eps times the power of two below the number.
-        step = torch.finfo(self.dtype).eps * torch.ldexp(torch.ones(weight.shape), weight.float().frexp().exponent.cpu() - 1)
-        return (drawn * step).to(weight)
+        exponent = weight.float().frexp().exponent.cpu() - 1
+        return (drawn * torch.finfo(self.dtype).eps * torch.ldexp(torch.ones(weight.shape), exponent)).to(weight)
 
     def error(self, weight: Tensor) -> float:
         """The root mean square of what rounding to this format moves in a weight of any shape.
@@ -72,6 +74,14 @@ class NumberFormat:
         if self.exact:
             return torch.finfo(self.dtype).eps / 2 * rms(weight)
         return rms(self.moved(weight))
+
+
+def _q8_0(weight: Tensor) -> Tensor:
+    """Blocks of 32 numbers of a row, each in 8 bits beside a scale in float16; of a tensor [..., 32 n]."""
+    blocks = weight.float().unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    steps = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    return (steps * scale.half().float()).flatten(-2).to(weight.dtype)
 
 
 def rms(tensor: Tensor) -> float:

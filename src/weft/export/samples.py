@@ -19,6 +19,6 @@ def fixed_samples(folder: Path) -> list[tuple[list[int], Tensor]]:
     Raises:
         UserError: The folder holds no whole model.
     """
-    with PlainModel(str(folder), device="cpu") as model:
+    with PlainModel.load(str(folder), device="cpu") as model:
         prompts = [model.text(text)[:_LONGEST][: model.max_length] for text in fixed_texts()[4 : 4 + _PROMPTS]]
         return [(ids, model.logits(ids)) for ids in prompts]

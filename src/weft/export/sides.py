@@ -15,12 +15,13 @@ from weft.base.embeddings import config_of, input_embeddings
 from weft.base.kinds import is_linear
 from weft.data import Message, unlabelled_sample
 from weft.data.rendering.served import ids_elsewhere
-from weft.errors import UserError
+from weft.errors import UserError, reason_of
+from weft.export import gguf_file
 from weft.export.folder import open_trained, recast
 from weft.export.number_format import NumberFormat, formats_in, words_of
 from weft.export.proof import plain_logits, routed_logits
 from weft.export.sources import Sources, adapter_folder
-from weft.export.targets import check_target, is_adapted
+from weft.export.targets import check_target, is_adapted, is_gguf
 from weft.export.weights import Weights
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
@@ -98,6 +99,10 @@ class ModelHere(ABC):
         """The ids [text length] of a text as the tokenizer gives them."""
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
+    def vocabulary(self) -> Mapping[str, int]:
+        """Its tokens and their ids."""
+        return self.tokenizer.get_vocab()
+
     @abstractmethod
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits [positions, tokens or classes] in 32 bits, on the CPU."""
@@ -129,24 +134,39 @@ class ModelHere(ABC):
 
 
 class PlainModel(ModelHere):
-    """A model's folder by transformers alone: a base, a merged model, a quantised one."""
+    """A model by transformers alone: a folder with a base, a merged model, a quantised one; or a GGUF file."""
 
-    def __init__(self, name: str, *, device: str = "auto", quantization: Quantization | None = None) -> None:
-        """Load it.
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        formats: Mapping[str, NumberFormat],
+        format: str,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """``formats``: of the tensors in its state dict, and ``format``: the same in words, before it was widened."""
+        self._model, self._formats = model, formats
+        self._classes = "Classification" in type(model).__name__
+        kind = f"{config_of(model).model_type} model ({type(model).__name__})"
+        dtype = input_embeddings(model).weight.dtype
+        super().__init__(name, kind, tokenizer, format=format, dtype=dtype, notes=notes)
+        dequantize_linears(model, torch.float32)
+        nn.Module.to(model, torch.float32)
+
+    @classmethod
+    def load(cls, name: str, *, device: str = "auto", quantization: Quantization | None = None) -> PlainModel:
+        """The model of a folder, an embedded one, or a hub's.
 
         Raises:
             UserError: It cannot be loaded as a whole.
         """
-        self._model, strange = load_plain(name, device=device, quantization=quantization)
-        self._formats = formats_in(self._model)
-        config = config_of(self._model)
-        self._classes = "Classification" in type(self._model).__name__
+        model, strange = load_plain(name, device=device, quantization=quantization)
         notes = [f"{name} holds {named(strange)} that its model has no place for"] if strange else []
-        kind = f"{config.model_type} model ({type(self._model).__name__})"
-        dtype = input_embeddings(self._model).weight.dtype
-        super().__init__(name, kind, load_tokenizer(name), format=words_of(self._model), dtype=dtype, notes=notes)
-        dequantize_linears(self._model, torch.float32)
-        nn.Module.to(self._model, torch.float32)
+        return cls(
+            name, model, load_tokenizer(name), formats=formats_in(model), format=words_of(model), notes=notes
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -294,7 +314,7 @@ class AdaptedBase(ModelHere):
 def open_here(
     target: str, *, model: str | None = None, device: str = "auto", quantization: Quantization | None = None
 ) -> ModelHere:
-    """Open a run with one adapter, an adapter's folder, or a model (a folder, an embedded one, a hub's id).
+    """Open a run with one adapter, an adapter's folder, or a model (a folder, an embedded one, a hub's id, a file).
 
     Args:
         model: the base of an adapter, instead of the one that it names.
@@ -305,9 +325,49 @@ def open_here(
     """
     check_target(target)
     folder = local_path(target)
+    if is_gguf(target):
+        return load_gguf(folder)
     if is_adapted(folder):
         return AdaptedBase(target, adapter_folder(folder), model=model, device=device, quantization=quantization)
-    return PlainModel(target, device=device, quantization=quantization)
+    return PlainModel.load(target, device=device, quantization=quantization)
+
+
+class GgufModel(PlainModel):
+    """A GGUF file, as transformers reads it."""
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Those of the file that are used: transformers adds some as it reads, and rows without a token have a name."""
+        return gguf_file.vocabulary(local_path(self.name))
+
+
+def load_gguf(path: Path) -> GgufModel:
+    """The model of a GGUF file, as transformers reads it.
+
+    Raises:
+        UserError: It is damaged, its architecture is unknown, or it keeps matrices in a format that is not judged.
+    """
+    formats = gguf_file.matrix_formats(path)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        found = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **found)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **found)
+    except Exception as error:  # transformers knows some architectures, and raises anything for others
+        raise UserError(f"{path} is not read by transformers: {reason_of(error)}") from error
+    coarsest = formats[-1]
+    plain, matrix = NumberFormat(torch.float32), NumberFormat(*_GGUF[coarsest])
+    own = {name: matrix if tensor.dim() >= 2 else plain for name, tensor in model.state_dict().items()}
+    return GgufModel(str(path), model.eval(), tokenizer, formats=own, format=f"GGUF in {' and '.join(formats)}")
+
+
+# The matrices of a file -> how transformers would keep them, and the quantisation.
+_GGUF: Mapping[str, tuple[torch.dtype, str | None]] = {
+    "f32": (torch.float32, None),
+    "f16": (torch.float16, None),
+    "bf16": (torch.bfloat16, None),
+    "q8_0": (torch.float32, "q8_0"),
+}
 
 
 def _weights(

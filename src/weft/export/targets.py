@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from weft.errors import UserError
+from weft.export.gguf_file import check_library
 from weft.export.sources import adapter_folder
 from weft.files.adapter_folder import is_adapter
 from weft.files.run_folder import RUN_FILE
@@ -17,6 +18,11 @@ def is_address(target: str) -> bool:
     return target.startswith(("http://", "https://"))
 
 
+def is_gguf(target: str) -> bool:
+    """Whether it is a GGUF file."""
+    return target.endswith(".gguf")
+
+
 def is_adapted(folder: Path) -> bool:
     """Whether the folder holds a run or an adapter, and not a model by itself."""
     return (folder / RUN_FILE).is_file() or is_adapter(folder)
@@ -26,17 +32,19 @@ def check_target(target: str) -> None:
     """Refuse what cannot be compared.
 
     Raises:
-        UserError: It is a GGUF file, a run of several adapters, or not there.
+        UserError: It is a run of several adapters, or not there.
     """
     if is_address(target):
         return
     folder = local_path(target)
-    if target.endswith(".gguf"):
-        raise UserError(
-            f"{target} is a GGUF file, which `weft verify` does not read. Compare the folder that it was made of; or "
-            "serve the file (llama.cpp's server does) and give that server's address."
-        )
-    if is_adapted(folder):
+    if is_gguf(target):
+        check_library()
+        if not folder.is_file():
+            raise UserError(f"there is no file {target}.")
+        with folder.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{target} is no GGUF file.")
+    elif is_adapted(folder):
         adapter_folder(folder)
     else:
         resolve_model(target)
@@ -57,8 +65,9 @@ def check_pair(
             f"{a} and {b} are both servers. One of the two must be a model on this machine, for what rounding explains "
             "is measured on it."
         )
-    if quantization is not None and is_address(b):
-        raise UserError("--quantization is for how B is loaded, and B is a server. Leave it out.")
+    if quantization is not None and (is_address(b) or is_gguf(b)):
+        what = "a server" if is_address(b) else "a GGUF file"
+        raise UserError(f"--quantization is for how B is loaded, and B is {what}. Leave it out.")
     if model is not None and not any(not is_address(one) and is_adapted(local_path(one)) for one in (a, b)):
         raise UserError("--model is the base of an adapter, and neither side is one. Leave it out.")
     if api_key_env is not None and not (is_address(a) or is_address(b)):

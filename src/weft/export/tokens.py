@@ -51,7 +51,7 @@ def compare_tokens(a: ModelHere, b: ModelHere, texts: Sequence[str]) -> TokenFin
     alike = sum(one == other for one, other in pairs)
     facts = [TokenizerFacts.of(side.tokenizer) for side in (a, b)]
     said = facts[0].differences(facts[1])
-    if alike < len(pairs) or a.tokenizer.get_vocab() != b.tokenizer.get_vocab():
+    if alike < len(pairs) or a.vocabulary() != b.vocabulary():
         differences.append(f"the tokenizer of B is another: {'; '.join(said) or 'the ids of texts are others'}")
     elif a.tokenizer.eos_token != b.tokenizer.eos_token:
         differences.append(f"answers end with {a.tokenizer.eos_token!r} in A and {b.tokenizer.eos_token!r} in B")
