@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -392,3 +394,17 @@ def test_constrained_answers(tiny_llama_dir: str) -> None:
     with pytest.raises(UserError, match="tokenizer"):
         Engine(own).submit(Request(ids, None, 4, constraint=Constraint.json_object()))
     own.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc to read the memory from")
+def test_a_short_text_takes_a_little_of_a_large_cache(adapters: Adapters) -> None:
+    """With pages of 2 MiB it took one for each head, layer and side."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    expected(adapters, Request([5, 6, 7], None, 2))  # what is made once
+    with Engine(adapters, limits=Limits(cache_tokens=4_000_000)) as engine:
+        before = resident()
+        engine.generate([Request([5, 6, 7], None, 2)])
+        assert resident() - before < 4 << 20

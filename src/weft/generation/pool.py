@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,12 +65,17 @@ class Pool:
 def _zeros(like: Tensor, size: int) -> Tensor:
     """Zeros [heads, size, head_dim], because what a mask hides is still multiplied by 0.
 
-    On a CPU the system gives their memory when it is used, so that a large cache costs nothing before.
+    On a CPU the system gives their memory when it is used, so that a large cache costs nothing before: in small pages,
+    for a text has one place in each head, and with pages of 2 MiB a short one would take hundreds of them.
     """
     shape = (like.shape[0], size, like.shape[2])
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 @dataclass(frozen=True)
