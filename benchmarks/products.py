@@ -56,9 +56,9 @@ def main() -> None:
     lines = [
         "# Linears in 16 and 4 bits on a CPU", "",
         f"`python benchmarks/products.py`, {datetime.date.today()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. Milliseconds, the fastest of {options.rounds}; "
-        "ratio: theirs / ours. Below eight rows ours is theirs.", "",
-        "| weight | kept in | rows | forward, theirs | ours | ratio | and the input's gradient, theirs | ours | ratio |",
+        f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. Milliseconds, the fastest of "
+        f"{options.rounds}; ratio: theirs / ours. Below eight rows ours is theirs.", "",
+        "| weight | kept in | rows | forward, theirs | ours | ratio | and backward, theirs | ours | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for inner, outer in SHAPES:

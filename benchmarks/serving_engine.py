@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 
-from speed_setting import Shape, build_model
+from speed_setting import SHAPES, build_model
 from weft.api import Adapters
 from weft.assets import model_path
 from weft.generation import Engine, Limits, Request
 from weft.methods import METHODS
 from weft.models import describe
 
-SHAPES = {"160m": Shape(768, 2048, 12, 12)}
 # Eight methods, each with its defaults; what they need to be told stands here.
 NAMES = ("lora", "adalora", "ia3", "bitfit", "prompt_tuning", "p_tuning", "prefix_tuning", "bottleneck")
 SETTINGS: dict[str, dict[str, Any]] = {

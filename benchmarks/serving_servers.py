@@ -33,10 +33,9 @@ from typing import Any
 import httpx
 import torch
 
-from speed_setting import SHAPES, Shape, build_model
+from speed_setting import SHAPES, build_model
 from weft.assets import model_path
 
-ALL = {**SHAPES, "160m": Shape(768, 2048, 12, 12)}
 WORDS = (
     "the", "loom", "keeps", "its", "warp", "fixed", "and", "weaves", "many", "wefts", "through", "it", "while",
     "people", "look", "on", "talk", "of", "old", "bridges",
@@ -70,7 +69,7 @@ def write_model(shape: str, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path("tiny-llama"), trust_remote_code=False)
-    model: Any = build_model(replace(ALL[shape], vocabulary=len(tokenizer)))
+    model: Any = build_model(replace(SHAPES[shape], vocabulary=len(tokenizer)))
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     with torch.no_grad():
         for token, text in enumerate(texts):
@@ -187,7 +186,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def main() -> None:
     """Print the table, and write it to a file."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", default="160m", choices=ALL)
+    parser.add_argument("--shape", default="160m", choices=SHAPES)
     parser.add_argument("--clients", default="1,4,16")
     parser.add_argument("--each", type=int, default=4, help="requests of every client")
     parser.add_argument("--rounds", type=int, default=1)

@@ -37,7 +37,7 @@ class Shape:
     vocabulary: int = 32_000
 
 
-SHAPES = {"1.26b": Shape(2048, 5632, 22, 32), "tiny": Shape(64, 176, 2, 4)}
+SHAPES = {"1.26b": Shape(2048, 5632, 22, 32), "160m": Shape(768, 2048, 12, 12), "tiny": Shape(64, 176, 2, 4)}
 
 
 def build_model(shape: Shape, seed: int = 0) -> Any:

@@ -132,7 +132,7 @@ def report(runs: Runs, args: argparse.Namespace) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("tiny", "1.26b"), default="1.26b")
+    parser.add_argument("--shape", choices=("tiny", "160m", "1.26b"), default="1.26b")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["gemm", "defaults", "expert", "weft"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
