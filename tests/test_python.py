@@ -74,10 +74,7 @@ def test_a_file_a_mapping_keywords_and_a_configuration_mean_one_thing(
     [
         ({"learning_rat": 1e-3}, "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
         ({"method": "lorra"}, "no method named 'lorra'. Did you mean 'lora'?"),
-        (
-            {"lr_scheduler_type": "cosin"},
-            "expected one of constant, linear, cosine, not 'cosin'. Did you mean 'cosine'?",
-        ),
+        ({"optimizer": "adamv"}, "lion, sgd, apollo, not 'adamv'. Did you mean 'adamw'?"),
         ({"steps": True}, "steps: expected a whole number, not true."),
         ({"data": [{"instruction": "a", "output": "b"}]}, "Records are read from files"),
         ({"model": "tiny-lama"}, "no model at 'tiny-lama'. Did you mean 'tiny-llama'?"),

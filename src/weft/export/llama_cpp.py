@@ -120,7 +120,7 @@ def compare(path: Path, expected: Sequence[tuple[list[int], Tensor]], adapter: P
 
 
 def prove(path: Path, expected: Sequence[tuple[list[int], Tensor]], adapter: Path | None = None) -> LlamaCppProof:
-    """``compare``, for a file that was just written.
+    """``compare`` with logits [positions, tokens], for a file that was just written.
 
     Raises:
         UserError: It is another model.

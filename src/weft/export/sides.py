@@ -26,6 +26,7 @@ from weft.export.weights import Weights
 from weft.merge.model import merged_model
 from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears
+from weft.models import gate
 from weft.models.complete import named
 from weft.models.load import load_plain, load_tokenizer
 from weft.models.quantize import Quantization
@@ -347,18 +348,14 @@ def load_gguf(path: Path) -> GgufModel:
         UserError: It is damaged, its architecture is unknown, or it keeps matrices in a format that is not judged.
     """
     formats = gguf_file.matrix_formats(path)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
-        found = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **found)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **found)
+        model, tokenizer = gate.load_gguf(path)
     except Exception as error:  # transformers knows some architectures, and raises anything for others
         raise UserError(f"{path} is not read by transformers: {reason_of(error)}") from error
     coarsest = formats[-1]
     plain, matrix = NumberFormat(torch.float32), NumberFormat(*_GGUF[coarsest])
     own = {name: matrix if tensor.dim() >= 2 else plain for name, tensor in model.state_dict().items()}
-    return GgufModel(str(path), model.eval(), tokenizer, formats=own, format=f"GGUF in {' and '.join(formats)}")
+    return GgufModel(str(path), model, tokenizer, formats=own, format=f"GGUF in {' and '.join(formats)}")
 
 
 # The matrices of a file -> how transformers would keep them, and the quantisation.

@@ -102,6 +102,26 @@ def load_weights(auto: Any, source: str | Path, config: PreTrainedConfig, **opti
         return auto.from_pretrained(source, config=config, trust_remote_code=False, use_safetensors=True, **options)
 
 
+def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file in 32 bits, and its tokenizer.
+
+    Raises:
+        Exception: transformers' own, for a file that it does not read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = path.parent, path.name
+    with no_questions():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, gguf_file=name, trust_remote_code=False, local_files_only=True
+        )
+    return model.eval(), tokenizer
+
+
 def check_folder(source: str | Path, config: PreTrainedConfig) -> None:
     """Refuse early, for a folder with its weights in it, some of what ``load_weights`` refuses."""
     folder = Path(source)

@@ -37,7 +37,7 @@ class FourBitRows:
         return (self.state.shape[0], self.state.shape[1])
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """As ``Rows`` has it. A piece begins where a block of the quantisation does."""
+        """As ``Rows`` has it, [n, in] each. A piece begins where a block of the quantisation does."""
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
         (rows, columns), block = self.shape, self.state.blocksize
