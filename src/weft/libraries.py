@@ -33,6 +33,12 @@ def multiplies_sixteen_bits(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and any(bool(getattr(torch.cpu, ask, lambda: False)()) for ask in asks)
 
 
+def has_kernel(operator: str, device: torch.device) -> bool:
+    """Whether an operator of a library that is imported, ``library::name``, runs on a device."""
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.type.upper())
+    return found
+
+
 def cache_name(forward: Callable[..., object]) -> str | None:
     """The parameter of a model's (or an attention's) forward that takes its cache; None if it has none."""
     parameters = inspect.signature(forward).parameters

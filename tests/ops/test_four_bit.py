@@ -34,7 +34,11 @@ def test_equals_the_whole_weight(
 ) -> None:
     monkeypatch.setattr(products, "_PIECE", 100)
     count, inner, outer = shape
-    rows = made(outer, inner, dtype, **options)
+    try:
+        rows = made(outer, inner, dtype, **options)
+    except RuntimeError:
+        assert inner * outer % 2
+        pytest.skip("this bitsandbytes packs no odd number of weights")
     block = rows.state.blocksize
     assert len(list(rows.pieces())) > 1 or outer <= block // math.gcd(block, inner), "pieces begin where blocks do"
     generator = torch.Generator().manual_seed(2)

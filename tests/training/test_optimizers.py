@@ -12,11 +12,17 @@ from tests import kit
 from torch import Tensor, nn
 
 from weft.errors import UserError
+from weft.libraries import has_kernel
 from weft.ops.seeds import stable_seed
 from weft.training import JobConfig
 from weft.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from weft.training.optimizers import OPTIMIZERS, paged, tensor_bytes
+from weft.training.optimizers.eight_bit import KERNEL
 
+CPU = torch.device("cpu")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+OLD = not has_kernel(KERNEL, CPU)
+USABLE = [name for name in OPTIMIZERS if not (OLD and "8bit" in name)]
 ARGS: dict[str, dict[str, Any]] = {
     "sgd": {"nesterov": True},
     "adafactor": {"beta1": 0.5},
@@ -53,7 +59,7 @@ def made(name: str, parameters: list[nn.Parameter], **more: Any) -> torch.optim.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", USABLE)
 def test_the_state_comes_back_to_the_bit(name: str, dtype: torch.dtype) -> None:
     if dtype == torch.float64 and "8bit" in name:
         pytest.skip("it has no form for float64")
@@ -73,7 +79,7 @@ def test_the_state_comes_back_to_the_bit(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", USABLE)
 def test_the_bytes_of_the_state(name: str) -> None:
     parameters = begun()
     optimizer = made(name, parameters)
@@ -86,7 +92,7 @@ def test_the_bytes_of_the_state(name: str) -> None:
         assert kind.state_bytes(config(name), large) <= 0.26 * 2 * tensor_bytes(large), "a quarter of AdamW's"
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name", [name for name in ("adamw", "adamw_8bit") if name in USABLE])
 def test_pages_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[int] = []
     plain = paged.mapped_zeros
@@ -134,8 +140,8 @@ def test_lion_is_that_of_the_paper() -> None:
     assert kit.difference(parameters, wanted) < 1e-12
 
 
+@pytest.mark.skipif(OLD, reason="this bitsandbytes has no optimizers for CPUs")
 def test_lion_equals_bitsandbytes() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     ours, theirs = begun(), begun()
     run(made("lion", ours, adam_betas=(0.9, 0.98)), ours, range(4))
     groups = [{"params": [p], "lr": 0.02 if i == 1 else 0.01, "weight_decay": 0.0 if i == 1 else 0.1}
@@ -201,6 +207,12 @@ def test_a_missing_package_is_told_with_the_configuration(monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r'paged_adamw_8bit needs bitsandbytes: pip install "weft\[quant\]"'):
         config("paged_adamw_8bit")
+
+
+def test_a_bitsandbytes_without_kernels_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.training.optimizers.eight_bit.has_kernel", lambda *_: False)
+    with pytest.raises(UserError, match=r"no 8-bit optimizer for cpu.*pip install --upgrade"):
+        made("adamw_8bit", begun())
 
 
 @pytest.mark.parametrize(

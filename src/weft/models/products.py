@@ -45,8 +45,8 @@ class _PiecewiseFourBit(Mixin):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or x.dtype
         state = self.weight.quant_state
-        ours = state is not None and tuple(state.shape[1:]) == x.shape[-1:] and in_pieces_of_four_bits(x, dtype)
-        if not ours or getattr(state, "packing_format_for_cpu", False):
+        fits = state is not None and state.shape[1] == x.shape[-1]
+        if not (fits and in_pieces_of_four_bits(x, dtype)) or getattr(state, "packing_format_for_cpu", False):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return four_bit_linear(x.to(dtype), FourBitRows(self.weight.data, state, dtype), bias).to(x.dtype)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from weft.errors import UserError
+from weft.libraries import has_kernel
 from weft.training.optimizers.kind import Groups, OptimizerKind, Settings
 
 # bitsandbytes keeps smaller tensors in 32 bits, and a scale for each block of larger ones.
 SMALLEST, BLOCK = 4096, 256
+KERNEL = "bitsandbytes::optimizer_update_8bit_blockwise"
 _MAPS = 2 * 256 * 4  # bytes of the two tables of values, which every tensor's state names
 
 
@@ -27,7 +29,7 @@ class AdamW8Bit(OptimizerKind):
         """bitsandbytes' AdamW8bit.
 
         Raises:
-            UserError: The parameters are float64.
+            UserError: The parameters are float64, or bitsandbytes is too old for where they are.
         """
         return self.class_for(groups)(list(groups), betas=config.adam_betas, eps=config.adam_epsilon)
 
@@ -42,10 +44,16 @@ class AdamW8Bit(OptimizerKind):
         Raises:
             UserError: As ``make``.
         """
-        from bitsandbytes.optim import AdamW8bit
-
         if any(p.dtype == torch.float64 for group in groups for p in group["params"]):
             raise UserError(f"optimizer: {self.name} has no form for float64; take adamw, or dtype: float32.")
+        from bitsandbytes.optim import AdamW8bit
+
+        device = next(p.device for group in groups for p in group["params"])
+        if not has_kernel(KERNEL, device):
+            raise UserError(
+                f"optimizer: {self.name}: the installed bitsandbytes has no 8-bit optimizer for {device.type}, and a "
+                "newer one has: pip install --upgrade bitsandbytes."
+            )
         return AdamW8bit
 
     def state_bytes(self, config: Settings, parameters: Iterable[Tensor]) -> int:
