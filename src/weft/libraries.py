@@ -7,6 +7,7 @@ version numbers. Between transformers 5.17 and 5.24 the argument and the output 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -29,8 +30,13 @@ def multiplies_sixteen_bits(device: torch.device, dtype: torch.dtype) -> bool:
     takes ten times as long."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
+    return dtype == torch.bfloat16 and _has_bfloat16()
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
     asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return dtype == torch.bfloat16 and any(bool(getattr(torch.cpu, ask, lambda: False)()) for ask in asks)
+    return any(bool(getattr(torch.cpu, ask, lambda: False)()) for ask in asks)
 
 
 def has_kernel(operator: str, device: torch.device) -> bool:

@@ -1,8 +1,13 @@
-"""The memory of the machine, as far as the system says it."""
+"""The memory of the machine, as far as the system says it, and memory that is freed and used again."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 _MEMORY = Path("/proc/meminfo")
@@ -36,3 +41,43 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):  # "max": there is no limit
         return None
+
+
+# The parameters of mallopt and glibc's own defaults (malloc.h).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_DEFAULT_THRESHOLD, _LARGEST_MMAP_THRESHOLD, _NEVER = 128 * 1024, 32 * 1024 * 1024, -1
+_KEEPING, _LOCK = [0], threading.Lock()  # how many blocks ask for it now
+
+
+@contextlib.contextmanager
+def freed_memory_kept(device: str) -> Iterator[None]:
+    """Keep freed memory in the process inside the block, on a CPU under glibc, and give it back after the last of them.
+
+    Every step allocates the same activations. glibc would map them anew and let the kernel clear every page each time:
+    6 % of a training's tokens per second at the 1.26 B shape, and four tenths of those of sixteen rows that are
+    written at 160M. Elsewhere, and with ``device`` cuda, this does nothing.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device == "cpu" else None
+    if libc is None or getattr(libc, "mallopt", None) is None or getattr(libc, "malloc_trim", None) is None:
+        yield
+        return
+    with _LOCK:
+        _KEEPING[0] += 1
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _KEEPING[0] -= 1
+            if not _KEEPING[0]:
+                libc.mallopt(_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+                libc.mallopt(_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+                libc.malloc_trim(0)
+
+
+def share_one_heap() -> None:
+    """Let threads that come from now on share one heap, under glibc: what one frees, others use."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and getattr(libc, "mallopt", None) is not None:
+        libc.mallopt(_ARENA_MAX, 1)

@@ -7,7 +7,8 @@ import platform
 import pytest
 import torch
 
-from weft.training.memory import freed_memory_kept, peak_memory
+from weft.machine import freed_memory_kept
+from weft.training.memory import peak_memory
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def test_peak_memory_is_in_bytes() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to keep memory")
 def test_memory_is_given_back_afterwards() -> None:
     before = resident()
-    with freed_memory_kept(CPU):
+    with freed_memory_kept("cpu"):
         tensors = [torch.ones(4 * 2**20) for _ in range(16)]  # 16 MiB each, below the largest threshold
         del tensors
         kept = resident() - before

@@ -31,6 +31,7 @@ from weft.generation.way import Way, counts_of
 from weft.generation.ways import Ways
 from weft.generation.writer import Writer
 from weft.layouts.building import check_ids
+from weft.machine import freed_memory_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,7 +136,8 @@ class Engine:
         try:
             for index, request in enumerate(requests):
                 answers.append(self._begin(request, Answer(request, self, _heard_as(index, on_token))))
-            return [answer.result() for answer in answers]
+            with freed_memory_kept(self.adapters.device.type):
+                return [answer.result() for answer in answers]
         except BaseException:
             for answer in answers:
                 answer.cancel()
@@ -230,6 +232,10 @@ class Engine:
     # What a step does.
 
     def _serve(self) -> None:
+        with freed_memory_kept(self.adapters.device.type):
+            self._compute()
+
+    def _compute(self) -> None:
         while True:
             with self._arrived:
                 while not (self._closed or self._waiting or self._where or self._calls):

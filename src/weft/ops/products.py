@@ -33,9 +33,10 @@ def products_in(x: Tensor) -> torch.dtype:
 
 def in_pieces(a: Tensor, b: Tensor) -> bool:
     """Whether the product of a [N, K] and b [K, O] is faster in fp32."""
-    if multiplies_sixteen_bits(a.device, a.dtype) or torch.compiler.is_compiling():
+    # The cheap questions first: a step of a text asks for every linear.
+    if a.shape[0] < _FEW or a.dtype.itemsize != 2 or a.numel() * b.shape[1] < _SMALL:
         return False
-    return len(a) >= _FEW and a.numel() * b.shape[1] >= _SMALL
+    return not (multiplies_sixteen_bits(a.device, a.dtype) or torch.compiler.is_compiling())
 
 
 class Rows(Protocol):

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weft.errors import UserError
+from weft.machine import share_one_heap
 from weft.serve.app import make_app
 from weft.serve.envelope import bad_request, json_bytes
 from weft.serve.health import Health
@@ -69,6 +70,7 @@ def run(settings: ServeSettings, listening: socket.socket, load: Load, on_ready:
     Raises:
         UserError: What ``load`` or ``on_ready`` raises.
     """
+    share_one_heap()
     server = Server(settings, load, on_ready)
     server.run([listening])
     endpoints = server.health.endpoints

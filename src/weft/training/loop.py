@@ -13,9 +13,10 @@ import torch
 from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.files.run_folder import RunStore
+from weft.machine import freed_memory_kept
 from weft.objectives.passes import evaluate
 from weft.training.job import Job
-from weft.training.memory import freed_memory_kept, peak_memory
+from weft.training.memory import peak_memory
 from weft.training.settings import eval_key
 from weft.training.step import StepResult, train_step
 from weft.training.verify import verify_packing
@@ -114,7 +115,7 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train until all jobs have ended, or until ``should_stop``."""
-        with freed_memory_kept(self.adapters.device):
+        with freed_memory_kept(self.adapters.device.type):
             return self._run()
 
     def _run(self) -> TrainResult:
