@@ -32,10 +32,11 @@ def file_of(folder: Path, kind: str, path: Path) -> str:
 def test_a_file_is_the_model_that_it_was_made_of(kind: str, tmp_path: Path) -> None:
     base = model_path("tiny-llama")
     file = file_of(base, kind, tmp_path / "model.gguf")
-    for one, other in ((str(base), file), (file, str(base))):
-        verdict = verify_sides(one, other)
-        assert verdict.equal, verdict.differences
-        assert f"GGUF in {kind}" in " ".join(verdict.lines())
+    # The file is A in every second case.
+    sides = (str(base), file) if list(FORMATS).index(kind) % 2 else (file, str(base))
+    verdict = verify_sides(*sides)
+    assert verdict.equal, verdict.differences
+    assert f"GGUF in {kind}" in " ".join(verdict.lines())
 
 
 @pytest.mark.parametrize("fault", ["scale", "half", "template", "tokenizer"])

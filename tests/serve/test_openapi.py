@@ -17,6 +17,11 @@ from weft.serve.openapi import OPERATIONS
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: weft[dev] has it")
 from schemathesis import GenerationMode  # noqa: E402
 from schemathesis.checks import CHECKS, load_all_checks  # noqa: E402
+from schemathesis.specs.openapi import schemas  # noqa: E402
+
+# pytest compiles this module anew when it is imported. Beside a server's threads Python 3.11 has failed at that
+# ("AST constructor recursion depth mismatch"), so that it is imported before they run.
+del schemas
 
 Serve = Callable[..., AbstractContextManager[Running]]
 KEY = "a-key-of-the-tests"
