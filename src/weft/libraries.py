@@ -26,17 +26,17 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def multiplies_sixteen_bits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of small matrices in this dtype are as fast as in 32 bits. A CPU without instructions for them
-    takes ten times as long."""
+    """Whether torch has kernels for products in this dtype here: oneDNN's, which needs a CPU's instructions. Without
+    them it goes number by number. Where it cannot be asked, the product is left to torch."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
-    return dtype == torch.bfloat16 and _has_bfloat16()
+    return _has_kernels("bf16" if dtype == torch.bfloat16 else "fp16")
 
 
 @functools.cache
-def _has_bfloat16() -> bool:
-    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, ask, lambda: False)()) for ask in asks)
+def _has_kernels(kind: str) -> bool:
+    asks = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
+    return True if asks is None else bool(asks())
 
 
 def has_kernel(operator: str, device: torch.device) -> bool:

@@ -54,4 +54,6 @@ def test_what_is_asked() -> None:
     cpu = torch.device("cpu")
     assert multiplies_sixteen_bits(cpu, torch.float32)
     assert multiplies_sixteen_bits(torch.device("cuda"), torch.bfloat16)
-    assert not multiplies_sixteen_bits(cpu, torch.float16)
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        asked = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")
+        assert multiplies_sixteen_bits(cpu, dtype) == asked()

@@ -99,6 +99,19 @@ def test_a_frozen_weight_and_a_frozen_input(flipped: bool) -> None:
         trained.requires_grad_(False)
 
 
+@pytest.mark.usefixtures("_machine")
+def test_inference_mode_leaves_nothing_behind() -> None:
+    """The memory of a piece outlives the call that made it."""
+    products._SCRATCH.__dict__.clear()
+    x, weight = drawn(9, 8, dtype=torch.bfloat16), drawn(8, 8, dtype=torch.bfloat16, seed=1)
+    with torch.inference_mode():
+        inside = linear(x, weight)
+    x.requires_grad_()
+    outside = linear(x, weight)
+    outside.sum().backward()
+    assert torch.equal(inside, outside)
+
+
 def test_what_is_small_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "multiplies_sixteen_bits", lambda *_: False)
     monkeypatch.setattr(products, "_transposed", lambda *_: pytest.fail("a few rows are faster as they are"))

@@ -1,8 +1,8 @@
 """Matrix products in 16 bits, also on a CPU that has no instructions for them.
 
-There torch multiplies number by number: from eight rows on, the same product is faster in fp32, at 256 rows four times
-(``benchmarks/results/products_*``). The larger factor, which is a weight as a rule, is widened piece by piece: a piece
-fits the cache, and nothing of it is kept. Sums are fp32 either way, and the result is rounded once.
+There torch multiplies number by number, and from eight rows on the same product is faster in fp32
+(``benchmarks/results/products_*`` says how much). The larger factor, which is a weight as a rule, is widened piece by
+piece: a piece fits the cache, and nothing of it is kept. Sums are fp32 either way, and the result is rounded once.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def scratch(numbers: int) -> Tensor:
     What is new, the kernel clears page by page, and that takes as long as the product.
     """
     if not hasattr(_SCRATCH, "numbers") or len(_SCRATCH.numbers) < numbers:
-        _SCRATCH.numbers = torch.empty(numbers, device="cpu")
+        with torch.inference_mode(False):  # what is made inside it could not be written to outside
+            _SCRATCH.numbers = torch.empty(numbers, device="cpu")
     found: Tensor = _SCRATCH.numbers[:numbers]
     return found
 
