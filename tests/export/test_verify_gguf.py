@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import kit
+from tests.conftest import make_tokenizer
+from transformers import LlamaForCausalLM
 
 from weft.assets import model_path
 from weft.errors import UserError
@@ -18,7 +21,6 @@ from weft.export import compare, gguf_file
 from weft.export.compare import verify_sides
 from weft.export.gguf_file import FORMATS, write_gguf
 from weft.export.gguf_model import gguf_model
-from weft.export.number_format import NumberFormat
 
 gguf = pytest.importorskip("gguf")
 
@@ -70,16 +72,17 @@ def test_a_planted_fault_is_named(fault: str, tmp_path: Path) -> None:
     assert wanted[fault] in verdict.differences[0]
 
 
-def test_rounding_of_q8_0_is_that_of_the_package() -> None:
-    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    weight[2, :32] = 0
-    kind = gguf.GGMLQuantizationType.Q8_0
-    wanted = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind)
-    found = NumberFormat(torch.float32, "q8_0").rounded(weight)
-    # A number on the border of two steps may fall on either.
-    assert float((found - torch.tensor(wanted)).abs().max()) <= float(weight.abs().max()) / 127
-    assert ((found - torch.tensor(wanted)).abs() > 1e-6).float().mean() < 0.01
-    assert not found[2, :32].any()
+def test_rows_that_q8_0_cannot_divide(tmp_path: Path) -> None:
+    """Such matrices are f16 in a file of q8_0."""
+    config = kit.model_config("llama")
+    config.intermediate_size, config.vocab_size = 40, len(tokenizer := make_tokenizer())
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    file = file_of(tmp_path / "model", "q8_0", tmp_path / "model.gguf")
+    verdict = verify_sides(str(tmp_path / "model"), file)
+    assert verdict.equal, verdict.differences
+    assert "GGUF in f16 and q8_0" in " ".join(verdict.lines())
 
 
 def test_llama_cpp_is_asked_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +112,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "is no GGUF file" in told(verify_sides, "tiny-llama", str(junk))
     assert "cannot be read as GGUF" in told(verify_sides, "tiny-llama", str(cut))
     assert "B is a GGUF file" in told(verify_sides, "tiny-llama", file, quantization="nf4")
-    monkeypatch.setitem(gguf_file.FORMATS, "q8_0", "Q4_0")
-    monkeypatch.setattr(gguf_file, "check_file", lambda *_: None)
-    coarse = file_of(model_path("tiny-llama"), "q8_0", tmp_path / "coarse.gguf")
+    with monkeypatch.context() as patch:
+        patch.setitem(gguf_file.FORMATS, "q8_0", "Q4_0")
+        patch.setattr(gguf_file, "check_file", lambda *_: None)
+        coarse = file_of(model_path("tiny-llama"), "q8_0", tmp_path / "coarse.gguf")
     assert "keeps matrices as Q4_0" in told(verify_sides, "tiny-llama", coarse)

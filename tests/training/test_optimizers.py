@@ -116,6 +116,14 @@ def test_pages_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == [], "files without names"
 
 
+def test_pages_where_the_system_cannot_be_asked_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(paged.os, "posix_fallocate")
+    found = paged.mapped_zeros(torch.zeros(700, 700), torch.float32, None)
+    assert found.shape == (700, 700)
+    assert not found.any()
+    found.fill_(1)
+
+
 def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

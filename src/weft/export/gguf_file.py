@@ -23,7 +23,9 @@ _LARGEST_HALF = 65504.0
 # A number in blocks of 8 bits lies within half a step, and a step is a 127th of the block's largest. The scale itself
 # is kept in 16 bits, which moves the 127th step by 127 / 2048 of a step more.
 _BLOCK_STEPS = (0.5 + 127 / 2048) / 127
+# The finest first.
 FORMATS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+Q8_0_BLOCK = 32  # numbers of a row beside one scale
 Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
 
 
@@ -74,7 +76,7 @@ class GgufContent:
         self.tensors[name] = tensor
         if tensor.dim() < 2:  # llama.cpp computes with vectors in 32 bits alone
             return
-        if kind == "q8_0" and tensor.shape[-1] % 32:
+        if kind == "q8_0" and tensor.shape[-1] % Q8_0_BLOCK:
             kind = "f16"
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
         if kind in ("f16", "q8_0") and largest > (_LARGEST_HALF if kind == "f16" else 127 * _LARGEST_HALF):
@@ -159,7 +161,7 @@ def matrix_formats(path: Path) -> list[str]:
         found = {one.tensor_type.name for one in gguf.GGUFReader(path).tensors if len(one.shape) > 1}
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise UserError(f"{path} cannot be read as GGUF: {error}") from None
-    known = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}
+    known = {theirs: ours for ours, theirs in FORMATS.items()}
     if not found or (strange := sorted(found - known.keys())):
         what = f"keeps matrices as {', '.join(strange)}" if found else "holds no matrices"
         raise UserError(f"{path} {what}; only {', '.join(known.values())} are judged, whose rounding is known.")
@@ -218,7 +220,7 @@ def _allowed(tensor: Tensor, kind: str) -> Tensor:
     if kind == "f32":
         return torch.zeros(())
     if kind == "q8_0":
-        blocks = tensor.unflatten(-1, (-1, 32)).abs()
+        blocks = tensor.unflatten(-1, (-1, Q8_0_BLOCK)).abs()
         largest = blocks.amax(-1, keepdim=True).expand_as(blocks).flatten(-2)
         half = torch.finfo(torch.float16)
         return largest * _BLOCK_STEPS * (1 + 1e-6) + 127 * half.smallest_normal * half.eps / 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.export.gguf_file import gguf_library
 from weft.methods.dense import kind_of
 
 
@@ -41,7 +42,10 @@ class NumberFormat:
             step = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
             return (weight / step).round() * step
         if self.quantization == "q8_0":
-            return _q8_0(weight)
+            gguf = gguf_library()
+            kind = gguf.GGMLQuantizationType.Q8_0
+            stored = gguf.quants.quantize(weight.detach().float().cpu().contiguous().numpy(), kind)
+            return torch.tensor(gguf.quants.dequantize(stored, kind)).to(weight)
         from bitsandbytes import functional
 
         packed, state = functional.quantize_4bit(
@@ -74,14 +78,6 @@ class NumberFormat:
         if self.exact:
             return torch.finfo(self.dtype).eps / 2 * rms(weight)
         return rms(self.moved(weight))
-
-
-def _q8_0(weight: Tensor) -> Tensor:
-    """Blocks of 32 numbers of a row, each in 8 bits beside a scale in float16; of a tensor [..., 32 n]."""
-    blocks = weight.float().unflatten(-1, (-1, 32))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    steps = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
-    return (steps * scale.half().float()).flatten(-2).to(weight.dtype)
 
 
 def rms(tensor: Tensor) -> float:

@@ -18,6 +18,7 @@ from weft.data.rendering.served import ids_elsewhere
 from weft.errors import UserError, reason_of
 from weft.export import gguf_file
 from weft.export.folder import open_trained, recast
+from weft.export.gguf_file import Q8_0_BLOCK
 from weft.export.number_format import NumberFormat, formats_in, words_of
 from weft.export.proof import plain_logits, routed_logits
 from weft.export.sources import Sources, adapter_folder
@@ -352,10 +353,16 @@ def load_gguf(path: Path) -> GgufModel:
         model, tokenizer = gate.load_gguf(path)
     except Exception as error:  # transformers knows some architectures, and raises anything for others
         raise UserError(f"{path} is not read by transformers: {reason_of(error)}") from error
-    coarsest = formats[-1]
-    plain, matrix = NumberFormat(torch.float32), NumberFormat(*_GGUF[coarsest])
-    own = {name: matrix if tensor.dim() >= 2 else plain for name, tensor in model.state_dict().items()}
+    own = {name: _gguf_format(tensor, formats) for name, tensor in model.state_dict().items()}
     return GgufModel(str(path), model, tokenizer, formats=own, format=f"GGUF in {' and '.join(formats)}")
+
+
+def _gguf_format(tensor: Tensor, formats: Sequence[str]) -> NumberFormat:
+    """The format of a tensor, of any shape, in a file with matrices in these formats: the coarsest that can hold it."""
+    if tensor.dim() < 2:
+        return NumberFormat(torch.float32)
+    fitting = [one for one in formats if one != "q8_0" or tensor.shape[-1] % Q8_0_BLOCK == 0]
+    return NumberFormat(*_GGUF[fitting[-1] if fitting else "f32"])
 
 
 # The matrices of a file -> how transformers would keep them, and the quantisation.

@@ -71,7 +71,9 @@ def _zeros(like: Tensor, size: int) -> Tensor:
     shape = (like.shape[0], size, like.shape[2])
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    # Elsewhere than on Windows an anonymous map is shared with children unless it is said otherwise.
+    own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), **own)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without large pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)

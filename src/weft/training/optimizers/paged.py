@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from weft.training.optimizers.kind import Groups, Settings
 
 # What is smaller stays in memory: a page is what the system moves.
 _SMALLEST = 1 << 16
+_WRITTEN = 1 << 20  # bytes at once, where the system cannot be asked for room
 
 
 def mapped_zeros(like: Tensor, dtype: torch.dtype, folder: str | None) -> Tensor:
@@ -38,7 +39,7 @@ def mapped_zeros(like: Tensor, dtype: torch.dtype, folder: str | None) -> Tensor
         return torch.zeros(like.shape, dtype=dtype, device=like.device)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a page without room on the disk would kill the process later
+            _reserve(file, size)
             numbers = mmap.mmap(file.fileno(), size)
     except OSError as error:
         where = folder or tempfile.gettempdir()
@@ -48,6 +49,16 @@ def mapped_zeros(like: Tensor, dtype: torch.dtype, folder: str | None) -> Tensor
             "{folder: PATH}."
         ) from None
     return torch.frombuffer(numbers, dtype=dtype).view(like.shape)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take room on the disk: a page that finds none later would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, _WRITTEN):
+        file.write(bytes(min(_WRITTEN, size - start)))
+    file.flush()
 
 
 class _PagedAdamW(torch.optim.AdamW):
@@ -82,7 +93,10 @@ class PagedAdamW(AdamW):
     """AdamW in pages."""
 
     name = "paged_adamw"
-    about = "its moments lie in files that the system may write out, in `folder` (that of temporary files)"
+    about = (
+        "its moments lie in files that the system may write out, in `folder` (that of temporary files; one that is "
+        "itself in memory saves nothing)"
+    )
     folder: str | None = Field(None)
 
     def make(self, config: Settings, groups: Groups) -> torch.optim.Optimizer:
