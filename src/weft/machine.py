@@ -43,9 +43,10 @@ def _number(path: Path) -> int | None:
         return None
 
 
-# The parameters of mallopt and glibc's own defaults (malloc.h).
+# The parameters of mallopt (malloc.h). glibc raises the thresholds by itself up to these two, but no longer once it was
+# told one; so they, and not those of its beginning, are what a program has afterwards.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-_DEFAULT_THRESHOLD, _LARGEST_MMAP_THRESHOLD, _NEVER = 128 * 1024, 32 * 1024 * 1024, -1
+_LARGEST_MMAP_THRESHOLD, _LARGEST_TRIM_THRESHOLD, _NEVER = 32 << 20, 64 << 20, -1
 _KEEPING, _LOCK = [0], threading.Lock()  # how many blocks ask for it now
 
 
@@ -71,8 +72,7 @@ def freed_memory_kept(device: str) -> Iterator[None]:
         with _LOCK:
             _KEEPING[0] -= 1
             if not _KEEPING[0]:
-                libc.mallopt(_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
-                libc.mallopt(_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+                libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
                 libc.malloc_trim(0)
 
 

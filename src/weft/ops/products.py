@@ -21,7 +21,8 @@ from weft.ops.autograd import Context
 
 # Numbers of a piece: 4 MiB in fp32.
 _PIECE = 1 << 20
-# Rows, and multiplications in all, below which torch's own product is faster.
+# Rows, if the weight lies transposed, and multiplications in all, below which torch's own product is faster. A weight
+# that lies as it is (the gradient of an input) is slow from the first row on: 27 ms at 2048 x 2048.
 _FEW, _SMALL = 8, 1 << 20
 _SCRATCH = threading.local()
 
@@ -34,9 +35,14 @@ def products_in(x: Tensor) -> torch.dtype:
 def in_pieces(a: Tensor, b: Tensor) -> bool:
     """Whether the product of a [N, K] and b [K, O] is faster in fp32."""
     # The cheap questions first: a step of a text asks for every linear.
-    if a.shape[0] < _FEW or a.dtype.itemsize != 2 or a.numel() * b.shape[1] < _SMALL:
+    return not (a.shape[0] < _FEW and b.stride(0) == 1) and _is_slow(a, a.numel() * b.shape[1])
+
+
+def _is_slow(x: Tensor, multiplications: int) -> bool:
+    """Whether so many multiplications of numbers like those of x [...] take torch long."""
+    if x.dtype.itemsize != 2 or multiplications < _SMALL:
         return False
-    return not (multiplies_sixteen_bits(a.device, a.dtype) or torch.compiler.is_compiling())
+    return not (multiplies_sixteen_bits(x.device, x.dtype) or torch.compiler.is_compiling())
 
 
 class Rows(Protocol):
@@ -157,14 +163,22 @@ class _Product(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor, *, flipped: bool = False) -> Tensor:
     """``x W`` of x [..., in] and W [in, out], or ``x W^T`` of W [out, in] if ``flipped``: [..., out], in one dtype."""
     rows = x.reshape(-1, x.shape[-1])
-    if not in_pieces(rows, weight.t() if flipped else weight):
+    if not _in_node(rows, weight, flipped):
         return torch.nn.functional.linear(x, weight) if flipped else x @ weight
     return _Product.apply(rows, weight, flipped).view(*x.shape[:-1], -1)
 
 
+def _in_node(rows: Tensor, weight: Tensor, flipped: bool) -> bool:
+    """Whether the product of rows [N, in] is faster in fp32, or the gradient that goes back to them."""
+    if in_pieces(rows, weight.t() if flipped else weight):
+        return True
+    goes_back = flipped and rows.requires_grad and torch.is_grad_enabled()
+    return goes_back and _is_slow(rows, rows.shape[0] * weight.numel())
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` of x [..., in], W [out, in] and bias [out]: [..., out], in one dtype."""
-    if not in_pieces(x.reshape(-1, x.shape[-1]), weight.t()):
+    if not _in_node(x.reshape(-1, x.shape[-1]), weight, True):
         return torch.nn.functional.linear(x, weight, bias)
     y = product(x, weight, flipped=True)
     return y if bias is None else y + bias
