@@ -124,7 +124,7 @@ def _check(words: list[str], model: str | None, data: str | None) -> RunConfig:
 
 
 def _settings(words: list[str], model: str | None, data: str | None) -> RunConfig:
-    from weft.cli.train import _settings as settings_of
+    from weft.cli.train import settings_of
 
     flags: dict[str, Any] = {key: value for key, value in (("model", model), ("data", data)) if value is not None}
     if not words and not flags:

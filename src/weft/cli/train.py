@@ -53,19 +53,24 @@ def train(
     session = Session(quiet=quiet)
     with session.open():
         early.refuse(lambda: _check(config or [], given))
-        settings = _settings(config or [], given)
+        settings = settings_of(config or [], given)
         return _run(settings, session, as_json=as_json, quiet=quiet)
 
 
 def _check(words: list[str], flags: Mapping[str, Any]) -> None:
     from weft.training.run import check_names, check_places
 
-    settings = _settings(words, flags)
+    settings = settings_of(words, flags)
     check_places(settings)
     check_names(settings)
 
 
-def _settings(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
+def settings_of(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
+    """The settings that the command line gives.
+
+    Raises:
+        UserError: They are none.
+    """
     from weft.training.config import config_of
 
     file = words[0] if words and "=" not in words[0] else None

@@ -33,12 +33,6 @@ from weft.training.settings import JobConfig
 _WITNESSES = 2**20
 
 
-def _witness(tensor: Tensor) -> str:
-    """A digest that shows whether a tensor has changed: of all its numbers, or of an even choice of them."""
-    stride = max(1, tensor.numel() // _WITNESSES)
-    return digest(tensor.detach().reshape(-1)[::stride])
-
-
 @dataclass
 class Progress:
     """The state of a job beside its tensors. It goes into every checkpoint as JSON."""
@@ -92,7 +86,7 @@ class Job:
         config.schedule.check(self.rate)
         self.parameters: list[nn.Parameter] = list(named.values())
         # A resumed job has the same ones, by its seed: the checkpoint's values are put back after this.
-        self._began = {n: _witness(p) for n, p in named.items()}
+        self._began = {n: self._witness(p) for n, p in named.items()}
         self._pulled = [decays(adapter, n) for n in named]
         self.progress = Progress(rates=self._rates(self._default_rate))
         self.optimizer = self._make_optimizer()
@@ -118,6 +112,11 @@ class Job:
         parts = self.adapter.parts
         part = parts[int(parameter.split(".")[1])] if parameter.startswith("part_modules.") else parts[0]
         return part.config.learning_rate(self.adapter.hidden_size)
+
+    def _witness(self, tensor: Tensor) -> str:
+        """A digest that shows whether a tensor [...] has changed: of all its numbers, or of an even choice of them."""
+        stride = max(1, tensor.numel() // _WITNESSES)
+        return digest(tensor.detach().reshape(-1)[::stride])
 
     @property
     def eval_sets(self) -> dict[str, Sequence[Sample]]:
@@ -237,7 +236,7 @@ class Job:
                    "no learned token sees what the adapter adds, as behind a sliding window that is shorter than the "
                    "text; take another method, or shorter texts")  # fmt: skip
             self._fail(f"every gradient was zero in {count}, so nothing was learned; {why}")
-        elif all(_witness(value) == self._began[name] for name, value in named.items()):
+        elif all(self._witness(value) == self._began[name] for name, value in named.items()):
             early = progress.ended == "early_stop" or self.best is not None
             self._fail(
                 "no evaluation was better than the one before the first step, so what would be kept is what it began "

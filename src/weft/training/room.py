@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from weft.errors import UserError
 from weft.files.run_folder import RunStore
@@ -27,7 +28,7 @@ def check_room(config: RunConfig, store: RunStore, jobs: Sequence[Job]) -> None:
     """
     if not config.check_disk_space:
         return
-    checkpoint, adapters = sum(job.checkpoint_bytes() + TEXTS for job in jobs), _adapters(jobs)
+    checkpoint, adapters = room_of(jobs)
     there = store.checkpoint_bytes()
     goes_on = config.resume and bool(there)
     # What an earlier run takes is free once it has been deleted; of one that goes on, a checkpoint is there already.
@@ -49,9 +50,17 @@ def check_room(config: RunConfig, store: RunStore, jobs: Sequence[Job]) -> None:
         )  # fmt: skip
 
 
-def _adapters(jobs: Sequence[Job]) -> int:
-    """The bytes of the finished adapters."""
-    return sum(tensor_bytes(job.adapter.parameters()) + TEXTS for job in jobs)
+class Room(NamedTuple):
+    """The bytes of a checkpoint and of the finished adapters."""
+
+    checkpoint: int
+    adapters: int
+
+
+def room_of(jobs: Sequence[Job]) -> Room:
+    """The room that the jobs need on a disk."""
+    adapters = sum(tensor_bytes(job.adapter.parameters()) + TEXTS for job in jobs)
+    return Room(sum(job.checkpoint_bytes() + TEXTS for job in jobs), adapters)
 
 
 def _free(folder: Path) -> int:

@@ -1,0 +1,73 @@
+"""What a run's process holds beside tensors: the interpreter, torch, transformers, the data.
+
+What is loaded by the time a plan is made, the plan finds in its own process. What loading a base and the first step add
+(more modules, threads, buffers of matrix products) is measured once on a machine, by a process of its own that trains
+an embedded base.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from weft.assets import instructions_path
+from weft.errors import UserError
+from weft.planning import kept
+
+_STATUS = Path("/proc/self/status")
+_RESIDENT, _MOST = "VmRSS:", "VmHWM:"
+
+
+def resident(most: bool = False) -> int:
+    """The bytes of this process in memory now, or the most it ever had; 0: the system does not say."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(_MOST if most else _RESIDENT)), 0)
+
+
+def growth(quantization: str | None) -> int:
+    """The bytes that loading a base and the first step add to a process that has read its data.
+
+    Raises:
+        UserError: The process that measures it does not end as it should.
+    """
+    known = kept.recall("library")
+    name = str(quantization)
+    if name not in known:
+        known[name] = _measured(name)
+        kept.keep("library", known)
+    return int(known[name])
+
+
+def _measured(quantization: str) -> float:
+    done = subprocess.run([sys.executable, "-m", __name__, quantization], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the memory that libraries take could not be measured: {done.stderr[-500:]}")
+    return float(done.stdout.split()[-1])
+
+
+def _train(quantization: str) -> int:
+    """Train an embedded base for two steps; returns what the process has grown by since it had read its data."""
+    from weft.planning.rehearsal import material
+    from weft.training.config import make_config
+    from weft.training.run import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(
+            {
+                "model": "tiny-llama", "data": str(instructions_path("train")), "limit": 64, "method": "lora",
+                "steps": 2, "output_dir": str(Path(folder) / "run"), "device": "cpu", "dtype": "bfloat16",
+                "quantization": None if quantization == "None" else quantization,
+            }
+        )  # fmt: skip
+        before = material(config).resident
+        train(config)
+    return resident(most=True) - before
+
+
+if __name__ == "__main__":
+    print(_train(sys.argv[1]))

@@ -1,0 +1,148 @@
+"""The plan of a run, made before a weight is loaded: memory by cause, disk, time, operations."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import KW_ONLY, asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.machine import memory
+from weft.models.quantize import num_parameters
+from weft.planning.library import growth, resident
+from weft.planning.memory import CAUSES, MemoryPlan, of_recording
+from weft.planning.rehearsal import Material, Rehearsal, rehearsed
+from weft.planning.timing import StepTime, times_of
+from weft.training.room import room_of
+from weft.training.settings import RunConfig
+
+# So many steps of a run are looked through for the fullest one.
+_STEPS = 20_000
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What is known of a job before it trains."""
+
+    name: str
+    method: str
+    trainable: int
+    samples: int
+    _: KW_ONLY
+    steps: int
+    tokens_per_step: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take. Bytes, seconds, floating-point operations.
+
+    Attributes:
+        worst: the step that takes the most memory, and the tokens of its largest pass.
+        longest: the tokens of the longest sample, below which no pass can be cut.
+        room: the memory that there is for the run; None: the system does not say.
+        disk: what two checkpoints and the adapters take; ``disk_free``: what the disk of the output has.
+        time: seconds of a mean step, of the whole run, and operations per step; None: they were not asked for.
+    """
+
+    parameters: int
+    device: str
+    jobs: tuple[JobPlan, ...]
+    _: KW_ONLY
+    memory: MemoryPlan
+    room: int | None
+    worst: tuple[int, int]
+    longest: int
+    steps: int
+    disk: int
+    disk_free: int
+    time: StepTime | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is there."""
+        return self.room is None or self.memory.total <= self.room
+
+    def json(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        found = asdict(self) | {"fits": self.fits}
+        found["memory"] = {"total": self.memory.total, **self.memory.by_cause}
+        found["worst"] = {"step": self.worst[0], "tokens": self.worst[1]}
+        return found
+
+
+def plan_of(made: Material, *, timed: bool = True, quick: bool = False) -> Plan:
+    """The plan of a run; the sketch of its base is used up. ``quick``: of its fullest step alone, for a comparison.
+
+    Raises:
+        UserError: As ``weft.training.run.prepare``.
+    """
+    parameters = num_parameters(made.sketch.model)
+    return rehearsed(made, lambda rehearsal: _plan(rehearsal, parameters, timed=timed, quick=quick), record=timed)
+
+
+def _plan(rehearsal: Rehearsal, parameters: int, *, timed: bool, quick: bool) -> Plan:
+    config, device = rehearsal.made.config, rehearsal.device.type
+    worst, largest = fullest_step(rehearsal)
+    if not quick:
+        rehearsal.evaluation()
+    sizes = rehearsal.sizes()
+    middle = sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 3]
+    # The middling one first: it makes the optimizer's state, as a step before the fullest one does.
+    steps = [(sizes[number], rehearsal.calls_of(number)) for number in dict.fromkeys((worst,) if quick else (middle, worst))]
+    found = of_recording(rehearsal.dry.recording, device)
+    library = rehearsal.made.resident + growth(config.quantization) if device == "cpu" else 0
+    own = {"weights": rehearsal.weight_bytes, "scales": rehearsal.scale_bytes, "adapters": rehearsal.adapter_bytes}
+    own |= {"library": library}
+    by_cause = {cause: (own | found).get(cause, 0) for cause in CAUSES}
+    needed = room_of(rehearsal.jobs)
+    return Plan(
+        parameters,
+        device,
+        tuple(_job(rehearsal, number) for number in range(len(rehearsal.jobs))),
+        memory=MemoryPlan(by_cause),
+        room=room(device),
+        worst=(worst, largest),
+        longest=max(length for job in rehearsal.jobs for length in job.batches.lengths),
+        steps=rehearsal.total_steps,
+        disk=2 * needed.checkpoint + needed.adapters,
+        disk_free=shutil.disk_usage(_there(config)).free,
+        time=times_of(steps, sizes, rehearsal.total_steps, device) if timed else None,
+    )
+
+
+def fullest_step(rehearsal: Rehearsal) -> tuple[int, int]:
+    """The step with the largest pass, of those with as large a one the one with most passes; and that pass's tokens."""
+    steps = range(min(rehearsal.total_steps, _STEPS))
+
+    def size(step: int) -> tuple[int, int, int]:
+        tokens = [sum(s.size for s in one) for one in rehearsal.passes_of(step)]
+        return max(tokens, default=0), len(tokens), -step
+
+    worst = max(steps, key=size)
+    return worst, size(worst)[0]
+
+
+def room(device: str) -> int | None:
+    """The bytes that a run could have: what is free, and what this process holds already."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    there = memory()
+    return None if there is None else there[0] + resident()
+
+
+def _there(config: RunConfig) -> Path:
+    folder = Path(config.output_dir).absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _job(rehearsal: Rehearsal, number: int) -> JobPlan:
+    job = rehearsal.jobs[number]
+    sizes = rehearsal.step_sizes(job)
+    return JobPlan(
+        job.name, job.config.method, job.adapter.num_trainable(), len(job.samples),
+        steps=job.total_steps, tokens_per_step=sum(sizes) / max(1, len(sizes)),
+    )  # fmt: skip

@@ -1,0 +1,225 @@
+"""A run that is rehearsed without numbers: its own code makes its steps, over a base and adapters without memory."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from weft.adapters import Adapters
+from weft.base.embeddings import input_embeddings
+from weft.core.layout import Counts
+from weft.core.stream import Part, Stream
+from weft.data import Sample
+from weft.libraries import multiplies_sixteen_bits
+from weft.models import Base
+from weft.models.products import install_products
+from weft.models.tasks import check_job
+from weft.objectives.passes import evaluate, passes
+from weft.planning.dry_run import Call, DryRun, without_memory
+from weft.planning.library import resident
+from weft.planning.quantized import empty_weights, swap_linears
+from weft.planning.way import ProvedWay, proved_way
+from weft.training.job import Job
+from weft.training.reader import JobData, Reader
+from weft.training.run import blank_adapter, check_names
+from weft.training.settings import RunConfig
+from weft.training.step import train_step
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of, less the weights: its configuration, the shapes of its base, and its data.
+
+    ``resident``: the bytes that this process held when it had read them.
+    """
+
+    config: RunConfig
+    sketch: Base
+    data: Sequence[JobData]
+    _: KW_ONLY
+    way: ProvedWay
+    resident: int
+
+    def with_config(self, config: RunConfig) -> Material:
+        """The same data and base for a configuration that differs in how the base is kept and the steps are made."""
+        return replace(self, config=config, sketch=self.way.on(config.sketch()))
+
+
+def material(config: RunConfig) -> Material:
+    """Read what a run is made of.
+
+    Raises:
+        UserError: As ``weft.training.run.prepare``.
+    """
+    places = check_names(config)
+    sketch = config.sketch()
+    renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
+    for job in config.jobs:
+        check_job(job.name, job.task, config.model, sketch.architecture)
+    read = Reader(config, renderer, sketch.architecture, places, token_rows=sketch.token_rows)
+    data = [read.job(job) for job in config.jobs]
+    way = proved_way(config)
+    return Material(config, way.on(sketch), data, way=way, resident=resident())
+
+
+class _DryAdapters(Adapters):
+    """They say what is going on."""
+
+    dry: DryRun
+
+    def run(self, parts: Sequence[Part]) -> tuple[Stream, Tensor]:
+        with self.dry.during("forward"):
+            return super().run(parts)
+
+    def losses(self, hidden: Tensor, targets: Tensor, rows: Counts) -> Tensor:
+        with self.dry.during("logits"):
+            return super().losses(hidden, targets, rows)
+
+
+class _DryJob(Job):
+    """It knows which pieces of memory are its gradients and its optimizer's state."""
+
+    dry: DryRun
+
+    def _witness(self, tensor: Tensor) -> str:
+        return ""  # it has no numbers
+
+    def update(self, tokens: int) -> float:
+        for parameter in self.parameters:
+            if parameter.grad is not None and (piece := self.dry.piece_of(parameter.grad)):
+                piece.cause = "gradients"
+        begun = self.dry.recording.events
+        with self.dry.during("update"):
+            found = super().update(tokens)
+        for piece in self.dry.recording.pieces:
+            if piece.taken >= begun and piece.freed is None:
+                piece.cause = "optimizer"
+        return found
+
+
+class Rehearsal:
+    """The jobs of a run over a base without memory. Use it inside ``rehearsed`` only.
+
+    Attributes:
+        weight_bytes: what the base's weights take in memory; ``scale_bytes``: the scales of those that are quantised.
+        adapter_bytes: what the adapters' tensors take.
+    """
+
+    def __init__(self, made: Material, dry: DryRun, device: torch.device) -> None:
+        self.made, self.dry, self.device = made, dry, device
+        config, base = made.config, made.sketch
+        self.dtype = input_embeddings(base.model).weight.dtype
+        if config.quantization is not None:
+            swap_linears(base.model, config.quantization, self.dtype)
+        self.adapters = _DryAdapters(
+            base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing
+        )
+        self.adapters.dry = dry
+        adapters = [
+            blank_adapter(self.adapters, job, data, base) for job, data in zip(config.jobs, made.data, strict=True)
+        ]
+        own = [module for adapter in adapters for module in adapter.modules()]
+        self.adapter_bytes = _bytes(own)
+
+        with torch.no_grad():
+            self.scale_bytes = empty_weights(base.model, dry.empty)
+        self.weight_bytes = _bytes(set(base.model.modules()) - set(own))
+        without_memory([*base.model.modules(), *own], dry.empty)
+        # It looks at the device of the weights, which are only now where they will be.
+        install_products(base.model, self.adapters.router)
+        with dry:
+            self.jobs = [
+                _DryJob(job, adapter, data.train, data.held, data.mixture, eval_sizes=data.sizes)
+                for job, adapter, data in zip(config.jobs, adapters, made.data, strict=True)
+            ]
+        for job in self.jobs:
+            job.dry = dry
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the longest job."""
+        return max(job.total_steps for job in self.jobs)
+
+    def passes_of(self, step: int) -> list[list[Sample]]:
+        """The samples of each pass of a step, of all jobs together."""
+        micros = [_micro_batches(job, step) for job in self.jobs if job.parameters and step < job.total_steps]
+        return [list(itertools.chain.from_iterable(one)) for one in itertools.zip_longest(*micros, fillvalue=[])]
+
+    def sizes(self) -> list[int]:
+        """The tokens of each step of the first epoch, of all jobs together."""
+        found = [self.step_sizes(job) for job in self.jobs if job.parameters]
+        return [sum(one) for one in itertools.zip_longest(*found, fillvalue=0)]
+
+    def step_sizes(self, job: Job) -> list[int]:
+        """The tokens of each of a job's steps in its first epoch."""
+        steps = range(min(job.total_steps, job.batches.steps_in(0)))
+        return [sum(job.batches.tokens(micro) for micro in job.batches[step]) for step in steps]
+
+    def calls_of(self, step: int) -> list[Call]:
+        """Make a step of the run; returns the operators that it calls, where they are recorded."""
+        active = [job for job in self.jobs if job.parameters and step < job.total_steps]
+        for job in active:
+            job.progress.step, job.progress.ended = step, None
+        begun = len(self.dry.recording.calls)
+        with self.dry, self.dry.during("backward"):
+            train_step(self.adapters, active)
+        return self.dry.recording.calls[begun:]
+
+    def evaluation(self) -> None:
+        """Make the largest pass of each job's evaluations."""
+        for job in self.jobs:
+            if job.eval_samples:
+                largest = max(passes(job.eval_samples, EVALUATED), key=lambda some: sum(s.size for s in some))
+                with self.dry, self.dry.during("evaluation"):
+                    evaluate(self.adapters, job.name, largest)
+
+
+EVALUATED = 4096
+
+
+def _micro_batches(job: Job, step: int) -> list[list[Sample]]:
+    return [[job.samples[i] for i in micro] for micro in job.batches[step]]
+
+
+def _bytes(modules: Sequence[nn.Module] | set[nn.Module]) -> int:
+    """The bytes of the modules' own parameters and buffers; those of a tensor that several share, once."""
+    tensors = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def rehearsed(made: Material, use: Callable[[Rehearsal], Found], *, record: bool = True) -> Found:
+    """What ``use`` finds in a rehearsal of the run, of which the sketch is used up.
+
+    It has a thread of its own, because code keeps memory for the next call by thread, which must be real.
+
+    Raises:
+        UserError: As ``weft.training.run.prepare``.
+    """
+    device = torch.device("cuda" if made.config.device == "auto" and torch.cuda.is_available() else "cpu")
+    if made.config.device not in ("auto", "cpu"):
+        device = torch.device(made.config.device)
+    for kind in (torch.bfloat16, torch.float16):
+        multiplies_sixteen_bits(device, kind)  # it asks the machine, where there is one
+    found: list[Found] = []
+    raised: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            found.append(use(Rehearsal(made, DryRun(device, record=record), device)))
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=act, name="rehearsal")
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return found[0]
