@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.ops import four_bit, products
+from weft.ops import four_bit, packed, products
 
 SHAPES = ((768, 2048), (2048, 2048), (2048, 5632))
 _BYTES = 200_000_000  # of the weights of one shape
@@ -105,10 +105,10 @@ def contestants(inner: int, outer: int) -> Sequence[Contestant]:
 
     def four(x: Tensor, number: int) -> Tensor:
         weight = some[number].weight
-        if not four_bit.in_pieces(x, x.dtype):
+        if not packed.in_pieces(x, x.dtype):
             found: Tensor = some[number](x)
             return found
-        return four_bit.four_bit_linear(x, four_bit.FourBitRows(weight.data, weight.quant_state, x.dtype))
+        return packed.packed_linear(x, four_bit.FourBitRows(weight.data, weight.quant_state, x.dtype))
 
     return [
         ("bfloat16", count, lambda x, i: nn.functional.linear(x, dense[i]), lambda x, i: products.linear(x, dense[i])),
