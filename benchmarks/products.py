@@ -1,4 +1,6 @@
-"""Linears in 16 and in 4 bits on this CPU: torch's or bitsandbytes' own product, and ours piece by piece in fp32.
+"""Linears in 16, 4 and 8 bits on this CPU: torch's or bitsandbytes' own product, and ours piece by piece in fp32.
+
+bitsandbytes' for 8 bits is that of its training, which dequantises the weight, as ours does.
 
 Both take turns in one run, over so many weights that none stays in the cache. Forward alone, and forward with the
 gradient of the input, which is what training with adapters computes.
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.ops import four_bit, products
+from weft.ops import four_bit, packed, products
 
 SHAPES = ((768, 2048), (2048, 2048), (2048, 5632))
 _BYTES = 200_000_000  # of the weights of one shape
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     lines = [
-        "# Linears in 16 and 4 bits on a CPU", "",
+        "# Linears in 16, 4 and 8 bits on a CPU", "",
         f"`python benchmarks/products.py`, {datetime.date.today()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. Milliseconds, the fastest of "
         f"{options.rounds}; ratio: theirs / ours. Below eight rows ours is theirs.", "",
@@ -92,7 +94,7 @@ Contestant = tuple[str, int, Callable[[Tensor, int], Tensor], Callable[[Tensor, 
 
 def contestants(inner: int, outer: int) -> Sequence[Contestant]:
     """(how it is kept, how many weights, theirs, ours)."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     count = max(2, _BYTES // (inner * outer * 2))
     dense = [torch.randn(outer, inner).bfloat16() for _ in range(count)]
@@ -103,16 +105,28 @@ def contestants(inner: int, outer: int) -> Sequence[Contestant]:
         layer.load_state_dict({"weight": weight})
         some.append(layer.to("cpu"))
 
+    eight: list[Any] = []
+    for weight in dense[: max(2, count // 2)]:
+        layer = Linear8bitLt(inner, outer, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.weight.data = weight
+        eight.append(layer.to("cpu").train())
+        eight[-1].init_8bit_state()
+
+    def ours_of_eight(x: Tensor, number: int) -> Tensor:
+        layer = eight[number]
+        return packed.packed_linear(x, packed.EightBitRows(layer.weight.data, layer.state.SCB, x.dtype))
+
     def four(x: Tensor, number: int) -> Tensor:
         weight = some[number].weight
-        if not four_bit.in_pieces(x, x.dtype):
+        if not packed.in_pieces(x, x.dtype):
             found: Tensor = some[number](x)
             return found
-        return four_bit.four_bit_linear(x, four_bit.FourBitRows(weight.data, weight.quant_state, x.dtype))
+        return packed.packed_linear(x, four_bit.FourBitRows(weight.data, weight.quant_state, x.dtype))
 
     return [
         ("bfloat16", count, lambda x, i: nn.functional.linear(x, dense[i]), lambda x, i: products.linear(x, dense[i])),
         ("nf4", len(some), lambda x, i: some[i](x), four),
+        ("int8", len(eight), lambda x, i: eight[i](x), ours_of_eight),
     ]
 
 

@@ -13,13 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import kit
+from tests.kit.words import quantise_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from weft.assets import model_path
 from weft.data import Message
 from weft.export import folder as merging
 from weft.export import proof as proofs
 from weft.files.adapter_folder import merged_from, provenance_of
 from weft.generation.open import open_target
+from weft.methods.dense import how_kept
 
 ASKED = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
@@ -373,9 +376,9 @@ def test_trained_in_sixteen_bits(
 def test_a_quantised_base(weft: Callable[..., Any], tiny_data: Path, quantization: str) -> None:
     pytest.importorskip("bitsandbytes")
     words = ["train", "--model", "tiny-llama", "--data", tiny_data, "--method", "lora", "steps=3", "dtype=float32"]
-    assert (
-        weft(*words, f"quantization={quantization}", "learning_rate=0.01", "--output-dir", "run", "--quiet").code == 0
-    )
+    details = {"double_quantization": False, "quantization_block_size": 128} if quantization == "nf4" else {}
+    words += [f"quantization={quantization}", *(f"{key}={value}" for key, value in details.items())]
+    assert weft(*words, "learning_rate=0.01", "--output-dir", "run", "--quiet").code == 0
     shutil.copytree("run/adapters/lora", "moved")  # it says by itself how its base was kept
     for adapter in ("run", "moved"):
         result = weft("merge", "--adapter", adapter, "-o", f"of-{adapter}", "--json")
@@ -383,17 +386,24 @@ def test_a_quantised_base(weft: Callable[..., Any], tiny_data: Path, quantizatio
         told = json.loads(result.out)
         assert f"the base of the training was {quantization}: its dequantised weights" in result.err
         assert (told["quantization"], told["dtype"], told["proof"]["exact"]) == (quantization, "float32", True)
+        assert {key: told[key] for key in details} == details
         allowed = may_differ(told)
         kit.measured("merged - adapter in 32 bits", told["proof"]["precise_difference"], allowed, derived=True)
-        allowed = allowed if quantization == "nf4" else 0.1
         kit.measured("merged - adapter as trained", told["proof"]["routed_difference"], allowed, derived=True)
     assert answers(weft, Path("moved"), "--dtype", "float32") == answers(weft, Path("run"), "--dtype", "float32")
     opened = open_target("moved")
     opened.close()
     assert opened.base.model.is_quantized
+    assert how_kept(opened.base.model, torch.bfloat16) == {"dtype": "bfloat16", "quantization": quantization, **details}
     one, other = (load_file(f"of-{name}/model.safetensors") for name in ("run", "moved"))
     assert all(torch.equal(one[key], other[key]) for key in one)
     if quantization == "nf4":
+        # Quantised once more, the change is compared with the rounding: of the weights that training saw, nearly none.
+        result = weft("merge", "--adapter", "run", "-o", "small", "--quantize", "nf4")
+        assert result.code == 0, result.err
+        assert "in nf4: the change is" in result.out
+        assert "dB over the rounding of the weights that it changed" in result.out
+        assert "largest relative difference of logits" in result.out
         # Without the word of the folder it can only be told that nothing is known.
         own = json.loads(Path("moved/weft.json").read_text())
         del own["base"]
@@ -403,6 +413,22 @@ def test_a_quantised_base(weft: Callable[..., Any], tiny_data: Path, quantizatio
         assert (
             weft("merge", "--adapter", "moved", "-o", "said", "--quantization", "nf4", "--dtype", "float32").code == 0
         )
+
+
+def test_a_base_by_gptq(weft: Callable[..., Any], tiny_data: Path) -> None:
+    quantise_folder(model_path("tiny-llama"), Path("base"), "gptq")
+    words = ["train", "--model", "base", "--data", tiny_data, "--method", "lora", "steps=2", "dtype=float32"]
+    assert weft(*words, "learning_rate=0.01", "--output-dir", "run", "--quiet").code == 0
+    shutil.copytree("run/adapters/lora", "moved")
+    assert answers(weft, Path("moved"), "--dtype", "float32") == answers(weft, Path("run"), "--dtype", "float32")
+    result = weft("merge", "--adapter", "run", "-o", "merged", "--json")
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
+    assert (told["quantization"], told["dtype"], told["proof"]["exact"]) == ("gptq", "float32", True)
+    kit.measured("merged - adapter as trained", told["proof"]["routed_difference"], may_differ(told), derived=True)
+    assert "quantization_config" not in json.loads(Path("merged/config.json").read_text())
+    result = weft("verify", "run", "merged")
+    assert result.code == 0, result.err
 
 
 def test_a_classifier_becomes_transformers_own(weft: Callable[..., Any], tiny_llama_dir: Path) -> None:

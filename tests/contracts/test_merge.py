@@ -373,14 +373,11 @@ def test_a_quantised_base_is_merged_as_training_saw_it(quantised: Any, method: s
     assert not hasattr(merged.config, "quantization_config")
     other = Adapters(merged, describe(merged))
     found = relative(routed, logits(other, None))
-    # LLM.int8 also rounds its inputs to 127 steps.
-    exact = not any(type(m).__name__.endswith("Linear8bitLt") for m in base.model.modules())
-    kit.measured(f"quantised {method}", found, 1e-5 if exact else 3e-2, derived=not exact)
+    kit.measured(f"quantised {method}", found, 1e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, logits(adapters, None), strict=True))
     original = AutoModelForCausalLM.from_pretrained(folder).eval()
     wrong = Adapters(original, describe(original))
     kit.randomize(wrong.add("it", config), scale=0.02)
-    if exact or base.architecture.model_type == "llama":  # GPT-2's inputs in int8 lose more than its weights do
-        assert relative(routed, logits(wrong, "it")) > (100 if exact else 1.0) * found
+    assert relative(routed, logits(wrong, "it")) > 100 * found
     for one in (adapters, other, wrong):
         one.close()

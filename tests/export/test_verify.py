@@ -22,7 +22,7 @@ from weft.cli.main import main
 from weft.errors import UserError
 from weft.export.compare import verify_sides
 from weft.export.folder import merge_folder
-from weft.models.quantize import quantization_config
+from weft.models.quantize import Quantization
 
 LAYER = "model.layers.1.mlp.down_proj.weight"
 
@@ -269,7 +269,7 @@ def test_a_merge_onto_the_base_before_it_was_quantised(work: Path, tmp_path: Pat
     assert differences(adapter, tmp_path / "merged", prompts) == ""
     assert "tensors differ by more than their formats explain" in differences(adapter, work / "base", prompts)
     # A folder that is kept in four bits, beside the one that it was made of, and beside that one's base.
-    four = quantization_config("nf4", torch.float32)
+    four = Quantization("nf4").config(torch.float32)
     AutoModelForCausalLM.from_pretrained(work / "merged", quantization_config=four).save_pretrained(tmp_path / "four")
     AutoTokenizer.from_pretrained(work / "merged").save_pretrained(tmp_path / "four")
     assert differences(work / "merged", tmp_path / "four", prompts) == ""

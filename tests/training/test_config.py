@@ -13,6 +13,7 @@ from weft import foreign
 from weft.cli import reference
 from weft.errors import UserError
 from weft.methods import METHODS
+from weft.models.quantize import Quantization
 from weft.training.aliases import RENAMED, SWITCHES, translate
 from weft.training.config import JobConfig, RunConfig, build_config, load_config, make_config
 from weft.training.run import check_names
@@ -320,13 +321,32 @@ def test_keys_for_bits(lines: str, quantization: str | None, dtype: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("lines", "details"),
+    [
+        ("load_in_4bit: true\nbnb_4bit_use_double_quant: no\nbnb_4bit_blocksize: 128", (False, 128, None)),
+        ("quantization_bit: 4\ndouble_quantization: false", (False, 64, None)),
+        ("quantization: fp4\nbf16: true\nbnb_4bit_compute_dtype: float32", (True, 64, "float32")),
+        ("load_in_4bit: true\nbnb_4bit_compute_dtype: bf16\nfp16: true", (True, 64, "bfloat16")),
+    ],
+)
+def test_details_of_four_bits(lines: str, details: tuple[bool, int, str | None]) -> None:
+    kept = built(lines).kept
+    assert kept is not None
+    assert (kept.double, kept.block_size, kept.compute_dtype) == details
+    assert Quantization.recorded(kept.record(), "here") == kept
+    again = built(lines, "bnb_4bit_use_double_quant=true").kept
+    assert again is not None
+    assert (again.kind, again.double, again.compute_dtype) == (kept.kind, True, details[2])
+
+
+@pytest.mark.parametrize(
     ("lines", "message"),
     [
         ("load_in_4bit: true\nload_in_8bit: true", "'load_in_4bit' and 'load_in_8bit' both say"),
-        ("load_in_4bit: true\nbnb_4bit_use_double_quant: no", "always quantised twice"),
         ("load_in_4bit: true\nbnb_4bit_quant_type: nf5", "nf4, fp4"),
         ("load_in_4bit: true\nbnb_4bit_quant_storage: bfloat16", "uint8"),
-        ("load_in_4bit: true\nbnb_4bit_compute_dtype: float16\ndtype: float32", "keep one"),
+        ("load_in_4bit: true\nbnb_4bit_compute_dtype: float16\ndtype: float32\nquantization_dtype: bf16", "keep one"),
+        ("load_in_8bit: true\nquantization_block_size: 128", "is for 4 bits"),
         ("quantization_bit: 4\nquantization_method: hqq", "'hqq' is not in this version"),
         ("optim: muon", "'muon' is not in this version.*adamw, adamw_8bit"),
         ("optim: adamw_torch_8bit", "8 bits"),

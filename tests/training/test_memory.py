@@ -7,7 +7,7 @@ import platform
 import pytest
 import torch
 
-from weft.machine import freed_memory_kept
+from weft.machine import freed_memory_kept, freed_memory_returned
 from weft.training.memory import peak_memory
 
 CPU = torch.device("cpu")
@@ -36,3 +36,20 @@ def test_memory_is_given_back_afterwards() -> None:
     after = resident() - before
     assert after < 100e6
     assert kept > 200e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to give memory back")
+def test_memory_is_given_back_at_once_while_a_base_is_loaded() -> None:
+    """Also what lies below memory that stays."""
+    with freed_memory_kept("cpu"):
+        pass  # from here on 16 MiB are taken from the heap
+    before = resident()
+    with freed_memory_returned():
+        tensors, stays = [torch.ones(4 * 2**20) for _ in range(8)], torch.ones(2**20)
+        assert resident() - before > 100e6
+        del tensors
+        assert resident() - before < 40e6
+    tensors, above = [torch.ones(4 * 2**20) for _ in range(8)], torch.ones(2**20)
+    del tensors
+    assert resident() - before > 100e6
+    assert stays.sum() == above.sum()

@@ -64,7 +64,7 @@ def test_every_way_of_running(options: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_bases(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with outliers, which in int8 do reach the neighbours, as rounding; a leak is caught there too."""
+    """Also with outliers, which reach no neighbour; a leak is caught there too."""
     pytest.importorskip("bitsandbytes")
     model = kit.make_model("llama", hidden_size=64, intermediate_size=128)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from weft.export.sides import ModelHere, open_here
 from weft.export.targets import check_pair, is_address, is_gguf
 from weft.export.verdict import Verdict
 from weft.export.verify import ModelsVerdict, verify_models
-from weft.models.quantize import Quantization
+from weft.models.quantize import Kind
 from weft.paths import local_path
 
 
@@ -29,7 +29,7 @@ def verify_sides(
     *,
     prompts: Path | None = None,
     model: str | None = None,
-    quantization: Quantization | None = None,
+    quantization: Kind | None = None,
     device: str = "auto",
     api_key_env: str | None = None,
 ) -> Verdict:

@@ -18,7 +18,7 @@ from weft.files.whole import new_folder, remove, write_text
 from weft.foreign import read_json
 from weft.models import gate
 from weft.models.load import resolve_model
-from weft.models.quantize import Quantization
+from weft.models.quantize import Kind
 from weft.paths import is_hub_id, local_path
 from weft.training.config import read_run_config
 
@@ -117,7 +117,7 @@ def export(
     base_name: str | None = None,
     model: str | None = None,
     device: str = "auto",
-    quantization: Quantization | None = None,
+    quantization: Kind | None = None,
 ) -> Exported:
     """Write the material in a format to the new folder ``output``, with a model card.
 

@@ -31,7 +31,7 @@ from weft.merge.weights import check_mergeable
 from weft.methods.dense import dequantize_linears, how_kept
 from weft.models.hub import folder_of
 from weft.models.load import resolve_dtype, resolve_model
-from weft.models.quantize import Quantization
+from weft.models.quantize import Kind, Quantization
 from weft.paths import local_path
 from weft.training.config import read_run_config
 from weft.training.same_run import base_fingerprint, other_base
@@ -64,8 +64,8 @@ def merge_folder(
     model: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    quantization: Quantization | None = None,
-    quantize: Quantization | None = None,
+    quantization: Kind | None = None,
+    quantize: Kind | None = None,
 ) -> Result:
     """Write the base with an adapter in its weights to the new folder ``output``, and compare it with the adapter.
 
@@ -119,9 +119,7 @@ def merge_folder(
     return Result(output, entries, proof, lines=tuple(lines), notes=tuple(notes), bytes=weights_bytes(output))
 
 
-def open_trained(
-    folder: Path, model: str | None, device: str, quantization: Quantization | None
-) -> tuple[Target, list[str]]:
+def open_trained(folder: Path, model: str | None, device: str, quantization: Kind | None) -> tuple[Target, list[str]]:
     """Open the adapter on its base, kept as it was in training, and say what the user should know.
 
     Raises:
@@ -131,7 +129,7 @@ def open_trained(
     run, notes = run_of(folder), []
     if kept is None and run is not None:
         config = read_run_config(run)
-        kept = {"dtype": config.dtype, "quantization": config.quantization}
+        kept = {"dtype": config.dtype, **(config.kept.record() if config.kept else {"quantization": None})}
     if kept is None:
         kept = {}
         if quantization is None:
@@ -148,7 +146,7 @@ def open_trained(
             model=model,
             device=device,
             dtype="auto" if run is not None and model is None else str(kept.get("dtype", "auto")),
-            quantization=quantization or kept.get("quantization"),
+            quantization=Quantization.recorded(kept, folder) or Quantization.of(quantization),
         )
     except UserError as error:
         raise UserError(f"{folder}, on {model or 'its base'}: {error}") from None
@@ -233,7 +231,7 @@ def _entries(opened: Target, sources: Sources, new: PreTrainedModel) -> dict[str
     found = sources.entries() | {
         "method": "+".join(part.method for part in adapter.config.methods()),
         "base": base_fingerprint(opened.base) | {"model": file_names(opened.base.name)},
-        "quantization": how_kept(opened.adapters.model, opened.adapters.dtype)["quantization"],
+        **how_kept(opened.adapters.model, opened.adapters.dtype),
         "dtype": str(new.dtype).removeprefix("torch."),
         "weft_version": __version__,
     }

@@ -27,7 +27,8 @@ from weft.files.whole import remove
 from weft.files.writing import writing
 from weft.methods.dense import dense_weight, kind_of
 from weft.models import gate
-from weft.models.quantize import Quantization, one_kernel, quantization_config
+from weft.models.int8 import without_rounded_inputs
+from weft.models.quantize import Kind, Quantization, one_kernel
 
 _NEW = ".quantised"
 # Below this the rounding is larger than the change.
@@ -95,7 +96,7 @@ def changes_of(model: nn.Module, adapter: Adapter, new: nn.Module) -> dict[str, 
 
 @torch.no_grad()
 def requantize(
-    folder: Path, kind: Quantization, changes: Mapping[str, float], expected: Sequence[Reference], device: torch.device
+    folder: Path, kind: Kind, changes: Mapping[str, float], expected: Sequence[Reference], device: torch.device
 ) -> Requantized:
     """Put quantised weights in the place of those in a merged model's new folder.
 
@@ -113,9 +114,10 @@ def requantize(
     assert config.architectures is not None
     auto = getattr(transformers, config.architectures[0])
     compute = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    options: dict[str, Any] = {"quantization_config": quantization_config(kind, compute), "device_map": {"": device}}
+    options: dict[str, Any] = {"quantization_config": Quantization(kind).config(compute), "device_map": {"": device}}
     model = gate.load_weights(auto, folder, config, dtype=compute, **options)
     one_kernel(model)
+    without_rounded_inputs(model)
     noise = _noise(model, folder, changes)
     apart = Distances()
     for one in expected:

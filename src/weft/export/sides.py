@@ -30,7 +30,7 @@ from weft.methods.dense import dequantize_linears
 from weft.models import gate
 from weft.models.complete import named
 from weft.models.load import load_plain, load_tokenizer
-from weft.models.quantize import Quantization
+from weft.models.quantize import Kind
 from weft.models.token_rows import token_rows
 from weft.paths import local_path
 
@@ -158,7 +158,7 @@ class PlainModel(ModelHere):
         nn.Module.to(model, torch.float32)
 
     @classmethod
-    def load(cls, name: str, *, device: str = "auto", quantization: Quantization | None = None) -> PlainModel:
+    def load(cls, name: str, *, device: str = "auto", quantization: Kind | None = None) -> PlainModel:
         """The model of a folder, an embedded one, or a hub's.
 
         Raises:
@@ -166,9 +166,7 @@ class PlainModel(ModelHere):
         """
         model, strange = load_plain(name, device=device, quantization=quantization)
         notes = [f"{name} holds {named(strange)} that its model has no place for"] if strange else []
-        return cls(
-            name, model, load_tokenizer(name), formats=formats_in(model), format=words_of(model), notes=notes
-        )
+        return cls(name, model, load_tokenizer(name), formats=formats_in(model), format=words_of(model), notes=notes)
 
     @property
     def model(self) -> nn.Module:
@@ -236,7 +234,7 @@ class AdaptedBase(ModelHere):
         *,
         model: str | None = None,
         device: str = "auto",
-        quantization: Quantization | None = None,
+        quantization: Kind | None = None,
     ) -> None:
         """Open the adapter's folder.
 
@@ -314,7 +312,7 @@ class AdaptedBase(ModelHere):
 
 
 def open_here(
-    target: str, *, model: str | None = None, device: str = "auto", quantization: Quantization | None = None
+    target: str, *, model: str | None = None, device: str = "auto", quantization: Kind | None = None
 ) -> ModelHere:
     """Open a run with one adapter, an adapter's folder, or a model (a folder, an embedded one, a hub's id, a file).
 

@@ -12,6 +12,7 @@ from weft.files import adapter_folder as files
 from weft.files.run_folder import RUN_FILE, RunStore
 from weft.files.whole import sha256_of
 from weft.generation.target import Target
+from weft.methods.dense import KEPT
 from weft.paths import local_path
 from weft.training.config import read_run_config
 from weft.training.same_run import other_base
@@ -74,7 +75,7 @@ class Sources:
     def _check_alike(self, folder: Path, opened: Target) -> None:
         first = self.folders[0]
         kept, other = files.trained_on(first) or {}, files.trained_on(folder) or {}
-        for key in ("dtype", "quantization"):
+        for key in KEPT:
             if kept.get(key) != other.get(key):
                 raise UserError(
                     f"the base of {first} was kept in {kept.get(key)} in training, that of {folder} in "

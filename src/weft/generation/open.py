@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -33,10 +32,10 @@ from weft.files.adapter_folder import (
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.generation.target import BASE, Target
 from weft.heads.classification import ClassificationTask
-from weft.methods.dense import how_kept
+from weft.methods.dense import KEPT, how_kept
 from weft.models import Base, load_base
 from weft.models.load import check_device, load_tokenizer, resolve_dtype, resolve_model
-from weft.models.quantize import Quantization
+from weft.models.quantize import Kind, Quantization
 from weft.paths import local_path
 from weft.training.config import RunConfig, read_run_config
 from weft.training.same_run import other_base
@@ -49,7 +48,7 @@ def open_target(
     adapters: str | Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    quantization: Quantization | None = None,
+    quantization: Quantization | Kind | None = None,
     chat_template: str | None = None,
 ) -> Target:
     """Open a run's folder, an adapter's folder, or a model (folder, hub id, embedded name).
@@ -65,7 +64,8 @@ def open_target(
     Raises:
         UserError: nothing usable is there, a file is damaged, or the base is not the one that was trained on.
     """
-    asked = _Overrides(model=model, device=device, dtype=dtype, quantization=quantization, chat_template=chat_template)
+    kept = Quantization.of(quantization)
+    asked = _Overrides(model=model, device=device, dtype=dtype, quantization=kept, chat_template=chat_template)
     folder = local_path(target)
     adapters = [adapters] if isinstance(adapters, str) else adapters
     if (folder / RUN_FILE).is_file():
@@ -139,12 +139,7 @@ def _open_adapter(folder: Path, asked: _Overrides) -> Target:
     if source is None:
         raise UserError(f"{folder / CONFIG} does not say which base the adapter is for; name it with --model.")
     # An adapter learned beside the weights of its training, and answers otherwise beside others.
-    kept = asked.quantization or (trained_on(folder) or {}).get("quantization")
-    if kept not in (None, *get_args(Quantization)):
-        raise UserError(
-            f"{folder / OWN_CONFIG}: base.quantization is {kept!r}; expected null or one of "
-            f"{', '.join(get_args(Quantization))}."
-        )
+    kept = asked.quantization or Quantization.recorded(trained_on(folder) or {}, f"{folder / OWN_CONFIG}: base")
     try:
         asked.check(source)
         # An adapter that was saved with its tokenizer (trainers do) was trained with that one and its chat template.
@@ -240,7 +235,7 @@ def _difference(base: Base, folder: Path, adapters: Adapters) -> str | None:
     """How the base differs from the one of the adapter's training; None where it does not, or that is not known."""
     recorded = trained_on(folder) or {}
     here = how_kept(adapters.model, adapters.dtype)
-    if any(recorded.get(key) != kept for key, kept in here.items()):
+    if any(recorded.get(key) != here.get(key) for key in KEPT):
         return None  # the tensors are rounded otherwise, which says nothing of where they come from
     return other_base(base, {"model": base_of(folder), **recorded})
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from weft.base.embeddings import input_embeddings
 from weft.base.kinds import is_layer
+from weft.base.packed import PackedLinear
 from weft.core.adapter import Adapter
 from weft.core.adapters import Adapters
 from weft.core.architecture import Architecture
@@ -155,7 +156,9 @@ def _tensors_of(
         if isinstance(change, MergeableParameter):
             own[change.parameter] = change.merged(own[change.parameter])
     changes = [change for change in changes if isinstance(change, Mergeable)]
-    quantised = any(not tensor.is_floating_point() for tensor in own.values())
+    quantised = any(not tensor.is_floating_point() for tensor in own.values()) or isinstance(module, PackedLinear)
+    if isinstance(module, PackedLinear):
+        own["weight"] = module.weight
     kept = {
         name: b
         for name, b in module._buffers.items()

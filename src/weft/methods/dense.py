@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from weft.base.kinds import is_linear
+from weft.base.packed import PackedLinear
 from weft.core.site import replace_class
 
 
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a linear module as [out, in] in ``dtype``, dequantised if it is bitsandbytes'."""
+    """The weight of a linear module as [out, in] in ``dtype``, dequantised if it is kept so."""
     weight: Any = module.weight
     kind = kind_of(weight)
     if kind == "int8":
@@ -31,7 +32,10 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Make every quantised linear of a model that is not needed any more a plain one, of its dequantised weight."""
     for module in model.modules():
-        if is_linear(module) and kind_of(module.weight):
+        if isinstance(module, PackedLinear):
+            module.make_plain(dtype)
+            replace_class(module, nn.Linear)
+        elif is_linear(module) and kind_of(module.weight):
             module._parameters["weight"] = nn.Parameter(dense_weight(module, dtype), requires_grad=False)
             replace_class(module, nn.Linear)
 
@@ -43,10 +47,29 @@ def kind_of(weight: object) -> str | None:
     return "int8" if hasattr(weight, "SCB") else None
 
 
+# The entries of ``how_kept``. Those of four bits are left out where they are as usual.
+KEPT = ("dtype", "quantization", "double_quantization", "quantization_block_size", "quantization_dtype")
+
+
 def how_kept(model: nn.Module, dtype: torch.dtype) -> dict[str, object]:
-    """What a merge has to know of the base of a training: ``dtype`` and ``quantization`` (nf4, fp4, int8, or None)."""
+    """What a merge has to know of the base of a training: ``dtype`` and ``quantization`` (nf4, fp4, int8, gptq,
+    awq, or None).
+
+    Of four bits also ``double_quantization``, ``quantization_block_size`` and ``quantization_dtype``, as a run's
+    configuration has them, unless they are as usual.
+    """
+    name = str(dtype).removeprefix("torch.")
     kinds = {kind for parameter in model.parameters() if (kind := kind_of(parameter))}
-    return {"dtype": str(dtype).removeprefix("torch."), "quantization": min(kinds, default=None)}
+    kinds |= {module.kind for module in model.modules() if isinstance(module, PackedLinear)}
+    found: dict[str, object] = {"dtype": name, "quantization": min(kinds, default=None)}
+    for module in model.modules():
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if state is not None:
+            computes = str(getattr(module, "compute_dtype", None) or dtype).removeprefix("torch.")
+            found |= {} if state.nested else {"double_quantization": False}
+            found |= {} if state.blocksize == 64 else {"quantization_block_size": state.blocksize}
+            found |= {} if computes == name else {"quantization_dtype": computes}
+    return found
 
 
 def _dequantized(weight: Any) -> Tensor:

@@ -7,12 +7,12 @@ from collections.abc import Collection
 from typing import ClassVar
 
 from pydantic import Field
-from torch import nn
 
 from weft.combine.rules import ON_CHANGES
 from weft.core.adapter import BuildContext, MethodConfig
 from weft.errors import UserError, nearest
 from weft.methods.full import WeightDeltas
+from weft.methods.own_weights import parameter_names
 from weft.patterns import pattern as regular
 
 _DEFAULT_LAYERS = 2
@@ -42,7 +42,7 @@ class FreezeConfig(MethodConfig):
     train_head: bool = Field(False, description="the head too")
 
     def build(self, name: str, context: BuildContext) -> WeightDeltas:
-        named = _matching(self.name_patterns, _names(context.model), "name_patterns")
+        named = _matching(self.name_patterns, parameter_names(context.model), "name_patterns")
         chosen = self._of_blocks(context) | named | self._by_kind(context)
         if not chosen:
             raise UserError(
@@ -67,7 +67,7 @@ class FreezeConfig(MethodConfig):
                 raise UserError("freeze: trainable_modules choose within blocks, and num_layers_trainable is 0.")
             return set()
         kept = blocks[-count:] if count > 0 else blocks[:-count]
-        inside = [n for n in _names(context.model) if n.startswith(tuple(f"{path}." for path in kept))]
+        inside = [n for n in parameter_names(context.model) if n.startswith(tuple(f"{path}." for path in kept))]
         if not self.trainable_modules:
             return set(inside)
         return _matching(self.trainable_modules, inside, "trainable_modules")
@@ -89,11 +89,6 @@ class FreezeConfig(MethodConfig):
                 raise UserError(f"freeze: {key} finds nothing in this {shape.model_type} model.")
             found |= here
         return found
-
-
-def _names(model: nn.Module) -> list[str]:
-    """The names of all parameters; a tied one has several."""
-    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
 def _matching(patterns: Collection[str], names: Collection[str], key: str) -> set[str]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 from weft.combine.rules import ON_CHANGES
 from weft.core.adapter import BuildContext, MethodConfig
 from weft.errors import UserError
-from weft.methods.own_weights import delta_layers
+from weft.methods.own_weights import delta_layers, parameter_names
 from weft.methods.site_adapter import SiteAdapter
 
 
@@ -28,7 +28,7 @@ class FullConfig(MethodConfig):
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
 
     def build(self, name: str, context: BuildContext) -> WeightDeltas:
-        return WeightDeltas(self, name, context, [name for name, _ in context.model.named_parameters()])
+        return WeightDeltas(self, name, context, parameter_names(context.model))
 
 
 class WeightDeltas(SiteAdapter):

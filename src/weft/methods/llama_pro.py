@@ -150,7 +150,8 @@ def _check(context: BuildContext) -> None:
                 f"llama_pro: the last linear of the attention or of the MLP of block '{path}' of this "
                 f"{shape.model_type} model is not known (experts have many), so it cannot begin as the identity."
             )
-        if not all(p.dtype.is_floating_point for p in block.parameters()):
+        held = (*block.parameters(), *block.buffers())
+        if not all(tensor.dtype.is_floating_point for tensor in held):
             raise UserError(
                 f"llama_pro: block '{path}' is quantised, and a copy of it cannot be trained. Load the base in bf16 or "
                 "fp32."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.base.kinds import is_linear, is_norm
+from weft.base.packed import PackedLinear
 from weft.core.adapter import BuildContext
 from weft.core.architecture import NEVER_CALLED
 from weft.core.route import Segment
@@ -31,6 +32,9 @@ def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:
     Raises:
         UserError: It is no linear, norm or embedding, so the role of its tensors is not known.
     """
+    whole = all(p.is_floating_point() for p in module.parameters(recurse=False))
+    if not whole or isinstance(module, PackedLinear):
+        raise UserError(f"module '{path}' is quantised; its weights cannot be trained. Load the base in bf16 or fp32.")
     parts = tuple(name for name, p in module.named_parameters(recurse=False) if p is not None)
     known = is_linear(module) or is_norm(module) or isinstance(module, nn.Embedding)
     if not known or not set(parts) <= {"weight", "bias"}:
@@ -38,8 +42,6 @@ def weight_parts(module: nn.Module, path: str) -> tuple[str, ...]:
             f"module '{path}' ({plain_class(module).__name__}) holds {', '.join(parts) or 'no tensors'}; weights can "
             "be given to linear, norm and embedding modules only."
         )
-    if any(not p.dtype.is_floating_point for p in module.parameters(recurse=False)):
-        raise UserError(f"module '{path}' is quantised; its weights cannot be trained. Load the base in bf16 or fp32.")
     return parts
 
 
@@ -147,6 +149,12 @@ class WeightDelta(nn.Module):
         return _computed(norm, x, changed, segment) - _computed(norm, x, base, segment)
 
 
+def parameter_names(model: nn.Module) -> list[str]:
+    """The names of all parameters; a tied one has several. A weight in words, which is none, has its usual name."""
+    packed = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, PackedLinear)]
+    return [*packed, *(name for name, _ in model.named_parameters(remove_duplicate=False))]
+
+
 def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, WeightDelta]:
     """A ``WeightDelta`` per module that holds one of the parameters ``names``, by module path; tied ones share theirs.
 
@@ -154,6 +162,9 @@ def delta_layers(names: Collection[str], context: BuildContext) -> dict[str, Wei
         UserError: No module of a known kind holds a parameter (experts that are fused into one tensor, say).
     """
     model = context.model
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear) and f"{path}.weight" in names:
+            weight_parts(module, path)
     wanted = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in names}
     layers: dict[str, WeightDelta] = {}
     shared: dict[int, nn.Parameter] = {}

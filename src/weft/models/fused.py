@@ -9,6 +9,7 @@ unusual hangs on a module, every module runs the forward of its own class.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -255,7 +256,7 @@ def _candidates(module: nn.Module) -> list[type]:
 
 def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
     """Whether the module computes the same with the mixin, on five random rows."""
-    some = next(module.parameters())
+    some = next(itertools.chain(module.parameters(), module.buffers()))
     dtype = some.dtype if some.dtype.is_floating_point else torch.float32
     generator = torch.Generator().manual_seed(0)
 

@@ -19,6 +19,7 @@ from weft.errors import UserError
 from weft.foreign import check_json, check_regular, check_safetensors
 from weft.models.originals import INDEX, WEIGHTS, weight_map
 from weft.models.vetting import (
+    bits_of,
     check_budget,
     check_config,
     check_generation,
@@ -94,7 +95,7 @@ def load_weights(auto: Any, source: str | Path, config: PreTrainedConfig, **opti
         stored, tensors = _check_weights(Path(source))
         _check_files(Path(source))
         check_layers(config, tensors, f"{source}/config.json")
-        check_budget(empty_model(auto, config), stored, f"{source}/config.json")
+        check_budget(empty_model(auto, config), stored, f"{source}/config.json", bits_of(config))
     path = _file(source, "generation_config.json", False)
     if path is not None:
         check_generation(path)

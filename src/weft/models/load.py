@@ -15,14 +15,17 @@ from weft.assets import EMBEDDED_MODELS, model_path
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest, reason_of
 from weft.files.whole import temporary_place, writing_temporary
+from weft.machine import freed_memory_returned
 from weft.models import gate
 from weft.models.complete import check_complete
 from weft.models.facts import ENCODERS
 from weft.models.hub import Hub, fetch_model, folder_of
+from weft.models.int8 import without_rounded_inputs
 from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
-from weft.models.quantize import Quantization, one_kernel, quantization_config
+from weft.models.quantize import Kind, Quantization, one_kernel
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
+from weft.models.stored import check_blocks, loading_options, was_stored
 from weft.models.token_rows import add_rows, add_tokens, check_special_tokens, token_rows
 from weft.paths import is_hub_id, local_path, names_in
 
@@ -194,19 +197,19 @@ def load_base(
     device: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     shape: Shape = "full",
-    quantization: Quantization | None = None,
+    quantization: Quantization | Kind | None = None,
     hub: Hub = "huggingface",
     tokens: Sequence[str] = (),
 ) -> Base:
     """Load a base model, in evaluation mode: a decoder with its head, an encoder without.
 
-    ``shape="tiny"`` gives the same architecture shrunk, with random weights. ``quantization`` is that of its linears.
-    ``tokens`` as in ``sketch_base``.
+    ``shape="tiny"`` gives the same architecture shrunk, with random weights. ``quantization`` is that of its linears;
+    None: as the checkpoint has them, which may be quantised. ``tokens`` as in ``sketch_base``.
 
     Raises:
-        UserError: It does not exist, cannot be read, or the device is missing.
+        UserError: It does not exist, cannot be read, is quantised otherwise already, or the device is missing.
     """
-    kind, where = resolve_dtype(dtype), resolve_device(device)
+    kind, where, quantization = resolve_dtype(dtype), resolve_device(device), Quantization.of(quantization)
     source = _source(name, shape, hub)
     originals: Callable[[str], Tensor] | None = None
     folder: Path | None = None
@@ -221,7 +224,7 @@ def load_base(
             originals = HeldWeights(str(made)) if quantization else None
     else:
         model = _load_model(name, source, kind, where, quantization)
-        originals = OriginalWeights(source) if quantization else None
+        originals = OriginalWeights(source) if quantization and not was_stored(model) else None
         tokenizer = tokenizer or load_tokenizer(source)
         folder = folder_of(source)
     added = _add(model, tokenizer, tokens, name)
@@ -237,7 +240,7 @@ def _add(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[
 
 
 def load_plain(
-    name: str, *, device: str = "auto", quantization: Quantization | None = None
+    name: str, *, device: str = "auto", quantization: Kind | None = None
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model as its own folder describes it, in evaluation mode: with its head, in its dtype, and no adapters.
 
@@ -248,16 +251,14 @@ def load_plain(
         UserError: As ``load_base``.
     """
     source = fetch_model(resolve_model(name))
-    model, report = _loaded(name, source, _own_class, "auto", resolve_device(device), quantization)
+    model, report = _loaded(name, source, _own_class, "auto", resolve_device(device), Quantization.of(quantization))
     check_complete(
         name,
         missing=report["missing_keys"],
         unexpected=report["unexpected_keys"],
         mismatched=report["mismatched_keys"],
     )
-    if quantization is None:
-        nn.Module.to(model, resolve_device(device))
-    one_kernel(model)
+    _place(model, resolve_device(device))
     return model.eval(), sorted(report["unexpected_keys"])
 
 
@@ -287,11 +288,16 @@ def _load_model(
     )
     # What an adapter's file calls its base: for transformers a hub's model is the folder in which its files lie.
     model.config.name_or_path = resolve_model(name)
-    if quantization is None:
-        nn.Module.to(model, where)
-    else:
-        one_kernel(model)
+    _place(model, where)
+    check_blocks(model, name, quantization)
     return model.eval()
+
+
+def _place(model: nn.Module, where: torch.device) -> None:
+    if not getattr(model, "is_quantized", False):
+        nn.Module.to(model, where)
+    one_kernel(model)
+    without_rounded_inputs(model)
 
 
 def _loaded(
@@ -303,11 +309,6 @@ def _loaded(
     quantization: Quantization | None,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """A model of the class that ``choose`` gives, and transformers' report of its tensors."""
-    options: dict[str, object] = {}
-    if quantization is not None:
-        compute = kind if isinstance(kind, torch.dtype) else torch.bfloat16
-        options = {"quantization_config": quantization_config(quantization, compute), "device_map": {"": where}}
-        kind = compute
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -315,11 +316,12 @@ def _loaded(
     try:
         config = gate.load_config(source)
         auto = choose(config, name)
+        kind, options = loading_options(config, quantization, kind, where)
         # transformers' own report of missing tensors would name the head that is removed; ours comes later.
         transformers_logging.set_verbosity_error()
-        loaded: Any = gate.load_weights(
-            auto, source, config, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        options |= {"dtype": kind, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        with freed_memory_returned():
+            loaded: Any = gate.load_weights(auto, source, config, **options)
     except UnknownTypeError:
         raise
     except Exception as error:  # transformers raises many kinds for a folder that is no model

@@ -13,8 +13,9 @@ from weft.base.mixin import Mixin, mixed
 from weft.core.route import Router
 from weft.core.site import plain_class, replace_class
 from weft.libraries import multiplies_sixteen_bits
-from weft.ops.four_bit import FourBitRows, four_bit_linear
-from weft.ops.four_bit import in_pieces as in_pieces_of_four_bits
+from weft.ops.four_bit import FourBitRows
+from weft.ops.packed import in_pieces as in_pieces_of_few_bits
+from weft.ops.packed import packed_linear
 from weft.ops.products import in_pieces, linear, product
 
 
@@ -46,10 +47,10 @@ class _PiecewiseFourBit(Mixin):
         dtype = self.compute_dtype or x.dtype
         state = self.weight.quant_state
         fits = state is not None and state.shape[1] == x.shape[-1]
-        if not (fits and in_pieces_of_four_bits(x, dtype)) or getattr(state, "packing_format_for_cpu", False):
+        if not (fits and in_pieces_of_few_bits(x, dtype)) or getattr(state, "packing_format_for_cpu", False):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return four_bit_linear(x.to(dtype), FourBitRows(self.weight.data, state, dtype), bias).to(x.dtype)
+        return packed_linear(x.to(dtype), FourBitRows(self.weight.data, state, dtype), bias).to(x.dtype)
 
 
 _MIXINS: dict[type[nn.Module], type] = {nn.Linear: _PiecewiseLinear, Conv1D: _PiecewiseConv1D}

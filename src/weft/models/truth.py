@@ -104,8 +104,10 @@ def limit_of_narrow(model: nn.Module, own: Tensor, rounding: float) -> float:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which it computes; some models (Mamba) give logits in float32 in any case."""
-    return input_embeddings(model).weight.dtype
+    """The dtype in which it computes; some models (Mamba) give logits in float32 in any case, and 4-bit linears may
+    multiply in a narrower one."""
+    own = [dtype for m in model.modules() if isinstance(dtype := getattr(m, "compute_dtype", None), torch.dtype)]
+    return max([input_embeddings(model).weight.dtype, *own], key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def largest(outputs: Sequence[Tensor]) -> float:

@@ -46,7 +46,7 @@ _REGEX = re.compile(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")')
 _ADDED = re.compile(rb'"id"\s*:\s*([0-9]{1,18})')
 _MOST_TOKENS = 1 << 24
 # A model may hold so much more than its files: buffers, tied tensors, weights in half a byte.
-_SPARE_ELEMENTS, _ELEMENTS_PER_BYTE = 1 << 25, 2
+_SPARE_ELEMENTS = 1 << 25
 
 
 def check_config(path: Path) -> None:
@@ -74,13 +74,39 @@ def check_config(path: Path) -> None:
             raise UserError(f"{place}: a part of the model asks for its own code, and Weft runs no code from a file.")
     quantized = entries.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-    if quantized is not None and not (isinstance(method, str) and method in _QUANTIZATIONS):
+    if isinstance(quantized, dict) and method in ("gptq", "awq"):
+        check_packed(quantized, f"{path}: quantization_config")
+    elif quantized is not None and not (isinstance(method, str) and method in _QUANTIZATIONS):
         old = isinstance(quantized, dict) and (quantized.get("load_in_4bit") or quantized.get("load_in_8bit"))
         if method is not None or not old:
             raise UserError(
                 f"{path}: quantization_config.quant_method is {_short(method)}; Weft loads bases that are not "
-                "quantised, or by bitsandbytes. Take the unquantised model (quantization: nf4 makes it small)."
+                "quantised, or by bitsandbytes, gptq or awq. Take the unquantised model (quantization: nf4 makes it "
+                "small)."
             )
+
+
+# The key of a checkpoint by GPTQ or AWQ -> the values that can be read; None: the key is not there.
+_PACKED: dict[str, dict[str, tuple[object, ...]]] = {
+    "gptq": {"bits": (2, 3, 4, 8), "checkpoint_format": (None, "gptq", "gptq_v2"), "dynamic": (None, {})},
+    "awq": {"bits": (4,), "version": (None, "gemm", "GEMM"), "zero_point": (None, True)},
+}
+
+
+def check_packed(entries: dict[str, object], where: str) -> None:
+    """Refuse a checkpoint by GPTQ or AWQ in a form that is not read here.
+
+    Raises:
+        UserError: It is in one; the message names the key.
+    """
+    for key, known in _PACKED[str(entries["quant_method"])].items():
+        value = entries.get(key)
+        if type(value) not in map(type, known) or value not in known:
+            told = ", ".join(str(one) for one in known if one is not None)
+            raise UserError(f"{where}.{key} is {_short(value)}; of {entries['quant_method']} Weft reads {told}.")
+    size = entries.get("group_size", 128)
+    if type(size) is not int or not (size == -1 or 0 < size <= 1 << 16):
+        raise UserError(f"{where}.group_size is {_short(size)}; expected -1 or the number of inputs in a group.")
 
 
 def _check_known(entries: dict[str, object], path: Path) -> None:
@@ -181,19 +207,27 @@ def check_layers(config: PreTrainedConfig, tensors: int, where: str) -> None:
                 raise UserError(f"{where}: {key} is {found}, and the files of weights hold only {tensors} tensors.")
 
 
-def check_budget(model: nn.Module, stored: int, where: str) -> None:
+def bits_of(config: PreTrainedConfig) -> int:
+    """The fewest bits that a number of the weights takes, by the configuration of their quantisation; at most 4."""
+    entries = getattr(config, "quantization_config", None)
+    found = entries.get("own", entries).get("bits") if isinstance(entries, dict) else None
+    return min(found, 4) if isinstance(found, int) and found > 0 else 4
+
+
+def check_budget(model: nn.Module, stored: int, where: str, bits: int = 4) -> None:
     """Refuse sizes that the files of weights cannot have: transformers would allocate them first and compare later.
 
     Args:
         model: A model on the meta device.
         stored: The number of bytes in the files of weights.
+        bits: The fewest that a number may take there.
 
     Raises:
         UserError: The model is larger than its files allow.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     wanted = sum(tensor.numel() for tensor in tensors)
-    if wanted > _ELEMENTS_PER_BYTE * stored + _SPARE_ELEMENTS:
+    if wanted > 8 / bits * stored + _SPARE_ELEMENTS:
         raise UserError(
             f"{where} cannot be right: it describes a model of {wanted:,} numbers, and the files of weights "
             f"beside it hold {stored:,} bytes."

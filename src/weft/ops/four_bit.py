@@ -1,7 +1,6 @@
-"""Linears whose weight is kept in four bits (Dettmers et al. 2023), multiplied piece by piece on a CPU.
+"""Weights that are kept in four bits (Dettmers et al. 2023), read piece by piece for ``weft.ops.packed``.
 
-bitsandbytes writes the whole weight out in the dtype of the product, and multiplies in that. Here a piece of rows is
-read, widened and multiplied while it is in the cache (``weft.ops.products``). The weight's numbers are bitsandbytes'.
+bitsandbytes writes the whole weight out in the dtype of the product, and multiplies in that. The numbers here are its.
 """
 
 from __future__ import annotations
@@ -9,18 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from weft.libraries import multiplies_sixteen_bits
-from weft.ops.autograd import Context
-from weft.ops.products import lengths_of_pieces, scratch, transposed_product
-
-# Rows from which the pieces are faster than bitsandbytes.
-_FEW = 8
+from weft.ops.products import lengths_of_pieces, scratch
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,13 @@ class FourBitRows:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return (self.state.shape[0], self.state.shape[1])
+
+    def whole(self) -> Tensor:
+        """The weight, [out, in] in ``dtype``."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        found: Tensor = dequantize_4bit(self.packed, self.state).to(self.dtype)
+        return found
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """As ``Rows`` has it, [n, in] each. A piece begins where a block of the quantisation does."""
@@ -54,45 +54,3 @@ class FourBitRows:
             found = dequantize_4bit(packed[start * columns // 2 : -(-end * columns // 2), None], state)
             wide = found if self.dtype == torch.float32 else scratch(shape.numel()).view(shape).copy_(found)
             yield slice(start, end), wide
-
-
-def in_pieces(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the product of x [..., in] in ``dtype`` with a weight in four bits is faster piece by piece."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < _FEW * x.shape[-1]:
-        return False
-    return dtype == torch.float32 or not multiplies_sixteen_bits(x.device, dtype)
-
-
-class _Context(Context, Protocol):
-    rows: FourBitRows
-
-
-class _FourBitProduct(torch.autograd.Function):
-    """x W^T of a frozen weight. It keeps the packed weight alone, and reads it once more in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: _Context, x: Tensor, rows: FourBitRows) -> Tensor:
-        ctx.rows = rows
-        y = x.new_empty(len(x), rows.shape[0])
-        return y.copy_(transposed_product(x, rows, flipped=True).t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor, None]:
-        dx = dy.new_empty(len(dy), ctx.rows.shape[1])
-        return dx.copy_(transposed_product(dy, ctx.rows, flipped=False).t()), None
-
-
-def four_bit_linear(x: Tensor, rows: FourBitRows, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias``, [..., out], of x [..., in] in the dtype of ``rows``, W [out, in] and bias [out]."""
-    y = _FourBitProduct.apply(x.reshape(-1, x.shape[-1]), rows).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-def four_bit_linear_ref(x: Tensor, rows: FourBitRows, bias: Tensor | None = None) -> Tensor:
-    """``four_bit_linear`` with the whole weight at once, in fp32; [..., out] too."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight = dequantize_4bit(rows.packed, rows.state).to(rows.dtype).float()
-    y = x.float() @ weight.t()
-    return (y if bias is None else y + bias.float()).to(x.dtype)

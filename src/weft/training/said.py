@@ -162,7 +162,10 @@ def _put(place: dict[str, Any], last: str, value: object, key: str) -> set[str]:
     """Put a value into a mapping; returns its keys in our words."""
     before = {name: place[name] for name in ("adam_betas",) if name in place}
     if last in DETAILS:  # what it adds to, which the file says in other words
-        before["load_in_4bit"] = place.pop("quantization", None) in ("nf4", "fp4")
+        kept = place.pop("quantization", None)
+        before |= {"load_in_4bit": kept in ("nf4", "fp4"), "bnb_4bit_quant_type": kept if kept != "int8" else None}
+        before |= {"dtype": place["dtype"]} if "dtype" in place else {}
+        before["load_in_8bit"] = kept == "int8"
     found = in_our_words({**before, last: value}, f"override {key!r}")
     place.update(found)
     _give_way(place, found.keys())

@@ -21,13 +21,13 @@ from weft.methods.trainable_tokens import with_token_rows
 from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
-from weft.models.quantize import Quantization
 from weft.objectives import Objective, class_metrics, make_objective
 from weft.paths import with_home
 from weft.patterns import check_name
 from weft.training.aliases import translate
 from weft.training.optimizers import OPTIMIZERS, OptimizerKind, OptimizerName
 from weft.training.options import options_of, with_options
+from weft.training.quantization import QuantizationSettings
 from weft.training.schedules import SCHEDULES, Schedule, ScheduleName
 
 
@@ -214,7 +214,7 @@ class JobConfig(BaseModel):
         return per_epoch, self.steps or max(1, math.ceil(self.epochs * per_epoch - 1e-9))
 
 
-class RunConfig(Worded, DataSettings):
+class RunConfig(Worded, QuantizationSettings, DataSettings):
     """A run: base, data, jobs, where it is written."""
 
     model: str = Field(
@@ -236,9 +236,6 @@ class RunConfig(Worded, DataSettings):
     )
     shape: Shape = Field(
         "full", description="`tiny`: the same architecture, two layers of width 64, random; to try a run in seconds"
-    )
-    quantization: Quantization | None = Field(
-        None, description="how the linears are kept: NF4 (double quantisation), LLM.int8; needs `weft[quant]`"
     )
     dtype: str = Field(
         "auto",
@@ -342,7 +339,7 @@ class RunConfig(Worded, DataSettings):
             device=self.device,
             tokenizer=tokenizer,
             shape=self.shape,
-            quantization=self.quantization,
+            quantization=self.kept,
             hub=self.hub,
             tokens=self.add_tokens,
         )

@@ -1,4 +1,4 @@
-"""Weights in four bits, read piece by piece, beside the whole weight at once."""
+"""Weights in four and eight bits, read piece by piece, beside the whole weight at once."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ import torch
 from tests import kit
 
 from weft.ops import products
-from weft.ops.four_bit import FourBitRows, four_bit_linear, four_bit_linear_ref, in_pieces
+from weft.ops.four_bit import FourBitRows
+from weft.ops.packed import EightBitRows, in_pieces, packed_linear, packed_linear_ref
 
 pytest.importorskip("bitsandbytes")
 # (rows, in, out): blocks that are rows, that end within rows, that are longer than rows; an odd number of weights.
 SHAPES = [(9, 64, 10), (8, 48, 7), (12, 16, 40), (8, 5, 7), (10, 130, 33)]
 
 
-def made(outer: int, inner: int, dtype: torch.dtype, **options: Any) -> FourBitRows:
+def made(outer: int, inner: int, dtype: torch.dtype, **options: Any) -> Any:
     from bitsandbytes.functional import quantize_4bit
 
     generator = torch.Generator().manual_seed(1)
+    if not options:
+        codes = torch.randint(-127, 128, (outer, inner), generator=generator, dtype=torch.int8)
+        return EightBitRows(codes, torch.rand(outer, generator=generator) * 3, dtype)
     packed, state = quantize_4bit(torch.randn(outer, inner, generator=generator).to(dtype), **options)
     return FourBitRows(packed, state, dtype)
 
 
 @pytest.mark.parametrize("options", [{"quant_type": "nf4", "compress_statistics": True}, {"quant_type": "fp4"},
-                                     {"quant_type": "nf4", "blocksize": 128}], ids=str)  # fmt: skip
+                                     {"quant_type": "nf4", "blocksize": 128}, {}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_whole_weight(
@@ -39,13 +43,13 @@ def test_equals_the_whole_weight(
     except RuntimeError:
         assert inner * outer % 2
         pytest.skip("this bitsandbytes packs no odd number of weights")
-    block = rows.state.blocksize
+    block = rows.state.blocksize if options else 20 * inner
     assert len(list(rows.pieces())) > 1 or outer <= block // math.gcd(block, inner), "pieces begin where blocks do"
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, count, inner, generator=generator).to(dtype).requires_grad_()
     bias, dy = torch.randn(outer, generator=generator).to(dtype), torch.randn(2, count, outer, generator=generator)
     found = []
-    for function in (four_bit_linear, four_bit_linear_ref):
+    for function in (packed_linear, packed_linear_ref):
         y = function(x, rows, bias)
         assert y.dtype == dtype
         (dx,) = torch.autograd.grad(y, x, dy.to(dtype))
@@ -64,6 +68,18 @@ def test_the_numbers_are_those_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) 
         rows = made(70, 48, dtype, quant_type="nf4", compress_statistics=True)
         whole = torch.cat([wide.clone() for _, wide in rows.pieces()])
         assert torch.equal(whole, dequantize_4bit(rows.packed, rows.state).float())
+
+
+def test_few_rows_and_double_precision_take_the_whole_weight() -> None:
+    for count, dtype in ((3, torch.float32), (3, torch.bfloat16), (9, torch.float64)):
+        rows = made(7, 48, dtype)
+        x = torch.randn(count, 48, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        found = []
+        for function in (packed_linear, packed_linear_ref):
+            y = function(x, rows)
+            found.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
+        for ours, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_where_it_is_used() -> None:

@@ -1,0 +1,163 @@
+"""What transformers' loader asks of a quantisation that it does not have itself: 4 bits in blocks of other sizes, and
+checkpoints by GPTQ and AWQ, for which it needs packages with kernels of their own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from weft.base.kinds import is_linear, linear_shape
+from weft.base.packed import PackedLinear
+from weft.errors import UserError
+from weft.foreign import check_safetensors
+from weft.ops.words import Packing
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+_BLOCKS, _PACKED = "weft_blocks", "weft_packed"
+
+
+def blocks_config(block_size: int, **options: Any) -> BitsAndBytesConfig:
+    """transformers' configuration for 4 bits in blocks of this size; its own options have only blocks of 64."""
+    from transformers import BitsAndBytesConfig
+
+    config: Any = BitsAndBytesConfig(**options)
+    if block_size != 64:
+        _register_blocks()
+        config.quant_method = _BLOCKS
+        config.block_size = block_size
+    found: BitsAndBytesConfig = config
+    return found
+
+
+@functools.cache
+def _register_blocks() -> None:
+    from transformers.quantizers.auto import register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    class Blocks(Bnb4BitHfQuantizer):
+        """4 bits by bitsandbytes, with another block size. What is loaded is as if transformers had done it."""
+
+        def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+            super()._process_model_before_weight_loading(model, *args, **kwargs)
+            for parameter in model.parameters():
+                if hasattr(parameter, "quant_state"):
+                    parameter.blocksize = self.quantization_config.block_size  # type: ignore[attr-defined]
+
+        def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+            # The stored tensors name their block size, and every reader takes it from there.
+            config: Any = self.quantization_config
+            del config.block_size
+            config.quant_method = QuantizationMethod.BITS_AND_BYTES
+            setattr(model, "quantization_method", config.quant_method)  # noqa: B010
+            return super()._process_model_after_weight_loading(model, **kwargs)
+
+    register_quantizer(_BLOCKS)(Blocks)
+
+
+def packed_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration by which transformers' loader makes ``PackedLinear`` of a checkpoint's tensors.
+
+    Args:
+        entries: the checkpoint's own, of GPTQ or AWQ (``vetting.check_packed`` has seen them).
+    """
+    _register_packed()
+    return {"quant_method": _PACKED, "own": dict(entries)}
+
+
+def put_packed(model: PreTrainedModel, headers: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Put a ``PackedLinear`` in the place of every linear of a model on the meta device whose packed weight is stored.
+
+    Args:
+        headers: what the files say of each of their tensors (``foreign.check_safetensors``).
+        own: the entries of the checkpoint's configuration.
+
+    Raises:
+        UserError: None is stored, or one in other shapes than the model's.
+    """
+    found = [key.removesuffix(".qweight") for key in headers if key.endswith(".qweight")]
+    if not found:
+        raise UserError(f"its config.json says {own['quant_method']}, and its files hold no tensor of that (qweight).")
+    modules = dict(model.named_modules())
+    for name in found:
+        path = name if name in modules else f"{model.base_model_prefix}.{name}"
+        module: Any = modules.get(path)
+        if module is None or not is_linear(module):
+            raise UserError(f"its files hold {name}.qweight, and the model has no linear module there.")
+        new = _packed_linear(name, module, {key.rpartition(".")[2]: told for key, told in headers.items()
+                                            if key.rpartition(".")[0] == name}, own)  # fmt: skip
+        new.source_cls = type(module)  # type: ignore[assignment]
+        model.set_submodule(path, new)
+
+
+def _packed_linear(name: str, module: nn.Module, told: Mapping[str, Any], own: Mapping[str, Any]) -> PackedLinear:
+    (inputs, outputs), bits = linear_shape(module), int(own.get("bits", 4))
+    awq = own["quant_method"] == "awq"
+    packing: Packing = "awq" if awq else "gptq_v2" if own.get("checkpoint_format") == "gptq_v2" else "gptq"
+    size = int(own.get("group_size", 128))
+    size = inputs if size == -1 else size
+    groups = -(-inputs // size)
+    shapes = {
+        "qweight": (inputs, outputs * bits // 32) if awq else (inputs * bits // 32, outputs),
+        "qzeros": (groups, outputs * bits // 32),
+        "scales": (groups, outputs),
+        **({"g_idx": (inputs,)} if "g_idx" in told else {}),
+    }
+    tensors = {}
+    for key, shape in shapes.items():
+        stored = told.get(key)
+        if not isinstance(stored, dict) or tuple(stored.get("shape", ())) != shape:
+            there = f"{tuple(stored.get('shape', ()))}" if isinstance(stored, dict) else "not there"
+            raise UserError(f"{name}.{key} is {there}; for {bits} bits in groups of {size} it must be {shape}.")
+        kind = torch.float32 if stored.get("dtype") == "F32" else torch.float16
+        kind = torch.bfloat16 if stored.get("dtype") == "BF16" else kind
+        tensors[key] = torch.empty(shape, dtype=kind if key == "scales" else torch.int32, device="meta")
+    bias = module._parameters.get("bias") is not None
+    with torch.device("meta"):
+        return PackedLinear(inputs, outputs, tensors, bits=bits, group_size=size, packing=packing, bias=bias)
+
+
+@functools.cache
+def _register_packed() -> None:
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Config(QuantizationConfigMixin):
+        """The entries of ``packed_entries``."""
+
+        def __init__(self, own: Mapping[str, Any], **kwargs: Any) -> None:
+            self.quant_method, self.own = _PACKED, dict(own)  # type: ignore[assignment]
+
+    class Packed(HfQuantizer):
+        """Checkpoints by GPTQ and AWQ, read as they are."""
+
+        requires_calibration = False
+
+        def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+            headers: dict[str, Any] = {}
+            for file in kwargs["checkpoint_files"]:
+                headers |= check_safetensors(file)
+            put_packed(model, headers, self.quantization_config.own)  # type: ignore[attr-defined]
+
+        def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+            own: dict[str, Any] = self.quantization_config.own  # type: ignore[attr-defined]
+            model.config.quantization_config = own
+            setattr(model, "quantization_method", own["quant_method"])  # noqa: B010
+            return model
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    register_quantization_config(_PACKED)(Config)
+    register_quantizer(_PACKED)(Packed)
