@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.libraries import multiplies_sixteen_bits
 from weft.ops.autograd import Context
+from weft.ops.kept import kept
 from weft.ops.products import lengths_of_pieces, scratch, transposed_product
 
 # Rows from which the pieces are faster than bitsandbytes.
@@ -73,8 +74,8 @@ class _FourBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, x: Tensor, rows: FourBitRows) -> Tensor:
         ctx.rows = rows
-        y = x.new_empty(len(x), rows.shape[0])
-        return y.copy_(transposed_product(x, rows, flipped=True).t())
+        outputs, inputs = rows.shape
+        return kept(lambda: x.new_empty(len(x), outputs).copy_(transposed_product(x, rows, flipped=True).t()), inputs)
 
     @staticmethod
     @once_differentiable

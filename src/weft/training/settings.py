@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, field_validator, model_validator
 
+from weft.base.offload import Place
 from weft.complaints import Worded
 from weft.core.adapter import MethodConfig
 from weft.data import Renderer
@@ -252,8 +253,19 @@ class RunConfig(Worded, DataSettings):
     verify_packing: Annotated[bool, FREE] = Field(
         True, description="before the first step, prove that no sequence depends on its neighbours ([data.md](data.md))"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute the blocks in the backward pass: less memory, more time"
+    gradient_checkpointing: bool | PositiveInt | Literal["cheap"] = Field(
+        False,
+        description="recompute in the backward pass what was not kept: less memory, more time. `true`: all blocks; a "
+        "number k: every k-th one; `cheap`: of all blocks what costs little (norms, activations, products by element), "
+        "while results of matrix products are kept",
+    )
+    offload_activations: Annotated[Place | None, FREE] = Field(
+        None,
+        description="where that goes which `gradient_checkpointing` keeps: `cpu` (memory, of a base on a GPU) or "
+        "`disk` (files that the system writes out when it needs the room); the same numbers, to the bit",
+    )
+    offload_folder: Annotated[str | None, FREE] = Field(
+        None, description="the folder for `disk`; default: that of temporary files, which saves nothing if in memory"
     )
     logging_steps: Annotated[int, FREE] = Field(10, gt=0, description="a line of metrics every so many steps of a job")
     save_steps: Annotated[int | None, FREE] = Field(
@@ -268,6 +280,7 @@ class RunConfig(Worded, DataSettings):
     )
 
     _own_home = field_validator("model", "output_dir")(with_home)
+    _home_of_pages = field_validator("offload_folder")(lambda path: path and with_home(path))
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
@@ -283,6 +296,8 @@ class RunConfig(Worded, DataSettings):
             raise ValueError("eval_split, eval_size and eval_data exclude each other: what to evaluate on is said once")
         if self.bad_records_file is not None and self.on_bad_record != "report":
             raise ValueError("bad_records_file is for on_bad_record: report; nothing else writes it")
+        if self.offload_activations is not None and not self.gradient_checkpointing:
+            raise ValueError("offload_activations needs gradient_checkpointing: it is what that keeps that goes")
         classifies = any(job.classifies for job in self.jobs)
         for key in ("labels", "text_columns", "label_column"):
             if not classifies and any(getattr(job, key) is not None for job in self.jobs):
