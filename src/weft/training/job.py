@@ -29,6 +29,8 @@ from weft.training.optim import (
 from weft.training.optimizers import tensor_bytes
 from weft.training.settings import JobConfig
 
+# A forward pass that overflows does so at any scale of the loss; after so many steps in a row nothing will help.
+_GIVE_UP = 50
 # So many numbers of a larger tensor stand for all of it when we ask whether a job has changed it.
 _WITNESSES = 2**20
 
@@ -59,6 +61,7 @@ class Progress:
     loss_scale: float = 1.0
     good_steps: int = 0
     skipped: int = 0  # steps that changed nothing, for the loss or a gradient was not finite
+    overflows: int = 0  # how many of them are the last ones, in a row
     moved: int = 0  # steps with a gradient that was finite and not zero
 
 
@@ -100,6 +103,7 @@ class Job:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
         adapter.begin_training(self.total_steps)
         self.best: list[Tensor] | None = None
+        self._scales = False
 
     def _rates(self, default: Callable[[str], float]) -> list[float]:
         """The learning rate of each parameter; of those without one in the configuration the ``default`` by name."""
@@ -161,7 +165,7 @@ class Job:
 
     def scale_losses(self, factor: float) -> None:
         """Multiply every loss by this, for float16 cannot hold small gradients. Each overflow halves it."""
-        self.progress.loss_scale = factor
+        self.progress.loss_scale, self._scales = factor, True
 
     def update(self, tokens: int) -> float:
         """Clip, step the optimizer, clear the gradients; returns the gradients' norm before clipping.
@@ -202,11 +206,16 @@ class Job:
         progress = self.progress
         if finite:
             progress.good_steps += 1
-            if progress.loss_scale > 1.0 and progress.good_steps % 200 == 0:
+            progress.overflows = 0
+            if self._scales and progress.good_steps % 200 == 0:
                 progress.loss_scale *= 2
-        elif progress.loss_scale > 1.0:
-            progress.loss_scale /= 2
+        elif self._scales:
+            progress.loss_scale = max(1.0, progress.loss_scale / 2)
             progress.good_steps = 0
+            progress.overflows += 1
+            if progress.overflows >= _GIVE_UP:
+                self._fail(f"the loss or a gradient overflowed in the last {_GIVE_UP} steps; take dtype bfloat16 or "
+                           "float32 instead of float16")  # fmt: skip
         else:
             self._fail(f"loss or gradient is not finite at step {progress.step}")
 
@@ -233,7 +242,7 @@ class Job:
                        "float32 instead of float16")  # fmt: skip
         elif not progress.moved:
             # Losses are scaled on float16 bases alone.
-            why = ("in float16 small gradients are lost (take bfloat16 or float32)" if progress.loss_scale != 1.0 else
+            why = ("in float16 small gradients are lost (take bfloat16 or float32)" if self._scales else
                    "no learned token sees what the adapter adds, as behind a sliding window that is shorter than the "
                    "text; take another method, or shorter texts")  # fmt: skip
             self._fail(f"every gradient was zero in {count}, so nothing was learned; {why}")
