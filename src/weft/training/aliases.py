@@ -79,9 +79,10 @@ _OTHERS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "`adamw_8bit` keeps its state in 8 bits"),
         **dict.fromkeys(
             ("adagrad", "rmsprop", "rmsprop_bnb", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit", "ademamix",
-             "ademamix_8bit", "adamw_anyprecision", "galore_adamw", "galore_adafactor", "lomo", "adalomo", "grokadamw",
+             "ademamix_8bit", "adamw_anyprecision", "galore_adamw", "galore_adafactor", "grokadamw",
              "schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam", "stable_adamw", "muon"),
             "it takes other steps"),
+        **dict.fromkeys(("lomo", "adalomo"), "`layerwise_updates` frees gradients as it does, with any optimizer"),
     },
     "lr_scheduler_type": dict.fromkeys(
         ("reduce_lr_on_plateau", "greedy"),

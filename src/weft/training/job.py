@@ -28,6 +28,7 @@ from weft.training.optim import (
 )
 from weft.training.optimizers import tensor_bytes
 from weft.training.settings import JobConfig
+from weft.training.updates import LayerwiseUpdates, Updates
 
 # A forward pass that overflows does so at any scale of the loss; after so many steps in a row nothing will help.
 _GIVE_UP = 50
@@ -111,8 +112,15 @@ class Job:
         return [scaled(name, given or default(name)) for name in self._began]
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
-        rates = self.progress.rates
-        return make_optimizer(self.config, self.parameters, rates, self._pulled) if self.parameters else None
+        if not self.parameters:
+            return None
+        made = make_optimizer(self.config, self.parameters, self.progress.rates, self._pulled)
+        self.updates: Updates = (
+            LayerwiseUpdates(self.adapter, self.parameters, made)
+            if self.config.layerwise_updates
+            else Updates(self.parameters, made, self.config.max_grad_norm)
+        )
+        return made
 
     def _default_rate(self, parameter: str) -> float:
         return self.adapter.default_learning_rate(parameter, self.adapter.head.writes)
@@ -164,8 +172,21 @@ class Job:
         return self.rate * self.schedule_factor()
 
     def scale_losses(self, factor: float) -> None:
-        """Multiply every loss by this, for float16 cannot hold small gradients. Each overflow halves it."""
+        """Multiply every loss by this, for float16 cannot hold small gradients. Each overflow halves it.
+
+        Raises:
+            UserError: The job updates tensors before all gradients are known.
+        """
+        if self.config.layerwise_updates:
+            raise UserError(
+                f"job '{self.name}': layerwise_updates does not go with a base in float16, where a gradient that "
+                "overflows undoes the whole step. Take dtype: bfloat16 or float32."
+            )
         self.progress.loss_scale, self._scales = factor, True
+
+    def begin_last_pass(self) -> None:
+        """Take note that the coming backward pass completes the step's gradients."""
+        self.updates.begin_last_pass(self.schedule_factor())
 
     def update(self, tokens: int) -> float:
         """Clip, step the optimizer, clear the gradients; returns the gradients' norm before clipping.
@@ -173,24 +194,14 @@ class Job:
         ``tokens``: how many the step has seen.
         A norm that is not finite changes nothing but the loss scale (float16 bases) or ends the job.
         """
-        progress, factor = self.progress, self.schedule_factor()
-        assert self.optimizer is not None
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if progress.loss_scale != 1.0:
-            torch._foreach_div_(gradients, progress.loss_scale)
-        # The norm of the tensors' norms does not depend on how the tensors are grouped.
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        progress = self.progress
+        norm = self.updates.step(self.schedule_factor(), progress.loss_scale)
         if math.isfinite(norm):
-            if self.config.max_grad_norm and norm > self.config.max_grad_norm:
-                torch._foreach_mul_(gradients, self.config.max_grad_norm / (norm + 1e-6))
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            self.optimizer.step()
             self.adapter.after_step(progress.step + 1)
             progress.moved += norm > 0
         else:
             progress.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.zero_grad(set_to_none=True)
         progress.step += 1
         progress.tokens += tokens
         self._rescale(math.isfinite(norm))

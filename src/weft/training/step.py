@@ -41,14 +41,14 @@ def train_step(adapters: Adapters, jobs: Sequence[Job], splitting: Splitting | N
     Where memory runs out, the step begins again in smaller passes, which ``splitting`` remembers.
 
     Raises:
-        UserError: Memory runs out in a pass of a single sequence.
+        UserError: Memory runs out in a pass of a single sequence, or where a step cannot begin again.
     """
     batches = {job.name: job.micro_batches() for job in jobs}
     splitting = splitting or Splitting()
     while (total := _attempt(adapters, jobs, batches, splitting)) is None:
         # Here the failed pass is gone with its error. Its gradients, some whole and some not, go as well.
         for job in jobs:
-            job.adapter.zero_grad(set_to_none=True)
+            job.updates.forget_pass()
         give_back(adapters.device)
         splitting.halve(adapters)
     results = {}
@@ -90,12 +90,17 @@ def _passes(adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splittin
             for j in jobs
             if index < len(batches[j.name])
         ]
-        for piece in splitting.pieces(adapters, work):
+        pieces = splitting.pieces(adapters, work)
+        last = {str(one.adapter): number for number, piece in enumerate(pieces) for one in piece}
+        for number, piece in enumerate(pieces):
             splitting.begin(piece)
             present = [named[str(one.adapter)] for one in piece]
             losses = forward_losses(adapters, piece)
             penalties = [None if job.name in total else job.adapter.penalty() for job in present]
             losses = [a if b is None else a + b.to(a.dtype) for a, b in zip(losses, penalties, strict=True)]
+            for job in present:
+                if (index, number) == (len(batches[job.name]) - 1, last[job.name]):
+                    job.begin_last_pass()
             torch.autograd.backward([loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)])
             for job, loss in zip(present, losses, strict=True):
                 total[job.name] = total.get(job.name, 0) + loss.detach()
