@@ -132,6 +132,13 @@ def test_the_words_of_torch_on_a_cpu() -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def test_what_the_command_says_of_memory_elsewhere() -> None:
+    from weft.cli.main import _users_fault
+
+    assert (_users_fault(MemoryError()) or "").startswith("out of memory. Take a smaller pack_tokens")
+    assert (_users_fault(torch.OutOfMemoryError("CUDA: 3 GiB\nmore")) or "").endswith("(CUDA: 3 GiB)")
+
+
 def test_a_resumed_run_keeps_the_size(tmp_path: Path, plant: Planted) -> None:
     """Bit for bit: how sums are rounded depends on what shares a pass."""
     plant(40, MemoryError, False)
