@@ -11,7 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from weft.base.checkpointing import Checkpointing
 from weft.base.checkpointing import checkpointing as checkpointed
+from weft.base.offload import Place
 from weft.combine.rules import Combination, Source, combine
 from weft.core import adapters as core
 from weft.core.adapter import Adapter, MethodConfig
@@ -42,7 +44,10 @@ class Adapters(core.Adapters):
         architecture: The places of its parts (``weft.models.describe``).
         padded: Run padded batches through the model's own attention. Default: only if the model can do nothing else.
         exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
-        checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
+        checkpointing: Recompute blocks in the backward pass instead of keeping their activations: all (True), every
+            k-th (a number k), or their cheap operations alone (``cheap``: results of matrix products are kept).
+        offload: Where that which is still kept goes: ``cpu`` (from a GPU) or ``disk``. None: it stays.
+        offload_folder: The folder for ``disk``; default: that of temporary files.
         original_weight: Of a quantised base, the weight [out, in] before, by the module's path (LoftQ asks for it).
     """
 
@@ -53,7 +58,9 @@ class Adapters(core.Adapters):
         *,
         padded: bool | None = None,
         exact: bool = False,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = False,
+        offload: Place | None = None,
+        offload_folder: str | None = None,
         original_weight: Callable[[str], Tensor] | None = None,
     ) -> None:
         super().__init__(
@@ -61,7 +68,10 @@ class Adapters(core.Adapters):
             architecture,
             layout_for(architecture, padded, exact),
             exact=exact,
-            installers=(install_products, *((checkpointed(architecture.blocks),) if checkpointing else ())),
+            installers=(
+                install_products,
+                checkpointed(architecture.blocks, checkpointing, offload, offload_folder),
+            ),
             original_weight=original_weight,
         )
 

@@ -45,6 +45,15 @@ def has_kernel(operator: str, device: torch.device) -> bool:
     return found
 
 
+def alias_of(x: Tensor) -> Tensor:
+    """x [...] without its graph, in the same memory: what is written to one counts as written to the other.
+
+    Also where operations are intercepted below autograd, and a plain ``detach`` would count by itself.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return x.detach()
+
+
 def cache_name(forward: Callable[..., object]) -> str | None:
     """The parameter of a model's (or an attention's) forward that takes its cache; None if it has none."""
     parameters = inspect.signature(forward).parameters

@@ -48,7 +48,7 @@ def go_on(folder: Path, workers: int, kill_at: int = 0) -> bool:
     store.prepare(overwrite=False, resume=True)
     ledger, steps = (folder / "ledger.jsonl").open("a"), 0
 
-    def step(_: Any, active: Sequence[Job]) -> dict[str, StepResult]:
+    def step(_: Any, active: Sequence[Job], splitting: Any) -> dict[str, StepResult]:
         nonlocal steps
         steps += 1
         for job in active:

@@ -156,8 +156,8 @@ def test_what_is_logged() -> None:
 
     plain = loop.train_step
 
-    def spy(adapters: Adapters, active: list[Job]) -> Any:
-        results = plain(adapters, active)
+    def spy(adapters: Adapters, active: list[Job], splitting: Any) -> Any:
+        results = plain(adapters, active, splitting)
         for name, result in results.items():
             losses[name].append(result.loss)
         return results

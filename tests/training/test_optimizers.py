@@ -11,6 +11,7 @@ import torch
 from tests import kit
 from torch import Tensor, nn
 
+import weft.base.pages
 from weft.errors import UserError
 from weft.libraries import has_kernel
 from weft.ops.seeds import stable_seed
@@ -117,7 +118,7 @@ def test_pages_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_pages_where_the_system_cannot_be_asked_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(paged.os, "posix_fallocate")
+    monkeypatch.delattr(weft.base.pages.os, "posix_fallocate")
     found = paged.mapped_zeros(torch.zeros(700, 700), torch.float32, None)
     assert found.shape == (700, 700)
     assert not found.any()
@@ -128,7 +129,7 @@ def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(paged.os, "posix_fallocate", full)
+    monkeypatch.setattr(weft.base.pages.os, "posix_fallocate", full)
     parameters = begun()
     with pytest.raises(UserError, match=r"is full; 360,000 bytes are needed.*optim_args: \{folder"):
         run(made("paged_adamw", parameters), parameters, range(1))

@@ -178,10 +178,11 @@ def _users_fault(error: BaseException) -> str | None:
         return _usage(error)
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
         return f"{error.filename or 'the output'}: {error.strerror}."
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        where = "memory" if isinstance(error, MemoryError) else "GPU memory"
         return (
-            "out of GPU memory. Take a smaller pack_tokens (the same steps, in more passes), a smaller "
-            f"max_length, fewer jobs at once, or gradient_checkpointing: true. ({str(error).splitlines()[0]})"
+            f"out of {where}. Take a smaller pack_tokens (the same steps, in more passes), a smaller max_length, fewer "
+            f"jobs at once, or gradient_checkpointing: true. ({(str(error) or type(error).__name__).splitlines()[0]})"
         )
     return None
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from weft.base.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointed
+from weft.base.checkpointing import How, checkpoint_alike, disable_checkpointing
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.route import Router
 from weft.core.site import Site, detach
@@ -114,7 +114,7 @@ def _copy(block: nn.Module, shared: tuple[type, ...]) -> nn.Module:
 def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
     """A copy of the block at ``path`` that is the identity; ``number`` is its layer in a KV cache."""
     shape, source = context.architecture, context.model.get_submodule(path)
-    block = _copy(source, (Router, Site))
+    block = _copy(source, (Router, Site, How))
     for module in block.modules():
         detach(module)
         if isinstance(getattr(module, "layer_idx", None), int):
@@ -128,8 +128,7 @@ def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
     for unreached in shape.unreachable:
         if unreached.startswith(f"{path}."):
             new.block.get_submodule(unreached.removeprefix(f"{path}.")).requires_grad_(False)
-    if is_checkpointed(source) and context.router is not None:
-        enable_checkpointing(new, context.router)
+    checkpoint_alike(new, source)
     return new
 
 

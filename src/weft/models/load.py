@@ -121,6 +121,22 @@ def check_device(name: str) -> None:
         )
 
 
+def check_number_format(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a dtype that the device cannot compute in by itself.
+
+    Raises:
+        UserError: It cannot: torch would emulate it, many times as slow, and say nothing.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    with torch.cuda.device(device):
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                f"the GPU {torch.cuda.get_device_name()} does not compute in bfloat16. Take dtype: float16 or float32, "
+                "or device: cpu."
+            )
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of a name; ``auto`` takes a GPU if there is one.
 
@@ -210,6 +226,8 @@ def load_base(
         UserError: It does not exist, cannot be read, is quantised otherwise already, or the device is missing.
     """
     kind, where, quantization = resolve_dtype(dtype), resolve_device(device), Quantization.of(quantization)
+    if isinstance(kind, torch.dtype):
+        check_number_format(kind, where)
     source = _source(name, shape, hub)
     originals: Callable[[str], Tensor] | None = None
     folder: Path | None = None
@@ -227,6 +245,8 @@ def load_base(
         originals = OriginalWeights(source) if quantization and not was_stored(model) else None
         tokenizer = tokenizer or load_tokenizer(source)
         folder = folder_of(source)
+    if kind == "auto":
+        check_number_format(next(model.parameters()).dtype, where)
     added = _add(model, tokenizer, tokens, name)
     return Base(model, tokenizer, describe(model, folder), name=name, original_weight=originals, added_ids=added)
 

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.ops.autograd import Context
 from weft.ops.decoding import cap_and_bias, softmax_with_sinks
+from weft.ops.kept import DEAR, kept
 from weft.ops.products import products_in
 from weft.ops.sequence_layout import Bucket, SequenceLayout, block, is_plain, pack, unpack
 
@@ -192,6 +193,22 @@ def _with_prefix(own: Tensor, prefix: Tensor | None) -> Tensor:
     return torch.cat([prefix.repeat(own.shape[0] // prefix.shape[0], 1, 1), own], 1)
 
 
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, scores: _Scores, slots: dict[int | None, int], prefix: tuple[Tensor, ...]
+) -> Tensor:
+    """What ``varlen_attention`` gives, [N, H, D]; it makes no graph."""
+    layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
+    q_rows, k_rows, v_rows = (pack(x, layout, kv_heads).to(products_in(q)) for x in (q, k, v))
+    out_rows = torch.empty_like(q_rows)
+    for bucket in layout.buckets:
+        q_b, out_b = (block(x, bucket, kv_heads, heads) for x in (q_rows, out_rows))
+        k_b, v_b = (block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows))
+        if (at := slots.get(bucket.group)) is not None:
+            k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
+        scores.forward(q_b, k_b, v_b, out_b, bucket)
+    return unpack(out_rows, layout, kv_heads, heads).to(q.dtype)
+
+
 class _Context(Context, Protocol):
     scores: _Scores
     slots: dict[int | None, int]
@@ -214,18 +231,10 @@ class _VarlenAttention(torch.autograd.Function):
         sinks: Tensor | None,
         *prefix: Tensor,
     ) -> Tensor:
-        layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
         ctx.scores, ctx.slots = scores, slots
         ctx.save_for_backward(q, k, v, *prefix)
-        q_rows, k_rows, v_rows = (pack(x, layout, kv_heads).to(products_in(q)) for x in (q, k, v))
-        out_rows = torch.empty_like(q_rows)
-        for bucket in layout.buckets:
-            q_b, out_b = (block(x, bucket, kv_heads, heads) for x in (q_rows, out_rows))
-            k_b, v_b = (block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows))
-            if (at := slots.get(bucket.group)) is not None:
-                k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
-            scores.forward(q_b, k_b, v_b, out_b, bucket)
-        return unpack(out_rows, layout, kv_heads, heads).to(q.dtype)
+        # Dear, however short the texts are: two products over every pair of tokens.
+        return kept(lambda: _attended(q, k, v, scores, slots, prefix), DEAR + 1)
 
     @staticmethod
     @once_differentiable
@@ -234,9 +243,7 @@ class _VarlenAttention(torch.autograd.Function):
         scores, slots = ctx.scores, ctx.slots
         layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
         work = products_in(q)
-        q_rows, k_rows, v_rows, do_rows = (
-            pack(x, layout, kv_heads).to(work) for x in (q, k, v, d_out.transpose(0, 1))
-        )
+        q_rows, k_rows, v_rows, do_rows = (pack(x, layout, kv_heads).to(work) for x in (q, k, v, d_out.transpose(0, 1)))
         if not is_plain(layout) and (pads := layout.head_index(kv_heads, heads // kv_heads).pads) is not None:
             do_rows.index_fill_(0, pads, 0.0)  # a pad query must not reach the keys' gradients
         dq_rows, dk_rows, dv_rows = (torch.empty_like(x) for x in (q_rows, k_rows, v_rows))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from weft.ops.autograd import Context
+from weft.ops.kept import kept
 from weft.ops.products import add_product_, linear, multiply
 
 BLOCK = 2**18  # numbers per block: 1 MiB in fp32, of which every core's L2 holds its share (measured)
@@ -183,6 +185,31 @@ class _LinearsContext(Context, Protocol):
     dtypes: list[torch.dtype]
 
 
+@dataclass(frozen=True)
+class _Update:
+    """``y[rows] += s z B^T`` with z [n, r] and B [out, r]; without z nothing is added there."""
+
+    rows: slice
+    z: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+
+
+def _updated(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[_Update]) -> Tensor:
+    """One linear [N, out] of x [N, in] with its updates, which cover all rows."""
+    out = x.new_empty(len(x), len(weight))
+    for update in updates:
+        y = out[update.rows]
+        if update.z is None or update.b is None:
+            y[:] = 0.0 if bias is None else bias
+            continue
+        if bias is not None:
+            y.copy_(bias)
+        add_product_(y, update.z, update.b.t(), alpha=update.scaling, beta=0 if bias is None else 1)
+    add_product_(out, x, weight.t())
+    return out
+
+
 class _LowRankLinears(torch.autograd.Function):
     """The arguments after ``count`` are weights, biases (or None), then A and B of each piece's updates in turn.
 
@@ -197,16 +224,13 @@ class _LowRankLinears(torch.autograd.Function):
         weights, biases = tensors[:count], tensors[count : 2 * count]
         factors = [f.to(x.dtype) for f in tensors[2 * count :] if f is not None]
         touched = {i for piece in pieces for i in piece.linears}
-        ys = [
-            x.new_empty(len(x), len(w)) if i in touched else linear(x, w, bias)
-            for i, (w, bias) in enumerate(zip(weights, biases, strict=True))
-        ]
-        kept: list[Tensor] = []
+        updates: dict[int, list[_Update]] = {i: [] for i in touched}
+        saved: list[Tensor] = []
         at = 0
         for piece in pieces:
             rows = slice(piece.begin, piece.end)
             for i in touched.difference(piece.linears):
-                ys[i][rows] = 0.0 if biases[i] is None else biases[i]
+                updates[i].append(_Update(rows))
             if not piece.linears:
                 continue
             mine = factors[at : at + 2 * len(piece.linears)]
@@ -215,14 +239,13 @@ class _LowRankLinears(torch.autograd.Function):
             z = multiply(x[rows], stacked.t())
             parts = z.split([len(a) for a in mine[::2]], 1)
             for i, s, z_i, b in zip(piece.linears, piece.scalings, parts, mine[1::2], strict=True):
-                y = ys[i][rows]
-                if biases[i] is not None:
-                    y.copy_(biases[i])
-                add_product_(y, z_i, b.t(), alpha=s, beta=0 if biases[i] is None else 1)
-            kept += [stacked, z, *mine[1::2]]
-        for i in touched:
-            add_product_(ys[i], x, weights[i].t())
-        ctx.save_for_backward(*([x] if touched else []), *kept, *weights)
+                updates[i].append(_Update(rows, z_i, b, s))
+            saved += [stacked, z, *mine[1::2]]
+        ys = [
+            kept(partial(_updated, x, w, bias, updates[i]), x.shape[1]) if i in touched else linear(x, w, bias)
+            for i, (w, bias) in enumerate(zip(weights, biases, strict=True))
+        ]
+        ctx.save_for_backward(*([x] if touched else []), *saved, *weights)
         ctx.pieces, ctx.count, ctx.shape = pieces, count, x.shape
         ctx.dtypes = [f.dtype for f in tensors[2 * count :] if f is not None]
         return tuple(ys)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from weft.libraries import multiplies_sixteen_bits
 from weft.ops.autograd import Context
+from weft.ops.kept import kept
 from weft.ops.products import Rows, lengths_of_pieces, scratch, transposed_product
 
 # Rows from which the pieces are faster than the whole weight.
@@ -80,10 +81,10 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, x: Tensor, rows: PackedRows) -> Tensor:
         ctx.rows = rows
+        outputs, inputs = rows.shape
         if not in_pieces(x, rows.dtype):
-            return functional.linear(x, rows.whole())
-        y = x.new_empty(len(x), rows.shape[0])
-        return y.copy_(transposed_product(x, rows, flipped=True).t())
+            return kept(lambda: functional.linear(x, rows.whole()), inputs)
+        return kept(lambda: x.new_empty(len(x), outputs).copy_(transposed_product(x, rows, flipped=True).t()), inputs)
 
     @staticmethod
     @once_differentiable

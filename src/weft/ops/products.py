@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.libraries import multiplies_sixteen_bits
 from weft.ops.autograd import Context
+from weft.ops.kept import kept
 
 # Numbers of a piece: 4 MiB in fp32.
 _PIECE = 1 << 20
@@ -128,7 +129,7 @@ def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if not in_pieces(a, b):
         found = a @ b
         return found if dtype is None else found.to(dtype)
-    return a.new_empty(len(a), b.shape[1], dtype=dtype or a.dtype).copy_(_transposed(a, b).t())
+    return kept(lambda: a.new_empty(len(a), b.shape[1], dtype=dtype or a.dtype).copy_(_transposed(a, b).t()), len(b))
 
 
 def add_product_(y: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:

@@ -34,6 +34,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "num_layers_trainable": ("freeze_trainable_layers", "num_layer_trainable"),
     "num_new_blocks": ("num_expand",),
     "early_stopping_patience": ("patience",),
+    "gradient_checkpointing": ("enable_activation_checkpointing",),
     "neftune_noise_alpha": ("neftune_alpha", "noisy_embedding_alpha"),
 }
 RENAMED = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
@@ -78,16 +79,26 @@ _OTHERS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "`adamw_8bit` keeps its state in 8 bits"),
         **dict.fromkeys(
             ("adagrad", "rmsprop", "rmsprop_bnb", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit", "ademamix",
-             "ademamix_8bit", "adamw_anyprecision", "galore_adamw", "galore_adafactor", "lomo", "adalomo", "grokadamw",
+             "ademamix_8bit", "adamw_anyprecision", "galore_adamw", "galore_adafactor", "grokadamw",
              "schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam", "stable_adamw", "muon"),
             "it takes other steps"),
+        **dict.fromkeys(("lomo", "adalomo"), "`layerwise_updates` frees gradients as it does, with any optimizer"),
     },
     "lr_scheduler_type": dict.fromkeys(
         ("reduce_lr_on_plateau", "greedy"),
         "it listens to the evaluations; early_stopping_patience is what does so here",
     ),
 }  # fmt: skip
-_KNOWN = {"optimizer": ", ".join(OPTIMIZERS), "lr_scheduler_type": ", ".join(SCHEDULES)}
+_OTHERS["gradient_checkpointing"] = {
+    "offload": "true and offload_activations: cpu are that",
+    "unsloth": "true and offload_activations: cpu are nearest",
+    "offload_disk": "true and offload_activations: disk are that",
+}
+_KNOWN = {
+    "optimizer": ", ".join(OPTIMIZERS),
+    "lr_scheduler_type": ", ".join(SCHEDULES),
+    "gradient_checkpointing": "true, false, a number, cheap",
+}
 
 Meaning = Callable[[Any], tuple[str, Any] | None]
 
@@ -156,6 +167,22 @@ def _word(table: Mapping[object, tuple[str, str] | None], problem: str, told: st
     return Switch(look_up, told)
 
 
+def _how_to_checkpoint(value: object) -> None:
+    """transformers hands these on to torch.utils.checkpoint; the kind of recomputation changes no number."""
+    if value is not None and not (isinstance(value, Mapping) and set(value) <= {"use_reentrant"}):
+        raise UserError(
+            f"gradient_checkpointing_kwargs: {shown(value)}: only use_reentrant is known, which changes nothing here; "
+            "leave it out."
+        )
+
+
+def _offloading(value: object) -> tuple[str, str] | None:
+    """TRL's and torchtune's switch; axolotl also writes ``disk``."""
+    place = value if value in ("disk", "cpu") else "cpu" if is_on(value, "activation_offloading") else None
+    return None if place is None else ("offload_activations", str(place))
+
+
+_OFFLOADING = Switch(_offloading, "`offload_activations`: on → `cpu`, `disk` → `disk`; with `gradient_checkpointing`")
 # Elsewhere these make packs of max_length tokens, and a batch is batch_size of them.
 _PACKING = _on(
     "batch_tokens", AUTO, "`batch_tokens: auto` if on: packs of `batch_size` times `max_length` tokens, as there"
@@ -196,6 +223,16 @@ SWITCHES: dict[str, Switch] = {
     "sample_packing": _PACKING,
     "neat_packing": _PACKING,
     "report_to": _only_off("report_to"),
+    "gradient_checkpointing_kwargs": Switch(
+        _how_to_checkpoint, "nothing if it is `{use_reentrant: …}`; others are refused"
+    ),
+    "disable_gradient_checkpointing": Switch(
+        lambda off: None if off or off is None else ("gradient_checkpointing", True),
+        "`gradient_checkpointing: true` if off",
+        on_or_off=True,
+    ),
+    "activation_offloading": _OFFLOADING,
+    "enable_activation_offloading": _OFFLOADING,
 }
 
 

@@ -25,8 +25,9 @@ from weft.foreign import read_json, read_yaml
 from weft.methods.registry import METHODS
 from weft.paths import local_path
 from weft.training.aliases import AUTO, translate
+from weft.training.method_settings import method_names, own_settings, settings_of
 from weft.training.said import Overrides, in_our_words, jobs_of, no_method, override, plain, said_last
-from weft.training.settings import JobConfig, RunConfig, method_names, own_settings, settings_of
+from weft.training.settings import JobConfig, RunConfig
 
 _JOB_KEYS = frozenset(JobConfig.model_fields) - {"method_settings"}
 _RUN_KEYS = frozenset(RunConfig.model_fields)

@@ -28,7 +28,10 @@ from weft.training.optim import (
 )
 from weft.training.optimizers import tensor_bytes
 from weft.training.settings import JobConfig
+from weft.training.updates import LayerwiseUpdates, Updates
 
+# A forward pass that overflows does so at any scale of the loss; after so many steps in a row nothing will help.
+_GIVE_UP = 50
 # So many numbers of a larger tensor stand for all of it when we ask whether a job has changed it.
 _WITNESSES = 2**20
 
@@ -53,6 +56,7 @@ class Progress:
     loss_scale: float = 1.0
     good_steps: int = 0
     skipped: int = 0  # steps that changed nothing, for the loss or a gradient was not finite
+    overflows: int = 0  # how many of them are the last ones, in a row
     moved: int = 0  # steps with a gradient that was finite and not zero
 
 
@@ -94,6 +98,7 @@ class Job:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
         adapter.begin_training(self.total_steps)
         self.best: list[Tensor] | None = None
+        self._scales = False
 
     def _rates(self, default: Callable[[str], float]) -> list[float]:
         """The learning rate of each parameter; of those without one in the configuration the ``default`` by name."""
@@ -101,8 +106,15 @@ class Job:
         return [scaled(name, given or default(name)) for name in self._began]
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
-        rates = self.progress.rates
-        return make_optimizer(self.config, self.parameters, rates, self._pulled) if self.parameters else None
+        if not self.parameters:
+            return None
+        made = make_optimizer(self.config, self.parameters, self.progress.rates, self._pulled)
+        self.updates: Updates = (
+            LayerwiseUpdates(self.adapter, self.parameters, made)
+            if self.config.layerwise_updates
+            else Updates(self.parameters, made, self.config.max_grad_norm)
+        )
+        return made
 
     def _default_rate(self, parameter: str) -> float:
         return self.adapter.default_learning_rate(parameter, self.adapter.head.writes)
@@ -159,8 +171,21 @@ class Job:
         return self.rate * self.schedule_factor()
 
     def scale_losses(self, factor: float) -> None:
-        """Multiply every loss by this, for float16 cannot hold small gradients. Each overflow halves it."""
-        self.progress.loss_scale = factor
+        """Multiply every loss by this, for float16 cannot hold small gradients. Each overflow halves it.
+
+        Raises:
+            UserError: The job updates tensors before all gradients are known.
+        """
+        if self.config.layerwise_updates:
+            raise UserError(
+                f"job '{self.name}': layerwise_updates does not go with a base in float16, where a gradient that "
+                "overflows undoes the whole step. Take dtype: bfloat16 or float32."
+            )
+        self.progress.loss_scale, self._scales = factor, True
+
+    def begin_last_pass(self) -> None:
+        """Take note that the coming backward pass completes the step's gradients."""
+        self.updates.begin_last_pass(self.schedule_factor())
 
     def update(self, tokens: int) -> float:
         """Clip, step the optimizer, clear the gradients; returns the gradients' norm before clipping.
@@ -168,24 +193,14 @@ class Job:
         ``tokens``: how many the step has seen.
         A norm that is not finite changes nothing but the loss scale (float16 bases) or ends the job.
         """
-        progress, factor = self.progress, self.schedule_factor()
-        assert self.optimizer is not None
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if progress.loss_scale != 1.0:
-            torch._foreach_div_(gradients, progress.loss_scale)
-        # The norm of the tensors' norms does not depend on how the tensors are grouped.
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        progress = self.progress
+        norm = self.updates.step(self.schedule_factor(), progress.loss_scale)
         if math.isfinite(norm):
-            if self.config.max_grad_norm and norm > self.config.max_grad_norm:
-                torch._foreach_mul_(gradients, self.config.max_grad_norm / (norm + 1e-6))
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            self.optimizer.step()
             self.adapter.after_step(progress.step + 1)
             progress.moved += norm > 0
         else:
             progress.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.zero_grad(set_to_none=True)
         progress.step += 1
         progress.tokens += tokens
         self._rescale(math.isfinite(norm))
@@ -201,11 +216,16 @@ class Job:
         progress = self.progress
         if finite:
             progress.good_steps += 1
-            if progress.loss_scale > 1.0 and progress.good_steps % 200 == 0:
+            progress.overflows = 0
+            if self._scales and progress.good_steps % 200 == 0:
                 progress.loss_scale *= 2
-        elif progress.loss_scale > 1.0:
-            progress.loss_scale /= 2
+        elif self._scales:
+            progress.loss_scale = max(1.0, progress.loss_scale / 2)
             progress.good_steps = 0
+            progress.overflows += 1
+            if progress.overflows >= _GIVE_UP:
+                self._fail(f"the loss or a gradient overflowed in the last {_GIVE_UP} steps; take dtype bfloat16 or "
+                           "float32 instead of float16")  # fmt: skip
         else:
             self._fail(f"loss or gradient is not finite at step {progress.step}")
 
@@ -232,7 +252,7 @@ class Job:
                        "float32 instead of float16")  # fmt: skip
         elif not progress.moved:
             # Losses are scaled on float16 bases alone.
-            why = ("in float16 small gradients are lost (take bfloat16 or float32)" if progress.loss_scale != 1.0 else
+            why = ("in float16 small gradients are lost (take bfloat16 or float32)" if self._scales else
                    "no learned token sees what the adapter adds, as behind a sliding window that is shorter than the "
                    "text; take another method, or shorter texts")  # fmt: skip
             self._fail(f"every gradient was zero in {count}, so nothing was learned; {why}")

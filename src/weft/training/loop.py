@@ -18,6 +18,7 @@ from weft.objectives.passes import evaluate
 from weft.training.job import Job
 from weft.training.memory import peak_memory
 from weft.training.settings import eval_key
+from weft.training.splitting import Splitting
 from weft.training.step import StepResult, train_step
 from weft.training.verify import verify_packing
 from weft.version import __version__
@@ -77,6 +78,7 @@ class Trainer:
         self.on_event, self.should_stop = on_event, should_stop
         self.verify_packing = verify_packing
         self.step, self.over = 0, False
+        self.splitting = Splitting(tell=lambda text: self._tell({"event": "warning", "message": text}))
         if adapters.dtype == torch.float16:
             for job in self.jobs:
                 job.scale_losses(_FIRST_LOSS_SCALE)
@@ -108,6 +110,7 @@ class Trainer:
                 "more: steps=N, or epochs=N."
             )
         self.step = state["step"]
+        self.splitting.limit = state.get("pass_tokens")
         self.store.rewind_metrics(state["metrics_bytes"])
         for text in filter(None, warnings):
             self._tell({"event": "warning", "message": text}, log=False)
@@ -166,6 +169,7 @@ class Trainer:
         state = {
             "step": self.step,
             "environment": environment(),
+            "pass_tokens": self.splitting.limit,
             "jobs": {
                 job.name: {
                     "progress": job.state(),
@@ -180,7 +184,7 @@ class Trainer:
 
     def _step(self, active: list[Job]) -> None:
         begun = time.monotonic()
-        results = train_step(self.adapters, active)
+        results = train_step(self.adapters, active, self.splitting)
         seconds = time.monotonic() - begun
         self.step += 1
         for job in active:

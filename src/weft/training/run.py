@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from weft.adapters import Adapters
+from weft.base.checkpointing import check_offload
 from weft.core.adapter import Adapter
 from weft.data import Problems, Renderer, parse_sources
 from weft.data.auditing.audit import audit_before_training
@@ -29,7 +30,7 @@ from weft.foreign import expect
 from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
-from weft.models.load import check_device, resolve_dtype, resolve_model
+from weft.models.load import check_device, resolve_device, resolve_dtype, resolve_model
 from weft.models.tasks import check_job
 from weft.models.token_rows import check_tokens
 from weft.training.batches import Batches
@@ -87,6 +88,8 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         base.architecture,
         exact=config.exact,
         checkpointing=config.gradient_checkpointing,
+        offload=config.offload_activations,
+        offload_folder=config.offload_folder,
         original_weight=base.original_weight,
     )
     try:
@@ -110,11 +113,13 @@ def check_names(config: RunConfig) -> dict[str, Place]:
         The places of the data, as ``data_files`` gives them.
 
     Raises:
-        UserError: An objective, a dtype, a device, a format or a template is unknown, a token to add is none, a method
-            does not go with the quantisation, or a data file is not there.
+        UserError: An objective, a dtype, a device, a format or a template is unknown, activations cannot go where they
+            are to, a token to add is none, a method does not go with the quantisation, or a data file is not there.
     """
     resolve_dtype(config.dtype)
     check_device(config.device)
+    if config.offload_activations is not None or config.offload_folder is not None:
+        check_offload(config.offload_activations, config.offload_folder, resolve_device(config.device))
     check_tokens(config.add_tokens)
     if config.chat_template is not None:
         template_text(config.chat_template)

@@ -13,7 +13,7 @@ from weft.methods import METHODS
 from weft.patterns import in_order
 from weft.training.aliases import RENAMED, translate
 from weft.training.bits import DETAILS
-from weft.training.settings import method_names, own_settings
+from weft.training.method_settings import method_names, own_settings
 
 # ``key=value``, as the command line has them, or values by their keys.
 Overrides = Sequence[str] | Mapping[str, object]

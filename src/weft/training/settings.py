@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, field_validator, model_validator
 
+from weft.base.offload import Place
 from weft.complaints import Worded
 from weft.core.adapter import MethodConfig
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import FREE, DataPaths, DataSettings, EvalPaths, checked_paths, checked_sets, part
 from weft.data.sources import parse_sets
-from weft.errors import UserError, nearest, shown
-from weft.methods.combined import CombinedConfig
-from weft.methods.registry import METHODS
+from weft.errors import UserError, nearest
 from weft.methods.trainable_tokens import with_token_rows
 from weft.models import Base, load_base
 from weft.models.hub import Hub
@@ -24,7 +22,7 @@ from weft.models.load import Shape, sketch_base
 from weft.objectives import Objective, class_metrics, make_objective
 from weft.paths import with_home
 from weft.patterns import check_name
-from weft.training.aliases import translate
+from weft.training.method_settings import method_of
 from weft.training.optimizers import OPTIMIZERS, OptimizerKind, OptimizerName
 from weft.training.options import options_of, with_options
 from weft.training.quantization import QuantizationSettings
@@ -117,6 +115,11 @@ class JobConfig(BaseModel):
         "has k/w of it (transformers': (k-1)/w, so that its first step changes nothing)",
     )
     max_grad_norm: float = Field(1.0, ge=0, description="clip the job's gradients to this norm; 0: do not")
+    layerwise_updates: bool = Field(
+        False,
+        description="update each tensor within the backward pass, and free its gradient at once: the same numbers with "
+        "one gradient in memory, for `full`; needs `max_grad_norm: 0`, one pass a step, and no float16",
+    )
     seed: int = Field(0, description="of the job's initial values, order and dropout")
     eval_steps: int | None = Field(
         None, gt=0, description="evaluate every so many steps, besides before the first and after the last"
@@ -166,6 +169,12 @@ class JobConfig(BaseModel):
             raise ValueError("objective is for tasks that write; a classification has its own")
         if self.objective_settings and self.objective is None:
             raise ValueError("objective_settings need an objective")
+        if self.layerwise_updates and self.max_grad_norm:
+            raise ValueError("layerwise_updates cannot clip: the norm of all gradients is known when the last has "
+                             "come, and the first is gone by then. Set max_grad_norm: 0")  # fmt: skip
+        if self.layerwise_updates and self.gradient_accumulation_steps > 1:
+            raise ValueError("layerwise_updates saves nothing with gradient_accumulation_steps: the gradients of the "
+                             "first pass must wait for the last. Leave one of them out")  # fmt: skip
         kind = SCHEDULES[self.lr_scheduler_type]
         self._schedule = with_options(kind, self.lr_scheduler_type, self.lr_scheduler_kwargs, "lr_scheduler_kwargs")
         self._optimizer = with_options(OPTIMIZERS[self.optimizer], self.optimizer, self.optim_args, "optim_args")
@@ -249,8 +258,19 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
     verify_packing: Annotated[bool, FREE] = Field(
         True, description="before the first step, prove that no sequence depends on its neighbours ([data.md](data.md))"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute the blocks in the backward pass: less memory, more time"
+    gradient_checkpointing: bool | PositiveInt | Literal["cheap"] = Field(
+        False,
+        description="recompute in the backward pass what was not kept: less memory, more time. `true`: all blocks; a "
+        "number k: every k-th one; `cheap`: of all blocks what costs little (norms, activations, products by element), "
+        "while results of matrix products are kept",
+    )
+    offload_activations: Annotated[Place | None, FREE] = Field(
+        None,
+        description="where that goes which `gradient_checkpointing` keeps: `cpu` (memory, of a base on a GPU) or "
+        "`disk` (files that the system writes out when it needs the room); the same numbers, to the bit",
+    )
+    offload_folder: Annotated[str | None, FREE] = Field(
+        None, description="the folder for `disk`; default: that of temporary files, which saves nothing if in memory"
     )
     logging_steps: Annotated[int, FREE] = Field(10, gt=0, description="a line of metrics every so many steps of a job")
     save_steps: Annotated[int | None, FREE] = Field(
@@ -265,6 +285,7 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
     )
 
     _own_home = field_validator("model", "output_dir")(with_home)
+    _home_of_pages = field_validator("offload_folder")(lambda path: path and with_home(path))
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
@@ -280,6 +301,8 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
             raise ValueError("eval_split, eval_size and eval_data exclude each other: what to evaluate on is said once")
         if self.bad_records_file is not None and self.on_bad_record != "report":
             raise ValueError("bad_records_file is for on_bad_record: report; nothing else writes it")
+        if self.offload_activations is not None and not self.gradient_checkpointing:
+            raise ValueError("offload_activations needs gradient_checkpointing: it is what that keeps that goes")
         classifies = any(job.classifies for job in self.jobs)
         for key in ("labels", "text_columns", "label_column"):
             if not classifies and any(getattr(job, key) is not None for job in self.jobs):
@@ -354,35 +377,3 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
         if positions is not None and length is not None and length > positions:
             raise UserError(f"max_length {length} is more than the {positions} positions that {self.model} has.")
         return Renderer(tokenizer, part(RenderSettings, self, max_length=length))
-
-
-def settings_of(
-    part: str, cls: type[MethodConfig], settings: Mapping[str, object], where: str = "configuration"
-) -> dict[str, object]:
-    """The settings of one method of a job with several. What stands under the method's name wins."""
-    own = own_settings(part, settings.get(part, {}), where)
-    return {**{key: value for key, value in settings.items() if key in cls.model_fields}, **own}
-
-
-def own_settings(part: str, own: object, where: str) -> dict[str, object]:
-    """The settings under a method's name, in our words.
-
-    Raises:
-        UserError: They are no mapping.
-    """
-    if not isinstance(own, Mapping):
-        raise UserError(f"{where}: {part}: expected this method's settings (key: value), not {shown(own)}.")
-    return translate(own, f"{where}: {part}")
-
-
-def method_names(method: str) -> list[str]:
-    return [name.strip() for name in method.split("+")]
-
-
-def method_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
-    """The configuration of a method, or of several joined by ``+``."""
-    classes = [(name, METHODS.find(name)) for name in method_names(method)]
-    if len(classes) == 1:
-        name, cls = classes[0]
-        return cls.model_validate({k: v for k, v in settings.items() if k != name} | settings.get(name, {}))
-    return CombinedConfig(parts=tuple(cls.model_validate(settings_of(name, cls, settings)) for name, cls in classes))

@@ -7,15 +7,20 @@ optimizer and clipping, and every job draws from its own seeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
+from weft.data import Sample
 from weft.objectives.passes import Work, forward_losses
 from weft.training.job import Job
+from weft.training.splitting import Splitting, give_back, is_out_of_memory
+
+# The micro-batches of every job's step, by its name.
+_Batches = Mapping[str, list[list[Sample]]]
 
 
 @dataclass(frozen=True)
@@ -28,19 +33,51 @@ class StepResult:
     tokens: int
 
 
-def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]:
+def train_step(adapters: Adapters, jobs: Sequence[Job], splitting: Splitting | None = None) -> dict[str, StepResult]:
     """Advance every job by one optimizer step.
 
     Jobs accumulate different numbers of micro-batches: pass p holds the p-th micro-batch of every job that has one, so
     that all are at a step's end together, and what shares a pass depends on the step alone (an exact resume needs it).
+    Where memory runs out, the step begins again in smaller passes, which ``splitting`` remembers.
+
+    Raises:
+        UserError: Memory runs out in a pass of a single sequence, or where a step cannot begin again.
     """
     batches = {job.name: job.micro_batches() for job in jobs}
+    splitting = splitting or Splitting()
+    while (total := _attempt(adapters, jobs, batches, splitting)) is None:
+        # Here the failed pass is gone with its error. Its gradients, some whole and some not, go as well.
+        for job in jobs:
+            job.updates.forget_pass()
+        give_back(adapters.device)
+        splitting.halve(adapters)
+    results = {}
+    for job in jobs:
+        tokens = sum(s.size for micro in batches[job.name] for s in micro)
+        rate = job.learning_rate()
+        results[job.name] = StepResult(float(total[job.name]), job.update(tokens), rate, tokens)
+    return results
+
+
+def _attempt(
+    adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting
+) -> dict[str, Tensor] | None:
+    """All passes of a step; each job's loss, a scalar, by its name. None: memory ran out."""
+    try:
+        return _passes(adapters, jobs, batches, splitting)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def _passes(adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting) -> dict[str, Tensor]:
     weight = {
         job.name: sum(job.adapter.head.loss_weight(s) for micro in batches[job.name] for s in micro) for job in jobs
     }
+    named = {job.name: job for job in jobs}
     total: dict[str, Tensor] = {}
     for index in range(max(len(micros) for micros in batches.values())):
-        present = [job for job in jobs if index < len(batches[job.name])]
         work = [
             Work(
                 j.name,
@@ -50,19 +87,21 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
                 neftune_alpha=j.config.neftune_noise_alpha,
                 objective=j.objective,
             )
-            for j in present
+            for j in jobs
+            if index < len(batches[j.name])
         ]
-        losses = forward_losses(adapters, work)
-        if index == 0:
-            penalties = [job.adapter.penalty() for job in present]
+        pieces = splitting.pieces(adapters, work)
+        last = {str(one.adapter): number for number, piece in enumerate(pieces) for one in piece}
+        for number, piece in enumerate(pieces):
+            splitting.begin(piece)
+            present = [named[str(one.adapter)] for one in piece]
+            losses = forward_losses(adapters, piece)
+            penalties = [None if job.name in total else job.adapter.penalty() for job in present]
             losses = [a if b is None else a + b.to(a.dtype) for a, b in zip(losses, penalties, strict=True)]
-        scaled = [loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)]
-        torch.autograd.backward(scaled)
-        for job, loss in zip(present, losses, strict=True):
-            total[job.name] = total.get(job.name, 0) + loss.detach()
-    results = {}
-    for job in jobs:
-        tokens = sum(s.size for micro in batches[job.name] for s in micro)
-        rate = job.learning_rate()
-        results[job.name] = StepResult(float(total[job.name]), job.update(tokens), rate, tokens)
-    return results
+            for job in present:
+                if (index, number) == (len(batches[job.name]) - 1, last[job.name]):
+                    job.begin_last_pass()
+            torch.autograd.backward([loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)])
+            for job, loss in zip(present, losses, strict=True):
+                total[job.name] = total.get(job.name, 0) + loss.detach()
+    return total

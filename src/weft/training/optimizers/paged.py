@@ -6,18 +6,15 @@ without pages, to the bit.
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from weft.base.pages import pages
 from weft.errors import UserError
 from weft.training.optimizers.adamw import AdamW
 from weft.training.optimizers.eight_bit import AdamW8Bit
@@ -25,7 +22,6 @@ from weft.training.optimizers.kind import Groups, Settings
 
 # What is smaller stays in memory: a page is what the system moves.
 _SMALLEST = 1 << 16
-_WRITTEN = 1 << 20  # bytes at once, where the system cannot be asked for room
 
 
 def mapped_zeros(like: Tensor, dtype: torch.dtype, folder: str | None) -> Tensor:
@@ -37,28 +33,8 @@ def mapped_zeros(like: Tensor, dtype: torch.dtype, folder: str | None) -> Tensor
     size = like.numel() * dtype.itemsize
     if size < _SMALLEST:
         return torch.zeros(like.shape, dtype=dtype, device=like.device)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            _reserve(file, size)
-            numbers = mmap.mmap(file.fileno(), size)
-    except OSError as error:
-        where = folder or tempfile.gettempdir()
-        why = "is full" if error.errno == errno.ENOSPC else f"takes no pages ({error.strerror})"
-        raise UserError(
-            f"optimizer: the disk of {where} {why}; {size:,} bytes are needed. Name another folder: optim_args: "
-            "{folder: PATH}."
-        ) from None
+    numbers = pages(size, folder, whose="optimizer", key="optim_args: {folder: PATH}")
     return torch.frombuffer(numbers, dtype=dtype).view(like.shape)
-
-
-def _reserve(file: IO[bytes], size: int) -> None:
-    """Take room on the disk: a page that finds none later would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-        return
-    for start in range(0, size, _WRITTEN):
-        file.write(bytes(min(_WRITTEN, size - start)))
-    file.flush()
 
 
 class _PagedAdamW(torch.optim.AdamW):
