@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.base.checkpointing import checkpointing as checkpointed
+from weft.base.streaming import streamed
 from weft.combine.rules import Combination, Source, combine
 from weft.core import adapters as core
 from weft.core.adapter import Adapter, MethodConfig
@@ -26,6 +27,7 @@ from weft.merge.weights import MergedWeights, merge_adapter
 from weft.methods.combined import Combined, CombinedConfig
 from weft.methods.weighted import WeightedSum
 from weft.models.added import check_added, check_config
+from weft.models.offload import Offload
 from weft.models.products import install_products
 from weft.ops.combine import MajoritySign
 
@@ -43,6 +45,8 @@ class Adapters(core.Adapters):
         padded: Run padded batches through the model's own attention. Default: only if the model can do nothing else.
         exact: Compute one matrix product per adapter, so that no bit of its numbers depends on its neighbours.
         checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
+        offload_param: ``disk``: weights that lie in mapped files are in memory only while a pass goes through their
+            block (``load_base(..., offload_param="disk")`` gives such a base).
         original_weight: Of a quantised base, the weight [out, in] before, by the module's path (LoftQ asks for it).
     """
 
@@ -55,13 +59,16 @@ class Adapters(core.Adapters):
         exact: bool = False,
         checkpointing: bool = False,
         original_weight: Callable[[str], Tensor] | None = None,
+        offload_param: Offload | None = None,
     ) -> None:
+        more = (checkpointed(architecture.blocks),) if checkpointing else ()
         super().__init__(
             model,
             architecture,
             layout_for(architecture, padded, exact),
             exact=exact,
-            installers=(install_products, *((checkpointed(architecture.blocks),) if checkpointing else ())),
+            # The last stands outermost: a recomputation in the backward pass is inside the visit of its block.
+            installers=(install_products, *more, *((streamed(architecture.blocks),) if offload_param else ())),
             original_weight=original_weight,
         )
 

@@ -17,8 +17,9 @@ from weft.errors import UserError, nearest, reason_of
 from weft.files.whole import temporary_place, writing_temporary
 from weft.models import gate
 from weft.models.complete import check_complete
-from weft.models.facts import ENCODERS
+from weft.models.facts import ENCODERS, sketch
 from weft.models.hub import Hub, fetch_model, folder_of
+from weft.models.offload import Offload, QuantizedFiles, check_mapped, check_offload, check_weights, stored_dtype
 from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
 from weft.models.quantize import Quantization, one_kernel, quantization_config
@@ -197,16 +198,20 @@ def load_base(
     quantization: Quantization | None = None,
     hub: Hub = "huggingface",
     tokens: Sequence[str] = (),
+    offload_param: Offload | None = None,
 ) -> Base:
     """Load a base model, in evaluation mode: a decoder with its head, an encoder without.
 
     ``shape="tiny"`` gives the same architecture shrunk, with random weights. ``quantization`` is that of its linears.
-    ``tokens`` as in ``sketch_base``.
+    ``tokens`` as in ``sketch_base``. With ``offload_param="disk"`` the weights stay in their files, mapped; open the
+    base with ``Adapters(..., offload_param="disk")``, so that they are read block by block.
 
     Raises:
-        UserError: It does not exist, cannot be read, or the device is missing.
+        UserError: It does not exist, cannot be read, the device is missing, or its weights cannot stay on the disk.
     """
     kind, where = resolve_dtype(dtype), resolve_device(device)
+    if offload_param is not None:
+        check_offload(where, quantization)
     source = _source(name, shape, hub)
     originals: Callable[[str], Tensor] | None = None
     folder: Path | None = None
@@ -217,15 +222,18 @@ def load_base(
             config = tiny_config(source, tokenizer)
             with writing_temporary():
                 random_model(_auto_class(config, name), config).save_pretrained(made)
-            model = _load_model(name, str(made), kind, where, quantization)
+            model = _load(name, str(made), kind, where, quantization, offload_param, made)
             originals = HeldWeights(str(made)) if quantization else None
     else:
-        model = _load_model(name, source, kind, where, quantization)
+        model = _load(name, source, kind, where, quantization, offload_param)
         originals = OriginalWeights(source) if quantization else None
         tokenizer = tokenizer or load_tokenizer(source)
         folder = folder_of(source)
     added = _add(model, tokenizer, tokens, name)
-    return Base(model, tokenizer, describe(model, folder), name=name, original_weight=originals, added_ids=added)
+    architecture = describe(model, folder)
+    if offload_param is not None:
+        check_mapped(model, architecture, name, folder)
+    return Base(model, tokenizer, architecture, name=name, original_weight=originals, added_ids=added)
 
 
 def _add(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], name: str) -> tuple[int, ...]:
@@ -270,6 +278,31 @@ def _own_class(config: PreTrainedConfig, name: str) -> object:
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     return _auto_class(config, name)
+
+
+def _load(
+    name: str,
+    source: str,
+    kind: torch.dtype | str,
+    where: torch.device,
+    quantization: Quantization | None,
+    offload: Offload | None,
+    cache: Path | None = None,
+) -> nn.Module:
+    """``_load_model``, or with ``offload`` a model whose weights are mapped; ``cache`` is for quantised ones."""
+    if offload is None:
+        return _load_model(name, source, kind, where, quantization)
+    folder = folder_of(source)
+    if quantization is None:
+        if folder is not None:
+            check_weights(folder)
+        return _load_model(name, source, kind, where, None)
+    found = Path(folder_of(source) or source)
+    # They are mapped only in the dtype of the files.
+    model = _load_model(name, source, stored_dtype(found) or "auto", where, None)
+    compute = kind if isinstance(kind, torch.dtype) else torch.bfloat16
+    QuantizedFiles.of(found, quantization, compute, cache).quantize(model, sketch(model).blocks, found)
+    return model
 
 
 def _load_model(

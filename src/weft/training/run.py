@@ -29,7 +29,8 @@ from weft.foreign import expect
 from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
-from weft.models.load import check_device, resolve_dtype, resolve_model
+from weft.models.load import check_device, resolve_device, resolve_dtype, resolve_model
+from weft.models.offload import check_offload
 from weft.models.tasks import check_job
 from weft.models.token_rows import check_tokens
 from weft.training.batches import Batches
@@ -88,6 +89,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         exact=config.exact,
         checkpointing=config.gradient_checkpointing,
         original_weight=base.original_weight,
+        offload_param=config.offload_param,
     )
     try:
         jobs = []
@@ -115,6 +117,8 @@ def check_names(config: RunConfig) -> dict[str, Place]:
     """
     resolve_dtype(config.dtype)
     check_device(config.device)
+    if config.offload_param is not None:
+        check_offload(config.device if config.device != "auto" else resolve_device("auto"), config.quantization)
     check_tokens(config.add_tokens)
     if config.chat_template is not None:
         template_text(config.chat_template)

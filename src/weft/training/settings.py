@@ -21,6 +21,7 @@ from weft.methods.trainable_tokens import with_token_rows
 from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
+from weft.models.offload import Offload
 from weft.models.quantize import Quantization
 from weft.objectives import Objective, class_metrics, make_objective
 from weft.paths import with_home
@@ -255,6 +256,11 @@ class RunConfig(Worded, DataSettings):
     gradient_checkpointing: bool = Field(
         False, description="recompute the blocks in the backward pass: less memory, more time"
     )
+    offload_param: Offload | None = Field(
+        None,
+        description="`disk`: the base's weights stay in their files and are read block by block, forward and back, so "
+        "that a base larger than the memory trains (as they are, or as NF4; [design.md](design.md))",
+    )
     logging_steps: Annotated[int, FREE] = Field(10, gt=0, description="a line of metrics every so many steps of a job")
     save_steps: Annotated[int | None, FREE] = Field(
         None, gt=0, description="a checkpoint every so many steps, besides one at the end and when the run is stopped"
@@ -345,6 +351,7 @@ class RunConfig(Worded, DataSettings):
             quantization=self.quantization,
             hub=self.hub,
             tokens=self.add_tokens,
+            offload_param=self.offload_param,
         )
 
     def renderer(self, tokenizer: Any, positions: int | None = None) -> Renderer:
