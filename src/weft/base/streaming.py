@@ -40,6 +40,7 @@ class Streaming:
         blocks: In the order in which a pass goes through them.
 
     Attributes:
+        chain: Whether each block is given what the one before gave, and that alone; None: nobody looked.
         waited: Seconds in which a pass waited for the disk.
         bytes_read: Bytes that were asked for; the system may have had them in memory.
     """
@@ -59,6 +60,8 @@ class Streaming:
         self._coming: dict[int, Future[None]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weft-read-ahead")
         self.waited, self.bytes_read = 0.0, 0
+        self.chain: bool | None = None
+        self._kind: tuple[type, int] | None = None
 
     @property
     def last(self) -> int:
@@ -87,6 +90,17 @@ class Streaming:
             self.bytes_read += sum(span.size for span in self._spans[index])
             self._coming[index] = self._reader.submit(read_in, self._spans[index])
         return self._coming[index]
+
+    def gave(self, out: object) -> None:
+        """Note how blocks give their rows: alone, or first in a tuple."""
+        self._kind = (type(out), len(out)) if isinstance(out, (tuple, list)) else None
+
+    def like(self, hidden: Tensor) -> object:
+        """The rows [B, T, d] as a block gives them, with nothing beside them."""
+        if self._kind is None:
+            return hidden
+        kind, count = self._kind
+        return kind([hidden, *[None] * (count - 1)])
 
     def close(self) -> None:
         """Give everything back."""
@@ -124,11 +138,14 @@ class _StreamedForward(Mixin):
         # From the last block the gradient comes back through it; without one, the next pass begins at the first.
         streaming.enter(index, index + 1 if index < streaming.last else max(index - 1, 0) if learns else 0)
         out = super().forward(*args, **kwargs)
+        streaming.gave(out)
         first = out[0] if isinstance(out, (tuple, list)) else out
         if not (learns and torch.is_tensor(first) and first.requires_grad):
             return out
         goes_on = given is not None and given.requires_grad
-        turned = _Turn.apply(first, streaming, (index, max(index - 1, 0) if goes_on else 0))
+        # Below the lowest adapter no gradient goes: then the next pass comes, from the first block to the second.
+        below = index - 1 if goes_on and index else 0 if index else min(1, streaming.last)
+        turned = _Turn.apply(first, streaming, (index, below))
         return type(out)([turned, *out[1:]]) if isinstance(out, (tuple, list)) else turned
 
 

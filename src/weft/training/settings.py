@@ -259,7 +259,8 @@ class RunConfig(Worded, DataSettings):
     offload_param: Offload | None = Field(
         None,
         description="`disk`: the base's weights stay in their files and are read block by block, forward and back, so "
-        "that a base larger than the memory trains (as they are, or as NF4; [design.md](design.md))",
+        "that a base larger than the memory trains (as they are, or as NF4; [design.md](design.md)); best with "
+        "`gradient_checkpointing`: then all micro-batches of a step go through a block together",
     )
     logging_steps: Annotated[int, FREE] = Field(10, gt=0, description="a line of metrics every so many steps of a job")
     save_steps: Annotated[int | None, FREE] = Field(

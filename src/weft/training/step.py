@@ -7,14 +7,15 @@ optimizer and clipping, and every job draws from its own seeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.objectives.passes import Work, forward_losses
+from weft.layouts.by_blocks import goes_by_blocks
+from weft.objectives.passes import Work, forward_losses, losses_by_blocks
 from weft.training.job import Job
 
 
@@ -39,9 +40,12 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
         job.name: sum(job.adapter.head.loss_weight(s) for micro in batches[job.name] for s in micro) for job in jobs
     }
     total: dict[str, Tensor] = {}
-    for index in range(max(len(micros) for micros in batches.values())):
-        present = [job for job in jobs if index < len(batches[job.name])]
-        work = [
+    passes = [
+        [job for job in jobs if index < len(batches[job.name])]
+        for index in range(max(len(micros) for micros in batches.values()))
+    ]
+    works = [
+        [
             Work(
                 j.name,
                 batches[j.name][index],
@@ -52,17 +56,31 @@ def train_step(adapters: Adapters, jobs: Sequence[Job]) -> dict[str, StepResult]
             )
             for j in present
         ]
-        losses = forward_losses(adapters, work)
-        if index == 0:
-            penalties = [job.adapter.penalty() for job in present]
-            losses = [a if b is None else a + b.to(a.dtype) for a, b in zip(losses, penalties, strict=True)]
-        scaled = [loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)]
+        for index, present in enumerate(passes)
+    ]
+    for group in _losses(adapters, works):
+        scaled: list[Tensor] = []
+        for index, losses in group:
+            present = passes[index]
+            if index == 0:
+                penalties = [job.adapter.penalty() for job in present]
+                losses = [a if b is None else a + b.to(a.dtype) for a, b in zip(losses, penalties, strict=True)]
+            scaled += [loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)]
+            for job, loss in zip(present, losses, strict=True):
+                total[job.name] = total.get(job.name, 0) + loss.detach()
         torch.autograd.backward(scaled)
-        for job, loss in zip(present, losses, strict=True):
-            total[job.name] = total.get(job.name, 0) + loss.detach()
     results = {}
     for job in jobs:
         tokens = sum(s.size for micro in batches[job.name] for s in micro)
         rate = job.learning_rate()
         results[job.name] = StepResult(float(total[job.name]), job.update(tokens), rate, tokens)
     return results
+
+
+def _losses(adapters: Adapters, works: Sequence[Sequence[Work]]) -> Iterator[list[tuple[int, list[Tensor]]]]:
+    """The losses of each pass, with its number; passes that go through the base together come together."""
+    if len(works) > 1 and goes_by_blocks(adapters):
+        yield list(enumerate(losses_by_blocks(adapters, works)))
+        return
+    for index, work in enumerate(works):
+        yield [(index, forward_losses(adapters, work))]
