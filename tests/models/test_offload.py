@@ -136,7 +136,7 @@ def in_memory(spans: list[Span]) -> int:
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_two_blocks_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any) -> None:
+def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any) -> None:
     """Six blocks, each larger than what the system brings in by itself, watched when a pass enters one."""
     monkeypatch.setenv("WEFT_CACHE_DIR", str(tmp_path / "cache"))
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
@@ -162,8 +162,6 @@ def test_two_blocks_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.
 
     def enter(index: int, after: int) -> None:
         plain(index, after)
-        for future in streaming._coming.values():
-            future.result()
         entered.append(index)
         seen.append(in_memory(spans) / whole)
 
@@ -172,7 +170,7 @@ def test_two_blocks_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.
     adapters.logits(adapters.forward(stream), stream).float().square().mean().backward()
     assert entered == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
     # The system brings in what lies beside the pages that are touched, too.
-    assert max(seen) < 0.55, seen
+    assert max(seen) < 0.45, seen
     adapters.close()
     assert in_memory(spans) == 0
 
@@ -221,8 +219,9 @@ def test_damaged_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(UserError, match=rf"{file}: tensor '{name}' holds NaN or infinity"):
             load_base(str(folder), offload_param="disk", **more, **OPTIONS)
     file.write_bytes(whole.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{file} is not whole: tensor '[\w.]+' .*1 tensor is cut off"):
-        load_base(str(folder), offload_param="disk", **OPTIONS)
+    for more in ({}, {"offload_param": "disk"}):
+        with pytest.raises(UserError, match=rf"{file} is not whole: tensor '[\w.]+' .*1 tensor is cut off"):
+            load_base(str(folder), **more, **OPTIONS)
 
 
 def test_a_run_from_its_configuration_to_its_adapter(tmp_path: Path) -> None:

@@ -21,8 +21,6 @@ from torch import Tensor
 _MAPS = Path("/proc/self/maps")
 # Of Linux' madvise(2). POPULATE_READ came with 5.14; without it the pages come as they are touched.
 _WILLNEED, _DONTNEED, _POPULATE_READ = 3, 4, 22
-# One call reads so many bytes at most, so that what reads behind can be asked to stop in between.
-_AT_ONCE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,16 @@ def joined(spans: Iterable[Span | None]) -> list[Span]:
     return found
 
 
-def read_in(spans: Iterable[Span]) -> None:
-    """Bring the pages into memory; returns when they are there. The disk reads them in large pieces."""
+def read_ahead(spans: Iterable[Span]) -> None:
+    """Have the system read what it does not have in memory. That does not count as this process' memory yet."""
     for span in spans:
         _advise(span, _WILLNEED)
-        for begin in range(span.begin, span.end, _AT_ONCE):
-            _advise(Span(begin, min(begin + _AT_ONCE, span.end), file=span.file), _POPULATE_READ)
+
+
+def bring_in(spans: Iterable[Span]) -> None:
+    """Make the pages this process' memory; returns when they are there."""
+    for span in spans:
+        _advise(span, _POPULATE_READ)
 
 
 def give_back(spans: Iterable[Span]) -> None:

@@ -1,7 +1,7 @@
 """Blocks whose weights stay in their files, and are in memory only while a pass goes through them.
 
-The weights lie in mapped files (``weft.base.pages``). When a pass enters a block, forward or back, the next one is
-read ahead by a thread, and the one before is given back. A weight can be read at any other time too; so nothing that
+The weights lie in mapped files (``weft.base.pages``). When a pass enters a block, forward or back, a thread has the
+next one read, and the one before is given back. A weight can be read at any other time too; so nothing that
 runs over the model has to know of it, and no number changes.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weft.base.embeddings import output_head
 from weft.base.mixin import Mixin, mixed
-from weft.base.pages import give_back, joined, read_in, spans_of
+from weft.base.pages import bring_in, give_back, joined, read_ahead, spans_of
 
 _STREAMING, _INDEX, _CLASS = "_weft_streaming", "_weft_streaming_index", "_weft_streaming_class"
 
@@ -80,6 +80,7 @@ class Streaming:
         give_back(self._rest)
         begun = time.perf_counter()
         self._ask(index).result()
+        bring_in(self._spans[index])
         self.waited += time.perf_counter() - begun
         if index == self.last:
             self._ask(self.last + 1)
@@ -88,7 +89,7 @@ class Streaming:
     def _ask(self, index: int) -> Future[None]:
         if index not in self._coming:
             self.bytes_read += sum(span.size for span in self._spans[index])
-            self._coming[index] = self._reader.submit(read_in, self._spans[index])
+            self._coming[index] = self._reader.submit(read_ahead, self._spans[index])
         return self._coming[index]
 
     def gave(self, out: object) -> None:

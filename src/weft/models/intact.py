@@ -17,14 +17,17 @@ _PIECE = 1 << 22
 _HEADER = 8  # bytes before the header, which say how long it is
 
 
-def check_whole(path: Path) -> None:
+def check_whole(path: Path) -> dict[str, object]:
     """Refuse a file of safetensors that ends before its last tensor, as a download that was cut off leaves it.
+
+    Returns:
+        The entries of its header: dtype, shape and place of each tensor.
 
     Raises:
         UserError: It does; the message names the first tensor that is not all there.
     """
     entries = check_safetensors(path)
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         begin = _HEADER + int.from_bytes(file.read(_HEADER), "little")
     there = path.stat().st_size - begin
     cut = []
@@ -39,6 +42,7 @@ def check_whole(path: Path) -> None:
             f"header, and there are {there:,} ({len(cut)} {'tensor is' if len(cut) == 1 else 'tensors are'} cut off). "
             "Fetch the file again."
         )
+    return entries
 
 
 def check_numbers(path: Path) -> None:
