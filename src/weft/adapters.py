@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft.base.checkpointing import Checkpointing
 from weft.base.checkpointing import checkpointing as checkpointed
 from weft.base.offload import Place
+from weft.base.streaming import streamed
 from weft.combine.rules import Combination, Source, combine
 from weft.core import adapters as core
 from weft.core.adapter import Adapter, MethodConfig
@@ -28,6 +29,7 @@ from weft.merge.weights import MergedWeights, merge_adapter
 from weft.methods.combined import Combined, CombinedConfig
 from weft.methods.weighted import WeightedSum
 from weft.models.added import check_added, check_config
+from weft.models.offload import Offload
 from weft.models.products import install_products
 from weft.ops.combine import MajoritySign
 
@@ -48,6 +50,8 @@ class Adapters(core.Adapters):
             k-th (a number k), or their cheap operations alone (``cheap``: results of matrix products are kept).
         offload: Where that which is still kept goes: ``cpu`` (from a GPU) or ``disk``. None: it stays.
         offload_folder: The folder for ``disk``; default: that of temporary files.
+        offload_param: ``disk``: weights that lie in mapped files are in memory only while a pass goes through their
+            block (``load_base(..., offload_param="disk")`` gives such a base).
         original_weight: Of a quantised base, the weight [out, in] before, by the module's path (LoftQ asks for it).
     """
 
@@ -62,15 +66,18 @@ class Adapters(core.Adapters):
         offload: Place | None = None,
         offload_folder: str | None = None,
         original_weight: Callable[[str], Tensor] | None = None,
+        offload_param: Offload | None = None,
     ) -> None:
         super().__init__(
             model,
             architecture,
             layout_for(architecture, padded, exact),
             exact=exact,
+            # The last stands outermost: a recomputation in the backward pass is inside the visit of its block.
             installers=(
                 install_products,
                 checkpointed(architecture.blocks, checkpointing, offload, offload_folder),
+                *((streamed(architecture.blocks),) if offload_param else ()),
             ),
             original_weight=original_weight,
         )

@@ -93,6 +93,11 @@ def checkpoint_alike(block: nn.Module, other: nn.Module) -> None:
         enable_checkpointing(block, other.__dict__[_HOW])
 
 
+def keeps_input_alone(block: nn.Module) -> bool:
+    """Whether all of the block is computed again in the backward pass."""
+    return _HOW in block.__dict__ and not block.__dict__[_HOW].cheap
+
+
 def disable_checkpointing(block: nn.Module) -> None:
     """Undo ``enable_checkpointing``."""
     if _HOW in block.__dict__:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from weft.base.checkpointing import How, checkpoint_alike, disable_checkpointing
+from weft.base.streaming import Streaming, stop_streaming
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.route import Router
 from weft.core.site import Site, detach
@@ -114,11 +115,12 @@ def _copy(block: nn.Module, shared: tuple[type, ...]) -> nn.Module:
 def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
     """A copy of the block at ``path`` that is the identity; ``number`` is its layer in a KV cache."""
     shape, source = context.architecture, context.model.get_submodule(path)
-    block = _copy(source, (Router, Site, How))
+    block = _copy(source, (Router, Site, How, Streaming))
     for module in block.modules():
         detach(module)
         if isinstance(getattr(module, "layer_idx", None), int):
             module.__dict__["layer_idx"] = number
+    stop_streaming(block)
     disable_checkpointing(block)
     for outputs in (shape.attention_output, shape.mlp_output):
         last = [p.removeprefix(f"{path}.") for p in outputs if p.startswith(f"{path}.")]

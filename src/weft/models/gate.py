@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import UserError
-from weft.foreign import check_json, check_regular, check_safetensors
+from weft.foreign import check_json, check_regular
+from weft.models.intact import check_whole
 from weft.models.originals import INDEX, WEIGHTS, weight_map
 from weft.models.vetting import (
     bits_of,
@@ -197,5 +198,5 @@ def _check_weights(folder: Path) -> tuple[int, int]:
                 f"Convert it to safetensors first: weft convert {folder} NEW_FOLDER"
             )
         raise UserError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
-    tensors = sum(len(check_safetensors(path)) for path in files)
+    tensors = sum(len(check_whole(path)) for path in files)
     return sum(path.stat().st_size for path in files), tensors

@@ -17,10 +17,12 @@ from weft.errors import UserError, nearest, reason_of
 from weft.files.whole import temporary_place, writing_temporary
 from weft.machine import freed_memory_returned
 from weft.models import gate
+from weft.models.classes import UnknownTypeError, auto_class, headless, is_encoder, own_class
 from weft.models.complete import check_complete
-from weft.models.facts import ENCODERS
+from weft.models.facts import sketch
 from weft.models.hub import Hub, fetch_model, folder_of
 from weft.models.int8 import without_rounded_inputs
+from weft.models.offload import Offload, QuantizedFiles, check_mapped, check_offload, check_weights, stored_dtype
 from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
 from weft.models.quantize import Kind, Quantization, one_kernel
@@ -66,10 +68,6 @@ class Base:
     def token_rows(self) -> int:
         """The number of tokens that have a row in the embeddings."""
         return token_rows(self.model)
-
-
-class UnknownTypeError(UserError):
-    """Weft has no use for this architecture."""
 
 
 def resolve_model(name: str) -> str:
@@ -194,10 +192,10 @@ def sketch_base(
         config = tiny_config(source, tokenizer) if shape == "tiny" else gate.load_config(source)
         if shape == "full":
             gate.check_folder(source, config)
-        auto = _auto_class(config, name)
+        auto = auto_class(config, name)
         kind = (getattr(config, "dtype", None) or torch.float32) if kind == "auto" else kind
         with torch.device("meta"):
-            model = _headless(gate.build_model(auto, config, kind))
+            model = headless(gate.build_model(auto, config, kind))
     except UnknownTypeError:
         raise
     except Exception as error:  # as in load_base
@@ -216,18 +214,24 @@ def load_base(
     quantization: Quantization | Kind | None = None,
     hub: Hub = "huggingface",
     tokens: Sequence[str] = (),
+    offload_param: Offload | None = None,
 ) -> Base:
     """Load a base model, in evaluation mode: a decoder with its head, an encoder without.
 
     ``shape="tiny"`` gives the same architecture shrunk, with random weights. ``quantization`` is that of its linears;
-    None: as the checkpoint has them, which may be quantised. ``tokens`` as in ``sketch_base``.
+    None: as the checkpoint has them, which may be quantised. ``tokens`` as in ``sketch_base``. With
+    ``offload_param="disk"`` the weights stay in their files, mapped; open the base with
+    ``Adapters(..., offload_param="disk")``, so that they are read block by block.
 
     Raises:
-        UserError: It does not exist, cannot be read, is quantised otherwise already, or the device is missing.
+        UserError: It does not exist, cannot be read, is quantised otherwise already, the device is missing, or its
+            weights cannot stay on the disk.
     """
     kind, where, quantization = resolve_dtype(dtype), resolve_device(device), Quantization.of(quantization)
     if isinstance(kind, torch.dtype):
         check_number_format(kind, where)
+    if offload_param is not None:
+        check_offload(where, quantization)
     source = _source(name, shape, hub)
     originals: Callable[[str], Tensor] | None = None
     folder: Path | None = None
@@ -237,18 +241,21 @@ def load_base(
             # It goes through a folder, so that it is loaded and quantised like a real one.
             config = tiny_config(source, tokenizer)
             with writing_temporary():
-                random_model(_auto_class(config, name), config).save_pretrained(made)
-            model = _load_model(name, str(made), kind, where, quantization)
+                random_model(auto_class(config, name), config).save_pretrained(made)
+            model = _load(name, str(made), kind, where, quantization, offload_param, made)
             originals = HeldWeights(str(made)) if quantization else None
     else:
-        model = _load_model(name, source, kind, where, quantization)
+        model = _load(name, source, kind, where, quantization, offload_param)
         originals = OriginalWeights(source) if quantization and not was_stored(model) else None
         tokenizer = tokenizer or load_tokenizer(source)
         folder = folder_of(source)
     if kind == "auto":
         check_number_format(next(model.parameters()).dtype, where)
     added = _add(model, tokenizer, tokens, name)
-    return Base(model, tokenizer, describe(model, folder), name=name, original_weight=originals, added_ids=added)
+    architecture = describe(model, folder)
+    if offload_param is not None:
+        check_mapped(model, architecture, name, folder)
+    return Base(model, tokenizer, architecture, name=name, original_weight=originals, added_ids=added)
 
 
 def _add(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], name: str) -> tuple[int, ...]:
@@ -271,7 +278,7 @@ def load_plain(
         UserError: As ``load_base``.
     """
     source = fetch_model(resolve_model(name))
-    model, report = _loaded(name, source, _own_class, "auto", resolve_device(device), Quantization.of(quantization))
+    model, report = _loaded(name, source, own_class, "auto", resolve_device(device), Quantization.of(quantization))
     check_complete(
         name,
         missing=report["missing_keys"],
@@ -282,29 +289,43 @@ def load_plain(
     return model.eval(), sorted(report["unexpected_keys"])
 
 
-def _own_class(config: PreTrainedConfig, name: str) -> object:
-    """The transformers class that the configuration names; if it names none, the usual one."""
-    import transformers
-
-    named = (config.architectures or [""])[0]
-    found = getattr(transformers, named, None) if named.isidentifier() else None
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
-    return _auto_class(config, name)
+def _load(
+    name: str,
+    source: str,
+    kind: torch.dtype | str,
+    where: torch.device,
+    quantization: Quantization | None,
+    offload: Offload | None,
+    cache: Path | None = None,
+) -> nn.Module:
+    """``_load_model``, or with ``offload`` a model whose weights are mapped; ``cache`` is for quantised ones."""
+    if offload is None:
+        return _load_model(name, source, kind, where, quantization)
+    folder = folder_of(source)
+    if quantization is None:
+        if folder is not None:
+            check_weights(folder)
+        return _load_model(name, source, kind, where, None)
+    found = Path(folder_of(source) or source)
+    # They are mapped only in the dtype of the files.
+    model = _load_model(name, source, stored_dtype(found) or "auto", where, None)
+    compute = kind if isinstance(kind, torch.dtype) else torch.bfloat16
+    QuantizedFiles.of(found, quantization, compute, cache).quantize(model, sketch(model).blocks, found)
+    return model
 
 
 def _load_model(
     name: str, source: str, kind: torch.dtype | str, where: torch.device, quantization: Quantization | None
 ) -> nn.Module:
-    model, report = _loaded(name, source, _auto_class, kind, where, quantization)
-    own = set(_headless(model).state_dict(keep_vars=True))
+    model, report = _loaded(name, source, auto_class, kind, where, quantization)
+    own = set(headless(model).state_dict(keep_vars=True))
     check_complete(
         name,
         missing=report["missing_keys"],
         unexpected=report["unexpected_keys"],
         mismatched=report["mismatched_keys"],
         # What an encoder lacks of a head is of no matter, for the head is removed.
-        own=own if _is_encoder(model.config) else own | set(report["missing_keys"]),
+        own=own if is_encoder(model.config) else own | set(report["missing_keys"]),
     )
     # What an adapter's file calls its base: for transformers a hub's model is the folder in which its files lie.
     model.config.name_or_path = resolve_model(name)
@@ -352,33 +373,3 @@ def _loaded(
     return model, report
 
 
-def _is_encoder(config: object) -> bool:
-    return getattr(config, "model_type", "") in ENCODERS
-
-
-def _auto_class(config: PreTrainedConfig, name: str) -> object:
-    """The transformers class that loads it. Encoders come with a classification head, so that their modules have the
-    paths in PEFT's files; the head itself is then removed (every job has its own)."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
-    if getattr(config, "is_encoder_decoder", False):
-        return AutoModelForSeq2SeqLM
-    if _is_encoder(config):
-        return AutoModelForSequenceClassification
-    kinds = [auto for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification)
-             if type(config) in auto._model_mapping]  # fmt: skip
-    if kinds == [AutoModelForSequenceClassification]:
-        raise UnknownTypeError(
-            f"the model {name!r} is of the type {config.model_type}, which has no language-modelling head and is none "
-            f"of the encoders that Weft knows: {', '.join(ENCODERS)}."
-        )
-    return AutoModelForCausalLM
-
-
-def _headless(model: PreTrainedModel) -> nn.Module:
-    """An encoder without the head on its body: transformers had to invent it, differently every time."""
-    if _is_encoder(model.config):
-        for name, child in list(model.named_children()):
-            if child is not model.base_model:
-                setattr(model, name, nn.Identity())
-    return model

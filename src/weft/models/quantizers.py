@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -59,6 +59,24 @@ def _register_blocks() -> None:
             return super()._process_model_after_weight_loading(model, **kwargs)
 
     register_quantizer(_BLOCKS)(Blocks)
+
+
+def empty_linears(model: nn.Module, config: Any) -> None:
+    """Give a model the linears of a quantisation by bitsandbytes, without weights; its configuration says so.
+
+    Args:
+        config: as ``Quantization.config`` gives it.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    if config.quant_method == _BLOCKS:
+        # The stored tensors name their block size, and every reader takes it from there.
+        del config.block_size
+        config.quant_method = QuantizationMethod.BITS_AND_BYTES
+    cast(Any, model).config.quantization_config = config
 
 
 def packed_entries(entries: Mapping[str, Any]) -> dict[str, Any]:

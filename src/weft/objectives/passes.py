@@ -18,6 +18,7 @@ from weft.core.adapters import Adapters
 from weft.core.head import Sample
 from weft.core.stream import Part, Stream
 from weft.errors import UserError
+from weft.layouts.by_blocks import forward_by_blocks
 from weft.objectives.classification import class_metrics
 from weft.objectives.likelihood import likelihood
 from weft.objectives.registry import Objective, losses_of
@@ -64,13 +65,32 @@ class Work:
 
 def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
     """Each entry's summed loss divided by its divisor: one scalar tensor per entry of ``work``."""
-    losses = sequence_losses(adapters, work)
+    return _divided(sequence_losses(adapters, work), work)
+
+
+def losses_by_blocks(adapters: Adapters, passes: Sequence[Sequence[Work]]) -> list[list[Tensor]]:
+    """``forward_losses``, scalars, of several passes: all go through a block before one goes through the next."""
+    streams = [adapters.stream([w.part() for w in work]) for work in passes]
+    states = forward_by_blocks(adapters, streams)
+    # From the last to the first, for the reason that ``forward_by_blocks`` has.
+    found = [
+        _divided(_sequence_losses(adapters, work, stream, hidden), work)
+        for work, stream, hidden in list(zip(passes, streams, states, strict=True))[::-1]
+    ]
+    return found[::-1]
+
+
+def _divided(losses: Sequence[Tensor], work: Sequence[Work]) -> list[Tensor]:
     return [loss.sum() / w.divisor for loss, w in zip(losses, work, strict=True)]
 
 
 def sequence_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
     """The summed loss of every sequence [sequences], per entry of ``work``."""
     stream, hidden = adapters.run([w.part() for w in work])
+    return _sequence_losses(adapters, work, stream, hidden)
+
+
+def _sequence_losses(adapters: Adapters, work: Sequence[Work], stream: Stream, hidden: Tensor) -> list[Tensor]:
     ends = list(itertools.accumulate(len(w.samples) for w in work))
     # In exact mode each by itself: the same shapes and alignment as if no other job were there.
     shared = [i for i, w in enumerate(work) if not (adapters.exact or w.objective) and adapters.shares_head(w.adapter)]

@@ -77,18 +77,18 @@ class Ghost(Tensor):
 
     @staticmethod
     def __new__(cls, shell: Tensor, device: torch.device, home: DryRun) -> Ghost:
-        made: Ghost = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Ghost = Tensor._make_wrapper_subclass(
             cls, shell.shape, strides=shell.stride(), storage_offset=shell.storage_offset(), dtype=shell.dtype,
             device=device,
         )  # fmt: skip
         made.shell, made.home = shell, home
         return made
 
-    def __repr__(self, **_: object) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Ghost({self.dtype}{list(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         home = next(x.home for x in _leaves((args, tuple((kwargs or {}).values()))) if isinstance(x, Ghost))

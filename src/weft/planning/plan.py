@@ -91,7 +91,8 @@ def _plan(rehearsal: Rehearsal, parameters: int, *, timed: bool, quick: bool) ->
     sizes = rehearsal.sizes()
     middle = sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 3]
     # The middling one first: it makes the optimizer's state, as a step before the fullest one does.
-    steps = [(sizes[number], rehearsal.calls_of(number)) for number in dict.fromkeys((worst,) if quick else (middle, worst))]
+    numbers = (worst,) if quick else dict.fromkeys((middle, worst))
+    steps = [(sizes[number], rehearsal.calls_of(number)) for number in numbers]
     found = of_recording(rehearsal.dry.recording, device)
     library = rehearsal.made.resident + growth(config.quantization) if device == "cpu" else 0
     own = {"weights": rehearsal.weight_bytes, "scales": rehearsal.scale_bytes, "adapters": rehearsal.adapter_bytes}

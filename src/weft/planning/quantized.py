@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.models.quantize import Quantization, quantization_config
+from weft.models.int8 import without_rounded_inputs
+from weft.models.quantize import Quantization
+from weft.models.quantizers import empty_linears
 
 Make = Callable[[Tensor], Tensor]
 # Scales of this many blocks share one scale of their own, if there is double quantisation (Dettmers et al. 2023).
@@ -22,10 +24,8 @@ def swap_linears(model: nn.Module, kind: Quantization, dtype: torch.dtype) -> No
     Raises:
         UserError: bitsandbytes is not installed.
     """
-    from transformers.quantizers import AutoHfQuantizer
-
-    quantizer: Any = AutoHfQuantizer.from_config(quantization_config(kind, dtype))
-    quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
+    empty_linears(model, kind.config(dtype))
+    without_rounded_inputs(model)
 
 
 def empty_weights(model: nn.Module, make: Make) -> int:

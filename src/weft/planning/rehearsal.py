@@ -117,8 +117,8 @@ class Rehearsal:
         self.made, self.dry, self.device = made, dry, device
         config, base = made.config, made.sketch
         self.dtype = input_embeddings(base.model).weight.dtype
-        if config.quantization is not None:
-            swap_linears(base.model, config.quantization, self.dtype)
+        if config.kept is not None:
+            swap_linears(base.model, config.kept, self.dtype)
         self.adapters = _DryAdapters(
             base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing
         )

@@ -31,6 +31,7 @@ from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
 from weft.models.load import check_device, resolve_device, resolve_dtype, resolve_model
+from weft.models.offload import check_offload as check_offload_param
 from weft.models.tasks import check_job
 from weft.models.token_rows import check_tokens
 from weft.training.batches import Batches
@@ -91,6 +92,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         offload=config.offload_activations,
         offload_folder=config.offload_folder,
         original_weight=base.original_weight,
+        offload_param=config.offload_param,
     )
     try:
         jobs = []
@@ -120,6 +122,8 @@ def check_names(config: RunConfig) -> dict[str, Place]:
     check_device(config.device)
     if config.offload_activations is not None or config.offload_folder is not None:
         check_offload(config.offload_activations, config.offload_folder, resolve_device(config.device))
+    if config.offload_param is not None:
+        check_offload_param(config.device if config.device != "auto" else resolve_device("auto"), config.kept)
     check_tokens(config.add_tokens)
     if config.chat_template is not None:
         template_text(config.chat_template)

@@ -19,6 +19,7 @@ from weft.methods.trainable_tokens import with_token_rows
 from weft.models import Base, load_base
 from weft.models.hub import Hub
 from weft.models.load import Shape, sketch_base
+from weft.models.offload import Offload
 from weft.objectives import Objective, class_metrics, make_objective
 from weft.paths import with_home
 from weft.patterns import check_name
@@ -272,6 +273,12 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
     offload_folder: Annotated[str | None, FREE] = Field(
         None, description="the folder for `disk`; default: that of temporary files, which saves nothing if in memory"
     )
+    offload_param: Offload | None = Field(
+        None,
+        description="`disk`: the base's weights stay in their files and are read block by block, forward and back, so "
+        "that a base larger than the memory trains (as they are, or as NF4; [design.md](design.md)); best with "
+        "`gradient_checkpointing`: then all micro-batches of a step go through a block together",
+    )
     logging_steps: Annotated[int, FREE] = Field(10, gt=0, description="a line of metrics every so many steps of a job")
     save_steps: Annotated[int | None, FREE] = Field(
         None, gt=0, description="a checkpoint every so many steps, besides one at the end and when the run is stopped"
@@ -365,6 +372,7 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
             quantization=self.kept,
             hub=self.hub,
             tokens=self.add_tokens,
+            offload_param=self.offload_param,
         )
 
     def renderer(self, tokenizer: Any, positions: int | None = None) -> Renderer:

@@ -7,7 +7,7 @@ optimizer and clipping, and every job draws from its own seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from weft.core.adapters import Adapters
 from weft.data import Sample
-from weft.objectives.passes import Work, forward_losses
+from weft.layouts.by_blocks import goes_by_blocks
+from weft.objectives.passes import Work, forward_losses, losses_by_blocks
 from weft.training.job import Job
 from weft.training.splitting import Splitting, give_back, is_out_of_memory
 
@@ -76,7 +77,7 @@ def _passes(adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splittin
         job.name: sum(job.adapter.head.loss_weight(s) for micro in batches[job.name] for s in micro) for job in jobs
     }
     named = {job.name: job for job in jobs}
-    total: dict[str, Tensor] = {}
+    pieces: list[list[Work]] = []
     for index in range(max(len(micros) for micros in batches.values())):
         work = [
             Work(
@@ -90,18 +91,32 @@ def _passes(adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splittin
             for j in jobs
             if index < len(batches[j.name])
         ]
-        pieces = splitting.pieces(adapters, work)
-        last = {str(one.adapter): number for number, piece in enumerate(pieces) for one in piece}
-        for number, piece in enumerate(pieces):
-            splitting.begin(piece)
-            present = [named[str(one.adapter)] for one in piece]
-            losses = forward_losses(adapters, piece)
+        pieces += splitting.pieces(adapters, work)
+    last = {str(one.adapter): number for number, piece in enumerate(pieces) for one in piece}
+    total: dict[str, Tensor] = {}
+    for group in _losses(adapters, pieces, splitting):
+        scaled: list[Tensor] = []
+        for number, found in group:
+            present = [named[str(one.adapter)] for one in pieces[number]]
             penalties = [None if job.name in total else job.adapter.penalty() for job in present]
-            losses = [a if b is None else a + b.to(a.dtype) for a, b in zip(losses, penalties, strict=True)]
-            for job in present:
-                if (index, number) == (len(batches[job.name]) - 1, last[job.name]):
-                    job.begin_last_pass()
-            torch.autograd.backward([loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)])
+            losses = [a if b is None else a + b.to(a.dtype) for a, b in zip(found, penalties, strict=True)]
+            scaled += [loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)]
             for job, loss in zip(present, losses, strict=True):
                 total[job.name] = total.get(job.name, 0) + loss.detach()
+                if number == last[job.name]:
+                    job.begin_last_pass()
+        torch.autograd.backward(scaled)
     return total
+
+
+def _losses(
+    adapters: Adapters, pieces: Sequence[list[Work]], splitting: Splitting
+) -> Iterator[list[tuple[int, list[Tensor]]]]:
+    """The losses of each pass, with its number; passes that go through the base together come together."""
+    if len(pieces) > 1 and goes_by_blocks(adapters):
+        splitting.begin(max(pieces, key=lambda piece: sum(s.size for work in piece for s in work.samples)))
+        yield list(enumerate(losses_by_blocks(adapters, pieces)))
+        return
+    for number, piece in enumerate(pieces):
+        splitting.begin(piece)
+        yield [(number, forward_losses(adapters, piece))]

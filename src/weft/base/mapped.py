@@ -1,0 +1,118 @@
+"""Memory that a file is mapped into: where it is, read ahead, and given back to the system.
+
+A tensor that lies in a mapped file can always be read: what is not in memory, the system reads from the file. So all
+that is done here only changes what is in memory, and never a number. Linux alone says which memory is a file's.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_MAPS = Path("/proc/self/maps")
+# Of Linux' madvise(2). POPULATE_READ came with 5.14; without it the pages come as they are touched.
+_WILLNEED, _DONTNEED, _POPULATE_READ = 3, 4, 22
+
+
+@dataclass(frozen=True)
+class Span:
+    """Whole pages in which a file is mapped: the first byte's address, and the end's."""
+
+    begin: int
+    end: int
+    _: KW_ONLY
+    file: str
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.end - self.begin
+
+
+def can_map() -> bool:
+    """Whether this system says which memory is a file's, and takes advice on it."""
+    return sys.platform == "linux" and _MAPS.is_file()
+
+
+def spans_of(tensors: Iterable[Tensor]) -> list[Span | None]:
+    """Where each tensor [...] lies in a mapped file; None: it does not.
+
+    The spans hold as long as the tensors' memory does.
+    """
+    files = _mapped_files()
+    begins = [span.begin for span in files]
+    return [_span(files, begins, tensor) for tensor in tensors]
+
+
+def _span(files: Sequence[Span], begins: Sequence[int], tensor: Tensor) -> Span | None:
+    if tensor.device.type != "cpu" or not tensor.numel() or not tensor.is_contiguous():
+        return None
+    begin = tensor.data_ptr()
+    end = begin + tensor.numel() * tensor.element_size()
+    place = bisect.bisect_right(begins, begin) - 1
+    if place < 0 or end > files[place].end:
+        return None
+    page = mmap.PAGESIZE
+    return Span(begin // page * page, min(-(-end // page) * page, files[place].end), file=files[place].file)
+
+
+def _mapped_files() -> list[Span]:
+    """The mappings of files in this process, from the lowest address to the highest."""
+    found = []
+    for line in _MAPS.read_text().splitlines() if can_map() else ():
+        # address permissions offset device inode path
+        words = line.split(maxsplit=5)
+        if len(words) == 6 and words[4] != "0" and words[5].startswith("/"):
+            begin, _, end = words[0].partition("-")
+            found.append(Span(int(begin, 16), int(end, 16), file=words[5]))
+    return found
+
+
+def joined(spans: Iterable[Span | None]) -> list[Span]:
+    """The spans in order, those that touch as one."""
+    found: list[Span] = []
+    for span in sorted((span for span in spans if span is not None), key=lambda span: span.begin):
+        if found and span.begin <= found[-1].end:
+            found[-1] = Span(found[-1].begin, max(span.end, found[-1].end), file=span.file)
+        else:
+            found.append(span)
+    return found
+
+
+def read_ahead(spans: Iterable[Span]) -> None:
+    """Have the system read what it does not have in memory. That does not count as this process' memory yet."""
+    for span in spans:
+        _advise(span, _WILLNEED)
+
+
+def bring_in(spans: Iterable[Span]) -> None:
+    """Make the pages this process' memory; returns when they are there."""
+    for span in spans:
+        _advise(span, _POPULATE_READ)
+
+
+def give_back(spans: Iterable[Span]) -> None:
+    """Take the pages out of this process' memory; whoever touches one reads it again."""
+    for span in spans:
+        _advise(span, _DONTNEED)
+
+
+def _advise(span: Span, advice: int) -> None:
+    # What the system does not take changes nothing but time: the pages come when they are touched.
+    _libc().madvise(span.begin, span.size, advice)
+
+
+@functools.cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
