@@ -36,6 +36,16 @@ def memory() -> tuple[int, int] | None:
     return available, total
 
 
+def resident(*, most: bool = False) -> int:
+    """The bytes of this process in memory now, or the most it ever had; 0: the system does not say."""
+    word = "VmHWM:" if most else "VmRSS:"
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(word)), 0)
+
+
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())

@@ -26,7 +26,7 @@ SOURCE = Path(weft.__file__).parent
 # Files that may write by themselves: the one place, a cache without which all goes on, appended bytes with a message of
 # their own, a picture that is drawn in memory.
 WRITERS = {"files/whole.py", "models/kept.py", "data/spill.py", "evaluate/demo.py",
-           "export/rendering.py", "training/optimizers/paged.py"}  # fmt: skip
+           "export/rendering.py", "base/pages.py"}  # fmt: skip
 CALLS = {"save_file", "mkdir", "makedirs", "copyfile", "copytree", "savefig",
          "TemporaryFile", "NamedTemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp", "symlink"}  # fmt: skip
 # These stand in ``with writing(…)``.

@@ -25,6 +25,7 @@ from weft.errors import UserError
 from weft.layouts.by_blocks import goes_by_blocks, proved
 from weft.models import Base, load_base
 from weft.models.offload import check_offload
+from weft.models.quantize import Quantization
 from weft.training import Job, Trainer
 
 pytestmark = pytest.mark.skipif(not can_map(), reason="Linux alone says which memory is a file's")
@@ -83,7 +84,7 @@ def test_all_passes_of_a_step_go_through_a_block_together(
     steps: list[list[int]] = []
     own_step = weft.training.loop.train_step
 
-    def step(adapters: Adapters, jobs: Any) -> Any:
+    def step(adapters: Adapters, jobs: Any, splitting: Any) -> Any:
         assert goes_by_blocks(adapters)
         enters: list[int] = []
         streaming = streaming_of(adapters.model)
@@ -97,7 +98,7 @@ def test_all_passes_of_a_step_go_through_a_block_together(
                 plain_enter(index, after)
 
             inside.setattr(streaming, "enter", enter)
-            found = own_step(adapters, jobs)
+            found = own_step(adapters, jobs, splitting)
         steps.append(enters)
         return found
 
@@ -199,7 +200,7 @@ def test_what_does_not_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the device is 'cuda:0'\. Set device: cpu"):
         check_offload("cuda:0", None)
     with pytest.raises(UserError, match="int8 is not written in the form"):
-        check_offload("cpu", "int8")
+        check_offload("cpu", Quantization("int8"))
     folder = written(tmp_path, "llama", torch.float32)
     with pytest.raises(UserError, match=r"model\.layers\.0\..* \(bfloat16\) the first: .* Set dtype: float32"):
         load_base(folder, offload_param="disk", dtype="bfloat16", **OPTIONS)

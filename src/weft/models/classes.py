@@ -18,12 +18,17 @@ class UnknownTypeError(UserError):
 
 
 def is_encoder(config: object) -> bool:
+    """Whether a configuration is that of an encoder that Weft knows."""
     return getattr(config, "model_type", "") in ENCODERS
 
 
 def auto_class(config: PreTrainedConfig, name: str) -> object:
     """The transformers class that loads it. Encoders come with a classification head, so that their modules have the
-    paths in PEFT's files; the head itself is then removed (every job has its own)."""
+    paths in PEFT's files; the head itself is then removed (every job has its own).
+
+    Raises:
+        UnknownTypeError: Its type has no language-modelling head, and is no encoder that is known.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     if getattr(config, "is_encoder_decoder", False):

@@ -67,10 +67,12 @@ def empty_linears(model: nn.Module, config: Any) -> None:
     Args:
         config: as ``Quantization.config`` gives it.
     """
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from transformers.utils.quantization_config import QuantizationMethod
 
-    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    usual = f"{QuantizationMethod.BITS_AND_BYTES.value}_{8 if config.load_in_8bit else 4}bit"
+    made: Any = AUTO_QUANTIZER_MAPPING[_BLOCKS if config.quant_method == _BLOCKS else usual]
+    quantizer: Any = made(config, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     if config.quant_method == _BLOCKS:
         # The stored tensors name their block size, and every reader takes it from there.

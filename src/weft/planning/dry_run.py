@@ -112,7 +112,7 @@ class DryRun(TorchDispatchMode):
         return made
 
     def piece_of(self, tensor: Tensor) -> Piece | None:
-        """The piece of memory that a tensor lies in; None: it is not counted."""
+        """The piece of memory that a tensor [...] lies in; None: it is not counted."""
         return self._pieces.get(id(tensor.shell.untyped_storage())) if isinstance(tensor, Ghost) else None
 
     @contextlib.contextmanager
@@ -217,7 +217,7 @@ def _shaped(value: Any) -> Any:
 
 
 def without_memory(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> None:
-    """Put ``make(tensor)`` in the place of every parameter and buffer; what is shared stays shared."""
+    """Put ``make(tensor)`` in the place of every parameter and buffer [...]; what is shared stays shared."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def one(tensor: Tensor) -> Tensor:

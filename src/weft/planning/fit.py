@@ -98,7 +98,7 @@ def _largest_passes(made: Material, settings: dict[str, Any], budget: int, known
 
 
 def _plan(made: Material, settings: Mapping[str, Any], *, timed: bool = False) -> Plan:
-    return plan_of(made.with_config(with_settings(made.config, settings)), timed=timed, quick=not timed)
+    return plan_of(made.with_config(with_settings(made.config, settings)), timed=timed)
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from pathlib import Path
 
 import torch
 
 from weft.errors import UserError
+from weft.files.whole import make_folder, write_whole
 from weft.foreign import expect, read_json
 from weft.paths import cache_folder
 from weft.version import __version__
@@ -54,14 +54,9 @@ def keep(kind: str, figures: dict[str, float]) -> None:
     place = _place(kind)
     if place is None:
         return
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            part = Path(folder) / place.name
-            part.write_text(json.dumps(figures), encoding="utf-8")
-            os.replace(part, place)
-    except OSError:
-        return
+    with contextlib.suppress(UserError):
+        make_folder(place.parent)
+        write_whole(place, json.dumps(figures))
 
 
 def _place(kind: str) -> Path | None:

@@ -9,24 +9,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from weft.assets import instructions_path
 from weft.errors import UserError
+from weft.files.whole import temporary_place
+from weft.machine import resident
 from weft.planning import kept
-
-_STATUS = Path("/proc/self/status")
-_RESIDENT, _MOST = "VmRSS:", "VmHWM:"
-
-
-def resident(most: bool = False) -> int:
-    """The bytes of this process in memory now, or the most it ever had; 0: the system does not say."""
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(_MOST if most else _RESIDENT)), 0)
 
 
 def growth(quantization: str | None) -> int:
@@ -56,11 +44,11 @@ def _train(quantization: str) -> int:
     from weft.training.config import make_config
     from weft.training.run import train
 
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_place() as folder:
         config = make_config(
             {
                 "model": "tiny-llama", "data": str(instructions_path("train")), "limit": 64, "method": "lora",
-                "steps": 2, "output_dir": str(Path(folder) / "run"), "device": "cpu", "dtype": "bfloat16",
+                "steps": 2, "output_dir": str(folder / "run"), "device": "cpu", "dtype": "bfloat16",
                 "quantization": None if quantization == "None" else quantization,
             }
         )  # fmt: skip

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weft.machine import memory
+from weft.data import Sample
+from weft.machine import memory, resident
 from weft.models.quantize import num_parameters
-from weft.planning.library import growth, resident
+from weft.planning.library import growth
 from weft.planning.memory import CAUSES, MemoryPlan, of_recording
 from weft.planning.rehearsal import Material, Rehearsal, rehearsed
 from weft.planning.timing import StepTime, times_of
@@ -29,8 +31,8 @@ class JobPlan:
     name: str
     method: str
     trainable: int
-    samples: int
     _: KW_ONLY
+    samples: int
     steps: int
     tokens_per_step: float
 
@@ -73,26 +75,25 @@ class Plan:
         return found
 
 
-def plan_of(made: Material, *, timed: bool = True, quick: bool = False) -> Plan:
-    """The plan of a run; the sketch of its base is used up. ``quick``: of its fullest step alone, for a comparison.
+def plan_of(made: Material, *, timed: bool = True) -> Plan:
+    """The plan of a run; the sketch of its base is used up.
 
     Raises:
         UserError: As ``weft.training.run.prepare``.
     """
     parameters = num_parameters(made.sketch.model)
-    return rehearsed(made, lambda rehearsal: _plan(rehearsal, parameters, timed=timed, quick=quick), record=timed)
+    return rehearsed(made, lambda rehearsal: _plan(rehearsal, parameters, timed=timed), record=timed)
 
 
-def _plan(rehearsal: Rehearsal, parameters: int, *, timed: bool, quick: bool) -> Plan:
+def _plan(rehearsal: Rehearsal, parameters: int, *, timed: bool) -> Plan:
     config, device = rehearsal.made.config, rehearsal.device.type
     worst, largest = fullest_step(rehearsal)
-    if not quick:
-        rehearsal.evaluation()
+    rehearsal.evaluation()
     sizes = rehearsal.sizes()
     middle = sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 3]
     # The middling one first: it makes the optimizer's state, as a step before the fullest one does.
-    numbers = (worst,) if quick else dict.fromkeys((middle, worst))
-    steps = [(sizes[number], rehearsal.calls_of(number)) for number in numbers]
+    numbers = dict.fromkeys((middle, worst))
+    steps = [(sum(map(_tokens, rehearsal.passes_of(one))), rehearsal.calls_of(one)) for one in numbers]
     found = of_recording(rehearsal.dry.recording, device)
     library = rehearsal.made.resident + growth(config.quantization) if device == "cpu" else 0
     own = {"weights": rehearsal.weight_bytes, "scales": rehearsal.scale_bytes, "adapters": rehearsal.adapter_bytes}
@@ -119,11 +120,15 @@ def fullest_step(rehearsal: Rehearsal) -> tuple[int, int]:
     steps = range(min(rehearsal.total_steps, _STEPS))
 
     def size(step: int) -> tuple[int, int, int]:
-        tokens = [sum(s.size for s in one) for one in rehearsal.passes_of(step)]
+        tokens = [_tokens(one) for one in rehearsal.passes_of(step)]
         return max(tokens, default=0), len(tokens), -step
 
     worst = max(steps, key=size)
     return worst, size(worst)[0]
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(sample.size for sample in samples)
 
 
 def room(device: str) -> int | None:
@@ -144,6 +149,6 @@ def _job(rehearsal: Rehearsal, number: int) -> JobPlan:
     job = rehearsal.jobs[number]
     sizes = rehearsal.step_sizes(job)
     return JobPlan(
-        job.name, job.config.method, job.adapter.num_trainable(), len(job.samples),
+        job.name, job.config.method, job.adapter.num_trainable(), samples=len(job.samples),
         steps=job.total_steps, tokens_per_step=sum(sizes) / max(1, len(sizes)),
     )  # fmt: skip

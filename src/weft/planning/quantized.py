@@ -25,7 +25,6 @@ def swap_linears(model: nn.Module, kind: Quantization, dtype: torch.dtype) -> No
         UserError: bitsandbytes is not installed.
     """
     empty_linears(model, kind.config(dtype))
-    without_rounded_inputs(model)
 
 
 def empty_weights(model: nn.Module, make: Make) -> int:
@@ -41,6 +40,7 @@ def empty_weights(model: nn.Module, make: Make) -> int:
             scales += _four_bits(module, make)
         elif kind == "Int8Params":
             scales += _eight_bits(module, make)
+    without_rounded_inputs(model)
     return scales
 
 

@@ -17,12 +17,12 @@ from weft.core.layout import Counts
 from weft.core.stream import Part, Stream
 from weft.data import Sample
 from weft.libraries import multiplies_sixteen_bits
+from weft.machine import resident
 from weft.models import Base
 from weft.models.products import install_products
 from weft.models.tasks import check_job
 from weft.objectives.passes import evaluate, passes
 from weft.planning.dry_run import Call, DryRun, without_memory
-from weft.planning.library import resident
 from weft.planning.quantized import empty_weights, swap_linears
 from weft.planning.way import ProvedWay, proved_way
 from weft.training.job import Job
@@ -119,6 +119,8 @@ class Rehearsal:
         self.dtype = input_embeddings(base.model).weight.dtype
         if config.kept is not None:
             swap_linears(base.model, config.kept, self.dtype)
+        with torch.no_grad():
+            self.scale_bytes = empty_weights(base.model, dry.empty)
         self.adapters = _DryAdapters(
             base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing
         )
@@ -129,8 +131,6 @@ class Rehearsal:
         own = [module for adapter in adapters for module in adapter.modules()]
         self.adapter_bytes = _bytes(own)
 
-        with torch.no_grad():
-            self.scale_bytes = empty_weights(base.model, dry.empty)
         self.weight_bytes = _bytes(set(base.model.modules()) - set(own))
         without_memory([*base.model.modules(), *own], dry.empty)
         # It looks at the device of the weights, which are only now where they will be.
