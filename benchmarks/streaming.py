@@ -172,8 +172,9 @@ def train(options: argparse.Namespace) -> None:
             train_step(adapters, [job])
             seconds.append(time.perf_counter() - begun)
     if streaming := streaming_of(base.model):
-        waited, read = streaming.waited / options.steps, streaming.bytes_read // options.steps
-    mean = sum(seconds[1:]) / options.steps
+        counted = max(1, options.steps)
+        waited, read = streaming.waited / counted, streaming.bytes_read // counted
+    mean = sum(seconds[1:]) / options.steps if options.steps else seconds[0]
     hand_over({
         "load": loaded, "peak_of_load": peak_of_load, "peak": peak_resident(), "seconds": mean, "waited": waited,
         "read": read,

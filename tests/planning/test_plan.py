@@ -186,7 +186,7 @@ def test_what_is_kept_by_another_program_is_measured_again(tmp_path: Path, monke
 
 
 def test_the_search(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With plans that are made up: passes take up to 100, checkpointed a fifth of it, the base 50, and half in 4 bits."""
+    """With plans that are made up: passes take up to 100, checkpointed a fifth of it; the base 50, or 25 in 4 bits."""
     made = material(make_config(run_of(tiny_data, output_dir=str(tmp_path / "run"), batch_size=16)))
     real = plan_of(made, timed=False)
 
