@@ -20,7 +20,7 @@ import pytest
 import weft
 from weft import api
 from weft.cli import progress
-from weft.cli.train import _settings
+from weft.cli.train import settings_of
 from weft.training.loop import Event, TrainResult
 from weft.training.run import Setup
 
@@ -58,7 +58,7 @@ def test_a_file_a_mapping_keywords_and_a_configuration_mean_one_thing(
     weft.train(file, learning_rate=1e-3, r=4)
     weft.train(str(file), **{"jobs.0.learning_rate": 1e-3, "jobs.lora.r": 4})
     weft.train(weft.make_config(texts), learning_rate=1e-3, r=4)
-    from_words = _settings([str(file), "learning_rate=1e-3", "r=4"], {})
+    from_words = settings_of([str(file), "learning_rate=1e-3", "r=4"], {})
     assert [config.jobs[0].method_config() for config in asked] == [from_words.jobs[0].method_config()] * 5
     assert {config.jobs[0].learning_rate for config in asked} == {1e-3}
     assert {config.output_dir for config in asked} == {from_words.output_dir}

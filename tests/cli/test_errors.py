@@ -250,7 +250,7 @@ def test_a_defect_is_exit_1_and_its_traceback_needs_debug(
     def broken(*args: object) -> None:
         raise AssertionError("inside")
 
-    monkeypatch.setattr(sys.modules["weft.cli.train"], "_settings", broken)
+    monkeypatch.setattr(sys.modules["weft.cli.train"], "settings_of", broken)
     result = weft("train")
     assert result.code == 1
     assert "defect" in result.err

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from weft.base.checkpointing import How, checkpoint_alike, disable_checkpointing
+from weft.base.packed import PackedLinear
 from weft.base.streaming import Streaming, stop_streaming
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.route import Router
@@ -151,8 +152,8 @@ def _check(context: BuildContext) -> None:
                 f"llama_pro: the last linear of the attention or of the MLP of block '{path}' of this "
                 f"{shape.model_type} model is not known (experts have many), so it cannot begin as the identity."
             )
-        held = (*block.parameters(), *block.buffers())
-        if not all(tensor.dtype.is_floating_point for tensor in held):
+        packed = any(isinstance(module, PackedLinear) for module in block.modules())
+        if packed or not all(p.dtype.is_floating_point for p in block.parameters()):
             raise UserError(
                 f"llama_pro: block '{path}' is quantised, and a copy of it cannot be trained. Load the base in bf16 or "
                 "fp32."
