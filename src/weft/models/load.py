@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.assets import EMBEDDED_MODELS, model_path
+from weft.base.mapped import pages_returned
 from weft.core.architecture import Architecture
 from weft.errors import UserError, nearest, reason_of
 from weft.files.whole import temporary_place, writing_temporary
@@ -334,6 +336,14 @@ def _load_model(
     return model.eval()
 
 
+def _pages_returned(source: str, options: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """While tensors are loaded to be kept in another form than their files', take the files out of memory."""
+    folder, kind = folder_of(source), options["dtype"]
+    if folder is None or ("quantization_config" not in options and kind in ("auto", stored_dtype(folder))):
+        return contextlib.nullcontext()
+    return pages_returned(folder)
+
+
 def _place(model: nn.Module, where: torch.device) -> None:
     if not getattr(model, "is_quantized", False):
         nn.Module.to(model, where)
@@ -361,7 +371,7 @@ def _loaded(
         # transformers' own report of missing tensors would name the head that is removed; ours comes later.
         transformers_logging.set_verbosity_error()
         options |= {"dtype": kind, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        with freed_memory_returned():
+        with freed_memory_returned(), _pages_returned(source, options):
             loaded: Any = gate.load_weights(auto, source, config, **options)
     except UnknownTypeError:
         raise
