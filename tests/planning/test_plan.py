@@ -14,6 +14,7 @@ from torch import nn
 
 from weft.cli.main import main
 from weft.errors import UserError
+from weft.ops import products
 from weft.planning import kept, library
 from weft.planning.dry_run import DryRun, Ghost, Piece, without_memory
 from weft.planning.fit import fit
@@ -81,6 +82,7 @@ def test_a_rehearsal_holds_what_the_step_holds(tiny_data: Path, tmp_path: Path, 
     planned = rehearsed(material(config), lambda rehearsal: (rehearsal.calls_of(0), rehearsal.dry.recording))[1]
     most = peak_of(planned.pieces, Heap(mmap_threshold=0, page=1))[0]
     setup = prepare(config)
+    products._SCRATCH.__dict__.clear()  # another test's would be used again
     watched = Watched()
     with watched:
         train_step(setup.adapters, setup.jobs)

@@ -337,9 +337,9 @@ def _load_model(
 
 
 def _pages_returned(source: str, options: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """While tensors are loaded to be kept in another form than their files', take the files out of memory."""
-    folder, kind = folder_of(source), options["dtype"]
-    if folder is None or ("quantization_config" not in options and kind in ("auto", stored_dtype(folder))):
+    """While tensors are quantised as they are loaded, take their files out of memory."""
+    folder = folder_of(source)
+    if folder is None or "quantization_config" not in options:
         return contextlib.nullcontext()
     return pages_returned(folder)
 
