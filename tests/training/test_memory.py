@@ -42,7 +42,7 @@ def test_memory_is_given_back_afterwards() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to give memory back")
 def test_memory_is_given_back_at_once_while_a_base_is_loaded() -> None:
-    """Also what lies below memory that stays. A process of its own has no gaps that others left, which would be used."""
+    """Also what lies below memory that stays. Only a process of its own has no gaps that others left."""
     code = (
         "import torch, weft.machine as machine\n"
         "with machine.freed_memory_kept('cpu'):\n"
