@@ -150,6 +150,14 @@ def test_quantised_otherwise_already(asked: Any, message: str, plain: Path, tmp_
         load_base(str(tmp_path), quantization=asked, **OPTIONS)
 
 
+def test_an_adapter_that_does_not_say_how_scales_are_kept(plain: Path, tmp_path: Path) -> None:
+    """Before there was a choice, its record was silent whatever the checkpoint had."""
+    stored = Quantization("fp4", double=False)
+    load_base(str(plain), quantization=stored, **OPTIONS).model.save_pretrained(tmp_path)
+    again = load_base(str(tmp_path), quantization=Quantization.recorded({"quantization": "fp4"}, "here"), **OPTIONS)
+    assert how_kept(again.model, torch.float32)["double_quantization"] is False
+
+
 def test_without_bitsandbytes_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install \"weft\[quant\]\""):

@@ -27,7 +27,7 @@ from weft.models.int8 import without_rounded_inputs
 from weft.models.offload import Offload, QuantizedFiles, check_mapped, check_offload, check_weights, stored_dtype
 from weft.models.originals import HeldWeights, OriginalWeights
 from weft.models.proof import describe
-from weft.models.quantize import Kind, Quantization, one_kernel
+from weft.models.quantize import Kind, Quantization, cast_rest, one_kernel
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
 from weft.models.stored import check_blocks, loading_options, was_stored
 from weft.models.token_rows import add_rows, add_tokens, check_special_tokens, token_rows
@@ -333,6 +333,8 @@ def _load_model(
     model.config.name_or_path = resolve_model(name)
     _place(model, where)
     check_blocks(model, name, quantization)
+    if was_stored(model) and isinstance(kind, torch.dtype):
+        cast_rest(model, kind)  # transformers leaves the rest of such a checkpoint in the dtype of its files
     return model.eval()
 
 

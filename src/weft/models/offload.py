@@ -25,7 +25,7 @@ from weft.core.architecture import Architecture
 from weft.errors import UserError
 from weft.files.whole import make_folder, new_folder, write_tensors
 from weft.models.intact import check_numbers, check_whole
-from weft.models.quantize import Quantization, one_kernel
+from weft.models.quantize import Quantization, cast_rest, one_kernel
 from weft.models.quantizers import empty_linears
 from weft.paths import cache_folder
 
@@ -159,7 +159,7 @@ class QuantizedFiles:
             self._write(model, plain, groups)
         for number, paths in groups.items():
             self._read(model, self.folder / f"{number}{_SUFFIX}", paths)
-        _cast_rest(model, self.dtype)
+        cast_rest(model, self.dtype)
         one_kernel(model)
 
     def _write(self, model: nn.Module, plain: dict[str, Tensor], groups: dict[str, list[str]]) -> None:
@@ -244,10 +244,3 @@ def _quantized(module: Any, weight: Tensor, path: str) -> dict[str, Tensor]:
     made = made.to("cpu")
     parts = made.quant_state.as_dict(packed=True)
     return {f"{path}.weight": made.data} | {f"{path}.weight.{key}": value for key, value in parts.items()}
-
-
-def _cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give all that is not quantised the dtype that it is computed in; what has it stays mapped."""
-    for parameter in model.parameters():
-        if getattr(parameter, "quant_state", None) is None and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)

@@ -118,6 +118,14 @@ def num_parameters(model: nn.Module) -> int:
     return packed + sum(getattr(getattr(p, "quant_state", None), "shape", p.shape).numel() for p in model.parameters())
 
 
+def cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters that are not quantised the dtype that is computed in; what has it stays where it is."""
+    for parameter in model.parameters():
+        whole = parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None
+        if whole and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
 def one_kernel(model: nn.Module) -> list[nn.Module]:
     """Let 4-bit linears on a CPU compute the same with and without gradients; returns those that would not have.
 

@@ -66,7 +66,8 @@ def _shrink(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         computed = isinstance(getattr(type(text), key, None), property)
         if getattr(text, key, None) is not None and not computed:
             setattr(text, key, value)
-    if getattr(text, "layer_types", None):
+    # Some types compute it from the number of layers.
+    if getattr(text, "layer_types", None) and not isinstance(getattr(type(text), "layer_types", None), property):
         text.layer_types = list(text.layer_types)[:LAYERS]
     text.vocab_size = len(tokenizer)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

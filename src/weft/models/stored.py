@@ -51,7 +51,8 @@ def loading_options(
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
         return dtype, {"quantization_config": asked.config(dtype), **place}
     assert stored is not None
-    if asked is not None and _told(asked) != _told(stored):
+    # That the scales are quantised too is what nobody says, and what adapters of before there was a choice do not say.
+    if asked is not None and (asked.kind != stored.kind or (stored.double and not asked.double)):
         raise UserError(
             f"its weights are quantised already ({_told(stored)}), and asked for is {_told(asked)}. Leave quantization "
             "out, or take the model from before it was quantised."

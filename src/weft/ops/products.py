@@ -73,8 +73,7 @@ def scratch(numbers: int, use: str = "piece") -> Tensor:
     gives the same.
 
     What is new, the kernel clears page by page, and that takes as long as the product. And the C library does not find
-    the gaps again that such short-lived memory leaves between tensors that stay: a step of 1,650 tokens at 160M held
-    613 MB for 290.
+    the gaps again that such short-lived memory leaves between tensors that stay (docs/design.md, the plan of a run).
     """
     if numbers > _LARGEST:
         return torch.empty(numbers, device="cpu")  # it has pages of its own, and they go back at once
