@@ -13,21 +13,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from speed_setting import ALPHA, LEARNING_RATE, RANK, SHAPES, hand_over, peak_resident
-from streaming import MORE, forget, reading, tensors_of, write_model
+from streaming import MORE, forget, placed, reading
 
 CONTESTANTS = ("weft", "peft bf16", "peft fp32")
 
@@ -127,21 +123,8 @@ def main() -> None:
         options.tokens = int(options.tokens)
         train_peft(options)
         return
-    above = options.folder or Path(tempfile.mkdtemp())
-    shape = {**SHAPES, **MORE}[options.shape]
-    options.folder = above / f"llama-{options.shape}"
-    size = sum(2 * int(np.prod(sizes)) for _, sizes in tensors_of(shape))
-    above.mkdir(parents=True, exist_ok=True)
-    if not options.folder.is_dir() and shutil.disk_usage(above).free < 1.1 * size:
-        raise SystemExit(f"skipped: {above} has no room for {1.1 * size / 1e9:.0f} GB.")
-    os.environ.setdefault("WEFT_CACHE_DIR", str(above / "cache"))
-    try:
-        if not options.folder.is_dir():
-            write_model(options.folder, shape)
+    with placed(options, room=1.1) as size:
         report(options, size)
-    finally:
-        if not options.keep:
-            shutil.rmtree(options.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

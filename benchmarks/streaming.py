@@ -13,6 +13,7 @@ its share of what reading allows is 2 x reading / step, and above 1 where the sy
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,18 +231,25 @@ def main() -> None:
         options.tokens = int(options.tokens)
         train(options)
         return
+    with placed(options, room=1.4) as size:
+        report(options, size)
+
+
+@contextlib.contextmanager
+def placed(options: argparse.Namespace, room: float) -> Iterator[int]:
+    """The bytes of the model of ``options``, which is there inside; the disk must have ``room`` times as many free."""
     above = options.folder or Path(tempfile.mkdtemp())
     shape = {**SHAPES, **MORE}[options.shape]
     options.folder = above / f"llama-{options.shape}"
     size = sum(2 * int(np.prod(sizes)) for _, sizes in tensors_of(shape))
     above.mkdir(parents=True, exist_ok=True)
-    if not options.folder.is_dir() and shutil.disk_usage(above).free < 1.4 * size:
-        raise SystemExit(f"skipped: {above} has no room for {1.4 * size / 1e9:.0f} GB.")
+    if not options.folder.is_dir() and shutil.disk_usage(above).free < room * size:
+        raise SystemExit(f"skipped: {above} has no room for {room * size / 1e9:.0f} GB.")
     os.environ["WEFT_CACHE_DIR"] = str(above / "cache")
     try:
         if not options.folder.is_dir():
             write_model(options.folder, shape)
-        report(options, size)
+        yield size
     finally:
         if not options.keep:
             for path in (options.folder, above / "cache"):
