@@ -34,8 +34,8 @@ EXIT_CODES: dict[int, str] = {
     DONE: "done",
     DEFECT: "a defect of Weft (--debug shows the traceback); of `weft preview`: the audit found errors",
     USAGE: "the input cannot be used, or the disk is full (the message says what and where)",
-    JOB_FAILED: "training ended, but a job failed (loss or gradient not finite, or nothing learned); of `weft plan`, "
-    "and of `weft train` before its first step: the run does not fit into memory",
+    JOB_FAILED: "training ended, but a job failed (loss or gradient not finite, or nothing learned); of `weft plan`: "
+    "the run does not fit into memory",
     DIFFERS: "`weft verify`: the two differ by more than rounding explains (it says where first)",
     INTERRUPTED: "interrupted by Ctrl-C (a training run is saved and can be resumed)",
     PIPE_CLOSED: "whoever read the output has gone",

@@ -106,6 +106,8 @@ def lines_of(plan: Plan, settings: RunConfig, room: int | None) -> Iterator[str]
             f"time: about {_seconds(plan.time.step)} a step, {_seconds(plan.time.run)} for all steps; "
             f"{plan.time.flops / 1e9:,.0f} GFLOP a step"
         )
+        if plan.time.unknown:
+            yield f"not timed: {', '.join(plan.time.unknown)}"
 
 
 def _verdict(plan: Plan, most: int | None, *, there: bool, better: Fit | None, asked: bool) -> Iterator[str]:

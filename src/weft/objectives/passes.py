@@ -24,6 +24,7 @@ from weft.objectives.likelihood import likelihood
 from weft.objectives.registry import Objective, losses_of
 
 AnySample = TypeVar("AnySample", bound=Sample)
+EVALUATION_TOKENS = 4096  # of a pass that evaluates, at most
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def evaluate(
     adapters: Adapters,
     adapter: str | None,
     samples: Sequence[Sample],
-    max_tokens: int = 4096,
+    max_tokens: int = EVALUATION_TOKENS,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on ``samples``, in passes of at most ``max_tokens`` tokens (or one sequence).
@@ -182,7 +183,9 @@ def evaluate(
     return Evaluation(total / weight, metrics)
 
 
-def evaluate_loss(adapters: Adapters, adapter: str | None, samples: Sequence[Sample], max_tokens: int = 4096) -> float:
+def evaluate_loss(
+    adapters: Adapters, adapter: str | None, samples: Sequence[Sample], max_tokens: int = EVALUATION_TOKENS
+) -> float:
     """The loss of ``evaluate`` alone."""
     found = evaluate(adapters, adapter, samples, max_tokens)
     assert found is not None

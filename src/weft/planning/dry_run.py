@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from weft.errors import UserError, reason_of
+
 _ASKED = 1.0  # the answer where code asks for a float, as for the norm of a gradient
 
 
@@ -63,7 +65,6 @@ class Recording:
     pieces: list[Piece] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     events: int = 0
-
 
 
 class Ghost(Tensor):
@@ -140,7 +141,7 @@ class DryRun(TorchDispatchMode):
         if device is not None or not tensors:
             own["device"] = torch.device("meta")
             own.pop("pin_memory", None)
-        found = func(*map(_for_shapes, args), **own)
+        found = _shapes_of(func, tuple(map(_for_shapes, args)), own)
         if not tensors and not (isinstance(found, Tensor) and found.is_floating_point()):
             return func(*args, **options)
         if self.record:
@@ -183,6 +184,24 @@ def _makes_tensors(func: Any) -> bool:
     return any(argument.name == "device" for argument in func._schema.arguments)
 
 
+def _shapes_of(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What an operator gives on the meta device.
+
+    Raises:
+        UserError: It computes nothing there.
+    """
+    try:
+        if func.overloadpacket is not torch.ops.aten._grouped_mm:
+            return func(*args, **options)
+        # There it takes bfloat16 alone, and on a CPU every dtype.
+        narrow = [x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        return func(*narrow, **options).to(args[0].dtype)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"there is no plan for this run: the operator {func} gives no shapes without memory ({reason_of(error)})."
+        ) from error
+
+
 def _shell(like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
@@ -213,6 +232,8 @@ def _call(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Call:
 def _shaped(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Shaped(tuple(value.shape), tuple(value.stride()), value.dtype, value.device.type)
+    if isinstance(value, torch.Generator):
+        return None  # which numbers are drawn is of no matter, and each generator would be another call
     return tuple(map(_shaped, value)) if isinstance(value, (list, tuple)) else value
 
 

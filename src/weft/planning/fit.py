@@ -1,7 +1,8 @@
 """The search for settings by which a run fits into so much memory: of those that fit, the fastest.
 
 Nothing that is searched changes what a run learns but the quantisation of its base: passes are cut with equal maths,
-and checkpointing computes the same numbers again.
+checkpointing computes the same numbers again, and weights that stay on the disk are the same weights. How long reading
+them takes is not known, so that is the last resort.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import UserError
+from weft.models.hub import folder_of
+from weft.models.load import resolve_device, resolve_dtype, resolve_model
+from weft.models.offload import check_offload, stored_dtype
 from weft.planning.plan import Plan, plan_of
 from weft.planning.rehearsal import Material
 from weft.training.settings import RunConfig
@@ -33,10 +37,12 @@ def fit(made: Material, budget: int, known: Plan) -> Fit | None:
         UserError: As ``plan_of``.
     """
     found: list[Fit] = []
-    layouts = list(_layouts(made.config))
+    layouts = list(_layouts(made))
     if not _can_fit(made, layouts[::-1], known.longest, budget):
         return None
     for settings in layouts:
+        if found and "offload_param" in settings:
+            break
         try:
             one = _largest_passes(made, settings, budget, known if not settings else None)
         except UserError:
@@ -54,13 +60,37 @@ def fit(made: Material, budget: int, known: Plan) -> Fit | None:
     return min(timed, key=lambda one: one.plan.time.step if one.plan.time else 0.0)
 
 
-def _layouts(config: RunConfig) -> Iterator[dict[str, Any]]:
+def _layouts(made: Material) -> Iterator[dict[str, Any]]:
     """How the base can be kept and its activations treated, as far as it is left open: the fastest first."""
-    kept = [{}] if config.quantization else [{}, {"quantization": "nf4"}]
-    trained = [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}]
+    config = made.config
+    kept: list[dict[str, Any]] = [{}] if made.kept else [{}, {"quantization": "nf4"}]
+    whole = {"gradient_checkpointing": True}
+    trained: list[dict[str, Any]] = [{}]
+    if not config.gradient_checkpointing:
+        trained += [{"gradient_checkpointing": "cheap"}, whole]
     for base in kept:
-        for way in ({}, *trained):
+        for way in trained:
             yield {**base, **way}
+    if config.offload_param is None and _streams(config):
+        for base in kept:
+            if made.kept or base or _is_stored_so(config):
+                yield {**base, **(whole if len(trained) > 1 else {}), "offload_param": "disk"}
+
+
+def _streams(config: RunConfig) -> bool:
+    """Whether the run's weights can stay on the disk."""
+    try:
+        check_offload(resolve_device(config.device), config.kept)
+    except UserError:
+        return False
+    return True
+
+
+def _is_stored_so(config: RunConfig) -> bool:
+    """Whether the files hold the weights in the dtype of the run: others are not read block by block."""
+    folder = folder_of(resolve_model(config.model))
+    dtype = resolve_dtype(config.dtype)
+    return folder is not None and dtype in ("auto", stored_dtype(folder))
 
 
 def _can_fit(made: Material, layouts: Sequence[dict[str, Any]], longest: int, budget: int) -> bool:

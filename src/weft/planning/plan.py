@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weft.data import Sample
 from weft.machine import memory, resident
 from weft.models.quantize import num_parameters
 from weft.planning.library import growth
@@ -93,9 +91,10 @@ def _plan(rehearsal: Rehearsal, parameters: int, *, timed: bool) -> Plan:
     middle = sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 3]
     # The middling one first: it makes the optimizer's state, as a step before the fullest one does.
     numbers = dict.fromkeys((middle, worst))
-    steps = [(sum(map(_tokens, rehearsal.passes_of(one))), rehearsal.calls_of(one)) for one in numbers]
+    steps = [(sum(rehearsal.pass_tokens(one)), rehearsal.calls_of(one)) for one in numbers]
     found = of_recording(rehearsal.dry.recording, device)
-    library = rehearsal.made.resident + growth(config.quantization) if device == "cpu" else 0
+    kept = rehearsal.made.kept
+    library = rehearsal.made.resident + growth(None if kept is None else kept.kind) if device == "cpu" else 0
     own = {"weights": rehearsal.weight_bytes, "scales": rehearsal.scale_bytes, "adapters": rehearsal.adapter_bytes}
     own |= {"library": library}
     by_cause = {cause: (own | found).get(cause, 0) for cause in CAUSES}
@@ -120,15 +119,11 @@ def fullest_step(rehearsal: Rehearsal) -> tuple[int, int]:
     steps = range(min(rehearsal.total_steps, _STEPS))
 
     def size(step: int) -> tuple[int, int, int]:
-        tokens = [_tokens(one) for one in rehearsal.passes_of(step)]
+        tokens = rehearsal.pass_tokens(step)
         return max(tokens, default=0), len(tokens), -step
 
     worst = max(steps, key=size)
     return worst, size(worst)[0]
-
-
-def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(sample.size for sample in samples)
 
 
 def room(device: str) -> int | None:

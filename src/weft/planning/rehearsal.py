@@ -6,22 +6,25 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from weft.adapters import Adapters
-from weft.base.embeddings import input_embeddings
+from weft.base.embeddings import config_of, input_embeddings
 from weft.core.layout import Counts
 from weft.core.stream import Part, Stream
-from weft.data import Sample
+from weft.errors import UserError
 from weft.libraries import multiplies_sixteen_bits
 from weft.machine import resident
 from weft.models import Base
+from weft.models.load import resolve_device
 from weft.models.products import install_products
+from weft.models.quantize import Quantization, StoredKind
+from weft.models.stored import stored_quantization
 from weft.models.tasks import check_job
-from weft.objectives.passes import evaluate, passes
+from weft.objectives.passes import EVALUATION_TOKENS, evaluate, passes
 from weft.planning.dry_run import Call, DryRun, without_memory
 from weft.planning.quantized import empty_weights, swap_linears
 from weft.planning.way import ProvedWay, proved_way
@@ -48,6 +51,11 @@ class Material:
     way: ProvedWay
     resident: int
 
+    @property
+    def kept(self) -> Quantization | None:
+        """How the linears of the base will be kept: as the run says, or as the checkpoint has them."""
+        return self.config.kept or stored_quantization(config_of(self.sketch.model))
+
     def with_config(self, config: RunConfig) -> Material:
         """The same data and base for a configuration that differs in how the base is kept and the steps are made."""
         return replace(self, config=config, sketch=self.way.on(config.sketch()))
@@ -57,11 +65,16 @@ def material(config: RunConfig) -> Material:
     """Read what a run is made of.
 
     Raises:
-        UserError: As ``weft.training.run.prepare``.
+        UserError: As ``weft.training.run.prepare``; or the base is kept in words of few bits.
     """
     places = check_names(config)
     sketch = config.sketch()
     renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
+    stored = stored_quantization(config_of(sketch.model))
+    if stored is not None and stored.kind in get_args(StoredKind):
+        raise UserError(
+            f"{config.model} is kept by {stored.kind}, and there is no plan for such bases yet; weft train takes it."
+        )
     for job in config.jobs:
         check_job(job.name, job.task, config.model, sketch.architecture)
     read = Reader(config, renderer, sketch.architecture, places, token_rows=sketch.token_rows)
@@ -117,8 +130,8 @@ class Rehearsal:
         self.made, self.dry, self.device = made, dry, device
         config, base = made.config, made.sketch
         self.dtype = input_embeddings(base.model).weight.dtype
-        if config.kept is not None:
-            swap_linears(base.model, config.kept, self.dtype)
+        if made.kept is not None:
+            swap_linears(base.model, made.kept, self.dtype)
         with torch.no_grad():
             self.scale_bytes = empty_weights(base.model, dry.empty)
         self.adapters = _DryAdapters(
@@ -130,8 +143,10 @@ class Rehearsal:
         ]
         own = [module for adapter in adapters for module in adapter.modules()]
         self.adapter_bytes = _bytes(own)
-
         self.weight_bytes = _bytes(set(base.model.modules()) - set(own))
+        if config.offload_param is not None:  # of the blocks one is in memory at a time
+            blocks = [_bytes(list(base.model.get_submodule(path).modules())) for path in base.architecture.blocks]
+            self.weight_bytes -= sum(blocks) - max(blocks, default=0)
         without_memory([*base.model.modules(), *own], dry.empty)
         # It looks at the device of the weights, which are only now where they will be.
         install_products(base.model, self.adapters.router)
@@ -148,10 +163,11 @@ class Rehearsal:
         """The steps of the longest job."""
         return max(job.total_steps for job in self.jobs)
 
-    def passes_of(self, step: int) -> list[list[Sample]]:
-        """The samples of each pass of a step, of all jobs together."""
-        micros = [_micro_batches(job, step) for job in self.jobs if job.parameters and step < job.total_steps]
-        return [list(itertools.chain.from_iterable(one)) for one in itertools.zip_longest(*micros, fillvalue=[])]
+    def pass_tokens(self, step: int) -> list[int]:
+        """The tokens of each pass of a step, of all jobs together, with their virtual ones."""
+        active = [job for job in self.jobs if job.parameters and step < job.total_steps]
+        micros = [[job.batches.tokens(micro) for micro in job.batches[step]] for job in active]
+        return [sum(one) for one in itertools.zip_longest(*micros, fillvalue=0)]
 
     def sizes(self) -> list[int]:
         """The tokens of each step of the first epoch, of all jobs together."""
@@ -177,16 +193,9 @@ class Rehearsal:
         """Make the largest pass of each job's evaluations."""
         for job in self.jobs:
             if job.eval_samples:
-                largest = max(passes(job.eval_samples, EVALUATED), key=lambda some: sum(s.size for s in some))
+                largest = max(passes(job.eval_samples, EVALUATION_TOKENS), key=lambda some: sum(s.size for s in some))
                 with self.dry, self.dry.during("evaluation"):
                     evaluate(self.adapters, job.name, largest)
-
-
-EVALUATED = 4096
-
-
-def _micro_batches(job: Job, step: int) -> list[list[Sample]]:
-    return [[job.samples[i] for i in micro] for micro in job.batches[step]]
 
 
 def _bytes(modules: Sequence[nn.Module] | set[nn.Module]) -> int:
@@ -203,9 +212,7 @@ def rehearsed(made: Material, use: Callable[[Rehearsal], Found], *, record: bool
     Raises:
         UserError: As ``weft.training.run.prepare``.
     """
-    device = torch.device("cuda" if made.config.device == "auto" and torch.cuda.is_available() else "cpu")
-    if made.config.device not in ("auto", "cpu"):
-        device = torch.device(made.config.device)
+    device = resolve_device(made.config.device)
     for kind in (torch.bfloat16, torch.float16):
         multiplies_sixteen_bits(device, kind)  # it asks the machine, where there is one
     found: list[Found] = []

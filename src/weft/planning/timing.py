@@ -20,16 +20,21 @@ from weft.planning import kept
 from weft.planning.dry_run import Call, Shaped
 from weft.planning.flops import flops_of
 
+_UNKNOWN = -1.0
 _ENOUGH, _MOST = 0.02, 5  # a call is timed until so many seconds have passed, at most so often
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a mean step and of all steps; the operations of matrix products in a mean step."""
+    """Seconds of a mean step and of all steps; the operations of matrix products in a mean step.
+
+    ``unknown`` are the operators that could not be run by themselves, whose time is missing.
+    """
 
     step: float
     run: float
     flops: float
+    unknown: tuple[str, ...] = ()
 
 
 def times_of(recorded: Sequence[tuple[int, list[Call]]], sizes: Sequence[int], steps: int, device: str) -> StepTime:
@@ -45,7 +50,8 @@ def times_of(recorded: Sequence[tuple[int, list[Call]]], sizes: Sequence[int], s
         kept.keep("calls", known)
     mean = sum(sizes) / len(sizes)
     step, flops = (_on_line(mean, [(point[0], point[i]) for point in points]) for i in (1, 2))
-    return StepTime(step, step * steps, flops)
+    unknown = sorted({str(call.operator) for _, calls in recorded for call in calls if known[repr(call)] < 0})
+    return StepTime(step, step * steps, flops, tuple(unknown))
 
 
 def _on_line(at: float, points: list[tuple[float, float]]) -> float:
@@ -56,14 +62,14 @@ def _on_line(at: float, points: list[tuple[float, float]]) -> float:
 
 
 def seconds_of(calls: Iterable[Call], known: MutableMapping[str, float], device: str) -> float:
-    """The seconds that calls take here; what is not ``known`` is measured and put there."""
+    """The seconds that calls take here; what is not ``known`` is measured and put there, ``_UNKNOWN`` if it fails."""
     pool, total = _Pool(), 0.0
     with torch.no_grad(), freed_memory_kept(device):
         for call, count in Counter(calls).items():
             name = repr(call)
             if name not in known:
                 known[name] = _measured(call, pool)
-            total += known[name] * count
+            total += max(0.0, known[name]) * count
     return total
 
 
@@ -80,7 +86,7 @@ def _measured(call: Call, pool: _Pool) -> float:
                 torch.cuda.synchronize()
             spent.append(time.perf_counter() - begun)
     except RuntimeError:
-        return 0.0  # it asks for what only the real run has; such calls are few
+        return _UNKNOWN  # it asks for what only the real run has
     return min(spent)
 
 
