@@ -39,7 +39,6 @@ def blocks_config(block_size: int, **options: Any) -> BitsAndBytesConfig:
 def _register_blocks() -> None:
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-    from transformers.utils.quantization_config import QuantizationMethod
 
     class Blocks(Bnb4BitHfQuantizer):
         """4 bits by bitsandbytes, with another block size. What is loaded is as if transformers had done it."""
@@ -51,14 +50,20 @@ def _register_blocks() -> None:
                     parameter.blocksize = self.quantization_config.block_size  # type: ignore[attr-defined]
 
         def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-            # The stored tensors name their block size, and every reader takes it from there.
-            config: Any = self.quantization_config
-            del config.block_size
-            config.quant_method = QuantizationMethod.BITS_AND_BYTES
-            setattr(model, "quantization_method", config.quant_method)  # noqa: B010
+            _name_bitsandbytes(self.quantization_config)
+            method = self.quantization_config.quant_method
+            setattr(model, "quantization_method", method)  # noqa: B010
             return super()._process_model_after_weight_loading(model, **kwargs)
 
     register_quantizer(_BLOCKS)(Blocks)
+
+
+def _name_bitsandbytes(config: Any) -> None:
+    """Leave the block size out of a configuration: the stored tensors name theirs, and every reader takes it there."""
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    del config.block_size
+    config.quant_method = QuantizationMethod.BITS_AND_BYTES
 
 
 def empty_linears(model: nn.Module, config: Any) -> None:
@@ -75,9 +80,7 @@ def empty_linears(model: nn.Module, config: Any) -> None:
     quantizer: Any = made(config, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     if config.quant_method == _BLOCKS:
-        # The stored tensors name their block size, and every reader takes it from there.
-        del config.block_size
-        config.quant_method = QuantizationMethod.BITS_AND_BYTES
+        _name_bitsandbytes(config)
     cast(Any, model).config.quantization_config = config
 
 
