@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weft.base.mapped import can_map, pages_returned
+from weft.base.mapped import can_map, pages_returned, read_once
 
 pytestmark = pytest.mark.skipif(not can_map(), reason="the system does not say what is mapped")
 SIZE = 8 << 20
@@ -34,28 +34,50 @@ def until(true: Callable[[], bool]) -> bool:
 
 
 def mapped(folder: Path) -> tuple[Path, torch.Tensor]:
-    """A file of zeros, and the tensor that is mapped from it, whole in memory."""
+    """A file of zeros, and the tensor that is mapped from it, not yet in memory."""
     path = folder / "model.safetensors"
     save_file({"x": torch.zeros(SIZE // 4)}, path)
     tensor = torch.from_file(str(path), shared=False, size=SIZE // 4, dtype=torch.float32)
-    tensor.sum()
-    assert resident(path) >= SIZE // 1024
     return path, tensor
 
 
 def test_what_was_read_goes_and_comes_again(tmp_path: Path) -> None:
     path, tensor = mapped(tmp_path)
-    before = tensor.clone()
-    with pages_returned(tmp_path, every=0.01):
+    with pages_returned(tmp_path, every=0.01, above=SIZE // 2):
+        time.sleep(0.05)
+        before = tensor.clone()
         assert until(lambda: resident(path) == 0)
         assert torch.equal(tensor, before)
     assert resident(path) == 0
 
 
+def test_little_of_a_file_is_not_looked_for(tmp_path: Path) -> None:
+    path, tensor = mapped(tmp_path)
+    with pages_returned(tmp_path, every=0.01, above=4 * SIZE):
+        before = tensor.clone()
+        time.sleep(0.1)
+        assert resident(path) >= SIZE // 1024
+    assert resident(path) == 0
+    assert torch.equal(tensor, before)
+
+
+def test_a_tensor_that_is_read_once(tmp_path: Path) -> None:
+    path, tensor = mapped(tmp_path)
+    half = tensor[: len(tensor) // 2]
+    with read_once(half):
+        before = half.clone()
+        assert resident(path) >= SIZE // 2048
+    assert resident(path) < SIZE // 2048
+    assert torch.equal(half, before)
+    with read_once(torch.ones(5)):
+        pass
+
+
 def test_what_was_written_to_stays(tmp_path: Path) -> None:
     path, tensor = mapped(tmp_path)
     tensor[5] = 7.0
-    with pages_returned(tmp_path, every=0.01):
+    with pages_returned(tmp_path, every=0.01, above=0):
+        tensor.sum()
         time.sleep(0.1)
     assert tensor[5] == 7.0
     assert resident(path) >= SIZE // 1024
@@ -64,7 +86,8 @@ def test_what_was_written_to_stays(tmp_path: Path) -> None:
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     path, tensor = mapped(tmp_path)
     (tmp_path / "other").mkdir()
-    with pages_returned(tmp_path / "other", every=0.01):
+    with pages_returned(tmp_path / "other", every=0.01, above=0):
+        tensor.sum()
         time.sleep(0.05)
     assert resident(path) >= SIZE // 1024
     assert tensor.sum() is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from tests import kit
 from torch import Tensor
 
+from weft.ops import four_bit
+from weft.ops.four_bit import quantize_weight
+from weft.ops.parallel import one_thread_each
 from weft.ops.quantization import (
     NestedScales,
     bits_of_scales,
@@ -93,6 +97,77 @@ def test_four_bits(what: str, kind: Any, dtype: torch.dtype) -> None:
         wanted = dequantize_4bit(packed, state).view(-1)[: weight.numel()]
         found = dequantize_blocks(codes, nested.numbers(), levels_of(kind), block)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def near_the_bounds(kind: Any) -> Tensor:
+    """Blocks with a largest number of one, so that the others are shares: the bounds between levels, their neighbours
+    in fp32, and the two ends of every step of 2^-15."""
+    levels = levels_of(kind).sort().values
+    bounds = (levels[:-1] + levels[1:]) / 2
+    beside = [bounds, *(torch.nextafter(bounds, torch.tensor(end)) for end in (-1.0, 1.0))]
+    steps = (torch.arange(-(1 << 15), 1 << 15) + 0.5) / (1 << 15)
+    shares = torch.cat([*beside, steps, torch.nextafter(steps, torch.tensor(1.0)), torch.zeros(1), -torch.zeros(1)])
+    padded = torch.cat([shares, torch.zeros(-len(shares) % 63)]).view(-1, 63)
+    return torch.cat([torch.ones(len(padded), 1), padded], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_fast_four_bits(kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the plain reference and bitsandbytes, whole and cut into parts for two threads."""
+    from bitsandbytes.backends.default import ops
+    from bitsandbytes.functional import quantize_4bit
+
+    same = hasattr(ops, "_get_4bit_quantize_bounds")  # since 0.50
+    for what, weight in {**WEIGHTS, "near the bounds": near_the_bounds(kind)}.items():
+        if what == "tiny and large" and dtype == torch.float16:
+            continue
+        for block in (32, 64, 256):
+            for at_once in (1 << 20, 3 * 64):
+                monkeypatch.setattr(four_bit, "_AT_ONCE", at_once if weight.numel() < 50_000 else 1 << 15)
+                found = four_bit.quantize_four_bits(weight.to(dtype), kind, block)
+                assert found is not None
+                plain = four_bit.quantize_four_bits_ref(weight.to(dtype), kind, block)
+                assert all(map(torch.equal, found, plain)), (what, block, at_once)
+        packed, state = quantize_weight(weight.to(dtype), kind)
+        wanted, known = quantize_4bit(weight.to(dtype), quant_type=kind, compress_statistics=True, blocksize=64)
+        assert (packed.dtype, packed.shape, state.dtype, state.shape) == (
+            wanted.dtype, wanted.shape, known.dtype, known.shape,
+        )  # fmt: skip
+        parts, own = state.as_dict(packed=True), known.as_dict(packed=True)
+        assert parts.keys() == own.keys()
+        if same:
+            assert torch.equal(packed, wanted), what
+            assert all(torch.equal(parts[key], own[key]) for key in parts), what
+
+
+def test_four_bits_of_numbers_that_are_not_finite() -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    for number in (float("nan"), float("inf")):
+        weight = drawn(4, 64)
+        weight[2, 3] = number
+        assert four_bit.quantize_four_bits(weight, "nf4", 64) is None
+        packed, _ = quantize_weight(weight, "nf4")
+        assert torch.equal(packed, quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)[0])
+
+
+def test_threads_of_torch_are_as_they_were() -> None:
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        one_thread_each(lambda parts: seen.append((parts, torch.get_num_threads())), list(range(5)))
+        assert sorted(seen) == [([0, 2, 4], 1), ([1, 3], 1)]
+        with pytest.raises(ZeroDivisionError):
+            one_thread_each(lambda parts: 1 / parts[0], [0, 1, 2])
+        assert torch.get_num_threads() == 2
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append((drawn(3) + 1, torch.get_num_threads())[1]))
+        thread.start()
+        thread.join()
+        assert later == [2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_bits_of_scales() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-_MAPS, _SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
+_MAPS, _SMAPS, _STATM = (Path("/proc/self") / name for name in ("maps", "smaps", "statm"))
 # Of Linux' madvise(2). POPULATE_READ came with 5.14; without it the pages come as they are touched.
 _WILLNEED, _DONTNEED, _POPULATE_READ = 3, 4, 22
 
@@ -102,6 +102,20 @@ def read_ahead(spans: Iterable[Span]) -> None:
         _advise(span, _WILLNEED)
 
 
+@contextlib.contextmanager
+def read_once(tensor: Tensor, ahead: int = 1 << 29) -> Iterator[None]:
+    """Inside, a tensor [...] that may lie in a mapped file is read for the last time.
+
+    The system reads the file on meanwhile, so many bytes, and afterwards the tensor's pages are given back.
+    """
+    spans = joined(spans_of([tensor]))
+    for span in spans:
+        # What lies behind the file's last page, the system does not take.
+        read_ahead([Span(span.end, span.end + ahead, file=span.file)])
+    yield
+    give_back(spans)
+
+
 def bring_in(spans: Iterable[Span]) -> None:
     """Make the pages this process' memory; returns when they are there."""
     for span in spans:
@@ -115,18 +129,24 @@ def give_back(spans: Iterable[Span]) -> None:
 
 
 @contextlib.contextmanager
-def pages_returned(folder: Path, every: float = 0.2) -> Iterator[None]:
+def pages_returned(folder: Path, every: float = 0.05, above: int = 1 << 29) -> Iterator[None]:
     """Inside, take the pages of a folder's files out of this process' memory again and again.
 
     Whoever loads tensors to keep them in another form reads each of them once, and the pages would count as memory
     until the file is closed: 13.5 GB for a base of 7B that becomes 4 GB. A mapping with pages that were written to is
-    left alone.
+    left alone. To look for those takes long, so it is done when there are ``above`` more bytes of files in memory;
+    their number is read every so many seconds.
     """
     done = threading.Event()
 
     def act() -> None:
+        least = _bytes_of_files()
         while not done.wait(every):
-            give_back(_clean_mappings(folder))
+            now = _bytes_of_files()
+            if now > least + above:
+                give_back(_clean_mappings(folder))
+                now = _bytes_of_files()
+            least = min(least, now)
 
     thread = threading.Thread(target=act, name="pages", daemon=True)
     if can_map():
@@ -138,6 +158,12 @@ def pages_returned(folder: Path, every: float = 0.2) -> Iterator[None]:
         if thread.ident is not None:
             thread.join()
             give_back(_clean_mappings(folder))
+
+
+def _bytes_of_files() -> int:
+    """The bytes of files in this process' memory."""
+    # size resident shared text library data dirty, in pages; what is shared is of files.
+    return int(_STATM.read_text().split()[2]) * mmap.PAGESIZE
 
 
 def _clean_mappings(folder: Path) -> list[Span]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from weft.export.gguf_file import gguf_library
 from weft.methods.dense import kind_of
+from weft.ops.four_bit import quantize_weight
+from weft.ops.quantization import FourBits
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,8 @@ class NumberFormat:
             return torch.tensor(gguf.quants.dequantize(stored, kind)).to(weight)
         from bitsandbytes import functional
 
-        packed, state = functional.quantize_4bit(
-            weight.to(torch.float32).contiguous(),
-            blocksize=self.blocksize,
-            quant_type=self.quantization,
-            compress_statistics=self.nested,
+        packed, state = quantize_weight(
+            weight.to(torch.float32), cast(FourBits, self.quantization), block=self.blocksize, nested=self.nested
         )
         return functional.dequantize_4bit(packed, state).to(weight.dtype)
 

@@ -26,7 +26,7 @@ from weft.errors import UserError
 from weft.files.whole import make_folder, new_folder, write_tensors
 from weft.models.intact import check_numbers, check_whole
 from weft.models.quantize import Quantization, cast_rest, one_kernel
-from weft.models.quantizers import empty_linears
+from weft.models.quantizers import empty_linears, quantized_parameter
 from weft.paths import cache_folder
 
 Offload = Literal["disk"]
@@ -234,13 +234,6 @@ def _above(path: str) -> Iterator[str]:
 
 def _quantized(module: Any, weight: Tensor, path: str) -> dict[str, Tensor]:
     """The tensors of a quantised weight [out, in], by their names in a file."""
-    from bitsandbytes.nn import Params4bit
-
-    like = module.weight
-    made: Any = Params4bit(
-        weight, requires_grad=False, compress_statistics=like.compress_statistics, quant_type=like.quant_type,
-        blocksize=like.blocksize,
-    )  # fmt: skip
-    made = made.to("cpu")
+    made = quantized_parameter(weight, module.weight)
     parts = made.quant_state.as_dict(packed=True)
     return {f"{path}.weight": made.data} | {f"{path}.weight.{key}": value for key, value in parts.items()}

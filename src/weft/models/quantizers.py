@@ -1,5 +1,5 @@
-"""What transformers' loader asks of a quantisation that it does not have itself: 4 bits in blocks of other sizes, and
-checkpoints by GPTQ and AWQ, for which it needs packages with kernels of their own."""
+"""What transformers' loader asks of a quantisation that it does not have itself: 4 bits that are made fast on a CPU and
+in blocks of other sizes, and checkpoints by GPTQ and AWQ, for which it needs packages with kernels of their own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weft.base.kinds import is_linear, linear_shape
+from weft.base.mapped import read_once
 from weft.base.packed import PackedLinear
 from weft.errors import UserError
 from weft.foreign import check_safetensors
+from weft.ops.four_bit import quantize_weight
 from weft.ops.words import Packing
 
 if TYPE_CHECKING:
@@ -23,14 +25,13 @@ _BLOCKS, _PACKED = "weft_blocks", "weft_packed"
 
 
 def blocks_config(block_size: int, **options: Any) -> BitsAndBytesConfig:
-    """transformers' configuration for 4 bits in blocks of this size; its own options have only blocks of 64."""
+    """transformers' configuration for 4 bits in blocks of this size, made by ``quantize_weight``."""
     from transformers import BitsAndBytesConfig
 
     config: Any = BitsAndBytesConfig(**options)
-    if block_size != 64:
-        _register_blocks()
-        config.quant_method = _BLOCKS
-        config.block_size = block_size
+    _register_blocks()
+    config.quant_method = _BLOCKS
+    config.block_size = block_size
     found: BitsAndBytesConfig = config
     return found
 
@@ -41,7 +42,7 @@ def _register_blocks() -> None:
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     class Blocks(Bnb4BitHfQuantizer):
-        """4 bits by bitsandbytes, with another block size. What is loaded is as if transformers had done it."""
+        """4 bits in bitsandbytes' format. What is loaded is as if transformers had done it."""
 
         def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
             super()._process_model_before_weight_loading(model, *args, **kwargs)
@@ -55,7 +56,45 @@ def _register_blocks() -> None:
             setattr(model, "quantization_method", method)  # noqa: B010
             return super()._process_model_after_weight_loading(model, **kwargs)
 
+        def get_quantize_ops(self) -> Any:
+            return _quantizing(self)
+
     register_quantizer(_BLOCKS)(Blocks)
+
+
+def _quantizing(quantizer: Any) -> Any:
+    """transformers' step between a weight that is read and the one that is put into the model."""
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+
+    class Quantize(Bnb4bitQuantize):
+        """As its own, with ``quantized_parameter`` for bitsandbytes' function."""
+
+        def convert(self, input_dict: Any, *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+            found = {}
+            for name, value in input_dict.items():
+                weight = value[0] if isinstance(value, list) else value
+                module = model.get_submodule(name.rpartition(".")[0])
+                turned = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
+                with read_once(weight):
+                    found[name] = quantized_parameter(weight.t() if turned else weight, module.weight)
+                module._is_hf_initialized = True
+            return found
+
+    return Quantize(quantizer)
+
+
+def quantized_parameter(weight: Tensor, like: Any) -> Any:
+    """bitsandbytes' parameter of a weight [out, in], made by the options of another one."""
+    from bitsandbytes.nn import Params4bit
+
+    packed, state = quantize_weight(
+        weight, like.quant_type, block=like.blocksize, nested=like.compress_statistics, storage=like.quant_storage
+    )
+    made: Any = Params4bit
+    options = {**like.__dict__, "quant_state": state, "bnb_quantized": True}
+    if like.module is not None:
+        like.module.quant_state = state
+    return made(packed, requires_grad=False, **options)
 
 
 def _name_bitsandbytes(config: Any) -> None:

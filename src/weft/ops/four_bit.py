@@ -1,6 +1,7 @@
-"""Weights that are kept in four bits (Dettmers et al. 2023), read piece by piece for ``weft.ops.packed``.
+"""Weights that are kept in four bits (Dettmers et al. 2023): made, and read piece by piece for ``weft.ops.packed``.
 
-bitsandbytes writes the whole weight out in the dtype of the product, and multiplies in that. The numbers here are its.
+bitsandbytes writes the whole weight out in the dtype of the product, and multiplies in that. On a CPU it makes the
+codes by a binary search for each number, over the whole weight at once. The codes, scales and numbers here are its.
 """
 
 from __future__ import annotations
@@ -8,12 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from weft.ops.parallel import one_thread_each
 from weft.ops.products import lengths_of_pieces, scratch
+from weft.ops.quantization import FourBits, levels_of, pack_four_bits, quantize_blocks
+
+# Shares of a block's largest number, from -1 to 1, are rounded to steps of this size: a power of two, so that only the
+# sum below rounds. That is a number in fp32 whose last bit is one.
+_STEPS, _WHOLE = 1 << 15, 1.5 * 2**23
+# Numbers that are worked on at once.
+_AT_ONCE = 1 << 20
+# Of a code in a byte: several levels are possible.
+_UNSURE = 0x80
+_SMALLEST = 1e-38
 
 
 @dataclass(frozen=True)
@@ -54,3 +67,146 @@ class FourBitRows:
             found = dequantize_4bit(packed[start * columns // 2 : -(-end * columns // 2), None], state)
             wide = found if self.dtype == torch.float32 else scratch(shape.numel()).view(shape).copy_(found)
             yield slice(start, end), wide
+
+
+def quantize_weight(
+    weight: Tensor, kind: FourBits, *, block: int = 64, nested: bool = True, storage: torch.dtype = torch.uint8
+) -> tuple[Tensor, Any]:
+    """A weight in bitsandbytes' format, equal to its own to the bit.
+
+    Args:
+        weight: Any shape, in fp32, bf16 or fp16.
+        kind: Which levels.
+        block: The numbers, one after another, that share a scale.
+        nested: Whether the scales are quantised themselves.
+        storage: The dtype that the packed bytes are kept as.
+
+    Returns:
+        Packed codes [n, 1] in ``storage``, and bitsandbytes' QuantState.
+    """
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+
+    found = quantize_four_bits(weight, kind, block) if weight.device.type == "cpu" else None
+    if found is None:
+        made: tuple[Tensor, Any] = quantize_4bit(
+            weight.contiguous(), blocksize=block, compress_statistics=nested, quant_type=kind, quant_storage=storage
+        )
+        return made
+    packed, scales = found
+    told = {
+        "shape": weight.shape, "dtype": weight.dtype, "blocksize": block, "quant_type": kind,
+        "code": get_4bit_type(kind, device="cpu"),
+    }  # fmt: skip
+    # It drops sizes of one when it takes another dtype.
+    packed = packed[:, None] if storage == torch.uint8 else packed.view(storage)[:, None]
+    if not nested:
+        return packed, QuantState(absmax=scales, **told)
+    mean = scales.mean()
+    codes, own = quantize_blockwise(scales - mean, blocksize=256)
+    return packed, QuantState(absmax=codes, offset=mean, state2=own, **told)
+
+
+def quantize_four_bits_ref(x: Tensor, kind: FourBits, block: int) -> tuple[Tensor, Tensor]:
+    """``quantize_four_bits`` by the plain references: [ceil(n / 2)] in uint8, [blocks] in fp32."""
+    levels = levels_of(kind)
+    codes, scales = quantize_blocks(x, levels, block)
+    return pack_four_bits(codes, levels), scales
+
+
+def quantize_four_bits(x: Tensor, kind: FourBits, block: int) -> tuple[Tensor, Tensor] | None:
+    """The packed codes and the scales of numbers on a CPU, twelve times as fast as bitsandbytes.
+
+    A share of a block's largest number is rounded to steps of 2^-15, and a table tells the code of each. Where the
+    bound between two levels is rounded to the same step, the share itself is compared.
+
+    Args:
+        x: Any shape, of a floating dtype.
+        kind: Which levels.
+        block: The numbers, one after another, that share a scale; the last block may be shorter.
+
+    Returns:
+        Packed codes [ceil(n / 2)] in uint8 and scales [blocks] in fp32; None: a number is not finite.
+    """
+    flat = x.reshape(-1)
+    whole = flat.numel() // block * block
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+    scales = torch.empty(-(-flat.numel() // block))
+    if whole < flat.numel():
+        packed[whole // 2 :], scales[whole // block :] = quantize_four_bits_ref(flat[whole:], kind, block)
+    step = min(max(_AT_ONCE // block, 1) * block, whole)
+    parts = [
+        (flat[begin:end], packed[begin // 2 : end // 2], scales[begin // block : end // block])
+        for begin in range(0, whole, step or 1)
+        for end in [min(begin + step, whole)]
+    ]
+    _codes_of_steps(kind)
+    finite = [True]
+
+    def work(own: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        room = torch.empty(step), torch.empty(step), torch.empty(step, dtype=torch.uint8)
+        finite.extend(_quantize_part(*part, kind, room) for part in own)
+
+    one_thread_each(work, parts)
+    return (packed, scales) if all(finite) else None
+
+
+def _quantize_part(
+    x: Tensor, packed: Tensor, scales: Tensor, kind: FourBits, room: tuple[Tensor, Tensor, Tensor]
+) -> bool:
+    """Write the codes and scales of whole blocks x [n]; tells whether all numbers are finite.
+
+    ``room`` is memory for n numbers in fp32, twice, and for n in uint8.
+    """
+    count = x.numel()
+    shares, spare, codes = (tensor[:count] for tensor in room)
+    shares.copy_(x)
+    torch.amax(torch.abs(shares, out=spare).view(len(scales), -1), 1, out=scales)
+    if not bool(scales.isfinite().all()):
+        return False
+    shares.view(len(scales), -1).mul_((1 / scales.clamp(min=_SMALLEST))[:, None])
+    torch.index_select(_codes_of_steps(kind), 0, _steps(spare.copy_(shares)), out=codes)
+    _make_sure(codes, shares, kind, spare)
+    # The first of two codes is the lower byte of both, and goes into the upper half.
+    pairs, turned = codes.view(torch.int16), spare.view(torch.int16)[: count // 2]
+    torch.bitwise_left_shift(pairs, 4, out=turned).bitwise_or_(pairs.bitwise_right_shift_(8))
+    packed.copy_(turned)
+    return True
+
+
+def _steps(shares: Tensor) -> Tensor:
+    """The step of each share [n] in fp32, from 0 to 2 * ``_STEPS``, [n] in int32, in the memory of the shares.
+
+    A sum with a large number leaves the rounded one in its last bits. Rounding keeps the order.
+    """
+    smallest = int(torch.tensor(_WHOLE).view(torch.int32)) - _STEPS
+    return shares.mul_(_STEPS).add_(_WHOLE).view(torch.int32).sub_(smallest)
+
+
+def _make_sure(codes: Tensor, shares: Tensor, kind: FourBits, spare: Tensor) -> None:
+    """Replace the codes that are not sure, of [n] in uint8, n in eights, by those of the shares [n] in fp32.
+
+    ``spare``, [n] in fp32, is written to.
+    """
+    every = torch.full((8,), _UNSURE, dtype=torch.uint8).view(torch.int64)
+    unsure = spare.view(torch.int64)[: len(codes) // 8]
+    eights = torch.bitwise_and(codes.view(torch.int64), every, out=unsure).nonzero()[:, 0]
+    if len(eights):
+        bounds, order = _bounds(kind)
+        codes.view(-1, 8)[eights] = order[torch.bucketize(shares.view(-1, 8)[eights], bounds)]
+
+
+@cache
+def _bounds(kind: FourBits) -> tuple[Tensor, Tensor]:
+    """The bounds between the levels, ascending, [15] in fp32, and the codes of the levels, ascending, [16] in uint8."""
+    ordered, order = levels_of(kind).sort(stable=True)
+    return (ordered[:-1] + ordered[1:]) / 2, order.to(torch.uint8)
+
+
+@cache
+def _codes_of_steps(kind: FourBits) -> Tensor:
+    """The code of each step, [2 * ``_STEPS`` + 1] in uint8."""
+    bounds, order = _bounds(kind)
+    steps = _steps(bounds.clone())
+    found = order[torch.bucketize(torch.arange(2 * _STEPS + 1, dtype=torch.int32), steps)]
+    found[steps] |= _UNSURE
+    return found
