@@ -5,7 +5,8 @@
 The model is written as ``streaming.py`` writes it. Every contestant loads it to NF4, quantised twice, in a process
 of its own and trains LoRA (r 16, all linears, gradient checkpointing, AdamW) on one sequence a step. ``weft`` and
 ``peft bf16`` multiply in bfloat16, ``peft fp32`` in float32, which is what an expert takes on a CPU without
-instructions for bfloat16. Peak is VmHWM of the process. Reading is the time of reading the files once.
+instructions for bfloat16. ``weft cheap`` has ``gradient_checkpointing: cheap``, and ``weft cheap disk`` besides
+``offload_activations: disk``. Peak is VmHWM of the process. Reading is the time of reading the files once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from speed_setting import ALPHA, LEARNING_RATE, RANK, SHAPES, hand_over, peak_resident
 from streaming import MORE, forget, placed, reading
 
-CONTESTANTS = ("weft", "peft bf16", "peft fp32")
+CONTESTANTS = ("weft", "weft cheap", "weft cheap disk", "peft bf16", "peft fp32")
 
 
 def train_peft(options: argparse.Namespace) -> None:
@@ -62,8 +63,11 @@ def train_peft(options: argparse.Namespace) -> None:
 
 def cell(options: argparse.Namespace, contestant: str, tokens: int) -> dict[str, Any]:
     """The result of one cell, from a process of its own."""
-    script = "streaming.py" if contestant == "weft" else "qlora.py"
-    words = ["--kind", "nf4", "--plain", "--accumulate", "1"] if contestant == "weft" else ["--contestant", contestant]
+    name, *how = contestant.split()
+    script, words = "qlora.py", ["--contestant", contestant]
+    if name == "weft":
+        script, words = "streaming.py", ["--kind", "nf4", "--plain", "--accumulate", "1"]
+        words += [option for word, option in (("cheap", "--cheap"), ("disk", "--offload")) if word in how]
     command = [sys.executable, str(Path(__file__).with_name(script)), "--train", "--folder", str(options.folder),
                "--tokens", str(tokens), "--steps", str(options.steps), *words]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

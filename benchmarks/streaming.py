@@ -152,7 +152,11 @@ def train(options: argparse.Namespace) -> None:
         str(options.folder), device="cpu", dtype="bfloat16", quantization=quantization, offload_param=offload
     )
     loaded, peak_of_load = time.perf_counter() - begun, peak_resident()
-    adapters = Adapters(base.model, base.architecture, checkpointing=True, offload_param=offload)
+    adapters = Adapters(
+        base.model, base.architecture, checkpointing="cheap" if options.cheap else True, offload_param=offload,
+        offload="disk" if options.offload else None,
+        offload_folder=str(options.folder.parent) if options.offload else None,
+    )  # fmt: skip
     job_config = JobConfig(
         name="lora", method="lora", steps=options.steps + 1, batch_size=1, learning_rate=LEARNING_RATE,
         gradient_accumulation_steps=options.accumulate,
@@ -189,6 +193,7 @@ def cell(options: argparse.Namespace, kind: str, tokens: int, *, plain: bool) ->
     command = [
         sys.executable, __file__, "--train", "--folder", str(options.folder), "--kind", kind, "--tokens", str(tokens),
         "--steps", str(options.steps), "--accumulate", str(options.accumulate), *(["--plain"] if plain else []),
+        *(["--cheap"] if options.cheap else []), *(["--offload"] if options.offload else []),
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     last = next((line for line in done.stdout.splitlines()[::-1] if line.startswith("RESULT ")), None)
@@ -226,6 +231,8 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cheap", action="store_true", help="recompute cheap operations alone")
+    parser.add_argument("--offload", action="store_true", help="what is kept for the way back goes to the disk")
     options = parser.parse_args()
     if options.train:
         options.tokens = int(options.tokens)

@@ -9,8 +9,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-_MEMORY = Path("/proc/meminfo")
+_MEMORY, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 # A container's own limit and what it uses, in bytes (cgroup v2).
 _LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
@@ -58,6 +59,9 @@ def _number(path: Path) -> int | None:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _LARGEST_MMAP_THRESHOLD, _LARGEST_TRIM_THRESHOLD, _NEVER = 32 << 20, 64 << 20, -1
 _SMALL_MMAP_THRESHOLD = 1 << 18
+# Gaps are given back when the process holds this share of what was in use at most, and so many bytes more. It is looked
+# at every so many seconds.
+_SHARE, _SPARE, _LOOKS = 1.15, 128 << 20, 0.05
 _KEEPING, _LOCK = [0], threading.Lock()  # how many blocks ask for it now
 
 
@@ -75,16 +79,73 @@ def freed_memory_kept(device: str) -> Iterator[None]:
         return
     with _LOCK:
         _KEEPING[0] += 1
+        outermost = _KEEPING[0] == 1
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     try:
-        yield
+        with _gaps_given_back(libc) if outermost else contextlib.nullcontext():
+            yield
     finally:
         with _LOCK:
             _KEEPING[0] -= 1
             if not _KEEPING[0]:
                 libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
                 libc.malloc_trim(0)
+
+
+class _Figures(ctypes.Structure):
+    """What glibc's mallinfo2 tells, in its order."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _gaps_given_back(libc: Any) -> Iterator[None]:
+    """Give gaps in the heap back where they are much more than what was ever in use inside the block.
+
+    Short-lived tensors leave gaps between those that stay, which glibc does not find again for others of another size:
+    a step at the 1.26 B shape in 4 bits took 2.0 GB for 1.1 GB of tensors. Here it takes 1.3 GB, and no longer.
+    """
+    if getattr(libc, "mallinfo2", None) is None or not _STATM.is_file():
+        yield
+        return
+    libc.mallinfo2.restype = _Figures
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(libc, done), name="heap", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _watch(libc: Any, done: threading.Event) -> None:
+    def used() -> int:
+        figures = libc.mallinfo2()
+        return int(figures.uordblks + figures.hblkhd)
+
+    before, begun, most, seen, spare = used(), _anonymous(), 0, 0, _SPARE
+    while not done.wait(_LOOKS):
+        most = max(most, used() - before)
+        # Twice in a row: what came and went between two looks was not seen, and is no gap.
+        seen = seen + 1 if _anonymous() - begun > _SHARE * most + spare else 0
+        if seen > 1:
+            libc.malloc_trim(0)
+            # What is left is not the heap's. It must not have the heap looked through again and again.
+            spare = _SPARE + max(0, int(_anonymous() - begun - _SHARE * most))
+            seen = 0
+
+
+def _anonymous() -> int:
+    """The bytes of this process' memory that are no file's."""
+    _, resident, shared, *_ = _STATM.read_text().split()
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextlib.contextmanager

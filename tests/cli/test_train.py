@@ -131,7 +131,7 @@ def test_a_signal_while_loading_writes_nothing(
     weft: Callable[..., Any], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = importlib.import_module("weft.training.run")
-    monkeypatch.setattr(run, "prepare", lambda config: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(run, "prepare", lambda config, **seen: signal.raise_signal(signal.SIGTERM))
     result = weft(*words, "--method", "lora")
     assert result.code == 143
     assert result.err == "interrupted before training began; nothing was written.\n"

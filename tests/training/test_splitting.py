@@ -15,7 +15,8 @@ from weft.errors import UserError
 from weft.files.run_folder import RunStore
 from weft.models import describe
 from weft.training import Job, JobConfig, Trainer, step
-from weft.training.splitting import is_out_of_memory
+from weft.training.fullest import make_fullest_pass
+from weft.training.splitting import Splitting, is_out_of_memory
 
 MODEL = kit.make_model("llama", torch.float64)
 METHODS = {"lora": {}, "prompt_tuning": {"num_virtual_tokens": 5}, "adalora": {"init_r": 4, "target_r": 4}}
@@ -166,3 +167,46 @@ def test_parts_of_a_job_draw_numbers_of_their_own(plant: Planted, monkeypatch: p
     weights(trainer({"lora": {"lora_dropout": 0.5}}))
     done = [one for (one,) in seeds[-3:]]
     assert len(set(done)) == len(done)
+
+
+METHODS_WITH_NOISE: dict[str, dict[str, Any]] = {
+    "lora": {"lora_dropout": 0.3}, "prompt_tuning": {"num_virtual_tokens": 5}, "adalora": {"init_r": 4, "target_r": 4},
+}  # fmt: skip
+
+
+def test_the_fullest_pass_first_changes_nothing() -> None:
+    wanted = weights(trainer(METHODS_WITH_NOISE))
+    before = torch.get_rng_state()
+    found = weights(trainer(METHODS_WITH_NOISE, fullest_pass_first=True))
+    assert kit.difference(found, wanted) == 0.0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_fullest_pass_is_the_largest_of_all_steps(plant: Planted) -> None:
+    """And memory that runs out in it runs out before the first step."""
+    split = trainer(fullest_pass_first=True)
+    sizes = plant(10**9, MemoryError, False)
+    weights(split)
+    assert sizes[0] == max(sizes)
+    events: list[Any] = []
+    split = trainer(fullest_pass_first=True, on_event=events.append, logging_steps=1)
+    sizes = plant(100, MemoryError, True)
+    weights(split)
+    assert next(event["event"] for event in events) == "warning"
+    assert split.splitting.limit is not None
+    first = next(number for number, event in enumerate(events) if event["event"] == "step")
+    assert all(event["event"] != "warning" for event in events[first:])
+
+
+def test_no_tensor_is_updated_by_the_fullest_pass() -> None:
+    while OPENED:
+        OPENED.pop().close()
+    OPENED.append(adapters := Adapters(MODEL, describe(MODEL)))
+    config = JobConfig(name="lora", method="lora", steps=2, batch_size=4, layerwise_updates=True, max_grad_norm=0.0)
+    adapter = kit.randomize(adapters.add("lora", config.method_config(), seed=0))
+    job = Job(config, adapter, kit.samples(12, 2, 30, seed=0))
+    before = {name: p.detach().clone() for name, p in kit.parameters(adapter).items()}
+    make_fullest_pass(adapters, [job], Splitting())
+    assert all(torch.equal(p, before[name]) for name, p in kit.parameters(adapter).items())
+    assert all(p.grad is None for p in job.parameters)
+    assert job.progress.step == 0

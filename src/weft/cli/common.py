@@ -34,8 +34,8 @@ EXIT_CODES: dict[int, str] = {
     DONE: "done",
     DEFECT: "a defect of Weft (--debug shows the traceback); of `weft preview`: the audit found errors",
     USAGE: "the input cannot be used, or the disk is full (the message says what and where)",
-    JOB_FAILED: "training ended, but a job failed (loss or gradient not finite, or nothing learned); of `weft plan`: "
-    "the run does not fit into memory",
+    JOB_FAILED: "training ended, but a job failed (loss or gradient not finite, or nothing learned); of `weft plan`, "
+    "and of `weft train` before it begins: the run does not fit into memory",
     DIFFERS: "`weft verify`: the two differ by more than rounding explains (it says where first)",
     INTERRUPTED: "interrupted by Ctrl-C (a training run is saved and can be resumed)",
     PIPE_CLOSED: "whoever read the output has gone",
@@ -172,6 +172,13 @@ def show_warnings() -> None:
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``0.25 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def human_size(count: int) -> str:

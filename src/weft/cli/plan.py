@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weft.cli import common, early, options
+from weft.cli.planned import verdict
 
 if TYPE_CHECKING:
-    from weft.planning.fit import Fit
     from weft.planning.plan import Plan
     from weft.training.settings import RunConfig
 
@@ -57,7 +55,7 @@ def plan(
     else:
         for line in lines_of(found, settings, most):
             print(line)
-        for line in _verdict(found, most, there=there, better=better, asked=budget is not None):
+        for line in verdict(found, most, there=there, better=better, asked=budget is not None):
             print(line)
     return common.DONE if there or (better is not None and budget is not None) else common.CANNOT_FIT
 
@@ -103,31 +101,8 @@ def lines_of(plan: Plan, settings: RunConfig, room: int | None) -> Iterator[str]
     yield f"disk: {disk} for two checkpoints and the adapters, {free} free"
     if plan.time is not None:
         yield (
-            f"time: about {_seconds(plan.time.step)} a step, {_seconds(plan.time.run)} for all steps; "
+            f"time: about {common.duration(plan.time.step)} a step, {common.duration(plan.time.run)} for all steps; "
             f"{plan.time.flops / 1e9:,.0f} GFLOP a step"
         )
         if plan.time.unknown:
             yield f"not timed: {', '.join(plan.time.unknown)}"
-
-
-def _verdict(plan: Plan, most: int | None, *, there: bool, better: Fit | None, asked: bool) -> Iterator[str]:
-    """Whether it fits, and what would make it fit."""
-    yield ""
-    if there:
-        yield "It fits."
-        return
-    assert most is not None
-    words = f"It does not fit into {common.human_size(most)}"
-    if better is None:
-        yield f"{words}, with none of the settings that save memory. Take a smaller base or shorter texts (max_length)."
-        return
-    yield f"{words}. With these settings it takes {common.human_size(better.plan.memory.total)}:"
-    told = {key: json.dumps(value).strip('"') for key, value in better.settings.items()}
-    yield from (f"{key}: {value}" for key, value in told.items())
-    yield "on the command line:  " + " ".join(shlex.quote(f"{key}={value}") for key, value in told.items())
-
-
-def _seconds(count: float) -> str:
-    if count < 120:
-        return f"{count:.2g} s" if count < 10 else f"{count:.0f} s"
-    return f"{count / 60:.0f} min" if count < 7200 else f"{count / 3600:.1f} h"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli import common, early, options
+from weft.cli.planned import CannotFitError, Outlook, compared, comparison
 from weft.cli.progress import not_reached, opening
 from weft.cli.session import Session
 from weft.errors import UserError
@@ -84,11 +85,15 @@ def settings_of(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
 
 
 def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -> int:
+    from weft.training.memory import peak_memory
     from weft.training.run import train as run_training
 
     if settings.shape == "full":
         common.tell_hub(settings.model)
     jobs: list[dict[str, Any]] = []
+    say: Callable[[str], None] = common.say if as_json else print
+    outlook = Outlook(say if not quiet else lambda line: None)
+    measured: list[int] = []
 
     def ready(setup: Setup) -> None:
         missed = not_reached(setup)
@@ -97,12 +102,30 @@ def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -
             common.say(busy)
         if not quiet:
             for line in opening(setup, missed):
-                (common.say if as_json else print)(line)
+                say(line)
         session.begin(setup.jobs)
 
-    result = run_training(settings, on_event=session.event, should_stop=session.should_stop, on_ready=ready)
+    def trained(setup: Setup) -> None:
+        measured.append(peak_memory(setup.adapters.device))
+
+    try:
+        result = run_training(
+            settings, on_event=session.event, should_stop=session.should_stop, on_read=outlook, on_ready=ready,
+            on_trained=trained,
+        )  # fmt: skip
+    except CannotFitError as error:
+        session.close()
+        for line in error.lines:
+            common.say(line)
+        if as_json:
+            common.print_json({"error": str(error)})
+        return common.CANNOT_FIT
     session.close()
     summary = _summary(settings, result, jobs)
+    if measured:
+        longest = max(result.jobs.values(), key=lambda state: int(state["step"]))
+        step = longest["seconds"] / longest["step"] if longest["step"] else None
+        summary |= compared(outlook.plan, measured[0], step)
     if as_json:
         common.print_json(summary)
     else:
@@ -295,6 +318,8 @@ def _show(summary: Figures) -> None:
             [{heading: row[heading] for heading in filled} for row in cells], "{job} on {evaluated on}:", filled[2:]
         )
     print()
+    if "planned" in summary and (line := comparison(summary)):
+        print(line)
     # Paths stand under the table, because one that is cut cannot be copied.
     if summary["completed"]:
         for job in summary["jobs"]:

@@ -15,11 +15,9 @@ from weft.planning.library import growth
 from weft.planning.memory import CAUSES, MemoryPlan, of_recording
 from weft.planning.rehearsal import Material, Rehearsal, rehearsed
 from weft.planning.timing import StepTime, times_of
+from weft.training.fullest import fullest_step, pass_tokens
 from weft.training.room import room_of
 from weft.training.settings import RunConfig
-
-# So many steps of a run are looked through for the fullest one.
-_STEPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -85,13 +83,13 @@ def plan_of(made: Material, *, timed: bool = True) -> Plan:
 
 def _plan(rehearsal: Rehearsal, parameters: int, *, timed: bool) -> Plan:
     config, device = rehearsal.made.config, rehearsal.device.type
-    worst, largest = fullest_step(rehearsal)
+    worst, largest = fullest_step(rehearsal.jobs)
     rehearsal.evaluation()
     sizes = rehearsal.sizes()
     middle = sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 3]
     # The middling one first: it makes the optimizer's state, as a step before the fullest one does.
     numbers = dict.fromkeys((middle, worst))
-    steps = [(sum(rehearsal.pass_tokens(one)), rehearsal.calls_of(one)) for one in numbers]
+    steps = [(sum(pass_tokens(rehearsal.jobs, one)), rehearsal.calls_of(one)) for one in numbers]
     found = of_recording(rehearsal.dry.recording, device)
     kept = rehearsal.made.kept
     library = rehearsal.made.resident + growth(None if kept is None else kept.kind) if device == "cpu" else 0
@@ -112,18 +110,6 @@ def _plan(rehearsal: Rehearsal, parameters: int, *, timed: bool) -> Plan:
         disk_free=shutil.disk_usage(_there(config)).free,
         time=times_of(steps, sizes, rehearsal.total_steps, device) if timed else None,
     )
-
-
-def fullest_step(rehearsal: Rehearsal) -> tuple[int, int]:
-    """The step with the largest pass, of those with as large a one the one with most passes; and that pass's tokens."""
-    steps = range(min(rehearsal.total_steps, _STEPS))
-
-    def size(step: int) -> tuple[int, int, int]:
-        tokens = rehearsal.pass_tokens(step)
-        return max(tokens, default=0), len(tokens), -step
-
-    worst = max(steps, key=size)
-    return worst, size(worst)[0]
 
 
 def room(device: str) -> int | None:

@@ -69,18 +69,36 @@ def material(config: RunConfig) -> Material:
     """
     places = check_names(config)
     sketch = config.sketch()
+    check_kind(config, sketch)
     renderer = config.renderer(sketch.tokenizer, sketch.architecture.max_length)
+    for job in config.jobs:
+        check_job(job.name, job.task, config.model, sketch.architecture)
+    read = Reader(config, renderer, sketch.architecture, places, token_rows=sketch.token_rows)
+    return material_of(config, sketch, [read.job(job) for job in config.jobs])
+
+
+def material_of(config: RunConfig, sketch: Base, data: Sequence[JobData]) -> Material:
+    """What a run is made of whose data has been read.
+
+    Raises:
+        UserError: As ``load_base``; or the base is kept in words of few bits.
+    """
+    check_kind(config, sketch)
+    way = proved_way(config)
+    return Material(config, way.on(sketch), data, way=way, resident=resident())
+
+
+def check_kind(config: RunConfig, sketch: Base) -> None:
+    """Refuse bases of which there is no plan.
+
+    Raises:
+        UserError: The base is kept in words of few bits.
+    """
     stored = stored_quantization(config_of(sketch.model))
     if stored is not None and stored.kind in get_args(StoredKind):
         raise UserError(
             f"{config.model} is kept by {stored.kind}, and there is no plan for such bases yet; weft train takes it."
         )
-    for job in config.jobs:
-        check_job(job.name, job.task, config.model, sketch.architecture)
-    read = Reader(config, renderer, sketch.architecture, places, token_rows=sketch.token_rows)
-    data = [read.job(job) for job in config.jobs]
-    way = proved_way(config)
-    return Material(config, way.on(sketch), data, way=way, resident=resident())
 
 
 class _DryAdapters(Adapters):
@@ -162,12 +180,6 @@ class Rehearsal:
     def total_steps(self) -> int:
         """The steps of the longest job."""
         return max(job.total_steps for job in self.jobs)
-
-    def pass_tokens(self, step: int) -> list[int]:
-        """The tokens of each pass of a step, of all jobs together, with their virtual ones."""
-        active = [job for job in self.jobs if job.parameters and step < job.total_steps]
-        micros = [[job.batches.tokens(micro) for micro in job.batches[step]] for job in active]
-        return [sum(one) for one in itertools.zip_longest(*micros, fillvalue=0)]
 
     def sizes(self) -> list[int]:
         """The tokens of each step of the first epoch, of all jobs together."""

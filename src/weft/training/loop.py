@@ -15,6 +15,7 @@ from weft.errors import UserError
 from weft.files.run_folder import RunStore
 from weft.machine import freed_memory_kept
 from weft.objectives.passes import evaluate
+from weft.training.fullest import make_fullest_pass
 from weft.training.job import Job
 from weft.training.memory import peak_memory
 from weft.training.settings import eval_key
@@ -54,6 +55,7 @@ class Trainer:
         store: where checkpoints and metrics go; None keeps everything in memory.
         on_event: called with every logged event (``step``, ``eval``, ``end``, ``warning``).
         verify_packing: before the first step, prove that the sequences of the first batch do not feel each other.
+        fullest_pass_first: before the first step, see whether memory runs out in the fullest pass of them all.
         should_stop: asked after every step and before every evaluation; True saves and leaves.
 
     Attributes:
@@ -70,13 +72,14 @@ class Trainer:
         save_steps: int | None = None,
         save_total_limit: int = 2,
         verify_packing: bool = True,
+        fullest_pass_first: bool = False,
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.adapters, self.jobs, self.store = adapters, list(jobs), store
         self.logging_steps, self.save_steps, self.save_total_limit = logging_steps, save_steps, save_total_limit
         self.on_event, self.should_stop = on_event, should_stop
-        self.verify_packing = verify_packing
+        self.verify_packing, self.fullest_pass_first = verify_packing, fullest_pass_first
         self.step, self.over = 0, False
         self.splitting = Splitting(tell=lambda text: self._tell({"event": "warning", "message": text}))
         if adapters.dtype == torch.float16:
@@ -125,6 +128,8 @@ class Trainer:
         started, saved_at = time.monotonic(), self.step
         if self.verify_packing:
             verify_packing(self.adapters, self.jobs)
+        if self.fullest_pass_first:
+            make_fullest_pass(self.adapters, self.jobs, self.splitting)
         while True:
             stopped = not self._evaluate_due()
             active = [job for job in self.jobs if job.active]

@@ -47,10 +47,13 @@ from weft.training.settings import JobConfig, RunConfig
 _BAD_RECORDS = "bad_records.jsonl"
 _EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, _BAD_RECORDS}
 
+# What looks at a run before weights are loaded (``prepare``).
+OnRead = Callable[[RunConfig, Base, Sequence[JobData]], bool]
+
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready to begin."""
+    """A run that is ready to begin. ``tight``: its memory may run out, as whoever planned it says."""
 
     config: RunConfig
     base: Base
@@ -59,10 +62,14 @@ class Setup:
     renderer: Renderer
     jobs: list[Job]
     problems: Problems
+    tight: bool = False
 
 
-def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
+def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | None = None) -> Setup:
     """Load base and data and make every job's adapter. Writes nothing but the report of bad records that end the run.
+
+    ``on_read`` sees the data and a sketch of the base before weights are loaded, and may use the sketch up. It tells
+    whether memory may run out.
 
     Raises:
         UserError: anything in the configuration, the data or the model that cannot work.
@@ -82,7 +89,9 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
         raise _reported(config, read.problems, error) from None
     audit_before_training(renderer, chained([d.train for d in loaded]), chained([d.held for d in loaded]), config.audit)
     _check(config, sketch, loaded)
+    tight = False
     if base is None:
+        tight = on_read is not None and on_read(config, sketch, loaded)
         base = config.base(sketch.tokenizer)
     adapters = Adapters(
         base.model,
@@ -105,7 +114,7 @@ def prepare(config: RunConfig, *, base: Base | None = None) -> Setup:
     except BaseException:
         adapters.close()
         raise
-    return Setup(config, base, adapters=adapters, renderer=renderer, jobs=jobs, problems=read.problems)
+    return Setup(config, base, adapters=adapters, renderer=renderer, jobs=jobs, problems=read.problems, tight=tight)
 
 
 def check_names(config: RunConfig) -> dict[str, Place]:
@@ -215,13 +224,15 @@ def train(
     callbacks: Sequence[Callback] = (),
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_read: OnRead | None = None,
     on_ready: Callable[[Setup], None] = lambda setup: None,
     on_trained: Callable[[Setup], None] = lambda setup: None,
 ) -> TrainResult:
     """Run a configuration to its end; the run's folder then holds the adapters, but for those of jobs that failed.
 
-    ``callbacks`` hear the events beside those that the configuration names. ``on_ready`` sees the loaded base and the
-    fresh adapters, ``on_trained`` the trained ones before they are closed.
+    ``callbacks`` hear the events beside those that the configuration names. ``on_read`` is called before weights are
+    loaded (``prepare``). ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones
+    before they are closed.
 
     Raises:
         UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
@@ -229,7 +240,7 @@ def train(
     """
     check_places(config)
     callbacks = [*(CALLBACKS.find(name) for name in config.callbacks), *callbacks]
-    setup = prepare(config)
+    setup = prepare(config, on_read=on_read)
     # From here on code of the user's runs, which may change to another folder.
     config = rooted(config)
     store = RunStore(config.output_dir)
@@ -280,6 +291,7 @@ def _train(
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         verify_packing=config.verify_packing,
+        fullest_pass_first=setup.tight,
         on_event=on_event,
         should_stop=should_stop,
     )

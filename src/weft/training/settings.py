@@ -287,6 +287,11 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
     check_disk_space: Annotated[bool, FREE] = Field(
         True, description="before the first step, refuse a disk without room for two checkpoints and the adapters"
     )
+    check_memory: Annotated[bool | Literal["auto"], FREE] = Field(
+        "auto",
+        description="before weights are loaded, `weft train` plans the run and refuses one that does not fit into "
+        "memory ([cli.md](cli.md)); `auto`: if the base has 100 million parameters or more",
+    )
     callbacks: Annotated[list[str], FREE] = Field(
         [], description="names of callbacks, which hear every event of the run ([extending.md](extending.md))"
     )

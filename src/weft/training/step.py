@@ -45,13 +45,7 @@ def train_step(adapters: Adapters, jobs: Sequence[Job], splitting: Splitting | N
         UserError: Memory runs out in a pass of a single sequence, or where a step cannot begin again.
     """
     batches = {job.name: job.micro_batches() for job in jobs}
-    splitting = splitting or Splitting()
-    while (total := _attempt(adapters, jobs, batches, splitting)) is None:
-        # Here the failed pass is gone with its error. Its gradients, some whole and some not, go as well.
-        for job in jobs:
-            job.updates.forget_pass()
-        give_back(adapters.device)
-        splitting.halve(adapters)
+    total = all_passes(adapters, jobs, batches, splitting or Splitting())
     results = {}
     for job in jobs:
         tokens = sum(s.size for micro in batches[job.name] for s in micro)
@@ -60,19 +54,40 @@ def train_step(adapters: Adapters, jobs: Sequence[Job], splitting: Splitting | N
     return results
 
 
+def all_passes(
+    adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting, *, update: bool = True
+) -> dict[str, Tensor]:
+    """All passes of a step, in smaller ones where memory runs out; each job's loss, a scalar, by its name.
+
+    ``update``: a tensor may be updated within the last of them.
+
+    Raises:
+        UserError: As ``train_step``.
+    """
+    while (total := _attempt(adapters, jobs, batches, splitting, update=update)) is None:
+        # Here the failed pass is gone with its error. Its gradients, some whole and some not, go as well.
+        for job in jobs:
+            job.updates.forget_pass()
+        give_back(adapters.device)
+        splitting.halve(adapters)
+    return total
+
+
 def _attempt(
-    adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting
+    adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting, *, update: bool
 ) -> dict[str, Tensor] | None:
-    """All passes of a step; each job's loss, a scalar, by its name. None: memory ran out."""
+    """What ``all_passes`` returns; None: memory ran out."""
     try:
-        return _passes(adapters, jobs, batches, splitting)
+        return _passes(adapters, jobs, batches, splitting, update=update)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return None
 
 
-def _passes(adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting) -> dict[str, Tensor]:
+def _passes(
+    adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting, *, update: bool
+) -> dict[str, Tensor]:
     weight = {
         job.name: sum(job.adapter.head.loss_weight(s) for micro in batches[job.name] for s in micro) for job in jobs
     }
@@ -103,7 +118,7 @@ def _passes(adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splittin
             scaled += [loss * job.progress.loss_scale for loss, job in zip(losses, present, strict=True)]
             for job, loss in zip(present, losses, strict=True):
                 total[job.name] = total.get(job.name, 0) + loss.detach()
-                if number == last[job.name]:
+                if update and number == last[job.name]:
                     job.begin_last_pass()
         torch.autograd.backward(scaled)
     return total
