@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-_STEPS = 5
+_STEPS = 3
 _SMALL = {"batch_size": 4}
-_CHECKED = {"gradient_checkpointing": True, "batch_size": 16}
+_CHECKED = {"gradient_checkpointing": True, "batch_size": 8}
 _CHEAP = {"gradient_checkpointing": "cheap", "batch_size": 8}
 _NF4, _INT8, _FP32 = {"quantization": "nf4"}, {"quantization": "int8"}, {"dtype": "float32"}
 COMBINATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -189,12 +189,18 @@ def report(options: argparse.Namespace) -> None:
             cells += ["", "", ""]
         rows.append(f"| {model} | {label} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
+        write(options, rows)
     for what, found_off, most in (("memory", off, 0.05), ("seconds", late, 0.2)):
         if found_off:
             near = sum(abs(one) <= most for one in found_off)
             rows += ["", f"{what}: {near} of {len(found_off)} within {most:.0%}; from {min(found_off):+.1%} to "
                          f"{max(found_off):+.1%}."]  # fmt: skip
             print(rows[-1], flush=True)
+    write(options, rows)
+
+
+def write(options: argparse.Namespace, rows: list[str]) -> None:
+    """Write what there is of the table."""
     if options.output:
         options.output.write_text("\n".join(rows) + "\n", encoding="utf-8")
 

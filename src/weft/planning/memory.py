@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from weft.machine import held_at_most
 from weft.planning.dry_run import Recording
-from weft.planning.heap import heap_of, peak_of
+from weft.planning.heap import Heap, heap_of, peak_of
 
 # In the order of a table, with what each of them is.
 CAUSES = {
@@ -43,6 +44,10 @@ def of_recording(recording: Recording, device: str) -> dict[str, int]:
     between pieces count as workspace.
     """
     most, at = peak_of(recording.pieces, heap_of(device))
+    if device == "cpu":
+        used, then = peak_of(recording.pieces, Heap(mmap_threshold=0, page=1))
+        if held_at_most(used) < most:
+            most, at = held_at_most(used), then
     found: Counter[str] = Counter()
     for piece in recording.pieces:
         if piece.held_at(at):
