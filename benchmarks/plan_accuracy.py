@@ -169,7 +169,7 @@ def report(options: argparse.Namespace) -> None:
     print("\n".join(rows), flush=True)
     off: list[float] = []
     late: list[float] = []
-    for model, settings in COMBINATIONS:
+    for model, settings in COMBINATIONS[options.first :]:
         label = ", ".join(str(v) if k == "method" else f"{k} {v}" for k, v in settings.items())
         if options.only and options.only not in f"{model} {label}":
             continue
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a data set of instructions")
     parser.add_argument("--folder", type=Path, help="where the models go, and stay; default: temporary")
     parser.add_argument("--only", help="combinations whose words hold this")
+    parser.add_argument("--first", type=int, default=0, help="leave out so many combinations")
     parser.add_argument("--no-time", action="store_true", help="plan memory alone")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

@@ -58,8 +58,11 @@ _MIXINS: dict[type[nn.Module], type] = {nn.Linear: _PiecewiseLinear, Conv1D: _Pi
 PLAIN_LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, mixed("", _PiecewiseLinear, nn.Linear))
 
 
-def install_products(model: nn.Module, router: Router) -> Callable[[], None]:
-    """Swap the classes of linears in whose dtype this machine multiplies slowly; returns what undoes it."""
+def install_products(model: nn.Module, router: Router, device: torch.device | None = None) -> Callable[[], None]:
+    """Swap the classes of linears in whose dtype a device multiplies slowly; returns what undoes it.
+
+    ``device``: where the weights will be; None: where they are.
+    """
     swapped = []
     for module in model.modules():
         own = plain_class(module)
@@ -68,7 +71,7 @@ def install_products(model: nn.Module, router: Router) -> Callable[[], None]:
         if mixin is None or "forward" in module.__dict__:
             continue
         weight = module.get_parameter("weight")
-        if four_bit or not multiplies_sixteen_bits(weight.device, weight.dtype):
+        if four_bit or not multiplies_sixteen_bits(device or weight.device, weight.dtype):
             swapped.append((module, own))
             replace_class(module, mixed("", mixin, own))
 

@@ -22,7 +22,7 @@ from weft.training.settings import RunConfig
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What is known of a job before it trains."""
+    """What is known of a job before it trains. ``tokens_per_step``: without virtual ones, as training counts them."""
 
     name: str
     method: str
@@ -128,7 +128,7 @@ def _there(config: RunConfig) -> Path:
 
 def _job(rehearsal: Rehearsal, number: int) -> JobPlan:
     job = rehearsal.jobs[number]
-    sizes = rehearsal.step_sizes(job)
+    sizes = rehearsal.step_sizes(job, virtual=False)
     return JobPlan(
         job.name, job.config.method, job.adapter.num_trainable(), samples=len(job.samples),
         steps=job.total_steps, tokens_per_step=sum(sizes) / max(1, len(sizes)),

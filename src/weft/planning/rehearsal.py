@@ -156,6 +156,8 @@ class Rehearsal:
             base.model, base.architecture, exact=config.exact, checkpointing=config.gradient_checkpointing
         )
         self.adapters.dry = dry
+        # The weights have no device yet. Methods that copy blocks copy the classes too.
+        install_products(base.model, self.adapters.router, device)
         adapters = [
             blank_adapter(self.adapters, job, data, base) for job, data in zip(config.jobs, made.data, strict=True)
         ]
@@ -166,8 +168,6 @@ class Rehearsal:
             blocks = [_bytes(list(base.model.get_submodule(path).modules())) for path in base.architecture.blocks]
             self.weight_bytes -= sum(blocks) - max(blocks, default=0)
         without_memory([*base.model.modules(), *own], dry.empty)
-        # It looks at the device of the weights, which are only now where they will be.
-        install_products(base.model, self.adapters.router)
         with dry:
             self.jobs = [
                 _DryJob(job, adapter, data.train, data.held, data.mixture, eval_sizes=data.sizes)
@@ -186,10 +186,11 @@ class Rehearsal:
         found = [self.step_sizes(job) for job in self.jobs if job.parameters]
         return [sum(one) for one in itertools.zip_longest(*found, fillvalue=0)]
 
-    def step_sizes(self, job: Job) -> list[int]:
-        """The tokens of each of a job's steps in its first epoch."""
+    def step_sizes(self, job: Job, *, virtual: bool = True) -> list[int]:
+        """The tokens of each of a job's steps in its first epoch, with the virtual ones or without."""
+        left_out = 0 if virtual else job.adapter.num_virtual_tokens
         steps = range(min(job.total_steps, job.batches.steps_in(0)))
-        return [sum(job.batches.tokens(micro) for micro in job.batches[step]) for step in steps]
+        return [sum(job.batches.tokens(micro) - left_out * len(micro) for micro in job.batches[step]) for step in steps]
 
     def calls_of(self, step: int) -> list[Call]:
         """Make a step of the run; returns the operators that it calls, where they are recorded."""
