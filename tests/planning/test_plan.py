@@ -325,3 +325,15 @@ def test_the_growth_of_the_library_is_measured_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(library, "_measured", lambda kind: asked.append(kind) or 7.0)
     assert [library.growth(kind) for kind in (None, "nf4", None)] == [7, 7, 7]
     assert asked == ["None", "nf4"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_an_optimizer_in_eight_bits_has_its_own_state(optimizer: str, tiny_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    plans = {}
+    for one in ("adamw", optimizer):
+        config = make_config(run_of(tiny_data, output_dir=str(tmp_path / "run"), method="full", optimizer=one))
+        plans[one] = plan_of(material(config), timed=False)
+    state = {one: plan.memory.by_cause["optimizer"] for one, plan in plans.items()}
+    assert 0.2 < state[optimizer] / state["adamw"] < 0.5
+    assert plans[optimizer].disk < plans["adamw"].disk

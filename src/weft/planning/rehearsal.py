@@ -116,9 +116,27 @@ class _DryAdapters(Adapters):
 
 
 class _DryJob(Job):
-    """It knows which pieces of memory are its gradients and its optimizer's state."""
+    """It knows which pieces of memory are its gradients and its optimizer's state.
+
+    An optimizer in 8 bits looks at numbers, and its state is whole numbers, which would be real: SGD without a state
+    stands for it, and ``further_state`` bytes.
+    """
 
     dry: DryRun
+    further_state = 0
+    _further: Tensor | None = None
+
+    def _make_optimizer(self) -> torch.optim.Optimizer | None:
+        own = self.config
+        if not own.optimizer.endswith("8bit"):
+            return super()._make_optimizer()
+        self.further_state = own.optimizer_kind.state_bytes(own, self.parameters)
+        plain = own.model_dump(exclude_unset=True) | {"optimizer": "sgd", "momentum": 0.0, "optim_args": {}}
+        self.config = type(own).model_validate(plain)
+        try:
+            return super()._make_optimizer()
+        finally:
+            self.config = own
 
     def _witness(self, tensor: Tensor) -> str:
         return ""  # it has no numbers
@@ -130,6 +148,8 @@ class _DryJob(Job):
         begun = self.dry.recording.events
         with self.dry.during("update"):
             found = super().update(tokens)
+            if self.further_state and self._further is None:
+                self._further = torch.empty(self.further_state // 4)
         for piece in self.dry.recording.pieces:
             if piece.taken >= begun and piece.freed is None:
                 piece.cause = "optimizer"
