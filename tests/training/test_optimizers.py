@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests import kit
 from torch import Tensor, nn
 
 import weft.base.pages
 from weft.errors import UserError
+from weft.files.whole import write_tensors
 from weft.libraries import has_kernel
 from weft.ops.seeds import stable_seed
 from weft.training import JobConfig
@@ -236,3 +238,19 @@ def test_a_bitsandbytes_without_kernels_for_cpus(monkeypatch: pytest.MonkeyPatch
 def test_wrong_options(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         JobConfig(name="one", method="lora", **given)
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_the_state_of_several_large_tensors_can_be_saved(name: str, tmp_path: Path) -> None:
+    """bitsandbytes gives all of them one table, and a file holds no tensors that share memory."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(300, 300, generator=generator)) for _ in range(3)]
+    optimizer = make_optimizer(config(name), parameters, [0.01] * 3)
+    for parameter in parameters:
+        parameter.grad = torch.randn(300, 300, generator=generator)
+    optimizer.step()
+    found = optimizer_tensors(optimizer)
+    write_tensors(found, tmp_path / "state.safetensors")
+    again = load_file(tmp_path / "state.safetensors")
+    assert again.keys() == found.keys()
+    assert all(torch.equal(again[key], value) for key, value in found.items())

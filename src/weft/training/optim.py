@@ -57,13 +57,19 @@ _NUMBER = ":number"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors ``<parameter's number>.<what>``, in their own shapes (a step is a scalar)."""
+    """The optimizer's state as tensors ``<parameter's number>.<what>``, in their own shapes (a step is a scalar).
+
+    No two of them share memory, which no file of tensors holds: bitsandbytes has one table for all parameters.
+    """
     found: dict[str, Tensor] = {}
+    places: set[int] = set()
     for group in optimizer.param_groups:
         for number, parameter in zip(group["numbers"], group["params"], strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    found[f"{number}.{key}"] = value
+                    place = value.untyped_storage().data_ptr()
+                    found[f"{number}.{key}"] = value.clone() if place and place in places else value
+                    places.add(place)
                 elif value is not None:
                     found[f"{number}.{key}{_NUMBER}"] = torch.tensor(value)
     return found
