@@ -69,6 +69,12 @@ def test_a_tensor_that_is_read_once(tmp_path: Path) -> None:
         assert resident(path) >= SIZE // 2048
     assert resident(path) < SIZE // 2048
     assert torch.equal(half, before)
+    # A neighbour on the same page keeps what was written to it, and so does one on a page of a small tensor.
+    tensor[len(half)] = tensor[-1] = 7.0
+    for part in (half, tensor[-5:-1]):
+        with read_once(part):
+            part.sum()
+    assert tensor[len(half)] == tensor[-1] == 7.0
     with read_once(torch.ones(5)):
         pass
 

@@ -13,6 +13,7 @@ from weft.machine import freed_memory_kept
 from weft.training.memory import peak_memory
 
 CPU = torch.device("cpu")
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked for this")
 
 
 def resident() -> int:
@@ -28,7 +29,7 @@ def test_peak_memory_is_in_bytes() -> None:
     assert peak_memory(CPU) - before < 2 * held.nbytes + 50e6
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to keep memory")
+@GLIBC
 def test_memory_is_given_back_afterwards() -> None:
     before = resident()
     with freed_memory_kept("cpu"):
@@ -40,7 +41,7 @@ def test_memory_is_given_back_afterwards() -> None:
     assert kept > 200e6
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to give memory back")
+@GLIBC
 def test_gaps_are_given_back_and_what_stays_is_not() -> None:
     """Gaps of 1 MiB, of which none takes the larger tensors that come later. Only a fresh process has no other gaps."""
     code = (
@@ -69,7 +70,7 @@ def test_gaps_are_given_back_and_what_stays_is_not() -> None:
     assert same == "True"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to give memory back")
+@GLIBC
 def test_memory_is_given_back_at_once_while_a_base_is_loaded() -> None:
     """Also what lies below memory that stays. Only a process of its own has no gaps that others left."""
     code = (

@@ -106,14 +106,20 @@ def read_ahead(spans: Iterable[Span]) -> None:
 def read_once(tensor: Tensor, ahead: int = 1 << 29) -> Iterator[None]:
     """Inside, a tensor [...] that may lie in a mapped file is read for the last time.
 
-    The system reads the file on meanwhile, so many bytes, and afterwards the tensor's pages are given back.
+    The system reads the file on meanwhile, so many bytes, and afterwards the tensor's own pages are given back: not
+    those that it shares with neighbours, which somebody may have written to.
     """
-    spans = joined(spans_of([tensor]))
-    for span in spans:
-        # What lies behind the file's last page, the system does not take.
-        read_ahead([Span(span.end, span.end + ahead, file=span.file)])
+    (span,) = spans_of([tensor])
+    if span is None:
+        yield
+        return
+    # Behind the file's last page there is nothing to read. Advice on what else lies there changes nothing.
+    read_ahead([Span(span.end, span.end + ahead, file=span.file)])
     yield
-    give_back(spans)
+    page, first = mmap.PAGESIZE, tensor.data_ptr()
+    begin, end = -(-first // page) * page, (first + tensor.numel() * tensor.element_size()) // page * page
+    if begin < end:
+        give_back([Span(begin, end, file=span.file)])
 
 
 def bring_in(spans: Iterable[Span]) -> None:

@@ -61,7 +61,8 @@ class Outlook:
             # A run that works is worth more than its plan. What is wrong with the run itself, it says next.
             if asked is True:
                 raise
-            self.tell(f"not planned: {str(error) if isinstance(error, UserError) else reason_of(error)}")
+            why = str(error) if isinstance(error, UserError) else reason_of(error)
+            common.say(f"warning: this run is not planned, and whether it fits is not known: {why}")
             return False
         if not plan.fits:
             raise CannotFitError(list(_refusal(made, plan)))
@@ -75,7 +76,8 @@ def told(plan: Plan) -> str:
     causes = [f"{name} {size(count)}" for name, count in plan.memory.by_cause.items() if count > _TOLD * total]
     room = "" if plan.room is None else f" of {size(plan.room)}"
     time = plan.time and f"; about {common.duration(plan.time.step)} a step, {common.duration(plan.time.run)} in all"
-    return f"planned: {size(total)} of memory{room} at the fullest ({', '.join(causes)}){time or ''}"
+    unknown = f"; not timed: {', '.join(plan.time.unknown)}" if plan.time and plan.time.unknown else ""
+    return f"planned: {size(total)} of memory{room} at the fullest ({', '.join(causes)}){time or ''}{unknown}"
 
 
 def _refusal(made: Material, plan: Plan) -> Iterator[str]:
@@ -99,9 +101,9 @@ def verdict(plan: Plan, most: int | None, *, there: bool, better: Fit | None, as
         yield f"{words}, with none of the settings that save memory. Take a smaller base or shorter texts (max_length)."
         return
     yield f"{words}. With these settings it takes {common.human_size(better.plan.memory.total)}:"
-    told = {key: json.dumps(value).strip('"') for key, value in better.settings.items()}
-    yield from (f"{key}: {value}" for key, value in told.items())
-    yield "on the command line:  " + " ".join(shlex.quote(f"{key}={value}") for key, value in told.items())
+    pairs = {key: json.dumps(value).strip('"') for key, value in better.settings.items()}
+    yield from (f"{key}: {value}" for key, value in pairs.items())
+    yield "on the command line:  " + " ".join(shlex.quote(f"{key}={value}") for key, value in pairs.items())
 
 
 def compared(plan: Plan | None, memory: int, step: float | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from weft.errors import UserError
 from weft.files.whole import make_folder, new_folder, write_tensors
 from weft.models.intact import check_numbers, check_whole
 from weft.models.quantize import Quantization, cast_rest, one_kernel
-from weft.models.quantizers import empty_linears, quantized_parameter
+from weft.models.quantizers import empty_linears, outputs_first, quantized_parameter
 from weft.paths import cache_folder
 
 Offload = Literal["disk"]
@@ -209,9 +209,7 @@ def _swap_linears(model: nn.Module, config: Any) -> dict[str, Tensor]:
         if type(module).__name__ == "Linear4bit" and weight is not None:
             if biases[path] is not None:
                 module._parameters["bias"] = biases[path]
-            # A Conv1D has its weight the other way round.
-            turned = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
-            found[path] = weight.data.t() if turned else weight.data
+            found[path] = outputs_first(weight.data, module)
     return found
 
 

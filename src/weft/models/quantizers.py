@@ -74,13 +74,18 @@ def _quantizing(quantizer: Any) -> Any:
             for name, value in input_dict.items():
                 weight = value[0] if isinstance(value, list) else value
                 module = model.get_submodule(name.rpartition(".")[0])
-                turned = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
                 with read_once(weight):
-                    found[name] = quantized_parameter(weight.t() if turned else weight, module.weight)
+                    found[name] = quantized_parameter(outputs_first(weight, module), module.weight)
                 module._is_hf_initialized = True
             return found
 
     return Quantize(quantizer)
+
+
+def outputs_first(weight: Tensor, module: nn.Module) -> Tensor:
+    """The weight [out, in] of a quantised linear's file: that of a Conv1D is stored the other way round."""
+    turned = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
+    return weight.t() if turned else weight
 
 
 def quantized_parameter(weight: Tensor, like: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.ops.parallel import one_thread_each
 from weft.ops.products import lengths_of_pieces, scratch
-from weft.ops.quantization import FourBits, levels_of, pack_four_bits, quantize_blocks
+from weft.ops.quantization import SMALLEST_SCALE, FourBits, levels_of, pack_four_bits, quantize_blocks
 
 # Shares of a block's largest number, from -1 to 1, are rounded to steps of this size: a power of two, so that only the
 # sum below rounds. That is a number in fp32 whose last bit is one.
@@ -26,7 +26,6 @@ _STEPS, _WHOLE = 1 << 15, 1.5 * 2**23
 _AT_ONCE = 1 << 20
 # Of a code in a byte: several levels are possible.
 _UNSURE = 0x80
-_SMALLEST = 1e-38
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _quantize_part(
     torch.amax(torch.abs(shares, out=spare).view(len(scales), -1), 1, out=scales)
     if not bool(scales.isfinite().all()):
         return False
-    shares.view(len(scales), -1).mul_((1 / scales.clamp(min=_SMALLEST))[:, None])
+    shares.view(len(scales), -1).mul_((1 / scales.clamp(min=SMALLEST_SCALE))[:, None])
     torch.index_select(_codes_of_steps(kind), 0, _steps(spare.copy_(shares)), out=codes)
     _make_sure(codes, shares, kind, spare)
     # The first of two codes is the lower byte of both, and goes into the upper half.

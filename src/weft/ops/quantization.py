@@ -18,7 +18,7 @@ FourBits = Literal["nf4", "fp4"]
 NESTED_BLOCK = 256
 # An input's column with a number as large as this is multiplied in the input's own dtype by LLM.int8.
 OUTLIER = 6.0
-_SMALLEST = 1e-38
+SMALLEST_SCALE = 1e-38
 
 
 @cache
@@ -81,7 +81,7 @@ def quantize_blocks(x: Tensor, levels: Tensor, block: int, steps: int | None = N
     flat = x.reshape(-1).float()
     padded = functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     scales = padded.abs().amax(1)
-    safe = (scales.clamp(min=_SMALLEST) if steps is None else scales.where(scales > 0, 1.0))[:, None]
+    safe = (scales.clamp(min=SMALLEST_SCALE) if steps is None else scales.where(scales > 0, 1.0))[:, None]
     shares = padded * (1 / safe)
     if flat.numel() % block and steps is None:
         # Here bitsandbytes divides, which may round otherwise, and has no scale of zero.
