@@ -27,6 +27,7 @@ FREE = {
     "assets",
     "libraries",
     "machine",
+    "measured",
     "version",
 }
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -11,7 +11,7 @@ from tests import kit
 from torch import Tensor
 
 from weft.ops import products
-from weft.ops.products import add_product_, linear, linear_ref, multiply, product
+from weft.ops.products import add_product_, in_pieces, linear, linear_ref, multiply, product
 
 # (rows, in, out); every product is in several pieces, of which the last is smaller.
 SHAPES = [(1, 5, 7), (3, 33, 20), (9, 40, 70), (70, 9, 1), (17, 1, 33)]
@@ -20,7 +20,8 @@ SHAPES = [(1, 5, 7), (3, 33, 20), (9, 40, 70), (70, 9, 1), (17, 1, 33)]
 @pytest.fixture(params=[True, False], ids=["instructions", "none"])
 def _machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with or without the instructions; without them nothing is too small."""
-    monkeypatch.setattr(products, "multiplies_sixteen_bits", lambda _, dtype: dtype.itemsize != 2 or request.param)
+    slow_from = math.inf if request.param else 1
+    monkeypatch.setattr(products, "faster_wide_from", lambda *_: slow_from)
     monkeypatch.setattr(products, "_FEW", 1)
     monkeypatch.setattr(products, "_SMALL", 0)
     monkeypatch.setattr(products, "_PIECE", 100)
@@ -114,7 +115,7 @@ def test_inference_mode_leaves_nothing_behind() -> None:
 
 def test_a_gradient_of_few_rows_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward torch reads a transposed weight quickly; back it takes 27 ms for one row of 2048 x 2048."""
-    monkeypatch.setattr(products, "multiplies_sixteen_bits", lambda _, dtype: dtype.itemsize != 2)
+    monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
     asked: list[bool] = []
     plain = products.transposed_product
     monkeypatch.setattr(
@@ -132,9 +133,16 @@ def test_a_gradient_of_few_rows_comes_in_pieces(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_small_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "multiplies_sixteen_bits", lambda *_: False)
+    monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
     monkeypatch.setattr(products, "_transposed", lambda *_: pytest.fail("a few rows are faster as they are"))
     x, weight = drawn(7, 512, dtype=torch.bfloat16), drawn(512, 512, dtype=torch.bfloat16)
     assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
     x, weight = drawn(64, 8, dtype=torch.bfloat16), drawn(8, 8, dtype=torch.bfloat16)
     assert torch.equal(product(x, weight), x @ weight)
+
+
+def test_few_rows_stay_where_instructions_are_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "faster_wide_from", lambda *_: 32)
+    weight = drawn(512, 512, dtype=torch.bfloat16)
+    asked = [in_pieces(drawn(rows, 512, dtype=torch.bfloat16), weight) for rows in (9, 31, 32, 100)]
+    assert asked == [False, False, True, True]

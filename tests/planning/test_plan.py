@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from weft import measured
 from weft.cli.main import main
 from weft.errors import UserError
 from weft.models import load_base
 from weft.models.quantize import Quantization
 from weft.ops import products
-from weft.planning import kept, library
+from weft.planning import library
 from weft.planning.dry_run import DryRun, Ghost, Piece, without_memory
 from weft.planning.fit import fit
 from weft.planning.flops import flops_of
@@ -216,21 +217,21 @@ def test_the_time_of_a_step(tiny_data: Path, tmp_path: Path, monkeypatch: pytest
     assert 0 < first.step < 60
     assert first.run == 3 * first.step
     assert first.flops > 0
-    assert len(kept.recall("calls")) > 20
+    assert len(measured.recall("calls")) > 20
     again = plan_of(material(config)).time
     assert again == first, "what was measured once is kept"
 
 
 def test_what_is_kept_by_another_program_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_CACHE_DIR", str(tmp_path))
-    kept.keep("calls", {"a": 1.5})
-    assert kept.recall("calls") == {"a": 1.5}
-    assert kept.recall("library") == {}
+    measured.keep("calls", {"a": 1.5})
+    assert measured.recall("calls") == {"a": 1.5}
+    assert measured.recall("library") == {}
     next((tmp_path / "machine").iterdir()).write_text('{"a": "b"}')
-    assert kept.recall("calls") == {}
+    assert measured.recall("calls") == {}
     monkeypatch.setenv("WEFT_CACHE_DIR", "")
-    kept.keep("calls", {"a": 1.5})
-    assert kept.recall("calls") == {}
+    measured.keep("calls", {"a": 1.5})
+    assert measured.recall("calls") == {}
 
 
 def test_the_search(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,6 @@ import functools
 import hashlib
 import inspect
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from weft.base.embeddings import config_of
 from weft.core.architecture import Architecture
 from weft.errors import UserError
 from weft.foreign import read_json
+from weft.measured import keep_text
 from weft.models.finding import Finding, architecture_of, finding_of
 from weft.paths import cache_folder
 
@@ -79,14 +78,7 @@ class KeptProof:
     def keep(self, proved: Architecture) -> None:
         """Write the finding. If the place cannot be written to, the next load makes the proof again, and no more."""
         text = json.dumps({"state": self.state, "finding": dataclasses.asdict(finding_of(proved))})
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
-                part = Path(folder) / self.path.name
-                part.write_text(text, encoding="utf-8")
-                os.replace(part, self.path)
-        except OSError:
-            return
+        keep_text(self.path, text)
 
 
 @functools.cache

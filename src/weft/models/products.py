@@ -1,7 +1,8 @@
-"""A base's linears in 16 bits, on a CPU without instructions for them: they multiply through ``weft.ops.products``."""
+"""A base's linears in 16 bits, on a CPU that is slow in them: they multiply through ``weft.ops.products``."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from weft.base.mixin import Mixin, mixed
 from weft.core.route import Router
 from weft.core.site import plain_class, replace_class
-from weft.libraries import multiplies_sixteen_bits
 from weft.ops.four_bit import FourBitRows
 from weft.ops.packed import in_pieces as in_pieces_of_few_bits
 from weft.ops.packed import packed_linear
 from weft.ops.products import in_pieces, linear, product
+from weft.ops.sixteen_bits import faster_wide_from
 
 
 class _PiecewiseLinear(Mixin):
@@ -71,7 +72,7 @@ def install_products(model: nn.Module, router: Router, device: torch.device | No
         if mixin is None or "forward" in module.__dict__:
             continue
         weight = module.get_parameter("weight")
-        if four_bit or not multiplies_sixteen_bits(device or weight.device, weight.dtype):
+        if four_bit or faster_wide_from(device or weight.device, weight.dtype) < math.inf:
             swapped.append((module, own))
             replace_class(module, mixed("", mixin, own))
 

@@ -6,6 +6,7 @@ but its packed form outlives a pass. With and without gradients the numbers are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from weft.libraries import multiplies_sixteen_bits
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
 from weft.ops.products import Rows, lengths_of_pieces, scratch, transposed_product
+from weft.ops.sixteen_bits import faster_wide_from
 
 # Rows from which the pieces are faster than the whole weight.
 _FEW = 8
@@ -68,7 +69,8 @@ def in_pieces(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the product of x [..., in] in ``dtype`` with a packed weight is faster piece by piece."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < _FEW * x.shape[-1]:
         return False
-    return dtype == torch.float32 or not multiplies_sixteen_bits(x.device, dtype)
+    # The weight is widened either way; in fp32, where that multiplies as fast, its pieces stay in the cache.
+    return dtype == torch.float32 or faster_wide_from(x.device, dtype) < math.inf
 
 
 class _Context(Context, Protocol):

@@ -1,8 +1,9 @@
-"""Matrix products in 16 bits, also on a CPU that has no instructions for them.
+"""Matrix products in 16 bits, also on a CPU that has no instructions for them, or slow ones.
 
-There torch multiplies number by number, and from eight rows on the same product is faster in fp32
-(``benchmarks/results/products_*`` says how much). The larger factor, which is a weight as a rule, is widened piece by
-piece: a piece fits the cache, and nothing of it is kept. Sums are fp32 either way, and the result is rounded once.
+Without them torch multiplies number by number, and from eight rows on the same product is faster in fp32
+(``benchmarks/results/products_*`` says how much; ``sixteen_bits`` measures it where there are some). The larger factor,
+which is a weight as a rule, is widened piece by piece: a piece fits the cache, and nothing of it is kept. Sums are fp32
+either way, and the result is rounded once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from weft.libraries import multiplies_sixteen_bits
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
+from weft.ops.sixteen_bits import faster_wide_from
 
 # Numbers of a piece: 4 MiB in fp32.
 _PIECE = 1 << 20
@@ -42,10 +44,10 @@ def in_pieces(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_slow(x: Tensor, multiplications: int) -> bool:
-    """Whether so many multiplications of numbers like those of x [...] take torch long."""
-    if x.dtype.itemsize != 2 or multiplications < _SMALL:
+    """Whether so many multiplications with the rows of x [N, K] take torch long."""
+    if x.dtype.itemsize != 2 or multiplications < _SMALL or torch.compiler.is_compiling():
         return False
-    return not (multiplies_sixteen_bits(x.device, x.dtype) or torch.compiler.is_compiling())
+    return x.shape[0] >= faster_wide_from(x.device, x.dtype)
 
 
 class Rows(Protocol):

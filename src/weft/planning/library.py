@@ -10,11 +10,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from weft import measured
 from weft.assets import instructions_path
 from weft.errors import UserError
 from weft.files.whole import temporary_place
 from weft.machine import resident
-from weft.planning import kept
 
 
 def growth(quantization: str | None) -> int:
@@ -23,11 +23,11 @@ def growth(quantization: str | None) -> int:
     Raises:
         UserError: The process that measures it does not end as it should.
     """
-    known = kept.recall("library")
+    known = measured.recall("library")
     name = str(quantization)
     if name not in known:
         known[name] = _measured(name)
-        kept.keep("library", known)
+        measured.keep("library", known)
     return int(known[name])
 
 

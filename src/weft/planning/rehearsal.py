@@ -16,7 +16,6 @@ from weft.base.embeddings import config_of, input_embeddings
 from weft.core.layout import Counts
 from weft.core.stream import Part, Stream
 from weft.errors import UserError
-from weft.libraries import multiplies_sixteen_bits
 from weft.machine import resident
 from weft.models import Base
 from weft.models.load import resolve_device
@@ -25,6 +24,7 @@ from weft.models.quantize import Quantization, StoredKind
 from weft.models.stored import stored_quantization
 from weft.models.tasks import check_job
 from weft.objectives.passes import EVALUATION_TOKENS, evaluate, passes
+from weft.ops.sixteen_bits import faster_wide_from
 from weft.planning.dry_run import Call, DryRun, without_memory
 from weft.planning.quantized import empty_weights, swap_linears
 from weft.planning.way import ProvedWay, proved_way
@@ -247,7 +247,7 @@ def rehearsed(made: Material, use: Callable[[Rehearsal], Found], *, record: bool
     """
     device = resolve_device(made.config.device)
     for kind in (torch.bfloat16, torch.float16):
-        multiplies_sixteen_bits(device, kind)  # it asks the machine, where there is one
+        faster_wide_from(device, kind)  # it asks the machine, where there is one
     found: list[Found] = []
     raised: list[BaseException] = []
 

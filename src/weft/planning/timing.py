@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft import measured
 from weft.machine import freed_memory_kept
-from weft.planning import kept
 from weft.planning.dry_run import Call, Shaped
 from weft.planning.flops import flops_of
 
@@ -43,11 +43,11 @@ def times_of(recorded: Sequence[tuple[int, list[Call]]], sizes: Sequence[int], s
     ``recorded`` are one or two of them, with what they call. What a step costs grows with its tokens: between the two
     it is taken to lie on a line.
     """
-    known: dict[str, float] = kept.recall("calls")
+    known: dict[str, float] = measured.recall("calls")
     before = len(known)
     points = [(size, seconds_of(calls, known, device), flops_of(calls)) for size, calls in recorded]
     if len(known) > before:
-        kept.keep("calls", known)
+        measured.keep("calls", known)
     mean = sum(sizes) / len(sizes)
     step, flops = (_on_line(mean, [(point[0], point[i]) for point in points]) for i in (1, 2))
     unknown = sorted({str(call.operator) for _, calls in recorded for call in calls if known[repr(call)] < 0})

@@ -1,17 +1,18 @@
-"""What was measured on this machine, kept for the next plan in ``~/.cache/weft/machine`` (or ``WEFT_CACHE_DIR``)."""
+"""What was measured on this machine, kept for later processes in ``~/.cache/weft/machine`` (or ``WEFT_CACHE_DIR``)."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import importlib.metadata
 import json
+import os
 import platform
+import tempfile
 from pathlib import Path
 
 import torch
 
 from weft.errors import UserError
-from weft.files.whole import make_folder, write_whole
 from weft.foreign import expect, read_json
 from weft.paths import cache_folder
 from weft.version import __version__
@@ -21,12 +22,10 @@ _LIMIT = 64 << 20
 
 def machine_state() -> list[str]:
     """What the figures of this machine depend on."""
-    import transformers
-
     processor = next(iter(_processors()), platform.processor())
     capability = torch.backends.cpu.get_cpu_capability()
     threads = str(torch.get_num_threads())
-    return [__version__, torch.__version__, transformers.__version__, processor, capability, threads]
+    return [__version__, torch.__version__, importlib.metadata.version("transformers"), processor, capability, threads]
 
 
 def _processors() -> list[str]:
@@ -52,11 +51,20 @@ def recall(kind: str) -> dict[str, float]:
 def keep(kind: str, figures: dict[str, float]) -> None:
     """Keep the figures of one kind. Where they cannot be written they are measured again next time."""
     place = _place(kind)
-    if place is None:
+    if place is not None:
+        keep_text(place, json.dumps(figures))
+
+
+def keep_text(place: Path, text: str) -> None:
+    """Write a file of what can be found out again: whole or, if the place cannot be written to, not at all."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            part = Path(folder) / place.name
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, place)
+    except OSError:
         return
-    with contextlib.suppress(UserError):
-        make_folder(place.parent)
-        write_whole(place, json.dumps(figures))
 
 
 def _place(kind: str) -> Path | None:

@@ -1,0 +1,73 @@
+"""From how many rows on a product in 16 bits is faster in fp32, the widening of its weight included.
+
+Where a CPU has no instructions for 16 bits it always is. Where it has some, only measuring tells: a Xeon with AVX-512's
+for bfloat16, without AMX, multiplies half as fast in them as in fp32 (``benchmarks/results/products_*``), and with AMX
+several times as fast. What was measured is kept for all processes, so that a run that goes on multiplies as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from weft import measured
+from weft.libraries import multiplies_sixteen_bits
+
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Rows that are tried, with a weight of so many rows and columns: not so small that calls take as long as products.
+_TRIED, _WIDTH = (512, 128, 32, 8), 1024
+# A gain that is smaller could be one of the clock.
+_GAIN, _ROUNDS = 1.15, 7
+
+
+def faster_wide_from(device: torch.device, dtype: torch.dtype) -> float:
+    """The rows from which on a product with a weight in ``dtype`` is faster in fp32; ``math.inf``: it never is."""
+    if device.type != "cpu" or dtype not in _KINDS:
+        return math.inf
+    return _faster_wide_from(dtype)
+
+
+@functools.cache
+def _faster_wide_from(dtype: torch.dtype) -> float:
+    if not multiplies_sixteen_bits(torch.device("cpu"), dtype):
+        return 1
+    kind = _KINDS[dtype]
+    known = measured.recall("products")
+    if kind not in known:
+        known[kind] = float(first_of_gain(functools.partial(_gain, dtype)))
+        measured.keep("products", known)
+    return known[kind] or math.inf
+
+
+def first_of_gain(gain: Callable[[int], float]) -> int:
+    """The least number of rows, of those tried, from which on ``gain`` of them is large enough; 0: none is."""
+    found = 0
+    for rows in _TRIED:
+        if gain(rows) < _GAIN:
+            break
+        found = rows
+    return found
+
+
+def _gain(dtype: torch.dtype, rows: int) -> float:
+    """How many times as fast the product of so many rows is in fp32."""
+    with torch.inference_mode():
+        x, weight = torch.ones(rows, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype).t()
+        wide, out = torch.empty(_WIDTH, _WIDTH), torch.empty(rows, _WIDTH, dtype=dtype)
+
+        def widened() -> Tensor:
+            return out.copy_(x.float() @ wide.copy_(weight.t()).t())
+
+        pairs = [(_seconds(lambda: torch.mm(x, weight, out=out)), _seconds(widened)) for _ in range(_ROUNDS + 1)][1:]
+    return min(plain for plain, _ in pairs) / min(wider for _, wider in pairs)
+
+
+def _seconds(act: Callable[[], Tensor]) -> float:
+    begun = time.perf_counter()
+    act()
+    return time.perf_counter() - begun
