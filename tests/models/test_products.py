@@ -48,9 +48,13 @@ def test_swapped_and_given_back(model_type: str, instructions: bool, monkeypatch
     assert not pieces
     ours = run(torch.bfloat16, instructions)
     assert bool(pieces) != instructions
+    shares = []
     for number, (found, other, wanted) in enumerate(zip(ours, plain, exact, strict=True)):
         far, theirs = (float((one.double() - wanted.double()).norm()) for one in (found, other))
-        assert far <= 1.5 * theirs + 1e-6, f"{number}: {far} beside {theirs}"
+        # Both round as often, in other places: one tensor may be lucky, all together are not.
+        assert far <= 3 * theirs + 1e-6, f"{number}: {far} beside {theirs}"
+        shares.append((far / float(wanted.norm() + 1e-6), theirs / float(wanted.norm() + 1e-6)))
+    assert sum(far for far, _ in shares) <= 1.25 * sum(theirs for _, theirs in shares) + 1e-6
 
 
 def test_what_is_asked() -> None:

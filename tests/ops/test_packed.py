@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests import kit
 from weft.ops import products
 from weft.ops.four_bit import FourBitRows
 from weft.ops.packed import EightBitRows, in_pieces, packed_linear, packed_linear_ref
+from weft.ops.quantization import NestedScales, dequantize_blocks, levels_of, unpack_four_bits
 
 pytest.importorskip("bitsandbytes")
 # (rows, in, out): blocks that are rows, that end within rows, that are longer than rows; an odd number of weights.
@@ -60,14 +62,35 @@ def test_equals_the_whole_weight(
         kit.measured(what, float((ours.double() - wanted.double()).abs().max()), limit, derived=True)
 
 
-def test_the_numbers_are_those_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(70, 64), (70, 48), (3, 200), (5, 2), (1, 130)], ids=str)
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_numbers_are_those_of_the_format(
+    shape: tuple[int, int], nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And bitsandbytes', where no block goes from one row to the next: there it is wrong on a CPU with AVX-512."""
     from bitsandbytes.functional import dequantize_4bit
 
     monkeypatch.setattr(products, "_PIECE", 500)
-    for dtype in (torch.float32, torch.bfloat16):
-        rows = made(70, 48, dtype, quant_type="nf4", compress_statistics=True)
-        whole = torch.cat([wide.clone() for _, wide in rows.pieces()])
-        assert torch.equal(whole, dequantize_4bit(rows.packed, rows.state).float())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rows = made(*shape, dtype, quant_type="nf4", compress_statistics=nested)
+        state = rows.state
+        scales = state.absmax
+        if nested:
+            scales = NestedScales(state.absmax, state.state2.absmax, state.offset).numbers()
+        codes = unpack_four_bits(rows.packed, math.prod(shape))
+        wanted = dequantize_blocks(codes, scales, levels_of("nf4"), 64).to(dtype).view(shape)
+        for found in (rows.whole(), torch.cat([wide.clone() for _, wide in rows.pieces()])):
+            assert torch.equal(found.float(), wanted.float())
+        if shape[1] % 64 == 0:
+            assert torch.equal(dequantize_4bit(rows.packed, state), wanted)
+
+
+def test_numbers_that_are_kept_narrower_than_they_multiply() -> None:
+    """As bitsandbytes has it, they are rounded to the dtype of the weight first, for few rows and for many."""
+    rows = replace(made(6, 64, torch.float16, quant_type="nf4"), dtype=torch.float32)
+    whole = rows.whole()
+    assert torch.equal(whole, whole.half().float())
+    assert torch.equal(whole, torch.cat([wide.clone() for _, wide in rows.pieces()]))
 
 
 def test_few_rows_and_double_precision_take_the_whole_weight() -> None:

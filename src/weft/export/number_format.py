@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from weft.export.gguf_file import gguf_library
 from weft.methods.dense import kind_of
-from weft.ops.four_bit import quantize_weight
+from weft.ops.four_bit import dequantize_weight, quantize_weight
 from weft.ops.quantization import FourBits
 
 
@@ -48,12 +48,10 @@ class NumberFormat:
             kind = gguf.GGMLQuantizationType.Q8_0
             stored = gguf.quants.quantize(weight.detach().float().cpu().contiguous().numpy(), kind)
             return torch.tensor(gguf.quants.dequantize(stored, kind)).to(weight)
-        from bitsandbytes import functional
-
         packed, state = quantize_weight(
             weight.to(torch.float32), cast(FourBits, self.quantization), block=self.blocksize, nested=self.nested
         )
-        return functional.dequantize_4bit(packed, state).to(weight.dtype)
+        return dequantize_weight(packed, state).to(weight.dtype)
 
     def moved(self, weight: Tensor) -> Tensor:
         """What rounding to this format may move in each number of a weight of any shape.

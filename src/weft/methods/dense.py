@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from weft.base.kinds import is_linear
 from weft.base.packed import PackedLinear
 from weft.core.site import replace_class
+from weft.ops.four_bit import dequantize_weight
 
 
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -81,4 +82,4 @@ def _dequantized(weight: Any) -> Tensor:
         state.original_nested = False
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
         state.absmax = state.absmax.t().reshape(-1).float()
-    return functional.dequantize_4bit(data, state)
+    return dequantize_weight(data, state)

@@ -14,7 +14,6 @@ from weft.base.mixin import Mixin, mixed
 from weft.core.route import Router
 from weft.core.site import plain_class, replace_class
 from weft.ops.four_bit import FourBitRows
-from weft.ops.packed import in_pieces as in_pieces_of_few_bits
 from weft.ops.packed import packed_linear
 from weft.ops.products import in_pieces, linear, product
 from weft.ops.sixteen_bits import faster_wide_from
@@ -47,8 +46,8 @@ class _PiecewiseFourBit(Mixin):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or x.dtype
         state = self.weight.quant_state
-        fits = state is not None and state.shape[1] == x.shape[-1]
-        if not (fits and in_pieces_of_few_bits(x, dtype)) or getattr(state, "packing_format_for_cpu", False):
+        fits = x.device.type == "cpu" and state is not None and state.shape[1] == x.shape[-1]
+        if not fits or getattr(state, "packing_format_for_cpu", False):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return packed_linear(x.to(dtype), FourBitRows(self.weight.data, state, dtype), bias).to(x.dtype)
@@ -60,19 +59,45 @@ PLAIN_LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, mixed("", _PiecewiseLin
 
 
 def install_products(model: nn.Module, router: Router, device: torch.device | None = None) -> Callable[[], None]:
-    """Swap the classes of linears in whose dtype a device multiplies slowly; returns what undoes it.
+    """Swap the classes of linears in whose dtype a device multiplies slowly, and of those in 4 bits; returns what
+    undoes it.
 
     ``device``: where the weights will be; None: where they are.
     """
+
+    def mixin_of(module: nn.Module) -> type | None:
+        mixin = _MIXINS.get(plain_class(module))
+        if mixin is None:
+            return None
+        weight = module.get_parameter("weight")
+        return mixin if faster_wide_from(device or weight.device, weight.dtype) < math.inf else None
+
+    undo_plain, undo_four_bits = _swap(model, mixin_of), swap_four_bits(model)
+
+    def undo() -> None:
+        undo_four_bits()
+        undo_plain()
+
+    return undo
+
+
+def swap_four_bits(model: nn.Module) -> Callable[[], None]:
+    """Swap the classes of the linears that bitsandbytes keeps in 4 bits; returns what undoes it."""
+
+    def mixin_of(module: nn.Module) -> type | None:
+        own = plain_class(module)
+        theirs = own.__name__ == "Linear4bit" and own.__module__.startswith("bitsandbytes.")
+        return _PiecewiseFourBit if theirs else None
+
+    return _swap(model, mixin_of)
+
+
+def _swap(model: nn.Module, mixin_of: Callable[[nn.Module], type | None]) -> Callable[[], None]:
     swapped = []
     for module in model.modules():
-        own = plain_class(module)
-        four_bit = own.__name__ == "Linear4bit" and own.__module__.startswith("bitsandbytes.")
-        mixin = _PiecewiseFourBit if four_bit else _MIXINS.get(own)
-        if mixin is None or "forward" in module.__dict__:
-            continue
-        weight = module.get_parameter("weight")
-        if four_bit or faster_wide_from(device or weight.device, weight.dtype) < math.inf:
+        mixin = None if "forward" in module.__dict__ else mixin_of(module)
+        if mixin is not None:
+            own = plain_class(module)
             swapped.append((module, own))
             replace_class(module, mixed("", mixin, own))
 

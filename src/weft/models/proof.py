@@ -36,7 +36,7 @@ from weft.models.finding import finding_of, fused_kinds, settled, with_tables, w
 from weft.models.fused import recognise
 from weft.models.interface import install_interface
 from weft.models.kept import KeptProof
-from weft.models.quantize import PACKS, one_kernel
+from weft.models.quantize import one_kernel
 from weft.models.tables import as_before, neighbour_dependent
 from weft.models.truth import (
     MOST,
@@ -92,7 +92,7 @@ def describe(model: nn.Module, folder: Path | None = None) -> Architecture:
 def _proved(model: nn.Module, shape: Architecture) -> Architecture:
     """``prove`` on a model in evaluation mode; afterwards it is in its former mode."""
     training = [module for module in model.modules() if module.training]
-    packs = one_kernel(model)
+    undo = one_kernel(model)
     model.eval()
     try:
         with torch.no_grad(), as_before(model), trial.unchanging(model):
@@ -107,8 +107,7 @@ def _proved(model: nn.Module, shape: Architecture) -> Architecture:
     finally:
         for module in training:
             module.training = True
-        for module in packs:
-            setattr(module, PACKS, True)
+        undo()
 
 
 def prove(model: nn.Module, shape: Architecture) -> Architecture:

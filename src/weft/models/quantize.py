@@ -3,7 +3,7 @@ bitsandbytes. Adapters do not know of it: a site runs the forward of the module'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from weft.base.packed import PackedLinear
 from weft.errors import UserError
+from weft.models.products import swap_four_bits
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -126,13 +127,21 @@ def cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def one_kernel(model: nn.Module) -> list[nn.Module]:
-    """Let 4-bit linears on a CPU compute the same with and without gradients; returns those that would not have.
+def one_kernel(model: nn.Module) -> Callable[[], None]:
+    """Let 4-bit linears on a CPU compute the same whoever asks, and as their numbers say; returns what undoes it.
 
     At the first pass without gradients, bitsandbytes packs their weights anew for a faster kernel that rounds
     differently (by 6e-3 in logits of a tiny Llama). Whether a layer has gradients depends on the methods in the batch.
+    And its kernel for AVX-512 reads wrong scales where blocks go across rows (``weft.ops.four_bit``).
     """
     packs = [module for module in model.modules() if getattr(module, PACKS, False)]
     for module in packs:
         setattr(module, PACKS, False)
-    return packs
+    swap_back = swap_four_bits(model)
+
+    def undo() -> None:
+        swap_back()
+        for module in packs:
+            setattr(module, PACKS, True)
+
+    return undo

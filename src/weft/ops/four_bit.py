@@ -17,7 +17,15 @@ from torch import Tensor
 
 from weft.ops.parallel import one_thread_each
 from weft.ops.products import lengths_of_pieces, scratch
-from weft.ops.quantization import SMALLEST_SCALE, FourBits, levels_of, pack_four_bits, quantize_blocks
+from weft.ops.quantization import (
+    SMALLEST_SCALE,
+    FourBits,
+    dequantize_blocks,
+    levels_of,
+    pack_four_bits,
+    quantize_blocks,
+    unpack_four_bits,
+)
 
 # Shares of a block's largest number, from -1 to 1, are rounded to steps of this size: a power of two, so that only the
 # sum below rounds. That is a number in fp32 whose last bit is one.
@@ -43,29 +51,70 @@ class FourBitRows:
 
     def whole(self) -> Tensor:
         """The weight, [out, in] in ``dtype``."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        found: Tensor = dequantize_4bit(self.packed, self.state).to(self.dtype)
-        return found
+        return dequantize_weight(self.packed, self.state).to(self.dtype)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """As ``Rows`` has it, [n, in] each. A piece begins where a block of the quantisation does."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-
         (rows, columns), block = self.shape, self.state.blocksize
-        scales = self.state.absmax
-        if self.state.nested:
-            scales = dequantize_blockwise(scales, self.state.state2).float() + self.state.offset
-        packed = self.packed.view(-1)
+        scales, packed = _scales(self.state), self.packed.view(torch.uint8).view(-1)
         step = lengths_of_pieces(rows, columns, block // math.gcd(block, columns))
         for start in range(0, rows, step):
             end = min(start + step, rows)
             own = scales[start * columns // block : -(-end * columns // block)]
-            shape = torch.Size((end - start, columns))
-            state = QuantState(own, shape, self.state.code, block, self.state.quant_type, self.dtype)
-            found = dequantize_4bit(packed[start * columns // 2 : -(-end * columns // 2), None], state)
-            wide = found if self.dtype == torch.float32 else scratch(shape.numel()).view(shape).copy_(found)
-            yield slice(start, end), wide
+            shape = (end - start, columns)
+            codes = packed[start * columns // 2 : -(-end * columns // 2)]
+            found = _numbers(codes, own, shape[0] * columns, self.state).view(shape)
+            exact = found.dtype == self.dtype == torch.float32
+            yield slice(start, end), found if exact else _widened(found.to(self.dtype))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return scratch(x.numel()).view(x.shape).copy_(x)
+
+
+def dequantize_weight(packed: Tensor, state: Any) -> Tensor:
+    """The numbers of a weight in bitsandbytes' format, in the shape and dtype that ``state``, its QuantState, tells.
+
+    ``packed`` is of any shape and dtype.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    if packed.device.type != "cpu":
+        found: Tensor = dequantize_4bit(packed, state)
+        return found
+    codes = packed.contiguous().view(torch.uint8).view(-1)
+    return _numbers(codes, _scales(state), math.prod(state.shape), state).view(state.shape)
+
+
+def _scales(state: Any) -> Tensor:
+    """The scales of the blocks, [blocks] in fp32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if not state.nested:
+        return state.absmax.float()
+    return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
+def _numbers(packed: Tensor, scales: Tensor, count: int, state: Any) -> Tensor:
+    """The numbers of packed codes [ceil(count / 2)] in uint8 with scales [blocks], [count] in the dtype of ``state``.
+
+    bitsandbytes is given one block a row: with AVX-512 it begins a block with each row, and is wrong in silence where
+    blocks go across rows (0.50).
+    """
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    block, whole = state.blocksize, count // state.blocksize
+    found = torch.empty(count, dtype=state.dtype)
+    if whole:
+        shape = torch.Size((whole, block))
+        told = QuantState(scales[:whole].contiguous(), shape, state.code, block, state.quant_type, state.dtype)
+        numbers = dequantize_4bit(packed[: whole * block // 2, None], told).view(-1)
+        if whole * block == count:
+            return numbers
+        found[: whole * block] = numbers
+    rest = unpack_four_bits(packed[whole * block // 2 :], count - whole * block)
+    found[whole * block :] = dequantize_blocks(rest, scales[whole:], state.code.cpu(), block)
+    return found
 
 
 def quantize_weight(
