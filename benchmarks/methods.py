@@ -46,8 +46,8 @@ def jobs_of(methods: list[str]) -> list[dict[str, Any]]:
     return [{"name": method, "method": method, **NEEDED.get(method, {})} for method in methods]
 
 
-def config_of(model: str, jobs: list[dict[str, Any]], folder: str, steps: int) -> Any:
-    """The run: 16 instructions a step, cosine, 5 % warm-up."""
+def config_of(model: str, jobs: list[dict[str, Any]], folder: str, steps: int, **more: Any) -> Any:
+    """The run: 16 instructions a step, cosine, 5 % warm-up, and ``more`` settings."""
     return make_config(
         {
             "model": model,
@@ -61,16 +61,17 @@ def config_of(model: str, jobs: list[dict[str, Any]], folder: str, steps: int) -
             "logging_steps": 100,
             "threads": 1,
             "jobs": jobs,
+            **more,
         },
         source="benchmarks/methods.py",
     )
 
 
-def measure(model: str, jobs: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """Train all jobs at once; a row of figures per job, the plain base first."""
+def measure(model: str, jobs: list[dict[str, Any]], steps: int, **more: Any) -> list[dict[str, Any]]:
+    """Train all jobs at once, with ``more`` settings; a row of figures per job, the plain base first."""
     found = Measure()
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(model, jobs, f"{folder}/run", steps)
+        config = config_of(model, jobs, f"{folder}/run", steps, **more)
         begun = time.monotonic()
         result = train(config, on_ready=found.before, on_trained=found.after)
         rows = [{"job": None, "exact_match": exact_match(found.answers[None])}]
