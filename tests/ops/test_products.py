@@ -25,6 +25,7 @@ def _machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(products, "_FEW", 1)
     monkeypatch.setattr(products, "_SMALL", 0)
     monkeypatch.setattr(products, "_PIECE", 100)
+    monkeypatch.setattr(products, "_MANY", 10)
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -117,10 +118,10 @@ def test_a_gradient_of_few_rows_comes_in_pieces(monkeypatch: pytest.MonkeyPatch)
     """Forward torch reads a transposed weight quickly; back it takes 27 ms for one row of 2048 x 2048."""
     monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
     asked: list[bool] = []
-    plain = products.transposed_product
+    plain = products.wide_product
     monkeypatch.setattr(
         products,
-        "transposed_product",
+        "wide_product",
         lambda a, rows, *, flipped: asked.append(flipped) or plain(a, rows, flipped=flipped),
     )
     x, weight = drawn(2, 1024, dtype=torch.bfloat16).requires_grad_(), drawn(1024, 1024, dtype=torch.bfloat16, seed=1)
@@ -134,15 +135,15 @@ def test_a_gradient_of_few_rows_comes_in_pieces(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_small_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
-    monkeypatch.setattr(products, "_transposed", lambda *_: pytest.fail("a few rows are faster as they are"))
+    monkeypatch.setattr(products, "_wide", lambda *_: pytest.fail("a few rows are faster as they are"))
     x, weight = drawn(7, 512, dtype=torch.bfloat16), drawn(512, 512, dtype=torch.bfloat16)
     assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
     x, weight = drawn(64, 8, dtype=torch.bfloat16), drawn(8, 8, dtype=torch.bfloat16)
     assert torch.equal(product(x, weight), x @ weight)
 
 
-def test_few_rows_stay_where_instructions_are_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_products_stay_where_instructions_are_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "faster_wide_from", lambda *_: 32)
-    weight = drawn(512, 512, dtype=torch.bfloat16)
-    asked = [in_pieces(drawn(rows, 512, dtype=torch.bfloat16), weight) for rows in (9, 31, 32, 100)]
-    assert asked == [False, False, True, True]
+    sides = [(31, 512, 512), (32, 512, 512), (512, 31, 512), (512, 32, 512), (512, 512, 31), (512, 512, 32)]
+    asked = [in_pieces(drawn(n, k, dtype=torch.bfloat16), drawn(k, o, dtype=torch.bfloat16)) for n, k, o in sides]
+    assert asked == [False, True] * 3

@@ -8,6 +8,7 @@ either way, and the result is rounded once.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _PIECE = 1 << 20
 # Rows, if the weight lies transposed, and multiplications in all, below which torch's own product is faster. A weight
 # that lies as it is (the gradient of an input) is slow from the first row on: 27 ms at 2048 x 2048.
 _FEW, _SMALL = 8, 1 << 20
+# Rows from which on the result is made as it is to lie: to turn it then takes up to a fifth of the product.
+_MANY = 128
 _SCRATCH = threading.local()
 # Numbers of 32 MiB, from which on the C library gives memory pages of its own (``weft.machine``).
 _LARGEST = 1 << 23
@@ -40,14 +43,14 @@ def products_in(x: Tensor) -> torch.dtype:
 def in_pieces(a: Tensor, b: Tensor) -> bool:
     """Whether the product of a [N, K] and b [K, O] is faster in fp32."""
     # The cheap questions first: a step of a text asks for every linear.
-    return not (a.shape[0] < _FEW and b.stride(0) == 1) and _is_slow(a, a.numel() * b.shape[1])
+    return not (a.shape[0] < _FEW and b.stride(0) == 1) and _is_slow(a, *a.shape, b.shape[1])
 
 
-def _is_slow(x: Tensor, multiplications: int) -> bool:
-    """Whether so many multiplications with the rows of x [N, K] take torch long."""
-    if x.dtype.itemsize != 2 or multiplications < _SMALL or torch.compiler.is_compiling():
+def _is_slow(x: Tensor, *sides: int) -> bool:
+    """Whether a product of these three sides takes torch long with numbers like those of x [...]."""
+    if x.dtype.itemsize != 2 or math.prod(sides) < _SMALL or torch.compiler.is_compiling():
         return False
-    return x.shape[0] >= faster_wide_from(x.device, x.dtype)
+    return min(sides) >= faster_wide_from(x.device, x.dtype)
 
 
 class Rows(Protocol):
@@ -103,14 +106,24 @@ class _Plain:
             yield slice(start, start + len(rows)), scratch(rows.numel()).view(rows.shape).copy_(rows)
 
 
-def transposed_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
-    """(a W)^T [O, N] in fp32 of a [N, K] and W, or (a W^T)^T if ``flipped``; to be copied before the next call.
-
-    Kernels for few rows are faster in this order, and the results of pieces lie one after another.
-    """
-    given = (a if a.dtype == torch.float32 else scratch(a.numel(), "given").view(a.shape).copy_(a)).t()
+def wide_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
+    """a W [N, O] in fp32 of a [N, K] and W, or a W^T if ``flipped``; to be copied before the next call."""
+    given = a if a.dtype == torch.float32 else scratch(a.numel(), "given").view(a.shape).copy_(a)
     columns = rows.shape[0 if flipped else 1]
-    out = scratch(columns * len(a), "out").view(columns, len(a))
+    out = scratch(columns * len(a), "out")
+    if len(a) < _MANY:
+        return _transposed_product(given.t(), rows, out.view(columns, len(a)), flipped).t()
+    out = out.view(len(a), columns)
+    for part, wide in rows.pieces():
+        if flipped:
+            torch.mm(given, wide.t(), out=out[:, part])
+        else:
+            torch.addmm(out, given[:, part], wide, beta=0 if part.start == 0 else 1, out=out)
+    return out
+
+
+def _transposed_product(given: Tensor, rows: Rows, out: Tensor, flipped: bool) -> Tensor:
+    """``wide_product`` in the order in which kernels for few rows are faster, and pieces lie one after another."""
     for part, wide in rows.pieces():
         if flipped:
             torch.mm(wide, given, out=out[part])
@@ -119,10 +132,10 @@ def transposed_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
     return out
 
 
-def _transposed(a: Tensor, b: Tensor) -> Tensor:
-    """(a b)^T [O, N] in fp32 of a [N, K] and b [K, O]; to be copied before the next call."""
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """a b [N, O] in fp32 of a [N, K] and b [K, O]; to be copied before the next call."""
     flipped = b.stride(0) == 1  # the transpose of a weight [O, K]
-    return transposed_product(a, _Plain(b.t() if flipped else b), flipped=flipped)
+    return wide_product(a, _Plain(b.t() if flipped else b), flipped=flipped)
 
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,7 +143,7 @@ def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if not in_pieces(a, b):
         found = a @ b
         return found if dtype is None else found.to(dtype)
-    return kept(lambda: a.new_empty(len(a), b.shape[1], dtype=dtype or a.dtype).copy_(_transposed(a, b).t()), len(b))
+    return kept(lambda: a.new_empty(len(a), b.shape[1], dtype=dtype or a.dtype).copy_(_wide(a, b)), len(b))
 
 
 def add_product_(y: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
@@ -138,7 +151,7 @@ def add_product_(y: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: f
     if not in_pieces(a, b):
         y.addmm_(a, b, beta=beta, alpha=alpha)
         return
-    found = _transposed(a, b).t()
+    found = _wide(a, b)
     if alpha != 1.0:
         found.mul_(alpha)
     if beta:
@@ -183,7 +196,7 @@ def _in_node(rows: Tensor, weight: Tensor, flipped: bool) -> bool:
     if in_pieces(rows, weight.t() if flipped else weight):
         return True
     goes_back = flipped and rows.requires_grad and torch.is_grad_enabled()
-    return goes_back and _is_slow(rows, rows.shape[0] * weight.numel())
+    return goes_back and _is_slow(rows, len(rows), *weight.shape)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""From how many rows on a product in 16 bits is faster in fp32, the widening of its weight included.
+"""From which size on a product in 16 bits is faster in fp32, the widening of its weight included.
 
 Where a CPU has no instructions for 16 bits it always is. Where it has some, only measuring tells: a Xeon with AVX-512's
 for bfloat16, without AMX, multiplies half as fast in them as in fp32 (``benchmarks/results/products_*``), and with AMX
@@ -26,7 +26,7 @@ _GAIN, _ROUNDS = 1.15, 7
 
 
 def faster_wide_from(device: torch.device, dtype: torch.dtype) -> float:
-    """The rows from which on a product with a weight in ``dtype`` is faster in fp32; ``math.inf``: it never is."""
+    """The least side of a product in ``dtype`` from which on it is faster in fp32; ``math.inf``: it never is."""
     if device.type != "cpu" or dtype not in _KINDS:
         return math.inf
     return _faster_wide_from(dtype)
