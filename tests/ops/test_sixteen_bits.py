@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft import measured
 from weft.ops import sixteen_bits
@@ -16,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WEFT_CACHE_DIR", str(tmp_path))
     sixteen_bits._faster_wide_from.cache_clear()
     yield
@@ -56,3 +59,13 @@ def test_measured_once_and_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sixteen_bits, "_gain", lambda *_: pytest.fail("it is known"))
     sixteen_bits._faster_wide_from.cache_clear()
     assert faster_wide_from(CPU, dtype) == first
+
+
+def test_a_pass_that_is_recorded_does_not_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            pytest.fail(f"{func} was recorded")
+
+    monkeypatch.setattr(sixteen_bits, "multiplies_sixteen_bits", lambda *_: True)
+    with Recorded():
+        faster_wide_from(CPU, torch.bfloat16)
