@@ -142,8 +142,11 @@ def test_what_is_small_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(product(x, weight), x @ weight)
 
 
-def test_narrow_products_stay_where_instructions_are_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_few_tokens_stays_where_there_are_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else does, however small it is: oneDNN makes a kernel for each number of tokens."""
     monkeypatch.setattr(products, "faster_wide_from", lambda *_: 32)
-    sides = [(31, 512, 512), (32, 512, 512), (512, 31, 512), (512, 32, 512), (512, 512, 31), (512, 512, 32)]
-    asked = [in_pieces(drawn(n, k, dtype=torch.bfloat16), drawn(k, o, dtype=torch.bfloat16)) for n, k, o in sides]
-    assert asked == [False, True] * 3
+    for tokens, there in ((31, False), (32, True)):
+        x, narrow, wide = (drawn(*shape, dtype=torch.bfloat16) for shape in ((tokens, 512), (8, 512), (512, 512)))
+        z = x @ narrow.t()
+        products_of_a_step = ((x, wide.t()), (x, wide), (x, narrow.t()), (z, narrow), (z.t(), x), (x.t(), z))
+        assert [in_pieces(a, b) for a, b in products_of_a_step] == [there] * 6

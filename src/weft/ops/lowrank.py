@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from weft.ops.products import in_pieces, product
+from weft.ops.autograd import Context
+from weft.ops.products import add_product_, in_pieces, multiply, product
 
 
 def low_rank_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -25,9 +28,34 @@ def low_rank_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> 
     dtype = y.dtype
     z = product(x.reshape(-1, x.shape[-1]).to(dtype), a.to(dtype), flipped=True)
     if in_pieces(z, b.t()):
-        return y + (scaling * product(z, b.to(dtype), flipped=True)).view_as(y)
+        return _LowRankSum.apply(y.reshape(-1, y.shape[-1]), z, b.to(dtype), scaling).view_as(y)
     # addmm folds scaling and sum into the product: no [N, out] intermediate is written or saved.
     return y.reshape(-1, y.shape[-1]).addmm(z, b.to(dtype).t(), alpha=scaling).view_as(y)
+
+
+class _Context(Context, Protocol):
+    scaling: float
+
+
+class _LowRankSum(torch.autograd.Function):
+    """y + s z B^T of y [N, out], z [N, r] and B [out, r], summed in fp32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx: _Context, y: Tensor, z: Tensor, b: Tensor, scaling: float) -> Tensor:
+        ctx.scaling = scaling
+        ctx.save_for_backward(z, b)
+        out = torch.empty_like(y)
+        add_product_(out, z, b.t(), alpha=scaling, to=y)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """dz = s dy B,  dB = s dy^T z."""
+        z, b = ctx.saved_tensors
+        dz = multiply(dy, b).mul_(ctx.scaling) if ctx.needs_input_grad[1] else None
+        db = multiply(z.t(), dy).t().mul(ctx.scaling) if ctx.needs_input_grad[2] else None
+        return dy, dz, db, None
 
 
 def low_rank_add_ref(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weft.libraries import multiplies_sixteen_bits
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
 from weft.ops.sixteen_bits import faster_wide_from
@@ -37,20 +36,30 @@ _LARGEST = 1 << 23
 
 def products_in(x: Tensor) -> torch.dtype:
     """The dtype in which small products of x [...] are fastest: its own, or fp32 where that is slow."""
-    return x.dtype if multiplies_sixteen_bits(x.device, x.dtype) else torch.float32
+    return x.dtype if faster_wide_from(x.device, x.dtype) == math.inf else torch.promote_types(x.dtype, torch.float32)
 
 
 def in_pieces(a: Tensor, b: Tensor) -> bool:
     """Whether the product of a [N, K] and b [K, O] is faster in fp32."""
     # The cheap questions first: a step of a text asks for every linear.
-    return not (a.shape[0] < _FEW and b.stride(0) == 1) and _is_slow(a, *a.shape, b.shape[1])
-
-
-def _is_slow(x: Tensor, *sides: int) -> bool:
-    """Whether a product of these three sides takes torch long with numbers like those of x [...]."""
-    if x.dtype.itemsize != 2 or math.prod(sides) < _SMALL or torch.compiler.is_compiling():
+    if a.dtype.itemsize != 2 or (a.shape[0] < _FEW and b.stride(0) == 1):
         return False
-    return min(sides) >= faster_wide_from(x.device, x.dtype)
+    return _is_slow(a, a.shape[1] if _is_turned(a) else a.shape[0], a.numel() * b.shape[1])
+
+
+def _is_turned(a: Tensor) -> bool:
+    """Whether a [N, K] is the transpose of what lies, as in the gradient of a weight: its columns are the tokens."""
+    return a.stride(0) == 1 and a.stride(1) != 1
+
+
+def _is_slow(x: Tensor, tokens: int, multiplications: int) -> bool:
+    """Whether so many multiplications of numbers like those of x [...] take torch long."""
+    if x.dtype.itemsize != 2 or torch.compiler.is_compiling():
+        return False
+    least = faster_wide_from(x.device, x.dtype)
+    # oneDNN makes a kernel for each number of tokens, which takes 7 ms and 0.7 MB, however small the product is. Where fp32
+    # is no slower, it is left the few numbers that come again.
+    return tokens >= least and (least > 1 or multiplications >= _SMALL)
 
 
 class Rows(Protocol):
@@ -108,7 +117,11 @@ class _Plain:
 
 def wide_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
     """a W [N, O] in fp32 of a [N, K] and W, or a W^T if ``flipped``; to be copied before the next call."""
-    given = a if a.dtype == torch.float32 else scratch(a.numel(), "given").view(a.shape).copy_(a)
+    given = a
+    if a.dtype != torch.float32:
+        lying = a.t() if _is_turned(a) else a
+        given = scratch(a.numel(), "given").view(lying.shape).copy_(lying)
+        given = given.t() if _is_turned(a) else given
     columns = rows.shape[0 if flipped else 1]
     out = scratch(columns * len(a), "out")
     if len(a) < _MANY:
@@ -146,16 +159,21 @@ def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return kept(lambda: a.new_empty(len(a), b.shape[1], dtype=dtype or a.dtype).copy_(_wide(a, b)), len(b))
 
 
-def add_product_(y: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
-    """``y <- beta y + alpha a b`` of y [N, O], a [N, K] and b [K, O] of one dtype. It makes no graph."""
+def add_product_(
+    y: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0, to: Tensor | None = None
+) -> None:
+    """``y <- beta y + alpha a b`` of y [N, O], a [N, K] and b [K, O] of one dtype, or ``y <- beta to + alpha a b``.
+
+    It makes no graph.
+    """
     if not in_pieces(a, b):
-        y.addmm_(a, b, beta=beta, alpha=alpha)
+        torch.addmm(y if to is None else to, a, b, beta=beta, alpha=alpha, out=y)
         return
     found = _wide(a, b)
     if alpha != 1.0:
         found.mul_(alpha)
     if beta:
-        found.add_(y, alpha=beta)
+        found.add_(y if to is None else to, alpha=beta)
     y.copy_(found)
 
 
@@ -180,7 +198,9 @@ class _Product(torch.autograd.Function):
         dx = multiply(dy, weight if ctx.flipped else weight.t()) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None
-        return dx, multiply(dy.t(), x) if ctx.flipped else multiply(x.t(), dy), None
+        few, many, swapped = (x, dy, ctx.flipped) if x.shape[1] < dy.shape[1] else (dy, x, not ctx.flipped)
+        dw = multiply(few.t(), many)  # in the order in which less is turned
+        return dx, dw.t() if swapped else dw, None
 
 
 def product(x: Tensor, weight: Tensor, *, flipped: bool = False) -> Tensor:
@@ -196,7 +216,7 @@ def _in_node(rows: Tensor, weight: Tensor, flipped: bool) -> bool:
     if in_pieces(rows, weight.t() if flipped else weight):
         return True
     goes_back = flipped and rows.requires_grad and torch.is_grad_enabled()
-    return goes_back and _is_slow(rows, len(rows), *weight.shape)
+    return goes_back and _is_slow(rows, len(rows), rows.shape[0] * weight.numel())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
