@@ -57,8 +57,8 @@ def _is_slow(x: Tensor, tokens: int, multiplications: int) -> bool:
     if x.dtype.itemsize != 2 or torch.compiler.is_compiling():
         return False
     least = faster_wide_from(x.device, x.dtype)
-    # oneDNN makes a kernel for each number of tokens, which takes 7 ms and 0.7 MB, however small the product is. Where fp32
-    # is no slower, it is left the few numbers that come again.
+    # For each number of tokens oneDNN makes a kernel, which takes 7 ms and 0.7 MB, however small the product is. Where
+    # fp32 is no slower, it is left the few numbers that come again.
     return tokens >= least and (least > 1 or multiplications >= _SMALL)
 
 
