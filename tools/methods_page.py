@@ -51,10 +51,10 @@ knew children's stories only. Made by `benchmarks/methods_on_alpaca.py` on {date
 _QUANTISED = """\
 ## On a quantised base
 
-{model} in bf16, in NF4 (scales quantised too) and in int8, after {steps} steps of {batch_size} instructions: exact match
-of 200 held-out questions, means of {seeds} seeds, and how far the seeds of one format lie apart. All methods and seeds
-train at once over one base. `full` and `freeze` train linears of the base, which a quantised one does not have. Made by
-`benchmarks/methods_quantised.py` on {date}.
+{model} in bf16, in NF4 (scales quantised too) and in int8, after {steps} steps of {batch_size} instructions: exact
+match of 200 held-out questions, means of {seeds} seeds, and how far the seeds of one format lie apart. All methods and
+seeds train at once over one base. `full` and `freeze` train linears of the base, which a quantised one does not have.
+Made by `benchmarks/methods_quantised.py` on {date}.
 
 | method | bf16 | NF4 | int8 | NF4 - bf16 | int8 - bf16 | seeds apart |
 |---|---|---|---|---|---|---|"""

@@ -20,6 +20,7 @@ from weft.methods.combined import CombinedConfig
 from weft.methods.dropout import seeded_dropout
 from weft.models import describe
 from weft.objectives.passes import evaluate_loss
+from weft.ops import products
 from weft.ops.lowrank import (
     loftq_factors,
     low_rank_add,
@@ -43,15 +44,28 @@ def open_llama(dtype: torch.dtype = torch.float32) -> Adapters:
     return Adapters(model, describe(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_low_rank_add_equals_its_reference(dtype: torch.dtype) -> None:
-    y, x = random(7, 5, dtype=dtype), random(7, 6, seed=1, dtype=dtype)
-    a, b = random(3, 6, seed=2).requires_grad_(), random(5, 3, seed=3).requires_grad_()
-    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.2}[dtype]
-    found, wanted = low_rank_add(y, x, a, b, 1.7), low_rank_add_ref(y, x, a, b, 1.7)
-    torch.testing.assert_close(found, wanted, atol=bound, rtol=bound)
-    for mine, other in zip(*(torch.autograd.grad(z.sum(), (a, b)) for z in (found, wanted)), strict=True):
-        torch.testing.assert_close(mine, other, atol=10 * bound, rtol=bound)
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_low_rank_add_equals_its_reference(dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On machines that are fast and slow in 16 bits; with a sum that lies as it is, and as a transpose."""
+    monkeypatch.setattr(products, "faster_wide_from", lambda _, dtype: 1 if slow and dtype.itemsize == 2 else math.inf)
+    monkeypatch.setattr(products, "_FEW", 1)
+    monkeypatch.setattr(products, "_SMALL", 0)
+    factors = random(3, 6, seed=2), random(5, 3, seed=3)
+    for turned in (False, True):
+        y, x = random(7, 5, dtype=dtype), random(7, 6, seed=1, dtype=dtype)
+        y = y.t().contiguous().t() if turned else y
+        found = []
+        for function, wide in ((low_rank_add, dtype), (low_rank_add_ref, torch.float64)):
+            given = [t.detach().to(wide).requires_grad_() for t in (y, x)]
+            given += [t.detach().to(torch.promote_types(wide, torch.float32)).requires_grad_() for t in factors]
+            out = function(*given, 1.7)
+            out.backward(random(7, 5, seed=4).to(dtype).to(wide))
+            found.append([out.detach(), *(t.grad for t in given)])
+        for number, (mine, other) in enumerate(zip(*found, strict=True)):
+            # z, the product, and the factors are rounded, and sums have seven terms at most.
+            limit = 16 * torch.finfo(dtype).eps * max(1.0, float(other.abs().max()))
+            kit.measured(f"{number}", float((mine.double() - other.double()).abs().max()), limit, derived=True)
 
 
 def test_row_norms_equal_their_reference() -> None:
