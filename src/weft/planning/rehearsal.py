@@ -29,6 +29,7 @@ from weft.planning.dry_run import Call, DryRun, without_memory
 from weft.planning.quantized import empty_weights, swap_linears
 from weft.planning.way import ProvedWay, proved_way
 from weft.training.job import Job
+from weft.training.optimizers.eight_bit import SMALLEST
 from weft.training.reader import JobData, Reader
 from weft.training.run import blank_adapter, check_names
 from weft.training.settings import RunConfig
@@ -119,7 +120,7 @@ class _DryJob(Job):
     """It knows which pieces of memory are its gradients and its optimizer's state.
 
     An optimizer in 8 bits looks at numbers, and its state is whole numbers, which would be real: SGD without a state
-    stands for it, and ``further_state`` bytes.
+    stands for it, what its update makes for a while, and ``further_state`` bytes.
     """
 
     dry: DryRun
@@ -134,9 +135,12 @@ class _DryJob(Job):
         plain = own.model_dump(exclude_unset=True) | {"optimizer": "sgd", "momentum": 0.0, "optim_args": {}}
         self.config = type(own).model_validate(plain)
         try:
-            return super()._make_optimizer()
+            made = super()._make_optimizer()
         finally:
             self.config = own
+        if made is not None:
+            made.register_step_post_hook(self._play_eight_bits)
+        return made
 
     def _witness(self, tensor: Tensor) -> str:
         return ""  # it has no numbers
@@ -154,6 +158,18 @@ class _DryJob(Job):
             if piece.taken >= begun and piece.freed is None:
                 piece.cause = "optimizer"
         return found
+
+
+    def _play_eight_bits(self, *_: object) -> None:
+        """The tensors that bitsandbytes' AdamW makes on a CPU, parameter by parameter, besides those of SGD."""
+        for parameter in self.parameters:
+            if parameter.grad is None or parameter.numel() < SMALLEST or self.dry.device.type != "cpu":
+                continue
+            first, second = torch.empty_like(parameter.data), torch.empty_like(parameter.data)
+            grad = parameter.grad * 1.0
+            first.mul_(0.9).add_(grad, alpha=0.1)
+            second.mul_(0.9).addcmul_(grad, grad, value=0.1)
+            parameter.data.addcdiv_(first, (second.sqrt() / 0.9).add_(1e-8), value=0.0)
 
 
 class Rehearsal:
