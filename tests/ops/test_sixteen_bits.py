@@ -41,9 +41,9 @@ def test_without_instructions_always(monkeypatch: pytest.MonkeyPatch) -> None:
     ("gains", "wanted"),
     [
         ({128: 0.3, 32: 2, 8: 2}, 0),
-        ({128: 1.5, 32: 0.9, 8: 2}, 128),
+        ({128: 1.5, 32: 0.7, 8: 2}, 128),
         ({128: 1.5, 32: 1.3, 8: 1.2}, 8),
-        ({128: 1.05, 32: 1.05, 8: 1.05}, 0),
+        ({128: 0.75, 32: 1.5, 8: 1.5}, 0),
     ],
 )
 def test_the_first_of_all_that_gain(gains: dict[int, float], wanted: int) -> None:
