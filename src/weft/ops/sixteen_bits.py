@@ -22,7 +22,7 @@ from weft.libraries import multiplies_sixteen_bits
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Rows that are tried, with a weight of so many rows and columns: not so small that calls take as long as products, nor
 # so large that each is disturbed by what else runs on the machine.
-_TRIED, _WIDTH = (128, 32, 8), 1024
+_TRIED, _WIDTH = (128, 32), 1024
 # A product may be a fifth slower in fp32: for each number of rows oneDNN makes a kernel, which takes 7 ms and 0.7 MB.
 # Disturbed tries hide a gain rather than feign one, for where instructions are fast, fp32 takes several times as long.
 _GAIN, _ROUNDS, _TRIES = 0.8, 9, 4
