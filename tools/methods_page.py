@@ -3,7 +3,6 @@
 python benchmarks/methods.py --output benchmarks/results/methods.json
 python benchmarks/methods.py --speed --output benchmarks/results/methods_speed.json
 python benchmarks/methods_on_alpaca.py --output benchmarks/results/methods_alpaca.json
-python benchmarks/methods_quantised.py --output benchmarks/results/methods_quantised.json
 python tools/methods_page.py > docs/methods.md
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +45,6 @@ knew children's stories only. Made by `benchmarks/methods_on_alpaca.py` on {date
 
 | method | parameters | learning rate | held-out Alpaca | C4 |
 |---|---|---|---|---|"""
-
-_QUANTISED = """\
-## On a quantised base
-
-{model} in bf16, in NF4 (scales quantised too) and in int8, after {steps} steps of {batch_size} instructions: exact
-match of 200 held-out questions, means of {seeds} seeds, and how far the seeds of one format lie apart. All methods and
-seeds train at once over one base. `full` and `freeze` train linears of the base, which a quantised one does not have.
-Made by `benchmarks/methods_quantised.py` on {date}.
-
-| method | bf16 | NF4 | int8 | NF4 - bf16 | int8 - bf16 | seeds apart |
-|---|---|---|---|---|---|---|"""
 
 _EXPERTS = """\
 ## Mixture of experts
@@ -105,7 +92,7 @@ without a word, also those that peft itself saved. Weft's files then give these 
 """
 
 
-def page(table: dict[str, Any], speed: dict[str, Any], alpaca: dict[str, Any], quantised: dict[str, Any]) -> str:
+def page(table: dict[str, Any], speed: dict[str, Any], alpaca: dict[str, Any]) -> str:
     """The whole page."""
     parts = [_INTRO.format(**table)]
     for model in EMBEDDED_MODELS:
@@ -117,7 +104,7 @@ def page(table: dict[str, Any], speed: dict[str, Any], alpaca: dict[str, Any], q
         parts.append("")
     parts.append(_ALPACA.format(**alpaca))
     parts += map(_loss_row, alpaca["rows"])
-    parts += ["", _QUANTISED.format(**quantised), *map(_format_row, quantised["rows"]), ""]
+    parts.append("")
     parts.append(_EXPERTS)
     parts.append("## What each one trains\n")
     for name, cls in METHODS.items():
@@ -150,17 +137,9 @@ def _loss_row(row: dict[str, Any]) -> str:
     return f"| {name} | {trained} | {row['eval_loss']:.2f} | {row['text_loss']:.2f} |"
 
 
-def _format_row(row: dict[str, Any]) -> str:
-    plain, four, eight = (statistics.mean(row[kind]) for kind in ("bf16", "nf4", "int8"))
-    apart = max(max(row[kind]) - min(row[kind]) for kind in ("bf16", "nf4", "int8"))
-    points = " | ".join(f"{100 * (share - plain):+.1f}" for share in (four, eight))
-    return f"| `{row['method']}` | {plain:.1%} | {four:.1%} | {eight:.1%} | {points} | {100 * apart:.1f} |"
-
-
 def results() -> tuple[dict[str, Any], ...]:
     """What ``page`` is made of."""
-    tables = ("", "_speed", "_alpaca", "_quantised")
-    return tuple(json.loads((RESULTS / f"methods{which}.json").read_text()) for which in tables)
+    return tuple(json.loads((RESULTS / f"methods{which}.json").read_text()) for which in ("", "_speed", "_alpaca"))
 
 
 def main() -> None:
