@@ -60,7 +60,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _LARGEST_MMAP_THRESHOLD, _LARGEST_TRIM_THRESHOLD, _NEVER = 32 << 20, 64 << 20, -1
 _SMALL_MMAP_THRESHOLD = 1 << 18
 # It is looked at every so many seconds whether gaps have become too many. A look takes 40 microseconds.
-_LOOKS = 0.05
+_LOOKS = 0.02
 _KEEPING, _LOCK = [0], threading.Lock()  # how many blocks ask for it now
 
 
