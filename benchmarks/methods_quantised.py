@@ -23,7 +23,7 @@ from weft.assets import EMBEDDED_MODELS
 from weft.methods import METHODS
 
 FORMATS: dict[str, dict[str, Any]] = {"bf16": {}, "nf4": {"quantization": "nf4"}, "int8": {"quantization": "int8"}}
-# They train linears of the base or whole copies of its blocks, which a quantised base refuses; and two that learn no task.
+# They train linears of the base or whole copies of blocks, which a quantised base refuses; and two that learn no task.
 LEFT_OUT = ("full", "freeze", "llama_pro", "hard_prompt", "trainable_tokens")
 
 
