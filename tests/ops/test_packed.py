@@ -105,6 +105,25 @@ def test_few_rows_and_double_precision_take_the_whole_weight() -> None:
             torch.testing.assert_close(ours, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+def test_no_rows_at_all() -> None:
+    """An expert to which no token goes."""
+    for rows in (made(7, 48, torch.bfloat16), made(7, 48, torch.bfloat16, quant_type="nf4")):
+        x = torch.zeros(2, 0, 48, dtype=torch.bfloat16, requires_grad=True)
+        y = packed_linear(x, rows)
+        assert y.shape == (2, 0, 7)
+        y.sum().backward()
+
+
+def test_packed_as_another_dtype_and_lying_otherwise() -> None:
+    rows = made(6, 64, torch.bfloat16, quant_type="nf4")
+    wanted = rows.whole()
+    turned = rows.packed.view(torch.uint8).view(2, -1).t().contiguous().t()
+    for packed in (rows.packed.view(1, -1), rows.packed.view(-1).view(torch.float32)[:, None], turned):
+        other = replace(rows, packed=packed)
+        assert torch.equal(other.whole(), wanted)
+        assert torch.equal(torch.cat([wide.clone() for _, wide in other.pieces()]), wanted.float())
+
+
 def test_where_it_is_used() -> None:
     assert in_pieces(torch.zeros(8, 4), torch.float32)
     assert not in_pieces(torch.zeros(7, 4), torch.float32)

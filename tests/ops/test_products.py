@@ -147,6 +147,8 @@ def test_what_has_few_tokens_stays_where_there_are_instructions(monkeypatch: pyt
     monkeypatch.setattr(products, "faster_wide_from", lambda *_: 32)
     for tokens, there in ((31, False), (32, True)):
         x, narrow, wide = (drawn(*shape, dtype=torch.bfloat16) for shape in ((tokens, 512), (8, 512), (512, 512)))
-        z = x @ narrow.t()
-        products_of_a_step = ((x, wide.t()), (x, wide), (x, narrow.t()), (z, narrow), (z.t(), x), (x.t(), z))
-        assert [in_pieces(a, b) for a, b in products_of_a_step] == [there] * 6
+        z, one = x @ narrow.t(), x[:, :1].contiguous()
+        products_of_a_step = (
+            (x, wide.t()), (x, wide), (x, narrow.t()), (z, narrow), (z.t(), x), (x.t(), z), (one.t(), x)
+        )  # fmt: skip
+        assert [in_pieces(a, b) for a, b in products_of_a_step] == [there] * 7

@@ -132,7 +132,7 @@ def one_kernel(model: nn.Module) -> Callable[[], None]:
 
     At the first pass without gradients, bitsandbytes packs their weights anew for a faster kernel that rounds
     differently (by 6e-3 in logits of a tiny Llama). Whether a layer has gradients depends on the methods in the batch.
-    And its kernel for AVX-512 reads wrong scales where blocks go across rows (``weft.ops.four_bit``).
+    And what it computes with AVX-512 may be wrong (``weft.ops.four_bit``).
     """
     packs = [module for module in model.modules() if getattr(module, PACKS, False)]
     for module in packs:

@@ -56,7 +56,7 @@ class FourBitRows:
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """As ``Rows`` has it, [n, in] each. A piece begins where a block of the quantisation does."""
         (rows, columns), block = self.shape, self.state.blocksize
-        scales, packed = _scales(self.state), self.packed.view(torch.uint8).view(-1)
+        scales, packed = _scales(self.state), _bytes(self.packed)
         step = lengths_of_pieces(rows, columns, block // math.gcd(block, columns))
         for start in range(0, rows, step):
             end = min(start + step, rows)
@@ -80,10 +80,15 @@ def dequantize_weight(packed: Tensor, state: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     if packed.device.type != "cpu":
-        found: Tensor = dequantize_4bit(packed, state)
+        # A single row of codes would have it give the transpose.
+        found: Tensor = dequantize_4bit(_bytes(packed)[:, None], state)
         return found
-    codes = packed.contiguous().view(torch.uint8).view(-1)
-    return _numbers(codes, _scales(state), math.prod(state.shape), state).view(state.shape)
+    return _numbers(_bytes(packed), _scales(state), math.prod(state.shape), state).view(state.shape)
+
+
+def _bytes(packed: Tensor) -> Tensor:
+    """Packed codes of any shape and dtype as [n] in uint8."""
+    return packed.contiguous().view(-1).view(torch.uint8)
 
 
 def _scales(state: Any) -> Tensor:
@@ -104,17 +109,15 @@ def _numbers(packed: Tensor, scales: Tensor, count: int, state: Any) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     block, whole = state.blocksize, count // state.blocksize
-    found = torch.empty(count, dtype=state.dtype)
+    numbers = torch.empty(0, dtype=state.dtype)
     if whole:
         shape = torch.Size((whole, block))
         told = QuantState(scales[:whole].contiguous(), shape, state.code, block, state.quant_type, state.dtype)
         numbers = dequantize_4bit(packed[: whole * block // 2, None], told).view(-1)
-        if whole * block == count:
-            return numbers
-        found[: whole * block] = numbers
+    if whole * block == count:
+        return numbers
     rest = unpack_four_bits(packed[whole * block // 2 :], count - whole * block)
-    found[whole * block :] = dequantize_blocks(rest, scales[whole:], state.code.cpu(), block)
-    return found
+    return torch.cat([numbers, dequantize_blocks(rest, scales[whole:], state.code.cpu(), block).to(state.dtype)])
 
 
 def quantize_weight(

@@ -101,7 +101,7 @@ def packed_linear(x: Tensor, rows: PackedRows, bias: Tensor | None = None) -> Te
     """``x W^T + bias``, [..., out], of x [..., in] in the dtype of ``rows``, W [out, in] and bias [out]."""
     if torch.compiler.is_compiling():
         return functional.linear(x, rows.whole(), bias)
-    y = _PackedProduct.apply(x.reshape(-1, x.shape[-1]), rows).view(*x.shape[:-1], -1)
+    y = _PackedProduct.apply(x.reshape(-1, x.shape[-1]), rows).view(*x.shape[:-1], rows.shape[0])
     return y if bias is None else y + bias
 
 

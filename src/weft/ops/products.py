@@ -49,7 +49,7 @@ def in_pieces(a: Tensor, b: Tensor) -> bool:
 
 def _is_turned(a: Tensor) -> bool:
     """Whether a [N, K] is the transpose of what lies, as in the gradient of a weight: its columns are the tokens."""
-    return a.stride(0) == 1 and a.stride(1) != 1
+    return a.stride(0) == 1 and (a.stride(1) != 1 or a.shape[0] == 1)
 
 
 def _is_slow(x: Tensor, tokens: int, multiplications: int) -> bool:
@@ -57,8 +57,8 @@ def _is_slow(x: Tensor, tokens: int, multiplications: int) -> bool:
     if x.dtype.itemsize != 2 or torch.compiler.is_compiling():
         return False
     least = faster_wide_from(x.device, x.dtype)
-    # For each number of tokens oneDNN makes a kernel, which takes 7 ms and 0.7 MB, however small the product is. Where
-    # fp32 is no slower, it is left the few numbers that come again.
+    # For each number of tokens oneDNN makes a kernel (``sixteen_bits``), however small the product is. Where fp32 is no
+    # slower, it is left the few numbers that come again.
     return tokens >= least and (least > 1 or multiplications >= _SMALL)
 
 
@@ -89,12 +89,12 @@ def scratch(numbers: int, use: str = "piece") -> Tensor:
     What is new, the kernel clears page by page, and that takes as long as the product. And the C library does not find
     the gaps again that such short-lived memory leaves between tensors that stay (docs/design.md, the plan of a run).
     """
-    if numbers > _LARGEST:
-        return torch.empty(numbers, device="cpu")  # it has pages of its own, and they go back at once
+    if numbers > _LARGEST:  # it has pages of its own, and they go back at once
+        return torch.empty(numbers, dtype=torch.float32, device="cpu")
     held: dict[str, Tensor] = _SCRATCH.__dict__.setdefault("held", {})
     if use not in held or len(held[use]) < numbers:
         with torch.inference_mode(False):  # what is made inside it could not be written to outside
-            held[use] = torch.empty(numbers, device="cpu")
+            held[use] = torch.empty(numbers, dtype=torch.float32, device="cpu")
     return held[use][:numbers]
 
 
@@ -208,7 +208,7 @@ def product(x: Tensor, weight: Tensor, *, flipped: bool = False) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if not _in_node(rows, weight, flipped):
         return torch.nn.functional.linear(x, weight) if flipped else x @ weight
-    return _Product.apply(rows, weight, flipped).view(*x.shape[:-1], -1)
+    return _Product.apply(rows, weight, flipped).view(*x.shape[:-1], weight.shape[0 if flipped else 1])
 
 
 def _in_node(rows: Tensor, weight: Tensor, flipped: bool) -> bool:

@@ -159,7 +159,6 @@ class _DryJob(Job):
                 piece.cause = "optimizer"
         return found
 
-
     def _play_eight_bits(self, *_: object) -> None:
         """The tensors that bitsandbytes' AdamW makes on a CPU, parameter by parameter, besides those of SGD."""
         for parameter in self.parameters:
