@@ -25,11 +25,12 @@ from weft.planning.flops import flops_of
 from weft.planning.heap import Heap, heap_of, peak_of
 from weft.planning.memory import CAUSES, MemoryPlan
 from weft.planning.plan import Plan, plan_of
-from weft.planning.rehearsal import material, rehearsed
+from weft.planning.rehearsal import Rehearsal, material, rehearsed
 from weft.planning.sizes import size_of
 from weft.planning.timing import StepTime
 from weft.training.config import make_config
 from weft.training.loop import train_step
+from weft.training.optimizers.eight_bit import SMALLEST
 from weft.training.run import prepare
 
 
@@ -338,3 +339,20 @@ def test_an_optimizer_in_eight_bits_has_its_own_state(optimizer: str, tiny_data:
     state = {one: plan.memory.by_cause["optimizer"] for one, plan in plans.items()}
     assert 0.2 < state[optimizer] / state["adamw"] < 0.5
     assert plans[optimizer].disk < plans["adamw"].disk
+
+
+def test_the_update_in_eight_bits_is_played(tiny_data: Path, tmp_path: Path) -> None:
+    """For every tensor that has a state in 8 bits bitsandbytes makes both moments in fp32, and a root of one."""
+    pytest.importorskip("bitsandbytes")
+    roots = {}
+    for one in ("sgd", "adamw_8bit"):
+        config = make_config(run_of(tiny_data, output_dir=str(tmp_path / "run"), method="full", optimizer=one))
+
+        def large(rehearsal: Rehearsal) -> tuple[int, int]:
+            calls = rehearsal.calls_of(0)
+            (job,) = rehearsal.jobs
+            found = [c for c in calls if "sqrt" in str(c.operator) and "rsqrt" not in str(c.operator)]
+            return len(found), sum(p.numel() >= SMALLEST for p in job.parameters)
+
+        roots[one], tensors = rehearsed(material(config), large)
+    assert roots["adamw_8bit"] - roots["sgd"] == tensors > 0
