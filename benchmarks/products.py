@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = [
         "# Linears in 16, 4 and 8 bits on a CPU", "",
-        f"`python benchmarks/products.py`, {datetime.date.today()}, {torch.get_num_threads()} threads, torch "
+        f"`python {' '.join(sys.argv)}`, {datetime.date.today()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. Milliseconds, the fastest of "
         f"{options.rounds}; ratio: theirs / ours. Below eight rows ours is theirs.", "",
         "| weight | kept in | rows | forward, theirs | ours | ratio | and backward, theirs | ours | ratio |",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests import kit
 
-from weft.ops import products
+from weft.ops import packed, products
 from weft.ops.four_bit import FourBitRows
 from weft.ops.packed import EightBitRows, in_pieces, packed_linear, packed_linear_ref
 from weft.ops.quantization import NestedScales, dequantize_blocks, levels_of, unpack_four_bits
@@ -118,13 +118,16 @@ def test_packed_as_another_dtype_and_lying_otherwise() -> None:
     rows = made(6, 64, torch.bfloat16, quant_type="nf4")
     wanted = rows.whole()
     turned = rows.packed.view(torch.uint8).view(2, -1).t().contiguous().t()
-    for packed in (rows.packed.view(1, -1), rows.packed.view(-1).view(torch.float32)[:, None], turned):
-        other = replace(rows, packed=packed)
+    for codes in (rows.packed.view(1, -1), rows.packed.view(-1).view(torch.float32)[:, None], turned):
+        other = replace(rows, packed=codes)
         assert torch.equal(other.whole(), wanted)
         assert torch.equal(torch.cat([wide.clone() for _, wide in other.pieces()]), wanted.float())
 
 
-def test_where_it_is_used() -> None:
+def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "faster_wide_from", lambda *_: 32)
+    asked = [in_pieces(torch.zeros(rows, 4), torch.bfloat16) for rows in (8, 31, 32)]
+    assert asked == [False, False, True], "a few rows are faster with instructions"
     assert in_pieces(torch.zeros(8, 4), torch.float32)
     assert not in_pieces(torch.zeros(7, 4), torch.float32)
     assert not in_pieces(torch.zeros(8, 4, device="meta"), torch.float32)

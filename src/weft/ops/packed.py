@@ -6,7 +6,6 @@ but its packed form outlives a pass. With and without gradients the numbers are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,8 +68,7 @@ def in_pieces(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the product of x [..., in] in ``dtype`` with a packed weight is faster piece by piece."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < _FEW * x.shape[-1]:
         return False
-    # The weight is widened either way; in fp32, where that multiplies as fast, its pieces stay in the cache.
-    return dtype == torch.float32 or faster_wide_from(x.device, dtype) < math.inf
+    return dtype == torch.float32 or x.numel() >= faster_wide_from(x.device, dtype) * x.shape[-1]
 
 
 class _Context(Context, Protocol):

@@ -1,8 +1,8 @@
 """From how many tokens on a product in 16 bits is faster in fp32, the widening of its weight included.
 
 Where a CPU has no instructions for 16 bits it always is. Where it has some, only measuring tells: a Xeon with AVX-512's
-for bfloat16, without AMX, multiplies half as fast in them as in fp32 (docs/design.md), and with AMX several times as
-fast. What was measured is kept for all processes, so that a run that goes on multiplies as before (if
+for bfloat16, without AMX, multiplies half as fast in them as in fp32 (``benchmarks/results/products_*``), and with AMX
+several times as fast. What was measured is kept for all processes, so that a run that goes on multiplies as before (if
 ``WEFT_CACHE_DIR`` keeps nothing, each process measures for itself).
 """
 
