@@ -18,6 +18,7 @@ from weft.files.run_folder import read_metrics
 from weft.generation import Engine, Limits, Request, generate
 from weft.generation.constraint import Constraint
 from weft.generation.open import open_target
+from weft.generation.rollouts import writer
 from weft.generation.sampling import Sampling
 from weft.generation.target import Target
 from weft.methods import (
@@ -158,6 +159,7 @@ def train(
             found,
             callbacks=[show, *(one for one in callbacks if not isinstance(one, str))],
             on_event=on_event or (lambda event: None),
+            writer=writer,
             should_stop=lambda: session.should_stop() or (should_stop is not None and should_stop()),
         )
     if session.received is not None and not result.completed:

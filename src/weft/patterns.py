@@ -7,7 +7,7 @@ A pattern like ``(a+)+$`` takes twice as long with every character. Python's own
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import regex
@@ -38,15 +38,18 @@ class Pattern:
 
     def full(self, path: str) -> regex.Match[str] | None:
         """The match of the whole path, as by ``re.fullmatch``."""
-        return self._run(path, full=True)
+        return self._run(path, self._compiled.fullmatch)
 
     def begins(self, path: str) -> regex.Match[str] | None:
         """The match at the beginning of the path, as by ``re.match``."""
-        return self._run(path, full=False)
+        return self._run(path, self._compiled.match)
 
-    def _run(self, path: str, *, full: bool) -> regex.Match[str] | None:
+    def search(self, text: str) -> regex.Match[str] | None:
+        """The first match anywhere in the text, as by ``re.search``."""
+        return self._run(text, self._compiled.search)
+
+    def _run(self, path: str, apply: Callable[..., regex.Match[str] | None]) -> regex.Match[str] | None:
         begun = time.perf_counter()
-        apply = self._compiled.fullmatch if full else self._compiled.match
         try:
             return apply(path, timeout=max(self._left, 0.01))
         except (TimeoutError, RecursionError, MemoryError):

@@ -10,7 +10,8 @@ from tests import kit
 from weft.api import Adapters
 from weft.core.adapter import Adapter
 from weft.core.stream import Part
-from weft.layouts.building import embed, interleave
+from weft.layouts.building import embed
+from weft.layouts.end_to_end import interleave
 from weft.models import describe
 
 Runs = list[tuple[int, int]]

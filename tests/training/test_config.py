@@ -15,8 +15,8 @@ from weft.errors import UserError
 from weft.methods import METHODS
 from weft.models.quantize import Quantization
 from weft.training.aliases import RENAMED, SWITCHES, translate
+from weft.training.checks import check_names
 from weft.training.config import JobConfig, RunConfig, build_config, load_config, make_config
-from weft.training.run import check_names
 
 BASE = {"model": "m", "data": "d", "method": "lora"}
 

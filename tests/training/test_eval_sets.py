@@ -27,9 +27,10 @@ from weft.models import describe
 from weft.objectives.passes import evaluate_loss
 from weft.preview.data_sets import examine
 from weft.training import Job, JobConfig, RunConfig, Trainer, make_config
+from weft.training.checks import check_names
 from weft.training.config import build_config
 from weft.training.loop import TrainResult
-from weft.training.run import check_names, train
+from weft.training.run import train
 from weft.training.same_run import check_same_run, rooted
 
 SETS = {"domain": "domain.jsonl", "general": ["b.jsonl", "c.jsonl"]}

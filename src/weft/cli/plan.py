@@ -67,7 +67,7 @@ def _check(
     from weft.cli.train import settings_of
     from weft.models.load import resolve_model
     from weft.planning.sizes import size_of
-    from weft.training.run import check_names
+    from weft.training.checks import check_names
 
     flags: dict[str, Any] = {"model": model, "data": data}
     flags |= {"method": None if not method else method[0] if len(method) == 1 else method}

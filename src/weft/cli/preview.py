@@ -114,7 +114,7 @@ def _write_clean(path: Path, views: Sequence[View]) -> None:
 def _check(words: list[str], model: str | None, data: str | None) -> RunConfig:
     """The settings, if what they name is there."""
     from weft.models.load import resolve_model
-    from weft.training.run import check_names
+    from weft.training.checks import check_names
 
     settings = _settings(words, model, data)
     if not Path(settings.model).is_dir():  # a folder may hold a tokenizer alone

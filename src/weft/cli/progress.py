@@ -71,6 +71,10 @@ class PlainReporter(Reporter):
             common.say(line)
 
 
+# What a line of a step tells of judged answers, where there is some; metrics.jsonl has more.
+_FIGURES = ("rewards/margins", "accuracy", "logps/chosen", "kl")
+
+
 def plain_line(event: Mapping[str, Any]) -> str | None:
     """The line for an event, or None for those that have none."""
     if event["event"] == "eval":
@@ -88,7 +92,7 @@ def plain_line(event: Mapping[str, Any]) -> str | None:
         f"step job={event['job']} step={event['step']}/{event['total_steps']} epoch={event['epoch']:.2f} "
         f"loss={event['loss']:.4f} grad_norm={event['grad_norm']:.3f} lr={event['learning_rate']:.2e} "
         f"tokens/s={event['tokens_per_second']:.0f} eta={common.human_time(event['eta_seconds'])} "
-        f"memory={event['memory_gb']:.2f}GB"
+        f"memory={event['memory_gb']:.2f}GB" + "".join(f" {k}={event[k]:.4f}" for k in _FIGURES if k in event)
     )
 
 

@@ -59,7 +59,7 @@ def train(
 
 
 def _check(words: list[str], flags: Mapping[str, Any]) -> None:
-    from weft.training.run import check_names, check_places
+    from weft.training.checks import check_names, check_places
 
     settings = settings_of(words, flags)
     check_places(settings)
@@ -85,6 +85,7 @@ def settings_of(words: list[str], flags: Mapping[str, Any]) -> RunConfig:
 
 
 def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -> int:
+    from weft.generation.rollouts import writer
     from weft.training.memory import peak_memory
     from weft.training.run import train as run_training
 
@@ -111,7 +112,7 @@ def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -
     try:
         result = run_training(
             settings, on_event=session.event, should_stop=session.should_stop, on_read=outlook, on_ready=ready,
-            on_trained=trained,
+            on_trained=trained, writer=writer,
         )  # fmt: skip
     except CannotFitError as error:
         session.close()

@@ -117,6 +117,11 @@ class MethodConfig(Worded):
         """Whether a fresh adapter of these settings promises the base's results."""
         return True
 
+    @property
+    def draws(self) -> bool:
+        """Whether a pass of training draws random numbers: a field that ends in ``dropout`` is above 0."""
+        return any(getattr(self, name) for name in type(self).model_fields if name.endswith("dropout"))
+
     @classmethod
     def learning_rate(cls, hidden_size: int) -> float:
         """The rate of a job that names none."""
@@ -254,6 +259,11 @@ class Adapter(nn.Module):
     def begins_as_identity(self) -> bool:
         """Whether a fresh adapter promises to give what the base gives: not if it puts something before the text."""
         return self.config.begins_as_identity and not (self.num_virtual_tokens or self.num_prefix_tokens)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a pass of training draws random numbers, which differ from sequence to sequence."""
+        return any(part.draws for part in self.config.methods())
 
     def sites(self) -> Mapping[str, SiteFunction]:
         """Module path -> what happens to that module's output."""

@@ -26,6 +26,8 @@ class Batch(Protocol):
     def rows(self) -> Sequence[Sequence[int]]: ...
     @property
     def standing(self) -> Sequence[int]: ...
+    def before(self, row: int) -> int:
+        """The row before this one in its sequence."""
 
 
 class Sample(Protocol):
@@ -49,6 +51,16 @@ class Sample(Protocol):
     def size(self) -> int: ...
     @property
     def written(self) -> tuple[Sequence[int], Sequence[float]]: ...
+    @property
+    def each(self) -> Sequence[Sample]:
+        """A sample for each of its answers, where several were judged; else itself alone."""
+
+    @property
+    def shared(self) -> Sequence[int]:
+        """How many of the first tokens of ``each`` are those of the first one, which shares none."""
+
+    @property
+    def margin(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ class TokenHead(Head):
                 for place, weight in enumerate(sample.weights):
                     if weight and place:
                         # The row before it may be a virtual token's: generation goes on from there too.
-                        rows.append(places[place] - 1)
+                        rows.append(batch.before(places[place]))
                         targets.append(sample.input_ids[place])
                         weights.append(weight)
             owner.extend([index] * (len(rows) - len(owner)))

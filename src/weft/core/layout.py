@@ -70,6 +70,18 @@ class Layout(ABC):
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """Lay out a batch; rows of ``parts`` keep their order."""
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether sequences can have their first rows in common."""
+        # Tables that are chosen by a sequence's own length make equal rows of two sequences differ.
+        return self.route.shares and self.shape.install_tables is None and not self.shape.bidirectional
+
+    def can_share(self, part: Part) -> bool:
+        """Whether sequences of the part can: numbers that are drawn for each sequence make its rows its own."""
+        adapter = None if part.adapter is None else self.adapters[part.adapter]
+        drawn = part.seed is not None and (part.neftune_alpha > 0 or (adapter is not None and adapter.draws))
+        return self.shares_rows and not drawn
+
     def next_route(self, counts: Counts, **more: Any) -> Route:
         """Where one new token per row goes."""
         segments = tuple(Segment(name, n, n, lengths=(1,) * n, padded=self.route.padded) for name, n in counts)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from weft.core.rows import Groups, Rows
 from weft.errors import UserError
-from weft.ops.attention import SequenceLayout
+from weft.ops.sequence_layout import SequenceLayout, Sharing
 
 # Learned keys and values of one adapter: one pair per layer, each [kv_heads, prefix, head_dim].
 PrefixStates = Sequence[tuple[Tensor, Tensor]]
@@ -41,7 +41,8 @@ class Segment:
     """The rows of one adapter.
 
     ``seed`` fixes every random number of these rows in this pass, so that neither a neighbour nor a recomputation can
-    change it (None: no number is drawn, as in evaluation). ``lengths`` are its sequences', virtual tokens included.
+    change it (None: no number is drawn, as in evaluation). ``lengths`` are its sequences', virtual tokens and shared
+    rows included; ``tokens`` counts every row once.
     ``neftune_alpha`` is the strength of the noise on its embeddings (0: no noise). ``call`` (``weft.core.rows``) holds
     the arguments of the module at hand beside the rows, for functions that run it again (None: it has none).
     """
@@ -77,6 +78,8 @@ class Route(ABC):
     _: KW_ONLY
     cache: KeyValueCache | None = None
     exact: bool = False
+    # Where sequences have rows in common, ``layout`` is that of the whole ones.
+    sharing: Sharing | None = None
     # Module path -> its own route: a decoder's cross-attention also takes the encoder's rows.
     elsewhere: Mapping[str, Route] = field(default_factory=dict)
     # While text is written: the changes that all adapters make at a site at once (``weft.generation.together``).
@@ -87,6 +90,8 @@ class Route(ABC):
 
     # Whether module inputs are [B, T, d] with one sequence per row, else [1, N, d].
     padded: ClassVar[bool]
+    # Whether sequences can have rows in common.
+    shares: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -154,9 +159,17 @@ class Route(ABC):
                     segment.lengths, prefix_groups=groups, separate_groups=self.exact,
                     device=self.layout.cu_seqlens.device,
                 )  # fmt: skip
+            sharing = None
+            if self.sharing is not None:
+                begin, before = (sum(n) for n in ((s.tokens for s in self.segments[:index]),
+                                                  (n for s in self.segments[:index] for n in s.lengths)))  # fmt: skip
+                whole = range(before, before + sum(segment.lengths))
+                sharing = self.sharing.part(range(begin, begin + segment.tokens), whole)
             prefixes = {0: self.prefixes[index]} if index in self.prefixes else {}
             cache = None if self.cache is None else self.cache.part(first, segment.sequences)
-            self._alone[index] = type(self)((segment,), layout, prefixes, cache=cache, exact=self.exact)
+            self._alone[index] = type(self)(
+                (segment,), layout, prefixes, cache=cache, exact=self.exact, sharing=sharing
+            )
         return self._alone[index]
 
     def _strange(self, x: Tensor, path: str) -> UserError:
@@ -170,7 +183,7 @@ class Route(ABC):
 class StreamRoute(Route):
     """Sequences end to end in one stream, [1, N, d]."""
 
-    padded = False
+    padded, shares = False, True
 
     @property
     def sizes(self) -> list[int]:

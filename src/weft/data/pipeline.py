@@ -16,7 +16,7 @@ from itertools import chain, islice
 from typing import Any, Self, TypeVar, get_args
 
 from weft.data.formats.detect import to_example
-from weft.data.formats.examples import SFT
+from weft.data.formats.examples import SFT, Judged
 from weft.data.formats.labels import ordered
 from weft.data.formats.turns import EmptyAnswerError
 from weft.data.problems import OnBadRecord, Problem, Problems, about_record
@@ -54,7 +54,7 @@ class Outcome:
 
     source: str
     label: str | None = None
-    example: SFT | None = None
+    example: SFT | Judged | None = None
     fields: Mapping[str, Any] | None = None
 
 
@@ -153,10 +153,28 @@ class Recipe:
         return outcome
 
     def end(self, fold: Fold) -> None:
-        """Log what was left out. Raises UserError where there is nothing to learn."""
-        raise NotImplementedError
+        """Log how many records were left out or cut.
 
-    def refused(self, error: UserError, kind: str, record: Record, example: SFT | None = None) -> Refusal:
+        Raises:
+            UserError: No sample is left.
+        """
+        long, empty, limit = fold.left_out[TOO_LONG], fold.left_out[EMPTY], self.renderer.max_length
+        read, path = fold.kept + long, fold.path
+        if empty:
+            first = fold.first[EMPTY]
+            logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, empty, first)
+        if long:
+            logger.warning("%s: left out %d of %d records: longer than max_length %s", path, long, read, limit)
+        if fold.cut:
+            told = (path, fold.cut, read, limit, self.renderer.truncation)
+            logger.warning("%s: %d of %d records cut to max_length %s (%s)", *told)
+        if not fold.kept:
+            if fold.problems.count:
+                raise fold.problems.error()
+            reason = f"longer than max_length {limit}" if long else "without an answer"
+            raise UserError(f"{path}: every record is {reason}, so there is {fold.nothing}.")
+
+    def refused(self, error: UserError, kind: str, record: Record, example: SFT | Judged | None = None) -> Refusal:
         """The outcome of a record that ``error`` is about. Raises ``error`` itself if that is about the settings."""
         problem = about_record(error, record.source, kind)
         if problem is None:
@@ -251,28 +269,6 @@ class TextRecipe(Recipe):
             return Omission(source=record.source, why=TOO_LONG)
         key = number_of(content_key(example)) if self.keyed else 0
         return Acceptance(source=record.source, samples=made, key=key, example=example if self.watched else None)
-
-    def end(self, fold: Fold) -> None:
-        """Log how many records were left out or cut.
-
-        Raises:
-            UserError: No sample is left.
-        """
-        long, empty, limit = fold.left_out[TOO_LONG], fold.left_out[EMPTY], self.renderer.max_length
-        read, path = fold.kept + long, fold.path
-        if empty:
-            first = fold.first[EMPTY]
-            logger.warning("%s: left out %d records with an empty answer (the first: %s)", path, empty, first)
-        if long:
-            logger.warning("%s: left out %d of %d records: longer than max_length %s", path, long, read, limit)
-        if fold.cut:
-            told = (path, fold.cut, read, limit, self.renderer.truncation)
-            logger.warning("%s: %d of %d records cut to max_length %s (%s)", *told)
-        if not fold.kept:
-            if fold.problems.count:
-                raise fold.problems.error()
-            reason = f"longer than max_length {limit}" if long else "without an answer"
-            raise UserError(f"{path}: every record is {reason}, so there is {fold.nothing}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- fold

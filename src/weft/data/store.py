@@ -21,7 +21,8 @@ _NAMES = 1024  # remembered paths, which need not be written or read again
 _HEAD = struct.Struct("=HIqqqI")  # flags, runs of weights, answer, line, place and length of the path
 _RUN = struct.Struct("=dI")
 _RUNS = np.dtype([("weight", "=f8"), ("count", "=u4")])
-_REST = struct.Struct("=qqII")  # label, cut, numbers of slots and of token types: what few samples have
+# Label, cut, numbers of slots, token types and branches, margin, bytes of facts: what few samples have.
+_REST = struct.Struct("=qqIIIdI")
 _ANSWER, _LINE, _LABEL, _MORE = 1, 2, 4, 8  # fields that differ from their defaults
 _DIGITS = 18
 
@@ -39,6 +40,7 @@ class SampleStore(Samples):
     def __init__(self, memory: int = MEMORY) -> None:
         self._bytes = Spill(memory)
         self._ends, self._inputs, self._targets = array("q"), array("i"), array("i")
+        self._branched = array("b")
         self._written: dict[str, tuple[int, int]] = {}  # path -> its place and length
         self._read: dict[int, str] = {}  # the same the other way round
 
@@ -56,10 +58,12 @@ class SampleStore(Samples):
         if sample.label is not None:
             flags |= _LABEL
         slots, types = sample.slots, sample.token_types
-        if sample.label is not None or sample.cut or slots or types:
+        branches, facts = sample.branches, sample.facts.encode("utf-8", "surrogatepass")
+        if sample.label is not None or sample.cut or slots or types or branches or facts:
             flags |= _MORE
-            rest = _REST.pack(sample.label or 0, sample.cut, len(slots), len(types))
-            parts += (rest, _packed(slots), _packed(types))
+            counts = map(len, (slots, types, branches))
+            rest = _REST.pack(sample.label or 0, sample.cut, *counts, sample.margin, len(facts))
+            parts += (rest, _packed(slots), _packed(types), _packed(branches), facts)
         begin = self._bytes.size
         place = self._written.get(path)
         if place is None:
@@ -76,6 +80,7 @@ class SampleStore(Samples):
         self._ends.append(self._bytes.size)
         self._inputs.append(len(sample.input_ids))
         self._targets.append(len(sample.target_ids))
+        self._branched.append(bool(branches))
 
     def sample(self, index: int) -> Sample:
         """Make the sample at ``index``, 0 … len - 1."""
@@ -94,18 +99,25 @@ class SampleStore(Samples):
         given = answer if flags & _ANSWER else None
         if not flags & _MORE:
             return Sample(ids, weights, source, answer=given, target_ids=targets)
-        label, cut, slots, types = _REST.unpack_from(data, at)
+        label, cut, *counts, margin, size = _REST.unpack_from(data, at)
         at += _REST.size
+        lists = []
+        for count in counts:
+            lists.append(tuple(_unpacked(data[at : at + 4 * count])))
+            at += 4 * count
         return Sample(
             ids,
             weights,
             source,
-            slots=tuple(_unpacked(data[at : at + 4 * slots])),
+            slots=lists[0],
             answer=given,
             label=label if flags & _LABEL else None,
             target_ids=targets,
-            token_types=tuple(_unpacked(data[at + 4 * slots : at + 4 * (slots + types)])),
+            token_types=lists[1],
             cut=cut,
+            branches=lists[2],
+            margin=margin,
+            facts=bytes(data[at : at + size]).decode("utf-8", "surrogatepass"),
         )
 
     def columns_at(self, places: Places) -> Columns:
@@ -136,6 +148,11 @@ class SampleStore(Samples):
         chosen = slice(places.start, places.stop) if isinstance(places, range) else places
         inputs, targets = (np.frombuffer(numbers, np.int32)[chosen] for numbers in (self._inputs, self._targets))
         return inputs.astype(np.int64), targets.astype(np.int64)  # copies: an array that is looked at cannot grow
+
+    def branched_at(self, places: Places) -> Array:
+        """Whether the samples at ``places`` hold judged answers."""
+        chosen = slice(places.start, places.stop) if isinstance(places, range) else places
+        return np.frombuffer(self._branched, np.int8)[chosen].astype(bool)
 
     def known_at(self, places: Places) -> tuple[int, Places]:
         """A sample is known by its place in the store."""

@@ -43,6 +43,8 @@ class Store(Protocol):
 
     def columns_at(self, places: Places, /) -> Columns: ...
 
+    def branched_at(self, places: Places, /) -> Array: ...
+
     def known_at(self, places: Places, /) -> tuple[int, Places]:
         """The key of a numbering, and the samples' numbers in it: equal ones are the same sample."""
         ...
@@ -102,6 +104,11 @@ class Samples(Sequence[Sample]):
         found = [store.lengths_at(places) for store, places in self.parts()] or [(_NONE, _NONE)]
         return np.concatenate([one for one, _ in found]), np.concatenate([other for _, other in found])
 
+    def branched(self) -> Array:
+        """Whether each sample holds judged answers, bool [samples]; no sample of a store is made."""
+        found = [store.branched_at(places) for store, places in self.parts()] or [np.zeros(0, bool)]
+        return np.concatenate(found)
+
     def columns(self) -> Columns:
         """The tokens of all samples as arrays; no sample of a store is made."""
         found = [store.columns_at(places) for store, places in self.parts()] or [ListStore(()).columns_at(range(0))]
@@ -160,6 +167,10 @@ class ListStore:
             labels=np.array([sample.label is not None for sample in samples], bool),
         )
 
+    def branched_at(self, places: Places) -> Array:
+        """Whether the samples at ``places`` hold judged answers."""
+        return np.array([bool(self.samples[place].branches) for place in places], bool)
+
     def known_at(self, places: Places) -> tuple[int, Places]:
         """A sample is known by its identity as an object."""
         return 0, np.array([id(self.samples[place]) for place in places], np.int64)
@@ -199,3 +210,14 @@ def _fresh(store: Store, places: Places, seen: dict[int, Array]) -> tuple[Store,
     fresh &= ~np.isin(numbers, seen.get(whose, _NONE))
     seen[whose] = np.union1d(seen.get(whose, _NONE), numbers)
     return store, np.asarray(places)[fresh]
+
+
+def each_answer(samples: Samples) -> tuple[Samples, Array]:
+    """The samples with each judged answer, after its prompt, as one of its own; and whose each is, [those].
+
+    Where no answers were judged they are the samples themselves.
+    """
+    if not samples.branched().any():
+        return samples, np.arange(len(samples))
+    found = [(number, one) for number, sample in enumerate(samples) for one in sample.each]
+    return samples_of([one for _, one in found]), np.array([number for number, _ in found], np.int64)

@@ -28,7 +28,8 @@ from weft.files.tensor_names import in_file, normalised
 from weft.files.tensors import check_digests, check_values, read_tensors, save_tensors
 from weft.files.whole import make_folder, refilled_folder, write_text
 from weft.foreign import entry, expect, read_json
-from weft.heads.classification import PREFIXES, ClassificationTask
+from weft.heads.classification import PREFIXES
+from weft.heads.reward import OwnHead, task_of
 from weft.libraries import paths_in_files
 from weft.methods.combined import CombinedConfig
 from weft.methods.dense import how_kept
@@ -70,7 +71,7 @@ def _write(adapter: Adapter, architecture: Architecture, folder: Path, base_name
         for name, part in zip(names, adapter.parts, strict=True):
             part.record_origin(adapter.provenance or part.provenance, adapter.trained_on or part.trained_on)
             _write(part, architecture, folder / name, base_name)
-        if own_head := _stored_head(adapter):
+        if own_head := stored_head(adapter):
             digests[WEIGHTS] = save_tensors(own_head, folder / WEIGHTS)
         own["parts"] = names
     else:
@@ -159,10 +160,10 @@ def assemble(
 
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All tensors in the adapter's file, in their own shapes: the method's and those of a classification head."""
-    return {**adapter.file_tensors(), **_stored_head(adapter)}
+    return {**adapter.file_tensors(), **stored_head(adapter)}
 
 
-def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
+def stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
     return adapter.head.stored(PREFIXES[adapter.num_learned_tokens > 0])
 
 
@@ -170,7 +171,7 @@ def _stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
 def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Take over the tensors that ``read`` gave, each of the shape of the adapter's own."""
     rest = dict(tensors)
-    for key, parameter in _stored_head(adapter).items():
+    for key, parameter in stored_head(adapter).items():
         parameter.copy_(checked(tensors, key, tuple(parameter.shape)))
         del rest[key]
     adapter.load_tensors(rest)
@@ -212,8 +213,8 @@ def name_for(folder: Path) -> str:
 
 def read(
     folder: Path, model: nn.Module | None = None
-) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
-    """Read an adapter folder: the method's configuration, the tensors in the file's shapes, and the classes, if any.
+) -> tuple[MethodConfig, dict[str, Tensor], OwnHead | None]:
+    """Read an adapter folder: the method's configuration, the tensors in the file's shapes, its head's task if any.
 
     ``model`` is the base. Where another program's file gives its modules a longer path, they get the base's own.
 
@@ -226,7 +227,7 @@ def read(
     path = folder / OWN_CONFIG
     own = read_own(folder)
     try:
-        task = ClassificationTask(_labels(own, folder)) if "labels" in own else None
+        task = task_of(_labels(own, folder)) if "labels" in own else None
         if "parts" in own:
             read_parts = [read(folder / name) for name in _parts(own)]
             joined = {f"{i}.{key}": t for i, (_, part, _) in enumerate(read_parts) for key, t in part.items()}

@@ -13,7 +13,8 @@ from weft.core.adapter import Adapter, MethodConfig
 from weft.core.architecture import Architecture
 from weft.errors import UserError
 from weft.foreign import expect
-from weft.heads.classification import PREFIXES, ClassificationTask, task_of_tensors
+from weft.heads.classification import PREFIXES, labels_of_tensors
+from weft.heads.reward import OwnHead, task_of
 from weft.methods.registry import METHODS
 from weft.methods.trainable_tokens import TokenRows
 
@@ -33,7 +34,7 @@ COMMON_KEYS = (
 
 def read_foreign(
     path: Path, entries: dict[str, object], tensors: dict[str, Tensor]
-) -> tuple[MethodConfig, dict[str, Tensor], ClassificationTask | None]:
+) -> tuple[MethodConfig, dict[str, Tensor], OwnHead | None]:
     """The adapter of a folder that peft or AdapterHub wrote, from its ``adapter_config.json`` (at ``path``).
 
     Returns:
@@ -57,7 +58,8 @@ def read_foreign(
     if rows is not None and two and isinstance(virtual, int) and len(rows) == 2 * virtual:
         # Of an encoder-decoder's two sets of virtual tokens peft only ever uses the encoder's.
         tensors = {**tensors, "prompt_embeddings": rows[:virtual]}
-    task, of_head = task_of_tensors(tensors) if entries.get("task_type") == "SEQ_CLS" else (None, [])
+    labels, of_head = labels_of_tensors(tensors) if entries.get("task_type") == "SEQ_CLS" else ((), [])
+    task = task_of(labels) if labels else None
     if task is not None:
         saved = expect(rest.get("modules_to_save") or [], list, f"{path}: modules_to_save")
         rest["modules_to_save"] = [m for m in saved if m not in HEAD_MODULES] or None

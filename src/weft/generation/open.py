@@ -31,7 +31,7 @@ from weft.files.adapter_folder import (
 )
 from weft.files.run_folder import RUN_FILE, RunStore, run_of
 from weft.generation.target import BASE, Target
-from weft.heads.classification import ClassificationTask
+from weft.heads.reward import task_of
 from weft.methods.dense import KEPT, how_kept
 from weft.models import Base, load_base
 from weft.models.load import check_device, load_tokenizer, resolve_dtype, resolve_model
@@ -269,7 +269,7 @@ def _add_adapters(
             jobs[name].method_on(base),
             seed=jobs[name].seed,
             tokenizer=base.tokenizer,
-            head=ClassificationTask(tuple(named)) if named else None,
+            head=task_of(named) if named else None,
         )
         stored = tensors.get(name, {})
         with torch.no_grad():

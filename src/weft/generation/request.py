@@ -68,6 +68,7 @@ class Completion:
         tokens: each of ``ids`` with its log-probabilities.
         stop: the stop string that ended it.
         tail: the text that came with no token: what was held back until the end.
+        end: the end token, which is not among ``ids``; None: none was written.
         cached_tokens: how many of the prompt's tokens were computed before.
     """
 
@@ -78,6 +79,7 @@ class Completion:
     tokens: list[Token] = field(default_factory=list)
     stop: str | None = None
     tail: str = ""
+    end: Token | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
 

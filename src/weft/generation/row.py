@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from weft.core.adapters import Adapters
 from weft.generation.blocks import Block
 from weft.generation.request import Request
-from weft.layouts.building import interleave
+from weft.layouts.end_to_end import interleave
 
 # Symbols of a text beside token ids: virtual token j is -1 - j, learned key j is _KEYS - j.
 _KEYS = -(1 << 40)

@@ -35,10 +35,12 @@ class Writer:
         self._text = None if tokenizer is None else TextStream(tokenizer)
         self._stops, self._matcher = StopStrings(request.stop), matcher
         self._tokens: list[Token] = []
+        self._end: Token | None = None
 
     def take(self, token: Token) -> FinishReason | None:
         """Take the next token; returns why the answer ends with it, if it does."""
         if token.id in self.stop_ids:
+            self._end = token
             return "stop"
         if self._text is not None:
             token = replace(token, text=self._stops.push(self._text.push(token.id)))
@@ -64,6 +66,7 @@ class Writer:
             text="".join(token.text for token in self._tokens) + tail,
             tokens=self._tokens,
             tail=tail,
+            end=self._end,
             prompt_tokens=len(self.request.prompt),
             cached_tokens=cached,
         ))  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from weft.core.adapter import BuildContext
 from weft.core.head import Batch, Head, Sample, Supervised, supervised
 from weft.errors import UserError
 from weft.ops.loss import losses_of_logits
+
+
+class Outputs(Protocol):
+    """What a head of this kind gives: a number for each of its labels, in their order."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,6 @@ KINDS: dict[str, _Kind] = {
 PREFIXES = ("base_model.model.", "base_model.")
 
 
-@final
 class ClassificationHead(nn.Module, Head):
     """``score(h)`` of the hidden state that stands for a sequence: transformers' ``...ForSequenceClassification``.
 
@@ -69,7 +75,7 @@ class ClassificationHead(nn.Module, Head):
     writes = False
     peft_task = "SEQ_CLS"
 
-    def __init__(self, task: ClassificationTask, context: BuildContext) -> None:
+    def __init__(self, task: Outputs, context: BuildContext) -> None:
         super().__init__()
         shape, kind = context.architecture, context.architecture.head_kind
         self.labels, self.kind = task.labels, kind
@@ -120,10 +126,10 @@ class ClassificationHead(nn.Module, Head):
         return {prefix + names[part]: parameter for part, parameter in self.named_parameters()}
 
 
-def task_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[ClassificationTask | None, list[str]]:
+def labels_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], list[str]]:
     """The head in a file that peft wrote: its classes, which have no names there, and the names of its tensors.
 
-    The number of classes is the first side of the head's weight, [labels, d].
+    The number of classes is the first side of the head's weight, [labels, d]; none: there is no head.
     """
     parts = {kind.last for kind in KINDS.values()} | {kind.dense for kind in KINDS.values() if kind.dense}
     keys = [
@@ -131,6 +137,5 @@ def task_of_tensors(tensors: Mapping[str, Tensor]) -> tuple[ClassificationTask |
     ]
     weights = {f"{prefix}{kind.last}.weight" for kind in KINDS.values() for prefix in PREFIXES} & set(keys)
     if not weights:
-        return None, []
-    count = len(tensors[weights.pop()])
-    return ClassificationTask(tuple(f"LABEL_{i}" for i in range(count))), keys
+        return (), []
+    return tuple(f"LABEL_{i}" for i in range(len(tensors[weights.pop()]))), keys

@@ -43,4 +43,8 @@ def attend(
         for group, states in route.prefixes.items()
         if layer < len(states)  # an inserted block has no learned keys
     }
-    return varlen_attention(q, k, v, route.layout, scale=scale, prefix=prefix, causal=causal, **bias)
+    if (sharing := route.sharing) is not None:
+        # In the memory order of a projection, [N, heads, head_dim], which costs the attention least.
+        q, k, v = (x.transpose(0, 1).index_select(0, sharing.gather).transpose(0, 1) for x in (q, k, v))
+    out = varlen_attention(q, k, v, route.layout, scale=scale, prefix=prefix, causal=causal, **bias)
+    return out if sharing is None else out.index_select(0, sharing.keep)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from weft.core.layout import Layout
 from weft.core.route import PrefixStates, Route, Segment, StreamRoute
 from weft.core.stream import Part, Stream
 from weft.errors import UserError
-from weft.ops.attention import SequenceLayout
+from weft.layouts.end_to_end import EndToEnd
 from weft.ops.seeds import stable_seed
+from weft.ops.sequence_layout import SequenceLayout
 
 
 def lay_out(layout: Layout, parts: Sequence[Part], cache: Any = None) -> Stream:
@@ -42,6 +42,7 @@ def lay_out(layout: Layout, parts: Sequence[Part], cache: Any = None) -> Stream:
             first_position=shape.first_position,
             token_types=shape.token_types,
             first_stands=shape.bidirectional,
+            shares=layout.can_share,
         )
         if 0 in stream.lengths:  # it would have no row that stands for it
             raise ValueError("a sequence without a token")
@@ -60,64 +61,74 @@ def build_stream(
     first_position: int = 0,
     token_types: int = 0,
     first_stands: bool = False,
+    shares: Callable[[Part], bool] = lambda part: False,
 ) -> Stream:
-    """Lay the parts' sequences, with virtual tokens among them, end to end; a first or last row stands for one."""
-    ids: list[int] = []
-    positions: list[int] = []
-    lengths: list[int] = []
+    """Lay the parts' sequences, with virtual tokens among them, end to end; a first or last row stands for one.
+
+    ``shares`` tells of a part whether its sequences can have the rows in common of which ``Part.shared`` speaks.
+    """
+    laid = EndToEnd()
     groups: list[int] = []
-    own_rows: list[Sequence[int]] = []
     prefix_length: list[int] = []
     segments: list[Segment] = []
     virtual_rows: dict[int, Tensor] = {}
+    virtual_numbers: dict[int, Tensor] = {}
     prefixes: dict[int, PrefixStates] = {}
     parts = [part for part in parts if part.sequences]
     for group, part in enumerate(parts):
         adapter = adapters[part.adapter] if part.adapter is not None else None
-        virtual = adapter.num_virtual_tokens if adapter else 0
         prefix = adapter.num_prefix_tokens if adapter else 0
-        begin = len(ids)
-        learned: list[int] = []
-        for index, sequence in enumerate(part.sequences):
-            start, length = len(ids), virtual + len(sequence)
-            own: Sequence[int] = range(start, start + length)
-            if adapter is not None and virtual:
-                place = part.answers[index] if part.answers else None
-                answer = adapter.head.answer(place, len(sequence))
-                runs = adapter.places(len(sequence), answer, part.slots[index] if part.slots else ())
-                own, taken = interleave(len(sequence), runs, start)
-                learned.extend(taken)
-            own_rows.append(own)
-            ids.extend([0] * length)
-            for row, token in zip(own, sequence, strict=True):
-                ids[row] = token
-            positions.extend(range(first_position + prefix, first_position + prefix + length))
-            lengths.append(length)
-            groups.append(group)
-            prefix_length.append(prefix)
-        if virtual:
+        begin, first = len(laid.ids), len(laid.rows)
+        learned = _lay_part(laid, part, adapter, first_position + prefix, shares(part))
+        groups += [group] * len(part.sequences)
+        prefix_length += [prefix] * len(part.sequences)
+        if adapter and (virtual := adapter.num_virtual_tokens):
             virtual_rows[group] = torch.tensor(learned, device=device)
+            if len(learned) < virtual * len(part.sequences):
+                virtual_numbers[group] = torch.arange(virtual, device=device).repeat(len(learned) // virtual)
         if prefix and adapter:
             prefixes[group] = adapter.prefix_states()
         segments.append(Segment(
-            part.adapter, len(ids) - begin, len(part.sequences), seed=part.seed, padded=route.padded,
-            lengths=tuple(lengths[-len(part.sequences) :]), neftune_alpha=part.neftune_alpha,
+            part.adapter, len(laid.ids) - begin, len(part.sequences), seed=part.seed, padded=route.padded,
+            lengths=tuple(laid.lengths[first:]), neftune_alpha=part.neftune_alpha,
         ))  # fmt: skip
+    lengths = laid.lengths
     layout = None if route.padded else SequenceLayout.build(
         lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
     )  # fmt: skip
-    starts = (end - length for end, length in zip(accumulate(lengths), lengths, strict=True))
     return Stream(
-        input_ids=id_tensor(ids, vocabulary, device),
-        position_ids=torch.tensor(positions, device=device),
+        input_ids=id_tensor(laid.ids, vocabulary, device),
+        position_ids=torch.tensor(laid.positions, device=device),
         lengths=tuple(lengths),
-        rows=tuple(own_rows),
+        rows=tuple(laid.rows),
         virtual_rows=virtual_rows,
         prefix_length=tuple(prefix_length),
-        route=route(tuple(segments), layout, prefixes, cache=cache, exact=exact),
-        standing=tuple(starts if first_stands else (end - 1 for end in accumulate(lengths))),
-        token_types=_token_types(parts, own_rows, len(ids), token_types, device) if token_types else None,
+        route=route(tuple(segments), layout, prefixes, cache=cache, exact=exact, sharing=laid.sharing(device)),
+        standing=tuple(own.start if first_stands else own.stop - 1 for own in laid.own),
+        token_types=_token_types(parts, laid.rows, len(laid.ids), token_types, device) if token_types else None,
+        virtual_numbers=virtual_numbers,
+        joints=laid.joints,
     )
+
+
+def _lay_part(laid: EndToEnd, part: Part, adapter: Adapter | None, position: int, shares: bool) -> list[int]:
+    """Lay the sequences of a part; returns the rows of its virtual tokens."""
+    learned: list[int] = []
+    leader, theirs = -1, ()
+    for index, sequence in enumerate(part.sequences):
+        runs: Sequence[Run] = ()
+        if adapter is not None and adapter.num_virtual_tokens:
+            place = part.answers[index] if part.answers else None
+            answer = adapter.head.answer(place, len(sequence))
+            runs = tuple(adapter.places(len(sequence), answer, part.slots[index] if part.slots else ()))
+        shared = part.shared[index] if part.shared else 0
+        if shared and shares and runs == theirs and all(place <= shared for place, _ in runs):
+            laid.follow(sequence, shared, leader)
+            continue
+        learned += laid.add(sequence, runs, position)
+        if not shared:
+            leader, theirs = len(laid.rows) - 1, runs
+    return learned
 
 
 def id_tensor(ids: Sequence[int], vocabulary: int | None, device: torch.device) -> Tensor:
@@ -199,21 +210,6 @@ def _token_types(
         raise UserError(f"the tokenizer tells {max(found) + 1} segments apart, the model {known}: they do not belong "
                         "together.")  # fmt: skip
     return torch.tensor(found, device=device)
-
-
-def interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:
-    """Rows, from ``start``, of a sequence's own tokens, and those of its virtual tokens in the order of ``runs``."""
-    own: list[int] = []
-    taken: dict[int, range] = {}
-    row = start
-    for index in sorted(range(len(runs)), key=lambda i: runs[i][0]):
-        place, count = runs[index]
-        ahead = place - len(own)
-        own.extend(range(row, row + ahead))
-        taken[index] = range(row + ahead, row + ahead + count)
-        row += ahead + count
-    own.extend(range(row, row + length - len(own)))
-    return own, [virtual for index in range(len(runs)) for virtual in taken[index]]
 
 
 def embed(model: nn.Module, stream: Stream, adapters: Mapping[str, Adapter]) -> Tensor:

@@ -6,7 +6,7 @@ Training, evaluation and the proof of a merge take their losses and logits from 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -20,6 +20,7 @@ from weft.core.stream import Part, Stream
 from weft.errors import UserError
 from weft.layouts.by_blocks import forward_by_blocks
 from weft.objectives.classification import class_metrics
+from weft.objectives.judging import Judging, judged_loss, judged_terms, part_of, reference_logps
 from weft.objectives.likelihood import likelihood
 from weft.objectives.registry import Objective, losses_of
 
@@ -31,7 +32,8 @@ EVALUATION_TOKENS = 4096  # of a pass that evaluates, at most
 class Work:
     """One adapter's samples in one pass; ``divisor`` is the loss weight of its whole optimizer step.
 
-    ``objective`` takes the place of the likelihood.
+    ``objective`` takes the place of the likelihood, ``judging`` that of both: then the samples are records whose
+    answers were judged, each of which is a sequence, and ``divisor`` stays 1.
     """
 
     adapter: str | None
@@ -41,6 +43,7 @@ class Work:
     divisor: float = 1.0
     neftune_alpha: float = 0.0
     objective: Objective | None = None
+    judging: Judging | None = None
 
     def __post_init__(self) -> None:
         if not self.divisor > 0:
@@ -51,32 +54,41 @@ class Work:
 
     def part(self) -> Part:
         """Its rows of a batch."""
-        samples = self.samples
-        return Part(
-            self.adapter,
-            [s.input_ids for s in samples],
-            self.seed,
-            answers=[s.answer for s in samples],
-            slots=[s.slots for s in samples],
-            neftune_alpha=self.neftune_alpha,
-            token_types=[s.token_types for s in samples],
-            targets=[s.target_ids for s in samples],
-        )
+        return part_of(self.adapter, self.samples, self.seed, self.neftune_alpha)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences it has in a batch."""
+        return sum(len(sample.each) for sample in self.samples) if self.judging else len(self.samples)
 
 
 def forward_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
-    """Each entry's summed loss divided by its divisor: one scalar tensor per entry of ``work``."""
-    return _divided(sequence_losses(adapters, work), work)
+    """Each entry's loss divided by its divisor: one scalar tensor per entry of ``work``."""
+    references = references_of(adapters, work)
+    stream, hidden = adapters.run([w.part() for w in work])
+    return _divided(_sequence_losses(adapters, work, stream, hidden, references), work)
+
+
+def references_of(adapters: Adapters, work: Sequence[Work]) -> dict[int, Tensor]:
+    """By the number of an entry of ``work`` what its reference says of its answers, [T]; all in one pass."""
+    asked = {n: w for n, w in enumerate(work) if w.judging and w.judging.objective.uses_reference}
+    if not asked:
+        return {}
+    judging = [w.judging for w in asked.values() if w.judging]
+    names, soft = [one.reference for one in judging], [one.objective.softness for one in judging]
+    found = reference_logps(adapters, names, [w.samples for w in asked.values()], soft)
+    return dict(zip(asked, found, strict=True))
 
 
 def losses_by_blocks(adapters: Adapters, passes: Sequence[Sequence[Work]]) -> list[list[Tensor]]:
     """``forward_losses``, scalars, of several passes: all go through a block before one goes through the next."""
+    references = [references_of(adapters, work) for work in passes]
     streams = [adapters.stream([w.part() for w in work]) for work in passes]
     states = forward_by_blocks(adapters, streams)
     # From the last to the first, for the reason that ``forward_by_blocks`` has.
     found = [
-        _divided(_sequence_losses(adapters, work, stream, hidden), work)
-        for work, stream, hidden in list(zip(passes, streams, states, strict=True))[::-1]
+        _divided(_sequence_losses(adapters, work, stream, hidden, known), work)
+        for work, stream, hidden, known in list(zip(passes, streams, states, references, strict=True))[::-1]
     ]
     return found[::-1]
 
@@ -86,17 +98,28 @@ def _divided(losses: Sequence[Tensor], work: Sequence[Work]) -> list[Tensor]:
 
 
 def sequence_losses(adapters: Adapters, work: Sequence[Work]) -> list[Tensor]:
-    """The summed loss of every sequence [sequences], per entry of ``work``."""
+    """The summed loss of every sequence [sequences], per entry of ``work``; of judged answers the loss of all [1]."""
+    references = references_of(adapters, work)
     stream, hidden = adapters.run([w.part() for w in work])
-    return _sequence_losses(adapters, work, stream, hidden)
+    return _sequence_losses(adapters, work, stream, hidden, references)
 
 
-def _sequence_losses(adapters: Adapters, work: Sequence[Work], stream: Stream, hidden: Tensor) -> list[Tensor]:
-    ends = list(itertools.accumulate(len(w.samples) for w in work))
-    # In exact mode each by itself: the same shapes and alignment as if no other job were there.
-    shared = [i for i, w in enumerate(work) if not (adapters.exact or w.objective) and adapters.shares_head(w.adapter)]
+def _sequence_losses(
+    adapters: Adapters, work: Sequence[Work], stream: Stream, hidden: Tensor, references: Mapping[int, Tensor]
+) -> list[Tensor]:
+    ends = list(itertools.accumulate(w.sequences for w in work))
     losses: dict[int, Tensor] = {}
-    for members in (*([i] for i in range(len(work)) if i not in shared), *([shared] if shared else [])):
+    for i, w in enumerate(work):
+        if w.judging is not None:
+            terms = judged_terms(
+                adapters, w.adapter, w.judging, samples=w.samples, sequences=range(ends[i] - w.sequences, ends[i]),
+                stream=stream, hidden=hidden, reference=references.get(i),
+            )  # fmt: skip
+            losses[i] = judged_loss(w.judging, terms)[None]
+    plain = [i for i in range(len(work)) if i not in losses]
+    # In exact mode each by itself: the same shapes and alignment as if no other job were there.
+    shared = [i for i in plain if not (adapters.exact or work[i].objective) and adapters.shares_head(work[i].adapter)]
+    for members in (*([i] for i in plain if i not in shared), *([shared] if shared else [])):
         samples = [sample for i in members for sample in work[i].samples]
         sequences = [number for i in members for number in range(ends[i] - len(work[i].samples), ends[i])]
         found = _losses(adapters, work[members[0]], stream, hidden=hidden, samples=samples, sequences=sequences)

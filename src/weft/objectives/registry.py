@@ -11,13 +11,24 @@ from torch import Tensor
 from weft.core.head import Supervised
 from weft.errors import UserError
 from weft.extensions import Registry
+from weft.objectives.answers import AnswerObjective
+from weft.objectives.dpo import DPO
+from weft.objectives.grpo import GRPO
+from weft.objectives.kto import KTO
+from weft.objectives.orpo import ORPO
+from weft.objectives.reward import Reward
+from weft.objectives.rloo import RLOO
+from weft.objectives.simpo import SimPO
 
 # (logits [S, vocabulary] at the rows that are learned from, what is learned there) -> a loss per sequence
 # [num_sequences]: the sum over its tokens, which the step divides by the tokens of the job's whole batch. Keyword
 # arguments are the objective's settings.
 Objective = Callable[..., Tensor]
 _Function = TypeVar("_Function", bound=Objective)
-OBJECTIVES: Registry[Objective] = Registry("objective")
+OBJECTIVES: Registry[Objective | type[AnswerObjective]] = Registry(
+    "objective",
+    {"dpo": DPO, "grpo": GRPO, "kto": KTO, "orpo": ORPO, "reward": Reward, "rloo": RLOO, "simpo": SimPO},
+)
 
 
 def register_objective(name: str) -> Callable[[_Function], _Function]:
@@ -29,13 +40,15 @@ def register_objective(name: str) -> Callable[[_Function], _Function]:
     return OBJECTIVES.register(name, lambda function: function)
 
 
-def make_objective(name: str, settings: Mapping[str, object]) -> Objective:
+def make_objective(name: str, settings: Mapping[str, object]) -> Objective | AnswerObjective:
     """The objective of this name with its settings.
 
     Raises:
         UserError: There is no such objective, or it has no such setting.
     """
     function = OBJECTIVES.find(name)
+    if isinstance(function, type):
+        return function(**settings)
     try:
         inspect.signature(function).bind(None, None, **settings)
     except TypeError as error:

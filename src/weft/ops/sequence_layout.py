@@ -36,6 +36,24 @@ class Bucket:
     tokens: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """How sequences of a stream share rows: the layout is that of whole sequences, end to end, M rows in all.
+
+    ``gather`` [M] int64: the stream row of each of these rows; ``keep`` [N] int64: for each stream row the one of them
+    whose result is its own (all that share it have the same).
+    """
+
+    gather: Tensor
+    keep: Tensor
+
+    def part(self, rows: range, whole: range) -> Sharing:
+        """That of some stream ``rows`` by themselves, which are the rows ``whole`` of the sequences."""
+        return Sharing(
+            self.gather[whole.start : whole.stop] - rows.start, self.keep[rows.start : rows.stop] - whole.start
+        )
+
+
 class HeadIndex(NamedTuple):
     """Row numbers between the stream's ``[N * H, D]`` and the buckets' ``[(b, K, T, G) of every bucket, D]``."""
 

@@ -28,10 +28,11 @@ from weft.ops.sixteen_bits import faster_wide_from
 from weft.planning.dry_run import Call, DryRun, without_memory
 from weft.planning.quantized import empty_weights, swap_linears
 from weft.planning.way import ProvedWay, proved_way
+from weft.training.checks import check_names
 from weft.training.job import Job
 from weft.training.optimizers.eight_bit import SMALLEST
 from weft.training.reader import JobData, Reader
-from weft.training.run import blank_adapter, check_names
+from weft.training.run import blank_adapter
 from weft.training.settings import RunConfig
 from weft.training.step import train_step
 

@@ -101,11 +101,17 @@ def examine(config: RunConfig) -> list[DataSet]:
     groups: dict[Any, list[JobConfig]] = {}
     for job in config.jobs:
         columns = (job.labels, job.text_columns, job.label_column) if job.classifies else None
-        key = (repr(job.data or config.data), repr(job.eval_data or config.eval_data), job.task, repr(columns))
+        files = repr(job.data or config.data), repr(job.eval_data or config.eval_data)
+        key = (*files, job.task, repr(columns), _judgement(job))
         groups.setdefault(key, []).append(job)
     rows = None if outline.sketch is None else outline.sketch.token_rows
     reader = Reader(config, renderer, outline, places, token_rows=rows, watched=True)
     return [_Group(config, outline, reader, unlimited, jobs).data_set() for jobs in groups.values()]
+
+
+def _judgement(job: JobConfig) -> str:
+    """The kind of judged answers that the job learns from; "": none."""
+    return "" if (judged := job.judged) is None else judged.judgement
 
 
 def _outline(config: RunConfig) -> _Outline:

@@ -21,7 +21,7 @@ from weft.data.provenance import Provenance, TokenizerFacts, make_renderer
 from weft.errors import UserError
 from weft.files.adapter_folder import OWN_CONFIG, base_of, is_adapter, provenance_of, read, trained_on
 from weft.generation.target import Target
-from weft.heads.classification import ClassificationTask
+from weft.heads.reward import OwnHead
 from weft.methods.dense import how_kept
 from weft.patterns import check_name
 from weft.serve.envelope import ApiError, bad_request
@@ -43,7 +43,7 @@ class Candidate:
     _: KW_ONLY
     root: str
     tokenizer: PreTrainedTokenizerBase
-    classes: ClassificationTask | None
+    classes: OwnHead | None
     provenance: dict[str, object] | None
     trained_on: dict[str, Any]
 

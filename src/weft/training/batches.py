@@ -26,6 +26,7 @@ class Batches:
     Args:
         virtual: learned tokens that the job's adapter puts into every sequence; they count as tokens of it.
         mixture: how much of each source an epoch has; default: every sample once.
+        apart: judged answers of a record do not have the rows of their prompt in common.
 
     Attributes:
         capacity: ``batch_tokens``, ``pack_tokens``, or without them the tokens of the fullest ``batch_size`` samples in
@@ -36,10 +37,15 @@ class Batches:
     """
 
     def __init__(
-        self, config: JobConfig, samples: Sequence[Sample], *, virtual: int = 0, mixture: Mixture | None = None
+        self, config: JobConfig, samples: Sequence[Sample], *, virtual: int = 0, mixture: Mixture | None = None,
+        apart: bool = False,
     ) -> None:
         self.config, self.mixture = config, mixture or Mixture((len(samples),))
-        self.lengths: list[int] = (sizes(samples) + virtual).tolist()
+        self.lengths: list[int] = (
+            [rows_of(sample, virtual, apart=True) for sample in samples]
+            if apart
+            else (sizes(samples) + virtual).tolist()
+        )
         for key in ("batch_tokens", "pack_tokens"):
             if (limit := getattr(config, key)) is not None:
                 self._check_lengths(samples, key, limit, virtual)
@@ -118,3 +124,10 @@ class Batches:
                 f"fit into {key}: {limit}; sequences are never cut to fit. Set {key} to {self.lengths[longest]} or "
                 f"more, or a max_length (and truncation) of {limit - virtual} or less."
             )
+
+
+def rows_of(sample: Sample, virtual: int, *, apart: bool) -> int:
+    """The rows that a sample takes of a batch with so many virtual tokens; ``apart`` as of ``Batches``."""
+    if not (apart and sample.branches):
+        return sample.size + virtual
+    return sum(one.size + virtual for one in sample.each)

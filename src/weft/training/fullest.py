@@ -47,7 +47,7 @@ def make_fullest_pass(adapters: Adapters, jobs: Sequence[Job], splitting: Splitt
     Raises:
         UserError: Memory runs out in a pass of a single sequence.
     """
-    active = [job for job in jobs if job.active]
+    active = [job for job in jobs if job.active and not job.rolls]  # how long answers become, nobody knows yet
     if not active:
         return
     step = fullest_step(active, min(job.progress.step for job in active))[0]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -18,8 +17,10 @@ from weft.core.adapter import Adapter
 from weft.data import Mixture, Sample
 from weft.errors import UserError
 from weft.files.tensors import digest
+from weft.objectives import AnswerObjective
 from weft.ops.seeds import stable_seed
 from weft.training.batches import Batches
+from weft.training.fingerprint import data_fingerprint
 from weft.training.optim import (
     decays,
     make_optimizer,
@@ -27,6 +28,8 @@ from weft.training.optim import (
     restore_optimizer,
 )
 from weft.training.optimizers import tensor_bytes
+from weft.training.progress import Progress
+from weft.training.rolled import RolledBatches
 from weft.training.settings import JobConfig
 from weft.training.updates import LayerwiseUpdates, Updates
 
@@ -34,30 +37,6 @@ from weft.training.updates import LayerwiseUpdates, Updates
 _GIVE_UP = 50
 # So many numbers of a larger tensor stand for all of it when we ask whether a job has changed it.
 _WITNESSES = 2**20
-
-
-@dataclass
-class Progress:
-    """The state of a job beside its tensors. It goes into every checkpoint as JSON."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    _: KW_ONLY
-    evaluated_at: int = -1
-    # By name, where the sets to evaluate on have names; what is not finite is None.
-    eval_loss: float | dict[str, float | None] | None = None
-    best_eval_loss: float | dict[str, float] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)  # those of the last evaluation, without the loss
-    evals_without_gain: int = 0
-    rates: list[float] = field(default_factory=list)  # of the parameters, in order, before the schedule
-    ended: str | None = None  # why it ended: finished, early_stop, failed
-    reason: str | None = None  # why it failed
-    loss_scale: float = 1.0
-    good_steps: int = 0
-    skipped: int = 0  # steps that changed nothing, for the loss or a gradient was not finite
-    overflows: int = 0  # how many of them are the last ones, in a row
-    moved: int = 0  # steps with a gradient that was finite and not zero
 
 
 class Job:
@@ -76,13 +55,25 @@ class Job:
         mixture: Mixture | None = None,
         *,
         eval_sizes: Mapping[str, int] = MappingProxyType({}),
+        reference: Adapter | None = None,
+        shares_rows: bool = False,
     ) -> None:
-        """``eval_sizes``: how many of the ``eval_samples`` each named set has, in order; without names none."""
-        self.config, self.adapter, self.eval_sizes = config, adapter, eval_sizes
+        """``eval_sizes``: how many of the ``eval_samples`` each named set has, in order; without names none.
+
+        ``reference`` is the adapter (None: the base) that judged answers are compared with. ``shares_rows``: the layout
+        lets answers to one prompt have its rows in common.
+        """
+        self.config, self.adapter, self.eval_sizes, self.reference = config, adapter, eval_sizes, reference
         self.samples, self.eval_samples = samples, eval_samples
         self.name = config.name
-        self.objective = config.own_objective()
-        self.batches = Batches(config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture)
+        named_objective = config.own_objective()
+        self.judged = named_objective if isinstance(named_objective, AnswerObjective) else None
+        self.objective = None if isinstance(named_objective, AnswerObjective) else named_objective
+        self.figures: dict[str, float] = {}  # what there was to watch in the last step, beside the loss
+        apart = self.judged is not None and not (shares_rows and not adapter.draws and not config.neftune_noise_alpha)
+        self.batches = Batches(
+            config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture, apart=apart
+        )
         self.total_steps = self.batches.total_steps
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
@@ -98,6 +89,7 @@ class Job:
             self.progress.ended = "finished"  # a hard prompt has nothing to train, and is there to be compared
         adapter.begin_training(self.total_steps)
         self.best: list[Tensor] | None = None
+        self.rolled = RolledBatches()
         self._scales = False
 
     def _rates(self, default: Callable[[str], float]) -> list[float]:
@@ -117,7 +109,8 @@ class Job:
         return made
 
     def _default_rate(self, parameter: str) -> float:
-        return self.adapter.default_learning_rate(parameter, self.adapter.head.writes)
+        share = 1.0 if self.judged is None else self.judged.rate_share
+        return share * self.adapter.default_learning_rate(parameter, self.adapter.head.writes)
 
     def _earlier_rate(self, parameter: str) -> float:
         """The default of earlier versions, where a head and a method learned at one rate for every task."""
@@ -156,7 +149,19 @@ class Job:
 
     def micro_batches(self) -> list[list[Sample]]:
         """The samples of the coming optimizer step, one list per forward pass."""
-        return [[self.samples[i] for i in micro] for micro in self.batches[self.progress.step]]
+        return self.rolled.micro_batches(self.progress.step) if self.rolls else self.prompts()
+
+    @property
+    def rolls(self) -> bool:
+        """Whether it learns from answers of its own, which are written before each step."""
+        return self.config.rolls
+
+    def prompts(self) -> list[list[Sample]]:
+        """The samples of its data for the coming optimizer step."""
+        step = self.progress.step
+        if self.rolls:
+            step //= getattr(self.judged, "num_iterations", 1)
+        return [[self.samples[i] for i in micro] for micro in self.batches[step]]
 
     def dropout_seed(self, micro: int) -> int:
         """The seed of dropout in the ``micro``-th forward pass of the coming step."""
@@ -224,12 +229,13 @@ class Job:
             progress.good_steps = 0
             progress.overflows += 1
             if progress.overflows >= _GIVE_UP:
-                self._fail(f"the loss or a gradient overflowed in the last {_GIVE_UP} steps; take dtype bfloat16 or "
+                self.fail(f"the loss or a gradient overflowed in the last {_GIVE_UP} steps; take dtype bfloat16 or "
                            "float32 instead of float16")  # fmt: skip
         else:
-            self._fail(f"loss or gradient is not finite at step {progress.step}")
+            self.fail(f"loss or gradient is not finite at step {progress.step}")
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """End the job, which has no result."""
         self.progress.ended, self.progress.reason = "failed", reason
 
     def judge(self) -> None:
@@ -243,22 +249,22 @@ class Job:
         named = {n: p.detach() for n, p in self.adapter.named_parameters() if p.requires_grad}
         for name, value in named.items():
             if not bool(torch.isfinite(value).all()):
-                self._fail(f"its tensor '{name}' holds numbers that are not finite; take a lower learning_rate")
+                self.fail(f"its tensor '{name}' holds numbers that are not finite; take a lower learning_rate")
                 return
         count = f"all {progress.step} steps" if progress.step > 1 else "its one step"
         # Changed tensors alone prove nothing: weight decay moves them without any learning.
         if progress.skipped == progress.step > 0:
-            self._fail(f"the loss or a gradient overflowed in {count}, which changed nothing; take dtype bfloat16 or "
+            self.fail(f"the loss or a gradient overflowed in {count}, which changed nothing; take dtype bfloat16 or "
                        "float32 instead of float16")  # fmt: skip
         elif not progress.moved:
             # Losses are scaled on float16 bases alone.
             why = ("in float16 small gradients are lost (take bfloat16 or float32)" if self._scales else
                    "no learned token sees what the adapter adds, as behind a sliding window that is shorter than the "
                    "text; take another method, or shorter texts")  # fmt: skip
-            self._fail(f"every gradient was zero in {count}, so nothing was learned; {why}")
+            self.fail(f"every gradient was zero in {count}, so nothing was learned; {why}")
         elif all(self._witness(value) == self._began[name] for name, value in named.items()):
             early = progress.ended == "early_stop" or self.best is not None
-            self._fail(
+            self.fail(
                 "no evaluation was better than the one before the first step, so what would be kept is what it began "
                 "as; take a lower learning_rate"
                 if early
@@ -317,6 +323,8 @@ class Job:
         if self.optimizer is not None:
             named |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.optimizer).items()}
         named |= {f"best.{i}": value for i, value in enumerate(self.best or ())}
+        if self.reference is not None:  # what it was made from may be gone
+            named |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
         return {key: value.cpu().contiguous() for key, value in named.items()}
 
     def checkpoint_bytes(self) -> int:
@@ -343,6 +351,9 @@ class Job:
         self.optimizer = self._make_optimizer()
         if self.optimizer is not None:
             restore_optimizer(self.optimizer, optimizer)
+        if self.reference is not None:
+            for name, value in self.reference.state_dict().items():
+                value.copy_(tensors[f"reference.{name}"])
         best = sorted((int(k.removeprefix("best.")), v) for k, v in tensors.items() if k.startswith("best."))
         self.best = [value.to(p.device) for (_, value), p in zip(best, self.parameters, strict=True)] if best else None
 
@@ -382,15 +393,5 @@ class Job:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the tokenized training and evaluation data, in order."""
-        digest = hashlib.sha256()
-        for sample in itertools.chain(self.samples, self.eval_samples):
-            digest.update(repr((sample.input_ids, sample.weights)).encode())
-            if sample.target_ids:
-                digest.update(repr(sample.target_ids).encode())
-            if sample.label is not None:
-                digest.update(repr((sample.label, sample.token_types)).encode())
-        if self.adapter.head.labels:
-            digest.update(repr(self.adapter.head.labels).encode())
-        if self.eval_sizes:
-            digest.update(repr(list(self.eval_sizes.items())).encode())
-        return digest.hexdigest()
+        samples = itertools.chain(self.samples, self.eval_samples)
+        return data_fingerprint(samples, self.adapter.head.labels, self.eval_sizes)

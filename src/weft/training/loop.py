@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from weft.machine import freed_memory_kept
 from weft.objectives.passes import evaluate
 from weft.training.fullest import make_fullest_pass
 from weft.training.job import Job
+from weft.training.judged import evaluate_judged, falling
 from weft.training.memory import peak_memory
+from weft.training.rolled import Write
+from weft.training.rollouts import Roller, roll_out
 from weft.training.settings import eval_key
 from weft.training.splitting import Splitting
 from weft.training.step import StepResult, train_step
@@ -27,6 +31,8 @@ from weft.version import __version__
 Event = Mapping[str, Any]
 # The loss scale of jobs over a base in float16, before the first step.
 _FIRST_LOSS_SCALE = 2.0**12
+# After so many steps a job is asked whether it has had a gradient.
+_EARLY = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Trainer:
         on_event: called with every logged event (``step``, ``eval``, ``end``, ``warning``).
         verify_packing: before the first step, prove that the sequences of the first batch do not feel each other.
         fullest_pass_first: before the first step, see whether memory runs out in the fullest pass of them all.
+        rollers: for the jobs that learn from answers of their own, what asks for these and rewards them.
+        write: what writes them.
         should_stop: asked after every step and before every evaluation; True saves and leaves.
 
     Attributes:
@@ -73,6 +81,8 @@ class Trainer:
         save_total_limit: int = 2,
         verify_packing: bool = True,
         fullest_pass_first: bool = False,
+        rollers: Sequence[Roller] = (),
+        write: Write | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -81,11 +91,15 @@ class Trainer:
         self.on_event, self.should_stop = on_event, should_stop
         self.verify_packing, self.fullest_pass_first = verify_packing, fullest_pass_first
         self.step, self.over = 0, False
+        self.rollers, self.write = {roller.job.name: roller for roller in rollers}, write
+        for roller in rollers:
+            roller.tell = partial(self._warn, roller.job)
         self.splitting = Splitting(tell=lambda text: self._tell({"event": "warning", "message": text}))
         if adapters.dtype == torch.float16:
             for job in self.jobs:
                 job.scale_losses(_FIRST_LOSS_SCALE)
         self._recent: dict[str, list[float]] = {job.name: [] for job in self.jobs}
+        self._figures: dict[str, list[Mapping[str, float]]] = {job.name: [] for job in self.jobs}
 
     def resume(self) -> bool:
         """Go back to the newest intact checkpoint; False if there is none.
@@ -105,6 +119,9 @@ class Trainer:
             job.restore(tensors[job.name], state["jobs"][job.name]["progress"])
             ended.append(not job.active)
             self._recent[job.name] = list(state["jobs"][job.name]["recent"])
+            self._figures[job.name] = list(state["jobs"][job.name].get("figures", ()))
+            if (rolled := state["jobs"][job.name].get("rolled")) is not None:
+                job.rolled.restore(rolled)
             warnings.append(job.go_on(state["jobs"][job.name].get("total_steps", job.total_steps)))
         self.over = all(ended) and not any(job.active for job in self.jobs)
         if self.over:
@@ -181,6 +198,8 @@ class Trainer:
                     "total_steps": job.total_steps,
                     "data": job.fingerprint,
                     "recent": self._recent[job.name],
+                    "figures": self._figures[job.name],
+                    "rolled": job.rolled.state() if job.rolls else None,
                 }
                 for job in self.jobs
             },
@@ -189,19 +208,27 @@ class Trainer:
 
     def _step(self, active: list[Job]) -> None:
         begun = time.monotonic()
-        results = train_step(self.adapters, active, self.splitting)
+        if rolling := [self.rollers[job.name] for job in active if job.rolls]:
+            assert self.write is not None
+            roll_out(self.adapters, rolling, self.write)
+            active = [job for job in active if job.active]
+        results = train_step(self.adapters, active, self.splitting) if active else {}
         seconds = time.monotonic() - begun
         self.step += 1
         for job in active:
             job.spend(seconds)
             self._recent[job.name].append(results[job.name].loss)
+            self._figures[job.name].append({**job.rolled.figures, **results[job.name].figures})
             if job.progress.step % self.logging_steps == 0 or job.progress.step == 1 or not job.active:
                 self._log_step(job, results[job.name], seconds)
             if job.progress.ended == "failed":
                 self._warn(job, f"{job.progress.reason}; the job ends here")
+            elif job.progress.step == _EARLY and not job.progress.moved and not job.progress.skipped:
+                self._warn(job, f"every gradient was zero in the first {_EARLY} steps: nothing is learned so far")
 
     def _log_step(self, job: Job, result: StepResult, seconds: float) -> None:
         recent, self._recent[job.name] = self._recent[job.name], []
+        figures, self._figures[job.name] = self._figures[job.name], []
         progress = job.progress
         self._tell(
             {
@@ -217,6 +244,7 @@ class Trainer:
                 "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
                 "eta_seconds": round(progress.seconds / progress.step * (job.total_steps - progress.step), 1),
                 "memory_gb": round(peak_memory(self.adapters.device) / 1e9, 3),
+                **_means(figures),
             }
         )
 
@@ -229,7 +257,13 @@ class Trainer:
             losses: dict[str, float] = {}
             metrics: dict[str, float] = {}
             for name, samples in job.eval_sets.items():
-                found = evaluate(self.adapters, job.name, samples, should_stop=self.should_stop)
+                if job.rolls:
+                    assert self.write is not None
+                    found = self.rollers[job.name].evaluate(self.write, samples)
+                elif job.judged is not None:
+                    found = evaluate_judged(self.adapters, job, samples, should_stop=self.should_stop)
+                else:
+                    found = evaluate(self.adapters, job.name, samples, should_stop=self.should_stop)
                 if found is None:
                     return False
                 losses[name] = found.loss
@@ -243,6 +277,8 @@ class Trainer:
                     told["early_stopping_on"] = job.watched
             job.evaluated(losses, metrics)
             self._tell(told)
+            if warning := falling(job, metrics):
+                self._warn(job, warning)
         return True
 
     def _of_the_base(self, job: Job) -> dict[str, float] | None:
@@ -251,7 +287,8 @@ class Trainer:
         A fresh adapter would not do: prompts and prefixes begin elsewhere. A base has no classes, so no loss on those.
         """
         losses: dict[str, float] = {}
-        for name, samples in job.eval_sets.items() if job.progress.step == 0 and not job.config.classifies else ():
+        asked = job.progress.step == 0 and job.adapter.head.writes and job.judged is None
+        for name, samples in job.eval_sets.items() if asked else ():
             found = evaluate(self.adapters, None, samples, should_stop=self.should_stop)
             if found is None:
                 return None
@@ -279,6 +316,13 @@ class Trainer:
             if old != value:
                 text = f"{key} was {old}, is {value}: the run goes on, but not bit for bit"
                 self._tell({"event": "warning", "message": text}, log=False)
+
+
+def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the steps that have it."""
+    names = dict.fromkeys(name for one in figures for name in one)
+    values = {name: [one[name] for one in figures if name in one] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def environment() -> dict[str, str]:

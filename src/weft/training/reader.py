@@ -14,9 +14,11 @@ import numpy as np
 
 from weft.data import Mixture, Problems, Renderer, Sample, Source, parse_sources
 from weft.data.formats.turns import EmptyAnswerError
+from weft.data.judged import JudgedRecipe
 from weft.data.labelled import ClassRecipe, given_labels
 from weft.data.pipeline import Fold, Outcome, Recipe, TextRecipe, outcomes
 from weft.data.problems import OnBadRecord
+from weft.data.prompts import PromptRecipe
 from weft.data.reading.files import Place, Shards, find_files, unique
 from weft.data.rendering.render import Task
 from weft.data.settings import ReadSettings
@@ -24,7 +26,7 @@ from weft.data.sources import held_by_chance, held_by_hash, parse_sets
 from weft.data.store import MEMORY, SampleStore
 from weft.data.views import Array, Samples, chained
 from weft.errors import UserError
-from weft.heads.classification import ClassificationTask
+from weft.heads.reward import OwnHead, RewardTask, task_of
 from weft.models.hub import fetch_dataset, is_dataset_id
 from weft.training.settings import JobConfig, RunConfig
 
@@ -38,7 +40,7 @@ class JobData:
 
     train: Sequence[Sample]
     held: Sequence[Sample]
-    classes: ClassificationTask | None = None
+    classes: OwnHead | None = None
     _: KW_ONLY
     mixture: Mixture = field(default_factory=lambda: Mixture(()))
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -214,7 +216,8 @@ class Reader:
         names, sizes = read.sources[0].several, Counter[str]()
         for name, part in zip(read.sets, evaluated, strict=bool(read.sets)):
             sizes.update({name: len(part)} if name else {})
-        classes = ClassificationTask(names) if names else None
+        judged = job.judged
+        classes = RewardTask() if judged is not None and judged.scores else task_of(names) if names else None
         return JobData(chained(train), chained(evaluated), classes, mixture=mixture, sizes=sizes)
 
     def _stored(self, samples: Iterable[Sample]) -> Samples:
@@ -237,13 +240,14 @@ class Reader:
                 keyed=keyed,
                 watched=self.watched,
             )
-        return TextRecipe(
-            renderer=self.renderer,
-            token_rows=self.token_rows,
-            settings=settings,
-            task=self.base.task,
-            keyed=keyed,
-            watched=self.watched,
+        common: dict[str, Any] = {
+            "renderer": self.renderer, "token_rows": self.token_rows, "settings": settings, "keyed": keyed,
+            "watched": self.watched,
+        }  # fmt: skip
+        if (judged := job.judged) is None:
+            return TextRecipe(task=self.base.task, **common)
+        return PromptRecipe(**common) if judged.judgement == "prompts" else JudgedRecipe(
+            judgement=judged.judgement, **common
         )
 
     def _source(

@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import torch
 
 from weft.adapters import Adapters
-from weft.base.checkpointing import check_offload
 from weft.core.adapter import Adapter
-from weft.data import Problems, Renderer, parse_sources
+from weft.data import Problems, Renderer
 from weft.data.auditing.audit import audit_before_training
-from weft.data.formats.detect import format_named
 from weft.data.provenance import Provenance, TokenizerFacts, file_names, template_of
-from weft.data.reading.files import Place
-from weft.data.rendering.templates import template_text
-from weft.data.sources import parse_sets
 from weft.data.views import Samples, chained
 from weft.errors import UserError
-from weft.files.run_folder import LOCK_FILE, RUN_FILE, RunStore
-from weft.files.whole import is_part, refilled_folder
+from weft.files.run_folder import RUN_FILE, RunStore
+from weft.files.whole import refilled_folder
 from weft.files.writing import WriteError, writing
 from weft.foreign import expect
 from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
-from weft.models.load import check_device, resolve_device, resolve_dtype, resolve_model
-from weft.models.offload import check_offload as check_offload_param
+from weft.models.load import resolve_model
 from weft.models.tasks import check_job
-from weft.models.token_rows import check_tokens
 from weft.training.batches import Batches
 from weft.training.callbacks import CALLBACKS, Callback, begun, with_callbacks
-from weft.training.config import RUN_FORMAT, read_run_config
+from weft.training.checks import BAD_RECORDS, check_names, check_places
+from weft.training.config import RUN_FORMAT
 from weft.training.job import Job
+from weft.training.judged import add_reference
 from weft.training.loop import Event, Trainer, TrainResult
-from weft.training.reader import JobData, Reader, data_files
+from weft.training.reader import JobData, Reader
+from weft.training.rolled import Write
+from weft.training.rollouts import Roller, roller_of
 from weft.training.room import check_room
-from weft.training.same_run import base_fingerprint, check_base, check_same_run, rooted
+from weft.training.same_run import base_fingerprint, check_base, rooted
 from weft.training.settings import JobConfig, RunConfig
-
-_BAD_RECORDS = "bad_records.jsonl"
-_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, _BAD_RECORDS}
+from weft.training.start import take_start
 
 # What looks at a run before weights are loaded (``prepare``).
 OnRead = Callable[[RunConfig, Base, Sequence[JobData]], bool]
@@ -62,6 +56,7 @@ class Setup:
     renderer: Renderer
     jobs: list[Job]
     problems: Problems
+    rollers: list[Roller] = field(default_factory=list)
     tight: bool = False
 
 
@@ -87,7 +82,10 @@ def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | No
         loaded = [read.job(job) for job in config.jobs]
     except UserError as error:
         raise _reported(config, read.problems, error) from None
-    audit_before_training(renderer, chained([d.train for d in loaded]), chained([d.held for d in loaded]), config.audit)
+    # Of prompts nothing is learned as they are.
+    told = [data for job, data in zip(config.jobs, loaded, strict=True) if not job.rolls]
+    if told:
+        audit_before_training(renderer, chained([d.train for d in told]), chained([d.held for d in told]), config.audit)
     _check(config, sketch, loaded)
     tight = False
     if base is None:
@@ -104,61 +102,41 @@ def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | No
         offload_param=config.offload_param,
     )
     try:
-        jobs = []
+        jobs: list[Job] = []
         for job, found in zip(config.jobs, loaded, strict=True):
             adapter = adapters.add(
                 job.name, job.method_on(base), seed=job.seed, tokenizer=base.tokenizer, head=found.classes
             )
             prove_attached(adapters, job.name)
-            jobs.append(Job(job, adapter, found.train, found.held, found.mixture, eval_sizes=found.sizes))
+            if job.start_from is not None:
+                take_start(adapters, adapter, job.start_from, base, found.classes)
+            reference = add_reference(adapters, job, adapter, base, fresh=job.start_from is None)
+            jobs.append(
+                Job(
+                    job,
+                    adapter,
+                    found.train,
+                    found.held,
+                    found.mixture,
+                    eval_sizes=found.sizes,
+                    reference=reference,
+                    shares_rows=adapters.layout.shares_rows,
+                )
+            )
+        rollers = [roller_of(job, adapters, base) for job in jobs if job.rolls]
     except BaseException:
         adapters.close()
         raise
-    return Setup(config, base, adapters=adapters, renderer=renderer, jobs=jobs, problems=read.problems, tight=tight)
-
-
-def check_names(config: RunConfig) -> dict[str, Place]:
-    """Refuse names that nothing has, and data that is not there. No file of the base and no record is read.
-
-    Returns:
-        The places of the data, as ``data_files`` gives them.
-
-    Raises:
-        UserError: An objective, a dtype, a device, a format or a template is unknown, activations cannot go where they
-            are to, a token to add is none, a method does not go with the quantisation, or a data file is not there.
-    """
-    resolve_dtype(config.dtype)
-    check_device(config.device)
-    if config.offload_activations is not None or config.offload_folder is not None:
-        check_offload(config.offload_activations, config.offload_folder, resolve_device(config.device))
-    if config.offload_param is not None:
-        check_offload_param(config.device if config.device != "auto" else resolve_device("auto"), config.kept)
-    check_tokens(config.add_tokens)
-    if config.chat_template is not None:
-        template_text(config.chat_template)
-    for job in config.jobs:
-        job.own_objective()
-        for part in job.method_config().methods():
-            part.check_quantization(config.quantization)
-        if not job.classifies:
-            sets = parse_sets(job.eval_data or config.eval_data)
-            for sources in (parse_sources(job.data or config.data), *sets.values()):
-                for source in sources:
-                    format_named(source.format or config.data_format)
-    return data_files(config)
-
-
-def check_places(config: RunConfig) -> None:
-    """Refuse a base, callbacks or places of output that training could not use; changes nothing.
-
-    Raises:
-        UserError: The base is not there, a callback is unknown, or the run cannot be written to its folder.
-    """
-    _check_report(config)
-    for name in config.callbacks:
-        CALLBACKS.find(name)
-    _check_folder(RunStore(config.output_dir), config)
-    resolve_model(config.model)
+    return Setup(
+        config,
+        base,
+        adapters=adapters,
+        renderer=renderer,
+        jobs=jobs,
+        problems=read.problems,
+        rollers=rollers,
+        tight=tight,
+    )
 
 
 def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserError:
@@ -167,7 +145,7 @@ def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserEr
         return error
     path, folder = _report_of(config), Path(config.output_dir)
     if config.bad_records_file is None and (folder / RUN_FILE).is_file():  # its own report stays
-        path = folder.with_name(f"{folder.name}.{_BAD_RECORDS}")
+        path = folder.with_name(f"{folder.name}.{BAD_RECORDS}")
     try:
         problems.write(path)
     except UserError as second:
@@ -176,7 +154,7 @@ def _reported(config: RunConfig, problems: Problems, error: UserError) -> UserEr
 
 
 def _report_of(config: RunConfig) -> Path:
-    return Path(config.bad_records_file or Path(config.output_dir) / _BAD_RECORDS)
+    return Path(config.bad_records_file or Path(config.output_dir) / BAD_RECORDS)
 
 
 def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
@@ -209,6 +187,8 @@ def _check_lengths(name: str, learned: int, samples: Samples, base: Base) -> Non
     if limit is None or not learned:
         return
     longest = samples[int(samples.lengths()[0].argmax())]
+    if longest.branches:
+        longest = max((one for sample in samples for one in sample.each), key=lambda one: len(one.input_ids))
     if len(longest.input_ids) + learned > limit:
         raise UserError(
             f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed "
@@ -227,12 +207,14 @@ def train(
     on_read: OnRead | None = None,
     on_ready: Callable[[Setup], None] = lambda setup: None,
     on_trained: Callable[[Setup], None] = lambda setup: None,
+    writer: Callable[[Adapters, Renderer], Write] | None = None,
 ) -> TrainResult:
     """Run a configuration to its end; the run's folder then holds the adapters, but for those of jobs that failed.
 
     ``callbacks`` hear the events beside those that the configuration names. ``on_read`` is called before weights are
     loaded (``prepare``). ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones
-    before they are closed.
+    before they are closed. ``writer`` makes what writes the answers of jobs that learn from their own
+    (``weft.generation.rollouts.writer``).
 
     Raises:
         UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
@@ -254,7 +236,14 @@ def train(
         on_event, should_stop = with_callbacks([begun(one, setup) for one in callbacks], on_event, should_stop)
         store.prepare(overwrite=config.overwrite_output_dir, resume=config.resume or not known)
         return _train(
-            config, setup, base, store=store, on_event=on_event, should_stop=should_stop, on_trained=on_trained
+            config,
+            setup,
+            base,
+            store=store,
+            on_event=on_event,
+            should_stop=should_stop,
+            on_trained=on_trained,
+            writer=writer,
         )
     except WriteError as error:
         raise UserError(f"{error} {_way_on(store)}") from error
@@ -282,7 +271,13 @@ def _train(
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
     on_trained: Callable[[Setup], None],
+    writer: Callable[[Adapters, Renderer], Write] | None,
 ) -> TrainResult:
+    if setup.rollers and writer is None:
+        names = ", ".join(roller.job.name for roller in setup.rollers)
+        raise UserError(f"{names}: answers are to be written, and nothing was given that writes them (writer).")
+    for roller in setup.rollers:
+        roller.folder = store.folder / "rollouts" / roller.job.name
     trainer = Trainer(
         setup.adapters,
         setup.jobs,
@@ -292,6 +287,8 @@ def _train(
         save_total_limit=config.save_total_limit,
         verify_packing=config.verify_packing,
         fullest_pass_first=setup.tight,
+        rollers=setup.rollers,
+        write=writer(setup.adapters, setup.renderer) if setup.rollers and writer is not None else None,
         on_event=on_event,
         should_stop=should_stop,
     )
@@ -338,40 +335,3 @@ def _provenance(setup: Setup, job: Job, tokenizer: TokenizerFacts) -> Provenance
         batch_size=None if own.batch_tokens else own.batch_size,
         batch_tokens=own.batch_tokens,
     )
-
-
-def _check_report(config: RunConfig) -> None:
-    """Refuse a place where the report of bad records cannot be written."""
-    if config.bad_records_file is None:
-        return
-    path = Path(config.bad_records_file)
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    wrong = "is a folder" if path.is_dir() else "" if above.is_dir() else f"cannot be written: {above} is a file"
-    if wrong or not os.access(above, os.W_OK):
-        raise UserError(f"bad_records_file {path} {wrong or f'cannot be written: no access to {above}'}.")
-
-
-def _check_folder(store: RunStore, config: RunConfig) -> None:
-    """Refuse a folder where the run cannot be written; changes nothing."""
-    folder = store.folder
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output_dir {folder}: {existing} is a file, not a folder.")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir {folder}: {existing} cannot be written to.")
-    if existing is not folder:
-        return
-    if (folder / RUN_FILE).is_file():
-        if config.resume:
-            check_same_run(config, read_run_config(folder))
-        elif not config.overwrite_output_dir:
-            raise UserError(
-                f"{folder} already holds a run. Go on with it (resume: true, or --resume), take another output_dir, or "
-                "delete it (overwrite_output_dir: true, or --overwrite-output-dir)."
-            )
-    # A run that ended before it had written run.json leaves these, and they may be taken over.
-    elif foreign := sorted(name for name in {path.name for path in folder.iterdir()} - _EMPTY_RUN if not is_part(name)):
-        raise UserError(
-            f"{folder} is no run's folder, but holds {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)}; "
-            "it is left alone. Take another output_dir."
-        )

@@ -12,6 +12,7 @@ from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.objectives.passes import Work
 from weft.ops.seeds import stable_seed
+from weft.training.batches import rows_of
 
 # How torch says on a CPU that there is no memory.
 _WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -104,7 +105,8 @@ class Splitting:
 def _tokens(adapters: Adapters, work: Work) -> int:
     """The rows of a pass that one job's samples take."""
     virtual = 0 if work.adapter is None else adapters[work.adapter].num_virtual_tokens
-    return sum(sample.size + virtual for sample in work.samples)
+    apart = work.judging is not None and not adapters.layout.can_share(work.part())
+    return sum(rows_of(sample, virtual, apart=apart) for sample in work.samples)
 
 
 def give_back(device: torch.device) -> None:

@@ -8,7 +8,7 @@ optimizer and clipping, and every job draws from its own seeds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from weft.data import Sample
 from weft.layouts.by_blocks import goes_by_blocks
 from weft.objectives.passes import Work, forward_losses, losses_by_blocks
 from weft.training.job import Job
+from weft.training.judged import judging_of
 from weft.training.splitting import Splitting, give_back, is_out_of_memory
 
 # The micro-batches of every job's step, by its name.
@@ -26,12 +27,14 @@ _Batches = Mapping[str, list[list[Sample]]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """The figures of one job's step: mean loss per learned token, norm before clipping, rate, tokens seen."""
+    """The figures of one job's step: mean loss per learned token, norm before clipping, rate, tokens seen; and what
+    else there is to watch."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     tokens: int
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(adapters: Adapters, jobs: Sequence[Job], splitting: Splitting | None = None) -> dict[str, StepResult]:
@@ -50,7 +53,7 @@ def train_step(adapters: Adapters, jobs: Sequence[Job], splitting: Splitting | N
     for job in jobs:
         tokens = sum(s.size for micro in batches[job.name] for s in micro)
         rate = job.learning_rate()
-        results[job.name] = StepResult(float(total[job.name]), job.update(tokens), rate, tokens)
+        results[job.name] = StepResult(float(total[job.name]), job.update(tokens), rate, tokens, job.figures)
     return results
 
 
@@ -88,8 +91,12 @@ def _attempt(
 def _passes(
     adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting, *, update: bool
 ) -> dict[str, Tensor]:
+    judging = {job.name: judging_of(adapters, job, batches[job.name]) for job in jobs if job.judged is not None}
     weight = {
-        job.name: sum(job.adapter.head.loss_weight(s) for micro in batches[job.name] for s in micro) for job in jobs
+        job.name: 1.0
+        if job.name in judging
+        else sum(job.adapter.head.loss_weight(s) for micro in batches[job.name] for s in micro)
+        for job in jobs
     }
     named = {job.name: job for job in jobs}
     pieces: list[list[Work]] = []
@@ -102,6 +109,7 @@ def _passes(
                 divisor=weight[j.name],
                 neftune_alpha=j.config.neftune_noise_alpha,
                 objective=j.objective,
+                judging=judging.get(j.name),
             )
             for j in jobs
             if index < len(batches[j.name])
@@ -121,6 +129,8 @@ def _passes(
                 if update and number == last[job.name]:
                     job.begin_last_pass()
         torch.autograd.backward(scaled)
+    for name, one in judging.items():
+        named[name].figures = one.tally.means()
     return total
 
 

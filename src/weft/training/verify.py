@@ -58,7 +58,8 @@ def verify_packing(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
 
 def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
     # Best fit puts long sequences first, at times alone. The proof takes the pack in which most lie together.
-    packs = {job.name: _shortest(max(job.micro_batches(), key=len)) for job in jobs if job.active}
+    learning = [job for job in jobs if job.active and not job.rolls]  # answers of their own are not written yet
+    packs = {job.name: _shortest(_sequences(max(job.micro_batches(), key=len))) for job in learning}
     if sum(len(samples) for samples in packs.values()) < 2:
         return Proof()  # nothing is packed
     vocabulary = input_embeddings(adapters.model).weight.shape[0]
@@ -83,6 +84,11 @@ def _verify(adapters: Adapters, jobs: Sequence[Job]) -> Proof:
             _refuse(adapters, name, samples[-1], together[name], alone, when="alone")
         proof = replace(proof, alone=max(proof.alone, apart), neighbours=max(proof.neighbours, moved))
     return proof
+
+
+def _sequences(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples; of a record whose answers were judged each answer after its prompt."""
+    return [one for sample in samples for one in sample.each]
 
 
 def _shortest(samples: Sequence[Sample]) -> list[Sample]:

@@ -1,7 +1,7 @@
 """The audit: every check over all records, before a week of training is spent on them.
 
 ``audit`` makes all checks; ``audit_before_training`` makes the few that cost next to nothing. A check is one function
-in ``tokens``, ``text``, ``template`` or ``whole``.
+in ``tokens``, ``text``, ``judged``, ``template`` or ``whole``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from weft.data.auditing import template, text, tokens, whole
+from weft.data.auditing import judged, template, text, tokens, whole
 from weft.data.auditing.base import CHECKS, Check, Ends, Facts, Finding, Hit, Item, Records, Texts
 from weft.data.auditing.stream import chunks
 from weft.data.rendering.render import Renderer, Sample
 from weft.data.views import chained, distinct, sizes
 from weft.errors import UserError, nearest
 
-_CHECKERS = (tokens, text, whole, template)  # importing them fills CHECKS
+_CHECKERS = (tokens, text, whole, judged, template)  # importing them fills CHECKS
 logger = logging.getLogger(__name__)
 
 _PART = 1 << 18  # tokens that the early checks look at together

@@ -14,10 +14,10 @@ from typing import Any, Literal, TypeVar
 
 from weft.data.auditing.pieces import decode
 from weft.data.auditing.stream import Tokens
-from weft.data.formats.examples import SFT, Conversation, Message
+from weft.data.formats.examples import SFT, Conversation, Judged, Message
 from weft.data.rendering.render import Renderer, Sample
 from weft.data.rendering.tokens import special_texts
-from weft.data.views import chained
+from weft.data.views import Array, Samples, chained, each_answer
 
 Severity = Literal["error", "warning"]
 Split = Literal["train", "eval"]
@@ -40,7 +40,7 @@ class Item:
 
     split: Split
     source: str
-    example: SFT | None = None
+    example: SFT | Judged | None = None
     _: KW_ONLY
     samples: tuple[Sample, ...] = ()
     length: int = 0
@@ -186,8 +186,12 @@ class Records:
 
     @functools.cached_property
     def tokens(self) -> Tokens:
-        """The tokens of all samples end to end."""
-        return Tokens(chained((*self.samples, [sample for item in self.items for sample in item.samples])))
+        """The tokens of all samples end to end; of judged answers each is one, after its prompt."""
+        return Tokens(self._each[0])
+
+    @functools.cached_property
+    def _each(self) -> tuple[Samples, Array]:
+        return each_answer(chained((*self.samples, [sample for item in self.items for sample in item.samples])))
 
     @functools.cached_property
     def ends(self) -> Ends:
@@ -207,11 +211,13 @@ class Records:
 
     def owner(self, number: int) -> Item:
         """The record of a sample in ``tokens``."""
+        of_each = number
+        number = int(self._each[1][number])
         train, held = self.samples
         if number >= len(train) + len(held):
             return self._owners[number - len(train) - len(held)]
         # Made only for findings: 50,000 of them would cost more than the checks.
-        sample = self.tokens.samples[number]
+        sample = self.tokens.samples[of_each]
         return Item("train" if number < len(train) else "eval", sample.source, samples=(sample,))
 
     @functools.cached_property

@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 
 from weft.data.auditing.base import Item, Split, short
 from weft.data.formats import refusals
-from weft.data.formats.examples import SFT, Conversation, Message, PlainText, Segments, TokenisedText
+from weft.data.formats.examples import (
+    SFT,
+    Conversation,
+    Judged,
+    LabelledAnswer,
+    Message,
+    PlainText,
+    Preference,
+    Ranking,
+    Segments,
+    TokenisedText,
+)
 from weft.data.pipeline import BEHIND, Acceptance, Omission, Outcome, Refusal
 from weft.data.problems import Problem
 from weft.data.rendering.render import Renderer, Task
@@ -37,13 +48,14 @@ def collect(
     """
     items: list[Item] = []
     left_out = Counter[str]()
-    long: list[tuple[int, SFT]] = []
+    long: list[tuple[int, SFT]] = []  # judged answers are measured as they are
     for number, one in enumerate(found, start=first):
         if isinstance(one, Omission):
             left_out[one.why] += one.why != BEHIND
             continue
         item = replace(_item(one, split, renderer.tokenizer), number=number)
-        if one.example and (item.problem or len(item.samples) > 1 or any(sample.cut for sample in item.samples)):
+        whole = not item.problem and len(item.samples) == 1 and not any(sample.cut for sample in item.samples)
+        if one.example and not isinstance(one.example, Judged) and not whole:
             long.append((len(items), one.example))
         items.append(item)
     if unlimited is not None:
@@ -79,8 +91,8 @@ def _item(outcome: Outcome, split: Split, tokenizer: Any) -> Item:
 
 
 def tokens_in(samples: Iterable[Sample]) -> int:
-    """The number of ``input_ids`` of all samples."""
-    return sum(len(sample.input_ids) for sample in samples)
+    """The number of ``input_ids`` of all samples; of judged answers those of the longest, with its prompt."""
+    return sum(max(len(one.input_ids) for one in sample.each) for sample in samples)
 
 
 def _code(refused: Refusal, texts: _Texts) -> str:
@@ -134,7 +146,7 @@ class _Texts(NamedTuple):
     answer: str = ""
 
 
-def _texts_of(example: SFT | None, tokenizer: Any) -> _Texts:
+def _texts_of(example: SFT | Judged | None, tokenizer: Any) -> _Texts:
     """The texts of an example. Token ids need the tokenizer."""
     if isinstance(example, PlainText):
         return _Texts(example.text)
@@ -143,6 +155,8 @@ def _texts_of(example: SFT | None, tokenizer: Any) -> _Texts:
         return _Texts("".join(text for text, _ in example.segments), answer=answer)
     if isinstance(example, TokenisedText) and tokenizer is not None:
         return _Texts(str(tokenizer.decode(list(example.input_ids))))
+    if isinstance(example, (Preference, Ranking, LabelledAnswer)):
+        return _judged_texts(example)
     if not isinstance(example, Conversation):
         return _Texts()
     messages = example.messages
@@ -152,6 +166,13 @@ def _texts_of(example: SFT | None, tokenizer: Any) -> _Texts:
         return _Texts(whole)
     *before, question, answer = (message.content for message in messages[: learned[-1] + 1])
     return _Texts(whole, "\n".join([*before, question]), question, answer)
+
+
+def _judged_texts(example: Judged) -> _Texts:
+    """The texts of judged answers, of which the first is the best."""
+    prompt, answers = "\n".join(map(_said, example.prompt)), ["\n".join(map(_said, one)) for one in example.each]
+    question = example.prompt[-1].content if example.prompt else ""
+    return _Texts("\n".join([prompt, *answers]), prompt, question, answers[0])
 
 
 def _said(message: Message) -> str:

@@ -79,6 +79,11 @@ class Preference:
     source: str
     tools: tuple[dict[str, object], ...] = ()
 
+    @property
+    def each(self) -> tuple[tuple[Message, ...], ...]:
+        """The answers, the best first."""
+        return self.chosen, self.rejected
+
 
 @dataclass(frozen=True)
 class LabelledAnswer:
@@ -91,6 +96,11 @@ class LabelledAnswer:
     source: str
     tools: tuple[dict[str, object], ...] = ()
 
+    @property
+    def each(self) -> tuple[tuple[Message, ...], ...]:
+        """The one answer."""
+        return (self.completion,)
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -100,6 +110,11 @@ class Ranking:
     answers: tuple[Message, ...]
     source: str
     tools: tuple[dict[str, object], ...] = ()
+
+    @property
+    def each(self) -> tuple[tuple[Message, ...], ...]:
+        """The answers, the best first."""
+        return tuple((answer,) for answer in self.answers)
 
     def pairs(self) -> tuple[Preference, ...]:
         """A preference for every two unequal answers; the better one is chosen."""
@@ -131,7 +146,8 @@ class ClassifiedText:
 
 
 SFT = Conversation | PlainText | TokenisedText | Segments
-Example = SFT | Preference | LabelledAnswer | Ranking | StepLabels | ClassifiedText
+Judged = Preference | LabelledAnswer | Ranking
+Example = SFT | Judged | StepLabels | ClassifiedText
 
 # Data may hold characters that move a terminal's cursor or colour it; a preview must not obey them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

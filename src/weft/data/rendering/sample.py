@@ -23,6 +23,9 @@ class Sample:
     ``label``: the class, and ``token_types`` the segment of each token (empty: all 0), of classification data.
     ``target_ids``: what a sequence-to-sequence model is to write. With either of these, ``weights`` are all 0.0.
     ``cut``: how many tokens of the record were left out to keep ``max_length``.
+    ``branches``: of a record whose answers were judged, the places where each answer begins, in order; what stands
+    before the first is the prompt of all, and each answer follows the prompt (``each``). ``margin``: by how much the
+    first is better, as the record says. ``facts``: of a prompt that is to be answered, the record as JSON.
     """
 
     input_ids: list[int]
@@ -35,6 +38,28 @@ class Sample:
     target_ids: tuple[int, ...] = ()
     token_types: tuple[int, ...] = ()
     cut: int = 0
+    branches: tuple[int, ...] = ()
+    margin: float = 0.0
+    facts: str = ""
+
+    @property
+    def each(self) -> tuple[Sample, ...]:
+        """A sample for each judged answer: the prompt, and the answer. Without branches it is the only one."""
+        if not self.branches:
+            return (self,)
+        prompt, ends = self.branches[0], (*self.branches[1:], len(self.input_ids))
+        found = []
+        for begin, end in zip(self.branches, ends, strict=True):
+            weights = self.weights[:prompt] + self.weights[begin:end]
+            answer = next((place for place, weight in enumerate(weights) if weight), None)
+            ids = self.input_ids[:prompt] + self.input_ids[begin:end]
+            found.append(Sample(ids, weights, self.source, slots=self.slots, answer=answer))
+        return tuple(found)
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """For each of ``each``, how many of its first tokens are those of the first one, which shares none (0)."""
+        return (0, *(self.branches[0] for _ in self.branches[1:])) if self.branches else (0,)
 
     @property
     def size(self) -> int:

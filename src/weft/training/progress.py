@@ -1,0 +1,31 @@
+"""How far a job has come."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, field
+
+
+@dataclass
+class Progress:
+    """The state of a job beside its tensors. It goes into every checkpoint as JSON."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    _: KW_ONLY
+    evaluated_at: int = -1
+    # By name, where the sets to evaluate on have names; what is not finite is None.
+    eval_loss: float | dict[str, float | None] | None = None
+    best_eval_loss: float | dict[str, float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # those of the last evaluation, without the loss
+    evals_without_gain: int = 0
+    rates: list[float] = field(default_factory=list)  # of the parameters, in order, before the schedule
+    ended: str | None = None  # why it ended: finished, early_stop, failed
+    reason: str | None = None  # why it failed
+    loss_scale: float = 1.0
+    good_steps: int = 0
+    skipped: int = 0  # steps that changed nothing, for the loss or a gradient was not finite
+    overflows: int = 0  # how many of them are the last ones, in a row
+    moved: int = 0  # steps with a gradient that was finite and not zero
+    first_chosen: float | None = None  # the log-probability of chosen answers in the first evaluation
+    told_falling: bool = False  # whether a warning said that it falls

@@ -1,0 +1,284 @@
+"""Rollouts: the jobs' prompts are answered by their own adapters, all in one batch, and the answers are rewarded.
+
+Randomness has no state: what an answer draws is fixed by the job's seed, the step, the prompt's place in it and the
+answer's number. So a run that goes on writes what the unbroken one would have written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.adapters import Adapters
+from weft.data import Sample
+from weft.data.pack import pack
+from weft.errors import UserError
+from weft.files.adapter_folder import trained_on
+from weft.files.whole import make_folder, write_text
+from weft.heads.reward import RewardHead
+from weft.models import Base
+from weft.objectives.judging import part_of, reference_logps
+from weft.objectives.passes import EVALUATION_TOKENS, Evaluation, logits_of, passes
+from weft.objectives.rollouts import RolloutObjective
+from weft.ops.seeds import stable_seed
+from weft.rewards import Rewarder, RewardSettings
+from weft.training.batches import rows_of
+from weft.training.job import Job
+from weft.training.rolled import Ask, Rolled, Write, Written
+from weft.training.same_run import other_base
+
+# A job whose rewards all failed in so many steps in a row ends.
+_GIVE_UP = 3
+
+
+@dataclass
+class Roller:
+    """Writes and rewards the answers of one job.
+
+    ``tell`` hears of rewards that failed; ``folder``: where every answer is kept with its reward; None: nowhere.
+    """
+
+    job: Job
+    rewarder: Rewarder
+    decode: Callable[[Sequence[int]], str]
+    tell: Callable[[str], None] = lambda text: None
+    folder: Path | None = None
+    failed: int = 0
+
+    @property
+    def objective(self) -> RolloutObjective:
+        """The job's objective."""
+        assert isinstance(self.job.judged, RolloutObjective)
+        return self.job.judged
+
+    def due(self) -> bool:
+        """Whether the coming step needs new answers."""
+        rolled, step = self.job.rolled, self.job.progress.step
+        return rolled.written_at is None or step >= rolled.written_at + self.objective.num_iterations
+
+    def asks(self, prompts: Sequence[Sample], *, greedy: bool = False) -> list[Ask]:
+        """What to write for these prompts: ``num_generations`` answers each, or one that is the likeliest."""
+        own, seed, step = self.objective, self.job.config.seed, self.job.progress.step
+        return [
+            Ask(
+                self.job.name,
+                prompt.input_ids,
+                prompt.slots,
+                own.max_completion_length,
+                0.0 if greedy else own.temperature,
+                1.0 if greedy else own.top_p,
+                0 if greedy else own.top_k,
+                stable_seed(seed, "rollout", step, place, number) >> 1,
+            )
+            for place, prompt in enumerate(prompts)
+            for number in range(1 if greedy else own.num_generations)
+        ]
+
+    def rewards(self, prompts: Sequence[Sample], written: Sequence[Written]) -> list[dict[str, Any]]:
+        """A row for each answer: its prompt, text, and every reward. ``prompts`` has an entry for each answer too."""
+        facts = [json.loads(prompt.facts or "{}") for prompt in prompts]
+        names = {key for fact in facts for key in fact}
+        columns = {name: [fact.get(name) for fact in facts] for name in sorted(names)}
+        texts = [self.decode(prompt.input_ids) for prompt in prompts]
+        columns |= {
+            "prompt_ids": [list(prompt.input_ids) for prompt in prompts],
+            "completion_ids": [list(one.ids) for one in written],
+        }
+        found = self.rewarder(texts, [one.text for one in written], **columns)
+        for name, why in found.failures.items():
+            self.tell(f"the reward {name} has no say at step {self.job.progress.step}: {why}")
+        return [
+            {
+                "source": prompt.source,
+                "prompt": text,
+                "completion": one.text,
+                "tokens": len(one.ids),
+                "ended": one.ended,
+                "reward": found.totals[index],
+                "rewards": {name: values[index] for name, values in found.parts.items()},
+            }
+            for index, (prompt, text, one) in enumerate(zip(prompts, texts, written, strict=True))
+        ]
+
+    def take(self, adapters: Adapters, prompts: Sequence[Sample], written: Sequence[Written]) -> None:
+        """Reward the answers, compare each with its group, and give them to the job."""
+        own, count = self.objective, self.objective.num_generations
+        rows = self.rewards([prompt for prompt in prompts for _ in range(count)], written)
+        groups = [
+            group_of(prompt, written[place * count : (place + 1) * count], keep=own.num_iterations > 1)
+            for place, prompt in enumerate(prompts)
+        ]
+        values = [float("nan") if row["reward"] is None else row["reward"] for row in rows]
+        rewards = torch.tensor(values, dtype=torch.float64).view(len(prompts), count)
+        kl = self._kl(adapters, groups, written).view(len(prompts), count)
+        advantages = own.advantages(rewards, kl)
+        for row, advantage, distance in zip(rows, advantages.flatten().tolist(), kl.flatten().tolist(), strict=True):
+            row |= {"advantage": advantage, "kl": distance}
+        rolled = [
+            with_advantages(group, advantages[place].tolist(), [
+                not rewards[place, number].isnan()
+                and (written[place * count + number].ended or not own.mask_truncated_completions)
+                for number in range(count)
+            ])
+            for place, group in enumerate(groups)
+        ]  # fmt: skip
+        self._keep(rows)
+        self.job.rolled.put(self.job.progress.step, self._packed(adapters, rolled), figures_of(rows, rewards))
+        self.failed = self.failed + 1 if bool(rewards.isnan().all()) else 0
+        if self.failed >= _GIVE_UP:
+            self.job.fail(f"no reward had a say in {_GIVE_UP} steps in a row")
+
+    def _kl(self, adapters: Adapters, groups: Sequence[Rolled], written: Sequence[Written]) -> Tensor:
+        """log policy / reference of each answer [answers], as it was written."""
+        found: list[Tensor] = []
+        name = None if self.job.reference is None else self.job.reference.name
+        for part in passes(list(groups), EVALUATION_TOKENS):
+            (logps,) = reference_logps(adapters, [name], [part], [self.objective.softness])
+            sizes = [sum(map(bool, one.weights)) for group in part for one in group.each]
+            found += [one.sum().double().cpu() for one in logps.split(sizes)]
+        policy = torch.tensor([sum(one.logprobs) for one in written], dtype=torch.float64)
+        return policy - torch.stack(found)
+
+    def _packed(self, adapters: Adapters, rolled: Sequence[Rolled]) -> list[list[Rolled]]:
+        """The passes of the step."""
+        job = self.job
+        apart = not adapters.layout.can_share(part_of(job.name, [], job.dropout_seed(0), 0.0))
+        sizes = [rows_of(one, job.adapter.num_virtual_tokens, apart=apart) for one in rolled]
+        most = max(job.config.pack_tokens or EVALUATION_TOKENS, max(sizes))
+        return [[rolled[i] for i in sorted(one)] for one in pack(sizes, most)]
+
+    def _keep(self, rows: Sequence[dict[str, Any]]) -> None:
+        if self.folder is not None:
+            make_folder(self.folder)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(self.folder / f"step-{self.job.progress.step + 1:08d}.jsonl", lines)
+
+    def evaluate(self, write: Write, prompts: Sequence[Sample]) -> Evaluation:
+        """The mean reward of the likeliest answers; the loss is the same with its sign turned."""
+        rows = self.rewards(prompts, write(self.asks(prompts, greedy=True)))
+        known = [row["reward"] for row in rows if row["reward"] is not None]
+        mean = sum(known) / len(known) if known else float("nan")
+        return Evaluation(-mean, {"reward": mean, "completion_length": sum(r["tokens"] for r in rows) / len(rows)})
+
+
+def roll_out(adapters: Adapters, rollers: Sequence[Roller], write: Write) -> None:
+    """Write the answers that the coming step of these jobs needs, all in one batch."""
+    due = [roller for roller in rollers if roller.due()]
+    prompts = [[prompt for micro in roller.job.prompts() for prompt in micro] for roller in due]
+    asks = [roller.asks(own) for roller, own in zip(due, prompts, strict=True)]
+    written = write([ask for own in asks for ask in own]) if due else []
+    at = 0
+    for roller, own, asked in zip(due, prompts, asks, strict=True):
+        roller.take(adapters, own, written[at : at + len(asked)])
+        at += len(asked)
+
+
+def group_of(prompt: Sample, answers: Sequence[Written], *, keep: bool) -> Rolled:
+    """A prompt with its answers, all of whose tokens are learned; ``keep`` their log-probabilities."""
+    ids, weights, branches, old = list(prompt.input_ids), [0.0] * len(prompt.input_ids), [], []
+    for answer in answers:
+        branches.append(len(ids))
+        ids += answer.ids
+        weights += [1.0] * len(answer.ids)
+        old += answer.logprobs
+    return Rolled(
+        ids, weights, prompt.source, slots=prompt.slots, answer=len(prompt.input_ids), branches=tuple(branches),
+        old=tuple(old) if keep else (),
+    )  # fmt: skip
+
+
+def with_advantages(group: Rolled, advantages: Sequence[float], counts: Sequence[bool]) -> Rolled:
+    """The group with each answer's advantage on all of its tokens; of answers that do not count nothing is learned."""
+    ends = (*group.branches[1:], len(group.input_ids))
+    weights, spread, old = list(group.weights), list[float](), list[float]()
+    at = 0
+    for begin, end, advantage, counted in zip(group.branches, ends, advantages, counts, strict=True):
+        if counted:
+            spread += [advantage] * (end - begin)
+            old += group.old[at : at + end - begin]
+        else:
+            weights[begin:end] = [0.0] * (end - begin)
+        at += end - begin
+    return replace(group, weights=weights, advantages=tuple(spread), old=tuple(old))
+
+
+def figures_of(rows: Sequence[dict[str, Any]], rewards: Tensor) -> dict[str, float]:
+    """What there is to watch of a step's answers; ``rewards`` [P, K]."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in {"reward": row["reward"], **{f"rewards/{k}": v for k, v in row["rewards"].items()}}.items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    spread = rewards.nan_to_num(0.0).std(1)
+    return means | {
+        "reward_std": float(rewards[~rewards.isnan()].std()) if int((~rewards.isnan()).sum()) > 1 else 0.0,
+        "frac_reward_zero_std": float((spread == 0).double().mean()),
+        "completion_length": sum(row["tokens"] for row in rows) / len(rows),
+        "truncated": sum(not row["ended"] for row in rows) / len(rows),
+        "kl_of_answers": sum(row["kl"] for row in rows) / len(rows),
+    }
+
+
+def settings_of(objective: RolloutObjective) -> list[RewardSettings]:
+    """The rewards that an objective names.
+
+    Raises:
+        UserError: One is none.
+    """
+    found = [RewardSettings.of(one) for one in objective.rewards]
+    for one in found:
+        if one.adapter is None:
+            one.function()
+    if not any(one.weight for one in found):
+        raise UserError("rewards: every weight is 0, so there is nothing to learn.")
+    return found
+
+
+def roller_of(job: Job, adapters: Adapters, base: Base) -> Roller:
+    """What writes and rewards a job's answers. The adapters that give rewards join those of the jobs.
+
+    Raises:
+        UserError: A reward is none, or an adapter that is to give one is of another base or gives no score.
+    """
+    assert isinstance(job.judged, RolloutObjective)
+    settings, scorers = settings_of(job.judged), {}
+    for number, one in enumerate(one for one in settings if one.adapter is not None):
+        folder = str(one.adapter)
+        if (difference := other_base(base, trained_on(Path(folder)) or {})) is not None:
+            raise UserError(f"rewards: {folder} was trained on another base ({difference}).")
+        name = f"{job.name}.reward{number + 1}"
+        adapter = adapters.load(name, folder, tokenizer=base.tokenizer).requires_grad_(False)
+        if not isinstance(adapter.head, RewardHead):
+            raise UserError(f"rewards: {folder} gives no score; a reward adapter comes of objective: reward.")
+        scorers[folder] = scorer(adapters, name)
+    decode = partial(base.tokenizer.decode, skip_special_tokens=False)
+    return Roller(job, Rewarder(settings, scorers), decode)
+
+
+def scorer(adapters: Adapters, name: str) -> Callable[..., list[float]]:
+    """The reward that the adapter ``name`` gives: its score at the last token of each answer."""
+
+    def score(
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        prompt_ids: Sequence[list[int]],
+        completion_ids: Sequence[list[int]],
+        **columns: object,
+    ) -> list[float]:
+        whole = [[*prompt, *answer] for prompt, answer in zip(prompt_ids, completion_ids, strict=True)]
+        samples = [Sample(ids, [0.0] * len(ids), "an answer") for ids in whole]
+        found: list[float] = []
+        for part in passes(samples, EVALUATION_TOKENS):
+            found += logits_of(adapters, name, part)[:, 0].tolist()
+        return found
+
+    return torch.no_grad()(score)
