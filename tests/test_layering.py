@@ -311,7 +311,7 @@ def test_the_loader_check_sees(path: str, source: str) -> None:
 
 
 def test_the_core_is_read_in_one_sitting() -> None:
-    assert sum(path.read_text().count("\n") for path in FILES if path.parent.name == "core") <= 1900
+    assert sum(path.read_text().count("\n") for path in FILES if path.parent.name == "core") <= 2000
 
 
 def test_files_and_functions_stay_small() -> None:

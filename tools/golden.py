@@ -211,7 +211,8 @@ def main() -> int:
     import trl
 
     with tempfile.TemporaryDirectory() as folder:
-        results = {"dpo": dpo(folder), "kto": kto(folder), "odds": odds(), "reward": reward(folder), "rollouts": rollouts(folder)}
+        results = {"dpo": dpo(folder), "kto": kto(folder), "odds": odds(), "reward": reward(folder)}
+        results["rollouts"] = rollouts(folder)
     if options.check:
         known = json.loads(FILE.read_text())
         different = [key for key in results if not near(results[key], known[key])]

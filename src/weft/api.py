@@ -138,19 +138,19 @@ def train(
         KeyboardInterrupt: It was interrupted. While it was training, all up to there is saved.
     """
     check_hearers(callbacks, on_event, should_stop, progress)
-    flags = {"model": model, "data": data, "method": method, "output_dir": output_dir}
-    flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
+    flags = {"model": model, "data": data, "method": method, "output_dir": output_dir, "resume": resume or None}
+    flags["overwrite_output_dir"] = overwrite_output_dir or None
     if names := [one for one in callbacks if isinstance(one, str)]:
         settings["callbacks"] = names
-    given = {key: value for key, value in flags.items() if value is not None}
-    found = config_of(config, settings, flags=given, source="weft.train")
+    flags = {key: value for key, value in flags.items() if value is not None}
+    found = config_of(config, settings, flags=flags, source="weft.train")
     if progress and found.shape == "full":
         common.tell_hub(found.model)
     session = Session(quiet=not progress, in_program=True)
 
     def show(setup: Setup) -> Callable[[Event], None]:
-        for line in opening(setup, not_reached(setup)) if progress else ():
-            print(line, flush=True)
+        if progress:
+            print(*opening(setup, not_reached(setup)), sep="\n", flush=True)
         session.begin(setup.jobs)
         return session.event
 

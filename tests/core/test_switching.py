@@ -22,7 +22,7 @@ from weft.generation import Request, generate
 from weft.methods.combined import Combined, CombinedConfig
 from weft.models import describe
 from weft.training import Job, JobConfig, Trainer
-from weft.training.settings import method_of
+from weft.training.method_settings import method_of
 
 TEXTS = kit.texts(3, seed=4)
 

@@ -16,9 +16,9 @@ from tests.kit import golden
 from torch import Tensor
 
 from weft.api import Adapters
+from weft.core.head import supervised
 from weft.data import Sample
 from weft.heads.reward import RewardHead, RewardTask
-from weft.core.head import supervised
 from weft.methods import METHODS
 from weft.models import describe
 from weft.objectives.answers import AnswerObjective, Answers

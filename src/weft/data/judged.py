@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from weft.data.formats.detect import to_example
 from weft.data.formats.examples import Judged, LabelledAnswer, Preference, Ranking
@@ -96,7 +96,7 @@ def _margin(record: Record) -> float:
     Raises:
         UserError: It is no finite number.
     """
-    value = record.fields.get("margin")
+    value: Any = record.fields.get("margin")
     if value is None:
         return 0.0
     try:

@@ -164,6 +164,7 @@ def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def stored_head(adapter: Adapter) -> Mapping[str, Tensor]:
+    """The tensors of an adapter's own head, in their own shapes, by their names in its file; none without one."""
     return adapter.head.stored(PREFIXES[adapter.num_learned_tokens > 0])
 
 

@@ -114,7 +114,8 @@ def build_stream(
 def _lay_part(laid: EndToEnd, part: Part, adapter: Adapter | None, position: int, shares: bool) -> list[int]:
     """Lay the sequences of a part; returns the rows of its virtual tokens."""
     learned: list[int] = []
-    leader, theirs = -1, ()
+    leader = -1
+    theirs: Sequence[Run] = ()
     for index, sequence in enumerate(part.sequences):
         runs: Sequence[Run] = ()
         if adapter is not None and adapter.num_virtual_tokens:

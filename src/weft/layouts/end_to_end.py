@@ -11,7 +11,7 @@ from weft.core.adapter import Run
 from weft.ops.sequence_layout import Sharing
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EndToEnd:
     """The rows of a batch. Every sequence has rows of its own; before them it may see the first rows of another.
 

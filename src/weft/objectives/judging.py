@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,9 +129,12 @@ def judged_terms(
     hidden: Tensor,
     reference: Tensor | None,
 ) -> Terms:
-    """The terms of an adapter's records, whose answers are these sequences of the batch."""
+    """The terms of an adapter's records, whose answers are these sequences of the batch with last hidden states [N, d].
+
+    ``reference``: the reference's log-probabilities [T], if the objective asks for them.
+    """
     each = [answer for sample in samples for answer in sample.each]
-    facts = {
+    facts: dict[str, Any] = {
         "counts": [len(sample.each) for sample in samples],
         "margins": [sample.margin for sample in samples],
         "labels": [-1 if sample.label is None else sample.label for sample in samples],
@@ -139,8 +143,8 @@ def judged_terms(
     tokens = head.learned(stream, each, sequences)
     if not judging.objective.scores:
         logp = token_logps(adapters, name, hidden, tokens, judging.objective.softness)
-        written = {key: _told(samples, key, logp) for key in ("advantages", "old")}
-        answers = Answers(logp, tokens, reference=reference, point=judging.point, **facts, **written)
+        facts |= {key: _told(samples, key, logp) for key in ("advantages", "old")}
+        answers = Answers(logp, tokens, reference=reference, point=judging.point, **facts)
         return judging.objective.terms(answers)
     rows = [(name, len(each))]
     with adapters.router.use(adapters.rows_route(rows)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from weft.complaints import Worded
 from weft.errors import UserError
+from weft.foreign import parse_json
 
 
 class JsonSchema(Worded):
@@ -27,8 +27,8 @@ class JsonSchema(Worded):
         found = []
         for text in completions:
             try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
+                value = parse_json(text, "the answer")
+            except UserError:
                 found.append(0.0)
                 continue
             found.append(float(isinstance(value, dict) if fits is None else fits.is_valid(value)))

@@ -18,7 +18,7 @@ class Length(Worded):
     slack: int = Field(0, ge=0, description="so many tokens outside the reward falls evenly to 0")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _in_order(self) -> Self:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
         return self

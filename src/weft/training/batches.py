@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from weft.core import head
 from weft.data import Mixture, Sample
 from weft.data.pack import pack, pack_in_order
 from weft.data.views import sizes
@@ -60,6 +61,12 @@ class Batches:
         count = self.config.gradient_accumulation_steps
         batches = self.unpacked(epoch)[within * count : (within + 1) * count]
         return batches if self.config.batch_tokens is not None else self._packed(batches)
+
+    def in_order(self, step: int) -> list[int]:
+        """The indices of a step in the epoch's order, however they are packed."""
+        epoch, within = self.locate(step)
+        count = self.config.gradient_accumulation_steps
+        return [index for batch in self.unpacked(epoch)[within * count : (within + 1) * count] for index in batch]
 
     def locate(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and the step's number within it."""
@@ -126,8 +133,7 @@ class Batches:
             )
 
 
-def rows_of(sample: Sample, virtual: int, *, apart: bool) -> int:
+def rows_of(sample: head.Sample, virtual: int, *, apart: bool) -> int:
     """The rows that a sample takes of a batch with so many virtual tokens; ``apart`` as of ``Batches``."""
-    if not (apart and sample.branches):
-        return sample.size + virtual
-    return sum(one.size + virtual for one in sample.each)
+    each = sample.each if apart else ()
+    return sum(one.size + virtual for one in each) if len(each) > 1 else sample.size + virtual

@@ -163,6 +163,10 @@ class Job:
             step //= getattr(self.judged, "num_iterations", 1)
         return [[self.samples[i] for i in micro] for micro in self.batches[step]]
 
+    def in_order(self) -> list[Sample]:
+        """The samples of its data for the coming step, in an order that does not depend on how they are packed."""
+        return [] if self.rolls else [self.samples[i] for i in self.batches.in_order(self.progress.step)]
+
     def dropout_seed(self, micro: int) -> int:
         """The seed of dropout in the ``micro``-th forward pass of the coming step."""
         return stable_seed(self.config.seed, "dropout", self.progress.step, micro)

@@ -165,8 +165,6 @@ class JobConfig(BaseModel):
                              "is already limited by batch_tokens")  # fmt: skip
         if self.objective is not None and self.classifies:
             raise ValueError("objective is for tasks that write; a classification has its own")
-        if self.objective is not None and self.task == "seq2seq" and self.judged is not None:
-            raise ValueError(f"objective {self.objective} is for causal_lm")
         if self.objective_settings and self.objective is None:
             raise ValueError("objective_settings need an objective")
         if self.layerwise_updates and self.max_grad_norm:

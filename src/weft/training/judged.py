@@ -21,6 +21,7 @@ from weft.training.job import Job
 from weft.training.rollouts import settings_of
 from weft.training.settings import JobConfig
 
+_WRITES = "causal_lm"
 # By this share the chosen answers' log-probability may fall before somebody is told.
 _FALL = 0.05
 
@@ -35,6 +36,8 @@ def check_judged(config: JobConfig) -> None:
     judged = config.judged
     if judged is None:
         return
+    if config.task != _WRITES:
+        raise UserError(f"job '{config.name}': objective {config.objective} is for task: {_WRITES}, not {config.task}.")
     if isinstance(judged, RolloutObjective):
         settings_of(judged)
     records = config.batch_size * config.gradient_accumulation_steps
@@ -74,25 +77,28 @@ def _name(adapter: Adapter | None) -> str | None:
     return None if adapter is None else adapter.name
 
 
-def judging_of(adapters: Adapters, job: Job, micros: Sequence[Sequence[Sample]]) -> Judging:
-    """How the records of a job's step are judged: all that depends on the whole step."""
+def judging_of(
+    adapters: Adapters, job: Job, micros: Sequence[Sequence[Sample]], ordered: Sequence[Sample] = ()
+) -> Judging:
+    """How the records of a job's step are judged: all that depends on the whole step.
+
+    ``ordered`` are all its records, in an order that does not depend on how they are packed; default: as in ``micros``.
+    """
     assert job.judged is not None
     samples = [sample for micro in micros for sample in micro]
-    point = reference_point(adapters, job, [list(micro) for micro in micros]) if job.judged.mismatches else 0.0
+    point = reference_point(adapters, job, ordered or samples) if job.judged.mismatches else 0.0
     return Judging(job.judged, denominators_of(job.judged, samples), reference=_name(job.reference), point=point)
 
 
 @torch.no_grad()
-def reference_point(adapters: Adapters, job: Job, micros: Sequence[Sequence[Sample]]) -> float:
+def reference_point(adapters: Adapters, job: Job, samples: Sequence[Sample]) -> float:
     """KTO's estimate of how far the policy is from its reference: the mean of log policy / reference over the records,
     each with the answer of the one before it."""
-    samples = [sample for micro in micros for sample in micro]
+    if len(samples) == 1:  # its own answer would be no mismatch
+        samples = [samples[0], next((one for one in job.samples if one != samples[0]), samples[0])]
     others = mismatched(samples, adapters.architecture.max_length)
-    total, at = 0.0, 0
-    size = max(map(len, micros), default=1)
-    while at < len(others):
-        part = others[at : at + size]
-        at += len(part)
+    total = 0.0
+    for part in passes(others, max(EVALUATION_TOKENS, job.batches.capacity)):
         policy, reference = (reference_logps(adapters, [name], [part])[0] for name in (job.name, _name(job.reference)))
         total += float((policy - reference).sum())
     return total / max(len(others), 1)

@@ -15,7 +15,7 @@ from weft.core.adapters import Adapters
 from weft.errors import UserError
 from weft.files.run_folder import RunStore
 from weft.machine import freed_memory_kept
-from weft.objectives.passes import evaluate
+from weft.objectives.passes import Evaluation, evaluate
 from weft.training.fullest import make_fullest_pass
 from weft.training.job import Job
 from weft.training.judged import evaluate_judged, falling
@@ -257,6 +257,7 @@ class Trainer:
             losses: dict[str, float] = {}
             metrics: dict[str, float] = {}
             for name, samples in job.eval_sets.items():
+                found: Evaluation | None
                 if job.rolls:
                     assert self.write is not None
                     found = self.rollers[job.name].evaluate(self.write, samples)

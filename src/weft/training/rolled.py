@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from weft.data import Sample
@@ -16,6 +15,7 @@ class Ask:
 
     adapter: str | None
     prompt: Sequence[int]
+    _: KW_ONLY
     slots: Sequence[int]
     max_new_tokens: int
     temperature: float
@@ -71,9 +71,9 @@ class RolledBatches:
 
     def state(self) -> dict[str, Any]:
         """All of it as JSON holds it."""
-        names = ("input_ids", "weights", "source", "slots", "branches", "advantages", "old")
-        rows = [[{name: getattr(one, name) for name in names} for one in micro] for micro in self.passes]
-        return json.loads(json.dumps({"written_at": self.written_at, "passes": rows, "figures": self.figures}))
+        names = ("input_ids", "weights", "slots", "branches", "advantages", "old")
+        rows = [[{name: list(getattr(one, name)) for name in names} for one in micro] for micro in self.passes]
+        return {"written_at": self.written_at, "passes": rows, "figures": self.figures}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state`` gave."""
@@ -82,8 +82,11 @@ class RolledBatches:
                 Rolled(
                     row["input_ids"],
                     row["weights"],
-                    row["source"],
-                    **{name: tuple(row[name]) for name in ("slots", "branches", "advantages", "old")},
+                    "an answer of its own",
+                    slots=tuple(row["slots"]),
+                    branches=tuple(row["branches"]),
+                    advantages=tuple(row["advantages"]),
+                    old=tuple(row["old"]),
                 )
                 for row in micro
             ]

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.adapters import Adapters
+import weft.adapters
+from weft.core.adapters import Adapters
 from weft.data import Sample
 from weft.data.pack import pack
 from weft.errors import UserError
 from weft.files.adapter_folder import trained_on
 from weft.files.whole import make_folder, write_text
-from weft.heads.reward import RewardHead
+from weft.foreign import parse_json
+from weft.heads.reward import SCORE
 from weft.models import Base
 from weft.objectives.judging import part_of, reference_logps
 from weft.objectives.passes import EVALUATION_TOKENS, Evaluation, logits_of, passes
@@ -48,6 +49,7 @@ class Roller:
     job: Job
     rewarder: Rewarder
     decode: Callable[[Sequence[int]], str]
+    _: KW_ONLY
     tell: Callable[[str], None] = lambda text: None
     folder: Path | None = None
     failed: int = 0
@@ -70,12 +72,12 @@ class Roller:
             Ask(
                 self.job.name,
                 prompt.input_ids,
-                prompt.slots,
-                own.max_completion_length,
-                0.0 if greedy else own.temperature,
-                1.0 if greedy else own.top_p,
-                0 if greedy else own.top_k,
-                stable_seed(seed, "rollout", step, place, number) >> 1,
+                slots=prompt.slots,
+                max_new_tokens=own.max_completion_length,
+                temperature=0.0 if greedy else own.temperature,
+                top_p=1.0 if greedy else own.top_p,
+                top_k=0 if greedy else own.top_k,
+                seed=stable_seed(seed, "rollout", step, place, number) >> 1,
             )
             for place, prompt in enumerate(prompts)
             for number in range(1 if greedy else own.num_generations)
@@ -83,7 +85,7 @@ class Roller:
 
     def rewards(self, prompts: Sequence[Sample], written: Sequence[Written]) -> list[dict[str, Any]]:
         """A row for each answer: its prompt, text, and every reward. ``prompts`` has an entry for each answer too."""
-        facts = [json.loads(prompt.facts or "{}") for prompt in prompts]
+        facts = [parse_json(prompt.facts or "{}", prompt.source) for prompt in prompts]
         names = {key for fact in facts for key in fact}
         columns = {name: [fact.get(name) for fact in facts] for name in sorted(names)}
         texts = [self.decode(prompt.input_ids) for prompt in prompts]
@@ -182,7 +184,9 @@ def roll_out(adapters: Adapters, rollers: Sequence[Roller], write: Write) -> Non
 
 def group_of(prompt: Sample, answers: Sequence[Written], *, keep: bool) -> Rolled:
     """A prompt with its answers, all of whose tokens are learned; ``keep`` their log-probabilities."""
-    ids, weights, branches, old = list(prompt.input_ids), [0.0] * len(prompt.input_ids), [], []
+    ids, weights = list(prompt.input_ids), [0.0] * len(prompt.input_ids)
+    branches: list[int] = []
+    old: list[float] = []
     for answer in answers:
         branches.append(len(ids))
         ids += answer.ids
@@ -242,7 +246,7 @@ def settings_of(objective: RolloutObjective) -> list[RewardSettings]:
     return found
 
 
-def roller_of(job: Job, adapters: Adapters, base: Base) -> Roller:
+def roller_of(job: Job, adapters: weft.adapters.Adapters, base: Base) -> Roller:
     """What writes and rewards a job's answers. The adapters that give rewards join those of the jobs.
 
     Raises:
@@ -256,10 +260,13 @@ def roller_of(job: Job, adapters: Adapters, base: Base) -> Roller:
             raise UserError(f"rewards: {folder} was trained on another base ({difference}).")
         name = f"{job.name}.reward{number + 1}"
         adapter = adapters.load(name, folder, tokenizer=base.tokenizer).requires_grad_(False)
-        if not isinstance(adapter.head, RewardHead):
+        if adapter.head.labels != SCORE:
             raise UserError(f"rewards: {folder} gives no score; a reward adapter comes of objective: reward.")
         scorers[folder] = scorer(adapters, name)
-    decode = partial(base.tokenizer.decode, skip_special_tokens=False)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(base.tokenizer.decode(list(ids)))
+
     return Roller(job, Rewarder(settings, scorers), decode)
 
 

@@ -102,27 +102,7 @@ def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | No
         offload_param=config.offload_param,
     )
     try:
-        jobs: list[Job] = []
-        for job, found in zip(config.jobs, loaded, strict=True):
-            adapter = adapters.add(
-                job.name, job.method_on(base), seed=job.seed, tokenizer=base.tokenizer, head=found.classes
-            )
-            prove_attached(adapters, job.name)
-            if job.start_from is not None:
-                take_start(adapters, adapter, job.start_from, base, found.classes)
-            reference = add_reference(adapters, job, adapter, base, fresh=job.start_from is None)
-            jobs.append(
-                Job(
-                    job,
-                    adapter,
-                    found.train,
-                    found.held,
-                    found.mixture,
-                    eval_sizes=found.sizes,
-                    reference=reference,
-                    shares_rows=adapters.layout.shares_rows,
-                )
-            )
+        jobs = [_job(adapters, job, found, base) for job, found in zip(config.jobs, loaded, strict=True)]
         rollers = [roller_of(job, adapters, base) for job in jobs if job.rolls]
     except BaseException:
         adapters.close()
@@ -136,6 +116,25 @@ def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | No
         problems=read.problems,
         rollers=rollers,
         tight=tight,
+    )
+
+
+def _job(adapters: Adapters, config: JobConfig, data: JobData, base: Base) -> Job:
+    """Make a job's adapter, with the values that it begins with, and what it is compared with."""
+    head = data.classes
+    adapter = adapters.add(config.name, config.method_on(base), seed=config.seed, tokenizer=base.tokenizer, head=head)
+    prove_attached(adapters, config.name)
+    if config.start_from is not None:
+        take_start(adapters, adapter, config.start_from, base, head)
+    return Job(
+        config,
+        adapter,
+        data.train,
+        data.held,
+        data.mixture,
+        eval_sizes=data.sizes,
+        reference=add_reference(adapters, config, adapter, base, fresh=config.start_from is None),
+        shares_rows=adapters.layout.shares_rows,
     )
 
 

@@ -37,7 +37,7 @@ def take_start(adapters: Adapters, adapter: Adapter, folder: str, base: Base, he
         raise UserError(f"start_from: {folder} was trained on another base ({difference}).")
     _, tensors, task = read(Path(folder), adapters.model)
     if task is not None and task != head:
-        told = "writes text" if head is None else f"has the outputs {list(head.labels)}"
+        told = f"has the outputs {list(head.labels)}" if head else "writes text"
         raise UserError(f"start_from: {folder} has a head with the outputs {list(task.labels)}, and this job {told}.")
     if task is None:
         tensors = {**tensors, **stored_head(adapter)}

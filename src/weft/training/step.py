@@ -8,7 +8,7 @@ optimizer and clipping, and every job draws from its own seeds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class StepResult:
     else there is to watch."""
 
     loss: float
+    _: KW_ONLY
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -53,7 +54,10 @@ def train_step(adapters: Adapters, jobs: Sequence[Job], splitting: Splitting | N
     for job in jobs:
         tokens = sum(s.size for micro in batches[job.name] for s in micro)
         rate = job.learning_rate()
-        results[job.name] = StepResult(float(total[job.name]), job.update(tokens), rate, tokens, job.figures)
+        norm = job.update(tokens)
+        results[job.name] = StepResult(
+            float(total[job.name]), grad_norm=norm, learning_rate=rate, tokens=tokens, figures=job.figures
+        )
     return results
 
 
@@ -91,7 +95,8 @@ def _attempt(
 def _passes(
     adapters: Adapters, jobs: Sequence[Job], batches: _Batches, splitting: Splitting, *, update: bool
 ) -> dict[str, Tensor]:
-    judging = {job.name: judging_of(adapters, job, batches[job.name]) for job in jobs if job.judged is not None}
+    judged = [job for job in jobs if job.judged is not None]
+    judging = {job.name: judging_of(adapters, job, batches[job.name], job.in_order()) for job in judged}
     weight = {
         job.name: 1.0
         if job.name in judging
