@@ -72,7 +72,7 @@ class PlainReporter(Reporter):
 
 
 # What a line of a step tells of judged answers, where there is some; metrics.jsonl has more.
-_FIGURES = ("rewards/margins", "accuracy", "logps/chosen", "kl")
+_FIGURES = ("reward", "rewards/margins", "accuracy", "logps/chosen", "kl")
 
 
 def plain_line(event: Mapping[str, Any]) -> str | None:
@@ -82,7 +82,7 @@ def plain_line(event: Mapping[str, Any]) -> str | None:
         for key, value in event.items():
             if key.endswith("_loss"):
                 words.append(f"{key}={value:.4f}")
-            elif key.endswith(("_accuracy", "_majority")):
+            elif key.endswith(("_accuracy", "_majority", "_reward")):
                 words.append(f"{key.removeprefix('eval_')}={value:.4f}")
         watched = event.get("early_stopping_on")
         return " ".join([*words, *([f"early_stopping_on={watched}"] if watched else [])])
