@@ -30,11 +30,12 @@ class Answers:
         tokens: where these tokens are (``weft.core.head.Supervised`` of A sequences), with their weights.
         counts: of each record the number of its answers; the first is the best.
         reference: [T], the same under the reference; None where the objective asks for none.
-        scores: [A], of an objective over scores; else None.
+        scores: [A], of an objective over scores ([T], if it has one per token); else None.
         margins, labels: of each record, as its data says (label 1: good, 0: bad).
         point: KTO's reference point, of the whole step.
         advantages: [T], of answers that the policy wrote itself: by how much each token was better than expected.
         old: [T], the log-probabilities under the policy that wrote them; None: it is the policy as it is now.
+        values, returns: [T], what was expected before each token when it was written, and what came.
     """
 
     logp: Tensor
@@ -48,6 +49,8 @@ class Answers:
     point: float = 0.0
     advantages: Tensor | None = None
     old: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -117,6 +120,7 @@ class AnswerObjective(Worded):
             answers the policy writes.
         uses_reference: whether it compares with a reference.
         scores: whether it learns scores, through a head with one output, instead of log-probabilities.
+        per_token: whether it has a score for each token, read before it, and not one for the answer.
         mismatches: whether it needs a reference point, of answers put to other records' prompts.
         least_records: the fewest records of a step.
         rate_share: how much of a method's usual learning rate is usual here.
@@ -129,6 +133,7 @@ class AnswerObjective(Worded):
     judgement: ClassVar[Judgement] = "preference"
     uses_reference: ClassVar[bool] = False
     scores: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
     mismatches: ClassVar[bool] = False
     least_records: ClassVar[int] = 1
     rate_share: ClassVar[float] = 0.1

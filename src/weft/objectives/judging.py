@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.core.adapters import Adapters
-from weft.core.head import Sample, Supervised
+from weft.core.head import Sample, Supervised, TokenHead
 from weft.core.stream import Part, Stream
 from weft.objectives.answers import AnswerObjective, Answers, Terms
 from weft.ops.loss import losses_of_logits
@@ -118,6 +118,22 @@ def token_logps(
         return -losses_of_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)) / softness, tokens.targets)
 
 
+def token_scores(adapters: Adapters, name: str | None, hidden: Tensor, tokens: Supervised) -> Tensor:
+    """The scores [T] of adapter ``name``, whose head has one output, at rows of the last hidden states [N, d]."""
+    rows = [(name, len(tokens.rows))]
+    with adapters.router.use(adapters.rows_route(rows)):
+        head = adapters.head(name)
+        return head.logits(hidden.index_select(0, tokens.rows), partial(adapters.logits, rows=rows))[:, 0]
+
+
+@torch.no_grad()
+def expected_values(adapters: Adapters, name: str, samples: Sequence[Sample]) -> Tensor:
+    """What the value function ``name`` expects before each learned token of some records [T]."""
+    stream, hidden = adapters.run([part_of(name, samples)])
+    each = [answer for sample in samples for answer in sample.each]
+    return token_scores(adapters, name, hidden, TokenHead().learned(stream, each, range(len(each))))
+
+
 def judged_terms(
     adapters: Adapters,
     name: str | None,
@@ -146,9 +162,12 @@ def judged_terms(
         facts |= {key: _told(samples, key, logp) for key in ("advantages", "old")}
         answers = Answers(logp, tokens, reference=reference, point=judging.point, **facts)
         return judging.objective.terms(answers)
-    rows = [(name, len(each))]
-    with adapters.router.use(adapters.rows_route(rows)):
-        scores = head.logits(hidden.index_select(0, tokens.rows), partial(adapters.logits, rows=rows))[:, 0]
+    if judging.objective.per_token:
+        tokens = TokenHead().learned(stream, each, sequences)
+        scores = token_scores(adapters, name, hidden, tokens)
+        facts |= {key: _told(samples, key, scores) for key in ("values", "returns")}
+        return judging.objective.terms(Answers(scores, tokens, scores=scores, **facts))
+    scores = token_scores(adapters, name, hidden, tokens)
     sizes = torch.tensor([sum(one.weights) for one in each], dtype=torch.float64, device=hidden.device)
     answers = Answers(scores.new_ones(len(each)), replace(tokens, weights=sizes), scores=scores, **facts)
     return judging.objective.terms(answers)

@@ -16,6 +16,7 @@ from weft.objectives.dpo import DPO
 from weft.objectives.grpo import GRPO
 from weft.objectives.kto import KTO
 from weft.objectives.orpo import ORPO
+from weft.objectives.ppo import PPO, Value
 from weft.objectives.reward import Reward
 from weft.objectives.rloo import RLOO
 from weft.objectives.simpo import SimPO
@@ -27,7 +28,10 @@ Objective = Callable[..., Tensor]
 _Function = TypeVar("_Function", bound=Objective)
 OBJECTIVES: Registry[Objective | type[AnswerObjective]] = Registry(
     "objective",
-    {"dpo": DPO, "grpo": GRPO, "kto": KTO, "orpo": ORPO, "reward": Reward, "rloo": RLOO, "simpo": SimPO},
+    {
+        "dpo": DPO, "grpo": GRPO, "kto": KTO, "orpo": ORPO, "ppo": PPO, "reward": Reward, "rloo": RLOO, "simpo": SimPO,
+        "value": Value,
+    },
 )
 
 

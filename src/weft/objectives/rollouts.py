@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -15,14 +16,23 @@ from weft.objectives.answers import AnswerObjective, Answers, Judgement
 FAR = 20.0
 
 
+@dataclass(frozen=True)
+class Credit:
+    """Of each answer its tokens' advantages [n], and their returns [n], if values are learned."""
+
+    advantages: list[Tensor]
+    returns: list[Tensor] | None = None
+
+
 class RolloutObjective(AnswerObjective):
     """An objective over answers that the policy writes; the settings of writing and rewarding, under TRL's names.
 
-    ``whitens``: whether advantages of all prompts of a step are brought to one scale together.
+    ``uses_values``: whether a job beside it learns what to expect.
     """
 
     judgement: ClassVar[Judgement] = "prompts"
     uses_reference: ClassVar[bool] = True
+    uses_values: ClassVar[bool] = False
     watched: ClassVar[str] = "reward"
 
     rewards: tuple[object, ...] = Field(
@@ -40,7 +50,6 @@ class RolloutObjective(AnswerObjective):
     def softness(self) -> float:
         return self.temperature
 
-    @abstractmethod
     def advantages(self, rewards: Tensor, kl: Tensor) -> Tensor:
         """The advantages [P, K] of K answers to each of P prompts.
 
@@ -48,6 +57,26 @@ class RolloutObjective(AnswerObjective):
             rewards: [P, K], NaN where no reward had a say; such answers get 0.
             kl: [P, K], log policy / reference of each answer.
         """
+        raise NotImplementedError
+
+    def credit(
+        self, rewards: Tensor, kl: Sequence[Tensor], values: Sequence[Tensor], kl_coef: float | None = None
+    ) -> Credit:
+        """By how much each token was better than expected: here all of an answer as much as the answer.
+
+        Args:
+            rewards: [P, K], NaN where no reward had a say.
+            kl: of each answer log policy / reference of its tokens [n].
+            values: of each answer what was expected before its tokens [n], where the objective ``uses_values``.
+            kl_coef: what the KL counts now, where it changes.
+        """
+        sums = torch.stack([one.sum() for one in kl]).view_as(rewards)
+        found = self.advantages(rewards, sums).flatten()
+        return Credit([found[number].expand(len(one)) for number, one in enumerate(kl)])
+
+    def next_kl_coef(self, now: float, kl: Tensor) -> float:
+        """What the KL counts for the next answers; ``kl`` [answers] are the distances of the last ones."""
+        return now
 
 
 def log_ratios(answers: Answers) -> Tensor:

@@ -25,6 +25,7 @@ from weft.foreign import read_json, read_yaml
 from weft.methods.registry import METHODS
 from weft.paths import local_path
 from weft.training.aliases import AUTO, translate
+from weft.training.judged_settings import value_job
 from weft.training.method_settings import method_names, own_settings, settings_of
 from weft.training.said import Overrides, in_our_words, jobs_of, no_method, override, plain, said_last
 from weft.training.settings import JobConfig, RunConfig
@@ -198,6 +199,7 @@ def make_config(
         _job(translate(job, place), defaults, place, top.get("max_length"))
         for job, place in zip(jobs, places, strict=True)
     ]
+    made += [beside for job in made if (beside := value_job(job, made)) is not None]
     if jobs and "method" in defaults and all("method" in job for job in jobs):
         raise UserError(f"{source}: method and jobs both say what is trained, and every job has its own; keep one.")
     used = {part for job in made for part in method_names(job.method)}

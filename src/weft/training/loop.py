@@ -208,7 +208,7 @@ class Trainer:
 
     def _step(self, active: list[Job]) -> None:
         begun = time.monotonic()
-        if rolling := [self.rollers[job.name] for job in active if job.rolls]:
+        if rolling := [self.rollers[job.name] for job in active if job.name in self.rollers]:
             assert self.write is not None
             roll_out(self.adapters, rolling, self.write)
             active = [job for job in active if job.active]

@@ -28,4 +28,5 @@ class Progress:
     overflows: int = 0  # how many of them are the last ones, in a row
     moved: int = 0  # steps with a gradient that was finite and not zero
     first_chosen: float | None = None  # the log-probability of chosen answers in the first evaluation
+    kl_coef: float | None = None  # PPO's, once it has changed
     told_falling: bool = False  # whether a warning said that it falls

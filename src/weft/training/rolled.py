@@ -41,12 +41,18 @@ Write = Callable[[Sequence[Ask]], list[Written]]
 class Rolled(Sample):
     """A prompt with the answers that the policy wrote.
 
-    ``advantages`` and ``old`` have an entry per learned token of all answers: how much better than expected it was, and
-    its log-probability when it was written (empty: under the policy as it is now).
+    All have an entry per learned token of all answers: ``advantages``, how much better than expected it was; ``old``,
+    its log-probability when it was written (empty: under the policy as it is now); for a value function ``values``,
+    what was expected then, and ``returns``, what came.
     """
 
     advantages: tuple[float, ...] = ()
     old: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
+    returns: tuple[float, ...] = ()
+
+
+_TOLD = ("advantages", "old", "values", "returns")
 
 
 class RolledBatches:
@@ -71,7 +77,7 @@ class RolledBatches:
 
     def state(self) -> dict[str, Any]:
         """All of it as JSON holds it."""
-        names = ("input_ids", "weights", "slots", "branches", "advantages", "old")
+        names = ("input_ids", "weights", "slots", "branches", *_TOLD)
         rows = [[{name: list(getattr(one, name)) for name in names} for one in micro] for micro in self.passes]
         return {"written_at": self.written_at, "passes": rows, "figures": self.figures}
 
@@ -87,6 +93,8 @@ class RolledBatches:
                     branches=tuple(row["branches"]),
                     advantages=tuple(row["advantages"]),
                     old=tuple(row["old"]),
+                    values=tuple(row["values"]),
+                    returns=tuple(row["returns"]),
                 )
                 for row in micro
             ]

@@ -7,7 +7,7 @@ answer's number. So a run that goes on writes what the unbroken one would have w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from weft.files.whole import make_folder, write_text
 from weft.foreign import parse_json
 from weft.heads.reward import SCORE
 from weft.models import Base
-from weft.objectives.judging import part_of, reference_logps
+from weft.objectives.judging import expected_values, part_of, reference_logps
 from weft.objectives.passes import EVALUATION_TOKENS, Evaluation, logits_of, passes
+from weft.objectives.ppo import Value
 from weft.objectives.rollouts import RolloutObjective
 from weft.ops.seeds import stable_seed
 from weft.rewards import Rewarder, RewardSettings
@@ -44,6 +45,7 @@ class Roller:
     """Writes and rewards the answers of one job.
 
     ``tell`` hears of rewards that failed; ``folder``: where every answer is kept with its reward; None: nowhere.
+    ``values``: the job beside it that learns what to expect, if there is one.
     """
 
     job: Job
@@ -53,6 +55,7 @@ class Roller:
     tell: Callable[[str], None] = lambda text: None
     folder: Path | None = None
     failed: int = 0
+    values: Job | None = None
 
     @property
     def objective(self) -> RolloutObjective:
@@ -110,43 +113,54 @@ class Roller:
         ]
 
     def take(self, adapters: Adapters, prompts: Sequence[Sample], written: Sequence[Written]) -> None:
-        """Reward the answers, compare each with its group, and give them to the job."""
-        own, count = self.objective, self.objective.num_generations
+        """Reward the answers, find how much better each was than expected, and give them to the job."""
+        own, count, job = self.objective, self.objective.num_generations, self.job
         rows = self.rewards([prompt for prompt in prompts for _ in range(count)], written)
-        groups = [
-            group_of(prompt, written[place * count : (place + 1) * count], keep=own.num_iterations > 1)
-            for place, prompt in enumerate(prompts)
+        groups = [group_of(p, written[place * count : (place + 1) * count]) for place, p in enumerate(prompts)]
+        reward = [float("nan") if row["reward"] is None else row["reward"] for row in rows]
+        rewards = torch.tensor(reward, dtype=torch.float64).view(len(prompts), count)
+        kl, values = self._kl(adapters, groups, written), self._values(adapters, groups)
+        coefficient = self._kl_coef()
+        credit = own.credit(rewards, kl, values, coefficient)
+        distances = torch.stack([one.sum() for one in kl])
+        for row, advantage, distance in zip(rows, credit.advantages, distances.tolist(), strict=True):
+            row |= {"advantage": float(advantage.mean()), "kl": distance}
+        if coefficient is not None:
+            job.progress.kl_coef = own.next_kl_coef(coefficient, distances)
+        counted = [
+            row["reward"] is not None and (row["ended"] or not own.mask_truncated_completions) for row in rows
         ]
-        values = [float("nan") if row["reward"] is None else row["reward"] for row in rows]
-        rewards = torch.tensor(values, dtype=torch.float64).view(len(prompts), count)
-        kl = self._kl(adapters, groups, written).view(len(prompts), count)
-        advantages = own.advantages(rewards, kl)
-        for row, advantage, distance in zip(rows, advantages.flatten().tolist(), kl.flatten().tolist(), strict=True):
-            row |= {"advantage": advantage, "kl": distance}
-        rolled = [
-            with_advantages(group, advantages[place].tolist(), [
-                not rewards[place, number].isnan()
-                and (written[place * count + number].ended or not own.mask_truncated_completions)
-                for number in range(count)
-            ])
-            for place, group in enumerate(groups)
-        ]  # fmt: skip
         self._keep(rows)
-        self.job.rolled.put(self.job.progress.step, self._packed(adapters, rolled), figures_of(rows, rewards))
+        figures = figures_of(rows, rewards) | ({} if coefficient is None else {"kl_coef": coefficient})
+        told = {"advantages": credit.advantages, "old": [torch.tensor(one.logprobs) for one in written]}
+        if own.num_iterations == 1:
+            del told["old"]
+        job.rolled.put(job.progress.step, self._packed(adapters, credited(groups, counted, told)), figures)
+        if self.values is not None and credit.returns is not None:
+            learned = credited(groups, counted, {"values": values, "returns": credit.returns})
+            self.values.rolled.put(job.progress.step, self._packed(adapters, learned), {})
         self.failed = self.failed + 1 if bool(rewards.isnan().all()) else 0
         if self.failed >= _GIVE_UP:
-            self.job.fail(f"no reward had a say in {_GIVE_UP} steps in a row")
+            job.fail(f"no reward had a say in {_GIVE_UP} steps in a row")
 
-    def _kl(self, adapters: Adapters, groups: Sequence[Rolled], written: Sequence[Written]) -> Tensor:
-        """log policy / reference of each answer [answers], as it was written."""
-        found: list[Tensor] = []
+    def _kl_coef(self) -> float | None:
+        """What the KL counts now, if that changes as the job goes on."""
+        first = getattr(self.objective, "kl_coef", None)
+        return first if self.job.progress.kl_coef is None else self.job.progress.kl_coef
+
+    def _kl(self, adapters: Adapters, groups: Sequence[Rolled], written: Sequence[Written]) -> list[Tensor]:
+        """log policy / reference of each answer's tokens [n], as it was written."""
         name = None if self.job.reference is None else self.job.reference.name
-        for part in passes(list(groups), EVALUATION_TOKENS):
-            (logps,) = reference_logps(adapters, [name], [part], [self.objective.softness])
-            sizes = [sum(map(bool, one.weights)) for group in part for one in group.each]
-            found += [one.sum().double().cpu() for one in logps.split(sizes)]
-        policy = torch.tensor([sum(one.logprobs) for one in written], dtype=torch.float64)
-        return policy - torch.stack(found)
+        soft = [self.objective.softness]
+        found = _by_answer(groups, lambda part: reference_logps(adapters, [name], [part], soft)[0])
+        return [torch.tensor(w.logprobs, dtype=torch.float64) - one for w, one in zip(written, found, strict=True)]
+
+    def _values(self, adapters: Adapters, groups: Sequence[Rolled]) -> list[Tensor]:
+        """What was expected before each answer's tokens [n]; nothing without a value function."""
+        if self.values is None:
+            return []
+        name = self.values.name
+        return _by_answer(groups, lambda part: expected_values(adapters, name, part))
 
     def _packed(self, adapters: Adapters, rolled: Sequence[Rolled]) -> list[list[Rolled]]:
         """The passes of the step."""
@@ -182,35 +196,41 @@ def roll_out(adapters: Adapters, rollers: Sequence[Roller], write: Write) -> Non
         at += len(asked)
 
 
-def group_of(prompt: Sample, answers: Sequence[Written], *, keep: bool) -> Rolled:
-    """A prompt with its answers, all of whose tokens are learned; ``keep`` their log-probabilities."""
+def group_of(prompt: Sample, answers: Sequence[Written]) -> Rolled:
+    """A prompt with its answers, all of whose tokens are learned."""
     ids, weights = list(prompt.input_ids), [0.0] * len(prompt.input_ids)
     branches: list[int] = []
-    old: list[float] = []
     for answer in answers:
         branches.append(len(ids))
         ids += answer.ids
         weights += [1.0] * len(answer.ids)
-        old += answer.logprobs
     return Rolled(
-        ids, weights, prompt.source, slots=prompt.slots, answer=len(prompt.input_ids), branches=tuple(branches),
-        old=tuple(old) if keep else (),
-    )  # fmt: skip
+        ids, weights, prompt.source, slots=prompt.slots, answer=len(prompt.input_ids), branches=tuple(branches)
+    )
 
 
-def with_advantages(group: Rolled, advantages: Sequence[float], counts: Sequence[bool]) -> Rolled:
-    """The group with each answer's advantage on all of its tokens; of answers that do not count nothing is learned."""
-    ends = (*group.branches[1:], len(group.input_ids))
-    weights, spread, old = list(group.weights), list[float](), list[float]()
-    at = 0
-    for begin, end, advantage, counted in zip(group.branches, ends, advantages, counts, strict=True):
-        if counted:
-            spread += [advantage] * (end - begin)
-            old += group.old[at : at + end - begin]
-        else:
-            weights[begin:end] = [0.0] * (end - begin)
-        at += end - begin
-    return replace(group, weights=weights, advantages=tuple(spread), old=tuple(old))
+def credited(groups: Sequence[Rolled], counted: Sequence[bool], told: Mapping[str, Sequence[Tensor]]) -> list[Rolled]:
+    """The groups with what is ``told`` of each answer's tokens [n]; of answers that do not count nothing is learned."""
+    found, at = [], 0
+    for group in groups:
+        ends, weights = (*group.branches[1:], len(group.input_ids)), list(group.weights)
+        learned = [at + number for number in range(len(ends)) if counted[at + number]]
+        for number, (begin, end) in enumerate(zip(group.branches, ends, strict=True)):
+            if not counted[at + number]:
+                weights[begin:end] = [0.0] * (end - begin)
+        facts = {name: tuple(float(v) for i in learned for v in values[i]) for name, values in told.items()}
+        found.append(replace(group, weights=weights, **facts))  # type: ignore[arg-type]
+        at += len(ends)
+    return found
+
+
+def _by_answer(groups: Sequence[Rolled], ask: Callable[[Sequence[Rolled]], Tensor]) -> list[Tensor]:
+    """What ``ask`` tells of the groups' learned tokens, in passes, for each answer its own [n], in float64."""
+    found: list[Tensor] = []
+    for part in passes(list(groups), EVALUATION_TOKENS):
+        sizes = [sum(map(bool, one.weights)) for group in part for one in group.each]
+        found += [one.double().cpu() for one in ask(part).split(sizes)]
+    return found
 
 
 def figures_of(rows: Sequence[dict[str, Any]], rewards: Tensor) -> dict[str, float]:
@@ -243,6 +263,15 @@ def settings_of(objective: RolloutObjective) -> list[RewardSettings]:
             one.function()
     if not any(one.weight for one in found):
         raise UserError("rewards: every weight is 0, so there is nothing to learn.")
+    return found
+
+
+def rollers_of(jobs: Sequence[Job], adapters: weft.adapters.Adapters, base: Base) -> list[Roller]:
+    """What writes and rewards the jobs' answers. Raises UserError as ``roller_of``."""
+    found = [roller_of(job, adapters, base) for job in jobs if isinstance(job.judged, RolloutObjective)]
+    for roller in found:
+        beside = [job for job in jobs if isinstance(job.judged, Value) and job.judged.of == roller.job.name]
+        roller.values = beside[0] if beside else None
     return found
 
 

@@ -35,7 +35,7 @@ from weft.training.judged import add_reference
 from weft.training.loop import Event, Trainer, TrainResult
 from weft.training.reader import JobData, Reader
 from weft.training.rolled import Write
-from weft.training.rollouts import Roller, roller_of
+from weft.training.rollouts import Roller, rollers_of
 from weft.training.room import check_room
 from weft.training.same_run import base_fingerprint, check_base, rooted
 from weft.training.settings import JobConfig, RunConfig
@@ -103,7 +103,7 @@ def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | No
     )
     try:
         jobs = [_job(adapters, job, found, base) for job, found in zip(config.jobs, loaded, strict=True)]
-        rollers = [roller_of(job, adapters, base) for job in jobs if job.rolls]
+        rollers = rollers_of(jobs, adapters, base)
     except BaseException:
         adapters.close()
         raise
@@ -126,13 +126,14 @@ def _job(adapters: Adapters, config: JobConfig, data: JobData, base: Base) -> Jo
     prove_attached(adapters, config.name)
     if config.start_from is not None:
         take_start(adapters, adapter, config.start_from, base, head)
+    values = config.judged is not None and config.judged.per_token  # they are judged by what comes, not by data
     return Job(
         config,
         adapter,
         data.train,
-        data.held,
+        () if values else data.held,
         data.mixture,
-        eval_sizes=data.sizes,
+        eval_sizes={} if values else data.sizes,
         reference=add_reference(adapters, config, adapter, base, fresh=config.start_from is None),
         shares_rows=adapters.layout.shares_rows,
     )
