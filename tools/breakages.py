@@ -41,7 +41,7 @@ class Breakage:
 BREAKAGES = (
     Breakage(
         "the mask is not shifted: a row learns its own token",
-        "rows.append(places[place] - 1)",
+        "rows.append(batch.before(places[place]))",
         "rows.append(places[place])",
         ("tests/contracts/test_routing.py::test_a_sample_alone_has_the_loss_of_plain_cross_entropy",),
     ),
@@ -83,8 +83,8 @@ BREAKAGES = (
     ),
     Breakage(
         "positions behind a prefix begin one too early",
-        "positions.extend(range(first_position + prefix, first_position + prefix + length))",
-        "positions.extend(range(begun := first_position + prefix - bool(prefix), begun + length))",
+        "_lay_part(laid, part, adapter, first_position + prefix, shares(part))",
+        "_lay_part(laid, part, adapter, first_position + prefix - bool(prefix), shares(part))",
         ("tests/contracts/test_peft.py::test_peft_to_ours[llama-prefix_tuning-plain]",),
     ),
     Breakage(

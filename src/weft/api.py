@@ -138,12 +138,11 @@ def train(
         KeyboardInterrupt: It was interrupted. While it was training, all up to there is saved.
     """
     check_hearers(callbacks, on_event, should_stop, progress)
-    flags = {"model": model, "data": data, "method": method, "output_dir": output_dir, "resume": resume or None}
-    flags["overwrite_output_dir"] = overwrite_output_dir or None
-    if names := [one for one in callbacks if isinstance(one, str)]:
-        settings["callbacks"] = names
+    flags = {"model": model, "data": data, "method": method, "output_dir": output_dir}
+    flags |= {"resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
+    named, callables = _parted(callbacks)
     flags = {key: value for key, value in flags.items() if value is not None}
-    found = config_of(config, settings, flags=flags, source="weft.train")
+    found = config_of(config, settings | named, flags=flags, source="weft.train")
     if progress and found.shape == "full":
         common.tell_hub(found.model)
     session = Session(quiet=not progress, in_program=True)
@@ -157,7 +156,7 @@ def train(
     with session.open():
         result = run_training(
             found,
-            callbacks=[show, *(one for one in callbacks if not isinstance(one, str))],
+            callbacks=[show, *callables],
             on_event=on_event or (lambda event: None),
             writer=writer,
             should_stop=lambda: session.should_stop() or (should_stop is not None and should_stop()),
@@ -165,3 +164,9 @@ def train(
     if session.received is not None and not result.completed:
         raise KeyboardInterrupt
     return result
+
+
+def _parted(callbacks: Sequence[str | Callback]) -> tuple[dict[str, object], list[Callback]]:
+    """The setting that names some, if any does, and the functions."""
+    names = [one for one in callbacks if isinstance(one, str)]
+    return {"callbacks": names} if names else {}, [one for one in callbacks if not isinstance(one, str)]

@@ -235,7 +235,7 @@ def test_bias_changes_take_the_rules_for_changes(kind: str) -> None:
 
 
 def test_adapters_of_several_methods_part_by_part() -> None:
-    from weft.training.settings import method_of
+    from weft.training.method_settings import method_of
 
     adapters = two(method_of("lora+prefix_tuning", {"r": 2, "num_virtual_tokens": 2}))
     new = adapters.combine("new", ["a", "b"], combination_type="cat")

@@ -15,7 +15,8 @@ from tokenizers import AddedToken
 from weft.data import Renderer, Sample
 from weft.data.auditing.base import Facts, Item, Split
 from weft.data.auditing.items import collect
-from weft.data.pipeline import TextRecipe, outcomes
+from weft.data.judged import JudgedRecipe, Judgement
+from weft.data.pipeline import Recipe, TextRecipe, outcomes
 
 Row = dict[str, Any]
 PLACES = ["Oslo", "Lima", "Cairo", "Quito", "Hanoi", "Dakar", "Turin", "Perth", "Kyoto", "Accra", "Sofia", "Minsk"]
@@ -58,6 +59,7 @@ class DataSet:
     own_template: str | None = None
     labels: list[str] | None = None
     token_rows: int | None = None
+    judgement: Judgement | None = None  # of rows with judged answers
     change: Callable[[list[Item], Any], None] = lambda items, tokenizer: None
 
     def items(self, folder: Path) -> tuple[list[Item], Facts]:
@@ -70,7 +72,7 @@ class DataSet:
             if rows:
                 path = folder / f"{split}.jsonl"
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-                found = outcomes(path, TextRecipe(renderer=renderer, token_rows=self.token_rows, watched=True))
+                found = outcomes(path, self.recipe(renderer))
                 items += collect(found, renderer, unlimited=unlimited, split=split)[0]
         if self.labels is not None:
             items = [
@@ -79,6 +81,12 @@ class DataSet:
             ]
         self.change(items, self.tokenizer)
         return items, Facts(renderer, own_template=self.own_template)
+
+    def recipe(self, renderer: Renderer) -> Recipe:
+        """How the rows are read."""
+        if self.judgement is not None:
+            return JudgedRecipe(renderer=renderer, judgement=self.judgement, watched=True)
+        return TextRecipe(renderer=renderer, token_rows=self.token_rows, watched=True)
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,51 @@ def on_samples(change: Callable[[Sample, Any], Sample], only: int | None = 2, **
                 items[number] = replace(item, samples=tuple(change(sample, tokenizer) for sample in item.samples))
 
     return lambda: DataSet(change=apply, **options)
+
+
+def pairs(count: int = 40) -> list[Row]:
+    """Questions with a better and a worse answer of about the same length, the longer one now here and now there."""
+    rows = []
+    for n, row in enumerate(clean_rows(count)):
+        other = f"They cook {FOODS[(n + 2) % 7]}, {n * 5 + 4} bowls a day. Part {n} {STORIES[(n * 3 + 1) % 8]}."
+        more = f" Few know street {n}."
+        good, bad = (row["output"] + more, other) if n % 2 else (row["output"], other + more)
+        rows.append({"prompt": row["instruction"], "chosen": good, "rejected": bad})
+    return rows
+
+
+def judged(change: Callable[[list[Row]], None]) -> Callable[[], DataSet]:
+    """The pairs, changed."""
+
+    def make() -> DataSet:
+        rows = pairs()
+        change(rows)
+        return DataSet(rows=rows, judgement="preference")
+
+    return make
+
+
+def swapped_again(rows: list[Row]) -> None:
+    rows.insert(2, {"prompt": rows[0]["prompt"], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]})
+
+
+def longer_is_better(rows: list[Row]) -> None:
+    for n, row in enumerate(rows):
+        if n % 10:
+            row["chosen"] = f"{row['chosen']} {row['rejected']}"
+
+
+def told_by_a_word(rows: list[Row]) -> None:
+    for n, row in enumerate(rows):
+        row["chosen"] = f"{row['chosen']} Right"
+        row["rejected"] = f"{row['rejected']} {PLACES[n % 12]}"
+
+
+def verdicts() -> DataSet:
+    """One bad answer to nine good ones."""
+    rows = [{"prompt": r["instruction"], "completion": r["output"], "label": n % 10 > 0}
+            for n, r in enumerate(clean_rows())]  # fmt: skip
+    return DataSet(rows=rows, judgement="kto")
 
 
 def weight_of(sample: Sample, places: list[int], weight: float) -> Sample:
@@ -206,6 +259,10 @@ def tables(count: int, first: str, others: list[str]) -> Callable[[], DataSet]:
 
 
 BUGS = [
+    Bug("contrary-verdicts", judged(swapped_again)),
+    Bug("length-bias", judged(longer_is_better), ("",)),
+    Bug("verdict-in-text", judged(told_by_a_word), ("",)),
+    Bug("lopsided-verdicts", verdicts, ("",)),
     Bug("nothing-to-learn", plus({"messages": [{"role": "user", "content": "Hello to you, old town."},
         {"role": "assistant", "content": "Good day.", "loss": False}]}), name="no answer is learned"),
     Bug("nothing-to-learn", lambda: DataSet(rows=[*clean_rows(2), talk("word " * 150, "Yes, 7."), *clean_rows(9)[3:]],
@@ -322,6 +379,7 @@ CLEAN: dict[str, Callable[[], DataSet]] = {
     "pad is EOS, all is learned": lambda: DataSet(tokenizer=shared_pad(), options={"train_on": "all"}),
     "turns and tools": many_turns,
     "programs": programs,
+    "judged answers": lambda: DataSet(rows=pairs(), judgement="preference"),
     "plain text": lambda: DataSet(rows=[{"text": f"{row['output']} {story}"} for row, story in zip(
         clean_rows(40), [STORIES[n % 8] for n in range(40)], strict=True)]),
     "plain text, cut into windows": lambda: DataSet(rows=[{"text": row["output"] * 1} for row in clean_rows(12)],

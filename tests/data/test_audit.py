@@ -30,6 +30,7 @@ BESIDES = {
     "common-prompt": {"contradiction"},
     "common-answer": {"near-duplicate"},
     "torn-text": {"small-eval"},
+    "contrary-verdicts": {"contradiction", "near-duplicate", "duplicate"},
 }
 
 

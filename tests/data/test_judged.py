@@ -1,186 +1,151 @@
-"""Pairs, verdicts, rankings and steps: every way in which data sets write them, and what is wrong with some."""
+"""Judged answers as samples: the prompt once, the answers behind it, cut alike, kept whole by a store."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import make_tokenizer
 
-from weft.data import EmptyAnswerError, LabelledAnswer, Message, Preference, Ranking, Record, StepLabels, to_example
+from weft.data import Renderer, Sample
+from weft.data.judged import JudgedRecipe
+from weft.data.pipeline import Fold, outcomes
+from weft.data.problems import Problems
+from weft.data.prompts import PromptRecipe
+from weft.data.rendering.judged import mismatched
+from weft.data.settings import ReadSettings
+from weft.data.store import SampleStore
+from weft.data.views import each_answer, samples_of
 from weft.errors import UserError
 
-
-def u(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def a(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+PAIR = {"prompt": "What colour is the sky?", "chosen": "The sky is blue.", "rejected": "It is green, I think."}
+VERDICT = {"prompt": "Count to two.", "completion": "one, two", "label": True}
+RANKED = {"instruction": "Say a number.", "output": ["five", "four", "three"]}
 
 
-def s(text: str) -> dict[str, str]:
-    return {"role": "system", "content": text}
+def read(folder: Path, *rows: dict[str, Any], judgement: Any = "preference", **options: Any) -> list[Sample]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = JudgedRecipe(renderer=Renderer(make_tokenizer(), **options), judgement=judgement)
+    fold = Fold(path, recipe, Problems())
+    found = [sample for sample, _ in fold.samples(outcomes(path, recipe))]
+    fold.problems.check(str(path))
+    recipe.end(fold)
+    return found
 
 
-def read(fields: dict[str, Any], **options: Any) -> Any:
-    return to_example(Record(fields, "d.json:7"), **{"purpose": "any", **options})
+def test_each_answer_is_what_it_would_be_alone(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    renderer = Renderer(tokenizer)
+    (sample,) = read(tmp_path, PAIR)
+    for one, key in zip(sample.each, ("chosen", "rejected"), strict=True):
+        path = tmp_path / "alone.jsonl"
+        path.write_text(json.dumps({"prompt": PAIR["prompt"], "completion": PAIR[key]}) + "\n")
+        from weft.data import load_samples
+
+        (alone,) = load_samples(path, renderer)
+        assert (one.input_ids, one.weights, one.answer) == (alone.input_ids, alone.weights, alone.answer)
+    prompt = sample.branches[0]
+    assert sample.shared == (0, prompt)
+    assert tokenizer.decode(sample.input_ids[:prompt]).count(PAIR["prompt"]) == 1
+    assert not any(sample.weights[:prompt])
 
 
-def said(messages: tuple[Message, ...]) -> str:
-    return " ".join(f"{message.role[0]}:{message.content}" for message in messages)
+def test_rankings_verdicts_and_margins(tmp_path: Path) -> None:
+    (ranking,) = read(tmp_path, RANKED)
+    assert len(ranking.each) == 3
+    good, bad = read(tmp_path, VERDICT, {**VERDICT, "completion": "two", "label": False}, judgement="kto")
+    assert (good.label, bad.label, len(good.each)) == (1, 0, 1)
+    (sample,) = read(tmp_path, {**PAIR, "margin": "0.5"})
+    assert sample.margin == 0.5
 
 
-TOOL = {"type": "function", "function": {"name": "f"}}
-HUMAN = {"from": "human", "value": "q"}
-PAIRS: list[tuple[dict[str, Any], str]] = [  # prompt | chosen | rejected
-    ({"prompt": "q", "chosen": "x", "rejected": "y"}, "u:q | a:x | a:y"),
-    ({"prompt": "q", "chosen": [a("x")], "rejected": [a("y")]}, "u:q | a:x | a:y"),
-    ({"prompt": [s("t"), u("q")], "chosen": [a("x")], "rejected": [a("y")]}, "s:t u:q | a:x | a:y"),
-    ({"prompt": "q", "chosen": [u("q"), a("x")], "rejected": [u("q"), a("y")], "messages": [u("q"), a("x")]},
-     "u:q | a:x | a:y"),  # UltraFeedback
-    ({"prompt": "q", "chosen": [s("t"), u("q"), a("x")], "rejected": [s("t"), u("q"), a("y")]}, "s:t u:q | a:x | a:y"),
-    ({"prompt": [s("t"), u("q")], "chosen": [u("q"), a("x")], "rejected": [a("y")]}, "s:t u:q | a:x | a:y"),
-    ({"chosen": [u("q"), a("x")], "rejected": [u("q"), a("y")]}, "u:q | a:x | a:y"),  # torchtune, TRL's implicit
-    ({"chosen": [u("q"), a("o"), u("r"), a("x")], "rejected": [u("q"), a("o"), u("r"), a("y")]},
-     "u:q a:o u:r | a:x | a:y"),
-    ({"chosen": [u("q"), a("x"), u("r"), a("z")], "rejected": [u("q"), a("y")]}, "u:q | a:x u:r a:z | a:y"),
-    ({"chosen": "\n\nHuman: q\n\nAssistant: x", "rejected": "\n\nHuman: q\n\nAssistant: y"}, "u:q | a:x | a:y"),
-    ({"conversations": [HUMAN], "chosen": {"from": "gpt", "value": "x"}, "rejected": {"from": "gpt", "value": "y"},
-      "system": "t"}, "s:t u:q | a:x | a:y"),  # LLaMA-Factory
-    ({"instruction": "i", "input": "j", "chosen": "x", "rejected": "y"}, "u:i\nj | a:x | a:y"),
-    ({"question": "q", "system": "t", "chosen": "x", "rejected": "y"}, "s:t u:q | a:x | a:y"),  # orca_dpo_pairs
-    ({"input": "q", "chosen": "x", "rejected": "y"}, "u:q | a:x | a:y"),
-    ({"prompt": "r", "history": [["q", "o"]], "chosen": "x", "rejected": "y"}, "u:q a:o u:r | a:x | a:y"),
-    ({"messages": [u("q"), a("x")], "rejected_response": "y"}, "u:q | a:x | a:y"),  # ms-swift
-    ({"messages": [u("q"), a("x")], "rejected_messages": [u("q"), a("y")]}, "u:q | a:x | a:y"),
-    ({"query": "q", "response": "x", "rejected_response": "y", "system": "t"}, "s:t u:q | a:x | a:y"),
-    ({"question": "q", "response_j": "x", "response_k": "y"}, "u:q | a:x | a:y"),
-]  # fmt: skip
+def test_a_whole_conversation_may_be_compared(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."},
+             {"role": "user", "content": "And now?"}]  # fmt: skip
+    row = {"messages": turns, "chosen": {"role": "assistant", "content": "We count."},
+           "rejected": {"role": "assistant", "content": "We sleep."}}  # fmt: skip
+    (sample,) = read(tmp_path, row)
+    text = make_tokenizer().decode(sample.input_ids[: sample.branches[0]])
+    assert "Good day." in text
+    assert sum(map(bool, sample.each[0].weights)) == sample.each[0].weights.count(1.0) > 2
 
 
-@pytest.mark.parametrize(("fields", "expected"), PAIRS)
-def test_pairs(fields: dict[str, Any], expected: str) -> None:
-    example = read({**fields, "tools": [TOOL]})
-    assert isinstance(example, Preference)
-    assert " | ".join(map(said, (example.prompt, example.chosen, example.rejected))) == expected
-    assert example.source == "d.json:7"
-    assert example.tools == (TOOL,)
-    with pytest.raises(UserError, match=r"d\.json:7: this is a preference pair .* supervised training does not read"):
-        to_example(Record(fields, "d.json:7"))
-
-
-@pytest.mark.parametrize(
-    ("fields", "columns", "expected"),
-    [
-        ({"chosen": [u("q"), a("x")], "rejected": [u("q"), a("y")]}, {"messages": "chosen"}, "u:q a:x"),
-        ({"prompt": "q", "chosen": "x", "rejected": "y"}, {"prompt": "prompt", "completion": "chosen"}, "u:q a:x"),
-        ({"question": "q", "response_j": "x", "response_k": "y"}, {"question": "question", "answer": "response_j"},
-         "u:q a:x"),
-        ({"instruction": "q", "output": ["x", "y"]}, {"output": "output.0"}, "u:q a:x"),
-    ],
-)  # fmt: skip
-def test_the_better_answers_alone_as_the_refusal_says(
-    fields: dict[str, Any], columns: dict[str, str], expected: str
-) -> None:
-    written = "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}"
-    with pytest.raises(UserError, match=f"answers alone: `columns: {written}`"):
-        to_example(Record(fields, "d:1"))
-    assert said(to_example(Record(fields, "d:1"), columns=columns).messages) == expected  # type: ignore[union-attr]
-
-
-def test_the_better_answers_of_swift() -> None:
-    fields = {"messages": [u("q"), a("x")], "rejected_response": "y"}
-    with pytest.raises(UserError, match="`data_format: messages`"):
-        to_example(Record(fields, "d:1"))
-    assert said(to_example(Record(fields, "d:1"), format="messages").messages) == "u:q a:x"  # type: ignore[union-attr]
+@pytest.mark.parametrize("truncation", ["right", "left", "middle"])
+def test_all_answers_are_cut_alike(truncation: str, tmp_path: Path) -> None:
+    long = {**PAIR, "prompt": "Write a sentence about the weather in the north. " * 3}
+    (whole,) = read(tmp_path, long)
+    longest = max(len(one.input_ids) for one in whole.each)
+    (cut,) = read(tmp_path, long, max_length=longest - 9, truncation=truncation)
+    assert cut.cut == 9
+    assert max(len(one.input_ids) for one in cut.each) == longest - 9
+    prompts = {tuple(one.input_ids[: cut.branches[0]]) for one in cut.each}
+    assert len(prompts) == 1
+    if truncation != "right":
+        assert [one.input_ids[cut.branches[0] :] for one in cut.each] == [
+            one.input_ids[whole.branches[0] :] for one in whole.each
+        ]
+    with pytest.raises(UserError, match="max_length"):
+        read(tmp_path, long, max_length=longest - 9)
+    kept = read(tmp_path, long, PAIR, max_length=longest - 9, truncation="drop")
+    assert len(kept) == 1
 
 
 @pytest.mark.parametrize(
-    ("fields", "part"),
+    ("row", "message"),
     [
-        ({"prompt": "q", "chosen": "x", "rejected": "x"}, "are the same"),
-        ({"chosen": "x", "rejected": "y"}, "no prompt in common"),
-        ({"chosen": [u("q"), a("x")], "rejected": [u("r"), a("y")]}, "no prompt in common"),
-        ({"prompt": "z", "chosen": [u("q"), a("x")], "rejected": [u("q"), a("y")]}, "neither begins with the prompt"),
-        ({"chosen": [u("q"), a("x")], "rejected": [u("q"), a("x"), u("r"), a("z")]}, "one is the beginning"),
-        ({"chosen": [u("q"), u("x")], "rejected": [u("q"), a("y")]}, "a turn of the user"),
-        ({"prompt": "q", "question": "r", "query": "s", "chosen": 3, "rejected": "y"}, "'chosen' must be a list"),
-        ({"question": "r", "query": "s", "chosen": "x", "rejected": "y"}, "could each be the prompt"),
-        ({"messages": [u("q")], "rejected_response": "y"}, "must end with the good answer"),
-        ({"prompt": "q", "completions": ["a", "b"], "labels": [True]}, "for each of the 2 steps, found 1"),
-        ({"prompt": "q", "completions": ["a"], "labels": [1]}, "true or false"),
-        ({"prompt": "q", "completions": [], "labels": []}, "must list the steps"),
-        ({"instruction": "q", "output": ["x"]}, "two different answers"),
-        ({"instruction": "q", "output": ["x", 3]}, "answer 2 of 'output' must be a string"),
-        ({"prompt": "q", "completion": "x", "kto_tag": "good"}, "'kto_tag' must be true or false"),
-        ({"prompt": [s("t")], "completion": [a("x")], "label": True}, "after a user turn"),
+        ({**PAIR, "rejected": PAIR["chosen"]}, "are the same"),
+        ({**PAIR, "margin": "much"}, "'margin' must be a number"),
+        ({"prompt": "a", "completion": "b"}, "supervised"),
+        ({**RANKED, "output": ["five", "five"]}, "two different answers"),
+        ({**PAIR, "chosen": " "}, "empty"),
     ],
 )
-def test_what_is_wrong(fields: dict[str, Any], part: str) -> None:
-    with pytest.raises(UserError, match=part) as error:
-        read(fields)
-    assert str(error.value).startswith("d.json:7: ")
+def test_what_cannot_be_compared_is_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, row)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"prompt": "q", "chosen": "", "rejected": "y"},
-        {"prompt": "q", "chosen": "x", "rejected": [a(" ")]},
-        {"prompt": "q", "chosen": [], "rejected": "y"},
-        {"instruction": "q", "output": ["x", ""]},
-    ],
-)
-def test_empty_answers(fields: dict[str, Any]) -> None:
-    with pytest.raises(EmptyAnswerError, match=r"d\.json:7"):
-        read(fields)
+def test_all_is_no_setting_for_judged_answers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train_on: all"):
+        read(tmp_path, PAIR, train_on="all")
 
 
-@pytest.mark.parametrize("label", [True, False])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"prompt": "q", "completion": "x"},
-        {"prompt": [u("q")], "completion": [a("x")]},
-        {"messages": [u("q"), a("x")]},
-        {"conversations": [HUMAN, {"from": "gpt", "value": "x"}]},
-        {"conversation": [{"human": "q", "assistant": "x"}]},
-        {"instruction": "q", "input": "", "output": "x"},
-        {"query": "q", "response": "x"},
-    ],
-)
-def test_verdicts(fields: dict[str, Any], label: bool) -> None:
-    for mark in ({"label": label}, {"kto_tag": label}, {"label": str(label)}):
-        example = read({**fields, **mark}, purpose="kto")
-        assert isinstance(example, LabelledAnswer)
-        assert (said(example.prompt), said(example.completion), example.label) == ("u:q", "a:x", label)
-        with pytest.raises(UserError, match="marks as good or bad"):
-            to_example(Record({**fields, **mark}, "d:1"))
+def test_a_store_gives_back_all_of_it(tmp_path: Path) -> None:
+    found = [*read(tmp_path, PAIR, RANKED, {**PAIR, "margin": 2}), *read(tmp_path, VERDICT, judgement="kto")]
+    store = SampleStore(memory=64)
+    for sample in found:
+        store.append(sample)
+    assert list(store) == found
+    assert store.branched().tolist() == [True] * 4
+    each, owners = each_answer(samples_of(found))
+    assert owners.tolist() == [0, 0, 1, 1, 1, 2, 2, 3]
+    assert [one.input_ids for one in each] == [one.input_ids for sample in found for one in sample.each]
 
 
-def test_a_verdict_is_on_what_follows_the_last_user_turn() -> None:
-    turns = [u("q"), a("o"), u("r"), a("x")]
-    example = read({"messages": turns, "label": True})
-    assert (said(example.prompt), said(example.completion)) == ("u:q a:o u:r", "a:x")
+def test_mismatched_answers_are_those_of_the_record_before(tmp_path: Path) -> None:
+    rows = [{**VERDICT, "prompt": f"Count to {word}.", "completion": word} for word in ("one", "two", "three")]
+    samples = read(tmp_path, *rows, judgement="kto")
+    tokenizer = make_tokenizer()
+    texts = [tokenizer.decode(one.input_ids) for one in mismatched(samples)]
+    for text, (asked, said) in zip(texts, [("one", "three"), ("two", "one"), ("three", "two")], strict=True):
+        assert f"Count to {asked}." in text
+        assert text.count(said) == 1
+    assert all(len(one.input_ids) <= 12 for one in mismatched(samples, 12))
 
 
-def test_a_bad_answer_is_not_taught_even_if_its_format_is_named() -> None:
-    record = Record({"messages": [u("q"), a("x")], "label": False}, "d:1")
-    with pytest.raises(UserError, match="marks this answer as bad"):
-        to_example(record, format="messages")
-    to_example(Record({**record.fields, "label": True}, "d:1"), format="messages")
-
-
-def test_ranked() -> None:
-    example = read({"instruction": "i", "input": "j", "output": ["x", "y", "y"], "history": [["q", "o"]]})
-    assert isinstance(example, Ranking)
-    assert said(example.prompt) == "u:q a:o u:i\nj"
-    assert [answer.content for answer in example.answers] == ["x", "y", "y"]
-    pairs = example.pairs()
-    assert [(said(pair.chosen), said(pair.rejected)) for pair in pairs] == [("a:x", "a:y"), ("a:x", "a:y")]
-    assert to_example(Record({"instruction": "i", "output": ["x", "y"]}, "d:1"), purpose="preference").source == "d:1"
-
-
-def test_steps() -> None:
-    example = read({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]})
-    assert example == StepLabels((Message("user", "q"),), ("a", "b"), (True, False), "d.json:7")
+def test_prompts_have_their_records_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "sums.jsonl"
+    rows = [{"instruction": "1+1?", "output": "2", "level": 3}, {"messages": [{"role": "user", "content": "Hello."}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = PromptRecipe(renderer=Renderer(make_tokenizer()), settings=ReadSettings())
+    fold = Fold(path, recipe, Problems())
+    found = [sample for sample, _ in fold.samples(outcomes(path, recipe))]
+    assert json.loads(found[0].facts) == {"answer": "2", **rows[0]}
+    assert json.loads(found[1].facts)["answer"] is None
+    assert not any(found[0].weights)
+    store = SampleStore()
+    store.append(found[0])
+    assert store[0] == found[0]

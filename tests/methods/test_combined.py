@@ -29,7 +29,7 @@ from weft.objectives.passes import Work, forward_losses
 from weft.ops.seeds import stable_seed
 from weft.training import Job, JobConfig, Trainer, make_config
 from weft.training.config import read_run_config
-from weft.training.settings import method_of
+from weft.training.method_settings import method_of
 from weft.training.step import train_step
 
 # method -> the job's settings

@@ -63,7 +63,7 @@ def go_on(folder: Path, workers: int, kill_at: int = 0) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
             job.progress.step += 1
             job.progress.ended = "finished" if job.progress.step >= job.total_steps else None
-        return {job.name: StepResult(0.0, 0, 0.0, 0.0) for job in active}
+        return {job.name: StepResult(0.0, grad_norm=0.0, learning_rate=0.0, tokens=0) for job in active}
 
     plain, weft.training.loop.train_step = weft.training.loop.train_step, step  # type: ignore[assignment]
     trainer = Trainer(adapters, [made], store=store, save_steps=7, verify_packing=False)  # the ids are not the model's

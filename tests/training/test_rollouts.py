@@ -1,0 +1,257 @@
+"""Jobs that learn from answers of their own: what is rewarded, kept, refused, and goes on after a break."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import kit
+
+import weft
+from weft.errors import UserError
+from weft.files.tensors import read_tensors
+from weft.generation.rollouts import writer
+from weft.objectives.ppo import PPO, gae, whitened
+from weft.rewards import REWARDS, Rewarder, RewardSettings
+from weft.rewards.registry import register_reward
+from weft.training.config import make_config
+from weft.training.run import train
+
+ROWS = [{"instruction": f"How much is {a} + {b}?", "output": str(a + b)} for a in range(1, 5) for b in range(1, 4)]
+
+
+def config(folder: Path, objective: str, **more: Any) -> Any:
+    data = folder / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = {"rewards": ["length_of_two"], "num_generations": 3, "max_completion_length": 4}
+    settings |= more.pop("objective_settings", {})
+    values = {
+        "model": "tiny-llama", "data": str(data), "output_dir": str(folder / "run"), "method": "lora", "threads": 1,
+        "objective": objective, "objective_settings": settings, "steps": 4, "batch_size": 3, "logging_steps": 1,
+        "learning_rate": 1e-3, **more,
+    }  # fmt: skip
+    return make_config(values)
+
+
+@pytest.fixture(autouse=True)
+def _reward() -> Any:
+    """A reward that says something about any answer: how near its length is to two tokens."""
+
+    @register_reward("length_of_two")
+    def length_of_two(prompts: Sequence[str], completions: Sequence[str], *, completion_ids: Any, **_: Any) -> Any:
+        return [-abs(len(ids) - 2) + (ids[0] % 7) / 10 for ids in completion_ids]
+
+    yield
+    del REWARDS["length_of_two"]
+
+
+def tensors(folder: Path) -> dict[str, str]:
+    found = sorted((folder / "run" / "adapters").glob("*/adapter_model.safetensors"))
+    return {path.parent.name: kit.sha256(list(read_tensors(path).values())) for path in found}
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
+def test_a_run(objective: str, tmp_path: Path) -> None:
+    result = train(config(tmp_path, objective, eval_size=3), writer=writer)
+    names = {"lora", *({"lora-value"} if objective == "ppo" else ())}
+    assert {name: state["ended"] for name, state in result.jobs.items()} == dict.fromkeys(names, "finished")
+    kept = sorted((tmp_path / "run" / "rollouts" / "lora").glob("*.jsonl"))
+    assert len(kept) == (1 if objective == "ppo" else 4)  # PPO learns four times from the same answers
+    rows = [json.loads(line) for line in kept[0].read_text().splitlines()]
+    assert len(rows) == 9
+    assert set(rows[0]) >= {"prompt", "completion", "reward", "rewards", "advantage", "kl", "ended", "source"}
+    events = [row for row in weft.read_metrics(tmp_path / "run") if row["event"] == "step" and row["job"] == "lora"]
+    assert {"reward", "kl", "entropy", "clip_ratio", "frac_reward_zero_std", "truncated"} <= set(events[0])
+    # The policy that writes is the one that learns: nothing is clipped, and the engine's numbers are the trainer's.
+    assert events[0]["clip_ratio"] == 0.0
+    assert abs(events[0]["kl_of_answers"]) < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["grpo", "ppo"])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_that_stops_goes_on_as_if_it_had_not(objective: str, stop: int, tmp_path: Path) -> None:
+    """Bit for bit, also in the middle of PPO's four steps over the same answers."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    more = {"steps": 6, "objective_settings": {"num_iterations": 2 if objective == "grpo" else 4}}
+    train(config(whole, objective, **more), writer=writer)
+    seen: list[int] = []
+
+    def heard(event: Any) -> None:
+        seen.append(1) if event["event"] == "step" and event["job"] == "lora" else None
+
+    train(config(broken, objective, **more), writer=writer, on_event=heard, should_stop=lambda: len(seen) >= stop)
+    assert len(seen) == stop
+    train(config(broken, objective, **more, resume=True), writer=writer)
+    assert tensors(whole) == tensors(broken)
+    for one, other in zip(*(sorted((f / "run" / "rollouts").rglob("*.jsonl")) for f in (whole, broken)), strict=True):
+        assert one.name == other.name
+        assert one.read_text().replace(str(whole), "") == other.read_text().replace(str(broken), "")
+
+
+def test_beside_sft_it_is_what_it_is_alone(tmp_path: Path) -> None:
+    """In exact mode, to the bit: neither the engine's batch nor the pass tells who is beside."""
+    found = []
+    for number, beside in enumerate((False, True)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        own = config(folder, "grpo", exact=True)
+        values = own.model_dump(mode="json")
+        (job,) = values["jobs"]
+        job = {k: v for k, v in job.items() if v is not None}
+        job |= job.pop("method_settings")
+        sft = {"name": "sft", "method": "bitfit", "steps": 4, "batch_size": 2}
+        values["jobs"] = [job, *([sft] if beside else [])]
+        train(make_config(values), writer=writer)
+        found.append(tensors(folder)["lora"])
+    assert found[0] == found[1]
+
+
+# ---------------------------------------------------------------------------------------------------- rewards that fail
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("no such thing")
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "raises": (fails, "raised ZeroDivisionError: no such thing"),
+    "hangs": (lambda *_, **__: time.sleep(20), "longer than 0.2 s"),
+    "nan": (lambda prompts, completions, **_: [math.nan] * len(completions), "answer 1 is nan"),
+    "few": (lambda prompts, completions, **_: [1.0], "1 values for 9 answers"),
+    "text": (lambda prompts, completions, **_: ["good"] * len(completions), "answer 1 is 'good'"),
+    "number": (lambda prompts, completions, **_: 1.0, "instead of 9 numbers"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_a_reward_that_fails_is_named_and_nothing_is_learned_from_it(name: str, tmp_path: Path) -> None:
+    function, message = WRONG[name]
+    register_reward(name)(function)
+    told: list[str] = []
+    try:
+        settings = {"rewards": [{"reward": name, "time_limit": 0.2}]}
+        result = train(
+            config(tmp_path, "grpo", objective_settings=settings), writer=writer,
+            on_event=lambda event: told.append(event.get("message", "")),
+        )  # fmt: skip
+    finally:
+        del REWARDS[name]
+    assert any(message in text and name in text for text in told), told
+    assert result.jobs["lora"]["ended"] == "failed"
+    assert "no reward had a say" in result.jobs["lora"]["reason"]
+    assert not (tmp_path / "run" / "adapters" / "lora").exists()
+
+
+def test_another_reward_beside_it_goes_on(tmp_path: Path) -> None:
+    register_reward("raises")(fails)
+    try:
+        result = train(
+            config(tmp_path, "grpo", objective_settings={"rewards": ["raises", "length_of_two"]}), writer=writer
+        )
+    finally:
+        del REWARDS["raises"]
+    assert result.jobs["lora"]["ended"] == "finished"
+    row = json.loads(next((tmp_path / "run" / "rollouts").rglob("*.jsonl")).read_text().splitlines()[0])
+    assert row["rewards"]["raises"] is None
+    assert row["reward"] == row["rewards"]["length_of_two"]
+
+
+def test_rewards_are_weighed() -> None:
+    short, number = {"reward": "length", "max_tokens": 2, "weight": 2.0}, {"reward": "regex", "pattern": "[0-9]+"}
+    given = [short, number | {"weight": 0.5}]
+    found = Rewarder([RewardSettings.of(one) for one in given], {})(
+        ["p"] * 3, ["12", "1 2", "x"], completion_ids=[[1, 2], [1, 2, 3], [1]]
+    )
+    assert found.totals == [2.5, 0.0, 2.0]
+    found = Rewarder([RewardSettings.of({"reward": "json_schema", "schema": {"type": "object", "required": ["a"]}}),
+                      RewardSettings.of({"reward": "exact_answer", "pattern": "= (.*)"})], {})(
+        ["p"] * 3, ['{"a": 1}', "so = 4 ", '{"b": 1}'], answer=["1", "4", "x"]
+    )  # fmt: skip
+    assert found.parts == {"json_schema": [1.0, 0.0, 0.0], "exact_answer": [0.0, 1.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "message"),
+    [
+        ("grpo", {"num_generations": 1}, "greater than 1"),
+        ("grpo", {"rewards": []}, "rewards"),
+        ("grpo", {"rewards": ["exakt_answer"]}, "exact_answer"),
+        ("grpo", {"rewards": [{"reward": "regex"}]}, "pattern"),
+        ("grpo", {"rewards": [{"weight": 2}]}, "either a reward or an adapter"),
+        ("grpo", {"rewards": [{"reward": "length_of_two", "weight": 0}]}, "every weight is 0"),
+        ("grpo", {"kl_estimator": "k1"}, "k1 has no place in a loss"),
+        ("rloo", {"kl_estimator": "k3"}, "kl_estimator"),
+        ("grpo", {"rewards": [{"adapter": "nowhere"}]}, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused(objective: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        train(config(tmp_path, objective, objective_settings=settings), writer=writer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_rewards(tmp_path: Path) -> None:
+    """A reward adapter that was trained in one run gives the rewards of another; one of another base is refused."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": r["instruction"], "chosen": r["output"], "rejected": "no"} for r in ROWS]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for model in ("tiny-llama", "tiny-bloom"):
+        values = {"model": model, "data": str(pairs), "output_dir": str(tmp_path / model), "method": "lora", "steps": 3,
+                  "batch_size": 4, "objective": "reward", "threads": 1, "name": "judge"}  # fmt: skip
+        assert train(make_config(values)).completed
+    folder = tmp_path / "tiny-llama" / "adapters" / "judge"
+    result = train(config(tmp_path, "grpo", objective_settings={"rewards": [{"adapter": str(folder)}]}), writer=writer)
+    assert result.jobs["lora"]["ended"] == "finished"
+    row = json.loads(next((tmp_path / "run" / "rollouts").rglob("*.jsonl")).read_text().splitlines()[0])
+    assert row["reward"] == row["rewards"][f"adapter {folder}"] != 0
+    other = tmp_path / "tiny-bloom" / "adapters" / "judge"
+    settings = {"rewards": [{"adapter": str(other)}]}
+    with pytest.raises(UserError, match="another base"):
+        train(config(tmp_path, "grpo", objective_settings=settings, overwrite_output_dir=True), writer=writer)
+
+
+# ------------------------------------------------------------------------------------------------------------------ PPO
+
+
+def test_advantages_are_those_of_their_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(2))
+    after = torch.cat([values[1:], torch.zeros(1)])
+    delta = rewards + 0.9 * after - values
+    expected = torch.stack([sum((0.9 * 0.8) ** k * delta[t + k] for k in range(7 - t)) for t in range(7)])  # type: ignore[arg-type]
+    assert torch.allclose(gae(rewards, values, 0.9, 0.8), expected, atol=1e-14)
+
+
+def test_answers_without_a_reward_move_nothing() -> None:
+    """Neither the mean nor the scale of the others."""
+    kl = [torch.zeros(n, dtype=torch.float64) for n in (2, 3, 1)]
+    values = [torch.zeros(n, dtype=torch.float64) for n in (2, 3, 1)]
+    objective = PPO(rewards=("regex",))
+    some = objective.credit(torch.tensor([[1.0], [math.nan], [-1.0]], dtype=torch.float64), kl, values)
+    few = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    without = objective.credit(few, [kl[0], kl[2]], [values[0], values[2]])
+    assert torch.equal(some.advantages[0], without.advantages[0])
+    assert torch.equal(some.advantages[2], without.advantages[1])
+
+
+def test_the_coefficient_of_the_kl_adapts() -> None:
+    objective = PPO(rewards=("regex",), target_kl=2.0, horizon=100)
+    assert objective.next_kl_coef(0.1, torch.full((10,), 2.0)) == pytest.approx(0.1)
+    assert objective.next_kl_coef(0.1, torch.full((10,), 50.0)) == pytest.approx(0.1 * 1.02)
+    assert objective.next_kl_coef(0.1, torch.full((10,), 0.0)) == pytest.approx(0.1 * 0.98)
+    assert PPO(rewards=("regex",)).next_kl_coef(0.1, torch.full((10,), 50.0)) == 0.1
+
+
+def test_whitening_counts_real_tokens_only() -> None:
+    found = whitened([torch.tensor([1.0, 2.0]), torch.tensor([6.0])], [True, True])
+    whole = torch.cat(found)
+    assert float(whole.mean()) == pytest.approx(0.0, abs=1e-6)
+    assert float(whole.var()) == pytest.approx(1.0, abs=1e-5)
