@@ -46,7 +46,11 @@ def test_each_answer_is_what_it_would_be_alone(tmp_path: Path) -> None:
         from weft.data import load_samples
 
         (alone,) = load_samples(path, renderer)
-        assert (one.input_ids, one.weights, one.answer) == (alone.input_ids, alone.weights, alone.answer)
+        end = len(one.input_ids)
+        assert (one.input_ids, one.weights) == (alone.input_ids[:end], alone.weights[:end])
+        assert one.answer == alone.answer
+        assert one.weights[-1] == 1.0  # the end token: a policy writes nothing behind it
+        assert not any(alone.weights[end:])
     prompt = sample.branches[0]
     assert sample.shared == (0, prompt)
     assert tokenizer.decode(sample.input_ids[:prompt]).count(PAIR["prompt"]) == 1

@@ -82,7 +82,7 @@ def plain_line(event: Mapping[str, Any]) -> str | None:
         for key, value in event.items():
             if key.endswith("_loss"):
                 words.append(f"{key}={value:.4f}")
-            elif key.endswith(("_accuracy", "_majority", "_reward")):
+            elif key.endswith(("_accuracy", "_majority", "_reward")) or "_rewards/" in key:
                 words.append(f"{key.removeprefix('eval_')}={value:.4f}")
         watched = event.get("early_stopping_on")
         return " ".join([*words, *([f"early_stopping_on={watched}"] if watched else [])])

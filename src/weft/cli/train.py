@@ -51,11 +51,46 @@ def train(
     flags |= {"method": None if not method else method[0] if len(method) == 1 else method}
     flags |= {"shape": shape, "resume": resume or None, "overwrite_output_dir": overwrite_output_dir or None}
     given = {key: value for key, value in flags.items() if value is not None}
+    if config and _has_stages(config[0]):
+        return _run_stages(config or [], given, as_json=as_json, quiet=quiet)
     session = Session(quiet=quiet)
     with session.open():
         early.refuse(lambda: _check(config or [], given))
         settings = settings_of(config or [], given)
         return _run(settings, session, as_json=as_json, quiet=quiet)
+
+
+def _has_stages(word: str) -> bool:
+    """Whether this is a file with stages. What cannot be read is left to whoever reads it next."""
+    from weft.foreign import read_yaml
+    from weft.paths import local_path
+
+    path = local_path(word)
+    if "=" in word or not path.is_file():
+        return False
+    try:
+        values = read_yaml(path)
+    except UserError:
+        return False
+    return isinstance(values, dict) and "stages" in values
+
+
+def _run_stages(words: list[str], flags: Mapping[str, Any], *, as_json: bool, quiet: bool) -> int:
+    """The runs of a file with stages, one after the other; those that are done are left out with --resume."""
+    from weft.training.stages import read_stages
+
+    stages = read_stages(words[0], words[1:], flags=flags)
+    for stage in stages:
+        if stage.config.resume and stage.done:
+            common.say(f"stage {stage.name} is done: {stage.config.output_dir}")
+            continue
+        common.say(f"stage {stage.name}")
+        session = Session(quiet=quiet)
+        with session.open():
+            code = _run(stage.config, session, as_json=as_json, quiet=quiet)
+        if code != common.DONE:
+            return code
+    return common.DONE
 
 
 def _check(words: list[str], flags: Mapping[str, Any]) -> None:

@@ -178,10 +178,8 @@ class Roller:
 
     def evaluate(self, write: Write, prompts: Sequence[Sample]) -> Evaluation:
         """The mean reward of the likeliest answers; the loss is the same with its sign turned."""
-        rows = self.rewards(prompts, write(self.asks(prompts, greedy=True)))
-        known = [row["reward"] for row in rows if row["reward"] is not None]
-        mean = sum(known) / len(known) if known else float("nan")
-        return Evaluation(-mean, {"reward": mean, "completion_length": sum(r["tokens"] for r in rows) / len(rows)})
+        means = mean_rewards(self.rewards(prompts, write(self.asks(prompts, greedy=True))))
+        return Evaluation(-means.get("reward", float("nan")), means)
 
 
 def roll_out(adapters: Adapters, rollers: Sequence[Roller], write: Write) -> None:
@@ -234,21 +232,24 @@ def _by_answer(groups: Sequence[Rolled], ask: Callable[[Sequence[Rolled]], Tenso
 
 
 def figures_of(rows: Sequence[dict[str, Any]], rewards: Tensor) -> dict[str, float]:
-    """What there is to watch of a step's answers; ``rewards`` [P, K]."""
-    found: dict[str, list[float]] = {}
+    """What there is to watch of a step's answers with these rewards [P, K]."""
+    spread = rewards.nan_to_num(0.0).std(1)
+    return mean_rewards(rows) | {
+        "reward_std": float(rewards[~rewards.isnan()].std()) if int((~rewards.isnan()).sum()) > 1 else 0.0,
+        "frac_reward_zero_std": float((spread == 0).double().mean()),
+        "truncated": sum(not row["ended"] for row in rows) / len(rows),
+        "kl_of_answers": sum(row["kl"] for row in rows) / len(rows),
+    }
+
+
+def mean_rewards(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of all rewards together and of each, over the answers for which it had a say, and of the lengths."""
+    found: dict[str, list[float]] = {"completion_length": [row["tokens"] for row in rows]}
     for row in rows:
         for name, value in {"reward": row["reward"], **{f"rewards/{k}": v for k, v in row["rewards"].items()}}.items():
             if value is not None:
                 found.setdefault(name, []).append(value)
-    means = {name: sum(values) / len(values) for name, values in found.items()}
-    spread = rewards.nan_to_num(0.0).std(1)
-    return means | {
-        "reward_std": float(rewards[~rewards.isnan()].std()) if int((~rewards.isnan()).sum()) > 1 else 0.0,
-        "frac_reward_zero_std": float((spread == 0).double().mean()),
-        "completion_length": sum(row["tokens"] for row in rows) / len(rows),
-        "truncated": sum(not row["ended"] for row in rows) / len(rows),
-        "kl_of_answers": sum(row["kl"] for row in rows) / len(rows),
-    }
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def settings_of(objective: RolloutObjective) -> list[RewardSettings]:

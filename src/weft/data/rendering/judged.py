@@ -20,7 +20,8 @@ def conversations(example: Judged) -> list[Conversation]:
 def beside(samples: Sequence[Sample], limit: Limit, *, head: int) -> Sample:
     """One sample of the rendered answers to one prompt, the first of which is the best; none has a limit yet.
 
-    The prompt ends where the first learned token stands, or earlier where the answers' ids part. Of longer records
+    The prompt ends where the first learned token stands, or earlier where the answers' ids part. An answer ends with
+    its last learned token, its end token: what a template writes behind that, no policy writes. Of longer records
     ``truncation: right`` cuts the ends of answers. ``left`` and ``middle`` cut the prompt, the same for all of them,
     after its first ``head`` tokens.
 
@@ -29,6 +30,7 @@ def beside(samples: Sequence[Sample], limit: Limit, *, head: int) -> Sample:
         TooLongError: A record is longer than ``max_length``, and is not cut to fit.
     """
     source = samples[0].source
+    samples = [_ended(sample) for sample in samples]
     prompt = _common(samples)
     if not prompt:
         raise UserError(f"{source}: rendered, the answers have not one token of a prompt in common.")
@@ -64,6 +66,12 @@ def beside(samples: Sequence[Sample], limit: Limit, *, head: int) -> Sample:
         ids += tokens
         weights += own
     return Sample(ids, weights, source, slots=tuple(slots), answer=places, cut=gap, branches=tuple(branches))
+
+
+def _ended(sample: Sample) -> Sample:
+    """The sample up to its last learned token."""
+    end = max((place for place, weight in enumerate(sample.weights, start=1) if weight), default=0)
+    return replace(sample, input_ids=sample.input_ids[:end], weights=sample.weights[:end]) if end else sample
 
 
 def _common(samples: Sequence[Sample]) -> int:
