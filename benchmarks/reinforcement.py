@@ -117,7 +117,8 @@ def main() -> None:
             found.append(one_seed(seed, Path(folder), names))
     lines = [
         "# Sums, by reinforcement", "",
-        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads. `python benchmarks/reinforcement.py --seeds {options.seeds}`", "",
+        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads. "
+        f"`python benchmarks/reinforcement.py --seeds {options.seeds}`", "",
         "| objective | exact match before, by seed | after | gain, mean | KL per token | seconds |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip

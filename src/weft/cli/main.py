@@ -27,6 +27,7 @@ _LONGEST = 4000  # characters of a message
 VERBS = (
     "train",
     "preview",
+    "rollouts",
     "plan",
     "chat",
     "generate",

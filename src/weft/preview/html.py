@@ -50,14 +50,18 @@ th { font-weight: 600; color: var(--faint); } .n { text-align: right; white-spac
 
 def page(title: str, views: Sequence[View]) -> str:
     """The whole page."""
-    body = "".join(part for view in views for part in _view(view))
+    return framed(f"weft preview: {title}", "".join(part for view in views for part in _view(view)))
+
+
+def framed(title: str, body: str) -> str:
+    """A page of this look. ``body`` is HTML, whose texts are escaped."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # Even if something passed the escaping, the browser would neither run nor fetch it.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>weft preview: {escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>weft preview: {escape(title)}</h1>\n{body}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )
 
 
