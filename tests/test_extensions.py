@@ -96,7 +96,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 def test_the_examples_are_short() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
-    assert [file.stem for file in files] == ["focal", "scaling", "ticket", "watch"]
+    assert [file.stem for file in files] == ["brackets", "focal", "scaling", "ticket", "watch"]
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     for file in files:
         assert file.read_text(encoding="utf-8").count("\n") < 60

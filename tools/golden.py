@@ -3,14 +3,19 @@
     pip install "trl>=1.16,<1.17"
     python tools/golden.py                 # writes tests/objectives/golden.json
     python tools/golden.py --check         # compares that file with what TRL gives now
+    pip download trl==0.11.4 --no-deps && unzip trl-0.11.4*.whl -d old
+    python tools/golden.py --ppo old       # writes tests/objectives/golden_ppo.json: TRL has no PPO any more
 
-The tests compare Weft's padding-free stream with the file; nobody needs TRL for that.
+The tests compare Weft's padding-free stream with the files; nobody needs TRL for that.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
@@ -193,6 +198,50 @@ def rollouts(folder: str) -> dict[str, Any]:
     return results
 
 
+def ppo(folder: Path) -> dict[str, Any]:
+    """PPO's token rewards, advantages, returns and losses, by the functions of an unpacked trl 0.11.4.
+
+    Its trainer does not import any more, so the functions are taken out of it.
+    """
+    spec = importlib.util.spec_from_file_location("core", folder / "trl" / "core.py")
+    assert spec is not None
+    assert spec.loader is not None
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    source = (folder / "trl" / "trainer" / "ppo_trainer.py").read_text(encoding="utf-8")
+    trainer = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    wanted = ("compute_rewards", "_kl_penalty", "compute_advantages", "loss")
+    taken: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "math": math, "warnings": warnings}
+    taken |= {name: getattr(core, name) for name in dir(core) if not name.startswith("__")}
+    for node in trainer.body:
+        if isinstance(node, ast.FunctionDef) and node.name in wanted:
+            exec(ast.unparse(node), taken)
+    cases = {}
+    for whiten in (False, True):
+        own = types.SimpleNamespace(
+            config=types.SimpleNamespace(
+                kl_penalty="kl", gamma=0.98, lam=0.95, whiten_rewards=whiten, cliprange=0.2, cliprange_value=0.2,
+                vf_coef=1.0, ratio_threshold=1e9,
+            ),
+            kl_ctl=types.SimpleNamespace(value=0.2),
+        )  # fmt: skip
+        own._kl_penalty = lambda one, two, own=own: taken["_kl_penalty"](own, one, two)
+        given = golden.ppo_case(whole=whiten)
+        mask, old, reference, values = (given[key] for key in ("mask", "old", "reference", "values"))
+        rewards, _, _ = taken["compute_rewards"](own, given["scores"], old, reference, mask)
+        values, advantages, returns = taken["compute_advantages"](own, values, rewards, mask)
+        logp, predicted = (given[key].clone().requires_grad_() for key in ("logp", "predicted"))
+        logits = torch.zeros(*mask.shape, 3, dtype=torch.float64)
+        policy, value, _ = taken["loss"](own, old, values, logits, predicted, logp, mask, advantages, returns)
+        (policy + value).backward()
+        real = mask.bool()
+        cases["whitened rewards" if whiten else "plain"] = {
+            "advantages": advantages[real].tolist(), "returns": returns[real].tolist(), "policy": float(policy),
+            "value": float(value), "d_logp": logp.grad[real].tolist(), "d_value": predicted.grad[real].tolist(),
+        }  # fmt: skip
+    return {"trl": "0.11.4", **cases}
+
+
 def near(one: Any, two: Any) -> bool:
     """Whether two results are the same to ``_NEAR``."""
     if isinstance(one, dict):
@@ -206,8 +255,12 @@ def main() -> int:
     """Write the file, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--ppo", type=Path, help="an unpacked trl 0.11.4")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.ppo is not None:
+        FILE.with_name("golden_ppo.json").write_text(json.dumps(ppo(options.ppo), indent=1) + "\n")
+        return 0
     import trl
 
     with tempfile.TemporaryDirectory() as folder:

@@ -53,6 +53,7 @@ __all__ = [  # noqa: F405, RUF100
     "register_format",
     "register_method",
     "register_objective",
+    "register_reward",
     "train",
 ]
 

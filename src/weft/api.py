@@ -42,6 +42,7 @@ from weft.methods import (
 )
 from weft.models import describe, load_base
 from weft.objectives import register_objective
+from weft.rewards import register_reward
 from weft.training import RunConfig, TrainResult, load_config, make_config
 from weft.training.callbacks import Callback, check_hearers, register_callback
 from weft.training.config import config_of
@@ -90,6 +91,7 @@ __all__ = [
     "register_format",
     "register_method",
     "register_objective",
+    "register_reward",
     "train",
 ]
 

@@ -85,3 +85,24 @@ def digest(named: dict[str, Tensor]) -> dict[str, list[float]]:
         wave = torch.cos(torch.arange(value.numel(), dtype=torch.float64) * 0.37 + len(name))
         found[name] = [float(value.double().norm()), float(value.double().flatten() @ wave) / math.sqrt(value.numel())]
     return found
+
+
+def ppo_case(*, whole: bool) -> dict[str, Tensor]:
+    """Four answers of 3, 1, 4 and 2 tokens, or of 4 each, in padded rows, as PPO's formulas take them.
+
+    TRL's whitening of rewards gives pads a reward, which leaks into the advantages of real tokens; without pads it is
+    right.
+    """
+    lengths, shape = torch.tensor([4, 4, 4, 4] if whole else [3, 1, 4, 2]), (4, 4)
+    mask = torch.arange(4) < lengths[:, None]
+
+    def wave(step: float, shift: float, scale: float = 1.0) -> Tensor:
+        at = torch.arange(16, dtype=torch.float64).view(shape)
+        return scale * torch.sin(at * step + shift) * mask
+
+    old = (wave(1.7, 0.3) - 1.5) * mask
+    return {
+        "mask": mask.double(), "scores": torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64), "old": old,
+        "reference": old + wave(0.9, 1.0, 0.3), "values": wave(2.3, 0.5), "logp": old + wave(1.3, 2.0, 0.4),
+        "predicted": wave(2.3, 0.5) + wave(1.1, 0.2, 0.5),
+    }  # fmt: skip

@@ -25,6 +25,7 @@ from weft.objectives.answers import AnswerObjective, Answers
 from weft.objectives.dpo import DPO
 from weft.objectives.orpo import log_odds
 from weft.objectives.passes import Work, forward_losses
+from weft.objectives.ppo import PPO, Value
 from weft.objectives.registry import make_objective
 from weft.objectives.simpo import SimPO
 from weft.training import Job, JobConfig
@@ -133,6 +134,39 @@ def test_at_the_first_update_every_ratio_is_1(name: str) -> None:
     terms = objective.terms(Answers(logp, tokens, [2], reference=logp.detach(), advantages=advantages))
     assert float(terms.losses["policy"].detach()) == -0.5
     assert terms.metrics["clip_ratio"][0] == 0.0 == terms.metrics["kl"][0]
+
+
+@pytest.mark.parametrize("case", ["plain", "whitened rewards"])
+def test_ppo(case: str) -> None:
+    """Advantages, returns, both losses and their gradients, of answers without pads, are those of trl 0.11.4."""
+    known = json.loads((Path(__file__).parent / "golden_ppo.json").read_text())[case]
+    given = golden.ppo_case(whole=case != "plain")
+    real, lengths = given["mask"].bool(), given["mask"].sum(1).int().tolist()
+    values = given["values"][real].split(lengths)
+    kl = (given["old"] - given["reference"])[real].split(lengths)
+    own = PPO(rewards=("regex",), kl_coef=0.2, gamma=0.98, lam=0.95, whiten_rewards=case != "plain")
+    credit = own.credit(given["scores"][:, None], list(kl), list(values))
+    assert torch.cat(credit.advantages).tolist() == pytest.approx(known["advantages"], abs=1e-9)
+    assert credit.returns is not None
+    assert torch.cat(credit.returns).tolist() == pytest.approx(known["returns"], abs=1e-9)
+    owner = [number for number, length in enumerate(lengths) for _ in range(length)]
+    count = len(owner)
+    tokens = supervised([0] * count, [0] * count, [1.0] * count, owner=owner, count=4, device=real.device)
+    logp, predicted = (given[key][real].requires_grad_() for key in ("logp", "predicted"))
+    policy = own.terms(
+        Answers(logp, tokens, [1] * 4, old=given["old"][real], advantages=torch.cat(credit.advantages))
+    ).losses["policy"] / count
+    value = Value(of="x").terms(
+        Answers(predicted, tokens, [1] * 4, scores=predicted, values=given["values"][real],
+                returns=torch.cat(credit.returns))
+    ).losses["value"] / count  # fmt: skip
+    (policy + value).backward()
+    assert float(policy.detach()) == pytest.approx(known["policy"], abs=1e-9)
+    assert float(value.detach()) == pytest.approx(known["value"], abs=1e-9)
+    assert logp.grad is not None
+    assert predicted.grad is not None
+    assert logp.grad.tolist() == pytest.approx(known["d_logp"], abs=1e-9)
+    assert predicted.grad.tolist() == pytest.approx(known["d_value"], abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["orpo", "simpo"])
