@@ -23,8 +23,8 @@ from weft.assets import EMBEDDED_MODELS
 from weft.methods import METHODS
 
 FORMATS: dict[str, dict[str, Any]] = {"bf16": {}, "nf4": {"quantization": "nf4"}, "int8": {"quantization": "int8"}}
-# They train linears of the base or whole copies of blocks, which a quantised base refuses; and two that learn no task.
-LEFT_OUT = ("full", "freeze", "llama_pro", "hard_prompt", "trainable_tokens")
+# They train linears of the base, which a quantised base refuses; and two that learn no task.
+LEFT_OUT = ("full", "freeze", "hard_prompt", "trainable_tokens")
 
 
 def seeded(methods: list[str], seeds: int) -> list[dict[str, Any]]:

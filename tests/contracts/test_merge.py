@@ -356,7 +356,7 @@ def quantised(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
 
 @pytest.mark.parametrize(
     ("method", "quantised"),
-    kit.in_turn(sorted({"dora", *kit.ALL} - kit.NOT_MERGEABLE - {"freeze", "full", "llama_pro"}), QUANTISED, take=2),
+    kit.in_turn(sorted({"dora", *kit.ALL} - kit.NOT_MERGEABLE - {"freeze", "full"}), QUANTISED, take=2),
     indirect=["quantised"],
 )
 def test_a_quantised_base_is_merged_as_training_saw_it(quantised: Any, method: str, tmp_path: Path) -> None:

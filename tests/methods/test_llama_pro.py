@@ -14,15 +14,18 @@ from tests.models.test_facts import make
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import weft
 from weft.api import Adapters
 from weft.core.site import site_of
 from weft.core.stream import Part
+from weft.data import Sample
 from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
 from weft.generation import Request, generate
 from weft.methods.combined import CombinedConfig
 from weft.methods.llama_pro import LlamaProConfig
 from weft.models import describe
+from weft.models.attached import prove_attached
 from weft.models.facts import sketch
 from weft.objectives.passes import Work, forward_losses
 from weft.training import Job, JobConfig, Trainer
@@ -257,4 +260,28 @@ def test_prefixes_in_the_same_job_are_refused() -> None:
     with pytest.raises(UserError, match=r"prefix_tuning\+llama_pro"):
         adapters.add("it", CombinedConfig(parts=(kit.method_config("prefix_tuning"), CONFIG)))
     assert adapters.names == []
+    adapters.close()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_over_a_quantised_base_the_copies_are_of_its_numbers(quantization: str, tmp_path: Path) -> None:
+    """It begins as the base does, its copies are trained, and what was saved answers the same when it is loaded."""
+    pytest.importorskip("bitsandbytes")
+    base = weft.load_base("tiny-llama", quantization=quantization, dtype="float32", device="cpu")
+    adapters = Adapters(base.model, base.architecture)
+    adapter = adapters.add("it", LlamaProConfig(num_new_blocks=2))
+    prove_attached(adapters, "it")
+    assert all(p.is_floating_point() for p in adapter.parameters())
+    samples = [Sample(list(range(5, 20 + n)), [0.0] + [1.0] * (14 + n), f"text {n}") for n in range(4)]
+    config = JobConfig(name="it", method="llama_pro", steps=2, batch_size=2, learning_rate=1e-2)
+    job = Job(config, adapter, samples)
+    before = kit.parameters(adapter)
+    Trainer(adapters, [job]).run()
+    assert job.progress.ended == "finished"
+    assert any(not torch.equal(value, before[name]) for name, value in kit.parameters(adapter).items())
+    adapters.save("it", tmp_path / "it")
+    adapters.load("again", tmp_path / "it")
+    sequences = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    one, other = (kit.hidden_of(adapters, [Part(name, sequences)]) for name in ("it", "again"))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     adapters.close()

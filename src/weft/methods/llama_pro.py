@@ -16,12 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from weft.base.checkpointing import How, checkpoint_alike, disable_checkpointing
-from weft.base.packed import PackedLinear
+from weft.base.embeddings import input_embeddings
 from weft.base.streaming import Streaming, stop_streaming
 from weft.core.adapter import Adapter, BuildContext, MethodConfig
 from weft.core.route import Router
 from weft.core.site import Site, detach
 from weft.errors import UserError
+from weft.methods.dense import dequantize_linears, kind_of
 from weft.methods.site_adapter import SiteAdapter
 
 
@@ -123,6 +124,8 @@ def _new_block(path: str, number: int, context: BuildContext) -> nn.Module:
             module.__dict__["layer_idx"] = number
     stop_streaming(block)
     disable_checkpointing(block)
+    # A quantised weight cannot be trained; its numbers can.
+    dequantize_linears(block, input_embeddings(context.model).weight.dtype)
     for outputs in (shape.attention_output, shape.mlp_output):
         last = [p.removeprefix(f"{path}.") for p in outputs if p.startswith(f"{path}.")]
         for parameter in block.get_submodule(last[0]).parameters():
@@ -152,9 +155,8 @@ def _check(context: BuildContext) -> None:
                 f"llama_pro: the last linear of the attention or of the MLP of block '{path}' of this "
                 f"{shape.model_type} model is not known (experts have many), so it cannot begin as the identity."
             )
-        packed = any(isinstance(module, PackedLinear) for module in block.modules())
-        if packed or not all(p.dtype.is_floating_point for p in block.parameters()):
+        if not all(p.dtype.is_floating_point or kind_of(p) for p in block.parameters()):
             raise UserError(
-                f"llama_pro: block '{path}' is quantised, and a copy of it cannot be trained. Load the base in bf16 or "
-                "fp32."
+                f"llama_pro: block '{path}' is quantised in a way that Weft cannot undo, so a copy of it cannot be "
+                "trained. Load the base in bf16 or fp32."
             )
