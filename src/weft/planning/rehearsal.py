@@ -15,6 +15,7 @@ from weft.adapters import Adapters
 from weft.base.embeddings import config_of, input_embeddings
 from weft.core.layout import Counts
 from weft.core.stream import Part, Stream
+from weft.data import Sample
 from weft.errors import UserError
 from weft.machine import resident
 from weft.models import Base
@@ -27,9 +28,11 @@ from weft.objectives.passes import EVALUATION_TOKENS, evaluate, passes
 from weft.ops.sixteen_bits import faster_wide_from
 from weft.planning.dry_run import Call, DryRun, without_memory
 from weft.planning.quantized import empty_weights, swap_linears
+from weft.planning.supposed import supposed_passes
 from weft.planning.way import ProvedWay, proved_way
 from weft.training.checks import check_names
 from weft.training.job import Job
+from weft.training.judged import evaluate_judged
 from weft.training.optimizers.eight_bit import SMALLEST
 from weft.training.reader import JobData, Reader
 from weft.training.run import blank_adapter
@@ -127,6 +130,10 @@ class _DryJob(Job):
     dry: DryRun
     further_state = 0
     _further: Tensor | None = None
+    beside: Sequence[Job] = ()
+
+    def micro_batches(self) -> list[list[Sample]]:
+        return supposed_passes(self, self.beside) if self.rolls else super().micro_batches()
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         own = self.config
@@ -206,11 +213,14 @@ class Rehearsal:
         without_memory([*base.model.modules(), *own], dry.empty)
         with dry:
             self.jobs = [
-                _DryJob(job, adapter, data.train, data.held, data.mixture, eval_sizes=data.sizes)
+                _DryJob(
+                    job, adapter, data.train, data.held, data.mixture, eval_sizes=data.sizes,
+                    shares_rows=self.adapters.layout.shares_rows,
+                )
                 for job, adapter, data in zip(config.jobs, adapters, made.data, strict=True)
             ]
         for job in self.jobs:
-            job.dry = dry
+            job.dry, job.beside = dry, self.jobs
 
     @property
     def total_steps(self) -> int:
@@ -241,10 +251,13 @@ class Rehearsal:
     def evaluation(self) -> None:
         """Make the largest pass of each job's evaluations."""
         for job in self.jobs:
-            if job.eval_samples:
+            if job.eval_samples and not job.rolls:
                 largest = max(passes(job.eval_samples, EVALUATION_TOKENS), key=lambda some: sum(s.size for s in some))
                 with self.dry, self.dry.during("evaluation"):
-                    evaluate(self.adapters, job.name, largest)
+                    if job.judged is not None:
+                        evaluate_judged(self.adapters, job, largest)
+                    else:
+                        evaluate(self.adapters, job.name, largest)
 
 
 def _bytes(modules: Sequence[nn.Module] | set[nn.Module]) -> int:

@@ -167,8 +167,7 @@ class Roller:
         job = self.job
         apart = not adapters.layout.can_share(part_of(job.name, [], job.dropout_seed(0), 0.0))
         sizes = [rows_of(one, job.adapter.num_virtual_tokens, apart=apart) for one in rolled]
-        most = max(job.config.pack_tokens or EVALUATION_TOKENS, max(sizes))
-        return [[rolled[i] for i in sorted(one)] for one in pack(sizes, most)]
+        return packed(rolled, sizes, job.config.pack_tokens)
 
     def _keep(self, rows: Sequence[dict[str, Any]]) -> None:
         if self.folder is not None:
@@ -192,6 +191,12 @@ def roll_out(adapters: Adapters, rollers: Sequence[Roller], write: Write) -> Non
     for roller, own, asked in zip(due, prompts, asks, strict=True):
         roller.take(adapters, own, written[at : at + len(asked)])
         at += len(asked)
+
+
+def packed(rolled: Sequence[Rolled], sizes: Sequence[int], pack_tokens: int | None) -> list[list[Rolled]]:
+    """Prompts with their answers in passes of so many rows; ``sizes`` are the rows of each."""
+    most = max(pack_tokens or EVALUATION_TOKENS, max(sizes))
+    return [[rolled[i] for i in sorted(one)] for one in pack(sizes, most)]
 
 
 def group_of(prompt: Sample, answers: Sequence[Written]) -> Rolled:
