@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from weft.generation import Request, generate
+from weft.generation.rollouts import writer
 from weft.generation.text import decode
 from weft.training import load_config
 from weft.training.run import train
@@ -60,7 +61,8 @@ def is_quick(recipe: Path) -> bool:
     [pytest.param(p, id=p.stem, marks=() if is_quick(p) else pytest.mark.slow) for p in RECIPES],
 )
 def test_every_recipe_runs(recipe, tmp_path):
-    result = train(load(recipe.stem, tmp_path / "run", "limit=40", "eval_size=8", "steps=2", "threads=1"))
+    config = load(recipe.stem, tmp_path / "run", "limit=40", "eval_size=8", "steps=2", "threads=1")
+    result = train(config, writer=writer)
     assert result.completed
 
 
