@@ -25,6 +25,7 @@ _PLAIN: dict[object, str] = {
 _TOKENIZER = "The base's own tokenizer is taken; chat_template and add_tokens are what can be changed."
 # What is said of keys that have no counterpart here.
 HINTS = {
+    "stages": "A file with stages is a chain of runs: weft train FILE runs it (docs/preferences.md).",
     "tokenizer": _TOKENIZER,
     "processing_class": _TOKENIZER,
     "peft_config": "Say method: lora with its settings beside it (r: 4), or in Python method=weft.LoraConfig(r=4).",

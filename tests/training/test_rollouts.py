@@ -257,6 +257,90 @@ def test_whitening_counts_real_tokens_only() -> None:
     assert float(whole.var()) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["grpo", "ppo"])
+def test_a_step_in_which_no_answer_counts_teaches_nothing(objective: str, tmp_path: Path) -> None:
+    """One step without any reward between others; and a run in which no answer has an end."""
+    asked: list[int] = []
+
+    @register_reward("sometimes")
+    def sometimes(prompts: Any, completions: Any, *, completion_ids: Any, **_: Any) -> Any:
+        asked.append(1)
+        return [None if len(asked) == 2 else ids[0] % 7 for ids in completion_ids]
+
+    try:
+        settings = {"rewards": ["sometimes", {"reward": "length", "max_tokens": 3, "weight": 0}], "num_iterations": 1}
+        result = train(config(tmp_path, objective, objective_settings=settings), writer=writer)
+    finally:
+        del REWARDS["sometimes"]
+    assert {state["ended"] for state in result.jobs.values()} == {"finished"}
+    kept = sorted((tmp_path / "run" / "rollouts" / "lora").glob("*.jsonl"))
+    row = json.loads(kept[1].read_text().splitlines()[0])
+    assert row["reward"] is None  # a reward that is only watched says nothing of the sum
+    assert row["rewards"]["length"] is not None
+
+
+def test_epochs_are_passes_over_the_prompts(tmp_path: Path) -> None:
+    """However many steps learn from the same answers."""
+    given = config(tmp_path, "ppo", steps=None, epochs=1, objective_settings={"num_iterations": 2})
+    result = train(given, writer=writer)
+    assert {state["step"] for state in result.jobs.values()} == {8}  # 12 prompts by three, twice each
+    files = list((tmp_path / "run" / "rollouts" / "lora").glob("*.jsonl"))
+    asked = [json.loads(line)["source"] for path in files for line in path.read_text().splitlines()]
+    assert len(set(asked)) == 12
+
+
+def test_a_value_function_ends_with_its_policy(tmp_path: Path) -> None:
+    given = config(
+        tmp_path, "ppo", steps=12, eval_size=3, eval_steps=1, early_stopping_patience=1, learning_rate=1e-7,
+        early_stopping_min_delta=10.0,
+    )  # fmt: skip
+    result = train(given, writer=writer)
+    assert result.jobs["lora"]["step"] == result.jobs["lora-value"]["step"] < 12
+
+
+def test_fields_of_records_do_not_get_in_the_way(tmp_path: Path) -> None:
+    given = config(tmp_path, "grpo")
+    rows = [{**row, "completions": "x", "prompts": 1, "self": 2, "completion_ids": 3} for row in ROWS]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train(given, writer=writer).jobs["lora"]["ended"] == "finished"
+
+
+def test_other_answers_are_other_data(tmp_path: Path) -> None:
+    """The right answers decide about rewards, so a run that goes on must have the same ones."""
+    train(config(tmp_path, "grpo", steps=2), writer=writer)
+    given = config(tmp_path, "grpo", steps=4, resume=True)
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({**row, "output": "0"}) + "\n" for row in ROWS))
+    with pytest.raises(UserError, match="the data of job 'lora'"):
+        train(given, writer=writer)
+
+
+def test_an_answer_must_have_room(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sums.jsonl:\d+: the prompt's .* max_completion_length: 1100 exceed"):
+        train(config(tmp_path, "grpo", objective_settings={"max_completion_length": 1100}), writer=writer)
+    with pytest.raises(UserError, match="truncation: left alone"):
+        train(config(tmp_path, "grpo", max_length=6, truncation="right"), writer=writer)
+    given = config(tmp_path, "grpo", max_length=6, truncation="left")
+    assert train(given, writer=writer).jobs["lora"]["ended"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"objective": "value", "objective_settings": {"of": "nobody"}}, "belongs to a job of objective ppo"),
+        ({"objective": "grpo", "neftune_noise_alpha": 5}, "neftune_noise_alpha is for the likelihood"),
+        ({"objective": "grpo", "documents": "joined", "max_length": 64}, "cuts plain text"),
+        ({"objective": "kto", "objective_settings": {}, "batch_size": 1}, "2 records a step"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    values = config(tmp_path, "grpo").model_dump(mode="json")
+    job = {k: v for k, v in values.pop("jobs")[0].items() if v is not None} | more
+    job |= job.pop("method_settings")
+    top = {key: job.pop(key) for key in ("documents", "max_length") if key in job}
+    with pytest.raises(UserError, match=message):
+        train(make_config({**values, **top, "jobs": [job]}), writer=writer)
+
+
 # ---------------------------------------------------------------------------------------------------- whether it learns
 
 

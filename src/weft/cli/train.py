@@ -77,9 +77,14 @@ def _has_stages(word: str) -> bool:
 
 def _run_stages(words: list[str], flags: Mapping[str, Any], *, as_json: bool, quiet: bool) -> int:
     """The runs of a file with stages, one after the other; those that are done are left out with --resume."""
+    from weft.training.checks import check_places
+    from weft.training.reader import data_files
     from weft.training.stages import read_stages
 
     stages = read_stages(words[0], words[1:], flags=flags)
+    for stage in stages:  # hours may lie between the first and the last
+        check_places(stage.config)
+        data_files(stage.config)
     for stage in stages:
         if stage.config.resume and stage.done:
             common.say(f"stage {stage.name} is done: {stage.config.output_dir}")

@@ -35,12 +35,22 @@ class PromptRecipe(QueryRecipe):
 
     def _with_facts(self, record: Record, outcome: Acceptance) -> Outcome:
         (sample,) = outcome.samples
+        head, settings = len(self.renderer.encoder.bos), self.renderer.settings
         try:
-            self.renderer.settings.cut_ids(sample.input_ids, record.source, "the prompt")
+            start, stop = settings.cut_ids(sample.input_ids, record.source, "the prompt", head=head)
+            if stop > start and settings.truncation != "left":
+                raise TooLongError(f"{record.source}: the prompt is {len(sample.input_ids)} tokens long, max_length is "
+                                   f"{settings.max_length}. A prompt that is to be answered is cut by truncation: left "
+                                   "alone, for the answer follows its end.")  # fmt: skip
         except TooLongError as error:
             if self.renderer.truncation == "drop":
                 return Omission(source=record.source, why=TOO_LONG)
             return self.refused(error, "render", record)
+        if stop > start:
+            ids = sample.input_ids[:start] + sample.input_ids[stop:]
+            slots = tuple(slot if slot <= start else slot - (stop - start) for slot in sample.slots
+                          if not start < slot < stop)  # fmt: skip
+            sample = replace(sample, input_ids=ids, weights=[0.0] * len(ids), slots=slots, cut=stop - start)
         facts = {"answer": self._answer(record), **_plain(record.fields)}
         text = json.dumps(facts, ensure_ascii=False, default=str)
         key = number_of(hashlib.sha256(repr(sample.input_ids).encode()).hexdigest()) if self.keyed else 0

@@ -11,6 +11,7 @@ from torch import Tensor
 from weft.core.adapters import Adapters
 from weft.data import Sample
 from weft.errors import UserError
+from weft.heads.reward import SCORE
 from weft.objectives.passes import logits_of, passes
 
 
@@ -32,6 +33,11 @@ def classes_of(adapters: Adapters, name: str) -> tuple[str, ...]:
     labels = adapters[name].head.labels
     if not labels:
         raise UserError(f"adapter '{name}' has no classes: it was not trained with task: sequence_classification.")
+    if labels == SCORE:
+        raise UserError(
+            f"adapter '{name}' scores answers and names no classes. It gives rewards: objective_settings: {{rewards: "
+            "[{adapter: FOLDER}]} (docs/preferences.md)."
+        )
     return labels
 
 

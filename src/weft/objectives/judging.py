@@ -159,7 +159,8 @@ def judged_terms(
     tokens = head.learned(stream, each, sequences)
     if not judging.objective.scores:
         logp = token_logps(adapters, name, hidden, tokens, judging.objective.softness)
-        facts |= {key: _told(samples, key, logp) for key in ("advantages", "old")}
+        old = _told(samples, "old", logp)
+        facts |= {"advantages": _told(samples, "advantages", logp), "old": old if len(old) else None}
         answers = Answers(logp, tokens, reference=reference, point=judging.point, **facts)
         return judging.objective.terms(answers)
     if judging.objective.per_token:
@@ -173,10 +174,10 @@ def judged_terms(
     return judging.objective.terms(answers)
 
 
-def _told(samples: Sequence[Sample], key: str, like: Tensor) -> Tensor | None:
-    """What records of answers that the policy wrote say of their learned tokens [T]; None: nothing."""
+def _told(samples: Sequence[Sample], key: str, like: Tensor) -> Tensor:
+    """What records of answers that the policy wrote say of their learned tokens [T]; empty if nothing."""
     values = [value for sample in samples for value in getattr(sample, key, ())]
-    return torch.tensor(values, dtype=like.dtype, device=like.device) if values or key == "advantages" else None
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
 def judged_loss(judging: Judging, terms: Terms) -> Tensor:

@@ -158,7 +158,8 @@ class _Group:
         # A source without any sample ends the training, whatever `on_bad_record` says.
         whole = all(len(part.samples) for part in (*read.sources, *(read.evaluated or ())))
         own = (self.outline.tokenizer.chat_template or None) if config.chat_template else None
-        facts = Facts(reader.renderer, self.outline.task, own, config.on_bad_record != "error" and whole)
+        skips = config.on_bad_record != "error" and whole
+        facts = Facts(reader.renderer, self.outline.task, own, skips, _judgement(job) == "prompts")
         windows: list[Item] = []
         if not job.classifies and config.documents == "joined":
             windows = [Item("train", s.source, samples=(s,), length=tokens_in([s])) for s in data.train]

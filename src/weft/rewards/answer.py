@@ -26,11 +26,13 @@ class ExactAnswer(Worded):
         """The expression, with its whole time to find things in."""
         return None if self.pattern is None else Pattern(self.pattern, "the reward exact_answer: pattern")
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        """The reward of each answer."""
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> list[float | None]:
+        """The reward of each answer; None where the record has no answer."""
         finder = self._finder()
         return [
-            float(said(text, finder) == str(right).strip())
+            None if right is None else float(said(text, finder) == str(right).strip())
             for text, right in zip(completions, columns[self.column], strict=True)
         ]
 

@@ -62,6 +62,9 @@ class RewardSettings(Worded):
         made = cls(**given)
         if (made.reward is None) == (made.adapter is None):
             raise UserError(f"rewards: each names either a reward or an adapter; found {shown(dict(given))}.")
+        own = {*(made.model_extra or {}), *({"time_limit"} & made.model_fields_set)}
+        if made.adapter is not None and own:
+            raise UserError(f"rewards: an adapter has a weight and no other setting ({', '.join(sorted(own))}).")
         return made
 
     @property
@@ -102,13 +105,15 @@ class Rewarder:
         self.settings = list(settings)
         self._functions = [s.function() if s.adapter is None else scorers[s.adapter] for s in self.settings]
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> Rewarded:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], /, **columns: Sequence[Any]) -> Rewarded:
         """The rewards of the answers. One that fails is named, and has no say for any of them."""
         parts: dict[str, list[float | None]] = {}
         failures: dict[str, str] = {}
         for own, function in zip(self.settings, self._functions, strict=True):
             name = own.name if own.name not in parts else f"{own.name} ({len(parts) + 1})"
-            found = _within(lambda f=function: f(prompts, completions, **columns), own.time_limit)  # type: ignore[misc]
+            # The base computes an adapter's scores, and nothing else may use it meanwhile: no thread of its own.
+            limit = None if own.adapter is not None else own.time_limit
+            found = _within(lambda f=function: f(prompts, completions, **columns), limit)  # type: ignore[misc]
             wrong = found if isinstance(found, str) else _wrong(found, len(completions))
             parts[name] = [None] * len(completions) if wrong else [_number(value) for value in found]
             if wrong:
@@ -116,7 +121,7 @@ class Rewarder:
         totals: list[float | None] = []
         for index in range(len(completions)):
             said = [(own.weight, values[index]) for own, values in zip(self.settings, parts.values(), strict=True)]
-            known = [weight * value for weight, value in said if value is not None]
+            known = [weight * value for weight, value in said if weight and value is not None]
             totals.append(sum(known) if known else None)
         return Rewarded(totals, parts, failures)
 
@@ -144,8 +149,10 @@ def _wrong(found: Any, count: int) -> str:
     return ""
 
 
-def _within(call: Callable[[], Any], seconds: float) -> Any:
-    """What the call gives; a sentence, if it fails or takes longer."""
+def _within(call: Callable[[], Any], seconds: float | None) -> Any:
+    """What the call gives; a sentence, if it fails or takes longer. None: in this thread, as long as it takes."""
+    if seconds is None:
+        return call()
     found: list[Any] = []
 
     def run() -> None:

@@ -53,7 +53,7 @@ class Batches:
         self._steps: dict[int, int] = {}
         self._latest: tuple[int, list[list[int]]] = (-1, [])
         self.capacity = config.batch_tokens or config.pack_tokens or self._fullest()
-        self.total_steps = config.steps or max(1, self._planned())
+        self.total_steps = config.steps or max(1, self._planned()) * config.iterations
 
     def __getitem__(self, step: int) -> list[list[int]]:
         """The indices of step ``step``, one list per pack."""

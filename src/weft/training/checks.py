@@ -17,6 +17,7 @@ from weft.files.whole import is_part
 from weft.models.load import check_device, resolve_device, resolve_dtype, resolve_model
 from weft.models.offload import check_offload as check_offload_param
 from weft.models.token_rows import check_tokens
+from weft.objectives.ppo import PPO, Value
 from weft.training.callbacks import CALLBACKS
 from weft.training.config import read_run_config
 from weft.training.judged import check_judged
@@ -50,6 +51,18 @@ def check_names(config: RunConfig) -> dict[str, Place]:
         template_text(config.chat_template)
     for job in config.jobs:
         check_judged(job)
+        if isinstance(job.judged, Value) and not any(
+            isinstance(one.judged, PPO) and one.name == job.judged.of for one in config.jobs
+        ):
+            raise UserError(
+                f"job '{job.name}': objective value belongs to a job of objective ppo, which brings its own; there is "
+                f"none named '{job.judged.of}'."
+            )
+        if job.judged is not None and config.documents != "separate":
+            raise UserError(
+                f"job '{job.name}': documents: {config.documents} cuts plain text, and objective {job.objective} "
+                "learns from answers to prompts. Leave it out."
+            )
         if job.start_from is not None:
             check_start(job.start_from)
         for part in job.method_config().methods():

@@ -19,6 +19,8 @@ def data_fingerprint(samples: Iterable[Sample], labels: Sequence[str], sizes: Ma
             digest.update(repr((sample.label, sample.token_types)).encode())
         if sample.branches:
             digest.update(repr((sample.branches, sample.margin)).encode())
+        if sample.facts:
+            digest.update(sample.facts.encode("utf-8", "surrogatepass"))
     if labels:
         digest.update(repr(tuple(labels)).encode())
     if sizes:

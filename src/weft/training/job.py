@@ -70,7 +70,7 @@ class Job:
         self.judged = named_objective if isinstance(named_objective, AnswerObjective) else None
         self.objective = None if isinstance(named_objective, AnswerObjective) else named_objective
         self.figures: dict[str, float] = {}  # what there was to watch in the last step, beside the loss
-        apart = self.judged is not None and not (shares_rows and not adapter.draws and not config.neftune_noise_alpha)
+        apart = self.judged is not None and not shares_rows
         self.batches = Batches(
             config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture, apart=apart
         )
@@ -144,7 +144,7 @@ class Job:
     @property
     def epoch(self) -> float:
         """How often the data has been seen."""
-        epoch, within = self.batches.locate(self.progress.step)
+        epoch, within = self.batches.locate(self.progress.step // self.config.iterations)
         return epoch + within / self.batches.steps_in(epoch)
 
     def micro_batches(self) -> list[list[Sample]]:
@@ -158,17 +158,18 @@ class Job:
 
     def prompts(self) -> list[list[Sample]]:
         """The samples of its data for the coming optimizer step."""
-        step = self.progress.step
-        if self.rolls:
-            step //= getattr(self.judged, "num_iterations", 1)
+        step = self.progress.step // self.config.iterations
         return [[self.samples[i] for i in micro] for micro in self.batches[step]]
 
     def in_order(self) -> list[Sample]:
         """The samples of its data for the coming step, in an order that does not depend on how they are packed."""
         return [] if self.rolls else [self.samples[i] for i in self.batches.in_order(self.progress.step)]
 
-    def dropout_seed(self, micro: int) -> int:
-        """The seed of dropout in the ``micro``-th forward pass of the coming step."""
+    def dropout_seed(self, micro: int) -> int | None:
+        """The seed of dropout in the ``micro``-th forward pass of the coming step; None: nothing is drawn, for judged
+        answers are compared under the policy as evaluation has it."""
+        if self.judged is not None:
+            return None
         return stable_seed(self.config.seed, "dropout", self.progress.step, micro)
 
     def schedule_factor(self) -> float:
@@ -263,6 +264,8 @@ class Job:
         elif not progress.moved:
             # Losses are scaled on float16 bases alone.
             why = ("in float16 small gradients are lost (take bfloat16 or float32)" if self._scales else
+                   "the answers to each prompt were all worth the same; take other rewards, or more num_generations"
+                   if self.rolls else
                    "no learned token sees what the adapter adds, as behind a sliding window that is shorter than the "
                    "text; take another method, or shorter texts")  # fmt: skip
             self.fail(f"every gradient was zero in {count}, so nothing was learned; {why}")
@@ -327,7 +330,7 @@ class Job:
         if self.optimizer is not None:
             named |= {f"optimizer.{key}": value for key, value in optimizer_tensors(self.optimizer).items()}
         named |= {f"best.{i}": value for i, value in enumerate(self.best or ())}
-        if self.reference is not None:  # what it was made from may be gone
+        if self.reference is not None:  # what it was made from may have changed
             named |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
         return {key: value.cpu().contiguous() for key, value in named.items()}
 

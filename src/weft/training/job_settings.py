@@ -233,6 +233,11 @@ class JobConfig(BaseModel):
         """Whether it learns from answers of its own."""
         return (judged := self.judged) is not None and judged.judgement == "prompts"
 
+    @property
+    def iterations(self) -> int:
+        """How many optimizer steps learn from the same prompts."""
+        return int(getattr(self.judged, "num_iterations", 1)) if self.rolls else 1
+
     def planned_steps(self, samples: int) -> tuple[int, int]:
         """The optimizer steps per epoch and of the whole job, with so many samples in batches of ``batch_size``."""
         per_epoch = math.ceil(math.ceil(samples / self.batch_size) / self.gradient_accumulation_steps)

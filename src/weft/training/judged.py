@@ -36,6 +36,11 @@ def check_judged(config: JobConfig) -> None:
     judged = config.judged
     if judged is None:
         return
+    if config.neftune_noise_alpha:
+        raise UserError(
+            f"job '{config.name}': neftune_noise_alpha is for the likelihood; objective {config.objective} compares "
+            "log-probabilities, which are those of evaluation. Leave it out."
+        )
     if config.task != _WRITES:
         raise UserError(f"job '{config.name}': objective {config.objective} is for task: {_WRITES}, not {config.task}.")
     if isinstance(judged, RolloutObjective):
@@ -96,7 +101,8 @@ def reference_point(adapters: Adapters, job: Job, samples: Sequence[Sample]) -> 
     each with the answer of the one before it."""
     if len(samples) == 1:  # its own answer would be no mismatch
         samples = [samples[0], next((one for one in job.samples if one != samples[0]), samples[0])]
-    others = mismatched(samples, adapters.architecture.max_length)
+    limit = adapters.architecture.max_length
+    others = mismatched(samples, None if limit is None else limit - job.adapter.num_learned_tokens)
     total = 0.0
     for part in passes(others, max(EVALUATION_TOKENS, job.batches.capacity)):
         policy, reference = (reference_logps(adapters, [name], [part])[0] for name in (job.name, _name(job.reference)))
@@ -132,7 +138,8 @@ def evaluate_judged(
 
 def falling(job: Job, metrics: Mapping[str, float]) -> str:
     """A warning, once, if an evaluation finds the chosen answers less likely than the first one did; else ""."""
-    now, progress = metrics.get("logps/chosen"), job.progress
+    found = [value for key, value in metrics.items() if key.endswith("logps/chosen")]  # of named sets the first
+    now, progress = found[0] if found else None, job.progress
     if now is None or job.judged is None or not job.judged.watches_chosen:
         return ""
     first = progress.first_chosen

@@ -21,7 +21,7 @@ from weft.training.job import Job
 from weft.training.judged import evaluate_judged, falling
 from weft.training.memory import peak_memory
 from weft.training.rolled import Write
-from weft.training.rollouts import Roller, roll_out
+from weft.training.rollouts import Roller, end_values, roll_out
 from weft.training.settings import eval_key
 from weft.training.splitting import Splitting
 from weft.training.step import StepResult, train_step
@@ -149,6 +149,7 @@ class Trainer:
             make_fullest_pass(self.adapters, self.jobs, self.splitting)
         while True:
             stopped = not self._evaluate_due()
+            end_values(self.rollers.values())
             active = [job for job in self.jobs if job.active]
             if stopped or not active:
                 break
@@ -211,6 +212,7 @@ class Trainer:
         if rolling := [self.rollers[job.name] for job in active if job.name in self.rollers]:
             assert self.write is not None
             roll_out(self.adapters, rolling, self.write)
+            end_values(self.rollers.values())
             active = [job for job in active if job.active]
         results = train_step(self.adapters, active, self.splitting) if active else {}
         seconds = time.monotonic() - begun

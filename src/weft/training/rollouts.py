@@ -7,7 +7,7 @@ answer's number. So a run that goes on writes what the unbroken one would have w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from weft.training.same_run import other_base
 
 # A job whose rewards all failed in so many steps in a row ends.
 _GIVE_UP = 3
+# What rewards are given besides the fields of records; a field of such a name has another meaning, and is left out.
+_OURS = {"prompts", "completions", "prompt_ids", "completion_ids"}
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Roller:
     def rewards(self, prompts: Sequence[Sample], written: Sequence[Written]) -> list[dict[str, Any]]:
         """A row for each answer: its prompt, text, and every reward. ``prompts`` has an entry for each answer too."""
         facts = [parse_json(prompt.facts or "{}", prompt.source) for prompt in prompts]
-        names = {key for fact in facts for key in fact}
+        names = {key for fact in facts for key in fact} - _OURS
         columns = {name: [fact.get(name) for fact in facts] for name in sorted(names)}
         texts = [self.decode(prompt.input_ids) for prompt in prompts]
         columns |= {
@@ -165,7 +167,7 @@ class Roller:
     def _packed(self, adapters: Adapters, rolled: Sequence[Rolled]) -> list[list[Rolled]]:
         """The passes of the step."""
         job = self.job
-        apart = not adapters.layout.can_share(part_of(job.name, [], job.dropout_seed(0), 0.0))
+        apart = not adapters.layout.can_share(part_of(job.name, []))
         sizes = [rows_of(one, job.adapter.num_virtual_tokens, apart=apart) for one in rolled]
         return packed(rolled, sizes, job.config.pack_tokens)
 
@@ -179,6 +181,16 @@ class Roller:
         """The mean reward of the likeliest answers; the loss is the same with its sign turned."""
         means = mean_rewards(self.rewards(prompts, write(self.asks(prompts, greedy=True))))
         return Evaluation(-means.get("reward", float("nan")), means)
+
+
+def end_values(rollers: Iterable[Roller]) -> None:
+    """End the jobs that learn what to expect of a policy that has ended."""
+    for roller in rollers:
+        if roller.values is not None and roller.values.active and not roller.job.active:
+            if roller.job.progress.ended == "failed":
+                roller.values.fail(f"job '{roller.job.name}', whose values it learns, has failed")
+            else:
+                roller.values.progress.ended = "finished"
 
 
 def roll_out(adapters: Adapters, rollers: Sequence[Roller], write: Write) -> None:
@@ -238,10 +250,12 @@ def _by_answer(groups: Sequence[Rolled], ask: Callable[[Sequence[Rolled]], Tenso
 
 def figures_of(rows: Sequence[dict[str, Any]], rewards: Tensor) -> dict[str, float]:
     """What there is to watch of a step's answers with these rewards [P, K]."""
-    spread = rewards.nan_to_num(0.0).std(1)
-    return mean_rewards(rows) | {
-        "reward_std": float(rewards[~rewards.isnan()].std()) if int((~rewards.isnan()).sum()) > 1 else 0.0,
-        "frac_reward_zero_std": float((spread == 0).double().mean()),
+    known = rewards[~rewards.isnan()]
+    several = {"reward_std": float(known.std())} if len(known) > 1 else {}
+    if rewards.shape[1] > 1:
+        alike = [len(set(group[~group.isnan()].tolist())) < 2 for group in rewards]
+        several["frac_reward_zero_std"] = sum(alike) / len(alike)
+    return mean_rewards(rows) | several | {
         "truncated": sum(not row["ended"] for row in rows) / len(rows),
         "kl_of_answers": sum(row["kl"] for row in rows) / len(rows),
     }

@@ -177,18 +177,26 @@ def blank_adapter(adapters: Adapters, job: JobConfig, data: JobData, sketch: Bas
     adapter.begin_training(
         Batches(job, data.train, virtual=adapter.num_virtual_tokens, mixture=data.mixture).total_steps
     )
-    _check_lengths(job.name, adapter.num_learned_tokens, chained([data.train, data.held]), sketch)
+    more = int(getattr(job.judged, "max_completion_length", 0))
+    _check_lengths(job.name, adapter.num_learned_tokens, chained([data.train, data.held]), sketch, more)
     return adapter
 
 
-def _check_lengths(name: str, learned: int, samples: Samples, base: Base) -> None:
-    """Refuse samples that leave no positions for the virtual tokens and learned keys."""
+def _check_lengths(name: str, learned: int, samples: Samples, base: Base, more: int = 0) -> None:
+    """Refuse samples that leave no positions for virtual tokens and learned keys, or an answer of ``more`` tokens."""
     limit = base.architecture.max_length
-    if limit is None or not learned:
+    if limit is None or not (learned or more):
         return
     longest = samples[int(samples.lengths()[0].argmax())]
     if longest.branches:
         longest = max((one for sample in samples for one in sample.each), key=lambda one: len(one.input_ids))
+    if more and len(longest.input_ids) + learned + more > limit:
+        raise UserError(
+            f"{longest.source}: the prompt's {len(longest.input_ids)} tokens"
+            + f", the {learned} learned ones of job '{name}'" * bool(learned)
+            + f" and max_completion_length: {more} exceed the model's {limit} positions. Set max_completion_length: "
+            f"{max(1, limit - learned - len(longest.input_ids))} or less, or a max_length for prompts."
+        )
     if len(longest.input_ids) + learned > limit:
         raise UserError(
             f"{longest.source}: {len(longest.input_ids)} tokens and the {learned} learned ones of job '{name}' exceed "

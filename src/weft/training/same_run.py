@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from weft.assets import EMBEDDED_MODELS
@@ -62,7 +62,13 @@ def rooted(config: RunConfig) -> RunConfig:
     def data(own: object) -> object:
         return None if own is None else with_paths(own, lambda path: path if is_dataset_id(path) else from_root(path))
 
-    jobs = tuple(job.model_copy(update={key: data(getattr(job, key)) for key in _DATA}) for job in config.jobs)
+    def job_of(job: JobConfig) -> JobConfig:
+        settings = _with_adapters(job.objective_settings, from_root)
+        start = None if job.start_from is None else from_root(job.start_from)
+        own = {key: data(getattr(job, key)) for key in _DATA}
+        return job.model_copy(update={**own, "objective_settings": settings, "start_from": start})
+
+    jobs = tuple(map(job_of, config.jobs))
     changes: dict[str, object] = {"jobs": jobs, **{key: data(getattr(config, key)) for key in _DATA}}
     if config.model not in EMBEDDED_MODELS and Path(config.model).is_dir():
         changes["model"] = from_root(config.model)
@@ -101,10 +107,28 @@ def _settings(config: RunConfig) -> dict[str, object]:
 
 def _placeless(values: Mapping[str, object]) -> dict[str, object]:
     """The values, with nothing in the place of the paths of data."""
-    return {
+    found = {
         key: with_paths(value, lambda path: "…") if key in _DATA and value is not None else value
         for key, value in values.items()
     }
+    if found.get("start_from") is not None:  # a checkpoint has the values
+        found["start_from"] = "…"
+    settings = found.get("objective_settings")
+    if isinstance(settings, Mapping):
+        found["objective_settings"] = _with_adapters(settings, lambda path: "…")
+    return found
+
+
+def _with_adapters(settings: Mapping[str, object], change: Callable[[str], str]) -> dict[str, object]:
+    """An objective's settings with other paths of the adapters that give rewards."""
+    rewards = settings.get("rewards")
+    if not isinstance(rewards, (list, tuple)):
+        return dict(settings)
+    named = [
+        {**one, "adapter": change(str(one["adapter"]))} if isinstance(one, Mapping) and one.get("adapter") else one
+        for one in rewards
+    ]
+    return {**settings, "rewards": named}
 
 
 def _flat(values: Mapping[str, object], above: str) -> dict[str, object]:

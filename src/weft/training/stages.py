@@ -18,8 +18,8 @@ from weft.errors import UserError, nearest
 from weft.foreign import read_yaml
 from weft.paths import local_path
 from weft.patterns import check_name
-from weft.training.config import build_config
-from weft.training.said import Overrides
+from weft.training.config import build_config, read_run_config
+from weft.training.said import Overrides, said_last
 from weft.training.settings import RunConfig
 
 
@@ -32,9 +32,14 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        """Whether the folder holds the finished adapters of all its jobs."""
+        """Whether the folder holds the finished adapters of all its jobs, and no more steps of them are wanted."""
         folder = Path(self.config.output_dir)
-        return all((folder / "adapters" / job.name).is_dir() for job in self.config.jobs)
+        if not all((folder / "adapters" / job.name).is_dir() for job in self.config.jobs):
+            return False
+        begun = {job.name: job for job in read_run_config(folder).jobs}
+        return all(
+            (job.steps, job.epochs) == (begun[job.name].steps, begun[job.name].epochs) for job in self.config.jobs
+        )
 
 
 def read_stages(
@@ -50,8 +55,9 @@ def read_stages(
     stages = values.pop("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(one, dict) for one in stages):
         raise UserError(f"{source}: stages must be a list of mappings, each with a name and the keys of a run.")
-    flags = dict(flags)
-    folder = Path(str(flags.pop("output_dir", None) or values.get("output_dir") or "runs/weft"))
+    flags, said = dict(flags), _pairs(overrides)
+    asked = said.pop("output_dir", None) or flags.pop("output_dir", None) or values.get("output_dir")
+    folder = Path(str(asked or "runs/weft"))
     found: list[Stage] = []
     for number, own in enumerate(stages):
         name = own.get("name")
@@ -63,8 +69,19 @@ def read_stages(
         merged = {**values, **own, "output_dir": str(folder / name)}
         del merged["name"]
         merged = _looked_up(merged, found, f"{source}: stages[{number}]")
-        found.append(Stage(name, build_config(merged, overrides, flags=flags, source=f"{source}: stage {name}")))
+        found.append(Stage(name, build_config(merged, said, flags=flags, source=f"{source}: stage {name}")))
     return found
+
+
+def _pairs(overrides: Overrides) -> dict[str, object]:
+    """What is said last, by its keys; words are read as the command line has them.
+
+    Raises:
+        UserError: A word is no ``key=value``.
+    """
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    return dict(said_last({}, overrides))
 
 
 def _looked_up(values: Any, earlier: Sequence[Stage], where: str) -> Any:

@@ -112,7 +112,7 @@ def _passes(
                 batches[j.name][index],
                 j.dropout_seed(index),
                 divisor=weight[j.name],
-                neftune_alpha=j.config.neftune_noise_alpha,
+                neftune_alpha=0.0 if j.judged else j.config.neftune_noise_alpha,
                 objective=j.objective,
                 judging=judging.get(j.name),
             )

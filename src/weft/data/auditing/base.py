@@ -74,6 +74,7 @@ class Facts:
     task: str = "causal_lm"
     own_template: str | None = None  # the tokenizer's, where the configuration names another
     skips_bad_records: bool = False
+    prompts: bool = False  # the records are prompts that are to be answered
 
     @property
     def max_length(self) -> int | None:

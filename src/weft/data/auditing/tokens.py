@@ -22,6 +22,8 @@ _SEVERAL = 20  # texts
 )
 def nothing_to_learn(records: Records) -> Iterator[Hit]:
     """A record of which no token is learned."""
+    if records.facts.prompts:
+        return
     tokens = records.tokens
     for sample in np.flatnonzero((tokens.count(tokens.learned) == 0) & tokens.writes).tolist():
         shown = records.facts.show(tokens.of(sample))
