@@ -72,6 +72,7 @@ class Facts:
 
     renderer: Renderer
     task: str = "causal_lm"
+    _: KW_ONLY
     own_template: str | None = None  # the tokenizer's, where the configuration names another
     skips_bad_records: bool = False
     prompts: bool = False  # the records are prompts that are to be answered
