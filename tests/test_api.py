@@ -20,7 +20,8 @@ def test_all_is_sorted_and_importable() -> None:
         "PTuningConfig", "PTuningV2Config", "Part", "PrefixTuningConfig", "PromptTuningConfig", "Renderer",
         "Request", "RunConfig", "Sampling", "Target", "TrainableTokensConfig", "UserError", "VeraConfig",
         "describe", "generate", "load_base", "load_config", "load_extension", "make_config", "open_target",
-        "read_metrics", "register_callback", "register_format", "register_method", "register_objective", "train",
+        "read_metrics", "register_callback", "register_format", "register_method", "register_objective",
+        "register_reward", "train",
     ]  # fmt: skip
 
 
