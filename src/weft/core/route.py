@@ -41,8 +41,8 @@ class Segment:
     """The rows of one adapter.
 
     ``seed`` fixes every random number of these rows in this pass, so that neither a neighbour nor a recomputation can
-    change it (None: no number is drawn, as in evaluation). ``lengths`` are its sequences', virtual tokens and shared
-    rows included; ``tokens`` counts every row once.
+    change it (None: no number is drawn, as in evaluation). ``lengths`` are its sequences', virtual tokens included,
+    and without the rows that they share with one before them.
     ``neftune_alpha`` is the strength of the noise on its embeddings (0: no noise). ``call`` (``weft.core.rows``) holds
     the arguments of the module at hand beside the rows, for functions that run it again (None: it has none).
     """
@@ -78,8 +78,8 @@ class Route(ABC):
     _: KW_ONLY
     cache: KeyValueCache | None = None
     exact: bool = False
-    # Where sequences have rows in common, ``layout`` is that of the whole ones.
-    sharing: Sharing | None = None
+    # Which sequences see rows of others before their own.
+    sharing: tuple[Sharing, ...] = ()
     # Module path -> its own route: a decoder's cross-attention also takes the encoder's rows.
     elsewhere: Mapping[str, Route] = field(default_factory=dict)
     # While text is written: the changes that all adapters make at a site at once (``weft.generation.together``).
@@ -153,24 +153,29 @@ class Route(ABC):
             segment = self.segments[index]
             first = sum(s.sequences for s in self.segments[:index])
             layout = None
+            sharing: tuple[Sharing, ...] = ()
             if self.layout is not None:
-                groups = (0,) if index in self.prefixes else ()
+                own = self.layout.groups[first : first + segment.sequences]
+                sharing, groups = self._sharing_alone(index, own)
                 layout = SequenceLayout.build(
-                    segment.lengths, prefix_groups=groups, separate_groups=self.exact,
-                    device=self.layout.cu_seqlens.device,
+                    segment.lengths, groups, separate_groups=self.exact, device=self.layout.cu_seqlens.device,
+                    prefix_groups=(*((0,) if index in self.prefixes else ()), *(one.group for one in sharing)),
                 )  # fmt: skip
-            sharing = None
-            if self.sharing is not None:
-                begin, before = (sum(n) for n in ((s.tokens for s in self.segments[:index]),
-                                                  (n for s in self.segments[:index] for n in s.lengths)))  # fmt: skip
-                whole = range(before, before + sum(segment.lengths))
-                sharing = self.sharing.part(range(begin, begin + segment.tokens), whole)
             prefixes = {0: self.prefixes[index]} if index in self.prefixes else {}
             cache = None if self.cache is None else self.cache.part(first, segment.sequences)
             self._alone[index] = type(self)(
                 (segment,), layout, prefixes, cache=cache, exact=self.exact, sharing=sharing
             )
         return self._alone[index]
+
+    def _sharing_alone(self, index: int, groups: Sequence[int]) -> tuple[tuple[Sharing, ...], list[int]]:
+        """Which sequences of segment ``index`` see rows of others, and their groups, when it is alone; now they are in
+        ``groups``."""
+        begin = sum(s.tokens for s in self.segments[:index])
+        own = [one for one in self.sharing if one.group in groups]
+        found = tuple(Sharing(n, one.begin - begin, one.end - begin, 0) for n, one in enumerate(own, start=1))
+        names = {one.group: alone.group for one, alone in zip(own, found, strict=True)}
+        return found, [names.get(group, 0) for group in groups]
 
     def _strange(self, x: Tensor, path: str) -> UserError:
         return UserError(

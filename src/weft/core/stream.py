@@ -39,7 +39,7 @@ class Stream:
 
     Attributes:
         input_ids, position_ids: [N] int64; rows of virtual tokens hold id 0, their embedding is put in later.
-        lengths: of each sequence, virtual tokens and shared rows included.
+        lengths: of each sequence the rows of its own, virtual tokens included.
         rows: stream row of every own token, one tuple per sequence; sequences may share their first rows.
         virtual_rows: for each segment with virtual tokens, the rows they take, [sequences * num_virtual_tokens].
         virtual_numbers: which virtual token each of these rows is, where not every sequence has all in order.

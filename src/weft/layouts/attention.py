@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,13 +39,14 @@ def attend(
     if route.cache is not None and (cached := route.cache.attend(layer, q, k, v, scale=scale, **bias)) is not None:
         return cached
     assert route.layout is not None
-    prefix = {
+    prefix: dict[int, tuple[Tensor, Tensor]] = {
         group: (states[layer][0].to(k.dtype), states[layer][1].to(v.dtype))
         for group, states in route.prefixes.items()
         if layer < len(states)  # an inserted block has no learned keys
     }
-    if (sharing := route.sharing) is not None:
-        # In the memory order of a projection, [N, heads, head_dim], which costs the attention least.
-        q, k, v = (x.transpose(0, 1).index_select(0, sharing.gather).transpose(0, 1) for x in (q, k, v))
-    out = varlen_attention(q, k, v, route.layout, scale=scale, prefix=prefix, causal=causal, **bias)
-    return out if sharing is None else out.index_select(0, sharing.keep)
+    for group, begin, end, seen_from in route.sharing:
+        seen = k[:, begin:end], v[:, begin:end]
+        learned = prefix.get(seen_from)
+        both = seen if learned is None else tuple(torch.cat(pair, 1) for pair in zip(learned, seen, strict=True))
+        prefix[group] = both[0], both[1]
+    return varlen_attention(q, k, v, route.layout, scale=scale, prefix=prefix, causal=causal, **bias)

@@ -92,9 +92,10 @@ def build_stream(
             part.adapter, len(laid.ids) - begin, len(part.sequences), seed=part.seed, padded=route.padded,
             lengths=tuple(laid.lengths[first:]), neftune_alpha=part.neftune_alpha,
         ))  # fmt: skip
-    lengths = laid.lengths
+    lengths, sharing = laid.lengths, laid.sharing(groups)
     layout = None if route.padded else SequenceLayout.build(
-        lengths, groups, prefix_groups=tuple(prefixes), separate_groups=exact, device=device
+        lengths, groups, prefix_groups=(*prefixes, *(one.group for one in sharing)), separate_groups=exact,
+        device=device,
     )  # fmt: skip
     return Stream(
         input_ids=id_tensor(laid.ids, vocabulary, device),
@@ -103,7 +104,7 @@ def build_stream(
         rows=tuple(laid.rows),
         virtual_rows=virtual_rows,
         prefix_length=tuple(prefix_length),
-        route=route(tuple(segments), layout, prefixes, cache=cache, exact=exact, sharing=laid.sharing(device)),
+        route=route(tuple(segments), layout, prefixes, cache=cache, exact=exact, sharing=sharing),
         standing=tuple(own.start if first_stands else own.stop - 1 for own in laid.own),
         token_types=_token_types(parts, laid.rows, len(laid.ids), token_types, device) if token_types else None,
         virtual_numbers=virtual_numbers,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from weft.core.adapter import Run
 from weft.ops.sequence_layout import Sharing
 
@@ -33,8 +31,8 @@ class EndToEnd:
 
     @property
     def lengths(self) -> list[int]:
-        """Of each sequence all its rows."""
-        return [len(before) + len(own) for before, own in zip(self.shown, self.own, strict=True)]
+        """Of each sequence the rows of its own."""
+        return list(map(len, self.own))
 
     def add(self, sequence: Sequence[int], runs: Sequence[Run], position: int) -> list[int]:
         """A sequence whose rows are all its own, from this position on; returns the rows of its virtual tokens."""
@@ -67,17 +65,21 @@ class EndToEnd:
         self.shown.append(shown)
         self.own.append(own)
 
-    def sharing(self, device: torch.device) -> Sharing | None:
-        """How the sequences share rows; None: no two do."""
-        if not self.joints:
-            return None
-        gather, keep, at = [], [], 0
-        for before, own in zip(self.shown, self.own, strict=True):
-            gather += [torch.arange(rows.start, rows.stop) for rows in (before, own)]
-            at += len(before)
-            keep.append(torch.arange(at, at + len(own)))
-            at += len(own)
-        return Sharing(torch.cat(gather).to(device), torch.cat(keep).to(device))
+    def sharing(self, groups: list[int]) -> tuple[Sharing, ...]:
+        """Which sequences see the rows of others; ``groups``, of each sequence its own, become those of the layout.
+
+        Sequences that see the same rows get a group of their own, behind all others.
+        """
+        found: dict[tuple[int, int], Sharing] = {}
+        fresh = max(groups, default=-1) + 1
+        for number, before in enumerate(self.shown):
+            if not before:
+                continue
+            key = before.start, before.stop
+            if key not in found:
+                found[key] = Sharing(fresh + len(found), before.start, before.stop, groups[number])
+            groups[number] = found[key].group
+        return tuple(found.values())
 
 
 def interleave(length: int, runs: Sequence[Run], start: int) -> tuple[list[int], list[int]]:

@@ -36,22 +36,16 @@ class Bucket:
     tokens: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Sharing:
-    """How sequences of a stream share rows: the layout is that of whole sequences, end to end, M rows in all.
+class Sharing(NamedTuple):
+    """Sequences of a layout's ``group`` that see the rows [begin, end) of another before their own.
 
-    ``gather`` [M] int64: the stream row of each of these rows; ``keep`` [N] int64: for each stream row the one of them
-    whose result is its own (all that share it have the same).
+    ``seen_from`` is the group of that other, whose learned keys, if it has some, stand before these rows.
     """
 
-    gather: Tensor
-    keep: Tensor
-
-    def part(self, rows: range, whole: range) -> Sharing:
-        """That of some stream ``rows`` by themselves, which are the rows ``whole`` of the sequences."""
-        return Sharing(
-            self.gather[whole.start : whole.stop] - rows.start, self.keep[rows.start : rows.stop] - whole.start
-        )
+    group: int
+    begin: int
+    end: int
+    seen_from: int
 
 
 class HeadIndex(NamedTuple):
