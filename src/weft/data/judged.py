@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,15 +22,14 @@ from weft.data.sources import content_key, number_of
 from weft.errors import UserError
 
 Judgement = Literal["preference", "kto"]
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedRecipe(Recipe):
     """The recipe for judged answers: ``preference`` reads pairs and rankings, ``kto`` answers with a verdict.
 
-    The label of a sample with a verdict is 1 (good) or 0 (bad). A record's ``margin`` is by how much its best answer is
-    better than the next.
+    The label of a sample with a verdict is 1 (good) or 0 (bad). A record's ``margin`` is by how much the better answer
+    is better: of a pair, and of every pair of a ranking.
     """
 
     settings: ReadSettings = field(default_factory=ReadSettings)

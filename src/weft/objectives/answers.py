@@ -26,7 +26,8 @@ class Answers:
     """The answers of R records, A in all, of T learned tokens together.
 
     Attributes:
-        logp: [T], log-probability of each token under the policy; of an objective over scores it is empty.
+        logp: [T], log-probability of each token under the policy; of an objective over scores only its
+            size counts.
         tokens: where these tokens are (``weft.core.head.Supervised`` of A sequences), with their weights.
         counts: of each record the number of its answers; the first is the best.
         reference: [T], the same under the reference; None where the objective asks for none.
@@ -177,21 +178,16 @@ def pair_metrics(answers: Answers, rewards: Tensor) -> dict[str, tuple[float, fl
         "rewards/chosen": seen(good),
         "rewards/rejected": seen(bad),
         "rewards/margins": seen(good - bad),
-        "accuracy": seen((good > bad).double() + (good == bad).double() / 2),
+        "accuracy": _in_order(rewards, pairs),
+        "length_baseline": _in_order(answers.sizes, pairs),
     }
     if answers.scores is None:
-        logps, sizes = answers.sequence_logps.detach(), answers.sizes
-        found |= {
-            "logps/chosen": seen(logps[pairs.better]),
-            "logps/rejected": seen(logps[pairs.worse]),
-            "length_baseline": _longer(sizes, pairs),
-        }
-    else:
-        found["length_baseline"] = _longer(answers.sizes, pairs)
+        logps = answers.sequence_logps.detach()
+        found |= {"logps/chosen": seen(logps[pairs.better]), "logps/rejected": seen(logps[pairs.worse])}
     return found
 
 
-def _longer(sizes: Tensor, pairs: Pairs) -> tuple[float, float]:
-    """How often the longer answer is the better one, which is what the length alone would get right."""
-    good, bad = sizes[pairs.better], sizes[pairs.worse]
+def _in_order(values: Tensor, pairs: Pairs) -> tuple[float, float]:
+    """How often the better answer has the larger of the values [A]; equal ones count half."""
+    good, bad = values[pairs.better], values[pairs.worse]
     return seen((good > bad).double() + (good == bad).double() / 2)
