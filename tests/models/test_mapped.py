@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weft.base.mapped import can_map, pages_returned, read_once
+from weft.base.mapped import can_map, pages_returned
 
 pytestmark = pytest.mark.skipif(not can_map(), reason="the system does not say what is mapped")
 SIZE = 8 << 20
@@ -59,24 +59,6 @@ def test_little_of_a_file_is_not_looked_for(tmp_path: Path) -> None:
         assert resident(path) >= SIZE // 1024
     assert resident(path) == 0
     assert torch.equal(tensor, before)
-
-
-def test_a_tensor_that_is_read_once(tmp_path: Path) -> None:
-    path, tensor = mapped(tmp_path)
-    half = tensor[: len(tensor) // 2]
-    with read_once(half):
-        before = half.clone()
-        assert resident(path) >= SIZE // 2048
-    assert resident(path) < SIZE // 2048
-    assert torch.equal(half, before)
-    # A neighbour on the same page keeps what was written to it, and so does one on a page of a small tensor.
-    tensor[len(half)] = tensor[-1] = 7.0
-    for part in (half, tensor[-5:-1]):
-        with read_once(part):
-            part.sum()
-    assert tensor[len(half)] == tensor[-1] == 7.0
-    with read_once(torch.ones(5)):
-        pass
 
 
 def test_what_was_written_to_stays(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def test_equals_the_whole_weight(
     shape: tuple[int, int, int], dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "_PIECE", 100)
+    monkeypatch.setattr(products, "_SLAB", 200)
     count, inner, outer = shape
     try:
         rows = made(outer, inner, dtype, **options)
@@ -71,6 +72,7 @@ def test_the_numbers_are_those_of_the_format(
     from bitsandbytes.functional import dequantize_4bit
 
     monkeypatch.setattr(products, "_PIECE", 500)
+    monkeypatch.setattr(products, "_SLAB", 1000)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rows = made(*shape, dtype, quant_type="nf4", compress_statistics=nested)
         state = rows.state
@@ -79,10 +81,22 @@ def test_the_numbers_are_those_of_the_format(
             scales = NestedScales(state.absmax, state.state2.absmax, state.offset).numbers()
         codes = unpack_four_bits(rows.packed, math.prod(shape))
         wanted = dequantize_blocks(codes, scales, levels_of("nf4"), 64).to(dtype).view(shape)
-        for found in (rows.whole(), torch.cat([wide.clone() for _, wide in rows.pieces()])):
+        slabs = torch.cat([slab for _, slab in rows.slabs()])
+        for found in (rows.whole(), slabs, torch.cat([wide.clone() for _, wide in rows.pieces()])):
             assert torch.equal(found.float(), wanted.float())
         if shape[1] % 64 == 0:
             assert torch.equal(dequantize_4bit(rows.packed, state), wanted)
+
+
+@pytest.mark.parametrize("options", [{"quant_type": "nf4"}, {}], ids=str)
+def test_few_rows_of_a_large_weight(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are multiplied slab by slab, and give to the bit what the whole weight gives: no sum is cut."""
+    rows = made(70, 64, torch.bfloat16, **options)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
+    whole = packed_linear(x, rows)
+    monkeypatch.setattr(products, "_SLAB", 640)
+    assert len(list(rows.slabs())) == 7
+    assert torch.equal(packed_linear(x, rows), whole)
 
 
 def test_numbers_that_are_kept_narrower_than_they_multiply() -> None:

@@ -37,12 +37,14 @@ CASES = [("gptq", 4, 64, 64, 32, False), ("gptq", 4, 96, 32, 32, True), ("gptq_v
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_numbers(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_PIECE", 500)
+    monkeypatch.setattr(products, "_SLAB", 1000)
     kind, bits, *_ = case
     tensors, weight = made(*case)
     rows = GroupedRows(**tensors, bits=bits, packing=kind, dtype=torch.float32)
     assert rows.shape == tuple(weight.shape)
     assert torch.equal(rows.whole(), weight)
     assert torch.equal(torch.cat([wide.clone() for _, wide in rows.pieces()]), weight)
+    assert torch.equal(torch.cat([slab for _, slab in rows.slabs()]), weight)
     assert len(list(rows.pieces())) > 1 or weight.shape[0] <= 40
     for dtype in (torch.float32, torch.bfloat16):
         rows = GroupedRows(**tensors, bits=bits, packing=kind, dtype=dtype)

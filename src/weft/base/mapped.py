@@ -40,6 +40,14 @@ class Span:
         return self.end - self.begin
 
 
+@dataclass(frozen=True)
+class Mapping(Span):
+    """A span as the system tells it: where in the file it begins, and which file it was that was mapped."""
+
+    offset: int
+    inode: int
+
+
 def can_map() -> bool:
     """Whether this system says which memory is a file's, and takes advice on it."""
     return sys.platform == "linux" and _MAPS.is_file()
@@ -50,24 +58,34 @@ def spans_of(tensors: Iterable[Tensor]) -> list[Span | None]:
 
     The spans hold as long as the tensors' memory does.
     """
-    files = _mapped_files()
+    files = mapped_files()
     begins = [span.begin for span in files]
     return [_span(files, begins, tensor) for tensor in tensors]
 
 
-def _span(files: Sequence[Span], begins: Sequence[int], tensor: Tensor) -> Span | None:
+def _span(files: Sequence[Mapping], begins: Sequence[int], tensor: Tensor) -> Span | None:
+    mapping = mapping_of(files, begins, tensor)
+    if mapping is None:
+        return None
+    begin, page = tensor.data_ptr(), mmap.PAGESIZE
+    end = -(-(begin + _bytes_of(tensor)) // page) * page
+    return Span(begin // page * page, min(end, mapping.end), file=mapping.file)
+
+
+def mapping_of(files: Sequence[Mapping], begins: Sequence[int], tensor: Tensor) -> Mapping | None:
+    """The mapping in which the whole tensor lies, one number after another; None: there is none."""
     if tensor.device.type != "cpu" or not tensor.numel() or not tensor.is_contiguous():
         return None
     begin = tensor.data_ptr()
-    end = begin + tensor.numel() * tensor.element_size()
     place = bisect.bisect_right(begins, begin) - 1
-    if place < 0 or end > files[place].end:
-        return None
-    page = mmap.PAGESIZE
-    return Span(begin // page * page, min(-(-end // page) * page, files[place].end), file=files[place].file)
+    return files[place] if place >= 0 and begin + _bytes_of(tensor) <= files[place].end else None
 
 
-def _mapped_files() -> list[Span]:
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def mapped_files() -> list[Mapping]:
     """The mappings of files in this process, from the lowest address to the highest."""
     found = []
     for line in _MAPS.read_text().splitlines() if can_map() else ():
@@ -77,12 +95,12 @@ def _mapped_files() -> list[Span]:
     return found
 
 
-def _mapping(words: Sequence[str]) -> Span | None:
+def _mapping(words: Sequence[str]) -> Mapping | None:
     """The mapping of a file that a line describes; None: it is none."""
     if len(words) < 6 or words[4] == "0" or not words[5].startswith("/"):
         return None
     begin, _, end = words[0].partition("-")
-    return Span(int(begin, 16), int(end, 16), file=words[5])
+    return Mapping(int(begin, 16), int(end, 16), file=words[5], offset=int(words[2], 16), inode=int(words[4]))
 
 
 def joined(spans: Iterable[Span | None]) -> list[Span]:
@@ -100,26 +118,6 @@ def read_ahead(spans: Iterable[Span]) -> None:
     """Have the system read what it does not have in memory. That does not count as this process' memory yet."""
     for span in spans:
         _advise(span, _WILLNEED)
-
-
-@contextlib.contextmanager
-def read_once(tensor: Tensor, ahead: int = 1 << 29) -> Iterator[None]:
-    """Inside, a tensor [...] that may lie in a mapped file is read for the last time.
-
-    The system reads the file on meanwhile, so many bytes, and afterwards the tensor's own pages are given back: not
-    those that it shares with neighbours, which somebody may have written to.
-    """
-    (span,) = spans_of([tensor])
-    if span is None:
-        yield
-        return
-    # Behind the file's last page there is nothing to read. Advice on what else lies there changes nothing.
-    read_ahead([Span(span.end, span.end + ahead, file=span.file)])
-    yield
-    page, first = mmap.PAGESIZE, tensor.data_ptr()
-    begin, end = -(-first // page) * page, (first + tensor.numel() * tensor.element_size()) // page * page
-    if begin < end:
-        give_back([Span(begin, end, file=span.file)])
 
 
 def bring_in(spans: Iterable[Span]) -> None:

@@ -27,6 +27,7 @@ from weft.files.whole import make_folder, new_folder, write_tensors
 from weft.models.intact import check_numbers, check_whole
 from weft.models.quantize import Quantization, cast_rest, one_kernel
 from weft.models.quantizers import empty_linears, outputs_first, quantized_parameter
+from weft.ops.four_bit import forget_rooms
 from weft.paths import cache_folder
 
 Offload = Literal["disk"]
@@ -178,6 +179,7 @@ class QuantizedFiles:
                     tensors |= _quantized(model.get_submodule(path), plain[path].to(self.dtype), path)
                     give_back(joined(spans_of([plain[path]])))
                 write_tensors(tensors, part / f"{number}{_SUFFIX}")
+        forget_rooms()
 
     def _read(self, model: nn.Module, path: Path, linears: Sequence[str]) -> None:
         from bitsandbytes.nn import Params4bit

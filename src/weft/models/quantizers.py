@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from weft.base.in_file import numbers_in_file
 from weft.base.kinds import is_linear, linear_shape
-from weft.base.mapped import read_once
 from weft.base.packed import PackedLinear
 from weft.errors import UserError
 from weft.foreign import check_safetensors
-from weft.ops.four_bit import quantize_weight
+from weft.ops.four_bit import forget_rooms, quantize_weight
 from weft.ops.words import Packing
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _register_blocks() -> None:
                     parameter.blocksize = self.quantization_config.block_size  # type: ignore[attr-defined]
 
         def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+            forget_rooms()
             _name_bitsandbytes(self.quantization_config)
             method = self.quantization_config.quant_method
             setattr(model, "quantization_method", method)  # noqa: B010
@@ -74,8 +75,7 @@ def _quantizing(quantizer: Any) -> Any:
             for name, value in input_dict.items():
                 weight = value[0] if isinstance(value, list) else value
                 module = model.get_submodule(name.rpartition(".")[0])
-                with read_once(weight):
-                    found[name] = quantized_parameter(outputs_first(weight, module), module.weight)
+                found[name] = quantized_parameter(outputs_first(weight, module), module.weight)
                 module._is_hf_initialized = True
             return found
 
@@ -89,12 +89,12 @@ def outputs_first(weight: Tensor, module: nn.Module) -> Tensor:
 
 
 def quantized_parameter(weight: Tensor, like: Any) -> Any:
-    """bitsandbytes' parameter of a weight [out, in], made by the options of another one."""
+    """bitsandbytes' parameter of a weight [out, in] as its file has it, made by the options of another one."""
     from bitsandbytes.nn import Params4bit
 
-    packed, state = quantize_weight(
-        weight, like.quant_type, block=like.blocksize, nested=like.compress_statistics, storage=like.quant_storage
-    )
+    told = {"block": like.blocksize, "nested": like.compress_statistics, "storage": like.quant_storage}
+    with numbers_in_file(weight) as read:
+        packed, state = quantize_weight(weight, like.quant_type, read=read, **told)
     made: Any = Params4bit
     options = {**like.__dict__, "quant_state": state, "bnb_quantized": True}
     if like.module is not None:

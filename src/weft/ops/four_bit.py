@@ -7,7 +7,8 @@ codes by a binary search for each number, over the whole weight at once. The cod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,6 +37,10 @@ _AT_ONCE = 1 << 20
 _UNSURE = 0x80
 
 
+# Gives the numbers of a weight from the first place to the second, [n]; it may write them to memory, [bytes] in uint8.
+Read = Callable[[int, int, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class FourBitRows:
     """The rows of a weight [out, in] in bitsandbytes' format, as numbers of ``dtype``."""
@@ -53,19 +58,27 @@ class FourBitRows:
         """The weight, [out, in] in ``dtype``."""
         return dequantize_weight(self.packed, self.state).to(self.dtype)
 
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """As ``PackedRows`` has it."""
+        for part, found in self._parts(slabs=True):
+            yield part, found.to(self.dtype)
+
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """As ``Rows`` has it, [n, in] each. A piece begins where a block of the quantisation does."""
+        """As ``Rows`` has it, [n, in] each."""
+        for part, found in self._parts():
+            exact = found.dtype == self.dtype == torch.float32
+            yield part, found if exact else _widened(found.to(self.dtype))
+
+    def _parts(self, *, slabs: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """The rows in pieces or slabs, [n, in] in the dtype of ``state``. Each begins where a block does."""
         (rows, columns), block = self.shape, self.state.blocksize
         scales, packed = _scales(self.state), _bytes(self.packed)
-        step = lengths_of_pieces(rows, columns, block // math.gcd(block, columns))
+        step = lengths_of_pieces(rows, columns, block // math.gcd(block, columns), slabs=slabs)
         for start in range(0, rows, step):
             end = min(start + step, rows)
             own = scales[start * columns // block : -(-end * columns // block)]
-            shape = (end - start, columns)
             codes = packed[start * columns // 2 : -(-end * columns // 2)]
-            found = _numbers(codes, own, shape[0] * columns, self.state).view(shape)
-            exact = found.dtype == self.dtype == torch.float32
-            yield slice(start, end), found if exact else _widened(found.to(self.dtype))
+            yield slice(start, end), _numbers(codes, own, (end - start) * columns, self.state).view(-1, columns)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -121,7 +134,13 @@ def _numbers(packed: Tensor, scales: Tensor, count: int, state: Any) -> Tensor:
 
 
 def quantize_weight(
-    weight: Tensor, kind: FourBits, *, block: int = 64, nested: bool = True, storage: torch.dtype = torch.uint8
+    weight: Tensor,
+    kind: FourBits,
+    *,
+    block: int = 64,
+    nested: bool = True,
+    storage: torch.dtype = torch.uint8,
+    read: Read | None = None,
 ) -> tuple[Tensor, Any]:
     """A weight in bitsandbytes' format, equal to its own to the bit.
 
@@ -131,13 +150,14 @@ def quantize_weight(
         block: The numbers, one after another, that share a scale.
         nested: Whether the scales are quantised themselves.
         storage: The dtype that the packed bytes are kept as.
+        read: Where the numbers come from, if not from ``weight``'s memory.
 
     Returns:
         Packed codes [n, 1] in ``storage``, and bitsandbytes' QuantState.
     """
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 
-    found = quantize_four_bits(weight, kind, block) if weight.device.type == "cpu" else None
+    found = quantize_four_bits(weight, kind, block, read) if weight.device.type == "cpu" else None
     if found is None:
         made: tuple[Tensor, Any] = quantize_4bit(
             weight.contiguous(), blocksize=block, compress_statistics=nested, quant_type=kind, quant_storage=storage
@@ -164,7 +184,9 @@ def quantize_four_bits_ref(x: Tensor, kind: FourBits, block: int) -> tuple[Tenso
     return pack_four_bits(codes, levels), scales
 
 
-def quantize_four_bits(x: Tensor, kind: FourBits, block: int) -> tuple[Tensor, Tensor] | None:
+def quantize_four_bits(
+    x: Tensor, kind: FourBits, block: int, read: Read | None = None
+) -> tuple[Tensor, Tensor] | None:
     """The packed codes and the scales of numbers on a CPU, twelve times as fast as bitsandbytes.
 
     A share of a block's largest number is rounded to steps of 2^-15, and a table tells the code of each. Where the
@@ -174,6 +196,7 @@ def quantize_four_bits(x: Tensor, kind: FourBits, block: int) -> tuple[Tensor, T
         x: Any shape, of a floating dtype.
         kind: Which levels.
         block: The numbers, one after another, that share a scale; the last block may be shorter.
+        read: Where the numbers come from, if not from memory: more threads than cores then work, so that some may wait.
 
     Returns:
         Packed codes [ceil(n / 2)] in uint8 and scales [blocks] in fp32; None: a number is not finite.
@@ -185,37 +208,59 @@ def quantize_four_bits(x: Tensor, kind: FourBits, block: int) -> tuple[Tensor, T
     if whole < flat.numel():
         packed[whole // 2 :], scales[whole // block :] = quantize_four_bits_ref(flat[whole:], kind, block)
     step = min(max(_AT_ONCE // block, 1) * block, whole)
-    parts = [
-        (flat[begin:end], packed[begin // 2 : end // 2], scales[begin // block : end // block])
-        for begin in range(0, whole, step or 1)
-        for end in [min(begin + step, whole)]
-    ]
+    parts = [slice(begin, min(begin + step, whole)) for begin in range(0, whole, step or 1)]
     _codes_of_steps(kind)
     finite = [True]
 
-    def work(own: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        room = torch.empty(step), torch.empty(step), torch.empty(step, dtype=torch.uint8)
-        finite.extend(_quantize_part(*part, kind, room) for part in own)
+    def work(own: list[slice]) -> None:
+        room = _Room.of(step)
+        for part in own:
+            numbers = flat[part] if read is None else read(part.start, part.stop, room.read)
+            blocks, halves = (slice(part.start // size, part.stop // size) for size in (block, 2))
+            finite.append(_quantize_part(numbers, packed[halves], scales[blocks], kind, room))
+        _ROOMS.append(room)
 
-    one_thread_each(work, parts)
+    one_thread_each(work, parts, 1 if read is None else 2)
     return (packed, scales) if all(finite) else None
 
 
-def _quantize_part(
-    x: Tensor, packed: Tensor, scales: Tensor, kind: FourBits, room: tuple[Tensor, Tensor, Tensor]
-) -> bool:
-    """Write the codes and scales of whole blocks x [n]; tells whether all numbers are finite.
+@dataclass(frozen=True)
+class _Room:
+    """Memory for so many numbers: twice in fp32, once in uint8, and as their file has them, with three pages more."""
 
-    ``room`` is memory for n numbers in fp32, twice, and for n in uint8.
-    """
+    wide: Tensor
+    spare: Tensor
+    codes: Tensor
+    read: Tensor
+
+    @classmethod
+    def of(cls, numbers: int) -> _Room:
+        """One that an earlier thread left, if it is large enough: new memory takes as long as what is done with it."""
+        room = _ROOMS.pop() if _ROOMS else None
+        if room is not None and len(room.wide) >= numbers:
+            return room
+        size = max(numbers, _AT_ONCE)
+        codes, read = (torch.empty(count, dtype=torch.uint8) for count in (size, 4 * size + 3 * mmap.PAGESIZE))
+        return cls(torch.empty(size), torch.empty(size), codes, read)
+
+
+_ROOMS: list[_Room] = []
+
+
+def forget_rooms() -> None:
+    """Give back the memory that ``quantize_four_bits`` works in."""
+    _ROOMS.clear()
+
+
+def _quantize_part(x: Tensor, packed: Tensor, scales: Tensor, kind: FourBits, room: _Room) -> bool:
+    """Write the codes and scales of whole blocks x [n]; tells whether all numbers are finite."""
     count = x.numel()
-    shares, spare, codes = (tensor[:count] for tensor in room)
-    shares.copy_(x)
-    torch.amax(torch.abs(shares, out=spare).view(len(scales), -1), 1, out=scales)
+    shares, spare, codes = (tensor[:count] for tensor in (room.wide, room.spare, room.codes))
+    scales.copy_(_largest_sizes(x, len(scales), spare))
     if not bool(scales.isfinite().all()):
         return False
-    shares.view(len(scales), -1).mul_((1 / scales.clamp(min=SMALLEST_SCALE))[:, None])
-    torch.index_select(_codes_of_steps(kind), 0, _steps(spare.copy_(shares)), out=codes)
+    shares.copy_(x).view(len(scales), -1).mul_((1 / scales.clamp(min=SMALLEST_SCALE))[:, None])
+    torch.index_select(_codes_of_steps(kind), 0, _steps(shares, spare), out=codes)
     _make_sure(codes, shares, kind, spare)
     # The first of two codes is the lower byte of both, and goes into the upper half.
     pairs, turned = codes.view(torch.int16), spare.view(torch.int16)[: count // 2]
@@ -224,13 +269,24 @@ def _quantize_part(
     return True
 
 
-def _steps(shares: Tensor) -> Tensor:
-    """The step of each share [n] in fp32, from 0 to 2 * ``_STEPS``, [n] in int32, in the memory of the shares.
+def _largest_sizes(x: Tensor, blocks: int, spare: Tensor) -> Tensor:
+    """The size of the largest number in each of the blocks of x [n], [blocks] in its dtype; ``spare`` is written to.
+
+    Without their signs, floating numbers are in the order of their bits, and integers are compared faster.
+    """
+    kind = torch.int16 if x.dtype.itemsize == 2 else torch.int32
+    sizes = torch.bitwise_and(x.view(kind), torch.iinfo(kind).max, out=spare.view(kind)[: x.numel()])
+    return torch.amax(sizes.view(blocks, -1), 1).view(x.dtype)
+
+
+def _steps(shares: Tensor, out: Tensor) -> Tensor:
+    """The step of each share [n] in fp32, from 0 to 2 * ``_STEPS``: [n] in int32, in the memory of ``out`` [n] in fp32.
 
     A sum with a large number leaves the rounded one in its last bits. Rounding keeps the order.
     """
-    smallest = int(torch.tensor(_WHOLE).view(torch.int32)) - _STEPS
-    return shares.mul_(_STEPS).add_(_WHOLE).view(torch.int32).sub_(smallest)
+    whole = torch.tensor(_WHOLE)
+    smallest = int(whole.view(torch.int32)) - _STEPS
+    return torch.add(whole, shares, alpha=_STEPS, out=out).view(torch.int32).sub_(smallest)
 
 
 def _make_sure(codes: Tensor, shares: Tensor, kind: FourBits, spare: Tensor) -> None:
@@ -257,7 +313,7 @@ def _bounds(kind: FourBits) -> tuple[Tensor, Tensor]:
 def _codes_of_steps(kind: FourBits) -> Tensor:
     """The code of each step, [2 * ``_STEPS`` + 1] in uint8."""
     bounds, order = _bounds(kind)
-    steps = _steps(bounds.clone())
+    steps = _steps(bounds, torch.empty(len(bounds)))
     found = order[torch.bucketize(torch.arange(2 * _STEPS + 1, dtype=torch.int32), steps)]
     found[steps] |= _UNSURE
     return found

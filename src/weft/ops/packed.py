@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
-from weft.ops.products import Rows, lengths_of_pieces, scratch, wide_product
+from weft.ops.products import Rows, is_slab, lengths_of_pieces, scratch, wide_product
 from weft.ops.sixteen_bits import faster_wide_from
 
 # Rows from which the pieces are faster than the whole weight.
@@ -33,6 +33,9 @@ class PackedRows(Rows, Protocol):
 
     def whole(self) -> Tensor:
         """All of them, [out, in] in ``dtype``."""
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """All of them in large parts, each [n, in] in ``dtype``."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ class EightBitRows:
     def whole(self) -> Tensor:
         """The weight, [out, in] in ``dtype``."""
         return (self.codes * (self.scales / 127)[:, None]).to(self.dtype)
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """As ``PackedRows`` has it."""
+        step = lengths_of_pieces(*self.shape, slabs=True)
+        for start in range(0, self.shape[0], step):
+            part = slice(start, min(start + step, self.shape[0]))
+            yield part, EightBitRows(self.codes[part], self.scales[part], self.dtype).whole()
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """As ``Rows`` has it, [n, in] each."""
@@ -83,7 +93,7 @@ class _PackedProduct(torch.autograd.Function):
         ctx.rows = rows
         outputs, inputs = rows.shape
         if not in_pieces(x, rows.dtype):
-            return kept(lambda: functional.linear(x, rows.whole()), inputs)
+            return kept(lambda: _narrow_product(x, rows), inputs)
         return kept(lambda: x.new_empty(len(x), outputs).copy_(wide_product(x, rows, flipped=True)), inputs)
 
     @staticmethod
@@ -93,6 +103,17 @@ class _PackedProduct(torch.autograd.Function):
             return dy @ ctx.rows.whole(), None
         dx = dy.new_empty(len(dy), ctx.rows.shape[1])
         return dx.copy_(wide_product(dy, ctx.rows, flipped=False)), None
+
+
+def _narrow_product(x: Tensor, rows: PackedRows) -> Tensor:
+    """x W^T, [N, out], of x [N, in] in the dtype of the rows."""
+    outputs, inputs = rows.shape
+    if x.device.type != "cpu" or is_slab(outputs * inputs):
+        return functional.linear(x, rows.whole())
+    y = x.new_empty(len(x), outputs)
+    for part, slab in rows.slabs():
+        y[:, part] = functional.linear(x, slab)
+    return y
 
 
 def packed_linear(x: Tensor, rows: PackedRows, bias: Tensor | None = None) -> Tensor:

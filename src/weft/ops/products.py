@@ -24,6 +24,9 @@ from weft.ops.sixteen_bits import faster_wide_from
 
 # Numbers of a piece: 4 MiB in fp32.
 _PIECE = 1 << 20
+# Numbers of a part in 16 bits: 8 MiB, which the C library finds again. Each larger one takes new memory of the system,
+# and that takes longer than its numbers (4 rows, 4096 x 4096 in 4 bits: 13 ms for the whole weight, 5 in four parts).
+_SLAB = 1 << 22
 # Rows, if the weight lies transposed, and multiplications in all, below which torch's own product is faster. A weight
 # that lies as it is (the gradient of an input) is slow from the first row on: 27 ms at 2048 x 2048.
 _FEW, _SMALL = 8, 1 << 20
@@ -73,12 +76,17 @@ class Rows(Protocol):
         """Its rows piece by piece, each [n, columns] in fp32 until the next one comes."""
 
 
-def lengths_of_pieces(rows: int, columns: int, multiple: int = 1) -> int:
-    """The rows of a piece, of which all but the last have as many.
+def is_slab(numbers: int) -> bool:
+    """Whether a weight of so many numbers is read at once where few rows are multiplied."""
+    return numbers <= 2 * _SLAB
+
+
+def lengths_of_pieces(rows: int, columns: int, multiple: int = 1, *, slabs: bool = False) -> int:
+    """The rows of a piece that fits the cache, or of a slab. All but the last have as many.
 
     Two pieces of 512 and 256 rows take twice as long as two of 384 (measured).
     """
-    step = -(-rows // max(1, round(rows * columns / _PIECE)))
+    step = -(-rows // max(1, round(rows * columns / (_SLAB if slabs else _PIECE))))
     return max(1, -(-step // multiple) * multiple)
 
 

@@ -63,6 +63,14 @@ class GroupedRows:
         """The weight, [out, in] in ``dtype``."""
         return self._rows(0, self.shape[0]).to(self.dtype)
 
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """As ``PackedRows`` has it."""
+        rows, columns = self.shape
+        step = lengths_of_pieces(rows, columns, _WORD, slabs=True)
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            yield part, self._rows(part.start, part.stop).to(self.dtype)
+
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """As ``Rows`` has it, [n, in] each. A piece begins where a word does."""
         rows, columns = self.shape

@@ -1,0 +1,109 @@
+"""A tensor's numbers, read from the file that it lies in and not through the mapping.
+
+Every page of a mapping comes into the process by a fault of its own, and the system keeps what it has read in memory. A
+base of 7B took 38 s to load and quantise, of which the processor spent more than half in the system (the disk gave the
+file in 15 to 25 s). Whoever reads a weight once, to keep it in another form, reads it from the file into memory that is
+used again, several threads at a time: while some wait for the disk, others work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from torch import Tensor
+
+from weft.base.mapped import Mapping, mapped_files, mapping_of
+from weft.machine import memory
+
+# Bytes of the file that the system reads on, where it keeps them.
+_AHEAD = 1 << 29
+
+
+class NumbersInFile:
+    """The numbers of a tensor, as its file has them."""
+
+    def __init__(self, tensor: Tensor, mapping: Mapping, file: int) -> None:
+        """``file`` is open, and it is the one in whose ``mapping`` the tensor [...] lies."""
+        self._dtype, self._file = tensor.dtype, file
+        self._begin = tensor.data_ptr() - mapping.begin + mapping.offset
+
+    def __call__(self, begin: int, end: int, room: Tensor) -> Tensor:
+        """Numbers ``begin`` to ``end``, [end - begin], in ``room``: [bytes] in uint8, three pages more than they take.
+
+        Raises:
+            OSError: They cannot be read, or the file has become shorter.
+        """
+        first, last = (self._begin + place * self._dtype.itemsize for place in (begin, end))
+        # What goes around the system's memory begins and ends where pages do, in the file and in memory.
+        page = mmap.PAGESIZE
+        above, skipped = -room.data_ptr() % page, first % page
+        place, stop = first - skipped, -(-last // page) * page
+        view = memoryview(cast(Any, room[above : above + stop - place].numpy()))
+        read = 0
+        while read < last - place:
+            count = os.preadv(self._file, [view[read:]], place + read)
+            if not count:
+                raise OSError("a file of weights became shorter while it was read")
+            read += count
+        return room[above + skipped : above + skipped + last - first].view(self._dtype)
+
+
+@contextlib.contextmanager
+def numbers_in_file(tensor: Tensor) -> Iterator[NumbersInFile | None]:
+    """Inside, what reads a tensor [...] from its file, not what somebody wrote to the mapping since.
+
+    None: it lies in no file, or its file is not there any more.
+    """
+    files = mapped_files()
+    mapping = mapping_of(files, [one.begin for one in files], tensor)
+    file = None if mapping is None else _opened(mapping, tensor, files)
+    if mapping is None or file is None:
+        yield None
+        return
+    try:
+        yield NumbersInFile(tensor, mapping, file)
+    finally:
+        os.close(file)
+
+
+def _opened(mapping: Mapping, tensor: Tensor, files: Sequence[Mapping]) -> int | None:
+    """The open file of a mapping, if it is still the same: large ones are read around the system's memory."""
+    begin = tensor.data_ptr() - mapping.begin + mapping.offset
+    try:
+        file = os.open(mapping.file, os.O_RDONLY)
+    except OSError:
+        return None
+    if os.fstat(file).st_ino != mapping.inode or begin % tensor.dtype.itemsize:
+        os.close(file)
+        return None
+    size = tensor.numel() * tensor.dtype.itemsize
+    # Its first page may be there because somebody read what stands before it.
+    if _is_in_memory(file, begin + size // 2) or not _are_large(mapping, files):
+        os.posix_fadvise(file, begin, size + _AHEAD, os.POSIX_FADV_WILLNEED)
+        return file
+    with contextlib.suppress(OSError):  # not every file system can
+        around = os.open(mapping.file, os.O_RDONLY | os.O_DIRECT)
+        os.close(file)
+        return around
+    return file
+
+
+def _is_in_memory(file: int, place: int) -> bool:
+    """Whether the system has the byte at ``place`` of an open file in memory."""
+    try:
+        return bool(os.preadv(file, [bytearray(1)], place, os.RWF_NOWAIT))
+    except OSError:
+        return False  # it would have to wait, or it does not know
+
+
+def _are_large(mapping: Mapping, files: Sequence[Mapping]) -> bool:
+    """Whether all mapped files of the folder take more than half of the memory that is free.
+
+    Smaller ones stay in the system's memory, for whoever loads them next.
+    """
+    free, folder = memory(), os.path.dirname(mapping.file)
+    return free is not None and 2 * sum(one.size for one in files if os.path.dirname(one.file) == folder) > free[0]
