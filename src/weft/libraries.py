@@ -6,14 +6,17 @@ version numbers. Between transformers 5.17 and 5.24 the argument and the output 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, cat, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _python_dispatch
 
 from weft.errors import UserError
 
@@ -52,6 +55,26 @@ def alias_of(x: Tensor) -> Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return x.detach()
+
+
+def content_of(x: Tensor) -> object:
+    """What is equal for two tensors [...] only if they are one place in memory, and nobody wrote to it between.
+
+    None: that cannot be told. It keeps no memory, and while it lives no other memory is taken for it.
+    """
+    if type(x) not in (Tensor, nn.Parameter) or x.is_inference():
+        return None
+    return StorageWeakRef(x.untyped_storage()), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
+
+
+@contextlib.contextmanager
+def without_mode(mode: object) -> Iterator[None]:
+    """Inside, operations are not told to a dispatch mode, if it is the one that would be told first."""
+    if _python_dispatch._get_current_dispatch_mode() is not mode:
+        yield
+        return
+    with _python_dispatch._pop_mode_temporarily():
+        yield
 
 
 def cache_name(forward: Callable[..., object]) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from weft.libraries import alias_of
+from weft.libraries import alias_of, without_mode
 
 # A product over fewer numbers is cheap: computing a number of its result takes no longer than writing it to memory and
 # reading it again. So LoRA's second product is, and attention's scores are, which would fill the memory.
@@ -120,7 +120,8 @@ class _Mode(TorchDispatchMode):
         """What is computed inside is part of this result, and not kept by itself."""
         self._inside = True
         try:
-            return compute()
+            with without_mode(self):
+                return compute()
         finally:
             self._inside = False
 

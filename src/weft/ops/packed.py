@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
-from weft.ops.products import Rows, is_slab, lengths_of_pieces, scratch, wide_product
+from weft.ops.products import Rows, is_slab, lengths_of_pieces, scratch, write_product
 from weft.ops.sixteen_bits import faster_wide_from
 
 # Rows from which the pieces are faster than the whole weight.
@@ -94,7 +94,7 @@ class _PackedProduct(torch.autograd.Function):
         outputs, inputs = rows.shape
         if not in_pieces(x, rows.dtype):
             return kept(lambda: _narrow_product(x, rows), inputs)
-        return kept(lambda: x.new_empty(len(x), outputs).copy_(wide_product(x, rows, flipped=True)), inputs)
+        return kept(lambda: write_product(x.new_empty(len(x), outputs), x, rows, flipped=True), inputs)
 
     @staticmethod
     @once_differentiable
@@ -102,7 +102,7 @@ class _PackedProduct(torch.autograd.Function):
         if not in_pieces(dy, ctx.rows.dtype):
             return dy @ ctx.rows.whole(), None
         dx = dy.new_empty(len(dy), ctx.rows.shape[1])
-        return dx.copy_(wide_product(dy, ctx.rows, flipped=False)), None
+        return write_product(dx, dy, ctx.rows, flipped=False), None
 
 
 def _narrow_product(x: Tensor, rows: PackedRows) -> Tensor:

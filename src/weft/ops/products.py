@@ -12,21 +12,25 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.libraries import content_of
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
 from weft.ops.sixteen_bits import faster_wide_from
 
-# Numbers of a piece: 4 MiB in fp32.
-_PIECE = 1 << 20
+# Numbers of a piece: 8 MiB in fp32.
+_PIECE = 1 << 21
 # Numbers of a part in 16 bits: 8 MiB, which the C library finds again. Each larger one takes new memory of the system,
 # and that takes longer than its numbers (4 rows, 4096 x 4096 in 4 bits: 13 ms for the whole weight, 5 in four parts).
 _SLAB = 1 << 22
+# Of such a number of rows pieces are a multiple.
+_EVEN = 32
 # Rows, if the weight lies transposed, and multiplications in all, below which torch's own product is faster. A weight
 # that lies as it is (the gradient of an input) is slow from the first row on: 27 ms at 2048 x 2048.
 _FEW, _SMALL = 8, 1 << 20
@@ -87,6 +91,8 @@ def lengths_of_pieces(rows: int, columns: int, multiple: int = 1, *, slabs: bool
     Two pieces of 512 and 256 rows take twice as long as two of 384 (measured).
     """
     step = -(-rows // max(1, round(rows * columns / (_SLAB if slabs else _PIECE))))
+    # Kernels are written for so many rows, and 187 take as long as 224.
+    multiple = math.lcm(multiple, _EVEN) if step > 2 * math.lcm(multiple, _EVEN) else multiple
     return max(1, -(-step // multiple) * multiple)
 
 
@@ -123,13 +129,21 @@ class _Plain:
             yield slice(start, start + len(rows)), scratch(rows.numel()).view(rows.shape).copy_(rows)
 
 
+def write_product(out: Tensor, a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
+    """``out <- a W`` [N, O] of a [N, K] and W, or ``a W^T`` if ``flipped``; returns ``out``."""
+    if not flipped or len(a) < _MANY:
+        return out.copy_(wide_product(a, rows, flipped=flipped))
+    given = _widened(a)
+    for part, wide in rows.pieces():
+        # A result that lies by itself is made faster than a part of rows, and is rounded while it is in the cache.
+        own = scratch(len(a) * len(wide), "out").view(len(a), len(wide))
+        out[:, part] = torch.mm(given, wide.t(), out=own)
+    return out
+
+
 def wide_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
     """a W [N, O] in fp32 of a [N, K] and W, or a W^T if ``flipped``; to be copied before the next call."""
-    given = a
-    if a.dtype != torch.float32:
-        lying = a.t() if _is_turned(a) else a
-        given = scratch(a.numel(), "given").view(lying.shape).copy_(lying)
-        given = given.t() if _is_turned(a) else given
+    given = _widened(a)
     columns = rows.shape[0 if flipped else 1]
     out = scratch(columns * len(a), "out")
     if len(a) < _MANY:
@@ -141,6 +155,26 @@ def wide_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
         else:
             torch.addmm(out, given[:, part], wide, beta=0 if part.start == 0 else 1, out=out)
     return out
+
+
+def _widened(a: Tensor) -> Tensor:
+    """a [N, K] in fp32, until the next call.
+
+    Linears that read the same rows come one after another (query, key and value, and LoRA's A beside each).
+    """
+    if a.dtype == torch.float32:
+        return a
+    lying = a.t() if _is_turned(a) else a
+    if a.numel() < _PIECE // 2:  # as for LoRA's second product, which stands between them
+        given = scratch(a.numel(), "few given").view(lying.shape).copy_(lying)
+        return given.t() if _is_turned(a) else given
+    given = scratch(a.numel(), "given").view(lying.shape)
+    content = content_of(lying)
+    known: object = (content, given.data_ptr(), given.shape)
+    if content is None or _SCRATCH.__dict__.get("given") != known:
+        given.copy_(lying)
+        _SCRATCH.given = known
+    return given.t() if _is_turned(a) else given
 
 
 def _transposed_product(given: Tensor, rows: Rows, out: Tensor, flipped: bool) -> Tensor:
@@ -164,7 +198,10 @@ def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if not in_pieces(a, b):
         found = a @ b
         return found if dtype is None else found.to(dtype)
-    return kept(lambda: a.new_empty(len(a), b.shape[1], dtype=dtype or a.dtype).copy_(_wide(a, b)), len(b))
+    flipped = b.stride(0) == 1  # the transpose of a weight [O, K]
+    rows = _Plain(b.t() if flipped else b)
+    empty = partial(a.new_empty, (len(a), b.shape[1]), dtype=dtype or a.dtype)
+    return kept(lambda: write_product(empty(), a, rows, flipped=flipped), len(b))
 
 
 def add_product_(
@@ -174,15 +211,30 @@ def add_product_(
 
     It makes no graph.
     """
+    to = y if to is None else to
     if not in_pieces(a, b):
-        torch.addmm(y if to is None else to, a, b, beta=beta, alpha=alpha, out=y)
+        torch.addmm(to, a, b, beta=beta, alpha=alpha, out=y)
+        return
+    if b.stride(0) == 1 and a.numel() + b.numel() < y.numel():
+        _add_narrow(y, to, a, b, alpha=alpha, beta=beta)
         return
     found = _wide(a, b)
     if alpha != 1.0:
         found.mul_(alpha)
     if beta:
-        found.add_(y if to is None else to, alpha=beta)
+        found.add_(to, alpha=beta)
     y.copy_(found)
+
+
+def _add_narrow(y: Tensor, to: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> None:
+    """``add_product_`` over few numbers. The sum takes longer than the product, so parts of it stay in the cache."""
+    given, weight = _widened(a), scratch(b.numel(), "piece").view(b.shape[::-1]).copy_(b.t())
+    step = lengths_of_pieces(len(weight), 8 * len(a))
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        wide = weight[part].t()
+        own = scratch(len(a) * wide.shape[1], "out").view(len(a), -1).copy_(to[:, part])
+        y[:, part] = torch.addmm(own, given, wide, beta=beta, alpha=alpha, out=own)
 
 
 class _Context(Context, Protocol):
