@@ -114,6 +114,55 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     assert torch.equal(inside, outside)
 
 
+@pytest.mark.usefixtures("_machine")
+def test_rows_that_come_again_are_widened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew when they were written to, when they are others in the same memory, and in inference mode."""
+    monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
+    monkeypatch.setattr(products, "_PIECE", 16)
+    weight = drawn(8, 8, dtype=torch.bfloat16, seed=1)
+    before = object()
+
+    def check(x: Tensor) -> bool:
+        """Whether they were known already."""
+        nonlocal before
+        close("x W^T", multiply(x, weight.t()), x.double() @ weight.double().t(), 8)
+        before, last = products._SCRATCH.__dict__.get("given"), before
+        return bool(before == last)
+
+    x = drawn(20, 8, dtype=torch.bfloat16)
+    assert [check(x), check(x), check(x.view(4, 5, 8).view(20, 8))] == [False, True, True]
+    assert [check(x[1:]), check(x[:-1]), check(x)] == [False, False, False]
+    x[3, 3] = 50.0
+    assert not check(x)
+    x.detach().mul_(2)
+    assert not check(x)
+    place = x.data_ptr()
+    for number in range(50):
+        del x
+        x = drawn(20, 8, dtype=torch.bfloat16, seed=number)  # as a rule in the memory of the one that went
+        assert not check(x), (number, x.data_ptr() == place)
+    with torch.inference_mode():
+        y = x.clone()
+        check(y)
+        y.mul_(3)
+        check(y)
+    small = drawn(2, 3, dtype=torch.bfloat16)
+    assert check(x) is False
+    multiply(small, small.t())
+    assert check(x), "few numbers have memory of their own"
+
+
+def test_lengths_of_pieces() -> None:
+    """Many rows are cut into multiples of what kernels are written for, and where a block begins."""
+    assert products.lengths_of_pieces(4096, 11008) == 192
+    assert products.lengths_of_pieces(11008, 4096) == 512
+    assert products.lengths_of_pieces(100, 40) >= 100
+    assert products.lengths_of_pieces(11008, 4100, 16) % 32 == 0
+    assert products.lengths_of_pieces(11008, 4097, 64) == 512
+    assert products.lengths_of_pieces(3000, 1 << 19) == 4
+    assert products.lengths_of_pieces(4096, 4096, slabs=True) == 1024
+
+
 def test_a_gradient_of_few_rows_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward torch reads a transposed weight quickly; back it takes 27 ms for one row of 2048 x 2048."""
     monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
