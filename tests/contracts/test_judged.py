@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor
 from weft.api import Adapters
 from weft.core.layout import Layout
 from weft.data import Sample
+from weft.errors import UserError
 from weft.heads.reward import RewardTask
-from weft.models import describe
+from weft.models import describe, load_base
 from weft.objectives.judging import Judging, denominators_of
 from weft.objectives.passes import Work, forward_losses
 from weft.objectives.registry import make_objective
@@ -129,6 +131,32 @@ def test_at_step_0_the_margin_is_0_and_the_loss_is_ln_2(kind: str, moved: bool) 
         assert figures["rewards/margins"] == 0.0 == figures["rewards/chosen"], (method, figures)
         assert loss == pytest.approx(math.log(2), abs=2e-16), method
         adapters.close()
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["fresh", "continued"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_at_step_0_over_a_quantised_base(quantization: Any, moved: bool, tmp_path: Path) -> None:
+    """Policy and reference read the same weights by the same kernels, so that nothing is left of the difference."""
+    pytest.importorskip("bitsandbytes")
+    kit.make_model("llama").save_pretrained(tmp_path)
+    tokenizer: Any = object()
+    base = load_base(str(tmp_path), quantization=quantization, dtype="float32", device="cpu", tokenizer=tokenizer)
+    adapters = Adapters(base.model, base.architecture)
+    refused = []
+    for method in kit.TRAINED:
+        try:
+            job = job_of(adapters, method, "dpo", objective_settings={}, moved=moved)
+        except UserError:
+            refused.append(method)
+            continue
+        samples = list(job.samples)
+        with torch.no_grad():
+            judged = judging_of(adapters, job, [samples])
+            loss = float(forward_losses(adapters, [Work(job.name, samples, judging=judged)])[0])
+        figures = judged.tally.means()
+        assert figures["rewards/margins"] == 0.0 == figures["rewards/chosen"], (method, figures)
+        assert loss == pytest.approx(math.log(2), abs=1e-7), method
+    assert set(refused) <= {"full", "freeze"}, "they train the weights that are quantised"
 
 
 def train(objectives: list[str], dtype: torch.dtype, *, exact: bool = False, **more: Any) -> dict[str, list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_what_cannot_work_is_refused(objective: str, settings: dict[str, Any], m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_model_rewards(tmp_path: Path) -> None:
+def test_a_reward_model_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward adapter that was trained in one run gives the rewards of another; one of another base is refused."""
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": r["instruction"], "chosen": r["output"], "rejected": "no"} for r in ROWS]
@@ -212,10 +213,22 @@ def test_a_reward_model_rewards(tmp_path: Path) -> None:
     assert result.jobs["lora"]["ended"] == "finished"
     row = json.loads(next((tmp_path / "run" / "rollouts").rglob("*.jsonl")).read_text().splitlines()[0])
     assert row["reward"] == row["rewards"][f"adapter {folder}"] != 0
-    other = tmp_path / "tiny-bloom" / "adapters" / "judge"
-    settings = {"rewards": [{"adapter": str(other)}]}
-    with pytest.raises(UserError, match="another base"):
-        train(config(tmp_path, "grpo", objective_settings=settings, overwrite_output_dir=True), writer=writer)
+    # All of it is refused before weights are loaded.
+    monkeypatch.setattr("weft.models.load._load", lambda *_: pytest.fail("weights are loaded"))
+    sibling = tmp_path / "sibling"
+    shutil.copytree(folder, sibling)
+    record = json.loads((sibling / "weft.json").read_text())
+    record["base"]["sha256_of_small_tensors"] = "0" * 64
+    (sibling / "weft.json").write_text(json.dumps(record))
+    plain = tmp_path / "run" / "adapters" / "lora"
+    for adapter, message in ((tmp_path / "tiny-bloom" / "adapters" / "judge", r"another base .*parameters"),
+                             (sibling, r"another base .*sha256"), (plain, "gives no score"),
+                             (tmp_path / "none", "no folder of an adapter")):  # fmt: skip
+        settings = {"rewards": [{"adapter": str(adapter)}]}
+        with pytest.raises(UserError, match=message):
+            train(config(tmp_path, "grpo", objective_settings=settings, overwrite_output_dir=True), writer=writer)
+    with pytest.raises(UserError, match=r"start_from: .*another base"):
+        train(config(tmp_path, "grpo", start_from=str(sibling), overwrite_output_dir=True), writer=writer)
 
 
 # ------------------------------------------------------------------------------------------------------------------ PPO

@@ -73,7 +73,7 @@ def _span(files: Sequence[Mapping], begins: Sequence[int], tensor: Tensor) -> Sp
 
 
 def mapping_of(files: Sequence[Mapping], begins: Sequence[int], tensor: Tensor) -> Mapping | None:
-    """The mapping in which the whole tensor lies, one number after another; None: there is none."""
+    """The mapping in which a whole tensor [...] lies, one number after another; None: there is none."""
     if tensor.device.type != "cpu" or not tensor.numel() or not tensor.is_contiguous():
         return None
     begin = tensor.data_ptr()

@@ -279,6 +279,16 @@ def read_own(folder: Path) -> dict[str, object]:
     return read_json(folder / OWN_CONFIG) if os.path.lexists(folder / OWN_CONFIG) else {}
 
 
+def labels_of(folder: Path) -> tuple[str, ...]:
+    """What the outputs of the head in an adapter's folder are called; none: it writes text.
+
+    Raises:
+        UserError: The file that should say so is damaged.
+    """
+    own = read_own(folder)
+    return _labels(own, folder) if "labels" in own else ()
+
+
 def _labels(own: Mapping[str, object], folder: Path) -> tuple[str, ...]:
     where = f"{folder / OWN_CONFIG}: labels"
     return tuple(expect(label, str, where) for label in expect(own["labels"], list, where))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -45,15 +46,23 @@ class OriginalWeights:
         Raises:
             UserError: The folder has no safetensors, or none under that name.
         """
-        files = self._where()
         key = f"{path}.weight"
-        found = next((name for name in (key, key.partition(".")[2]) if name in files), None)
+        found = self.place(key)
         if found is None:
             raise UserError(
                 f"{self.folder} holds no tensor '{key}', which the quantised weight of module '{path}' was made from."
             )
-        with safe_open(files[found], framework="pt") as file:
-            return file.get_tensor(found)
+        with safe_open(found[0], framework="pt") as file:
+            return file.get_tensor(found[1])
+
+    def place(self, key: str) -> tuple[Path, str] | None:
+        """The file that holds the tensor of this name in the model, and its name there; None: there is none.
+
+        Raises:
+            UserError: The folder has no safetensors.
+        """
+        files = self._where()
+        return next(((files[name], name) for name in (key, key.partition(".")[2]) if name in files), None)
 
     def _where(self) -> dict[str, Path]:
         if self.files is None:
@@ -66,6 +75,22 @@ class OriginalWeights:
             else:
                 raise UserError(f"{self.folder} holds no {WEIGHTS}, which the weights from before quantisation are in.")
         return self.files
+
+
+def stored_tensors(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, Tensor] | None:
+    """The tensors [...] of a model folder, each under one of its names in the model; None: one is not stored."""
+    weights = OriginalWeights(folder)
+    found = {}
+    try:
+        for key, others in names.items():
+            place = next((place for name in others if (place := weights.place(name)) is not None), None)
+            if place is None:
+                return None
+            with safe_open(place[0], framework="pt") as file:
+                found[key] = file.get_tensor(place[1])
+    except UserError:
+        return None
+    return found
 
 
 class HeldWeights:

@@ -59,7 +59,7 @@ class FourBitRows:
         return dequantize_weight(self.packed, self.state).to(self.dtype)
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
-        """As ``PackedRows`` has it."""
+        """As ``PackedRows`` has it, [n, in] each."""
         for part, found in self._parts(slabs=True):
             yield part, found.to(self.dtype)
 

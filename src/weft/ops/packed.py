@@ -56,7 +56,7 @@ class EightBitRows:
         return (self.codes * (self.scales / 127)[:, None]).to(self.dtype)
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
-        """As ``PackedRows`` has it."""
+        """As ``PackedRows`` has it, [n, in] each."""
         step = lengths_of_pieces(*self.shape, slabs=True)
         for start in range(0, self.shape[0], step):
             part = slice(start, min(start + step, self.shape[0]))

@@ -64,7 +64,7 @@ class GroupedRows:
         return self._rows(0, self.shape[0]).to(self.dtype)
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
-        """As ``PackedRows`` has it."""
+        """As ``PackedRows`` has it, [n, in] each."""
         rows, columns = self.shape
         step = lengths_of_pieces(rows, columns, _WORD, slabs=True)
         for start in range(0, rows, step):

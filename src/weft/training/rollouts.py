@@ -20,7 +20,7 @@ from weft.core.adapters import Adapters
 from weft.data import Sample
 from weft.data.pack import pack
 from weft.errors import UserError
-from weft.files.adapter_folder import trained_on
+from weft.files.adapter_folder import labels_of, trained_on
 from weft.files.whole import make_folder, write_text
 from weft.foreign import parse_json
 from weft.heads.reward import SCORE
@@ -35,6 +35,7 @@ from weft.training.batches import rows_of
 from weft.training.job import Job
 from weft.training.rolled import Ask, Rolled, Write, Written
 from weft.training.same_run import other_base
+from weft.training.start import check_trained_on
 
 # A job whose rewards all failed in so many steps in a row ends.
 _GIVE_UP = 3
@@ -286,6 +287,22 @@ def settings_of(objective: RolloutObjective) -> list[RewardSettings]:
     return found
 
 
+def check_reward_adapters(objective: RolloutObjective, sketch: Base, *, quantized: bool) -> None:
+    """Refuse adapters that cannot give an objective's rewards, before weights are loaded (``check_trained_on``).
+
+    Raises:
+        UserError: One is no adapter, is one of another base, or gives no score.
+    """
+    for folder in (one.adapter for one in settings_of(objective) if one.adapter is not None):
+        check_trained_on("rewards", folder, sketch, quantized=quantized)
+        if labels_of(Path(folder)) != SCORE:
+            raise UserError(_no_score(folder))
+
+
+def _no_score(folder: str) -> str:
+    return f"rewards: {folder} gives no score; a reward adapter comes of objective: reward."
+
+
 def rollers_of(jobs: Sequence[Job], adapters: weft.adapters.Adapters, base: Base) -> list[Roller]:
     """What writes and rewards the jobs' answers. Raises UserError as ``roller_of``."""
     found = [roller_of(job, adapters, base) for job in jobs if isinstance(job.judged, RolloutObjective)]
@@ -310,7 +327,7 @@ def roller_of(job: Job, adapters: weft.adapters.Adapters, base: Base) -> Roller:
         name = f"{job.name}.reward{number + 1}"
         adapter = adapters.load(name, folder, tokenizer=base.tokenizer).requires_grad_(False)
         if adapter.head.labels != SCORE:
-            raise UserError(f"rewards: {folder} gives no score; a reward adapter comes of objective: reward.")
+            raise UserError(_no_score(folder))
         scorers[folder] = scorer(adapters, name)
 
     def decode(ids: Sequence[int]) -> str:

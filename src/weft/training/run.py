@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -25,7 +26,9 @@ from weft.methods.dense import how_kept
 from weft.models import Base
 from weft.models.attached import prove_attached
 from weft.models.load import resolve_model
+from weft.models.stored import stored_quantization
 from weft.models.tasks import check_job
+from weft.objectives.rollouts import RolloutObjective
 from weft.training.batches import Batches
 from weft.training.callbacks import CALLBACKS, Callback, begun, with_callbacks
 from weft.training.checks import BAD_RECORDS, check_names, check_places
@@ -35,11 +38,11 @@ from weft.training.judged import add_reference
 from weft.training.loop import Event, Trainer, TrainResult
 from weft.training.reader import JobData, Reader
 from weft.training.rolled import Write
-from weft.training.rollouts import Roller, rollers_of
+from weft.training.rollouts import Roller, check_reward_adapters, rollers_of
 from weft.training.room import check_room
 from weft.training.same_run import base_fingerprint, check_base, rooted
 from weft.training.settings import JobConfig, RunConfig
-from weft.training.start import take_start
+from weft.training.start import check_trained_on, take_start
 
 # What looks at a run before weights are loaded (``prepare``).
 OnRead = Callable[[RunConfig, Base, Sequence[JobData]], bool]
@@ -87,6 +90,8 @@ def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | No
     if told:
         audit_before_training(renderer, chained([d.train for d in told]), chained([d.held for d in told]), config.audit)
     _check(config, sketch, loaded)
+    if base is None:
+        _check_adapters(config, sketch)
     tight = False
     if base is None:
         tight = on_read is not None and on_read(config, sketch, loaded)
@@ -165,6 +170,17 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
             blank_adapter(adapters, job, data, sketch)
     finally:
         adapters.close()
+
+
+def _check_adapters(config: RunConfig, sketch: Base) -> None:
+    """Refuse trained adapters that jobs begin with or are rewarded by, if they are another base's."""
+    stored = stored_quantization(cast(Any, sketch.model).config)
+    quantized = config.kept is not None or config.shape == "tiny" or stored is not None
+    for job in config.jobs:
+        if job.start_from is not None:
+            check_trained_on("start_from", job.start_from, sketch, quantized=quantized)
+        if isinstance(job.judged, RolloutObjective):
+            check_reward_adapters(job.judged, sketch, quantized=quantized)
 
 
 def blank_adapter(adapters: Adapters, job: JobConfig, data: JobData, sketch: Base) -> Adapter:

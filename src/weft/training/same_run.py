@@ -6,12 +6,15 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from weft.assets import EMBEDDED_MODELS
 from weft.data.settings import free_keys
 from weft.data.sources import with_paths
 from weft.errors import UserError
-from weft.models.hub import is_dataset_id
+from weft.models.hub import folder_of, is_dataset_id
 from weft.models.load import Base, resolve_model
+from weft.models.originals import stored_tensors
 from weft.paths import from_root
 from weft.training.settings import JobConfig, RunConfig
 
@@ -20,13 +23,24 @@ _DATA = ("data", "eval_data")
 
 def base_fingerprint(base: Base) -> dict[str, object]:
     """Enough of the base to notice that it is another one: its name, its size, a hash of its smallest tensors."""
-    digest = hashlib.sha256()
     tensors = base.model.state_dict()
-    for key in sorted(tensors, key=lambda k: (tensors[k].numel(), k))[:64]:
-        digest.update(key.encode() + tensors[key].detach().float().cpu().numpy().tobytes())
+    digest = _digest({key: tensors[key] for key in _smallest(tensors)})
     distinct = {(t.data_ptr(), t.shape): t.numel() for t in tensors.values()}  # a tied head is the embeddings' tensor
     parameters = sum(distinct.values())
-    return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest.hexdigest()}
+    return {"model": resolve_model(base.name), "parameters": parameters, "sha256_of_small_tensors": digest}
+
+
+def _smallest(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the smallest tensors [...], the smallest first."""
+    return sorted(tensors, key=lambda key: (tensors[key].numel(), key))[:64]
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The hash of tensors [...] with their names, in their order."""
+    digest = hashlib.sha256()
+    for key, tensor in tensors.items():
+        digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def other_base(base: Base, recorded: Mapping[str, object]) -> str | None:
@@ -39,6 +53,36 @@ def other_base(base: Base, recorded: Mapping[str, object]) -> str | None:
         return None
     told = ", ".join(f"{key} {_brief(found[key])} instead of {_brief(recorded[key])}" for key in keys)
     return f"here {found['model']}, in training {recorded.get('model', '(a name that is not kept)')}: {told}"
+
+
+def other_base_in_files(sketch: Base, recorded: Mapping[str, object]) -> str | None:
+    """``other_base`` before weights are loaded, of a base that is not quantised; None: as far as its files tell.
+
+    What they leave open, such as a name that the loaded model has alone, the loaded base tells.
+    """
+    named = sketch.model.state_dict(keep_vars=True)
+    count = sum({id(tensor): tensor.numel() for tensor in named.values()}.values())
+    known = recorded.get("parameters", count)
+    if known not in (count, sum(tensor.numel() for tensor in named.values())):  # as ``other_base``
+        return (
+            f"here {resolve_model(sketch.name)}, in training {recorded.get('model', '(a name that is not kept)')}: "
+            f"parameters {count:,} instead of {_brief(known)}"
+        )
+    folder = folder_of(resolve_model(sketch.name))
+    # A tied tensor is stored under one of its names.
+    tied = {key: [other for other in named if named[other] is named[key]] for key in _smallest(named)}
+    stored = None if folder is None else stored_tensors(folder, tied)
+    if stored is None or any(tensor.shape != named[key].shape for key, tensor in stored.items()):  # rows were added
+        return None
+    if "sha256_of_small_tensors" not in recorded:
+        return None
+    found = _digest({key: tensor.to(named[key].dtype) for key, tensor in stored.items()})
+    if found == recorded["sha256_of_small_tensors"]:
+        return None
+    return (
+        f"here {resolve_model(sketch.name)}, in training {recorded.get('model', '(a name that is not kept)')}: "
+        f"sha256_of_small_tensors {_brief(found)} instead of {_brief(recorded['sha256_of_small_tensors'])}"
+    )
 
 
 def _brief(value: object) -> str:

@@ -13,7 +13,7 @@ from weft.files.adapter_folder import is_adapter, load_tensors, read, stored_hea
 from weft.files.peft_config import without_tables
 from weft.heads.reward import OwnHead
 from weft.models import Base
-from weft.training.same_run import other_base
+from weft.training.same_run import other_base, other_base_in_files
 
 
 def check_start(folder: str) -> None:
@@ -24,6 +24,21 @@ def check_start(folder: str) -> None:
     """
     if not is_adapter(Path(folder)):
         raise UserError(f"start_from: {folder} is no folder of an adapter (a run has them under adapters/NAME).")
+
+
+def check_trained_on(what: str, folder: str, sketch: Base, *, quantized: bool) -> None:
+    """Refuse an adapter's folder that was trained on another base, as far as that shows before weights are loaded.
+
+    ``what`` asks for it. The tensors of a base that is ``quantized`` are known when it is loaded.
+
+    Raises:
+        UserError: It was, or it is no such folder.
+    """
+    if not is_adapter(Path(folder)):
+        raise UserError(f"{what}: {folder} is no folder of an adapter (a run has them under adapters/NAME).")
+    recorded = trained_on(Path(folder)) or {}
+    if not quantized and (difference := other_base_in_files(sketch, recorded)) is not None:
+        raise UserError(f"{what}: {folder} was trained on another base ({difference}).")
 
 
 @torch.no_grad()
