@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,21 @@ def mapped(folder: Path, *tensors: Tensor) -> tuple[Path, list[Tensor]]:
         return path, [file.get_slice(name)[...] for name in sorted(file.keys())]
 
 
-@pytest.fixture(params=["in memory", "around it", "cannot go around"])
+@pytest.fixture(params=["in memory", "around it", "cannot go around", "cannot read around"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the file is read."""
     around = request.param != "in memory"
     monkeypatch.setattr(in_file, "_is_in_memory", lambda *_: not around)
     monkeypatch.setattr(in_file, "_are_large", lambda *_: around)
+    if request.param == "cannot read around":
+        read = os.preadv
+
+        def no_read(file: int, *given: Any) -> int:
+            if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(22, "Invalid argument")
+            return read(file, *given)
+
+        monkeypatch.setattr(os, "preadv", no_read)
     if request.param == "cannot go around":
         opened = os.open
 

@@ -152,6 +152,21 @@ def test_rows_that_come_again_are_widened_once(monkeypatch: pytest.MonkeyPatch) 
     assert check(x), "few numbers have memory of their own"
 
 
+@pytest.mark.usefixtures("_machine")
+def test_many_rows_are_widened_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is not held, and the next is zeros in the same place."""
+    monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
+    monkeypatch.setattr(products, "_LARGEST", 1 << 20)
+    x, weight = drawn((1 << 20) // 4 + 8, 4, dtype=torch.bfloat16), drawn(4, 4, dtype=torch.bfloat16, seed=1)
+    monkeypatch.setattr(products, "_PIECE", 8)
+    own = torch.zeros(x.numel())
+    monkeypatch.setattr(products, "scratch", lambda numbers, use="piece", real=products.scratch: (
+        own.zero_()[:numbers] if use == "given" else real(numbers, use)
+    ))  # fmt: skip
+    for _ in range(2):
+        close("x W^T", multiply(x, weight.t()), x.double() @ weight.double().t(), 4)
+
+
 def test_lengths_of_pieces() -> None:
     """Many rows are cut into multiples of what kernels are written for, and where a block begins."""
     assert products.lengths_of_pieces(4096, 11008) == 192

@@ -85,10 +85,23 @@ def _opened(mapping: Mapping, tensor: Tensor, files: Sequence[Mapping]) -> int |
     if _is_in_memory(file, begin + size // 2) or not _are_large(mapping, files):
         os.posix_fadvise(file, begin, size + _AHEAD, os.POSIX_FADV_WILLNEED)
         return file
-    with contextlib.suppress(OSError):  # not every file system can
-        around = os.open(mapping.file, os.O_RDONLY | os.O_DIRECT)
+    around = _around(mapping.file)
+    if around is not None:
         os.close(file)
-        return around
+    return file if around is None else around
+
+
+def _around(path: str) -> int | None:
+    """The file, opened to be read around the system's memory; None: its file system does not read so."""
+    file = None
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:  # some take the flag, and then refuse to read
+            os.preadv(file, [page], 0)
+    except OSError:
+        if file is not None:
+            os.close(file)
+        return None
     return file
 
 
@@ -96,7 +109,7 @@ def _is_in_memory(file: int, place: int) -> bool:
     """Whether the system has the byte at ``place`` of an open file in memory."""
     try:
         return bool(os.preadv(file, [bytearray(1)], place, os.RWF_NOWAIT))
-    except OSError:
+    except (OSError, AttributeError):
         return False  # it would have to wait, or it does not know
 
 

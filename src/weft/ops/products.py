@@ -169,7 +169,8 @@ def _widened(a: Tensor) -> Tensor:
         given = scratch(a.numel(), "few given").view(lying.shape).copy_(lying)
         return given.t() if _is_turned(a) else given
     given = scratch(a.numel(), "given").view(lying.shape)
-    content = content_of(lying)
+    # Memory that is not held may be other memory in the same place.
+    content = content_of(lying) if a.numel() <= _LARGEST else None
     known: object = (content, given.data_ptr(), given.shape)
     if content is None or _SCRATCH.__dict__.get("given") != known:
         given.copy_(lying)
