@@ -50,19 +50,22 @@ class _Form:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
-@dataclass(eq=False)
-class _OnDisk:
-    numbers: Tensor  # as it lies in the file
-    form: _Form
-
-    def get(self) -> Tensor:
-        return self.form.empty().copy_(self.numbers)
-
-
 @dataclass(frozen=True, eq=False)
 class _File:
     own: mmap.mmap
     content: Tensor  # [bytes] uint8
+
+
+@dataclass(eq=False)
+class _OnDisk:
+    file: _File
+    numbers: Tensor  # as it lies in the file
+    form: _Form
+
+    def get(self) -> Tensor:
+        found = self.form.empty().copy_(self.numbers)
+        leave_memory(self.file.own)  # or all that was kept would be in memory again at the end of the way back
+        return found
 
 
 @dataclass
@@ -81,7 +84,7 @@ class DiskStore:
         file = self._take(size)
         numbers = file.content[:size].view(x.dtype).view(x.shape).copy_(x.detach())
         leave_memory(file.own)
-        kept = _OnDisk(numbers, form)
+        kept = _OnDisk(file, numbers, form)
         weakref.finalize(kept, self._free.append, file)
         return kept
 
