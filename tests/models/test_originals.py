@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from weft.errors import UserError
 from weft.methods.dense import dense_weight
-from weft.models.originals import OriginalWeights
+from weft.models.originals import OriginalWeights, stored_tensors
 from weft.training import make_config
 from weft.training.run import prepare
 
@@ -66,3 +66,20 @@ def test_shards_bare_bodies_and_what_is_missing(tmp_path: Path, tiny_llama_dir: 
     shutil.copytree(tmp_path / "body", tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         OriginalWeights(tmp_path / "empty")(path)
+
+
+def test_tensors_by_their_names_in_the_model(tmp_path: Path) -> None:
+    """A file of all tensors counts, and not an index that was left beside it; what cannot be read is nobody's error."""
+    tensors = {"model.a": torch.ones(2), "b": torch.zeros(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.a": "model-00001-of-00002.safetensors", "b": "gone.safetensors"}}')
+    names = {"model.a": ["model.a"], "tied": ["tied", "x.b"]}
+    found = stored_tensors(tmp_path, names)
+    assert found is not None
+    assert {key: value.tolist() for key, value in found.items()} == {"model.a": [1.0, 1.0], "tied": [0.0, 0.0, 0.0]}
+    assert stored_tensors(tmp_path, {"c": ["c"]}) is None
+    (tmp_path / "model.safetensors").unlink()
+    assert stored_tensors(tmp_path, names) is None
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"cut")
+    assert stored_tensors(tmp_path, names) is None

@@ -141,6 +141,14 @@ def test_the_fast_four_bits(kind: Any, dtype: torch.dtype, monkeypatch: pytest.M
             assert all(torch.equal(parts[key], own[key]) for key in parts), what
 
 
+def test_four_bits_of_wider_numbers() -> None:
+    weight = drawn(2, 64).double()
+    found = four_bit.quantize_four_bits(weight, "nf4", 64)
+    assert found is not None
+    assert all(map(torch.equal, found, four_bit.quantize_four_bits_ref(weight.float(), "nf4", 64)))
+    assert not four_bit._ROOMS, "nothing was read from a file"
+
+
 def test_four_bits_of_numbers_that_are_not_finite() -> None:
     from bitsandbytes.functional import quantize_4bit
 

@@ -31,6 +31,7 @@ from weft.models.quantize import Kind, Quantization, cast_rest, one_kernel
 from weft.models.shapes import random_model, tiny_config, tiny_tokenizer
 from weft.models.stored import check_blocks, loading_options, was_stored
 from weft.models.token_rows import add_rows, add_tokens, check_special_tokens, token_rows
+from weft.ops.four_bit import forget_rooms
 from weft.paths import is_hub_id, local_path, names_in
 
 if TYPE_CHECKING:
@@ -381,6 +382,7 @@ def _loaded(
         raise UserError(f"the model {name!r} cannot be loaded: {reason_of(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+        forget_rooms()
     model, report = loaded
     return model, report
 

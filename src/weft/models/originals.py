@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,11 +67,11 @@ class OriginalWeights:
     def _where(self) -> dict[str, Path]:
         if self.files is None:
             one, index = self.folder / WEIGHTS, self.folder / INDEX
-            if index.is_file():
-                self.files = {key: self.folder / name for key, name in weight_map(index).items()}
-            elif one.is_file():
+            if one.is_file():  # an index beside it is left over, and the loader does not look at it either
                 with safe_open(one, framework="pt") as file:
                     self.files = dict.fromkeys(file.keys(), one)
+            elif index.is_file():
+                self.files = {key: self.folder / name for key, name in weight_map(index).items()}
             else:
                 raise UserError(f"{self.folder} holds no {WEIGHTS}, which the weights from before quantisation are in.")
         return self.files
@@ -88,7 +88,7 @@ def stored_tensors(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str
                 return None
             with safe_open(place[0], framework="pt") as file:
                 found[key] = file.get_tensor(place[1])
-    except UserError:
+    except (UserError, OSError, SafetensorError):  # whoever loads the weights says what is wrong with them
         return None
     return found
 

@@ -15,7 +15,7 @@ from weft.base.kinds import is_linear, linear_shape
 from weft.base.packed import PackedLinear
 from weft.errors import UserError
 from weft.foreign import check_safetensors
-from weft.ops.four_bit import forget_rooms, quantize_weight
+from weft.ops.four_bit import quantize_weight
 from weft.ops.words import Packing
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def _register_blocks() -> None:
                     parameter.blocksize = self.quantization_config.block_size  # type: ignore[attr-defined]
 
         def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-            forget_rooms()
             _name_bitsandbytes(self.quantization_config)
             method = self.quantization_config.quant_method
             setattr(model, "quantization_method", method)  # noqa: B010

@@ -35,6 +35,8 @@ _STEPS, _WHOLE = 1 << 15, 1.5 * 2**23
 _AT_ONCE = 1 << 20
 # Of a code in a byte: several levels are possible.
 _UNSURE = 0x80
+# Threads that read a file, at most, where there are no more cores.
+_READERS = 16
 
 
 # Gives the numbers of a weight from the first place to the second, [n]; it may write them to memory, [bytes] in uint8.
@@ -202,6 +204,8 @@ def quantize_four_bits(
         Packed codes [ceil(n / 2)] in uint8 and scales [blocks] in fp32; None: a number is not finite.
     """
     flat = x.reshape(-1)
+    if flat.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        flat, read = flat.float(), None
     whole = flat.numel() // block * block
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     scales = torch.empty(-(-flat.numel() // block))
@@ -220,7 +224,10 @@ def quantize_four_bits(
             finite.append(_quantize_part(numbers, packed[halves], scales[blocks], kind, room))
         _ROOMS.append(room)
 
-    one_thread_each(work, parts, 1 if read is None else 2)
+    threads = torch.get_num_threads()
+    one_thread_each(work, parts, threads if read is None else max(threads, min(2 * threads, _READERS)))
+    if read is None:
+        forget_rooms()
     return (packed, scales) if all(finite) else None
 
 

@@ -22,6 +22,8 @@ from weft.ops.sixteen_bits import faster_wide_from
 
 # Rows from which the pieces are faster than the whole weight.
 _FEW = 8
+# Rows from which on a weight is not read slab by slab: the result is then as large as a slab.
+_MANY = 32
 
 
 class PackedRows(Rows, Protocol):
@@ -108,7 +110,7 @@ class _PackedProduct(torch.autograd.Function):
 def _narrow_product(x: Tensor, rows: PackedRows) -> Tensor:
     """x W^T, [N, out], of x [N, in] in the dtype of the rows."""
     outputs, inputs = rows.shape
-    if x.device.type != "cpu" or is_slab(outputs * inputs):
+    if x.device.type != "cpu" or len(x) >= _MANY or is_slab(outputs * inputs):
         return functional.linear(x, rows.whole())
     y = x.new_empty(len(x), outputs)
     for part, slab in rows.slabs():

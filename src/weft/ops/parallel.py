@@ -11,13 +11,13 @@ import torch
 Part = TypeVar("Part")
 
 
-def one_thread_each(work: Callable[[list[Part]], None], parts: Sequence[Part], times: int = 1) -> None:
-    """Call ``work`` with the parts, dealt to ``times`` as many threads as torch has, in each of which torch has one.
+def one_thread_each(work: Callable[[list[Part]], None], parts: Sequence[Part], threads: int = 0) -> None:
+    """Call ``work`` with the parts, dealt to so many threads (0: as many as torch has), in each of which torch has one.
 
     torch cuts every single operation between the threads. Where one of several cannot be cut, each core reads what
     another has just written: bringing it over took longer than the operations.
     """
-    threads = min(times * torch.get_num_threads(), len(parts))
+    threads = min(threads or torch.get_num_threads(), len(parts))
     if threads < 2:
         work(list(parts))
         return

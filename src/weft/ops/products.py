@@ -37,6 +37,8 @@ _FEW, _SMALL = 8, 1 << 20
 # Rows from which on the result is made as it is to lie: to turn it then takes up to a fifth of the product.
 _MANY = 128
 _SCRATCH = threading.local()
+# Numbers of a sum that are so few that the product takes no longer than writing it: LoRA's rank, as a rule.
+_NARROW = 128
 # Numbers of 32 MiB, from which on the C library gives memory pages of its own (``weft.machine``).
 _LARGEST = 1 << 23
 
@@ -216,7 +218,7 @@ def add_product_(
     if not in_pieces(a, b):
         torch.addmm(to, a, b, beta=beta, alpha=alpha, out=y)
         return
-    if b.stride(0) == 1 and a.numel() + b.numel() < y.numel():
+    if b.stride(0) == 1 and a.shape[1] <= _NARROW:
         _add_narrow(y, to, a, b, alpha=alpha, beta=beta)
         return
     found = _wide(a, b)

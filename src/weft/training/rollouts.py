@@ -287,14 +287,14 @@ def settings_of(objective: RolloutObjective) -> list[RewardSettings]:
     return found
 
 
-def check_reward_adapters(objective: RolloutObjective, sketch: Base, *, quantized: bool) -> None:
+def check_reward_adapters(objective: RolloutObjective, sketch: Base, *, unknown: bool) -> None:
     """Refuse adapters that cannot give an objective's rewards, before weights are loaded (``check_trained_on``).
 
     Raises:
         UserError: One is no adapter, is one of another base, or gives no score.
     """
     for folder in (one.adapter for one in settings_of(objective) if one.adapter is not None):
-        check_trained_on("rewards", folder, sketch, quantized=quantized)
+        check_trained_on("rewards", folder, sketch, unknown=unknown)
         if labels_of(Path(folder)) != SCORE:
             raise UserError(_no_score(folder))
 

@@ -175,12 +175,12 @@ def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
 def _check_adapters(config: RunConfig, sketch: Base) -> None:
     """Refuse trained adapters that jobs begin with or are rewarded by, if they are another base's."""
     stored = stored_quantization(cast(Any, sketch.model).config)
-    quantized = config.kept is not None or config.shape == "tiny" or stored is not None
+    unknown = config.kept is not None or config.shape == "tiny" or stored is not None or config.hub != "huggingface"
     for job in config.jobs:
         if job.start_from is not None:
-            check_trained_on("start_from", job.start_from, sketch, quantized=quantized)
+            check_trained_on("start_from", job.start_from, sketch, unknown=unknown)
         if isinstance(job.judged, RolloutObjective):
-            check_reward_adapters(job.judged, sketch, quantized=quantized)
+            check_reward_adapters(job.judged, sketch, unknown=unknown)
 
 
 def blank_adapter(adapters: Adapters, job: JobConfig, data: JobData, sketch: Base) -> Adapter:

@@ -56,7 +56,7 @@ def other_base(base: Base, recorded: Mapping[str, object]) -> str | None:
 
 
 def other_base_in_files(sketch: Base, recorded: Mapping[str, object]) -> str | None:
-    """``other_base`` before weights are loaded, of a base that is not quantised; None: as far as its files tell.
+    """``other_base`` before weights are loaded, of a base that is not quantised; None: none, as far as its files tell.
 
     What they leave open, such as a name that the loaded model has alone, the loaded base tells.
     """
@@ -68,13 +68,16 @@ def other_base_in_files(sketch: Base, recorded: Mapping[str, object]) -> str | N
             f"here {resolve_model(sketch.name)}, in training {recorded.get('model', '(a name that is not kept)')}: "
             f"parameters {count:,} instead of {_brief(known)}"
         )
+    if "sha256_of_small_tensors" not in recorded:
+        return None
     folder = folder_of(resolve_model(sketch.name))
     # A tied tensor is stored under one of its names.
     tied = {key: [other for other in named if named[other] is named[key]] for key in _smallest(named)}
     stored = None if folder is None else stored_tensors(folder, tied)
-    if stored is None or any(tensor.shape != named[key].shape for key, tensor in stored.items()):  # rows were added
+    # Rows may have been added, and of several dtypes only the loader tells which one counts.
+    if stored is None or any(tensor.shape != named[key].shape for key, tensor in stored.items()):
         return None
-    if "sha256_of_small_tensors" not in recorded:
+    if len({tensor.dtype for tensor in stored.values()}) != 1:
         return None
     found = _digest({key: tensor.to(named[key].dtype) for key, tensor in stored.items()})
     if found == recorded["sha256_of_small_tensors"]:

@@ -26,10 +26,10 @@ def check_start(folder: str) -> None:
         raise UserError(f"start_from: {folder} is no folder of an adapter (a run has them under adapters/NAME).")
 
 
-def check_trained_on(what: str, folder: str, sketch: Base, *, quantized: bool) -> None:
+def check_trained_on(what: str, folder: str, sketch: Base, *, unknown: bool) -> None:
     """Refuse an adapter's folder that was trained on another base, as far as that shows before weights are loaded.
 
-    ``what`` asks for it. The tensors of a base that is ``quantized`` are known when it is loaded.
+    ``what`` asks for it. The tensors of a base that is quantised, or made anew, are ``unknown`` until it is loaded.
 
     Raises:
         UserError: It was, or it is no such folder.
@@ -37,7 +37,7 @@ def check_trained_on(what: str, folder: str, sketch: Base, *, quantized: bool) -
     if not is_adapter(Path(folder)):
         raise UserError(f"{what}: {folder} is no folder of an adapter (a run has them under adapters/NAME).")
     recorded = trained_on(Path(folder)) or {}
-    if not quantized and (difference := other_base_in_files(sketch, recorded)) is not None:
+    if not unknown and (difference := other_base_in_files(sketch, recorded)) is not None:
         raise UserError(f"{what}: {folder} was trained on another base ({difference}).")
 
 
