@@ -144,7 +144,6 @@ def test_what_comes_back_from_the_disk_is_not_kept_twice() -> None:
     assert next(line for line in lines[begin:] if line.startswith("Rss:")).split()[1] == "0"
 
 
-
 def test_nothing_is_computed_again_or_put_away_below_the_lowest_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     from weft.base.offload import DiskStore
 

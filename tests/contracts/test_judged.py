@@ -117,17 +117,22 @@ class Base:
         self.model = adapters.model
 
 
+@torch.no_grad()
+def at_step_0(adapters: Adapters, job: Job) -> tuple[dict[str, float], float]:
+    """What there is to watch of a job's records, and their loss."""
+    samples = list(job.samples)
+    judged = judging_of(adapters, job, [samples])
+    loss = float(forward_losses(adapters, [Work(job.name, samples, judging=judged)])[0])
+    return judged.tally.means(), loss
+
+
 @pytest.mark.parametrize("moved", [False, True], ids=["fresh", "continued"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_at_step_0_the_margin_is_0_and_the_loss_is_ln_2(kind: str, moved: bool) -> None:
     for method in kit.TRAINED:
         adapters = Adapters(model := kit.make_model(kind, torch.float64), describe(model))
         job = job_of(adapters, method, "dpo", objective_settings={}, moved=moved)
-        samples = list(job.samples)
-        with torch.no_grad():
-            judged = judging_of(adapters, job, [samples])
-            loss = float(forward_losses(adapters, [Work(job.name, samples, judging=judged)])[0])
-        figures = judged.tally.means()
+        figures, loss = at_step_0(adapters, job)
         assert figures["rewards/margins"] == 0.0 == figures["rewards/chosen"], (method, figures)
         assert loss == pytest.approx(math.log(2), abs=2e-16), method
         adapters.close()
@@ -149,11 +154,7 @@ def test_at_step_0_over_a_quantised_base(quantization: Any, moved: bool, tmp_pat
         except UserError:
             refused.append(method)
             continue
-        samples = list(job.samples)
-        with torch.no_grad():
-            judged = judging_of(adapters, job, [samples])
-            loss = float(forward_losses(adapters, [Work(job.name, samples, judging=judged)])[0])
-        figures = judged.tally.means()
+        figures, loss = at_step_0(adapters, job)
         assert figures["rewards/margins"] == 0.0 == figures["rewards/chosen"], (method, figures)
         assert loss == pytest.approx(math.log(2), abs=1e-7), method
     assert set(refused) <= {"full", "freeze"}, "they train the weights that are quantised"

@@ -68,7 +68,7 @@ def _span(files: Sequence[Mapping], begins: Sequence[int], tensor: Tensor) -> Sp
     if mapping is None:
         return None
     begin, page = tensor.data_ptr(), mmap.PAGESIZE
-    end = -(-(begin + _bytes_of(tensor)) // page) * page
+    end = -(-(begin + tensor.nbytes) // page) * page
     return Span(begin // page * page, min(end, mapping.end), file=mapping.file)
 
 
@@ -78,11 +78,7 @@ def mapping_of(files: Sequence[Mapping], begins: Sequence[int], tensor: Tensor) 
         return None
     begin = tensor.data_ptr()
     place = bisect.bisect_right(begins, begin) - 1
-    return files[place] if place >= 0 and begin + _bytes_of(tensor) <= files[place].end else None
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return files[place] if place >= 0 and begin + tensor.nbytes <= files[place].end else None
 
 
 def mapped_files() -> list[Mapping]:
