@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, cat, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _python_dispatch
 
 from weft.errors import UserError
@@ -55,16 +54,6 @@ def alias_of(x: Tensor) -> Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return x.detach()
-
-
-def content_of(x: Tensor) -> object:
-    """What is equal for two tensors [...] only if they are one place in memory, and nobody wrote to it between.
-
-    None: that cannot be told. It keeps no memory, and while it lives no other memory is taken for it.
-    """
-    if type(x) not in (Tensor, nn.Parameter) or x.is_inference():
-        return None
-    return StorageWeakRef(x.untyped_storage()), x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
 @contextlib.contextmanager

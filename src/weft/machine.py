@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,64 @@ _LARGEST_MMAP_THRESHOLD, _LARGEST_TRIM_THRESHOLD, _NEVER = 32 << 20, 64 << 20, -
 _SMALL_MMAP_THRESHOLD = 1 << 18
 # It is looked at every so many seconds whether gaps have become too many. A look takes 40 microseconds.
 _LOOKS = 0.02
+_SMALLEST_ROOM, _SPARE = 1 << 20, 32 << 20
 _KEEPING, _LOCK = [0], threading.Lock()  # how many blocks ask for it now
+
+
+class Rooms:
+    """Memory with pages of its own for large pieces, which is used again when it comes back.
+
+    In the heap such pieces leave gaps that fit no others, since what stays, or is small, comes to lie between them.
+
+    Attributes:
+        used: Bytes that are in use now.
+    """
+
+    def __init__(self) -> None:
+        self.used = 0
+        self._free: dict[int, list[mmap.mmap]] = {}  # bytes -> rooms; those that came back last are last
+        self._lock = threading.RLock()  # one room may come back while another one is taken
+
+    @property
+    def open(self) -> bool:
+        """Whether there are any now: inside ``freed_memory_kept``."""
+        return _KEEPING[0] > 0
+
+    def take(self, count: int) -> memoryview | None:
+        """Memory for so many bytes; None: there is none but the heap's. It comes back when nobody refers to it."""
+        if not self.open or count < _SMALLEST_ROOM:
+            return None
+        size = _room_size(count)
+        with self._lock:
+            free = self._free.get(size)
+            pages = free.pop() if free else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.used += size
+        view = memoryview(pages)
+        weakref.finalize(view, self._take_back, pages, size).atexit = False
+        return view
+
+    def _take_back(self, pages: mmap.mmap, size: int) -> None:
+        with self._lock:
+            self.used -= size
+            if self.open:
+                self._free[size] = [*self._free.pop(size, []), pages]
+
+    def give_back(self, count: int | None = None) -> None:
+        """Give so many free bytes back to the system, of the sizes first that were not used for long; None: all."""
+        with self._lock:
+            for size in list(self._free):
+                while self._free[size] and (count is None or count > 0):
+                    self._free[size].pop()
+                    count = None if count is None else count - size
+
+
+def _room_size(count: int) -> int:
+    """So many bytes, or some more: what differs by little shall fit into the same rooms."""
+    step = max(mmap.PAGESIZE, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
+
+
+ROOMS = Rooms()
 
 
 @contextlib.contextmanager
@@ -92,14 +151,15 @@ def freed_memory_kept(device: str) -> Iterator[None]:
             if not _KEEPING[0]:
                 libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
                 libc.malloc_trim(0)
+                ROOMS.give_back()
 
 
-def held_at_most(used: int, spare: int = 32 << 20) -> int:
+def held_at_most(used: int) -> int:
     """The bytes that a process may hold, inside ``freed_memory_kept``, where so many were in use at most.
 
     What is held beyond is gaps, and is given back. At 160M this was no slower than gaps of 15 % and 128 MiB.
     """
-    return used + used // 50 + spare
+    return used + used // 50 + _SPARE
 
 
 class _Figures(ctypes.Structure):
@@ -137,17 +197,23 @@ def _gaps_given_back(libc: Any) -> Iterator[None]:
 def _watch(libc: Any, done: threading.Event) -> None:
     def used() -> int:
         figures = libc.mallinfo2()
-        return int(figures.uordblks + figures.hblkhd)
+        return int(figures.uordblks + figures.hblkhd) + ROOMS.used
+
+    def excess() -> int:
+        return _anonymous() - begun - left - held_at_most(most)
 
     before, begun, most, seen, left = used(), _anonymous(), 0, 0, 0
     while not done.wait(_LOOKS):
         most = max(most, used() - before)
         # Twice in a row: what came and went between two looks was not seen, and is no gap.
-        seen = seen + 1 if _anonymous() - begun - left > held_at_most(most) else 0
+        seen = seen + 1 if excess() > 0 else 0
         if seen > 1:
-            libc.malloc_trim(0)
-            # What is left is not the heap's. It must not have the heap looked through again and again.
-            left = max(0, _anonymous() - begun - held_at_most(most, spare=0))
+            # The heap's gaps are taken again at once, rooms perhaps much later.
+            ROOMS.give_back(excess() + _SPARE)
+            if excess() > 0:
+                libc.malloc_trim(0)
+                # What is left is not the heap's. It must not have the heap looked through again and again.
+                left = max(0, left + excess() + _SPARE)
             seen = 0
 
 

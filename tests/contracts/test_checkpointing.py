@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tests import kit
 from tests.kit.alive import Alive
 from torch import Tensor
 
+from weft import machine
 from weft.api import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
@@ -55,6 +57,35 @@ def test_checkpointing_changes_nothing(kind: str, padded: bool, choices: list[di
             torch.autograd.backward(first)
         found.append([g for name in kit.ALL for g in kit.gradients(adapters[name]).values()])
         adapters.close()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_is_used_again_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that can lie in it does, however small; and what comes back is filled with another number."""
+    monkeypatch.setattr(machine, "_SMALLEST_ROOM", 1)
+    taken, take = [0], machine.Rooms.take
+
+    def poisoned(self: machine.Rooms, count: int) -> memoryview | None:
+        memory = take(self, count)
+        if memory is not None:
+            taken.append(count)
+            memory[:] = b"\xff" * len(memory)
+        return memory
+
+    monkeypatch.setattr(machine.Rooms, "take", poisoned)
+    found = []
+    for rooms in (False, True):
+        for checkpointing in ("cheap", True):
+            adapters = kit.open_with_all(kit.make_model(kind), dropout=True, checkpointing=checkpointing)
+            with machine.freed_memory_kept("cpu") if rooms else contextlib.nullcontext():
+                for _ in range(2):
+                    torch.autograd.backward(losses(adapters, seed=1))
+            found.append([g for name in kit.ALL for g in kit.gradients(adapters[name]).values()])
+            adapters.close()
+    assert len(taken) > 20
+    assert machine.ROOMS.used == 0
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

@@ -22,7 +22,7 @@ def test_swapped_and_given_back(model_type: str, instructions: bool, monkeypatch
     """Logits and the gradients of LoRA are no farther from those in float32 than torch's own products bring them."""
     pieces = []
     monkeypatch.setattr(ops, "_SMALL", 0)
-    monkeypatch.setattr(ops, "_widened", lambda a, run=ops._widened: pieces.append(1) or run(a))
+    monkeypatch.setattr(ops, "widened", lambda a, run=ops.widened: pieces.append(1) or run(a))
 
     def run(dtype: torch.dtype, there: bool) -> list[torch.Tensor]:
         for module in (products, ops):

@@ -18,6 +18,7 @@ from weft.methods import METHODS
 from weft.methods.dense import how_kept
 from weft.models import load_base
 from weft.models.quantize import PACKS, Quantization, num_parameters
+from weft.ops import low_rank_rows
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "tokenizer": object()}
 FITTING = ["bitfit", "bottleneck", "lora", "prefix_tuning", "prompt_tuning"]
@@ -167,3 +168,34 @@ def test_without_bitsandbytes_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install \"weft\[quant\]\""):
         Quantization("nf4").config(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [False, "cheap"])
+def test_linears_of_one_input_are_one_node(
+    which: Any, dtype: torch.dtype, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients are those of linear by linear, also where the sums are kept and all else made again."""
+    base = load_base(str(plain), quantization="nf4", **{**OPTIONS, "dtype": str(dtype).removeprefix("torch.")})
+    monkeypatch.setattr("weft.ops.kept.DEAR", 0)
+    for name in ("products", "packed"):
+        monkeypatch.setattr(f"weft.ops.{name}.faster_wide_from", lambda *_: 1)
+    texts, nodes, found = kit.texts(4, high=30), [0], []
+    apply = low_rank_rows._LowRankRows.apply
+    monkeypatch.setattr(low_rank_rows._LowRankRows, "apply", lambda *a: nodes.append(1) or apply(*a))
+    for many in (1 << 20, 1):
+        monkeypatch.setattr(low_rank_rows, "MANY", many)
+        adapters = Adapters(base.model, base.architecture, checkpointing=which)
+        for seed, method in enumerate(("lora", "bitfit", "lora")):
+            kit.randomize(adapters.add(f"{method}{seed}", METHODS[method](**kit.SETTINGS.get(method, {}))), seed)
+        parts = [Part(name, [ids]) for name, ids in zip(["lora0", None, "bitfit1", "lora2"], texts, strict=True)]
+        hidden = torch.cat(kit.hidden_of(adapters, parts))
+        weigh = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float32)
+        (hidden.float() * weigh).sum().backward()
+        found.append([hidden.detach(), *(g for name in adapters.names for g in kit.gradients(adapters[name]).values())])
+        adapters.close()
+    times = 2 if which else 1
+    assert len(nodes) - 1 == 4 * times * len(base.architecture.blocks), "query to value, output, gate and up, down"
+    for one, other in zip(*found, strict=True):
+        near = 60 * torch.finfo(dtype).eps * float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=near)

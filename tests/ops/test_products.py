@@ -25,7 +25,7 @@ def _machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(products, "_FEW", 1)
     monkeypatch.setattr(products, "_SMALL", 0)
     monkeypatch.setattr(products, "_PIECE", 100)
-    monkeypatch.setattr(products, "_MANY", 10)
+    monkeypatch.setattr(products, "MANY", 10)
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -112,59 +112,6 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     outside = linear(x, weight)
     outside.sum().backward()
     assert torch.equal(inside, outside)
-
-
-@pytest.mark.usefixtures("_machine")
-def test_rows_that_come_again_are_widened_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And anew when they were written to, when they are others in the same memory, and in inference mode."""
-    monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
-    monkeypatch.setattr(products, "_PIECE", 16)
-    weight = drawn(8, 8, dtype=torch.bfloat16, seed=1)
-    before = object()
-
-    def check(x: Tensor) -> bool:
-        """Whether they were known already."""
-        nonlocal before
-        close("x W^T", multiply(x, weight.t()), x.double() @ weight.double().t(), 8)
-        before, last = products._SCRATCH.__dict__.get("given"), before
-        return bool(before == last)
-
-    x = drawn(20, 8, dtype=torch.bfloat16)
-    assert [check(x), check(x), check(x.view(4, 5, 8).view(20, 8))] == [False, True, True]
-    assert [check(x[1:]), check(x[:-1]), check(x)] == [False, False, False]
-    x[3, 3] = 50.0
-    assert not check(x)
-    x.detach().mul_(2)
-    assert not check(x)
-    place = x.data_ptr()
-    for number in range(50):
-        del x
-        x = drawn(20, 8, dtype=torch.bfloat16, seed=number)  # as a rule in the memory of the one that went
-        assert not check(x), (number, x.data_ptr() == place)
-    with torch.inference_mode():
-        y = x.clone()
-        check(y)
-        y.mul_(3)
-        check(y)
-    small = drawn(2, 3, dtype=torch.bfloat16)
-    assert check(x) is False
-    multiply(small, small.t())
-    assert check(x), "few numbers have memory of their own"
-
-
-@pytest.mark.usefixtures("_machine")
-def test_many_rows_are_widened_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their memory is not held, and the next is zeros in the same place."""
-    monkeypatch.setattr(products, "faster_wide_from", lambda *_: 1)
-    monkeypatch.setattr(products, "_LARGEST", 1 << 20)
-    x, weight = drawn((1 << 20) // 4 + 8, 4, dtype=torch.bfloat16), drawn(4, 4, dtype=torch.bfloat16, seed=1)
-    monkeypatch.setattr(products, "_PIECE", 8)
-    own = torch.zeros(x.numel())
-    monkeypatch.setattr(products, "scratch", lambda numbers, use="piece", real=products.scratch: (
-        own.zero_()[:numbers] if use == "given" else real(numbers, use)
-    ))  # fmt: skip
-    for _ in range(2):
-        close("x W^T", multiply(x, weight.t()), x.double() @ weight.double().t(), 4)
 
 
 def test_lengths_of_pieces() -> None:

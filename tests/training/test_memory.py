@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from weft.machine import freed_memory_kept
+from weft.machine import ROOMS, freed_memory_kept
+from weft.ops.memory import empty
 from weft.training.memory import peak_memory
 
 CPU = torch.device("cpu")
@@ -68,6 +69,59 @@ def test_gaps_are_given_back_and_what_stays_is_not() -> None:
     assert int(kept) > 800e6
     assert int(after) < 1000e6
     assert same == "True"
+
+
+@GLIBC
+def test_rooms_are_used_again() -> None:
+    """While they are referred to, in whatever shape, nobody else is given them; and none is left afterwards."""
+    like, megabyte = torch.empty(0), 2**18
+    assert ROOMS.take(1 << 22) is None, "outside there are none"
+    with freed_memory_kept("cpu"):
+        x = empty(like, (3, megabyte))
+        place, part = x.data_ptr(), x[1, 5:7]
+        del x
+        assert ROOMS.used == 3 << 20
+        assert empty(like, (3, megabyte)).data_ptr() != place, "a part of it is still there"
+        other = [empty(like, (3, megabyte)) for _ in range(2)]
+        assert place not in [y.data_ptr() for y in other]
+        del part
+        assert place == empty(like, (megabyte, 3)).data_ptr()
+        assert place == empty(like, (3 * megabyte - 1000,)).data_ptr(), "what differs by little fits"
+        assert empty(like, (5, 2), torch.int32).shape == (5, 2), "small ones come from the heap"
+        assert empty(like.bfloat16(), (2, 3, megabyte)).data_ptr() == place
+        held = ROOMS.used
+        del other
+        assert ROOMS.used < held
+        with freed_memory_kept("cpu"):
+            stays = empty(like, (3, megabyte)).fill_(7)
+    assert ROOMS.used == 3 << 20
+    assert not any(ROOMS._free.values())
+    assert bool((stays == 7).all())
+    del stays
+    assert ROOMS.used == 0
+    assert not any(ROOMS._free.values())
+
+
+@GLIBC
+def test_rooms_of_sizes_that_come_no_more_are_given_back() -> None:
+    """As the heap's gaps are, before those: each length of text has sizes of its own."""
+    code = (
+        "import time, torch, weft.machine as machine\n"
+        "from weft.ops.memory import empty_numbers\n"
+        "with machine.freed_memory_kept('cpu'):\n"
+        "    before = machine.resident()\n"
+        "    for i in range(1, 9):\n"
+        "        tensors = [empty_numbers(i * 2**20).fill_(i) for _ in range(160 // i)]\n"
+        "        stays = tensors[0]\n"
+        "        time.sleep(0.3)\n"
+        "        del tensors\n"
+        "    print(machine.resident() - before, bool((stays == 8).all()), stays.numel())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    held, same, numbers = done.stdout.split()
+    # 671 MB were in use at most; all sizes together are eight times as much.
+    assert int(held) < 800e6
+    assert (same, int(numbers)) == ("True", 8 * 2**20)
 
 
 @GLIBC

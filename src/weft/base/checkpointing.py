@@ -22,6 +22,7 @@ from weft.base.mixin import Mixin, mixed
 from weft.base.offload import Place, Store, offloading, store_at
 from weft.errors import UserError
 from weft.ops.kept import Results
+from weft.ops.memory import apart
 
 # Whether blocks are computed again in the backward pass: none, all, or every k-th; or their cheap operations alone,
 # from the results of their matrix products.
@@ -76,6 +77,8 @@ class _CheckpointedForward(Mixin):
         # shall go to a disk for it. In the block of the lowest adapter the input needs no gradient either.
         if not hidden.requires_grad:
             how = replace(how, store=None)
+        elif how.store is None:
+            hidden = apart(hidden)
         with how.keeping(hidden):
             return checkpoint(run, hidden, *args, use_reentrant=False, context_fn=how.contexts, **kwargs)
 

@@ -25,9 +25,12 @@ from weft.layouts.attention import attend
 from weft.libraries import given_cache
 from weft.methods.lora import LoraLinear
 from weft.models.interface import Band, install_interface
-from weft.models.products import PLAIN_LINEARS
+from weft.models.products import frozen_weight
 from weft.ops.attention import SequenceLayout
 from weft.ops.fused import Piece, low_rank_linears, rms_norm, rms_norm_ref, rotary, swiglu
+from weft.ops.low_rank_rows import low_rank_rows, rows_in_pieces
+from weft.ops.packed import PackedRows
+from weft.ops.products import Rows
 
 _ROUTER = "_weft_fused_router"
 
@@ -133,11 +136,18 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
     Frozen linears and the LoRA updates on them become one autograd node; other functions of a site follow it.
     """
     sites = [site_of(module) for module in modules]
-    if not all(_is_plain(module, site) for module, site in zip(modules, sites, strict=True)):
+    weights = [_weight(module, site, x) for module, site in zip(modules, sites, strict=True)]
+    if any(weight is None for weight in weights):
         return [module(x) for module in modules]
+    plain = all(isinstance(weight, Tensor) for weight in weights)
     if route.together is not None:
-        joined: Sequence[Tensor] | None = route.together.project(modules, x)
+        joined: Sequence[Tensor] | None = route.together.project(modules, x) if plain else None
         return [module(x) for module in modules] if joined is None else joined
+    # Not x[0], because its gradient would be written into a tensor of zeros.
+    rows = x.squeeze(0)
+    in_pieces = [rows_in_pieces(rows, weight) for weight in weights if weight is not None]
+    if not plain and any(read is None for read in in_pieces):
+        return [module(x) for module in modules]
     pieces, factors, begin = [], [], 0
     later: list[dict[int, list[SiteFunction]]] = [{} for _ in modules]
     for index, segment in enumerate(route.segments):
@@ -152,10 +162,13 @@ def project(modules: Sequence[nn.Module], x: Tensor, route: Route) -> Sequence[T
         scalings = tuple(lora.scaling for lora in updates.values())
         pieces.append(Piece(begin, begin + segment.tokens, tuple(updates), scalings))
         begin += segment.tokens
-    plain = cast(Sequence[nn.Linear], modules)
-    linears = [(module.weight, module.bias) for module in plain]
-    # Not x[0], because its gradient would be written into a tensor of zeros.
-    ys = (y.unsqueeze(0) for y in low_rank_linears(x.squeeze(0), linears, pieces, factors))
+    biases = [cast(nn.Linear, module).bias for module in modules]
+    if all(read is not None for read in in_pieces):
+        found = low_rank_rows(rows, list(zip(cast(Sequence[Rows], in_pieces), biases, strict=True)), pieces, factors)
+    else:
+        linears = list(zip(cast(Sequence[Tensor], weights), biases, strict=True))
+        found = low_rank_linears(rows, linears, pieces, factors)
+    ys = (y.unsqueeze(0) for y in found)
     return [_follow(x, y, todo, route) if todo else y for y, todo in zip(ys, later, strict=True)]
 
 
@@ -171,15 +184,11 @@ def _only_lora(functions: Sequence[SiteFunction], segment: Segment) -> LoraLinea
     return lora if lora.dropout == 0.0 or segment.seed is None else None
 
 
-def _is_plain(module: nn.Module, site: Site | None) -> bool:
-    """Whether it is a frozen nn.Linear and nothing else."""
-    kind = type(module) if site is None else site.base_class
-    if site is not None and site.inputs:
-        return False
-    if kind not in PLAIN_LINEARS or _hooked(module):
-        return False
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    return not (weight is None or weight.requires_grad or (bias is not None and bias.requires_grad))
+def _weight(module: nn.Module, site: Site | None, x: Tensor) -> Tensor | PackedRows | None:
+    """The weight [out, in] of a frozen linear that is nothing else, for x [1, N, in]; None: it is something else."""
+    if _hooked(module) or (site is not None and site.inputs):
+        return None
+    return frozen_weight(module, type(module) if site is None else site.base_class, x)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -217,6 +226,8 @@ def recognise(model: nn.Module) -> Kinds:
     """
     router, tried, kinds = Router(), dict[tuple[object, ...], type | None](), Kinds()
     undo = install_interface(model, router)
+    # Linears in few bits do not say in which dtype rows come to them.
+    rows = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     try:
         for path, module in model.named_modules():
             candidates = _candidates(module)
@@ -224,7 +235,7 @@ def recognise(model: nn.Module) -> Kinds:
                 continue
             key = (type(module), *_settings(module))
             if key not in tried:
-                tried[key] = next((mixin for mixin in candidates if _alike(module, mixin, router)), None)
+                tried[key] = next((mixin for mixin in candidates if _alike(module, mixin, router, rows)), None)
             if (mixin := tried[key]) is not None:
                 kinds[path] = mixin
     finally:
@@ -254,10 +265,11 @@ def _candidates(module: nn.Module) -> list[type]:
     return []
 
 
-def _alike(module: nn.Module, mixin: type, router: Router) -> bool:
-    """Whether the module computes the same with the mixin, on five random rows."""
+def _alike(module: nn.Module, mixin: type, router: Router, rows_in: torch.dtype) -> bool:
+    """Whether the module computes the same with the mixin, on five random rows; of ``rows_in``, if its weights are not
+    floating."""
     some = next(itertools.chain(module.parameters(), module.buffers()))
-    dtype = some.dtype if some.dtype.is_floating_point else torch.float32
+    dtype = some.dtype if some.dtype.is_floating_point else rows_in
     generator = torch.Generator().manual_seed(0)
 
     def rows(width: int) -> Tensor:

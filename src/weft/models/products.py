@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +44,39 @@ class _PiecewiseFourBit(Mixin):
     compute_dtype: torch.dtype | None
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.compute_dtype or x.dtype
+        rows = self.rows(x)
+        if rows is None:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        return packed_linear(x.to(rows.dtype), rows, bias).to(x.dtype)
+
+    def rows(self, x: Tensor) -> FourBitRows | None:
+        """The rows of the weight, to multiply x [..., in]; None: that is left to bitsandbytes."""
         state = self.weight.quant_state
         fits = x.device.type == "cpu" and state is not None and state.shape[1] == x.shape[-1]
         if not fits or getattr(state, "packing_format_for_cpu", False):
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return packed_linear(x.to(dtype), FourBitRows(self.weight.data, state, dtype), bias).to(x.dtype)
+            return None
+        return FourBitRows(self.weight.data, state, self.compute_dtype or x.dtype)
 
 
 _MIXINS: dict[type[nn.Module], type] = {nn.Linear: _PiecewiseLinear, Conv1D: _PiecewiseConv1D}
 # Linears that compute what nn.Linear does. Both have its name, by which modules are known.
 PLAIN_LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, mixed("", _PiecewiseLinear, nn.Linear))
+
+
+def frozen_weight(module: nn.Module, kind: type[nn.Module], x: Tensor) -> Tensor | FourBitRows | None:
+    """The weight [out, in] of a linear of class ``kind`` that computes x W^T + b of x [..., in] and no more, frozen.
+
+    None: it is none, or it is trained, or it multiplies in another dtype.
+    """
+    bias = module._parameters.get("bias")
+    if bias is not None and bias.requires_grad:
+        return None
+    if issubclass(kind, _PiecewiseFourBit):
+        rows = cast(_PiecewiseFourBit, module).rows(x)
+        return rows if rows is not None and rows.dtype == x.dtype else None
+    weight = module._parameters["weight"] if kind in PLAIN_LINEARS else None
+    return None if weight is None or weight.requires_grad else weight
 
 
 def install_products(model: nn.Module, router: Router, device: torch.device | None = None) -> Callable[[], None]:

@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from weft.ops.autograd import Context
 from weft.ops.decoding import cap_and_bias, softmax_with_sinks
 from weft.ops.kept import DEAR, kept
+from weft.ops.memory import empty
 from weft.ops.products import products_in
 from weft.ops.sequence_layout import Bucket, SequenceLayout, block, is_plain, pack, unpack
 
@@ -198,15 +199,15 @@ def _attended(
 ) -> Tensor:
     """What ``varlen_attention`` gives, [N, H, D]; it makes no graph."""
     layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
-    q_rows, k_rows, v_rows = (pack(x, layout, kv_heads).to(products_in(q)) for x in (q, k, v))
-    out_rows = torch.empty_like(q_rows)
+    q_rows, k_rows, v_rows = (pack(x, layout, kv_heads, products_in(q)) for x in (q, k, v))
+    out_rows = empty(q_rows)
     for bucket in layout.buckets:
         q_b, out_b = (block(x, bucket, kv_heads, heads) for x in (q_rows, out_rows))
         k_b, v_b = (block(x, bucket, kv_heads, kv_heads) for x in (k_rows, v_rows))
         if (at := slots.get(bucket.group)) is not None:
             k_b, v_b = _with_prefix(k_b, prefix[at]), _with_prefix(v_b, prefix[at + 1])
         scores.forward(q_b, k_b, v_b, out_b, bucket)
-    return unpack(out_rows, layout, kv_heads, heads).to(q.dtype)
+    return unpack(out_rows, layout, kv_heads, heads, q.dtype)
 
 
 class _Context(Context, Protocol):
@@ -243,10 +244,10 @@ class _VarlenAttention(torch.autograd.Function):
         scores, slots = ctx.scores, ctx.slots
         layout, heads, kv_heads = scores.layout, q.shape[0], k.shape[0]
         work = products_in(q)
-        q_rows, k_rows, v_rows, do_rows = (pack(x, layout, kv_heads).to(work) for x in (q, k, v, d_out.transpose(0, 1)))
+        q_rows, k_rows, v_rows, do_rows = (pack(x, layout, kv_heads, work) for x in (q, k, v, d_out.transpose(0, 1)))
         if not is_plain(layout) and (pads := layout.head_index(kv_heads, heads // kv_heads).pads) is not None:
             do_rows.index_fill_(0, pads, 0.0)  # a pad query must not reach the keys' gradients
-        dq_rows, dk_rows, dv_rows = (torch.empty_like(x) for x in (q_rows, k_rows, v_rows))
+        dq_rows, dk_rows, dv_rows = (empty(x) for x in (q_rows, k_rows, v_rows))
         d_prefix: list[Tensor | None] = [None] * len(prefix)
         d_sinks = None
         if scores.sinks is not None and ctx.needs_input_grad[5]:
@@ -267,8 +268,8 @@ class _VarlenAttention(torch.autograd.Function):
                 part = d_all[:, :before].unflatten(0, (-1, kv_heads)).sum(0, dtype=wide)
                 so_far = d_prefix[place]
                 d_prefix[place] = part if so_far is None else so_far + part
-        dq = unpack(dq_rows, layout, kv_heads, heads).transpose(0, 1).to(q.dtype)
-        dk, dv = (unpack(x, layout, kv_heads, kv_heads).transpose(0, 1).to(q.dtype) for x in (dk_rows, dv_rows))
+        dq = unpack(dq_rows, layout, kv_heads, heads, q.dtype).transpose(0, 1)
+        dk, dv = (unpack(x, layout, kv_heads, kv_heads, q.dtype).transpose(0, 1) for x in (dk_rows, dv_rows))
         given = (None if d is None else d.to(x.dtype) for d, x in zip(d_prefix, prefix, strict=True))
         if d_sinks is not None and scores.sinks is not None:
             d_sinks = d_sinks.to(scores.sinks.dtype)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
+from weft.ops.memory import empty
 from weft.ops.products import add_product_, linear, multiply
 
 BLOCK = 2**18  # numbers per block: 1 MiB in fp32, of which every core's L2 holds its share (measured)
@@ -47,7 +48,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         n, d = x.shape
-        out, rstd = torch.empty_like(x), x.new_empty(n, 1, dtype=_wide(x.dtype))
+        out, rstd = empty(x), x.new_empty(n, 1, dtype=_wide(x.dtype))
         block = min(n, max(1, BLOCK // d))
         h, square = (x.new_empty(block, d, dtype=rstd.dtype) for _ in range(2))
         for rows in _blocks(n, d):
@@ -65,7 +66,7 @@ class _RmsNorm(torch.autograd.Function):
         """With h = x rstd and g = weight dy:  dx = rstd (g - h mean(g h))."""
         x, rstd, weight = ctx.saved_tensors
         n, d = x.shape
-        dx = torch.empty_like(x)
+        dx = empty(x)
         block = min(n, max(1, BLOCK // d))
         h, g, product = (x.new_empty(block, d, dtype=rstd.dtype) for _ in range(3))
         scaled = x.new_empty(block, d)
@@ -103,14 +104,14 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return torch.ops.aten.silu.out(gate, out=empty(gate)).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, d_out: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        d_up = torch.nn.functional.silu(gate).mul_(d_out)
-        d_gate = d_out * up
+        d_up = torch.ops.aten.silu.out(gate, out=empty(gate)).mul_(d_out)
+        d_gate = torch.mul(d_out, up, out=empty(gate))
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         return d_gate, d_up
 
@@ -128,7 +129,7 @@ def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + rotate_half(x) sin, of x [N, H, D], cos and sin [N, 1, D]."""
     half = x.shape[-1] // 2
-    out = torch.empty_like(x)
+    out = empty(x)
     for rows in _blocks(x.shape[0], x.shape[1] * x.shape[2]):
         x_b, out_b, sin_b = x[rows], out[rows], sin[rows]
         torch.mul(x_b, cos[rows], out=out_b)
@@ -197,7 +198,7 @@ class _Update:
 
 def _updated(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[_Update]) -> Tensor:
     """One linear [N, out] of x [N, in] with its updates, which cover all rows."""
-    out = x.new_empty(len(x), len(weight))
+    out = empty(x, (len(x), len(weight)))
     for update in updates:
         y = out[update.rows]
         if update.z is None or update.b is None:
@@ -257,7 +258,7 @@ class _LowRankLinears(torch.autograd.Function):
         saved = list(ctx.saved_tensors)  # once: under checkpointing every look at them unpacks again
         weights = [saved.pop() for _ in range(ctx.count)][::-1]
         x = saved.pop(0) if saved else d_ys[0]  # only pieces with updates read it
-        dx = d_ys[0].new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+        dx = empty(d_ys[0], ctx.shape) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor] = []
         updated = any(piece.linears for piece in ctx.pieces)
         for piece in ctx.pieces:

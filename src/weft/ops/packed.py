@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
+from weft.ops.memory import empty
 from weft.ops.products import Rows, is_slab, lengths_of_pieces, scratch, write_product
 from weft.ops.sixteen_bits import faster_wide_from
 
@@ -96,14 +97,14 @@ class _PackedProduct(torch.autograd.Function):
         outputs, inputs = rows.shape
         if not in_pieces(x, rows.dtype):
             return kept(lambda: _narrow_product(x, rows), inputs)
-        return kept(lambda: write_product(x.new_empty(len(x), outputs), x, rows, flipped=True), inputs)
+        return kept(lambda: write_product(empty(x, (len(x), outputs)), x, rows, flipped=True), inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor, None]:
         if not in_pieces(dy, ctx.rows.dtype):
             return dy @ ctx.rows.whole(), None
-        dx = dy.new_empty(len(dy), ctx.rows.shape[1])
+        dx = empty(dy, (len(dy), ctx.rows.shape[1]))
         return write_product(dx, dy, ctx.rows, flipped=False), None
 
 

@@ -12,16 +12,15 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weft.libraries import content_of
 from weft.ops.autograd import Context
 from weft.ops.kept import kept
+from weft.ops.memory import empty, empty_numbers
 from weft.ops.sixteen_bits import faster_wide_from
 
 # Numbers of a piece: 8 MiB in fp32.
@@ -35,11 +34,11 @@ _EVEN = 32
 # that lies as it is (the gradient of an input) is slow from the first row on: 27 ms at 2048 x 2048.
 _FEW, _SMALL = 8, 1 << 20
 # Rows from which on the result is made as it is to lie: to turn it then takes up to a fifth of the product.
-_MANY = 128
+MANY = 128
 _SCRATCH = threading.local()
 # Numbers of a sum that are so few that the product takes no longer than writing it: LoRA's rank, as a rule.
 _NARROW = 128
-# Numbers of 32 MiB, from which on the C library gives memory pages of its own (``weft.machine``).
+# Numbers of 32 MiB, from which on memory is not held: long texts are rare.
 _LARGEST = 1 << 23
 
 
@@ -53,7 +52,7 @@ def in_pieces(a: Tensor, b: Tensor) -> bool:
     # The cheap questions first: a step of a text asks for every linear.
     if a.dtype.itemsize != 2 or (a.shape[0] < _FEW and b.stride(0) == 1):
         return False
-    return _is_slow(a, a.shape[1] if _is_turned(a) else a.shape[0], a.numel() * b.shape[1])
+    return is_slow(a, a.shape[1] if _is_turned(a) else a.shape[0], a.numel() * b.shape[1])
 
 
 def _is_turned(a: Tensor) -> bool:
@@ -61,7 +60,7 @@ def _is_turned(a: Tensor) -> bool:
     return a.stride(0) == 1 and (a.stride(1) != 1 or a.shape[0] == 1)
 
 
-def _is_slow(x: Tensor, tokens: int, multiplications: int) -> bool:
+def is_slow(x: Tensor, tokens: int, multiplications: int) -> bool:
     """Whether so many multiplications of numbers like those of x [...] take torch long."""
     if x.dtype.itemsize != 2 or torch.compiler.is_compiling():
         return False
@@ -105,8 +104,8 @@ def scratch(numbers: int, use: str = "piece") -> Tensor:
     What is new, the kernel clears page by page, and that takes as long as the product. And the C library does not find
     the gaps again that such short-lived memory leaves between tensors that stay (docs/design.md, the plan of a run).
     """
-    if numbers > _LARGEST:  # it has pages of its own, and they go back at once
-        return torch.empty(numbers, dtype=torch.float32, device="cpu")
+    if numbers > _LARGEST:
+        return empty_numbers(numbers)
     held: dict[str, Tensor] = _SCRATCH.__dict__.setdefault("held", {})
     if use not in held or len(held[use]) < numbers:
         with torch.inference_mode(False):  # what is made inside it could not be written to outside
@@ -115,16 +114,18 @@ def scratch(numbers: int, use: str = "piece") -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Plain:
+class PlainRows:
     """The rows of a tensor [n, d]."""
 
     x: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(n, d)."""
         return (len(self.x), self.x.shape[1])
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """As ``Rows`` has it, [rows, d] each."""
         step = lengths_of_pieces(*self.shape)
         for start in range(0, len(self.x), step):
             rows = self.x[start : start + step]
@@ -133,9 +134,9 @@ class _Plain:
 
 def write_product(out: Tensor, a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
     """``out <- a W`` [N, O] of a [N, K] and W, or ``a W^T`` if ``flipped``; returns ``out``."""
-    if not flipped or len(a) < _MANY:
+    if not flipped or len(a) < MANY:
         return out.copy_(wide_product(a, rows, flipped=flipped))
-    given = _widened(a)
+    given = widened(a)
     for part, wide in rows.pieces():
         # A result that lies by itself is made faster than a part of rows, and is rounded while it is in the cache.
         own = scratch(len(a) * len(wide), "out").view(len(a), len(wide))
@@ -145,10 +146,10 @@ def write_product(out: Tensor, a: Tensor, rows: Rows, *, flipped: bool) -> Tenso
 
 def wide_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
     """a W [N, O] in fp32 of a [N, K] and W, or a W^T if ``flipped``; to be copied before the next call."""
-    given = _widened(a)
+    given = widened(a)
     columns = rows.shape[0 if flipped else 1]
     out = scratch(columns * len(a), "out")
-    if len(a) < _MANY:
+    if len(a) < MANY:
         return _transposed_product(given.t(), rows, out.view(columns, len(a)), flipped).t()
     out = out.view(len(a), columns)
     for part, wide in rows.pieces():
@@ -159,24 +160,12 @@ def wide_product(a: Tensor, rows: Rows, *, flipped: bool) -> Tensor:
     return out
 
 
-def _widened(a: Tensor) -> Tensor:
-    """a [N, K] in fp32, until the next call.
-
-    Linears that read the same rows come one after another (query, key and value, and LoRA's A beside each).
-    """
+def widened(a: Tensor) -> Tensor:
+    """a [N, K] in fp32, until the next call."""
     if a.dtype == torch.float32:
         return a
     lying = a.t() if _is_turned(a) else a
-    if a.numel() < _PIECE // 2:  # as for LoRA's second product, which stands between them
-        given = scratch(a.numel(), "few given").view(lying.shape).copy_(lying)
-        return given.t() if _is_turned(a) else given
-    given = scratch(a.numel(), "given").view(lying.shape)
-    # Memory that is not held may be other memory in the same place.
-    content = content_of(lying) if a.numel() <= _LARGEST else None
-    known: object = (content, given.data_ptr(), given.shape)
-    if content is None or _SCRATCH.__dict__.get("given") != known:
-        given.copy_(lying)
-        _SCRATCH.given = known
+    given = scratch(a.numel(), "given").view(lying.shape).copy_(lying)
     return given.t() if _is_turned(a) else given
 
 
@@ -193,7 +182,7 @@ def _transposed_product(given: Tensor, rows: Rows, out: Tensor, flipped: bool) -
 def _wide(a: Tensor, b: Tensor) -> Tensor:
     """a b [N, O] in fp32 of a [N, K] and b [K, O]; to be copied before the next call."""
     flipped = b.stride(0) == 1  # the transpose of a weight [O, K]
-    return wide_product(a, _Plain(b.t() if flipped else b), flipped=flipped)
+    return wide_product(a, PlainRows(b.t() if flipped else b), flipped=flipped)
 
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -202,9 +191,9 @@ def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         found = a @ b
         return found if dtype is None else found.to(dtype)
     flipped = b.stride(0) == 1  # the transpose of a weight [O, K]
-    rows = _Plain(b.t() if flipped else b)
-    empty = partial(a.new_empty, (len(a), b.shape[1]), dtype=dtype or a.dtype)
-    return kept(lambda: write_product(empty(), a, rows, flipped=flipped), len(b))
+    rows = PlainRows(b.t() if flipped else b)
+    shape = (len(a), b.shape[1])
+    return kept(lambda: write_product(empty(a, shape, dtype), a, rows, flipped=flipped), len(b))
 
 
 def add_product_(
@@ -231,7 +220,7 @@ def add_product_(
 
 def _add_narrow(y: Tensor, to: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> None:
     """``add_product_`` over few numbers. The sum takes longer than the product, so parts of it stay in the cache."""
-    given, weight = _widened(a), scratch(b.numel(), "piece").view(b.shape[::-1]).copy_(b.t())
+    given, weight = widened(a), scratch(b.numel(), "piece").view(b.shape[::-1]).copy_(b.t())
     step = lengths_of_pieces(len(weight), 8 * len(a))
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
@@ -279,7 +268,7 @@ def _in_node(rows: Tensor, weight: Tensor, flipped: bool) -> bool:
     if in_pieces(rows, weight.t() if flipped else weight):
         return True
     goes_back = flipped and rows.requires_grad and torch.is_grad_enabled()
-    return goes_back and _is_slow(rows, len(rows), rows.shape[0] * weight.numel())
+    return goes_back and is_slow(rows, len(rows), rows.shape[0] * weight.numel())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

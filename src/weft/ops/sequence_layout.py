@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.ops.memory import empty
+
 BUCKET_OVERHEAD = 30_000  # what one more bucket costs, in padded score entries (T^2 - length^2)
 
 
@@ -177,22 +179,24 @@ def _make_bucket(
     return Bucket(tuple(members), own, length, group=group, start=row, tokens=tokens)
 
 
-def pack(x: Tensor, layout: SequenceLayout, kv_heads: int) -> Tensor:
-    """Stream [H, N, D] -> padded rows [M * H, D] in the buckets' order (b, K, T, G)."""
+def pack(x: Tensor, layout: SequenceLayout, kv_heads: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Stream [H, N, D] -> padded rows [M * H, D] in the buckets' order (b, K, T, G), in x's dtype or another."""
     heads, n, dim = x.shape
     if is_plain(layout):
-        return x.unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(heads * n, dim)
+        rows = empty(x, (kv_heads, n, heads // kv_heads, dim), dtype)
+        return rows.copy_(x.unflatten(0, (kv_heads, -1)).transpose(1, 2)).view(heads * n, dim)
     rows = x.transpose(0, 1).reshape(n * heads, dim)  # a view of what a projection gives: memory order [N, H, D]
-    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).gather)
+    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).gather).to(dtype or x.dtype)
 
 
-def unpack(rows: Tensor, layout: SequenceLayout, kv_heads: int, heads: int) -> Tensor:
-    """Padded rows [M * H, D] -> stream [N, H, D]."""
+def unpack(rows: Tensor, layout: SequenceLayout, kv_heads: int, heads: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Padded rows [M * H, D] -> stream [N, H, D], contiguous, in the dtype of the rows or another."""
     n, dim = layout.tokens, rows.shape[1]
     if is_plain(layout):
-        # With one query head per key head, reshape would give a view, and models ask for memory in order.
-        return rows.view(kv_heads, n, heads // kv_heads, dim).transpose(0, 1).reshape(n, heads, dim).contiguous()
-    return rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).inverse).view(n, heads, dim)
+        out = empty(rows, (n, kv_heads, heads // kv_heads, dim), dtype)
+        return out.copy_(rows.view(kv_heads, n, -1, dim).transpose(0, 1)).view(n, heads, dim)
+    found = rows.index_select(0, layout.head_index(kv_heads, heads // kv_heads).inverse)
+    return found.view(n, heads, dim).to(dtype or rows.dtype)
 
 
 def is_plain(layout: SequenceLayout) -> bool:
