@@ -5,9 +5,9 @@
 Real pairs, Llama-2's tokens, a Llama of random float32 weights, LoRA (r 16, all linears). Every contestant has a
 process of its own. ``weft apart`` is Weft with the prompt computed for each answer. ``dpo`` is a whole step, reference
 included; ``update`` the update of GRPO on eight answers to each prompt; ``grpo`` a whole step: eight answers are
-written to each prompt, rewarded and learned from. ``sft`` is a step of plain fine-tuning on the chosen answers, ``ppo``
-one of PPO with policy, reference, reward and value, each an adapter or the base. TRL: ``pip install
-"trl>=1.16,<1.17"``.
+written to each prompt, rewarded and learned from. ``ppo`` is a step of PPO with policy, reference, reward and value,
+each an adapter or the base, and ``sft`` one of plain fine-tuning on as many texts of the same lengths. Pairs and
+prompts are taken evenly from all, ordered by the length of the prompt. TRL: ``pip install "trl>=1.16,<1.17"``.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ CELLS = (
 )  # fmt: skip
 
 
-def pairs(options: argparse.Namespace, count: int) -> list[Sample]:
-    """Real pairs, evenly over the file, cut to 1,024 tokens."""
+def pairs(options: argparse.Namespace, count: int, steps: int) -> list[Sample]:
+    """Real pairs, cut to 1,024 tokens, of short and long prompts as in all of the file; so many for each step."""
     from transformers import AutoTokenizer
 
     renderer = Renderer(AutoTokenizer.from_pretrained(options.tokenizer), max_length=1024, truncation="right")
@@ -60,8 +60,10 @@ def pairs(options: argparse.Namespace, count: int) -> list[Sample]:
         for one in outcomes(options.data, JudgedRecipe(renderer=renderer))
         if isinstance(one, Acceptance)
     ]
-    step = max(1, len(found) // count)
-    return found[::step][:count]
+    found.sort(key=lambda sample: sample.branches[0])
+    total = count * steps
+    spread = [found[(2 * i + 1) * len(found) // (2 * total)] for i in range(total)]
+    return [sample for step in range(steps) for sample in spread[step::steps]]
 
 
 def timed(step: Callable[[], object], steps: int) -> list[float]:
@@ -90,15 +92,23 @@ def weft(options: argparse.Namespace) -> dict[str, Any]:
         Layout.can_share = lambda self, part: False  # type: ignore[method-assign]
     model = build_model(SHAPES[options.shape]).to(getattr(torch, options.dtype))
     adapters = Adapters(model, describe(model), checkpointing=options.checkpointing)
-    steps, samples = options.steps, pairs(options, PAIRS * (options.steps + 1))
-    if options.cell in ("dpo", "sft"):
-        if options.cell == "sft":
-            samples = [sample.each[0] for sample in samples]
-        objective = {"objective": "dpo"} if options.cell == "dpo" else {}
-        job = job_for(adapters, "lora", samples, steps, batch_size=PAIRS, **objective)
+    steps = options.steps
+    if options.cell == "dpo":
+        samples = pairs(options, PAIRS, steps + 1)
+        job = job_for(adapters, "lora", samples, steps, batch_size=PAIRS, objective="dpo")
         return {"seconds": timed(lambda: train_step(adapters, [job]), steps)}
-    prompts = [one.each[0] for one in samples[:PROMPTS]]
+    prompts = [one.each[0] for one in pairs(options, PROMPTS, 1)]
     prompts = [Sample(p.input_ids[: p.answer], [0.0] * (p.answer or 0), p.source) for p in prompts]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(5, 30_000, (GROUP, NEW), generator=generator).tolist() for _ in prompts]
+    if options.cell == "sft":
+        texts = [
+            Sample([*p.input_ids, *ids], [*p.weights, *[1.0] * NEW], p.source)
+            for p, group in zip(prompts, drawn, strict=True)
+            for ids in group
+        ]
+        job = job_for(adapters, "lora", texts, steps, batch_size=PROMPTS * GROUP)
+        return {"seconds": timed(lambda: train_step(adapters, [job]), steps)}
     settings = {"rewards": ["regex"], "num_generations": GROUP, "max_completion_length": NEW, "num_iterations": 1}
     objective = options.cell.replace("update", "grpo")
     jobs = [job_for(adapters, "lora", prompts, steps, batch_size=PROMPTS, objective=objective,
@@ -126,11 +136,10 @@ def weft(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.cell != "update":
         return {"seconds": timed(whole, steps)}
-    generator = torch.Generator().manual_seed(0)
-    groups = []
-    for prompt in prompts:
-        drawn = torch.randint(5, 30_000, (GROUP, NEW), generator=generator).tolist()
-        groups.append(group_of(prompt, [Written(tuple(ids), (-1.0,) * NEW, True, "") for ids in drawn]))
+    groups = [
+        group_of(prompt, [Written(tuple(ids), (-1.0,) * NEW, True, "") for ids in group])
+        for prompt, group in zip(prompts, drawn, strict=True)
+    ]
     told = {"advantages": [torch.full((NEW,), 1.0 if n % 2 else -1.0) for n in range(PROMPTS * GROUP)]}
     rolled = credited(groups, [True] * (PROMPTS * GROUP), told)
 
@@ -151,7 +160,7 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
     model = build_model(SHAPES[options.shape]).to(getattr(torch, options.dtype))
-    samples = pairs(options, PAIRS * (options.steps + 1))
+    samples = pairs(options, PAIRS, options.steps + 1) if options.cell == "dpo" else pairs(options, PROMPTS, 1)
     words = [
         {
             "prompt": tokenizer.decode(sample.input_ids[1 : sample.branches[0]]),

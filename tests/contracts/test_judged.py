@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests import kit
-from tests.kit.judged import OBJECTIVES, records
+from tests.kit.judged import OBJECTIVES, SCORED, records
 from torch import Tensor
 
 from weft.api import Adapters
@@ -33,7 +33,8 @@ def judging(name: str, samples: list[Sample]) -> Judging:
 
 
 def data_of(name: str, count: int, seed: int = 0) -> list[Sample]:
-    return records(count, answers=1 if name == "kto" else 3 if name in ("dpo", "reward") else 2, seed=seed)
+    answers = {"kto": 1, "regression": 1, "dpo": 3, "reward": 3}.get(name, 2)
+    return records(count, answers=answers, seed=seed)
 
 
 def losses_and_gradients(adapters: Adapters, works: list[Work]) -> list[Tensor]:
@@ -50,7 +51,7 @@ def test_a_prompt_that_answers_share_is_computed_once(kind: str, exact: bool, mo
     """Values and gradients of every method are those of whole sequences, beside SFT rows; and there are fewer rows."""
     model = kit.make_model(kind, torch.float64, **({"sliding_window": 5} if kind == "mistral" else {}))
     adapters = kit.open_with_all(model, exact=exact)
-    names = [name for name in OBJECTIVES if name != "reward"]
+    names = [name for name in OBJECTIVES if name not in SCORED]
     works = []
     for number, method in enumerate(kit.TRAINED):
         name = names[number % len(names)]
@@ -98,7 +99,7 @@ def job_of(
     given = {"steps": 3, "batch_size": 4, "seed": seed, "objective_settings": settings, **more}
     own = kit.SETTINGS.get(method, {})
     config = JobConfig(name=f"{method}-{objective}", method=method, method_settings=own, objective=name, **given)
-    head = RewardTask() if objective == "reward" else None
+    head = RewardTask() if objective in SCORED else None
     adapter = adapters.add(config.name, config.method_config(), seed=seed, head=head)
     if moved:
         kit.randomize(adapter, seed)
@@ -191,7 +192,7 @@ def test_together_is_alone() -> None:
 
 def test_exact_mode_is_bitwise() -> None:
     together = train([*OBJECTIVES, "sft"], torch.float32, exact=True)
-    for objective in ("dpo", "kto", "reward", "orpo", "sft"):
+    for objective in ("dpo", "kto", "reward", "regression", "orpo", "sft"):
         ((name, alone),) = train([objective], torch.float32, exact=True).items()
         assert all(torch.equal(a, b) for a, b in zip(together[name], alone, strict=True)), objective
 

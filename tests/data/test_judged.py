@@ -63,7 +63,7 @@ def test_rankings_verdicts_and_margins(tmp_path: Path) -> None:
     good, bad = read(tmp_path, VERDICT, {**VERDICT, "completion": "two", "label": False}, judgement="kto")
     assert (good.label, bad.label, len(good.each)) == (1, 0, 1)
     (sample,) = read(tmp_path, {**PAIR, "margin": "0.5"})
-    assert sample.margin == 0.5
+    assert sample.given == 0.5
 
 
 def test_a_whole_conversation_may_be_compared(tmp_path: Path) -> None:
@@ -118,14 +118,15 @@ def test_all_is_no_setting_for_judged_answers(tmp_path: Path) -> None:
 
 
 def test_a_store_gives_back_all_of_it(tmp_path: Path) -> None:
-    found = [*read(tmp_path, PAIR, RANKED, {**PAIR, "margin": 2}), *read(tmp_path, VERDICT, judgement="kto")]
+    found = [*read(tmp_path, PAIR, RANKED, {**PAIR, "margin": 2}), *read(tmp_path, VERDICT, judgement="kto"),
+             *read(tmp_path, {"prompt": "a", "completion": "b", "score": 2.5}, judgement="scores")]  # fmt: skip
     store = SampleStore(memory=64)
     for sample in found:
         store.append(sample)
     assert list(store) == found
-    assert store.branched().tolist() == [True] * 4
+    assert store.branched().tolist() == [True] * 5
     each, owners = each_answer(samples_of(found))
-    assert owners.tolist() == [0, 0, 1, 1, 1, 2, 2, 3]
+    assert owners.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 4]
     assert [one.input_ids for one in each] == [one.input_ids for sample in found for one in sample.each]
 
 
@@ -153,3 +154,23 @@ def test_prompts_have_their_records_with_them(tmp_path: Path) -> None:
     store = SampleStore()
     store.append(found[0])
     assert store[0] == found[0]
+
+
+def test_scores(tmp_path: Path) -> None:
+    """Beside a conversation of any format; what is no number is refused by its line."""
+    talk = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    first, second = read(tmp_path, {**talk, "score": 3.5}, {"instruction": "Hi.", "output": "Hm.", "score": "-1"},
+                         judgement="scores")  # fmt: skip
+    assert (first.given, second.given) == (3.5, -1.0)
+    assert first.branches == (first.answer,)
+    for row, words in (
+        (talk, "'score', a number. It has messages"),
+        ({**talk, "score": "good"}, "'score' must be a number, how good the answer is; found str 'good'"),
+        ({**talk, "score": True}, "must be a number"),
+        ({"text": "Once.", "score": 1}, "a question and its answer were expected beside 'score'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}, "preference training"),
+    ):
+        with pytest.raises(UserError) as error:
+            read(tmp_path, {**talk, "score": 1}, row, judgement="scores")
+        assert words in str(error.value)
+        assert "rows.jsonl:2" in str(error.value)

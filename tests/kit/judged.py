@@ -26,13 +26,16 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "simpo": ("simpo", {"sft_weight": 0.2}),
     "kto": ("kto", {"desirable_weight": 1.3}),
     "reward": ("reward", {"center_rewards_coefficient": 0.01}),
+    "regression": ("regression", {"mean": 0.2, "scale": 0.5}),
 }
+# They learn scores, through a head.
+SCORED = ("reward", "regression")
 
 
 def records(count: int, *, answers: int = 2, seed: int = 0, low: int = 2, high: int = 9) -> list[Sample]:
     """Random prompts of ``low`` to ``high`` tokens with so many random answers each; the weights are not all 1.
 
-    With one answer each has a verdict; with two a margin.
+    With one answer each has a verdict; all have a margin, or score.
     """
     rng = random.Random(seed)
     found = []
@@ -44,7 +47,8 @@ def records(count: int, *, answers: int = 2, seed: int = 0, low: int = 2, high: 
             size = rng.randint(1, high)
             ids += [rng.randrange(3, VOCABULARY), *(rng.randrange(3, VOCABULARY) for _ in range(size - 1)), 2]
             weights += [1.0] * size + [0.5 if index else 1.0]
-        facts: dict[str, Any] = {"label": number % 2} if answers == 1 else {"margin": 0.25 * (number % 3)}
+        facts: dict[str, Any] = {"label": number % 2} if answers == 1 else {}
+        facts["given"] = 0.25 * (number % 3)
         place = f"pairs.jsonl:{number + 1}"
         found.append(Sample(ids, weights, place, answer=branches[0], branches=tuple(branches), **facts))
     return found

@@ -43,7 +43,7 @@ def record(prompt: str, answers: list[str], *, margin: float = 0.0, label: int |
         branches.append(len(ids))
         own = [*golden.ids(answer), 1]
         ids, weights = [*ids, *own], [*weights, *[1.0] * len(own)]
-    return Sample(ids, weights, "x", answer=branches[0], branches=tuple(branches), margin=margin, label=label)
+    return Sample(ids, weights, "x", answer=branches[0], branches=tuple(branches), given=margin, label=label)
 
 
 def pairs() -> list[Sample]:
@@ -53,7 +53,7 @@ def pairs() -> list[Sample]:
 
 def found(objective: str, settings: dict[str, Any], samples: list[Sample]) -> dict[str, Any]:
     """The loss, and the digest of the gradients, of a policy that trains every weight over a base as its reference."""
-    scores = objective == "reward"
+    scores = objective in ("reward", "regression")
     base, policy = golden.model(2), golden.model(1, scores=scores)
     adapters = Adapters(base, describe(base))
     adapter = adapters.add("policy", METHODS["full"](), head=RewardTask() if scores else None)
@@ -96,6 +96,21 @@ def test_kto() -> None:
 
 def test_reward() -> None:
     compare("reward", found("reward", {"center_rewards_coefficient": 0.01}, pairs()), KNOWN["reward"])
+
+
+def test_regression() -> None:
+    """As transformers' model with one label learns numbers, record by record."""
+    rows = zip(golden.PROMPTS, golden.CHOSEN, golden.MARGINS, strict=True)
+    samples = [record(prompt, [answer], margin=3 * score - 1) for prompt, answer, score in rows]
+    policy = golden.model(1, scores=True)
+    loss = torch.zeros(())
+    for sample in samples:
+        wanted = torch.tensor([(sample.given - 0.5) / 2])
+        loss = loss + policy(torch.tensor([sample.input_ids]), labels=wanted).loss / len(samples)
+    loss.backward()
+    gradients = golden.digest({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+    theirs = {"loss": float(loss.detach()), "gradients": gradients}
+    compare("regression", found("regression", {"mean": 0.5, "scale": 2.0}, samples), theirs)
 
 
 def group(old: bool = True) -> Rolled:

@@ -60,7 +60,7 @@ class Sample(Protocol):
         """How many of the first tokens of ``each`` are those of the first one, which shares none."""
 
     @property
-    def margin(self) -> float: ...
+    def given(self) -> float: ...
 
 
 @dataclass(frozen=True)

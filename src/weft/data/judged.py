@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from weft.data.formats.detect import to_example
-from weft.data.formats.examples import Judged, LabelledAnswer, Preference, Ranking
+from weft.data.formats.examples import Conversation, Judged, LabelledAnswer, ScoredAnswer
 from weft.data.formats.fields import short
+from weft.data.formats.judged import parted
 from weft.data.formats.turns import EmptyAnswerError
 from weft.data.pipeline import EMPTY, TOO_LONG, Acceptance, Omission, Outcome, Recipe
 from weft.data.reading.rows import Record
@@ -21,15 +22,18 @@ from weft.data.settings import ReadSettings
 from weft.data.sources import content_key, number_of
 from weft.errors import UserError
 
-Judgement = Literal["preference", "kto"]
+Judgement = Literal["preference", "kto", "scores"]
+_SCORE = "score"
+_MEANT = {"margin": "by how much the better answer is better", _SCORE: "how good the answer is"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedRecipe(Recipe):
     """The recipe for judged answers: ``preference`` reads pairs and rankings, ``kto`` answers with a verdict.
 
-    The label of a sample with a verdict is 1 (good) or 0 (bad). A record's ``margin`` is by how much the better answer
-    is better: of a pair, and of every pair of a ranking.
+    ``scores`` reads a conversation of any format beside a field ``score``. The label of a sample with a verdict is 1
+    (good) or 0 (bad). A record's ``margin`` is by how much the better answer is better: of a pair, and of every pair of
+    a ranking.
     """
 
     settings: ReadSettings = field(default_factory=ReadSettings)
@@ -61,6 +65,8 @@ class JudgedRecipe(Recipe):
     def _recognised(self, record: Record) -> tuple[Record, Judged] | Outcome:
         own = self.settings
         try:
+            if self.judgement == "scores":
+                return record, self._scored(record)
             example = to_example(record, format=own.data_format, columns=own.columns, purpose=self.judgement)
         except EmptyAnswerError as error:
             if own.empty_answers == "skip":
@@ -68,8 +74,22 @@ class JudgedRecipe(Recipe):
             return self.refused(error, "empty_answer", record)
         except UserError as error:
             return self.refused(error, "format", record)
-        assert isinstance(example, (Preference, Ranking, LabelledAnswer))
+        assert isinstance(example, Judged)
         return record, example
+
+    def _scored(self, record: Record) -> ScoredAnswer:
+        own, name = self.settings, _SCORE
+        score = _number(record, name)
+        if score is None:
+            there = ", ".join(record.fields)
+            raise UserError(f"{record.source}: an answer with its score was expected: the fields of a conversation and "
+                            f"'{name}', a number. It has {there}.")  # fmt: skip
+        rest = Record({key: value for key, value in record.fields.items() if key != name}, record.source)
+        read = to_example(rest, format=own.data_format, columns=own.columns, purpose="sft")
+        if not isinstance(read, Conversation):
+            raise UserError(f"{record.source}: a question and its answer were expected beside '{name}'.")
+        at = parted(read, record, name)
+        return ScoredAnswer(read.messages[:at], read.messages[at:], score, source=record.source, tools=read.tools)
 
     def _made(self, record: Record, example: Judged, made: Sequence[tuple[Sample, ...] | UserError]) -> Outcome:
         try:
@@ -79,7 +99,8 @@ class JudgedRecipe(Recipe):
             samples = [sample for one in made if not isinstance(one, UserError) for sample in one]
             whole = beside(samples, self.renderer.settings, head=len(self.renderer.encoder.bos))
             label = int(example.label) if isinstance(example, LabelledAnswer) else None
-            whole = replace(whole, label=label, margin=_margin(record))
+            given = example.score if isinstance(example, ScoredAnswer) else _number(record, "margin") or 0.0
+            whole = replace(whole, label=label, given=given)
         except UserError as error:
             if isinstance(error, TooLongError) and self.renderer.truncation == "drop":
                 return Omission(source=record.source, why=TOO_LONG)
@@ -88,20 +109,19 @@ class JudgedRecipe(Recipe):
         return Acceptance(source=record.source, samples=(whole,), key=key, example=example if self.watched else None)
 
 
-def _margin(record: Record) -> float:
-    """The margin that a record gives, or 0.
+def _number(record: Record, name: str) -> float | None:
+    """The number that a record's field gives; None: it has no such field.
 
     Raises:
         UserError: It is no finite number.
     """
-    value: Any = record.fields.get("margin")
+    value: Any = record.fields.get(name)
     if value is None:
-        return 0.0
+        return None
     try:
         found = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):
-        raise UserError(f"{record.source}: 'margin' must be a number, by how much the better answer is better; found "
-                        f"{short(value)}.")  # fmt: skip
+        raise UserError(f"{record.source}: '{name}' must be a number, {_MEANT[name]}; found {short(value)}.")
     return found

@@ -21,7 +21,7 @@ _NAMES = 1024  # remembered paths, which need not be written or read again
 _HEAD = struct.Struct("=HIqqqI")  # flags, runs of weights, answer, line, place and length of the path
 _RUN = struct.Struct("=dI")
 _RUNS = np.dtype([("weight", "=f8"), ("count", "=u4")])
-# Label, cut, numbers of slots, token types and branches, margin, bytes of facts: what few samples have.
+# Label, cut, numbers of slots, token types and branches, the given number, bytes of facts: what few samples have.
 _REST = struct.Struct("=qqIIIdI")
 _ANSWER, _LINE, _LABEL, _MORE = 1, 2, 4, 8  # fields that differ from their defaults
 _DIGITS = 18
@@ -62,7 +62,7 @@ class SampleStore(Samples):
         if sample.label is not None or sample.cut or slots or types or branches or facts:
             flags |= _MORE
             counts = map(len, (slots, types, branches))
-            rest = _REST.pack(sample.label or 0, sample.cut, *counts, sample.margin, len(facts))
+            rest = _REST.pack(sample.label or 0, sample.cut, *counts, sample.given, len(facts))
             parts += (rest, _packed(slots), _packed(types), _packed(branches), facts)
         begin = self._bytes.size
         place = self._written.get(path)
@@ -99,7 +99,7 @@ class SampleStore(Samples):
         given = answer if flags & _ANSWER else None
         if not flags & _MORE:
             return Sample(ids, weights, source, answer=given, target_ids=targets)
-        label, cut, *counts, margin, size = _REST.unpack_from(data, at)
+        label, cut, *counts, number, size = _REST.unpack_from(data, at)
         at += _REST.size
         lists = []
         for count in counts:
@@ -116,7 +116,7 @@ class SampleStore(Samples):
             token_types=lists[1],
             cut=cut,
             branches=lists[2],
-            margin=margin,
+            given=number,
             facts=bytes(data[at : at + size]).decode("utf-8", "surrogatepass"),
         )
 

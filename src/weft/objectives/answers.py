@@ -32,7 +32,8 @@ class Answers:
         counts: of each record the number of its answers; the first is the best.
         reference: [T], the same under the reference; None where the objective asks for none.
         scores: [A], of an objective over scores ([T], if it has one per token); else None.
-        margins, labels: of each record, as its data says (label 1: good, 0: bad).
+        given: of each record, a number that its data gives: by how much the first is better, or its answer's score.
+        labels: of each record, as its data says (1: good, 0: bad).
         point: KTO's reference point, of the whole step.
         advantages: [T], of answers that the policy wrote itself: by how much each token was better than expected.
         old: [T], the log-probabilities under the policy that wrote them; None: it is the policy as it is now.
@@ -45,7 +46,7 @@ class Answers:
     _: KW_ONLY
     reference: Tensor | None = None
     scores: Tensor | None = None
-    margins: Sequence[float] = ()
+    given: Sequence[float] = ()
     labels: Sequence[int] = ()
     point: float = 0.0
     advantages: Tensor | None = None
@@ -82,7 +83,7 @@ class Answers:
                 for j in range(i + 1, count):
                     better.append(begin + i)
                     worse.append(begin + j)
-                    margins.append(self.margins[number] if self.margins else 0.0)
+                    margins.append(self.given[number] if self.given else 0.0)
             begin += count
         device = self.logp.device
         return Pairs(
@@ -110,15 +111,15 @@ class Terms:
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-Judgement = Literal["preference", "kto", "prompts"]
+Judgement = Literal["preference", "kto", "scores", "prompts"]
 
 
 class AnswerObjective(Worded):
     """An objective over judged answers; its fields are the settings.
 
     Attributes:
-        judgement: the kind of data: pairs and rankings (``preference``), verdicts (``kto``), or ``prompts``, whose
-            answers the policy writes.
+        judgement: the kind of data: pairs and rankings (``preference``), verdicts (``kto``), answers with ``scores``,
+            or ``prompts``, whose answers the policy writes.
         uses_reference: whether it compares with a reference.
         scores: whether it learns scores, through a head with one output, instead of log-probabilities.
         per_token: whether it has a score for each token, read before it, and not one for the answer.

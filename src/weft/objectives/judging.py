@@ -152,7 +152,7 @@ def judged_terms(
     each = [answer for sample in samples for answer in sample.each]
     facts: dict[str, Any] = {
         "counts": [len(sample.each) for sample in samples],
-        "margins": [sample.margin for sample in samples],
+        "given": [sample.given for sample in samples],
         "labels": [-1 if sample.label is None else sample.label for sample in samples],
     }
     head = adapters.head(name)

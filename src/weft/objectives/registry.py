@@ -17,6 +17,7 @@ from weft.objectives.grpo import GRPO
 from weft.objectives.kto import KTO
 from weft.objectives.orpo import ORPO
 from weft.objectives.ppo import PPO, Value
+from weft.objectives.regression import Regression
 from weft.objectives.reward import Reward
 from weft.objectives.rloo import RLOO
 from weft.objectives.simpo import SimPO
@@ -29,8 +30,8 @@ _Function = TypeVar("_Function", bound=Objective)
 OBJECTIVES: Registry[Objective | type[AnswerObjective]] = Registry(
     "objective",
     {
-        "dpo": DPO, "grpo": GRPO, "kto": KTO, "orpo": ORPO, "ppo": PPO, "reward": Reward, "rloo": RLOO, "simpo": SimPO,
-        "value": Value,
+        "dpo": DPO, "grpo": GRPO, "kto": KTO, "orpo": ORPO, "ppo": PPO, "regression": Regression, "reward": Reward,
+        "rloo": RLOO, "simpo": SimPO, "value": Value,
     },
 )
 

@@ -18,7 +18,7 @@ def data_fingerprint(samples: Iterable[Sample], labels: Sequence[str], sizes: Ma
         if sample.label is not None:
             digest.update(repr((sample.label, sample.token_types)).encode())
         if sample.branches:
-            digest.update(repr((sample.branches, sample.margin)).encode())
+            digest.update(repr((sample.branches, sample.given)).encode())
         if sample.facts:
             digest.update(sample.facts.encode("utf-8", "surrogatepass"))
     if labels:

@@ -66,9 +66,9 @@ class JobConfig(BaseModel):
     )
     objective: str | None = Field(
         None,
-        description="what is learned instead of the likelihood of the answers: `dpo`, `kto`, `orpo`, `simpo` and "
-        "`reward` learn from judged answers ([preferences.md](preferences.md)); or the name of an extension's "
-        "([extending.md](extending.md)), where evaluation stays the likelihood",
+        description="what is learned instead of the likelihood of the answers: `dpo`, `kto`, `orpo`, `simpo`, "
+        "`reward` and `regression` learn from judged answers ([preferences.md](preferences.md)); or the name of an "
+        "extension's ([extending.md](extending.md)), where evaluation stays the likelihood",
     )
     objective_settings: dict[str, object] = Field({}, description="settings of the objective")
     reference: Literal["start", "base"] = Field(

@@ -14,11 +14,8 @@ from weft.data.formats.examples import (
     SFT,
     Conversation,
     Judged,
-    LabelledAnswer,
     Message,
     PlainText,
-    Preference,
-    Ranking,
     Segments,
     TokenisedText,
 )
@@ -155,7 +152,7 @@ def _texts_of(example: SFT | Judged | None, tokenizer: Any) -> _Texts:
         return _Texts("".join(text for text, _ in example.segments), answer=answer)
     if isinstance(example, TokenisedText) and tokenizer is not None:
         return _Texts(str(tokenizer.decode(list(example.input_ids))))
-    if isinstance(example, (Preference, Ranking, LabelledAnswer)):
+    if isinstance(example, Judged):
         return _judged_texts(example)
     if not isinstance(example, Conversation):
         return _Texts()

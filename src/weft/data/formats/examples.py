@@ -103,6 +103,23 @@ class LabelledAnswer:
 
 
 @dataclass(frozen=True)
+class ScoredAnswer:
+    """One continuation of a prompt, and the score that somebody gave it."""
+
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    score: float
+    _: KW_ONLY
+    source: str
+    tools: tuple[dict[str, object], ...] = ()
+
+    @property
+    def each(self) -> tuple[tuple[Message, ...], ...]:
+        """The one answer."""
+        return (self.completion,)
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Several answers to one prompt, the best first."""
 
@@ -146,7 +163,7 @@ class ClassifiedText:
 
 
 SFT = Conversation | PlainText | TokenisedText | Segments
-Judged = Preference | LabelledAnswer | Ranking
+Judged = Preference | LabelledAnswer | ScoredAnswer | Ranking
 Example = SFT | Judged | StepLabels | ClassifiedText
 
 # Data may hold characters that move a terminal's cursor or colour it; a preview must not obey them.
@@ -179,6 +196,9 @@ def _lines(example: Example, limit: int | None) -> Iterable[str]:
         case LabelledAnswer():
             yield from _turns(example.prompt, limit)
             yield from _turns(example.completion, limit, "good " if example.label else "bad ")
+        case ScoredAnswer():
+            yield from _turns(example.prompt, limit)
+            yield from _turns(example.completion, limit, f"scored {example.score:g}, ")
         case Ranking():
             yield from _turns(example.prompt, limit)
             for number, answer in enumerate(example.answers, start=1):

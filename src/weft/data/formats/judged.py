@@ -133,6 +133,19 @@ def verdict(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
+def parted(read: Conversation, record: Record, name: str) -> int:
+    """Where the judged answer of a conversation begins: behind the last user turn.
+
+    Raises:
+        UserError: No answer follows it, for the field ``name`` to judge.
+    """
+    places = [number for number, turn in enumerate(read.messages, start=1) if turn.role == "user"]
+    at = places[-1] if places else 0
+    if not at or not any(turn.role == "assistant" for turn in read.messages[at:]):
+        raise UserError(f"{record.source}: an answer after a user turn was expected, for '{name}' to judge.")
+    return at
+
+
 def judge(read: Conversation, record: Record, name: str) -> LabelledAnswer:
     """Judge a conversation: all that follows the last user turn is good or bad, as the field ``name`` says.
 
@@ -142,10 +155,7 @@ def judge(read: Conversation, record: Record, name: str) -> LabelledAnswer:
     label = verdict(record.fields[name])
     if label is None:
         raise UserError(f"{record.source}: '{name}' must be true or false, found {short(record.fields[name])}.")
-    places = [number for number, turn in enumerate(read.messages, start=1) if turn.role == "user"]
-    at = places[-1] if places else 0
-    if not at or not any(turn.role == "assistant" for turn in read.messages[at:]):
-        raise UserError(f"{record.source}: an answer after a user turn was expected, for '{name}' to judge.")
+    at = parted(read, record, name)
     return LabelledAnswer(read.messages[:at], read.messages[at:], label, source=record.source, tools=read.tools)
 
 

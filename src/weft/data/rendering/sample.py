@@ -24,8 +24,9 @@ class Sample:
     ``target_ids``: what a sequence-to-sequence model is to write. With either of these, ``weights`` are all 0.0.
     ``cut``: how many tokens of the record were left out to keep ``max_length``.
     ``branches``: of a record whose answers were judged, the places where each answer begins, in order; what stands
-    before the first is the prompt of all, and each answer follows the prompt (``each``). ``margin``: by how much the
-    first is better, as the record says. ``facts``: of a prompt that is to be answered, the record as JSON.
+    before the first is the prompt of all, and each answer follows the prompt (``each``). ``given``: a number that
+    the record gives: by how much the first is better, or the score of its one answer. ``facts``: of a prompt that is to
+    be answered, the record as JSON.
     """
 
     input_ids: list[int]
@@ -39,7 +40,7 @@ class Sample:
     token_types: tuple[int, ...] = ()
     cut: int = 0
     branches: tuple[int, ...] = ()
-    margin: float = 0.0
+    given: float = 0.0
     facts: str = ""
 
     @property
