@@ -364,35 +364,6 @@ class Job:
         best = sorted((int(k.removeprefix("best.")), v) for k, v in tensors.items() if k.startswith("best."))
         self.best = [value.to(p.device) for (_, value), p in zip(best, self.parameters, strict=True)] if best else None
 
-    def go_on(self, planned: int) -> str:
-        """Go on with a job that was planned with other steps, also where it had finished; returns what that means.
-
-        Raises:
-            UserError: Early stopping had put back its best weights, so its last ones are gone.
-        """
-        progress, total = self.progress, self.total_steps
-        if progress.ended == "finished" and progress.step < total and self.parameters:
-            if self.best is not None:
-                raise UserError(
-                    f"job '{self.name}' has finished with its best weights (early_stopping_patience), so it cannot go "
-                    f"on to step {total}. Begin a new run in another output_dir."
-                )
-            progress.ended = None
-        elif not self.active:
-            self.total_steps = planned  # it has ended by these
-            return ""
-        elif progress.step >= total:
-            progress.ended = "finished"
-            return f"job '{self.name}' has done {progress.step} steps, and {total} are wanted now: it ends here."
-        if total == planned:
-            return ""
-        kind = self.config.lr_scheduler_type
-        return (
-            f"job '{self.name}' has {total} steps now, and {planned} before. The learning rate ({kind}) is that "
-            f"of {total} steps from step {progress.step + 1} on, so the run is not what {total} steps from the start "
-            "would be."
-        )
-
     def state(self) -> dict[str, Any]:
         """The progress as JSON values."""
         return asdict(self.progress)

@@ -16,6 +16,7 @@ from weft.errors import UserError
 from weft.files.run_folder import RunStore
 from weft.machine import freed_memory_kept
 from weft.objectives.passes import Evaluation, evaluate
+from weft.training.continuing import go_on
 from weft.training.fullest import make_fullest_pass
 from weft.training.job import Job
 from weft.training.judged import evaluate_judged, falling
@@ -122,7 +123,7 @@ class Trainer:
             self._figures[job.name] = list(state["jobs"][job.name].get("figures", ()))
             if (rolled := state["jobs"][job.name].get("rolled")) is not None:
                 job.rolled.restore(rolled)
-            warnings.append(job.go_on(state["jobs"][job.name].get("total_steps", job.total_steps)))
+            warnings.append(go_on(job, state["jobs"][job.name].get("total_steps", job.total_steps)))
         self.over = all(ended) and not any(job.active for job in self.jobs)
         if self.over:
             warnings.append(
