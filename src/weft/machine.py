@@ -63,7 +63,7 @@ _LARGEST_MMAP_THRESHOLD, _LARGEST_TRIM_THRESHOLD, _NEVER = 32 << 20, 64 << 20, -
 _SMALL_MMAP_THRESHOLD = 1 << 18
 # It is looked at every so many seconds whether gaps have become too many. A look takes 40 microseconds.
 _LOOKS = 0.02
-_SMALLEST_ROOM, _SPARE = 1 << 20, 32 << 20
+SMALLEST_ROOM, _SPARE = 1 << 20, 32 << 20
 _KEEPING, _LOCK = [0], threading.Lock()  # how many blocks ask for it now
 
 
@@ -88,9 +88,9 @@ class Rooms:
 
     def take(self, count: int) -> memoryview | None:
         """Memory for so many bytes; None: there is none but the heap's. It comes back when nobody refers to it."""
-        if not self.open or count < _SMALLEST_ROOM:
+        if not self.open or count < SMALLEST_ROOM:
             return None
-        size = _room_size(count)
+        size = room_size(count)
         with self._lock:
             free = self._free.get(size)
             pages = free.pop() if free else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -114,7 +114,7 @@ class Rooms:
                     count = None if count is None else count - size
 
 
-def _room_size(count: int) -> int:
+def room_size(count: int) -> int:
     """So many bytes, or some more: what differs by little shall fit into the same rooms."""
     step = max(mmap.PAGESIZE, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step

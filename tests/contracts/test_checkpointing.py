@@ -64,7 +64,7 @@ def test_checkpointing_changes_nothing(kind: str, padded: bool, choices: list[di
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_that_is_used_again_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor that can lie in it does, however small; and what comes back is filled with another number."""
-    monkeypatch.setattr(machine, "_SMALLEST_ROOM", 1)
+    monkeypatch.setattr(machine, "SMALLEST_ROOM", 1)
     taken, take = [0], machine.Rooms.take
 
     def poisoned(self: machine.Rooms, count: int) -> memoryview | None:

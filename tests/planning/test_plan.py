@@ -22,7 +22,7 @@ from weft.planning import library
 from weft.planning.dry_run import DryRun, Ghost, Piece, without_memory
 from weft.planning.fit import fit
 from weft.planning.flops import flops_of
-from weft.planning.heap import Heap, heap_of, peak_of
+from weft.planning.heap import Heap, HeapAndRooms, heap_of, peak_of
 from weft.planning.memory import CAUSES, MemoryPlan
 from weft.planning.plan import Plan, plan_of
 from weft.planning.rehearsal import Rehearsal, material, rehearsed
@@ -356,3 +356,20 @@ def test_the_update_in_eight_bits_is_played(tiny_data: Path, tmp_path: Path) -> 
 
         roots[one], tensors = rehearsed(material(config), large)
     assert roots["adamw_8bit"] - roots["sgd"] == tensors > 0
+
+
+def test_rooms_wait_for_pieces_of_their_size() -> None:
+    """Where a heap would put a smaller piece into the gap of a larger one."""
+    heap, rooms = Heap(), HeapAndRooms()
+    for played in (heap, rooms):
+        first = played.take(8 << 20)
+        played.give_back(first, 8 << 20)
+        second = played.take(4 << 20)
+        third = played.take((8 << 20) - 1000)
+        played.give_back(second, 4 << 20)
+        played.give_back(third, (8 << 20) - 1000)
+        assert played.take(1000) is not None, "small pieces lie in the heap"
+    assert heap.peak < 12.1 * 2**20
+    assert 12 * 2**20 <= rooms.peak < 12.1 * 2**20
+    assert rooms.take(5 << 20) is None
+    assert rooms.peak > 17 * 2**20 > heap.peak

@@ -10,8 +10,10 @@ While ``weft.machine.freed_memory_kept`` is on, the heap never shrinks, so its l
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Iterable
 
+from weft.machine import SMALLEST_ROOM, room_size
 from weft.planning.dry_run import Piece
 
 MMAP_THRESHOLD = 32 << 20
@@ -93,6 +95,35 @@ class Heap:
         size = self._at.pop(place)
         del self._ends[place + size]
         del self._gaps[bisect.bisect_left(self._gaps, (size, place))]
+
+
+class HeapAndRooms(Heap):
+    """A heap beside ``weft.machine.Rooms``, in which the large pieces lie. A room that is free waits for the next piece
+    of its size, and nothing else is put there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._free: Counter[int] = Counter()
+
+    def take(self, count: int) -> int | None:
+        """As a heap's."""
+        if count < SMALLEST_ROOM:
+            return super().take(count)
+        size = room_size(count)
+        if self._free[size]:
+            self._free[size] -= 1
+        else:
+            self.beside += size
+            self._note()
+        return None
+
+    def give_back(self, place: int | None, count: int) -> None:
+        """As a heap's."""
+        if count < SMALLEST_ROOM:
+            super().give_back(place, count)
+        else:
+            self._free[room_size(count)] += 1
 
 
 def heap_of(device: str) -> Heap:
