@@ -86,9 +86,13 @@ class Rooms:
         """Whether there are any now: inside ``freed_memory_kept``."""
         return _KEEPING[0] > 0
 
+    def has(self, count: int) -> bool:
+        """Whether pieces of so many bytes lie in rooms now."""
+        return self.open and count >= SMALLEST_ROOM
+
     def take(self, count: int) -> memoryview | None:
         """Memory for so many bytes; None: there is none but the heap's. It comes back when nobody refers to it."""
-        if not self.open or count < SMALLEST_ROOM:
+        if not self.has(count):
             return None
         size = room_size(count)
         with self._lock:

@@ -18,7 +18,8 @@ from weft.machine import ROOMS
 def empty(like: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor [*shape], by default of the shape of ``like`` [...] and in its dtype, on its device."""
     shape, dtype = like.shape if shape is None else shape, dtype or like.dtype
-    if like.device.type == "cpu" and type(like) in (Tensor, torch.nn.Parameter):
+    plain = type(like) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if plain and like.device.type == "cpu":
         # A view of it would be a view for autograd too.
         return empty_numbers(math.prod(shape), dtype).resize_(*shape)
     return like.new_empty(shape, dtype=dtype)
@@ -44,5 +45,5 @@ class _Apart(torch.autograd.Function):
 
 def apart(x: Tensor) -> Tensor:
     """x [...], which stays until the way back, in such memory where there is some."""
-    found: Tensor = _Apart.apply(x) if ROOMS.open and x.device.type == "cpu" else x
+    found: Tensor = _Apart.apply(x) if x.device.type == "cpu" and ROOMS.has(x.nbytes) else x
     return found

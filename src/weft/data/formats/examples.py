@@ -86,12 +86,9 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class LabelledAnswer:
-    """One continuation of a prompt, judged good (``label`` True) or bad: KTO learns from these."""
-
+class _OneAnswer:
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]
-    label: bool
     _: KW_ONLY
     source: str
     tools: tuple[dict[str, object], ...] = ()
@@ -103,20 +100,17 @@ class LabelledAnswer:
 
 
 @dataclass(frozen=True)
-class ScoredAnswer:
+class LabelledAnswer(_OneAnswer):
+    """One continuation of a prompt, judged good (``label`` True) or bad: KTO learns from these."""
+
+    label: bool
+
+
+@dataclass(frozen=True)
+class ScoredAnswer(_OneAnswer):
     """One continuation of a prompt, and the score that somebody gave it."""
 
-    prompt: tuple[Message, ...]
-    completion: tuple[Message, ...]
     score: float
-    _: KW_ONLY
-    source: str
-    tools: tuple[dict[str, object], ...] = ()
-
-    @property
-    def each(self) -> tuple[tuple[Message, ...], ...]:
-        """The one answer."""
-        return (self.completion,)
 
 
 @dataclass(frozen=True)
