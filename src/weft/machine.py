@@ -64,6 +64,8 @@ _SMALL_MMAP_THRESHOLD = 1 << 18
 # It is looked at every so many seconds whether gaps have become too many. A look takes 40 microseconds.
 _LOOKS = 0.02
 SMALLEST_ROOM, _SPARE = 1 << 20, 32 << 20
+# Bytes by which gaps may outgrow their limit until two looks have seen it; a step takes about a GB a second anew.
+UNSEEN = 32 << 20
 _KEEPING, _LOCK = [0], threading.Lock()  # how many blocks ask for it now
 
 
@@ -74,10 +76,11 @@ class Rooms:
 
     Attributes:
         used: Bytes that are in use now.
+        most: The most bytes that ever were, since there are rooms.
     """
 
     def __init__(self) -> None:
-        self.used = 0
+        self.used = self.most = self._unused = 0
         self._free: dict[int, list[mmap.mmap]] = {}  # bytes -> rooms; those that came back last are last
         self._lock = threading.RLock()  # one room may come back while another one is taken
 
@@ -96,9 +99,16 @@ class Rooms:
             return None
         size = room_size(count)
         with self._lock:
-            free = self._free.get(size)
-            pages = free.pop() if free else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.used += size
+            self.most = max(self.most, self.used)
+            if free := self._free.get(size):
+                pages = free.pop()
+                self._unused -= size
+            else:
+                # Passes of many lengths have rooms of many sizes. Those that nobody takes again make place for this one.
+                if (over := self.used + self._unused - held_at_most(self.most)) > 0:
+                    self.give_back(over)
+                pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         view = memoryview(pages)
         weakref.finalize(view, self._take_back, pages, size).atexit = False
         return view
@@ -108,6 +118,7 @@ class Rooms:
             self.used -= size
             if self.open:
                 self._free[size] = [*self._free.pop(size, []), pages]
+                self._unused += size
 
     def give_back(self, count: int | None = None) -> None:
         """Give so many free bytes back to the system, of the sizes first that were not used for long; None: all."""
@@ -115,7 +126,10 @@ class Rooms:
             for size in list(self._free):
                 while self._free[size] and (count is None or count > 0):
                     self._free[size].pop()
+                    self._unused -= size
                     count = None if count is None else count - size
+            if count is None:
+                self.most = self.used
 
 
 def room_size(count: int) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weft.machine import held_at_most
+from weft.machine import UNSEEN, held_at_most
 from weft.planning.dry_run import Recording
 from weft.planning.heap import Heap, HeapAndRooms, heap_of, peak_of
 
@@ -46,10 +46,12 @@ def of_recording(recording: Recording, device: str) -> dict[str, int]:
     most, at = peak_of(recording.pieces, heap_of(device))
     if device == "cpu":
         # Of the largest pieces some lie in the heap and some beside it: the plan takes what holds more.
+        alone = most
         most, at = max((most, at), peak_of(recording.pieces, HeapAndRooms()))
         used, then = peak_of(recording.pieces, Heap(mmap_threshold=0, page=1))
-        if held_at_most(used) < most:
-            most, at = held_at_most(used), then
+        # A heap that grows beyond the limit by itself has done so, by some, before anybody looks.
+        if (limit := max(held_at_most(used), min(alone, held_at_most(used) + UNSEEN))) < most:
+            most, at = limit, then
     found: Counter[str] = Counter()
     for piece in recording.pieces:
         if piece.held_at(at):
