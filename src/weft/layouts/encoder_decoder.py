@@ -47,6 +47,7 @@ class EncoderDecoder(Layout):
     route = BatchRoute
     words = "in padded batches"
     tasks = frozenset({"seq2seq"})
+    writes_apart = True
 
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """The encoder's batch: texts without an answer in them."""
@@ -76,6 +77,13 @@ class EncoderDecoder(Layout):
             mask = torch.cat([prefix_mask(stream, mask), mask], dim=1)
             out = self.decode(memory, hidden, mask, past)
         return stream, out.flatten(0, 1)[rows]
+
+    def written(self, context: Sequence[int], ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        return context, ids
+
+    def before(self, stream: Stream, number: int, start: int, count: int) -> list[int]:
+        """Each row of the decoder stands before its own token."""
+        return list(stream.rows[number][:count])
 
     def _embedded(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [B, T, d], the mask [B, T], and where the N rows are in [B * T]."""

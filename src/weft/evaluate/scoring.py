@@ -1,0 +1,300 @@
+"""How likely texts are: continuations after a context, and whole texts, under several adapters in the same passes.
+
+Continuations that share a context, as the choices of a question do, read it once. The conventions, by which tokens a
+text is cut and what is predicted once, are those of lm_eval (``weft.evaluate.encoding`` has those of the tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from weft.base.embeddings import input_embeddings
+from weft.core.adapters import Adapters
+from weft.core.stream import Part
+from weft.errors import UserError
+from weft.generation.checks import check_writes
+from weft.layouts.building import check_ids
+from weft.objectives.passes import EVALUATION_TOKENS, passes
+from weft.ops.loss import LOGIT_BYTES
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Token ids, not empty, whose log-probability after a context, not empty, is asked for.
+
+    ``slots``: places 0 … len(context) in the context at which an adapter's virtual tokens stand, as in ``Prompt``.
+    """
+
+    context: Sequence[int]
+    ids: Sequence[int]
+    slots: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """``logprob``: log p of a continuation, the sum over its tokens; ``greedy``: whether each was the likeliest."""
+
+    logprob: float
+    greedy: bool
+
+
+@torch.no_grad()
+def score(
+    adapters: Adapters,
+    asked: Mapping[str | None, Sequence[Continuation]],
+    *,
+    max_tokens: int = EVALUATION_TOKENS,
+) -> dict[str | None, list[Scored]]:
+    """The log-probability of each continuation after its context, of all adapters (None: the base) together.
+
+    Log-probabilities are those of the whole vocabulary, in fp32 (fp64 for an fp64 base). Continuations of an adapter
+    with the same context read it once, where the base's layout can share rows; else each reads it. Different
+    contestants share no rows, for their hidden states differ from the first layer on.
+
+    Args:
+        max_tokens: Rows of a pass, at most; a single context with its continuations may take more.
+
+    Raises:
+        UserError: An adapter writes no text, a context or a continuation is empty, or both together are longer than the
+            base's positions: ``fit`` cuts them.
+    """
+    questions: list[_Question] = []
+    for name, continuations in asked.items():
+        check_writes(adapters, name)
+        _check(adapters, name, continuations)
+        questions += _questions(adapters, name, continuations, max_tokens)
+    # The longest come first: what does not fit into memory is known at once. The contestants' same ones come together.
+    questions.sort(key=lambda one: (-one.longest, one.first))
+    found: dict[str | None, list[Scored]] = {name: [Scored(0.0, True)] * len(own) for name, own in asked.items()}
+    for batch in passes(questions, max_tokens):
+        for (name, index), scored in _score_pass(adapters, batch):
+            found[name][index] = scored
+    return found
+
+
+def room(adapters: Adapters, name: str | None) -> int | None:
+    """How many tokens adapter ``name`` can read at once, beside its own learned ones; None: any number."""
+    limit = adapters.architecture.max_length
+    return None if limit is None else limit - (0 if name is None else adapters[name].num_learned_tokens)
+
+
+def fit(adapters: Adapters, name: str | None, continuation: Continuation) -> Continuation:
+    """The continuation with as much of its context's end as the base has positions for, as lm_eval cuts it.
+
+    The last token is predicted and not read. Slots of what is cut off move to the beginning.
+
+    Raises:
+        UserError: The continuation alone is too long.
+    """
+    limit, context = room(adapters, name), continuation.context
+    if limit is None:
+        return continuation
+    keep = limit if adapters.layout.writes_apart else limit + 1 - len(continuation.ids)
+    if keep < 1 or len(continuation.ids) > limit:
+        raise UserError(
+            f"a continuation of {len(continuation.ids)} tokens leaves no room for its context: "
+            f"{_who(name)} reads {limit} at once. Shorten it."
+        )
+    gone = max(0, len(context) - keep)
+    slots = tuple(max(0, slot - gone) for slot in continuation.slots)
+    return replace(continuation, context=context[gone:], slots=slots) if gone else continuation
+
+
+def windows(ids: Sequence[int], prefix: int, length: int | None) -> list[Continuation]:
+    """A text as continuations in which each token is predicted once, as lm_eval's rolling windows.
+
+    The model reads ``length`` tokens at most (None: any number). The first window begins with the token ``prefix``. The
+    next ones take as many new tokens as they can behind one that was read; the last one reads as much as fits.
+    """
+    length = length or max(len(ids), 1)
+    found = []
+    for begin in range(0, len(ids), length):
+        end = min(begin + length, len(ids))
+        context = ids[end - length - 1 : begin] if begin else [prefix]
+        found.append(Continuation(context, ids[begin:end]))
+    return found
+
+
+def score_texts(
+    adapters: Adapters,
+    asked: Mapping[str | None, Sequence[Sequence[int]]],
+    prefix: int,
+    *,
+    max_length: int | None = None,
+    max_tokens: int = EVALUATION_TOKENS,
+) -> dict[str | None, list[float]]:
+    """The log-probability of each whole text, whose first token follows the token ``prefix``.
+
+    Texts are cut into ``windows`` of ``max_length`` tokens, or of what each adapter can read (``room``) if that is
+    less: one with virtual tokens has windows that are so much shorter. A text without tokens has log-probability 0.
+
+    Raises:
+        UserError: An adapter writes no text, or ``max_length`` is less than 1.
+    """
+    if max_length is not None and max_length < 1:
+        raise UserError(f"max_length is {max_length}; a window reads one token at least.")
+    pieces: dict[str | None, list[Continuation]] = {}
+    counts: dict[str | None, list[int]] = {}
+    for name, texts in asked.items():
+        limits = [limit for limit in (room(adapters, name), max_length) if limit is not None]
+        cut = [windows(ids, prefix, min(limits, default=None)) for ids in texts]
+        pieces[name], counts[name] = [one for own in cut for one in own], [len(own) for own in cut]
+    scored = score(adapters, pieces, max_tokens=max_tokens)
+    totals: dict[str | None, list[float]] = {}
+    for name, sizes in counts.items():
+        values = iter(scored[name])
+        totals[name] = [sum(next(values).logprob for _ in range(size)) for size in sizes]
+    return totals
+
+
+@dataclass(eq=False, kw_only=True)
+class _Question:
+    """One context of one adapter, and its continuations.
+
+    Attributes:
+        first: the place of the first one among those asked.
+        sequences: of each sequence the ids that it writes; a continuation may be the beginning of one, but for its
+            last token, and then has none of its own.
+        wanted: (place among those asked, ids, number of the sequence).
+        size: rows of a pass.
+    """
+
+    adapter: str | None
+    context: tuple[int, ...]
+    slots: tuple[int, ...]
+    first: int
+    sequences: list[tuple[int, ...]] = field(default_factory=list)
+    wanted: list[tuple[int, tuple[int, ...], int]] = field(default_factory=list)
+    size: int = 0
+
+    @property
+    def longest(self) -> int:
+        """The rows of its longest sequence."""
+        return len(self.context) + max(map(len, self.sequences))
+
+
+def _questions(
+    adapters: Adapters, name: str | None, continuations: Sequence[Continuation], max_tokens: int
+) -> Iterator[_Question]:
+    """The continuations of one adapter by their contexts, cut where one context's would be too many for a pass."""
+    learned = 0 if name is None else adapters[name].num_learned_tokens
+    by_context: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for index, one in enumerate(continuations):
+        by_context.setdefault((tuple(one.context), tuple(one.slots)), []).append(index)
+    for (context, slots), members in by_context.items():
+        whole = len(context) + learned
+        question = _Question(adapter=name, context=context, slots=slots, first=members[0], size=whole)
+        # By what is read of them, backwards: one that is the beginning of another comes right after such a one.
+        own = sorted(((tuple(continuations[i].ids), i) for i in members), key=lambda one: one[0][:-1], reverse=True)
+        for ids, index in own:
+            known = question.sequences
+            if not known or known[-1][:-1][: len(ids) - 1] != ids[:-1]:
+                more = len(ids) - 1 + (whole if known and not adapters.layout.shares_rows else 0)
+                if known and question.size + more > max_tokens:
+                    yield question
+                    question = _Question(adapter=name, context=context, slots=slots, first=index, size=whole)
+                question.sequences.append(ids)
+                question.size += more
+            question.wanted.append((index, ids, len(question.sequences) - 1))
+        yield question
+
+
+def _check(adapters: Adapters, name: str | None, continuations: Sequence[Continuation]) -> None:
+    limit, layout, vocabulary = room(adapters, name), adapters.layout, len(input_embeddings(adapters.model).weight)
+    for index, one in enumerate(continuations):
+        for what, ids in (("context", one.context), ("continuation", one.ids)):
+            if not len(ids):
+                raise UserError(
+                    f"continuation {index} of {_who(name)}: the {what} is empty; a token is predicted after another. "
+                    "An empty context wants the token that begins texts."
+                )
+        check_ids(one.ids, vocabulary, f"continuation {index} of {_who(name)}")  # the last one is not read
+        longest = max(map(len, layout.written(one.context, one.ids)))
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"continuation {index} of {_who(name)}: {longest} tokens are to be read, and it reads {limit} at once. "
+                "weft.evaluate.scoring.fit cuts the context from the left."
+            )
+
+
+def _who(name: str | None) -> str:
+    return "the base" if name is None else f"adapter '{name}'"
+
+
+def _score_pass(adapters: Adapters, batch: Sequence[_Question]) -> Iterator[tuple[tuple[str | None, int], Scored]]:
+    """The scores of some questions, in one pass of the base."""
+    layout, names = adapters.layout, list(dict.fromkeys(one.adapter for one in batch))
+    ordered = sorted(batch, key=lambda one: names.index(one.adapter))
+    stream, hidden = adapters.run(
+        [_part(adapters, name, list(own)) for name, own in groupby(ordered, key=lambda one: one.adapter)]
+    )
+    rows: dict[tuple[str | None, int], int] = {}  # of an adapter a row of the batch -> its number among those asked
+    at: list[int] = []
+    targets: list[int] = []
+    places: list[tuple[tuple[str | None, int], int]] = []
+    number = 0
+    for one in ordered:
+        for index, ids, own in one.wanted:
+            before = layout.before(stream, number + own, len(one.context), len(ids))
+            at += [rows.setdefault((one.adapter, row), len(rows)) for row in before]
+            targets += ids
+            places.append(((one.adapter, index), len(ids)))
+        number += len(one.sequences)
+    logps, likeliest = _token_scores(adapters, hidden, list(rows), at, targets)
+    begin = 0
+    for place, count in places:
+        own_logps, best = logps[begin : begin + count], likeliest[begin : begin + count]
+        yield place, Scored(sum(own_logps), all(best))
+        begin += count
+
+
+def _part(adapters: Adapters, name: str | None, questions: Sequence[_Question]) -> Part:
+    written = [adapters.layout.written(one.context, ids) for one in questions for ids in one.sequences]
+    repeated = [(one, place) for one in questions for place in range(len(one.sequences))]
+    return Part(
+        name,
+        [sequence for sequence, _ in written],
+        answers=[len(one.context) for one, _ in repeated],
+        slots=[one.slots for one, _ in repeated],
+        targets=[target for _, target in written],
+        shared=[len(one.context) if place else 0 for one, place in repeated],
+    )
+
+
+def _token_scores(
+    adapters: Adapters,
+    hidden: Tensor,
+    rows: Sequence[tuple[str | None, int]],
+    at: Sequence[int],
+    targets: Sequence[int],
+) -> tuple[list[float], list[bool]]:
+    """log p of each target after the row with number ``at``, and whether it is the likeliest token there.
+
+    ``rows``: (adapter, row of the hidden states [N, d]), those of an adapter side by side. Logits are held of a chunk
+    of them at a time.
+    """
+    device = hidden.device
+    order, wanted = torch.tensor(at, device=device), torch.tensor(targets, device=device)
+    logps = torch.zeros(len(at), dtype=torch.float64, device=device)
+    likeliest = torch.zeros(len(at), dtype=torch.bool, device=device)
+    chunk = max(32, LOGIT_BYTES // (4 * len(input_embeddings(adapters.model).weight)))
+    begin = 0
+    while begin < len(rows):
+        own = rows[begin : begin + chunk]
+        if adapters.exact:  # the same shapes as if no other adapter were there
+            own = [row for row in own if row[0] == own[0][0]]
+        counts = [(name, len(list(some))) for name, some in groupby(own, key=lambda row: row[0])]
+        states = hidden.index_select(0, torch.tensor([row for _, row in own], device=device))
+        logits = adapters.logits(states, counts)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        mine = ((order >= begin) & (order < begin + len(own))).nonzero()[:, 0]
+        of = order[mine] - begin
+        told = logits[of, wanted[mine]] - logits.logsumexp(-1)[of]
+        logps[mine], likeliest[mine] = told.double(), logits.argmax(-1)[of] == wanted[mine]
+        begin += len(own)
+    return logps.tolist(), likeliest.tolist()
