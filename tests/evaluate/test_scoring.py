@@ -12,9 +12,10 @@ from tests import kit
 from tests.contracts import test_seq2seq as seq2seq
 
 from weft.api import Adapters
-from weft.core.stream import Part
+from weft.core.stream import Part, Stream
 from weft.errors import UserError
 from weft.evaluate.scoring import Continuation, Scored, fit, room, score, score_texts, windows
+from weft.layouts.encoder_decoder import EncoderDecoder, Memory
 from weft.methods import METHODS
 from weft.models import describe
 
@@ -124,6 +125,55 @@ def test_choices_read_their_context_once(monkeypatch: pytest.MonkeyPatch) -> Non
     choices = [Continuation(context, [8, token]) for token in (3, 4)] + [Continuation(context, [8])]
     score(adapters, {"prompt_tuning": choices})
     assert rows == [40, 40 + 4 * 2, 40 + 5 + 1]
+
+
+def test_an_encoder_reads_a_context_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = opened("t5")
+    read: list[int] = []
+    encode = EncoderDecoder.encode
+
+    def counted(layout: EncoderDecoder, stream: Stream) -> Memory:
+        read.append(len(stream.lengths))
+        return encode(layout, stream)
+
+    monkeypatch.setattr(EncoderDecoder, "encode", counted)
+    asked = [Continuation(context, ids) for context in ([5, 6, 7], [8, 9]) for ids in ([3, 4], [5, 6, 7], [8, 4, 4])]
+    score(adapters, {None: asked, "lora": asked})
+    assert read == [4]
+
+
+def test_examples_before_questions_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts that begin alike read that beginning once, with one choice or several, and all methods agree."""
+    adapters, rng = opened("llama"), random.Random(3)
+    (examples,) = kit.texts(1, 60, 60, 8)
+    asked = [
+        Continuation([*examples, *own], ids)
+        for own in kit.texts(5, 1, 9, 9)
+        for ids in kit.texts(3, 1, 1 + 3 * rng.randrange(2), rng.randrange(99))
+    ]
+    asked += [
+        Continuation(examples, [5]),
+        Continuation(examples[:50], [6, 7]),
+        Continuation(kit.texts(1, 9, 9)[0], [4]),
+    ]
+    rows: list[int] = []
+    run = adapters.run
+
+    def counted(parts: Sequence[Part]) -> Any:
+        stream, hidden = run(parts)
+        rows.append(len(stream.input_ids))
+        return stream, hidden
+
+    monkeypatch.setattr(adapters, "run", counted)
+    names: list[str | None] = [None, *adapters.names]
+    together = score(adapters, dict.fromkeys(names, asked), max_tokens=1000)
+    read = sum(rows)
+    worst = 0.0
+    for name in names:
+        alone = [score(adapters, {name: [one]})[name][0] for one in asked]
+        worst = max(worst, distance(together[name], alone))
+    kit.measured("examples shared", worst, LIMIT)
+    assert read < (sum(rows) - read) / 4
 
 
 def test_many_choices_go_through_several_passes() -> None:

@@ -7,7 +7,7 @@ text is cut and what is predicted once, are those of lm_eval (``weft.evaluate.en
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -17,22 +17,11 @@ from weft.base.embeddings import input_embeddings
 from weft.core.adapters import Adapters
 from weft.core.stream import Part
 from weft.errors import UserError
+from weft.evaluate.questions import Continuation, Question, planned, questions_of
 from weft.generation.checks import check_writes
 from weft.layouts.building import check_ids
-from weft.objectives.passes import EVALUATION_TOKENS, passes
+from weft.objectives.passes import EVALUATION_TOKENS
 from weft.ops.loss import LOGIT_BYTES
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Token ids, not empty, whose log-probability after a context, not empty, is asked for.
-
-    ``slots``: places 0 … len(context) in the context at which an adapter's virtual tokens stand, as in ``Prompt``.
-    """
-
-    context: Sequence[int]
-    ids: Sequence[int]
-    slots: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -52,9 +41,10 @@ def score(
 ) -> dict[str | None, list[Scored]]:
     """The log-probability of each continuation after its context, of all adapters (None: the base) together.
 
-    Log-probabilities are those of the whole vocabulary, in fp32 (fp64 for an fp64 base). Continuations of an adapter
-    with the same context read it once, where the base's layout can share rows; else each reads it. Different
-    contestants share no rows, for their hidden states differ from the first layer on.
+    Log-probabilities are those of the whole vocabulary, in fp32 (fp64 for an fp64 base). Where the base's layout can
+    share rows, continuations of an adapter with the same context read it once, and contexts that begin alike, as with
+    the same examples before each question, read that beginning once a pass; else each reads all of its own. Different
+    adapters share no rows, for their hidden states differ.
 
     Args:
         max_tokens: Rows of a pass, at most; a single context with its continuations may take more.
@@ -63,15 +53,13 @@ def score(
         UserError: An adapter writes no text, a context or a continuation is empty, or both together are longer than the
             base's positions: ``fit`` cuts them.
     """
-    questions: list[_Question] = []
+    questions: list[Question] = []
     for name, continuations in asked.items():
         check_writes(adapters, name)
         _check(adapters, name, continuations)
-        questions += _questions(adapters, name, continuations, max_tokens)
-    # The longest come first: what does not fit into memory is known at once. The contestants' same ones come together.
-    questions.sort(key=lambda one: (-one.longest, one.first))
+        questions += questions_of(adapters, name, continuations, max_tokens)
     found: dict[str | None, list[Scored]] = {name: [Scored(0.0, True)] * len(own) for name, own in asked.items()}
-    for batch in passes(questions, max_tokens):
+    for batch in planned(questions, max_tokens, shares=adapters.layout.shares_rows):
         for (name, index), scored in _score_pass(adapters, batch):
             found[name][index] = scored
     return found
@@ -152,58 +140,6 @@ def score_texts(
     return totals
 
 
-@dataclass(eq=False, kw_only=True)
-class _Question:
-    """One context of one adapter, and its continuations.
-
-    Attributes:
-        first: the place of the first one among those asked.
-        sequences: of each sequence the ids that it writes; a continuation may be the beginning of one, but for its
-            last token, and then has none of its own.
-        wanted: (place among those asked, ids, number of the sequence).
-        size: rows of a pass.
-    """
-
-    adapter: str | None
-    context: tuple[int, ...]
-    slots: tuple[int, ...]
-    first: int
-    sequences: list[tuple[int, ...]] = field(default_factory=list)
-    wanted: list[tuple[int, tuple[int, ...], int]] = field(default_factory=list)
-    size: int = 0
-
-    @property
-    def longest(self) -> int:
-        """The rows of its longest sequence."""
-        return len(self.context) + max(map(len, self.sequences))
-
-
-def _questions(
-    adapters: Adapters, name: str | None, continuations: Sequence[Continuation], max_tokens: int
-) -> Iterator[_Question]:
-    """The continuations of one adapter by their contexts, cut where one context's would be too many for a pass."""
-    learned = 0 if name is None else adapters[name].num_learned_tokens
-    by_context: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-    for index, one in enumerate(continuations):
-        by_context.setdefault((tuple(one.context), tuple(one.slots)), []).append(index)
-    for (context, slots), members in by_context.items():
-        whole = len(context) + learned
-        question = _Question(adapter=name, context=context, slots=slots, first=members[0], size=whole)
-        # By what is read of them, backwards: one that is the beginning of another comes right after such a one.
-        own = sorted(((tuple(continuations[i].ids), i) for i in members), key=lambda one: one[0][:-1], reverse=True)
-        for ids, index in own:
-            known = question.sequences
-            if not known or known[-1][:-1][: len(ids) - 1] != ids[:-1]:
-                more = len(ids) - 1 + (whole if known and not adapters.layout.shares_rows else 0)
-                if known and question.size + more > max_tokens:
-                    yield question
-                    question = _Question(adapter=name, context=context, slots=slots, first=index, size=whole)
-                question.sequences.append(ids)
-                question.size += more
-            question.wanted.append((index, ids, len(question.sequences) - 1))
-        yield question
-
-
 def _check(adapters: Adapters, name: str | None, continuations: Sequence[Continuation]) -> None:
     limit, layout, vocabulary = room(adapters, name), adapters.layout, len(input_embeddings(adapters.model).weight)
     for index, one in enumerate(continuations):
@@ -226,7 +162,7 @@ def _who(name: str | None) -> str:
     return "the base" if name is None else f"adapter '{name}'"
 
 
-def _score_pass(adapters: Adapters, batch: Sequence[_Question]) -> Iterator[tuple[tuple[str | None, int], Scored]]:
+def _score_pass(adapters: Adapters, batch: Sequence[Question]) -> Iterator[tuple[tuple[str | None, int], Scored]]:
     """The scores of some questions, in one pass of the base."""
     layout, names = adapters.layout, list(dict.fromkeys(one.adapter for one in batch))
     ordered = sorted(batch, key=lambda one: names.index(one.adapter))
@@ -253,16 +189,15 @@ def _score_pass(adapters: Adapters, batch: Sequence[_Question]) -> Iterator[tupl
         begin += count
 
 
-def _part(adapters: Adapters, name: str | None, questions: Sequence[_Question]) -> Part:
+def _part(adapters: Adapters, name: str | None, questions: Sequence[Question]) -> Part:
     written = [adapters.layout.written(one.context, ids) for one in questions for ids in one.sequences]
-    repeated = [(one, place) for one in questions for place in range(len(one.sequences))]
     return Part(
         name,
         [sequence for sequence, _ in written],
-        answers=[len(one.context) for one, _ in repeated],
-        slots=[one.slots for one, _ in repeated],
+        answers=[len(one.context) for one in questions for _ in one.sequences],
+        slots=[one.slots for one in questions for _ in one.sequences],
         targets=[target for _, target in written],
-        shared=[len(one.context) if place else 0 for one, place in repeated],
+        shared=[count for one in questions for count in one.shared],
     )
 
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,16 +24,7 @@ from weft.objectives.judging import Judging, judged_loss, judged_terms, part_of,
 from weft.objectives.likelihood import likelihood
 from weft.objectives.registry import Objective, losses_of
 
-
-class Sized(Protocol):
-    """What takes room of a pass."""
-
-    @property
-    def size(self) -> int:
-        """The number of tokens that a model reads."""
-
-
-AnySample = TypeVar("AnySample", bound=Sized)
+AnySample = TypeVar("AnySample", bound=Sample)
 EVALUATION_TOKENS = 4096  # of a pass that evaluates, at most
 
 
