@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from weft.errors import UserError
-from weft.evaluate.scoring import Continuation
+from weft.evaluate.questions import Continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def split(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, apart: bool = False) -> Continuation:
+def split(
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    continuation: str,
+    *,
+    apart: bool = False,
+    encoded: Callable[[str], list[int]] | None = None,
+) -> Continuation:
     """A context and its continuation as token ids.
 
     Both are encoded as one text, of which as many tokens as the context alone has are the context. White space at its
@@ -20,13 +28,14 @@ def split(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *
 
     Args:
         apart: Encode the two by themselves, as encoder-decoders need it (``Layout.writes_apart``).
+        encoded: Gives the context's ids, where they may be known already; default: ``encode``.
 
     Raises:
         UserError: Nothing is left to be predicted, or an empty context has no token that could begin it.
     """
     kept = context.rstrip()
     context, continuation = kept, context[len(kept) :] + continuation
-    first = encode(tokenizer, context) if context else []
+    first = [] if not context else encode(tokenizer, context) if encoded is None else encoded(context)
     if not first:
         ids = encode(tokenizer, continuation, special=False)
         prefix = prefix_token(tokenizer)
@@ -50,7 +59,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool | Non
     False: with them or without in any case.
     """
     if special is None:
-        begin = tokenizer.bos_token
+        begin = tokenizer.bos_token or tokenizer.eos_token
         special = not (isinstance(begin, str) and begin and text.startswith(begin))
     return list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
