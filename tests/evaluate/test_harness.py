@@ -8,26 +8,34 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests import kit
+from tests.conftest import make_tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
 
-from weft.assets import instructions_path
+from weft.assets import instructions_path, model_path
 from weft.errors import UserError
+from weft.evaluate import together
 from weft.evaluate.harness import HarnessSettings, find_tasks, run_harness
 from weft.evaluate.results import Results
 from weft.evaluate.together import Together, generation_settings
 from weft.generation.open import open_target
+from weft.generation.sampling import Sampling
 from weft.generation.target import Target
 
 pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install "weft[harness]"')
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(os.environ.get("WEFT_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 # Of log-probabilities of tens of units in float32, by other kernels.
 LIMIT = 1e-3
 
@@ -134,7 +142,7 @@ def made_up(folder: Path) -> list[dict[str, Any]]:
     return [animals(folder), stories(folder), last_words(folder), instructions(folder)]
 
 
-def by_transformers(model: str, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+def by_transformers(model: str, tasks: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """What lm_eval finds with its own model."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -142,7 +150,8 @@ def by_transformers(model: str, tasks: list[dict[str, Any]]) -> dict[str, Any]:
 
     theirs = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=4)
     manager = TaskManager(include_defaults=False)
-    found: dict[str, Any] = simple_evaluate(model=theirs, tasks=list(tasks), task_manager=manager, bootstrap_iters=10)
+    more |= {"task_manager": manager, "bootstrap_iters": 10}
+    found: dict[str, Any] = simple_evaluate(model=theirs, tasks=list(tasks), **more)
     return found
 
 
@@ -165,7 +174,7 @@ def check_equal(ours: Results, theirs: Mapping[str, Any]) -> None:
                 seen += 1
             if isinstance(sample["resps"][0][0], str):
                 assert item.output == sample["resps"][0][0]
-    assert seen >= len(own)
+    assert seen >= sum(task in theirs["samples"] for task, _ in own)
     figures = {(one.task, one.metric): one for one in ours.scores}
     for task, found in theirs["results"].items():
         for key, value in found.items():
@@ -198,8 +207,6 @@ def test_every_item_is_lm_evals_own(tmp_path: Path) -> None:
     tasks = made_up(tmp_path)
     with open_target("tiny-llama") as target:
         ours = run_harness(target, [None], find_tasks(tasks, HarnessSettings(bootstrap=10)))
-    from weft.assets import model_path
-
     check_equal(ours, by_transformers(str(model_path("tiny-llama")), tasks))
     assert {one.kind for one in ours.tasks} == {"multiple_choice", "perplexity", "generation"}
 
@@ -213,3 +220,180 @@ def test_real_questions_are_answered_as_lm_eval_answers_them(tmp_path: Path) -> 
     check_equal(ours, by_transformers(model, tasks))
     assert {one.metric for one in ours.tasks if one.name == "gsm8k"} == {"exact_match,strict-match"}
     assert next(one for one in ours.contestants if one.name == "base").facts["cut_contexts"] > 0
+
+
+def test_a_chat_template_is_applied_as_lm_eval_applies_it(tmp_path: Path) -> None:
+    tasks = [animals(tmp_path), instructions(tmp_path)]
+    settings = HarnessSettings(bootstrap=10, chat_template=True, system="Be brief.")
+    with open_target("tiny-llama") as target:
+        ours = run_harness(target, [None], find_tasks(tasks, settings))
+        history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c "}]
+        prefilled = Together(target, [None]).chat(history, generation=False)
+    more = {"apply_chat_template": True, "system_instruction": "Be brief.", "fewshot_as_multiturn": True}
+    check_equal(ours, by_transformers(str(model_path("tiny-llama")), tasks, **more))
+    assert prefilled.endswith("b c")
+    assert ours.tasks[0].facts["chat_template"] is True
+
+
+def test_an_encoder_decoder_is_scored_as_lm_eval_scores_it(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    choosing, writing = animals(tmp_path), instructions(tmp_path)
+    with open_target(str(tmp_path / "t5"), dtype="float32") as target:
+        ours = run_harness(target, [None], find_tasks([choosing, writing], HarnessSettings(bootstrap=10)))
+    theirs = by_transformers(str(tmp_path / "t5"), [choosing, writing])
+    # lm_eval adds the length of the question to the limit of an encoder-decoder's answer.
+    for sample in theirs["samples"].pop("instructions"):
+        answer = items_of(ours)["instructions", str(sample["doc_id"])].output
+        assert answer
+        assert sample["resps"][0][0].startswith(answer)
+    del theirs["results"]["instructions"]
+    check_equal(ours, theirs)
+
+
+def test_contestants_answer_together_and_as_each_alone(
+    tmp_path: Path, opened: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [animals(tmp_path), stories(tmp_path), instructions(tmp_path)]
+    tasks = find_tasks(made, HarnessSettings(bootstrap=10, num_fewshot=1))
+    names: list[str | None] = [None, *opened.adapters.names]
+    asked: list[set[str | None]] = []
+    scored = together.score
+
+    def noted(adapters: Any, wanted: Mapping[str | None, Any], **more: Any) -> Any:
+        asked.append(set(wanted))
+        return scored(adapters, wanted, **more)
+
+    monkeypatch.setattr(together, "score", noted)
+    ours = run_harness(opened, names, tasks)
+    assert asked == [set(names)]  # nobody is asked again
+    assert [one.name for one in ours.contestants] == ["base", "lora", "prompt_tuning", "prefix_tuning"]
+    for name in names:
+        alone = items_of(run_harness(opened, [name], tasks), name or "base")
+        assert alone.keys() == items_of(ours, name or "base").keys()
+        for key, item in items_of(ours, name or "base").items():
+            assert key[0] != "instructions" or item.output == alone[key].output
+            assert item.scores == pytest.approx(alone[key].scores, rel=1e-4)
+    assert len({str([one.scores for one in items_of(ours, one.name).values()]) for one in ours.contestants}) == 4
+    shots = {one.name: one.facts["num_fewshot"] for one in ours.tasks}
+    assert shots == {"animals": 1, "stories": 1, "instructions": 1}
+
+
+def test_answers_are_kept_and_an_adapter_that_changed_answers_anew(
+    tmp_path: Path, opened: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, kept = find_tasks(made_up(tmp_path), HarnessSettings(bootstrap=10)), tmp_path / "answers"
+    names: list[str | None] = [None, "lora", "prefix_tuning"]
+    first = run_harness(opened, names, tasks, answers=kept)
+    files = {path.name: path.stat().st_size for path in kept.iterdir()}
+    assert len(files) == 3
+    asked: list[str | None] = []
+    run, written = opened.adapters.run, Target.engine
+
+    def noted(parts: Any) -> Any:
+        asked.extend(part.adapter for part in parts)
+        return run(parts)
+
+    def engine(target: Target, *limits: Any) -> Any:
+        asked.append("engine")
+        return written(target, *limits)
+
+    monkeypatch.setattr(opened.adapters, "run", noted)
+    monkeypatch.setattr(Target, "engine", engine)
+    again = run_harness(opened, names, tasks, answers=kept)
+    assert asked == []
+    assert again == first
+    assert {path.name: path.stat().st_size for path in kept.iterdir()} == files
+    kit.randomize(opened.adapters["lora"], 9, scale=0.5)
+    changed = run_harness(opened, names, tasks, answers=kept)
+    assert set(asked) == {"lora", "engine"}
+    assert len(list(kept.iterdir())) == 4
+    assert items_of(changed, "lora") != items_of(first, "lora")
+    assert items_of(changed, "prefix_tuning") == items_of(first, "prefix_tuning")
+
+
+def test_a_run_that_was_cut_goes_on(tmp_path: Path, opened: Target) -> None:
+    tasks, kept = find_tasks([animals(tmp_path)], HarnessSettings(bootstrap=10)), tmp_path / "answers"
+    whole = run_harness(opened, [None], tasks, answers=kept)
+    (path,) = kept.iterdir()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done: list[tuple[int, int]] = []
+    again = run_harness(opened, [None], tasks, answers=kept, on_progress=lambda _, *counts: done.append(counts))
+    own = items_of(whole)
+    for key, item in items_of(again).items():
+        assert item.scores == pytest.approx(own[key].scores, rel=1e-4)  # in other passes, and so rounded otherwise
+    assert 0 < len(done) == done[-1][1] < 12 * 8
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="1: this is no kept answer"):
+        run_harness(opened, [None], tasks, answers=kept)
+
+
+def test_lm_eval_can_drive_a_contestant_itself(tmp_path: Path, opened: Target) -> None:
+    """As someone who writes a program around lm_eval does; contexts and continuations may be tokens."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from weft.evaluate.harness_model import WeftLM
+
+    tasks = [animals(tmp_path)]
+    model = WeftLM(Together(opened, ["lora"]), "lora")
+    manager = TaskManager(include_defaults=False)
+    found: dict[str, Any] = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=10)
+    ours = run_harness(opened, ["lora"], find_tasks(tasks, HarnessSettings(bootstrap=10)))
+    (accuracy,) = [one.value for one in ours.scores if one.metric == "acc"]
+    assert found["results"]["animals"]["acc,none"] == accuracy
+    pair = ("Once upon a time", " there was")
+    context, whole = (model.tok_encode(text) for text in (pair[0], "".join(pair)))
+    (by_tokens,) = model._loglikelihood_tokens([(pair, context, whole[len(context) :])])
+    assert by_tokens == pytest.approx(model.together.loglikelihoods("lora", [pair])[0])
+
+
+def test_drawn_answers_differ_and_are_the_same_again(opened: Target) -> None:
+    asked = [("Once upon a time", {"until": [], "do_sample": True, "temperature": 1.5, "max_gen_toks": 8})] * 3
+    first = Together(opened, [None, "lora"]).texts(None, asked)
+    assert len(set(first)) > 1
+    assert Together(opened, [None]).texts(None, asked) == first
+
+
+def test_settings_of_answers() -> None:
+    found = generation_settings({"until": "x", "max_new_tokens": 7, "do_sample": True, "top_p": 0.5, "top_k": None}, 3)
+    assert found == (7, ("x",), Sampling(1.0, 0, 0.5, seed=3))
+    assert generation_settings({"temperature": 0.7, "do_sample": False}, 3) == (256, (), Sampling(seed=3))
+    with pytest.raises(UserError, match=r"'num_beams'.*which Weft does not know"):
+        generation_settings({"num_beams": 4}, 0)
+
+
+def test_what_cannot_be_evaluated_is_named(tmp_path: Path, opened: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    own = HarnessSettings(include=tmp_path)
+    (tmp_path / "animals.yaml").write_text(json.dumps(animals(tmp_path)))  # JSON is YAML
+    with monkeypatch.context() as patch:  # the index of lm_eval's own tasks takes seconds
+        patch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+        with pytest.raises(UserError, match=r"lm_eval has no task 'anmals'.*animals"):
+            find_tasks(["anmals"], own)
+        assert [*find_tasks(["animals"], own).load()["tasks"]] == ["animals"]
+    with pytest.raises(UserError, match="is no folder"):
+        find_tasks(["animals"], HarnessSettings(include=tmp_path / "none"))
+    with pytest.raises(UserError, match="no task is named"):
+        find_tasks([])
+    missing = animals(tmp_path) | {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "gone.jsonl")}}}
+    with pytest.raises(UserError, match=r"cannot load animals: .*gone\.jsonl"):
+        run_harness(opened, [None], find_tasks([missing]))
+    with pytest.raises(UserError, match="no adapter named 'nobody'"):
+        run_harness(opened, ["nobody"], find_tasks([animals(tmp_path)]), answers=tmp_path / "answers")
+    long = instructions(tmp_path) | {"generation_kwargs": {"max_gen_toks": 5000}}
+    with pytest.raises(UserError, match="leaves no room for the question"):
+        run_harness(opened, [None], find_tasks([long]))
+    monkeypatch.setattr(opened.renderer, "template", replace(opened.renderer.template, origin="fallback"))
+    with pytest.raises(UserError, match="has no chat template"):
+        run_harness(opened, [None], find_tasks([animals(tmp_path)], HarnessSettings(chat_template=True)))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UserError, match=r'pip install "weft\[harness\]"'):
+        find_tasks(["animals"])

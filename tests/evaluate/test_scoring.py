@@ -33,11 +33,11 @@ def opened(kind: str, padded: bool | None = None) -> Adapters:
     return kit.open_with_all(kit.make_model(kind), padded=padded)
 
 
-def questions(seed: int = 0) -> list[Continuation]:
+def questions(seed: int = 0, count: int = 4) -> list[Continuation]:
     """Questions with choices: one token, several, some that begin alike, and some that are asked twice."""
     rng = random.Random(seed)
     found: list[Continuation] = []
-    for index, context in enumerate(kit.texts(4, 2, 12, seed)):
+    for index, context in enumerate(kit.texts(count, 2, 12, seed)):
         choices = kit.texts(3, 1, 5, seed + index + 1)
         choices += [[9], [rng.randrange(3, 90)], choices[0], [*choices[1], 7], choices[1][:1]]
         rng.shuffle(choices)

@@ -93,15 +93,15 @@ def find_tasks(names: Sequence[str | dict[str, Any]], settings: HarnessSettings 
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f'--harness needs lm_eval ({error.name} is missing): pip install "weft[harness]".') from None
-    if not hasattr(TaskManager, "load"):
-        raise UserError('--harness needs lm_eval 0.4.13 or newer: pip install --upgrade "weft[harness]".')
     if settings.include is not None and not settings.include.is_dir():
         raise UserError(f"{settings.include} is no folder; name the one with your task files (*.yaml).")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every setting that was asked for
     by_name = [name for name in names if isinstance(name, str)]
-    manager = TaskManager(
-        include_path=None if settings.include is None else str(settings.include), include_defaults=bool(by_name)
-    )
+    include = None if settings.include is None else str(settings.include)
+    # The index of its own tasks takes seconds, and only names ask for it.
+    manager = TaskManager(include_path=include) if by_name else TaskManager(include_defaults=False)
+    if not hasattr(manager, "load"):
+        raise UserError('--harness needs lm_eval 0.4.13 or newer: pip install --upgrade "weft[harness]".')
     for name in by_name:
         if name not in manager.task_index and not Path(name).is_file():
             raise UserError(f"lm_eval has no task {name!r}.{nearest(name, manager.all_tasks)}")
@@ -133,7 +133,7 @@ def run_harness(
     """
     from lm_eval.evaluator import evaluate
 
-    from weft.evaluate.harness_model import WeftLM
+    from weft.evaluate.harness_model import WeftLM, without_bars
 
     together = Together(
         target, names, folder=answers, max_tokens=max_tokens, max_rows=max_rows, on_progress=on_progress
@@ -145,11 +145,12 @@ def run_harness(
     for name in together.names:
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # every contestant gets the same examples
-        found[name] = evaluate(
-            lm=WeftLM(together, name), task_dict=loaded, limit=settings.limit, bootstrap_iters=settings.bootstrap,
-            system_instruction=settings.system, apply_chat_template=settings.chat_template,
-            fewshot_as_multiturn=settings.multiturn,
-        )  # fmt: skip
+        with without_bars():
+            found[name] = evaluate(
+                lm=WeftLM(together, name), task_dict=loaded, limit=settings.limit, bootstrap_iters=settings.bootstrap,
+                system_instruction=settings.system, apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.multiturn,
+            )  # fmt: skip
     return _results(target, together, settings, found, loaded["tasks"])
 
 
@@ -175,7 +176,7 @@ def _results(
         item
         for name, one in found.items()
         for task, samples in one["samples"].items()
-        for item in _items(name or BASE, task, samples, tasks[task])
+        for item in _items(together, name, samples, tasks[task])
     ]
     scores = [
         score
@@ -216,7 +217,7 @@ def _record(name: str, task: Any, found: Mapping[str, Any], settings: HarnessSet
     )
 
 
-def _items(contestant: str, name: str, samples: Sequence[Mapping[str, Any]], task: Any) -> Iterator[Item]:
+def _items(together: Together, name: str | None, samples: Sequence[Mapping[str, Any]], task: Any) -> Iterator[Item]:
     """An item for each document; where a task extracts answers in several ways, with the scores of each."""
     filters, aggregations = _filters(task), task.aggregation()
     by_document: dict[Any, list[Mapping[str, Any]]] = {}
@@ -230,14 +231,17 @@ def _items(contestant: str, name: str, samples: Sequence[Mapping[str, Any]], tas
                 if value is not None:
                     scores[_metric(metric, sample["filter"], filters)] = value
         first = several[0]
+        read, written = together.cost(name, first["arguments"])
         yield Item(
-            contestant,
-            name,
+            name or BASE,
+            task.config.task,
             str(number),
             scores,
             output=_shown(first["resps"] if task.OUTPUT_TYPE == "generate_until" else first["filtered_resps"]),
             reference=_shown(first["target"]),
             asked=str(first["arguments"][0][0])[-_SHOWN:],
+            prompt_tokens=read,
+            answer_tokens=written,
         )
 
 

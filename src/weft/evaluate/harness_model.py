@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from lm_eval.api import task as harness_task
 from lm_eval.api.model import TemplateLM
 
 from weft.evaluate.encoding import encode, prefix_token
@@ -71,3 +73,14 @@ class WeftLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What is written after each request's context, up to a stop string."""
         return self.together.texts(self.name, [request.args for request in requests])
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep lm_eval from drawing a bar for each task and contestant while it builds requests."""
+    shown = harness_task.tqdm
+    harness_task.tqdm = lambda rows, **_: rows
+    try:
+        yield
+    finally:
+        harness_task.tqdm = shown

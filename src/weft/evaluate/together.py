@@ -22,6 +22,7 @@ from weft.generation.limits import limits_for
 from weft.generation.request import Request
 from weft.generation.sampling import Sampling
 from weft.generation.target import Target
+from weft.generation.text import decode
 from weft.objectives.passes import EVALUATION_TOKENS
 from weft.ops.seeds import stable_seed
 
@@ -104,20 +105,20 @@ class Together:
         return self._scores(name, keys, asked.__getitem__)
 
     def _scores(
-        self, name: str | None, keys: Sequence[str], piece: Callable[[int], Continuation]
+        self, name: str | None, keys: Sequence[str], piece_at: Callable[[int], Continuation]
     ) -> list[tuple[float, bool]]:
         """Contexts are cut from the left where they must be."""
 
         def answer(places: Sequence[int], names: Sequence[str | None]) -> Iterator[tuple[str | None, int, Any]]:
-            pieces = [piece(place) for place in places]
+            pieces = [piece_at(place) for place in places]
             wanted = {one: [fit(self.target.adapters, one, whole) for whole in pieces] for one in names}
             found = score(self.target.adapters, wanted, max_tokens=self.max_tokens)
             for one, own in wanted.items():
                 self.cut[one] += sum(len(a.context) < len(b.context) for a, b in zip(own, pieces, strict=True))
-                for place, scored in zip(places, found[one], strict=True):
-                    yield one, place, [scored.logprob, scored.greedy]
+                for place, scored, piece in zip(places, found[one], own, strict=True):
+                    yield one, place, [scored.logprob, scored.greedy, len(piece.context), len(piece.ids)]
 
-        return [(logprob, greedy) for logprob, greedy in self._answers("choices", name, keys, answer)]
+        return [(logprob, greedy) for logprob, greedy, *_ in self._answers("choices", name, keys, answer)]
 
     def text_logprobs(self, name: str | None, asked: Sequence[str]) -> list[float]:
         """log p of whole texts, in windows of what the base reads at once.
@@ -134,10 +135,11 @@ class Together:
                 max_length=self.max_length, max_tokens=self.max_tokens,
             )  # fmt: skip
             for one, logprobs in found.items():
-                yield from ((one, place, logprob) for place, logprob in zip(places, logprobs, strict=True))
+                for place, logprob, own in zip(places, logprobs, ids, strict=True):
+                    yield one, place, [logprob, 1, len(own)]
 
         keys = [key_of("text", text, self.max_length) for text in asked]
-        return [float(one) for one in self._answers("texts", name, keys, answer)]
+        return [float(one[0]) for one in self._answers("texts", name, keys, answer)]
 
     def texts(self, name: str | None, asked: Sequence[tuple[str, Mapping[str, object]]]) -> list[str]:
         """What is written after each context, with the settings of lm_eval's ``generation_kwargs``.
@@ -158,10 +160,30 @@ class Together:
             adapters = self.target.adapters
             with self.target.engine(limits_for(adapters, requests, self.max_rows)) as engine:
                 answers = [engine.submit(request) for request in requests]
-                for (one, place), coming in zip(asks, answers, strict=True):
-                    yield one, place, coming.result().text
+                for (one, place), request, coming in zip(asks, requests, answers, strict=True):
+                    done = coming.result()
+                    text = decode(self.tokenizer, done.ids)  # also bytes that are no character, as lm_eval has it
+                    for stop in request.stop:
+                        text = text.split(stop)[0]
+                    yield one, place, [text, done.prompt_tokens, len(done.ids)]
 
-        return [str(one) for one in self._answers("answers", name, keys, answer, at_once=len(keys))]
+        return [str(one[0]) for one in self._answers("answers", name, keys, answer, at_once=len(keys))]
+
+    def cost(self, name: str | None, asked: Sequence[Sequence[Any]]) -> tuple[int, int]:
+        """The tokens that an item's requests read before its answers, and those of the answers; 0 if not known.
+
+        ``asked``: the arguments of each request. Those with the same context count it once.
+        """
+        read: dict[object, int] = {}
+        written = 0
+        for arguments in asked:
+            kind = "text" if len(arguments) == 1 else "choice" if isinstance(arguments[1], str) else "write"
+            more = (self.max_length,) if kind == "text" else ()
+            key = key_of(kind, *arguments, *more)
+            if key in self._kept[name]:
+                *_, before, after = self._kept[name][key]
+                read[arguments[0]], written = before, written + after
+        return sum(read.values()), written
 
     # How it is asked.
 
