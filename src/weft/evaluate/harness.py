@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import UserError, nearest
-from weft.evaluate.kept_answers import contestant_mark
 from weft.evaluate.results import Contestant, Item, Results, Score, TaskKind, TaskRecord
 from weft.evaluate.together import Together
 from weft.generation.target import BASE, Target
@@ -163,12 +162,11 @@ def _results(
 ) -> Results:
     import lm_eval
 
-    template = target.renderer.fingerprint()["sha256"]
     contestants = [
         Contestant(
             name or BASE,
             "base" if name is None else "adapter",
-            {"template": template, "mark": contestant_mark(target, name), "cut_contexts": together.cut[name]},
+            {"mark": together.marks[name], "cut_contexts": together.cut[name]},
         )
         for name in together.names
     ]

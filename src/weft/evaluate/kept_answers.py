@@ -68,24 +68,24 @@ class KeptAnswers:
             append_line(self.path, "\n".join(lines))
 
 
-def contestant_mark(target: Target, name: str | None) -> str:
-    """A hash of all that adapter ``name`` (None: the base) answers by: its content, the base, how texts become tokens.
+def target_mark(target: Target) -> str:
+    """A hash of what all contestants of a target answer by: the base, and how texts become tokens.
 
     A base in a folder counts by its name, the smallest of its tensors, and the size and time of each of its files.
     """
     base = target.base
     folder = folder_of(resolve_model(base.name))
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    facts = {
-        "format": _FORMAT,
-        "weft": __version__,
-        "base": base_fingerprint(base),
-        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-        "kept": how_kept(base.model, target.adapters.dtype),
-        "template": target.renderer.fingerprint()["sha256"],
-        "adapter": None if name is None else content_hash(target.adapters[name]),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return key_of(
+        _FORMAT, __version__, base_fingerprint(base),
+        [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        how_kept(base.model, target.adapters.dtype), target.renderer.fingerprint()["sha256"],
+    )  # fmt: skip
+
+
+def contestant_mark(target: Target, name: str | None, mark: str) -> str:
+    """A hash of all that adapter ``name`` (None: the base) answers by; ``mark`` is the target's."""
+    return key_of(mark, None if name is None else content_hash(target.adapters[name]))
 
 
 def key_of(*asked: object) -> str:

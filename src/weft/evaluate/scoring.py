@@ -20,13 +20,15 @@ from weft.errors import UserError
 from weft.evaluate.questions import Continuation, Question, planned, questions_of
 from weft.generation.checks import check_writes
 from weft.layouts.building import check_ids
+from weft.machine import freed_memory_kept
 from weft.objectives.passes import EVALUATION_TOKENS
 from weft.ops.loss import LOGIT_BYTES
 
 
 @dataclass(frozen=True)
 class Scored:
-    """``logprob``: log p of a continuation, the sum over its tokens; ``greedy``: whether each was the likeliest."""
+    """``logprob``: log p of a continuation, the sum over its tokens; ``greedy``: whether none was likelier than any
+    of them."""
 
     logprob: float
     greedy: bool
@@ -59,9 +61,10 @@ def score(
         _check(adapters, name, continuations)
         questions += questions_of(adapters, name, continuations, max_tokens)
     found: dict[str | None, list[Scored]] = {name: [Scored(0.0, True)] * len(own) for name, own in asked.items()}
-    for batch in planned(questions, max_tokens, shares=adapters.layout.shares_rows):
-        for (name, index), scored in _score_pass(adapters, batch):
-            found[name][index] = scored
+    with freed_memory_kept(adapters.device.type):
+        for batch in planned(questions, max_tokens, shares=adapters.layout.shares_rows):
+            for (name, index), scored in _score_pass(adapters, batch):
+                found[name][index] = scored
     return found
 
 
@@ -218,7 +221,7 @@ def _token_scores(
     logps = torch.zeros(len(at), dtype=torch.float64, device=device)
     likeliest = torch.zeros(len(at), dtype=torch.bool, device=device)
     chunk = max(32, LOGIT_BYTES // (4 * len(input_embeddings(adapters.model).weight)))
-    begin = 0
+    begin, kept = 0, torch.empty(0, device=device)
     while begin < len(rows):
         own = rows[begin : begin + chunk]
         if adapters.exact:  # the same shapes as if no other adapter were there
@@ -227,9 +230,12 @@ def _token_scores(
         states = hidden.index_select(0, torch.tensor([row for _, row in own], device=device))
         logits = adapters.logits(states, counts)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Memory that is written again and again is fast; new memory has to be made ready by the system first.
+        kept = kept if kept.dtype == logits.dtype and len(kept) >= len(own) else torch.empty_like(logits)
+        logp = torch.log_softmax(logits, -1, out=kept[: len(own)])
         mine = ((order >= begin) & (order < begin + len(own))).nonzero()[:, 0]
         of = order[mine] - begin
-        told = logits[of, wanted[mine]] - logits.logsumexp(-1)[of]
-        logps[mine], likeliest[mine] = told.double(), logits.argmax(-1)[of] == wanted[mine]
+        told = logp[of, wanted[mine]]
+        logps[mine], likeliest[mine] = told.double(), told == logp.amax(-1)[of]
         begin += len(own)
     return logps.tolist(), likeliest.tolist()

@@ -15,7 +15,7 @@ from typing import Any
 from weft.data.rendering.sandbox import render_chat
 from weft.errors import UserError
 from weft.evaluate.encoding import encode, prefix_token, split
-from weft.evaluate.kept_answers import KeptAnswers, contestant_mark, key_of
+from weft.evaluate.kept_answers import KeptAnswers, contestant_mark, key_of, target_mark
 from weft.evaluate.questions import Continuation
 from weft.evaluate.scoring import fit, room, score, score_texts
 from weft.generation.limits import limits_for
@@ -42,6 +42,7 @@ class Together:
     """Several adapters of a target, and the base (None), which answer the same requests together.
 
     Attributes:
+        marks: of each contestant a hash of all that it answers by.
         cut: of each contestant, how many contexts were cut from the left, because the base reads no more at once.
 
     Args:
@@ -69,9 +70,10 @@ class Together:
         self.tokenizer = target.renderer.tokenizer
         self.max_tokens, self.max_rows, self.on_progress = max_tokens, max_rows, on_progress
         self.cut: Counter[str | None] = Counter()
-        marks = {} if folder is None else {name: contestant_mark(target, name) for name in self.names}
+        mark = target_mark(target)
+        self.marks = {name: contestant_mark(target, name, mark) for name in self.names}
         self._kept = {
-            name: KeptAnswers(None if folder is None else folder / f"{marks[name]}.jsonl") for name in self.names
+            name: KeptAnswers(None if folder is None else folder / f"{mark}.jsonl") for name, mark in self.marks.items()
         }
         self._encode = lru_cache(maxsize=4096)(self._encoded)
 
