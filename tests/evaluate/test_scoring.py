@@ -142,9 +142,12 @@ def test_an_encoder_reads_a_context_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read == [4]
 
 
-def test_examples_before_questions_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "more"), [("llama", {}), ("bloom", {}), ("mistral", {"sliding_window": 16})])
+def test_examples_before_questions_are_read_once(
+    kind: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Contexts that begin alike read that beginning once, with one choice or several, and all methods agree."""
-    adapters, rng = opened("llama"), random.Random(3)
+    adapters, rng = kit.open_with_all(kit.make_model(kind, **more)), random.Random(3)
     (examples,) = kit.texts(1, 60, 60, 8)
     asked = [
         Continuation([*examples, *own], ids)
@@ -165,15 +168,23 @@ def test_examples_before_questions_are_read_once(monkeypatch: pytest.MonkeyPatch
         return stream, hidden
 
     monkeypatch.setattr(adapters, "run", counted)
-    names: list[str | None] = [None, *adapters.names]
+    names: list[str | None] = [None, *(adapters.names if kind == "llama" else ("lora", "p_tuning", "prefix_tuning"))]
     together = score(adapters, dict.fromkeys(names, asked), max_tokens=1000)
     read = sum(rows)
     worst = 0.0
     for name in names:
         alone = [score(adapters, {name: [one]})[name][0] for one in asked]
         worst = max(worst, distance(together[name], alone))
-    kit.measured("examples shared", worst, LIMIT)
+    kit.measured(f"examples shared, {kind}", worst, LIMIT)
     assert read < (sum(rows) - read) / 4
+
+
+def test_exact_mode_gives_every_bit_that_an_adapter_has_alone() -> None:
+    adapters = kit.open_with_all(kit.make_model("llama"), exact=True)
+    asked = questions(0, 2)
+    names: list[str | None] = [None, "lora", "bottleneck", "prefix_tuning"]
+    together = score(adapters, dict.fromkeys(names, asked))
+    assert all(score(adapters, {name: asked})[name] == together[name] for name in names)
 
 
 def test_many_choices_go_through_several_passes() -> None:
