@@ -49,12 +49,14 @@ class Layout(ABC):
         masks_prefixes: whether learned keys stand before every row of a batch, masked for those without.
         words: how the base runs, for messages.
         tasks: what can be done over such batches.
+        writes_apart: whether what is written is no part of the sequence that is read.
     """
 
     route: ClassVar[type[Route]]
     masks_prefixes: ClassVar[bool] = False
     words: ClassVar[str]
     tasks: ClassVar[frozenset[str]] = frozenset({"causal_lm", "sequence_classification"})
+    writes_apart: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, shape: Architecture, router: Router, adapters: Mapping[str, Adapter], exact: bool
@@ -109,6 +111,18 @@ class Layout(ABC):
         """The batch of what answers, whose ``rows`` are those of each sequence, and its last hidden states [N, d]."""
         stream = self.stream(parts)
         return stream, self.forward(stream)
+
+    def written(self, context: Sequence[int], ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """The sequence, and the target, of a batch in which a row stands before each of ``ids`` after ``context``."""
+        return [*context, *ids[:-1]], ()
+
+    def before(self, stream: Stream, number: int, start: int, count: int) -> list[int]:
+        """The rows before ``count`` tokens that sequence ``number`` writes from place ``start`` on."""
+        rows = stream.rows[number]
+        return [
+            stream.before(rows[place]) if place < len(rows) else stream.standing[number]
+            for place in range(start, start + count)
+        ]
 
     @abstractmethod
     def keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -47,6 +47,7 @@ class EncoderDecoder(Layout):
     route = BatchRoute
     words = "in padded batches"
     tasks = frozenset({"seq2seq"})
+    writes_apart = True
 
     def stream(self, parts: Sequence[Part], *, cache: Any = None) -> Stream:
         """The encoder's batch: texts without an answer in them."""
@@ -66,7 +67,7 @@ class EncoderDecoder(Layout):
 
     def run(self, parts: Sequence[Part]) -> tuple[Stream, Tensor]:
         """Both stacks, the decoder seeing each target's predecessors: its batch has one row per token of a target."""
-        memory, start = self.encode(self.stream(parts)), start_token(self.model)
+        memory, start = self._read(parts), start_token(self.model)
         with explained(parts, len(input_embeddings(self.model).weight)):
             stream = self.decoder_stream(memory, [(start, *target[:-1]) for part in parts for target in part.targets])
         longest = max(stream.prefix_length)
@@ -76,6 +77,29 @@ class EncoderDecoder(Layout):
             mask = torch.cat([prefix_mask(stream, mask), mask], dim=1)
             out = self.decode(memory, hidden, mask, past)
         return stream, out.flatten(0, 1)[rows]
+
+    def _read(self, parts: Sequence[Part]) -> Memory:
+        """The encoder's result for the sequences of a batch; one that is all the last one's before it is read once."""
+        stream = self.stream(parts)
+        kept = [_kept(part) for part in parts if part.sequences]
+        if all(place == number for own in kept for place, number in enumerate(own)):
+            return self.encode(stream)
+        first, at = 0, list[int]()
+        for own in kept:
+            numbers = {place: first + number for number, place in enumerate(dict.fromkeys(own))}
+            at += [numbers[place] for place in own]
+            first += len(numbers)
+        few = [_only(part, own) for part, own in zip([p for p in parts if p.sequences], kept, strict=True)]
+        memory = self.encode(self.stream(few))
+        index = torch.tensor(at, device=memory.states.device)
+        return Memory(memory.states[index], memory.mask[index], stream)
+
+    def written(self, context: Sequence[int], ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        return context, ids
+
+    def before(self, stream: Stream, number: int, start: int, count: int) -> list[int]:
+        """Each row of the decoder stands before its own token."""
+        return list(stream.rows[number][:count])
 
     def _embedded(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [B, T, d], the mask [B, T], and where the N rows are in [B * T]."""
@@ -172,6 +196,25 @@ class Decoder(Decoding):
         self.memory = Memory(memory.states[rows], memory.mask[rows], memory.stream)
         self._mask = self._mask[rows]
         self._cache.batch_select_indices(rows)
+
+
+def _kept(part: Part) -> list[int]:
+    """Of each sequence the place of the one that is read for it: an equal one before, or it itself."""
+    places: list[int] = []
+    for place, sequence in enumerate(part.sequences):
+        shared = part.shared[place] if part.shared and part.seed is None else 0
+        before = places[-1] if places else 0
+        same = 0 < shared == len(sequence) and list(sequence) == list(part.sequences[before])
+        slots = not part.slots or list(part.slots[place]) == list(part.slots[before])
+        places.append(before if same and slots else place)
+    return places
+
+
+def _only(part: Part, places: Sequence[int]) -> Part:
+    """What the encoder reads of a part: its sequences at these places, each once."""
+    chosen = list(dict.fromkeys(places))
+    slots = [part.slots[place] for place in chosen] if part.slots else ()
+    return replace(part, sequences=[part.sequences[place] for place in chosen], slots=slots, targets=(), shared=())
 
 
 def start_token(model: nn.Module) -> int:

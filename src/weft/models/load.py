@@ -385,5 +385,3 @@ def _loaded(
         forget_rooms()
     model, report = loaded
     return model, report
-
-
