@@ -54,7 +54,10 @@ class SimulatedServer:
         if kind == "refused":
             return Failure("unreachable", "no")
         if kind in ("429", "500"):
-            await asyncio.sleep(draw.uniform(0, 0.2))
+            wait = draw.uniform(0, 0.2)
+            await asyncio.sleep(min(wait, timeout))
+            if wait >= timeout:
+                return Failure("timeout", "no", billed=True)
             headers = {"retry-after": str(draw.randrange(4))} if draw.random() < 0.5 else {}
             return int(kind), headers, b"{}"
         prompt = len(body["messages"][-1]["content"]) + draw.randrange(100)

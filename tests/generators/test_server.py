@@ -275,8 +275,8 @@ def schedule(seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *, count:
     in_flight = heard = 0
     monkeypatch.setattr("weft.generators.ledger.sync", lambda path: None)
     with mock_server(random_faults(generator, 0.3, 3)) as mock:
-        mock.slow = 0.08
-        patience = Patience(concurrency=4, timeout=0.06, retries=12, redraws=12, first_wait=0.001, longest_wait=0.003)
+        mock.slow = 0.2
+        patience = Patience(concurrency=4, timeout=0.15, retries=12, redraws=12, first_wait=0.001, longest_wait=0.003)
         cap = (count * 8 + 4 * kills) * worst if seed % 2 else count * worst
         budget = Budget(tokens=cap)
         for life in range(kills + 1):
@@ -304,7 +304,9 @@ def schedule(seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *, count:
             assert len(ledger) == heard, "doubled, or lost"
         assert mock.tokens <= cap
         twice = sum(mock.good.values()) - heard
-        assert 0 <= twice <= in_flight
+        # On a machine that is busy a right answer may come after the limit: not a kill's doing.
+        late = path.read_text().count('"kind": "timeout"') - mock.dealt["slow"] - mock.dealt["drip"]
+        assert 0 <= twice <= in_flight + max(0, late)
     return twice
 
 

@@ -33,7 +33,7 @@ class MockServer:
     """What the handlers share.
 
     Attributes:
-        tokens: all that were billed. ``good``: per prompt, how many right answers were sent whole.
+        tokens: all that were billed. ``good``: per prompt, how many right answers were sent whole. ``dealt``: faults.
         posts: requests that came.
     """
 
@@ -41,6 +41,7 @@ class MockServer:
         self.fault_of = fault_of
         self.tokens = self.posts = 0
         self.good: Counter[str] = Counter()
+        self.dealt: Counter[str | None] = Counter()
         self.told: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.status: tuple[int, str] | None = None  # what every request is refused with
@@ -65,6 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
             mock.told.append(body)
             mock.headers.append({name.lower(): text for name, text in self.headers.items()})
             fault = mock.fault_of(prompt)
+            mock.dealt[fault] += 1
         if mock.status is not None:
             self._send(mock.status[0], {"error": {"message": mock.status[1], "code": mock.status[1]}})
             return

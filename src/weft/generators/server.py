@@ -127,7 +127,7 @@ class OpenAITransport:
         """
         openai = import_openai()
         self._openai = openai
-        # To read the certificates takes longer than many an answer, and plain HTTP, which redirects nowhere, needs none.
+        # To read certificates takes longer than many an answer. Plain HTTP, which redirects nowhere, needs none.
         secure = urlsplit(address.url).scheme == "https"
         sender = openai.DefaultAsyncHttpxClient(follow_redirects=False, verify=secure)
         self._client = openai.AsyncOpenAI(
