@@ -90,12 +90,13 @@ def test_two_files_are_compared_and_the_same_command_asks_nothing_twice(
 
 
 def test_contestants_of_an_evaluation_are_judged(weft: Weft, server: MockServer, tmp_path: Path) -> None:
-    items = [Item(name, "t", str(i), {}, output=text, asked=f"q {i}") for name, text in (("base", "no"), ("tuned", "yes!"))
-             for i in range(3)]  # fmt: skip
+    said = (("base", "no"), ("tuned", "yes!"))
+    items = [Item(who, "t", str(i), {}, output=text, asked=f"q {i}") for who, text in said for i in range(3)]
     names = [Contestant("base", "base"), Contestant("tuned", "adapter", {"model": MODEL})]
+    (tmp_path / "eval").mkdir()
     Results(names, [TaskRecord("t", "generation", "em")], items, []).write(tmp_path / "eval")
-    found = weft("judge", f"{tmp_path}/eval#tuned", f"{tmp_path}/eval#base", "--judge", f"{server.url}#{MODEL}", "--output",
-                 "out", "--form", "letter")  # fmt: skip
+    sides = f"{tmp_path}/eval#tuned", f"{tmp_path}/eval#base"
+    found = weft("judge", *sides, "--judge", f"{server.url}#{MODEL}", "--output", "out", "--form", "letter")
     assert found.code == 0, found.err
     assert "tuned against base: 3 wins" in found.out
     assert "for its own model" in found.out
@@ -107,7 +108,7 @@ def test_contestants_of_an_evaluation_are_judged(weft: Weft, server: MockServer,
 def test_answers_are_scored_by_a_rubric(
     weft: Weft, server: MockServer, sides: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "r.yaml").write_text("criteria: {right: Is it right?}")
+    (tmp_path / "r.yaml").write_text("criteria:\n  right: Is it right?")
     words = ["--judge", f"{server.url}#{MODEL}", "--rubric", tmp_path / "r.yaml", "--score", "--output", "out"]
     found = weft("judge", *sides, *words)
     assert found.code == 0, found.err
@@ -153,7 +154,10 @@ def test_a_refused_key_is_named(weft: Weft, server: MockServer, sides: tuple[Pat
 
 
 def test_a_model_on_this_machine_judges(weft: Weft, sides: tuple[Path, Path], tiny_llama_dir: Path) -> None:
-    found = weft("judge", *sides, "--judge", tiny_llama_dir, "--output", "out", "--form", "letter", "--json")
+    Path("mine").mkdir()
+    Path("mine/compare.en.jinja").write_text("{{ first[:9] }} or {{ second[:9] }}?")
+    words = ["--form", "letter", "--templates", "mine", "--json"]
+    found = weft("judge", *sides, "--judge", tiny_llama_dir, "--output", "out", *words)
     assert found.code == 0, found.err
     told = json.loads(found.out)
     assert told["unparsed"] + told["wins"] + told["ties"] + told["losses"] == 4

@@ -18,6 +18,8 @@ from weft.paths import local_path
 if TYPE_CHECKING:
     from weft.evaluate.judge.judging import Judge, Pair
     from weft.evaluate.judge.opening import JudgePlace
+    from weft.evaluate.judge.prompts import JudgePrompts
+    from weft.evaluate.judge.rubric import Rubric
     from weft.evaluate.judge.sides import Side
     from weft.generators.generator import Generator
 
@@ -114,7 +116,7 @@ def judge(
         common.say(f"{', '.join(copy_prompts(copy_templates))} -> {copy_templates}")
         return common.DONE
     _check_words(given)
-    early.refuse(lambda: _Asked.of(given))
+    early.refuse(lambda: _Asked.of(given).place.try_opening())
     asked = _Asked.of(given)
     with asked.place.opened(asked.ledger()) as generator:
         for note in generator.ledger.notes:
@@ -150,6 +152,8 @@ class _Asked:
     pairs: list[Pair]
     place: JudgePlace
     _: KW_ONLY
+    prompts: JudgePrompts
+    rubric: Rubric | None
     given: Mapping[str, Any]
 
     @classmethod
@@ -160,7 +164,9 @@ class _Asked:
             UserError: Something cannot be used.
         """
         from weft.evaluate.judge.opening import JudgePlace
+        from weft.evaluate.judge.prompts import JudgePrompts
         from weft.evaluate.judge.report import check_folder
+        from weft.evaluate.judge.rubric import Rubric
         from weft.evaluate.judge.sides import pairs_of, read_labels, read_prompts, read_side
         from weft.generators.budget import Budget, Price
         from weft.generators.server import Patience
@@ -183,7 +189,9 @@ class _Asked:
         if given["human"] is not None:
             read_labels(given["human"], [pair.item for pair in pairs])
         place.check()
-        made = cls(sides, pairs, place, given=given)
+        rubric = None if given["rubric"] is None else Rubric.read(given["rubric"])
+        own = JudgePrompts.read(given["language"], given["templates"])
+        made = cls(sides, pairs, place, prompts=own, rubric=rubric, given=given)
         if given["output"] is not None:
             check_folder(given["output"], made.recorded())
         return made
@@ -214,12 +222,8 @@ class _Asked:
     def judge(self, generator: Generator) -> Judge:
         """The judge that this generator is."""
         from weft.evaluate.judge.judging import Judge
-        from weft.evaluate.judge.prompts import JudgePrompts
-        from weft.evaluate.judge.rubric import Rubric
 
-        rubric = None if self.given["rubric"] is None else Rubric.read(self.given["rubric"])
-        prompts = JudgePrompts.read(self.given["language"], self.given["templates"])
-        return Judge(generator, prompts, rubric=rubric, form=self.given["form"])
+        return Judge(generator, self.prompts, rubric=self.rubric, form=self.given["form"])
 
     def scored(self) -> dict[str, list[Pair]]:
         """Whose answers are scored: those of A, and those of B in A's place."""

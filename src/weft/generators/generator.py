@@ -37,7 +37,7 @@ class GeneratorError(UserError):
         self.failure = failure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a call will take at most.
 
@@ -178,10 +178,10 @@ class Generator(abc.ABC):
                 not exist, or all of many answers fail. What has come is in the ledger.
         """
         draws = draws_of(requests, self.model)
-        for request in requests:
+        for number, request in enumerate(requests, 1):
             if request.schema is not None:
                 schema_checker(request.schema)
-            self._check(request)
+            self._check(request, f"request {number}")
         found: dict[tuple[int, int], Outcome] = {}
 
         def hear(draw: Draw, outcome: Outcome) -> None:
@@ -215,7 +215,13 @@ class Generator(abc.ABC):
         todo = [draw for draw in draws if self.ledger.get(draw) is None]
         worst = [self.worst_usage(draw.request) for draw in todo]
         prompts, answers = sum(one.prompt_tokens for one in worst), sum(one.answer_tokens for one in worst)
-        return Estimate(len(draws), len(draws) - len(todo), prompts, answers, self.price.of(Usage(prompts, answers)))
+        return Estimate(
+            answers=len(draws),
+            cached=len(draws) - len(todo),
+            prompt_tokens=prompts,
+            answer_tokens=answers,
+            money=self.price.of(Usage(prompts, answers)),
+        )
 
     def worst_usage(self, request: GeneratorRequest) -> Usage:
         """The most tokens that one answer can take."""
@@ -225,8 +231,8 @@ class Generator(abc.ABC):
         usage = self.worst_usage(request)
         return Cost(self.price.of(usage), usage.tokens, 1)
 
-    def _check(self, request: GeneratorRequest) -> None:  # noqa: B027 - one may take all
-        """Refuse what this generator cannot be asked."""
+    def _check(self, request: GeneratorRequest, what: str) -> None:  # noqa: B027 - one may take all
+        """Refuse what this generator cannot be asked; ``what`` is its name in messages."""
 
     def _out_of_budget(self, worst: Cost) -> Failure:
         return Failure("budget", f"the budget is used up: {self.account.lacks(worst)}")

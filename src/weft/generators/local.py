@@ -54,8 +54,8 @@ class LocalGenerator(Generator):
     def worst_usage(self, request: GeneratorRequest) -> Usage:
         return Usage(len(self.target.prompt(request.turns).ids), request.max_tokens)
 
-    def _check(self, request: GeneratorRequest) -> None:
-        self.target.room(len(self.target.prompt(request.turns).ids), self.adapter, request.max_tokens)
+    def _check(self, request: GeneratorRequest, what: str) -> None:
+        self.target.room(len(self.target.prompt(request.turns).ids), self.adapter, request.max_tokens, what=what)
         if request.schema is not None and not self.keeps_schemas:
             raise UserError('constrained answers need llguidance: pip install "weft[constrain]".')
 

@@ -211,10 +211,10 @@ class ServedGenerator(Generator):
     def said(self) -> str:
         return self.address.url
 
-    def _check(self, request: GeneratorRequest) -> None:
+    def _check(self, request: GeneratorRequest, what: str) -> None:
         for name in _NOT_OPENAI:
             if getattr(request.sampling, name) != getattr(type(request.sampling)(), name):
-                raise UserError(f"{name} is no setting of an OpenAI-compatible server; leave it as it is.")
+                raise UserError(f"{what}: {name} is no setting of an OpenAI-compatible server; leave it as it is.")
 
     def _produce(self, draws: Sequence[Draw], book: Book) -> None:
         call = _Call(self, draws, book)

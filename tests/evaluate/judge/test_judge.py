@@ -121,7 +121,8 @@ def test_the_error_of_length_control_is_that_of_many_repetitions() -> None:
 @pytest.mark.parametrize(
     ("values", "gaps", "value", "has_error"),
     [([1, 0], [0, 1], None, False), ([1, 1, 1, 1], [1, 2, -1, 0], "high", False),
-     ([1, 0, 0.5, 0.5], [0] * 4, 0.5, True), ([1, 0, 1, 1], [7] * 4, None, False), ([1, 1, 0, 0], [3, 2, -2, -3], 0.5, True)],
+     ([1, 0, 0.5, 0.5], [0] * 4, 0.5, True), ([1, 0, 1, 1], [7] * 4, None, False),
+     ([1, 1, 0, 0], [3, 2, -2, -3], 0.5, True)],
 )  # fmt: skip
 def test_length_control_where_little_is_known(
     values: list[float], gaps: list[float], value: float | str | None, has_error: bool

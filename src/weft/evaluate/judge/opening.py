@@ -59,6 +59,15 @@ class JudgePlace:
             if value is not None:
                 raise UserError(f"{name} is for a server, and the judge {self.said} is none. Leave it out.")
 
+    def try_opening(self) -> None:
+        """Open a target on this machine, for a process that stops where weights would be loaded.
+
+        Raises:
+            UserError: It cannot be opened.
+        """
+        if not self.served:
+            open_target(self._parts()[0], device=self.device)
+
     def _address(self) -> Address:
         return Address.of(self.said, key_env=self.key_env, key_file=self.key_file)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from weft.errors import UserError, nearest
 from weft.evaluate.judge.figures import Winner
 from weft.evaluate.judge.judging import Pair
-from weft.evaluate.results import Results
+from weft.evaluate.results import ITEMS, Results
 from weft.files.whole import sha256_of
 from weft.foreign import expect, json_lines
 from weft.paths import local_path
@@ -29,7 +29,7 @@ class Answered:
     whole: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """The answers of one who is judged.
 
@@ -77,7 +77,8 @@ def _of_results(folder: Path, said: str, wanted: str) -> Side:
     }
     if not answers:
         raise UserError(f"{said}: '{name}' has no items there.")
-    return Side(name, said, answers, str(facts.get("model", "")), sha256_of(folder / "items.jsonl"))
+    model, digest = str(facts.get("model", "")), sha256_of(folder / ITEMS)
+    return Side(name=name, said=said, answers=answers, model=model, digest=digest)
 
 
 def _of_lines(path: Path, said: str, wanted: str) -> Side:
@@ -99,7 +100,8 @@ def _of_lines(path: Path, said: str, wanted: str) -> Side:
             raise UserError(f"{where}: item {item} has an answer already. Each item may have one.")
         question, reference = _first(row, _QUESTION), row.get("reference", "")
         answers[item] = Answered(text, "" if question is None else _question(question, where), str(reference), True)
-    return Side(name, said, answers, str(rows[0].get("model", "")), sha256_of(path))
+    model = str(rows[0].get("model", ""))
+    return Side(name=name, said=said, answers=answers, model=model, digest=sha256_of(path))
 
 
 def _chosen(names: Sequence[str], said: str, wanted: str) -> str:
