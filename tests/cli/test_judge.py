@@ -91,10 +91,15 @@ def test_two_files_are_compared_and_the_same_command_asks_nothing_twice(
 
 def test_contestants_of_an_evaluation_are_judged(weft: Weft, server: MockServer, tmp_path: Path) -> None:
     said = (("base", "no"), ("tuned", "yes!"))
-    items = [Item(who, "t", str(i), {}, output=text, asked=f"q {i}") for who, text in said for i in range(3)]
-    names = [Contestant("base", "base"), Contestant("tuned", "adapter", {"model": MODEL})]
+    items = [
+        Item(contestant=who, task="t", item=str(i), scores={}, output=text, asked=f"q {i}")
+        for who, text in said
+        for i in range(3)
+    ]
+    tuned = Contestant(name="tuned", kind="adapter", facts={"model": MODEL})
+    names, task = [Contestant(name="base", kind="base"), tuned], TaskRecord(name="t", kind="generation", metric="em")
     (tmp_path / "eval").mkdir()
-    Results(names, [TaskRecord("t", "generation", "em")], items, []).write(tmp_path / "eval")
+    Results(contestants=names, tasks=[task], items=items, scores=[]).write(tmp_path / "eval")
     sides = f"{tmp_path}/eval#tuned", f"{tmp_path}/eval#base"
     found = weft("judge", *sides, "--judge", f"{server.url}#{MODEL}", "--output", "out", "--form", "letter")
     assert found.code == 0, found.err
@@ -137,7 +142,7 @@ def test_an_unreachable_judge_is_named_and_the_call_goes_on_later(
     monkeypatch.setattr("weft.generators.server._Call._back_off", _at_once)
     found = weft("judge", *sides, "--judge", f"{url}#{MODEL}", "--output", "out")
     assert found.code == 2
-    assert f"{url}: does not answer" in found.err
+    assert f"{url}: the address does not answer (Connection refused)" in found.err
     assert "the same call goes on from there" in found.err
     assert not Path("out/summary.json").exists()
 

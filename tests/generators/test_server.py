@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,8 +240,6 @@ def test_a_key_comes_from_a_variable_or_a_file(tmp_path: Path, monkeypatch: pyte
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r'pip install "weft\[openai\]"'):
         ServedGenerator(Address("http://h/v1", "m"))
@@ -317,7 +318,7 @@ def served_worst(request: GeneratorRequest) -> int:
 def test_no_answer_is_lost_or_doubled_in_random_schedules_with_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twice = [schedule(seed, tmp_path, monkeypatch, count=4, kills=seed % 4) for seed in range(100)]
+    twice = [schedule(seed, tmp_path, monkeypatch, count=3, kills=seed % 4) for seed in range(100)]
     assert any(twice), "no kill met an answer on its way, so that the test shows little"
 
 
@@ -325,3 +326,44 @@ def test_no_answer_is_lost_or_doubled_in_random_schedules_with_kills(
 def test_no_answer_is_lost_or_doubled_in_many_random_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(1000, 1100):
         schedule(seed, tmp_path, monkeypatch, count=40, kills=10)
+
+
+# What a process does that is ended while it asks: it prints each answer that has come.
+PROCESS = """
+import sys
+from pathlib import Path
+from tests.generators.test_server import FAST, PRICE, requests_of
+from tests.kit.mock_server import MODEL
+from weft.generators import Ledger
+from weft.generators.server import Address, ServedGenerator
+url, path, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+with ServedGenerator(Address(url, MODEL), patience=FAST, price=PRICE, ledger=Ledger(path)) as generator:
+    generator.generate_all(requests_of(count), on_result=lambda *found: print(found[0], flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_loses_no_answer(tmp_path: Path) -> None:
+    """SIGKILL, as soon as so many answers have come: those, and all before, are in the ledger and are asked no more."""
+    generator, count, kills = random.Random(3), 60, 8
+    path, root = tmp_path / "l.jsonl", Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+    with mock_server(random_faults(generator, 0.3, 3)) as mock:
+        for life in range(kills + 1):
+            words = [sys.executable, "-c", PROCESS, mock.url, str(path), str(count)]
+            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=root) as process:
+                assert process.stdout is not None
+                kept = 0 if not path.exists() else path.read_text().count('"answer": "')
+                for _ in range(kept + generator.randrange(1, 8)) if life < kills else iter(int, 1):
+                    if not process.stdout.readline():
+                        break
+                if life < kills:
+                    process.kill()
+            assert process.returncode == (-9 if life < kills else 0) or path.read_text().count('"answer": "') == count
+        with Ledger(path) as ledger:
+            assert len(ledger) == count
+            lost = ledger.lost
+        assert all(mock.good[f"question {i}"] >= 1 for i in range(count))
+        late = path.read_text().count('"kind": "timeout"') - mock.dealt["slow"] - mock.dealt["drip"]
+        assert sum(mock.good.values()) - count <= lost + max(0, late)
+        assert lost <= kills * FAST.concurrency

@@ -124,7 +124,12 @@ def judge(
         made = asked.judge(generator)
         if dry_run:
             return _tell_estimate(made, asked, as_json)
-        return _judge(made, asked, as_json)
+        try:
+            return _judge(made, asked, as_json)
+        except KeyboardInterrupt:
+            kept = f"{len(generator.ledger):,} verdicts are in {generator.ledger.path}"
+            common.say(f"interrupted: {kept}; the same command goes on.")
+            return common.INTERRUPTED
 
 
 def _check_words(given: Mapping[str, Any]) -> None:

@@ -91,7 +91,7 @@ def is_model(said: str, asked: str) -> bool:
 def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
     """What a status other than 200 means."""
     code, message = _error(body)
-    told = f"status {status}: {message}" if message else f"status {status}"
+    told = f"status {status}: {message.rstrip('.')}" if message else f"status {status}"
     kind = _KINDS.get(status)
     if status == 402 or (status == 429 and code in _NO_QUOTA):
         kind = "no_quota"

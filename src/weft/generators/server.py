@@ -25,6 +25,8 @@ from weft.generators.generator import Book, Generator
 from weft.generators.outcome import REDRAWN, WAITED_FOR, Failure, Generated
 from weft.generators.request import Draw, GeneratorRequest
 
+# Further attempts to reach a server that has not been met yet.
+_TO_REACH = 2
 _NOT_OPENAI = ("top_k", "min_p", "repetition_penalty")
 
 
@@ -160,9 +162,13 @@ def _broken(error: Exception) -> Failure:
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
     names = {type(one).__name__ for one in causes}
+    told = next((one for one in reversed(causes) if isinstance(one, OSError) and one.errno), None)
+    # asyncio puts words of its own into an error of the system, but the number of a name that is not known is below 0.
+    number = 0 if told is None else told.errno or 0
+    why = os.strerror(number) if number > 0 else str(told.strerror) if told is not None else reason_of(error)
     if names & {"ConnectError", "ConnectTimeout", "UnsupportedProtocol", "ConnectionRefusedError", "gaierror"}:
-        return Failure("unreachable", f"does not answer ({reason_of(causes[-1])})")
-    return Failure("cut", f"the connection broke ({reason_of(causes[1] if len(causes) > 1 else error)})", billed=True)
+        return Failure("unreachable", f"the address does not answer ({why.rstrip('.')})")
+    return Failure("cut", f"the connection broke ({why.rstrip('.')})", billed=True)
 
 
 def import_openai() -> Any:
@@ -270,6 +276,7 @@ class _Call:
         self._todo = deque(draws)
         self._settled = asyncio.Event()
         self._not_before = 0.0  # by the loop's clock: the server asked all to wait
+        self._reached = False  # whether the server has ever been there
 
     async def run(self) -> None:
         """Answer all."""
@@ -298,17 +305,23 @@ class _Call:
                 return
             outcome = await self._attempt(draw, redraws, worst)
             if not isinstance(outcome, Failure):
+                self._reached = True
                 return
             if self.book.stopped is not None and outcome.kind not in REDRAWN:
                 return
             again = outcome.kind in REDRAWN and redraws < self.patience.redraws
             redraws += again
-            if outcome.kind in WAITED_FOR and retries < self.patience.retries:
+            if outcome.kind in WAITED_FOR and retries < self._retries(outcome):
                 again = await self._back_off(outcome, retries)
                 retries += 1
             if not again:
                 self.book.give_up(draw, outcome)
                 return
+
+    def _retries(self, failure: Failure) -> int:
+        """How many further attempts there may be. An address at which nobody was ever met is not waited for as long."""
+        self._reached = self._reached or failure.kind != "unreachable"
+        return self.patience.retries if self._reached else min(self.patience.retries, _TO_REACH)
 
     async def _reserve(self, worst: Cost) -> bool:
         """Set the worst case aside. What is on its way may leave room when it has come, so it is waited for."""

@@ -84,13 +84,12 @@ def comparison_record(
     if rate.value is not None:
         control = found.length_controlled
         for name, turn in zip(names, (lambda x: x, lambda x: 1 - x), strict=True):
-            scores.append(Score(name, TASK, "win", turn(rate.value), rate.stderr, rate.n))
+            scores.append(_score(name, "win", Rate(turn(rate.value), rate.stderr, rate.n)))
             if control.value is not None:
-                metric = "length_controlled_minimal"
-                scores.append(Score(name, TASK, metric, turn(control.value), control.stderr, rate.n))
-    task = TaskRecord(TASK, "generation", "win", facts={"judge": found.entries()})
-    results = Results([Contestant(name, "model") for name in names], [task], items, scores, dict(facts))
-    return Judgement(results, verdicts)
+                at_one_length = Rate(turn(control.value), control.stderr, rate.n)
+                scores.append(_score(name, "length_controlled_minimal", at_one_length))
+    task = TaskRecord(name=TASK, kind="generation", metric="win", facts={"judge": found.entries()})
+    return Judgement(_results(names, task, items, scores, facts), verdicts)
 
 
 def score_record(
@@ -105,7 +104,7 @@ def score_record(
         rates[name]["mean"] = Rate.of([one.mean for one in known if one.mean is not None])
         for key, rate in rates[name].items():
             if rate.value is not None:
-                scores.append(Score(name, TASK, key, rate.value, rate.stderr, rate.n))
+                scores.append(_score(name, key, rate))
         for one in rows:
             pair = one.pair
             verdicts.append({"item": pair.item, "contestant": name, "scores": one.scores, "said": one.said,
@@ -114,13 +113,24 @@ def score_record(
                 values = {**{key: float(value) for key, value in one.scores.items()}, "mean": one.mean}
                 items.append(_item(name, pair.item, values, pair.a, pair.reference, pair.question))
     told = {"scale": list(rubric.scale), "criteria": dict(rubric.criteria)}
-    task = TaskRecord(TASK, "generation", "mean", facts={"rubric": told})
-    results = Results([Contestant(name, "model") for name in scored], [task], items, scores, dict(facts))
-    return Judgement(results, verdicts), rates
+    task = TaskRecord(name=TASK, kind="generation", metric="mean", facts={"rubric": told})
+    return Judgement(_results(list(scored), task, items, scores, facts), verdicts), rates
 
 
 def _item(name: str, item: str, scores: Mapping[str, float], output: str, reference: str, asked: str) -> Item:
-    return Item(name, TASK, item, scores, output=output, reference=reference, asked=asked)
+    return Item(contestant=name, task=TASK, item=item, scores=scores, output=output, reference=reference, asked=asked)
+
+
+def _score(name: str, metric: str, rate: Rate) -> Score:
+    assert rate.value is not None
+    return Score(contestant=name, task=TASK, metric=metric, value=rate.value, stderr=rate.stderr, n=rate.n)
+
+
+def _results(
+    names: Sequence[str], task: TaskRecord, items: Sequence[Item], scores: Sequence[Score], facts: Mapping[str, object]
+) -> Results:
+    contestants = [Contestant(name=name, kind="model") for name in names]
+    return Results(contestants=contestants, tasks=[task], items=items, scores=scores, facts=dict(facts))
 
 
 def comparison_lines(found: Comparison, names: tuple[str, str]) -> list[str]:
