@@ -90,6 +90,9 @@ BAD = [
     "export {run} --adapter lora --to peft --output new --push-to-hub me",
     "export {model} --to peft --output new",
     "export tiny-bloom --to gguf --output new",
+    "judge nowhere.jsonl nowhere.jsonl --judge http://127.0.0.1:1/v1#m --output new",
+    "judge {answers} {answers}#lara --judge http://127.0.0.1:1/v1#m --output new",
+    "judge {answers} {answers} --judge ./nowhere --output new",
 ]
 GOOD = [
     "train {good}",
@@ -117,6 +120,7 @@ GOOD = [
     "export {run} --adapter lora --to peft --output new",
     "export {run} --adapter lora --to gguf --output new",
     "export {model} --to ollama --output new",
+    "judge {answers} {answers} --judge {model} --output new",
 ]
 NOTHING = "it goes on"
 # The copies of the process are left out, which would import Weft for each line.
@@ -154,7 +158,13 @@ def words(
     (tmp_path / "good.yaml").write_text(f"model: {tiny_llama_dir}\ndata: {tiny_data}\nmethod: lora\n")
     (tmp_path / "work" / "tokenizer.yaml").write_text(f"model: {run_dir}/tokenizer\ndata: {tiny_data}\nmethod: lora\n")
     (tmp_path / "second.jsonl").write_bytes(tiny_data.read_bytes())
-    places = {"good": tmp_path / "good.yaml", "data": tiny_data, "data2": tmp_path / "second.jsonl"}
+    (tmp_path / "answers.jsonl").write_text('{"index": 0, "prompt": "a", "adapter": "lora", "text": "b"}\n')
+    places = {
+        "good": tmp_path / "good.yaml",
+        "answers": tmp_path / "answers.jsonl",
+        "data": tiny_data,
+        "data2": tmp_path / "second.jsonl",
+    }
     places |= {"model": tiny_llama_dir, "run": run_dir}
     return lambda line: shlex.split(line.format(**places))
 

@@ -181,15 +181,3 @@ class Questions:
                         "probabilities": dict(zip(found.names, shares[place], strict=True)),
                         "prompt_tokens": len(query.prompt.input_ids),
                     }
-
-
-def contents(opened: Target, who: Sequence[str | None]) -> dict[str, object]:
-    """What answers, by its contents: the base, and each of these adapters."""
-    from weft.generation.identity import content_hash
-    from weft.methods.dense import how_kept
-    from weft.training.same_run import base_fingerprint
-
-    print_of = {key: value for key, value in base_fingerprint(opened.base).items() if key != "model"}
-    base = {**print_of, **how_kept(opened.base.model, opened.adapters.dtype)}
-    hashes = {f"adapter '{name}'": content_hash(opened.adapters[name]) for name in who if name is not None}
-    return {"the base": base, **hashes}

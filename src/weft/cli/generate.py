@@ -12,7 +12,7 @@ import typer
 
 from weft.cli import common, early, options
 from weft.cli.answer_progress import make_progress
-from weft.cli.answering import AnswerSettings, Questions, contents
+from weft.cli.answering import AnswerSettings, Questions
 from weft.cli.answers import AnswerFile, Key, Row, key_of
 from weft.errors import UserError
 from weft.paths import local_path
@@ -132,6 +132,8 @@ def _answer(questions: Questions, file: AnswerFile | None) -> list[Row]:
     order = questions.keys()
     rows: dict[Key, Row] = {}
     if file is not None:
+        from weft.generation.contents import contents
+
         file.open(contents(questions.opened, list(questions.asked)), questions.prompts_hash())
         file.check_keys(order)
         rows = file.rows

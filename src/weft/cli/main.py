@@ -31,6 +31,7 @@ VERBS = (
     "plan",
     "chat",
     "generate",
+    "judge",
     "serve",
     "combine",
     "merge",

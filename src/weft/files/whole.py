@@ -239,6 +239,16 @@ def drop_torn_line(path: Path) -> None:
             file.truncate(keep)
 
 
+def cut_file(path: Path, size: int) -> None:
+    """Take off what stands behind the first ``size`` bytes.
+
+    Raises:
+        WriteError: The machine refuses to write.
+    """
+    with writing(path):
+        os.truncate(path, size)
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors of any shape as safetensors, in a folder that is new.
 

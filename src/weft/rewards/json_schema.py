@@ -35,8 +35,8 @@ class JsonSchema(Worded):
         return found
 
 
-def validator(schema: dict[str, Any]) -> Any:
-    """What tells whether a value keeps the schema.
+def validator(schema: dict[str, Any], what: str = "the reward json_schema") -> Any:
+    """What tells whether a value keeps the schema; ``what`` asks, for messages.
 
     Raises:
         UserError: jsonschema is not installed, or this is no schema.
@@ -44,10 +44,10 @@ def validator(schema: dict[str, Any]) -> Any:
     try:
         import jsonschema
     except ImportError:
-        raise UserError("the reward json_schema needs jsonschema: pip install jsonschema.") from None
+        raise UserError(f"{what} needs jsonschema: pip install jsonschema.") from None
     try:
         cls = jsonschema.validators.validator_for(schema)
         cls.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise UserError(f"the reward json_schema: this is no schema: {error.message}.") from None
+        raise UserError(f"{what}: this is no schema: {error.message}.") from None
     return cls(schema)
