@@ -36,6 +36,8 @@ VERBS = (
     "merge",
     "export",
     "verify",
+    "report",
+    "compare",
     "convert",
     "doctor",
     "demo",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from weft.evaluate.report.comparison import LEVEL, Comparison, Difference, Figure, Leaders, is_general
+from weft.evaluate.report.comparison import LEVEL, Comparison, Difference, Figure, is_general
 from weft.evaluate.report.sheet import Sheet
 from weft.evaluate.results import TaskRecord
 from weft.evaluate.statistics import Z95, smallest_found
@@ -43,15 +43,24 @@ def _of(task: str, figures: Sequence[Figure]) -> list[Figure]:
 
 def _widths(sheet: Sheet, comparison: Comparison) -> Iterator[str]:
     """How sure each figure is by itself."""
+    told, few = [], []
     for task in sheet.tasks.values():
         own = _of(task.name, comparison.figures)
         errors = [one.stderr for one in own if one.stderr is not None]
-        if not own or not errors:
+        if not errors:
             continue
         count, half = min(one.n for one in own), Z95 * max(errors)
         width = f"{100 * half:.1f} points" if is_share(own) and not is_general(task) else f"{half:.3g}"
-        few = " That is few." if count < _FEW else ""
-        yield f"{task.name}: {count:,} items, so a figure by itself is known to ± {width} (95 %).{few}"
+        told.append(f"± {width} on {task.name} ({count:,} items)")
+        few += [task.name] if count < _FEW else []
+    if told:
+        yield f"By itself a figure is known, with 95 % confidence, to {_listed(told)}."
+    if few:
+        yield f"{_listed(few)}: fewer than {_FEW} items are few; only large differences show."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:-1]) + f" and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def _tests(comparison: Comparison) -> Iterator[str]:
@@ -60,12 +69,12 @@ def _tests(comparison: Comparison) -> Iterator[str]:
         return
     found = [one for one in comparison.figures if one.difference is not None and one.difference.found]
     if count == 1:
-        yield f"One difference was tested, at {LEVEL:.0%}: {'it was found' if found else 'it was not found'}."
+        yield f"One difference was tested, at {share(LEVEL, 0)}: {'it was found' if found else 'it was not found'}."
         return
     yield (
         f"{count} differences were tested. Without a correction about {max(1, round(LEVEL * count))} of so many would "
-        f"look real by chance alone; Holm's keeps the chance of any false one at {LEVEL:.0%}. {len(found)} of the {count} "
-        f"remain."
+        f"look real by chance alone; Holm's keeps the chance of any false one at {share(LEVEL, 0)}. {len(found)} of the {count} "
+        "are found with it."
     )
 
 
@@ -86,9 +95,10 @@ def _power(sheet: Sheet, comparison: Comparison) -> Iterator[str]:
             )
         else:
             yield (
-                f"{task.name}: about {share(changed, 0)} of the items came out otherwise than the reference's. With so many "
-                f"flips among {count:,} items a gain below {100 * least:.1f} points is missed more than once in five times"
-                + (f", so the {_counted(missed)} not found may still be there." if missed else ".")
+                f"{task.name}: in the middle of the field {share(changed, 0)} of the items came out otherwise than the "
+                f"reference's. With so many flips among {count:,} items, and before the correction, a gain below "
+                f"{100 * least:.1f} points is missed more than once in five times"
+                + (f"; so the {_counted(missed)} not found may still be there." if missed else ".")
             )
 
 
@@ -105,25 +115,24 @@ def _counted(missed: Sequence[Difference]) -> str:
 
 
 def _winners(sheet: Sheet, comparison: Comparison) -> Iterator[str]:
-    for one in comparison.leaders:
-        others = len(_of(one.task, comparison.figures)) - 1
-        if others < 2:
-            continue
-        yield _near(one, others)
-    if comparison.leaders and max(len(_of(one.task, comparison.figures)) for one in comparison.leaders) > 2:
+    several = [one for one in comparison.leaders if len(_of(one.task, comparison.figures)) > 2]
+    for best, near in dict.fromkeys((one.best, one.near) for one in several):
+        tasks = _listed([one.task for one in several if (one.best, one.near) == (best, near)])
+        yield _near(tasks, best, near)
+    if several:
         yield (
-            "The best of many is best partly by luck, for the same items chose it and measured it. Its figure on fresh "
-            "items will be a little lower."
+            "The best of many is best partly by luck, for the same items chose it and measured it. On fresh items its "
+            "figure will be a little lower."
         )
 
 
-def _near(leaders: Leaders, others: int) -> str:
-    if not leaders.near:
-        return f"{leaders.task}: {leaders.best} is best, and a paired test tells it from each of the other {others}."
-    shown = ", ".join(leaders.near[:6]) + (f" and {len(leaders.near) - 6} more" if len(leaders.near) > 6 else "")
+def _near(tasks: str, best: str, near: Sequence[str]) -> str:
+    if not near:
+        return f"On {tasks} {best} is best, and a paired test tells it from each of the others."
+    shown = _listed([*near[:6], *([f"{len(near) - 6} more"] if len(near) > 6 else [])])
     return (
-        f"{leaders.task}: {leaders.best} has the best figure, but these items do not tell it from {shown}. Choose between "
-        "them by cost or by forgetting, or ask more items."
+        f"On {tasks} {best} has the best figure, but these items do not tell it from {shown}. Choose between them by cost "
+        "or by forgetting, or ask more items."
     )
 
 
@@ -141,7 +150,9 @@ def _no_differences(sheet: Sheet, comparison: Comparison) -> Iterator[str]:
 
 def _asked_otherwise(sheet: Sheet) -> Iterator[str]:
     for key, what in (("template", "templates"), ("stops", "end tokens")):
-        told = {str(one.facts[key]) for one in sheet.contestants.values() if one.kind != "prompt" and one.facts.get(key)}
+        told = {
+            str(one.facts[key]) for one in sheet.contestants.values() if one.kind != "prompt" and one.facts.get(key)
+        }
         if len(told) > 1:
             yield (
                 f"The contestants were asked with {len(told)} different {what}. Part of a difference may come from that "
@@ -152,9 +163,7 @@ def _asked_otherwise(sheet: Sheet) -> Iterator[str]:
 def _not_measured(sheet: Sheet) -> Iterator[str]:
     tasks: list[TaskRecord] = list(sheet.tasks.values())
     if not any(map(is_general, tasks)):
-        yield (
-            "What was forgotten was not measured. A perplexity task on general text (general: true) shows it."
-        )
+        yield ("What was forgotten was not measured. A perplexity task on general text (general: true) shows it.")
     if any(one.kind in ("adapter", "checkpoint") for one in sheet.contestants.values()):
         yield (
             "Each adapter was trained once. A difference holds for these adapters; whether it holds for their methods, "

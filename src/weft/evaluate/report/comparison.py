@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import numpy as np
 
 from weft.evaluate.report.sheet import Sheet
 from weft.evaluate.results import Item, TaskRecord
-from weft.evaluate.statistics import holm, mcnemar_p, mean, paired_interval, permutation_p
+from weft.evaluate.statistics import DRAWS, holm, mcnemar_p, mean, paired_interval, permutation_p
 
 LEVEL = 0.05
 MCNEMAR, PERMUTATION = "McNemar, mid-p", "paired permutation"
@@ -95,11 +96,17 @@ def compare(sheet: Sheet, reference: str | None = None, *, seed: int = 0) -> Com
     permutation come from ``seed`` and the names, so that a report made again is the same.
     """
     figures, others = [], []
+    # The smallest p of the permutations, times the number of tests, must stay below the level.
+    draws = max(DRAWS, 100 * len(sheet.answers) - 1)
     for task in sheet.tasks.values():
         for name in sheet.asked(task.name):
-            found = list(_figures(sheet, name, task))
-            figures += [_with_difference(sheet, one, task, reference, seed) for one in found if one.metric == task.metric]
-            others += [one for one in found if one.metric != task.metric]
+            for one in _figures(sheet, name, task):
+                if one.metric != task.metric:
+                    others.append(one)
+                elif (beside := sheet.reference(name, reference)) is not None and (beside, task.name) in sheet.answers:
+                    figures.append(replace(one, difference=_difference(sheet, name, beside, task, seed, draws)))
+                else:
+                    figures.append(one)
     return Comparison(
         tuple(_corrected(figures)), tuple(others), tuple(_leaders(sheet, figures, task, seed) for task in _judged(sheet, figures))
     )  # fmt: skip
@@ -119,14 +126,9 @@ def _figures(sheet: Sheet, name: str, task: TaskRecord) -> Iterator[Figure]:
             yield Figure(name, task.name, metric, found.value, found.stderr, found.n)
 
 
-def _with_difference(sheet: Sheet, figure: Figure, task: TaskRecord, wanted: str | None, seed: int) -> Figure:
-    reference = sheet.reference(figure.contestant, wanted)
-    if reference is None or (reference, task.name) not in sheet.answers:
-        return figure
-    return replace(figure, difference=_difference(sheet, figure.contestant, reference, task, seed))
-
-
-def _difference(sheet: Sheet, name: str, reference: str, task: TaskRecord, seed: int) -> Difference | None:
+def _difference(
+    sheet: Sheet, name: str, reference: str, task: TaskRecord, seed: int, draws: int = DRAWS
+) -> Difference | None:
     before, after = sheet.answers[reference, task.name], sheet.answers[name, task.name]
     pairs = _pairs(before, after, task.metric)
     if not pairs:
@@ -137,7 +139,7 @@ def _difference(sheet: Sheet, name: str, reference: str, task: TaskRecord, seed:
     gained = tuple(item for (item, *_), change in zip(pairs, better, strict=True) if change > 0)
     lost = tuple(item for (item, *_), change in zip(pairs, better, strict=True) if change < 0)
     generator = np.random.default_rng([seed, zlib.crc32(f"{name}\0{reference}\0{task.name}".encode())])
-    p = float(mcnemar_p(len(lost), len(gained))) if counted else permutation_p(values, generator)
+    p = float(mcnemar_p(len(lost), len(gained))) if counted else permutation_p(values, generator, draws)
     low, high = paired_interval(values, generator)
     found = mean(values)
     test = MCNEMAR if counted else PERMUTATION
@@ -147,12 +149,14 @@ def _difference(sheet: Sheet, name: str, reference: str, task: TaskRecord, seed:
 
 
 def _pairs(before: Mapping[str, Item], after: Mapping[str, Item], metric: str) -> list[tuple[str, float, float]]:
-    """(item, score before, score after) of the items that both answered and that have this score."""
+    """(item, score before, score after) of the items that both answered and that have this score, as a finite number."""
     return [
         (key, before[key].scores[metric], item.scores[metric])
         for key, item in after.items()
         if key in before and metric in item.scores and metric in before[key].scores
-    ]
+        # An infinite loss has no difference to another.
+        and math.isfinite(before[key].scores[metric]) and math.isfinite(item.scores[metric])
+    ]  # fmt: skip
 
 
 def _corrected(figures: Sequence[Figure]) -> list[Figure]:
@@ -183,10 +187,18 @@ def is_general(task: TaskRecord) -> bool:
 
 def _leaders(sheet: Sheet, figures: Sequence[Figure], task: TaskRecord, seed: int) -> Leaders:
     own = [one for one in figures if one.task == task.name]
-    best = max(own, key=lambda one: one.value if task.higher_is_better else -one.value)
+    best = max(own, key=lambda one: _goodness(one, task))
     tried = {
-        one.contestant: _difference(sheet, one.contestant, best.contestant, task, seed) for one in own if one is not best
+        one.contestant: _difference(sheet, one.contestant, best.contestant, task, seed)
+        for one in own
+        if one is not best
     }
     tested = {name: found.p for name, found in tried.items() if found is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
     return Leaders(task.name, best.contestant, tuple(name for name, p in corrected.items() if p > LEVEL))
+
+
+def _goodness(figure: Figure, task: TaskRecord) -> float:
+    """A number that is larger for a better figure; what is no number is worst."""
+    value = figure.value if task.higher_is_better else -figure.value
+    return -math.inf if math.isnan(value) else value

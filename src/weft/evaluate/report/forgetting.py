@@ -50,7 +50,9 @@ def forgetting_of(sheet: Sheet, comparison: Comparison) -> list[Forgetting]:
         if not is_general(sheet.tasks[figure.task]) or figure.difference is None:
             continue
         base = comparison.figure(figure.difference.reference, figure.task)
-        nats = next((name for name in (figure.metric, *_NATS) if name in _NATS and _has(figure, name, comparison)), None)
+        nats = next(
+            (name for name in (figure.metric, *_NATS) if name in _NATS and _has(figure, name, comparison)), None
+        )
         if base is None or nats is None:
             continue
         mine, theirs = (_named(one.contestant, figure.task, nats, comparison) for one in (figure, base))

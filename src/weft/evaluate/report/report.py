@@ -117,7 +117,9 @@ def make_report(sources: Sequence[Source], *, reference: str | None = None) -> R
     sheet = lay_out(sources)
     if reference is not None and reference not in sheet.contestants:
         known = ", ".join(sheet.contestants) or "none, for nothing was evaluated"
-        raise UserError(f"no contestant is named '{reference}'.{nearest(reference, sheet.contestants)} There are: {known}.")
+        raise UserError(
+            f"no contestant is named '{reference}'.{nearest(reference, sheet.contestants)} There are: {known}."
+        )
     runs = tuple(_runs(sources))
     comparison = compare(sheet, reference)
     changes = forgetting_of(sheet, comparison)
@@ -246,7 +248,10 @@ def _idle(sheet: Sheet, comparison: Comparison) -> dict[str, str]:
 
 def _same(sheet: Sheet, figure: Figure) -> bool:
     assert figure.difference is not None
-    before, after = sheet.answers[figure.difference.reference, figure.task], sheet.answers[figure.contestant, figure.task]
+    before, after = (
+        sheet.answers[figure.difference.reference, figure.task],
+        sheet.answers[figure.contestant, figure.task],
+    )
     return all(
         item.output == before[key].output and item.scores == before[key].scores
         for key, item in after.items()

@@ -131,7 +131,9 @@ def _add(part: _Part, sheet: Sheet, taken: Mapping[tuple[str, str], str], tasks:
         name = names[one.name]
         known = sheet.contestants.get(name)
         if known is not None and known.kind != one.kind:
-            raise UserError(f"{part.place}: '{one.name}' is a {one.kind}, and a {known.kind} in another evaluation there.")
+            raise UserError(
+                f"{part.place}: '{one.name}' is a {one.kind}, and a {known.kind} in another evaluation there."
+            )
         sheet.contestants[name] = replace(one, name=name, facts={**(known.facts if known else {}), **one.facts})
         sheet.sources[name] = label
     again = set()
@@ -143,12 +145,16 @@ def _add(part: _Part, sheet: Sheet, taken: Mapping[tuple[str, str], str], tasks:
             sheet.answers[key] = items
     for score in part.results.scores:
         if score.contestant not in names or score.task not in tasks:
-            raise UserError(f"{part.place}: a score is of '{score.contestant}' and '{score.task}', which it does not name.")
+            raise UserError(
+                f"{part.place}: a score is of '{score.contestant}' and '{score.task}', which it does not name."
+            )
         if (score.contestant, score.task) not in again:
             sheet.scores[names[score.contestant], tasks[score.task], score.metric] = score
     if again:
         who = ", ".join(sorted({f"'{name}' on {task}" for name, task in again}))
-        sheet.notes.append(f"{part.place} repeats what another evaluation of this run holds; the first one counts: {who}.")
+        sheet.notes.append(
+            f"{part.place} repeats what another evaluation of this run holds; the first one counts: {who}."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks

@@ -66,7 +66,9 @@ def _source(path: Path, label: str) -> Source:
         done = tuple(one for one in folders if (one / SUMMARY).is_file())
         return Source(path, label, done, path, tuple(one for one in folders if one not in done and _begun(one)))
     if path.is_dir() and _begun(path):
-        raise UserError(f"{path}: this evaluation was cut: {SUMMARY} is not there yet. Go on with the same `weft eval`.")
+        raise UserError(
+            f"{path}: this evaluation was cut: {SUMMARY} is not there yet. Go on with the same `weft eval`."
+        )
     raise UserError(
         f"{path} is neither the folder of a run ({RUN_FILE}) nor of results ({SUMMARY}). `weft train` writes the one, "
         "`weft eval` the other."
