@@ -15,9 +15,7 @@ from weft.paths import local_path
 def compare(
     targets: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN|RESULTS...", parser=local_path, help="Folders of runs, or of results; two or more."
-        ),
+        typer.Argument(metavar="RUN|RESULTS...", parser=local_path, help="Two or more folders of runs or results."),
     ],
     output: report.Output = None,
     reference: report.Reference = None,

@@ -11,7 +11,7 @@ from weft.cli import common, early, options
 from weft.paths import local_path
 
 if TYPE_CHECKING:
-    from weft.evaluate.report import Report
+    from weft.evaluate.report.report import Report
 
 Output = Annotated[
     Path | None,
@@ -42,7 +42,9 @@ def report(
 def tell(targets: list[Path], output: Path | None, reference: str | None, *, as_json: bool) -> int:
     """Make the report of these folders, write it if a folder is given, and show it."""
     early.refuse(lambda: _check(targets))
-    from weft.evaluate.report import find_sources, make_report, write_report
+    from weft.evaluate.report.report import make_report
+    from weft.evaluate.report.sources import find_sources
+    from weft.evaluate.report.writing import write_report
 
     found = make_report(find_sources(targets), reference=reference)
     files = write_report(found, output) if output is not None else []

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from weft.errors import UserError
 from weft.files.whole import write_whole
@@ -170,7 +170,7 @@ def _entries(kind: type[_Entry], found: Mapping[str, object], key: str, where: s
     return [_made(kind, expect(one, dict, place), place) for one, place in entries]
 
 
-def _made(kind: type[_Entry], values: Mapping[str, object], where: str) -> _Entry:
+def _made(kind: type[_Entry], values: Mapping[str, Any], where: str) -> _Entry:
     """The entry of these values, each of the type that its field has.
 
     Raises:

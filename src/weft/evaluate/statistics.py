@@ -95,7 +95,7 @@ def _sizes(draws: int, n: int) -> list[int]:
     return [min(each, draws - begin) for begin in range(0, draws, each)]
 
 
-# ----------------------------------------------------------------------------------------------------------- permutation
+# ---------------------------------------------------------------------------------------------------------- permutation
 
 
 def permutation_p(differences: ArrayLike, generator: np.random.Generator, draws: int = DRAWS) -> float:
@@ -121,7 +121,7 @@ def permutation_p(differences: ArrayLike, generator: np.random.Generator, draws:
 def permutation_p_ref(differences: Sequence[float]) -> float:
     """The exact value, over all 2ⁿ arrangements of the signs; for a few items only."""
     found = [Fraction(d) for d in differences]
-    limit = abs(sum(found))
+    limit = abs(sum(found, Fraction(0)))
     sums = [Fraction(0)]
     for d in found:
         sums = [total + sign * d for total in sums for sign in (1, -1)]
@@ -134,10 +134,10 @@ def permutation_p_ref(differences: Sequence[float]) -> float:
 def mcnemar_p(lost: ArrayLike, gained: ArrayLike) -> Floats:
     """Two-sided mid-p value of McNemar's test; counts [...] of items in, p-values [...] out.
 
-    ``lost``: right before and wrong after; ``gained``: wrong before and right after. If neither is likelier, the smaller
-    count is Binomial(lost + gained, ½). Mid-p counts half of the probability of what was seen: the exact p-value is
-    about a third too careful at these sizes, and this one keeps the 5 % (Fagerland, Lydersen & Laake, 2013, equation 4;
-    docs/report.md has the figures).
+    ``lost``: right before and wrong after; ``gained``: wrong before and right after. If neither is likelier, the
+    smaller count is Binomial(lost + gained, ½). Mid-p counts half of the probability of what was seen. The exact
+    p-value gives 3.8 % false alarms at 5 % for 400 items, this one 4.9 % (Fagerland, Lydersen & Laake, 2013, equation
+    4; docs/report.md has the figures).
     """
     b, c = np.broadcast_arrays(np.asarray(lost, np.int64), np.asarray(gained, np.int64))
     few = np.minimum(b, c)
@@ -207,7 +207,7 @@ def _p_values(n: int, mid: bool) -> Floats:
 
 
 def smallest_found(items: int, changed: float) -> float | None:
-    """The smallest gain, a share of ``items``, that McNemar's test at 5 % finds four times in five; None: there is none.
+    """The smallest gain, a share of ``items``, that McNemar's test at 5 % finds four times in five; None: none.
 
     ``changed``: the share of items that come out otherwise, which is one minus the agreement of the two contestants.
     Gain = (z₀.₉₇₅ √changed + z₀.₈ √(changed - gain²)) / √items (Connor, 1987, equation 2), solved for the gain.
@@ -234,7 +234,7 @@ def smallest_found_ref(items: int, changed: float) -> float | None:
 
 
 def agreement_of(base: float, gain: float, correlation: float) -> float:
-    """The share of items that come out alike, for a base's accuracy, a gain, and the correlation φ of right and wrong."""
+    """The share of items that come out alike, for a base's accuracy, a gain, and the correlation φ of both."""
     after = base + gain
     both = base * after + correlation * math.sqrt(base * (1 - base) * after * (1 - after))
     return 1 - base - after + 2 * both

@@ -1,7 +1,5 @@
-"""Reports: contestants beside each other, with errors, paired tests, flips, costs and forgetting."""
+"""Reports: contestants beside each other, with errors, paired tests, flips, costs and forgetting.
 
-from weft.evaluate.report.report import Report, make_report
-from weft.evaluate.report.sources import Source, find_sources
-from weft.evaluate.report.writing import write_report
-
-__all__ = ["Report", "Source", "find_sources", "make_report", "write_report"]
+``sources`` finds folders, ``sheet`` lays all answers on one sheet, ``comparison`` tests them, ``report`` holds the
+whole, ``writing`` writes it.
+"""

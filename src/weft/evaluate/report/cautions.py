@@ -73,8 +73,8 @@ def _tests(comparison: Comparison) -> Iterator[str]:
         return
     yield (
         f"{count} differences were tested. Without a correction about {max(1, round(LEVEL * count))} of so many would "
-        f"look real by chance alone; Holm's keeps the chance of any false one at {share(LEVEL, 0)}. {len(found)} of the {count} "
-        "are found with it."
+        f"look real by chance alone; Holm's keeps the chance of any false one at {share(LEVEL, 0)}. {len(found)} of "
+        f"them are found with it."
     )
 
 
@@ -131,8 +131,8 @@ def _near(tasks: str, best: str, near: Sequence[str]) -> str:
         return f"On {tasks} {best} is best, and a paired test tells it from each of the others."
     shown = _listed([*near[:6], *([f"{len(near) - 6} more"] if len(near) > 6 else [])])
     return (
-        f"On {tasks} {best} has the best figure, but these items do not tell it from {shown}. Choose between them by cost "
-        "or by forgetting, or ask more items."
+        f"On {tasks} {best} has the best figure, but these items do not tell it from {shown}. Choose between them by "
+        "cost or by forgetting, or ask more items."
     )
 
 
@@ -155,8 +155,8 @@ def _asked_otherwise(sheet: Sheet) -> Iterator[str]:
         }
         if len(told) > 1:
             yield (
-                f"The contestants were asked with {len(told)} different {what}. Part of a difference may come from that "
-                "and not from what was trained."
+                f"The contestants were asked with {len(told)} different {what}. Part of a difference may come from "
+                "that and not from what was trained."
             )
 
 
@@ -170,6 +170,6 @@ def _not_measured(sheet: Sheet) -> Iterator[str]:
             "only training with other seeds tells."
         )
     yield (
-        "No figure here shows whether items of the tasks were in the training data of the base or of an adapter, nor how "
-        "answers are to questions of another kind."
+        "No figure here shows whether items of the tasks were in the training data of the base or of an adapter, nor "
+        "how answers are to questions of another kind."
     )

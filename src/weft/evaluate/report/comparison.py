@@ -107,9 +107,8 @@ def compare(sheet: Sheet, reference: str | None = None, *, seed: int = 0) -> Com
                     figures.append(replace(one, difference=_difference(sheet, name, beside, task, seed, draws)))
                 else:
                     figures.append(one)
-    return Comparison(
-        tuple(_corrected(figures)), tuple(others), tuple(_leaders(sheet, figures, task, seed) for task in _judged(sheet, figures))
-    )  # fmt: skip
+    leaders = tuple(_leaders(sheet, figures, task, seed) for task in _judged(sheet, figures))
+    return Comparison(tuple(_corrected(figures)), tuple(others), leaders)
 
 
 def _figures(sheet: Sheet, name: str, task: TaskRecord) -> Iterator[Figure]:
@@ -149,7 +148,7 @@ def _difference(
 
 
 def _pairs(before: Mapping[str, Item], after: Mapping[str, Item], metric: str) -> list[tuple[str, float, float]]:
-    """(item, score before, score after) of the items that both answered and that have this score, as a finite number."""
+    """(item, score before, score after) of the items that both answered and gave a finite score."""
     return [
         (key, before[key].scores[metric], item.scores[metric])
         for key, item in after.items()

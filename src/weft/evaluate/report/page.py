@@ -79,7 +79,8 @@ def _figures(report: Report) -> Iterator[str]:
     found = {(one.contestant, one.task): one for one in report.comparison.figures}
     head = "".join(
         f'<th class="n task" title="{escape(task_line(report, task))}">{escape(task.name)} {scales[task.name].best}'
-        f"<small>{escape(metric_of(task))}{scales[task.name].unit}</small></th><th class=n>Δ<small>p, flips</small></th>"
+        f"<small>{escape(metric_of(task))}{scales[task.name].unit}</small></th>"
+        "<th class=n>Δ<small>p, flips</small></th>"
         for task in tasks
     )
     rows = "".join(
@@ -95,9 +96,9 @@ def _figures(report: Report) -> Iterator[str]:
     )
     beside = f"Δ is the paired difference to <b>{escape(references)}</b>. " if references else ""
     yield (
-        f'<section><h2>Who is best</h2>\n<p class="lead">± is the standard error. {beside}A Δ in colour is found at 5 % '
-        "after Holm's correction for all tests of this page; p is corrected. Flips: items that became right (+) and wrong "
-        "(−). ★ has the best figure, ☆ is not told from it by these items.</p>\n"
+        f'<section><h2>Who is best</h2>\n<p class="lead">± is the standard error. {beside}A Δ in colour is found at '
+        "5 % after Holm's correction for all tests of this page; p is corrected. Flips: items that became right (+) "
+        "and wrong (−). ★ has the best figure, ☆ is not told from it by these items.</p>\n"
         f'<div class="wide"><table class="figures"><thead><tr><th>contestant</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></section>\n"
     )
@@ -155,7 +156,7 @@ def _others(report: Report) -> Iterator[str]:
         groups.setdefault(one.task, {}).setdefault(one.contestant, {})[one.metric] = one
     if not groups:
         return
-    yield '<section><h2>Other metrics</h2>\n<p class="lead">These are not tested: more tests would make each one weaker.</p>\n'
+    yield '<section><h2>Other metrics</h2>\n<p class="lead">Not tested: more tests would make each one weaker.</p>\n'
     for task, rows in groups.items():
         metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
         head = "".join(f'<th class="n">{escape(metric)}</th>' for metric in metrics)
@@ -167,8 +168,8 @@ def _others(report: Report) -> Iterator[str]:
         )
         yield (
             f'<details><summary>{escape(task)}: {escape(", ".join(metrics))}</summary><div class="wide">'
-            f'<table class="figures narrow"><thead><tr><th>contestant</th>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-            "</details>\n"
+            f'<table class="figures narrow"><thead><tr><th>contestant</th>{head}</tr></thead><tbody>{lines}</tbody>'
+            "</table></div></details>\n"
         )
     yield "</section>\n"
 
@@ -179,7 +180,7 @@ def _plain(figure: Figure | None) -> str:
     return f"{figure.value:.4f}" + (f" ± {figure.stderr:.4f}" if figure.stderr is not None else "")
 
 
-# ------------------------------------------------------------------------------------------------------ costs and losses
+# ----------------------------------------------------------------------------------------------------- costs and losses
 
 
 def _costs(report: Report) -> Iterator[str]:
@@ -231,14 +232,15 @@ def _flips(report: Report) -> Iterator[str]:
     if not groups:
         return
     yield (
-        f'<section><h2>Items that came out otherwise</h2>\n<p class="lead">Up to {FLIPS} each way; report.json names all. '
-        "Read the lost ones first: they show what an adapter breaks.</p>\n"
+        f'<section><h2>Items that came out otherwise</h2>\n<p class="lead">Up to {FLIPS} each way; report.json names '
+        "all. Read the lost ones first: they show what an adapter breaks.</p>\n"
     )
     for contestant, tasks in groups.items():
         counts, bodies = [], []
         for task, found in tasks.items():
             figure = report.comparison.figure(contestant, task)
-            assert figure is not None and figure.difference is not None
+            assert figure is not None
+            assert figure.difference is not None
             gained, lost = len(figure.difference.gained), len(figure.difference.lost)
             count = f'<span class="good">+{gained}</span> <span class="bad">−{lost}</span>'
             counts.append(f'<span class="faint"> · {escape(task)}</span> {count}')

@@ -7,8 +7,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from weft.evaluate.report.plots import loss_axes
 from weft.evaluate.report.report import Report
 from weft.evaluate.report.runs import RunRecord
+from weft.evaluate.report.svg import beside
 from weft.evaluate.report.wording import scale
 from weft.evaluate.statistics import Z95
 
@@ -66,25 +68,33 @@ def _figures(report: Report) -> bytes:
             axis.errorbar(factor * one.value, row, xerr=factor * Z95 * (one.stderr or 0), fmt="o", ms=4, color=colour)
             if one.difference is None:
                 axis.axvline(factor * one.value, color=_GREY, lw=0.8, ls=":")
-        axis.set_yticks(range(len(own)), [one.contestant for one in own], fontsize=8, parse_math=False)
-        axis.set_title(f"{task.name} ({task.metric}{written.unit})", fontsize=10, parse_math=False)
+        axis.set_yticks(range(len(own)), [_plain(one.contestant) for one in own], fontsize=8)
+        axis.set_title(_plain(f"{task.name} ({task.metric}{written.unit})"), fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     return _png(figure)
 
 
 def _trade(report: Report) -> bytes:
-    figure, axes = _subplots(1, 1, 7.5, 5)
+    """Points with numbers, and the names beside them, the largest gain first."""
+    figure, axes = _subplots(1, 1, 9, 5)
     axis = axes[0][0]
-    for one in report.trades:
-        idle = one.contestant in report.idle
-        axis.plot(one.forgetting, 100 * one.gain, "o", color=_RED if idle else _BLUE)
-        axis.annotate(one.contestant, (one.forgetting, 100 * one.gain), (4, 4), textcoords="offset points", fontsize=8,
-                      parse_math=False)  # fmt: skip
+    ordered = sorted(report.trades, key=lambda one: -one.gain)
+    places = [(one.forgetting, 100 * one.gain) for one in ordered]
     axis.axhline(0, color=_GREY, lw=0.8)
     axis.axvline(0, color=_GREY, lw=0.8)
+    axis.margins(0.08)
+    for number, (one, place) in enumerate(zip(ordered, places, strict=True), 1):
+        colour = _RED if one.contestant in report.idle else _BLUE
+        axis.plot(*place, "o", color=colour, label=_plain(f"{number}  {one.contestant}"))
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    wide, tall = (right - left) / 100, (high - low) / 100
+    numbers = beside([((x - left) / wide, 100 - (y - low) / tall) for x, y in places])
+    for number, (x, y) in enumerate(numbers, 1):
+        axis.text(left + x * wide, low + (100 - y) * tall, str(number), ha="center", va="center", fontsize=8)
     axis.set_xlabel("forgetting: change of cross-entropy on general text (nats)")
     axis.set_ylabel("gain (points)")
     axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, handlelength=0, markerscale=0)
     return _png(figure)
 
 
@@ -93,19 +103,29 @@ def _losses(run: RunRecord) -> bytes:
     columns = min(_COLUMNS, len(jobs))
     rows = -(-len(jobs) // columns)
     figure, axes = _subplots(rows, columns, 3.0 * columns, 2.0 * rows + 0.4)
-    for axis in [one for line in axes for one in line][len(jobs) :]:
+    places = [one for line in axes for one in line]
+    _, loss = loss_axes(jobs)
+    for axis in places[len(jobs) :]:
         axis.remove()
-    for axis, job in zip((one for line in axes for one in line), jobs, strict=False):
+    for axis, job in zip(places, jobs, strict=False):
         if job.train:
             axis.plot(*zip(*job.train, strict=True), color=_BLUE, lw=1.2, label="training")
         for number, (name, curve) in enumerate(job.evals.items()):
             if curve:
-                axis.plot(*zip(*curve, strict=True), "o-", ms=3, lw=0.8, color=f"C{number + 1}",
-                          label=f"evaluation {name}".strip())  # fmt: skip
-        axis.set_title(job.name, fontsize=9, parse_math=False)
+                label = _plain(f"evaluation {name}".strip())
+                axis.plot(*zip(*curve, strict=True), "o-", ms=3, lw=0.8, color=f"C{number + 1}", label=label)
+        axis.set_title(_plain(job.name), fontsize=9)
+        axis.set_yscale("log" if loss.log else "linear")
+        axis.set_ylim(loss.low, loss.high)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
     axes[0][0].legend(fontsize=7)
     figure.supxlabel("optimizer step", fontsize=9)
     figure.supylabel("loss per token", fontsize=9)
     return _png(figure)
+
+
+def _plain(text: str) -> str:
+    """A name as it is: between two dollars matplotlib would read mathematics."""
+    return text.replace("$", "\\$")

@@ -69,13 +69,13 @@ def trade_plot(report: Report) -> Iterator[str]:
     kinds |= dict.fromkeys(report.idle, "idle")
     ordered = sorted(report.trades, key=lambda one: -one.gain)
     points = [
-        Point(one.forgetting, one.gain, number, f"{one.contestant}: {100 * one.gain:+.1f} points, {one.forgetting:+.3f}",
-              kinds[one.contestant])
+        Point(one.forgetting, one.gain, number,
+              f"{one.contestant}: {100 * one.gain:+.1f} points, {one.forgetting:+.3f}", kinds[one.contestant])
         for number, one in enumerate(ordered, 1)
     ]  # fmt: skip
     rows = "".join(
-        f'<tr><td class="n">{point.number}</td><td>{escape(one.contestant)}</td><td class="n">{100 * one.gain:+.1f}</td>'
-        f'<td class="n">{one.forgetting:+.3f}</td></tr>'
+        f'<tr><td class="n">{point.number}</td><td>{escape(one.contestant)}</td>'
+        f'<td class="n">{100 * one.gain:+.1f}</td><td class="n">{one.forgetting:+.3f}</td></tr>'
         for point, one in zip(points, ordered, strict=True)
     )
     tasks = ", ".join(dict.fromkeys(task for one in ordered for task in one.tasks))
@@ -99,7 +99,7 @@ def loss_curves(report: Report) -> Iterator[str]:
         drawn = [job for job in run.jobs if job.train or any(job.evals.values())]
         if not drawn:
             continue
-        x, y = _axes(drawn)
+        x, y = loss_axes(drawn)
         name = "" if len(report.runs) == 1 else f" of {escape(run.label)}"
         sets = list(dict.fromkeys(of for job in drawn for of in job.evals))
         yield f'<section><h2>Losses{name}</h2>\n<p class="lead">{_legend(sets, y)}</p>\n<div class="many">'
@@ -115,7 +115,8 @@ def loss_curves(report: Report) -> Iterator[str]:
 
 def _legend(sets: Sequence[str], y: Axis) -> str:
     names = "".join(
-        f'<span class="swatch" style="background: var(--eval-{number % 4})"></span>evaluation{escape(f" {of}" if of else "")}'
+        f'<span class="swatch" style="background: var(--eval-{number % 4})"></span>'
+        f"evaluation{escape(f' {of}' if of else '')}"
         for number, of in enumerate(sets)
     )
     scaled = " The axis is logarithmic." if y.log else ""
@@ -125,7 +126,8 @@ def _legend(sets: Sequence[str], y: Axis) -> str:
     )
 
 
-def _axes(jobs: Sequence[JobRecord]) -> tuple[Axis, Axis]:
+def loss_axes(jobs: Sequence[JobRecord]) -> tuple[Axis, Axis]:
+    """The axes, steps and loss, that hold the losses of all jobs; by logarithm where they differ much."""
     points = [point for job in jobs for curve in (job.train, *job.evals.values()) for point in curve]
     values = [value for _, value in points]
     log = min(values) > 0 and max(values) > 5 * min(values)

@@ -171,8 +171,9 @@ def _costs(sheet: Sheet, runs: Sequence[RunRecord]) -> list[Cost]:
     for name, one in sheet.contestants.items():
         label = sheet.sources[name]
         job = jobs.get((label, name.removesuffix(f" ({label})"))) if one.kind == "adapter" else None
-        found.append(_cost(name, one.facts, job, [item for task in sheet.tasks if not is_general(sheet.tasks[task])
-                                                  for item in sheet.answers.get((name, task), {}).values()]))  # fmt: skip
+        tasks = [task.name for task in sheet.tasks.values() if not is_general(task)]
+        items = [item for task in tasks for item in sheet.answers.get((name, task), {}).values()]
+        found.append(_cost(name, one.facts, job, items))
     return found
 
 

@@ -17,8 +17,8 @@ from weft.foreign import check_safetensors, expect, read_json
 Curve = tuple[tuple[int, float], ...]
 
 # Of a job's settings, those that a reader asks for first.
-_SHOWN = ("objective", "steps", "epochs", "batch_size", "batch_tokens", "learning_rate", "lr_scheduler_type", "optimizer",
-          "weight_decay", "seed")  # fmt: skip
+_SHOWN = ("objective", "steps", "epochs", "batch_size", "batch_tokens", "learning_rate", "lr_scheduler_type",
+          "optimizer", "weight_decay", "seed")  # fmt: skip
 _TRAINED = "parameter."  # before the names of a checkpoint's trained tensors
 _EVAL, _LOSS = "eval_", "loss"
 

@@ -20,8 +20,8 @@ h1 { margin: 0 0 .2rem; } h2 { border-top: 1px solid var(--line); padding-top: 1
   max-width: 14rem; overflow-wrap: break-word; }
 .figures thead th:first-child { background: var(--panel); }
 .figures tbody tr:hover td, .figures tbody tr:hover th { background: var(--hover); }
-.narrow { width: auto; } .figures .task { border-left: 1px solid var(--line); } .figures small { font-size: 12px; color: var(--faint);
-  font-weight: 400; display: block; }
+.narrow { width: auto; } .figures .task { border-left: 1px solid var(--line); } .figures small {
+  font-size: 12px; color: var(--faint);  font-weight: 400; display: block; }
 .figures .n { text-align: right; } .figures b { font-weight: 650; }
 .badge { display: inline-block; font-size: 11px; font-weight: 600; padding: 0 .45em; border-radius: 9px;
   border: 1px solid currentColor; margin-left: .3em; white-space: nowrap; }
@@ -41,7 +41,8 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .dot.good { fill: var(--good); } .whisker.good { stroke: var(--good); }
 .plot { display: grid; grid-template-columns: minmax(0, 1.7fr) minmax(0, 1fr); gap: 1.5rem; align-items: start; }
 .scatter { width: 100%; height: 24rem; display: block; overflow: visible; } .grid { stroke: var(--line); }
-.zero { stroke: var(--faint); stroke-width: 1.5; } .point { fill: var(--accent); stroke: var(--back); stroke-width: 1.5; }
+.zero { stroke: var(--faint); stroke-width: 1.5; }
+.point { fill: var(--accent); stroke: var(--back); stroke-width: 1.5; }
 .point.prompt { fill: var(--eval-0); } .point.idle { fill: var(--bad); }
 svg .number { fill: var(--text); font-weight: 600; } svg .axis, p.axis { fill: var(--faint); color: var(--faint);
   font-size: 12px; margin: 0 0 .3rem; }

@@ -107,7 +107,7 @@ def scatter(points: Sequence[Point], *, x_label: str, y_label: str, x_percent: b
         text = _tick(100 * tick if y_percent else tick)
         parts.append(f'<text x="{_LEFT - 1:.2f}%" y="{down(tick):.2f}%" dy="4" text-anchor="end">{text}</text>')
     places = [(across(one.x), down(one.y)) for one in points]
-    for one, (x, y), (a, b) in zip(points, places, _beside(places), strict=True):
+    for one, (x, y), (a, b) in zip(points, places, beside(places), strict=True):
         parts.append(
             f'<g><title>{escape(one.label)}</title><circle cx="{x:.2f}%" cy="{y:.2f}%" r="5" class="point {one.kind}"/>'
             f'<text x="{a:.2f}%" y="{b:.2f}%" dy="4" text-anchor="middle" class="number">{one.number}</text></g>'
@@ -118,8 +118,8 @@ def scatter(points: Sequence[Point], *, x_label: str, y_label: str, x_percent: b
     return f'<p class="axis">{escape(y_label)}</p><svg class="scatter" role="img">{"".join(parts)}</svg>'
 
 
-def _beside(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A place for the number of each point, near it and on nothing else, as far as there is room."""
+def beside(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A place for the number of each point, near it and on nothing else, as far as there is room; all in percent."""
     taken = list(places)
     found = []
     for x, y in places:

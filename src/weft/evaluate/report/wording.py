@@ -25,8 +25,8 @@ COSTS: Mapping[str, Callable[[Cost], str]] = {
     "tokens answered": lambda cost: _or_none(cost.answer_tokens, "{:,.1f}".format),
 }
 COSTS_MEAN = (
-    "Training time, speed and peak memory are those of a pass that all jobs of a run share. Tokens asked and answered are "
-    "means of one item."
+    "Training time, speed and peak memory are those of a pass that all jobs of a run share. Tokens asked and answered "
+    "are means of one item."
 )
 
 
