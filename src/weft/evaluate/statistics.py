@@ -35,7 +35,7 @@ class Estimate:
 
 
 def mean(values: ArrayLike) -> Estimate:
-    """The mean of values [n], and its standard error in closed form: s / √n, with s² over n - 1.
+    """The mean of values [n], and its standard error s / √n, with s² over n - 1; none if one is infinite.
 
     Raises:
         ValueError: There is no value.
@@ -43,7 +43,8 @@ def mean(values: ArrayLike) -> Estimate:
     found = np.asarray(values, np.float64)
     if not found.size:
         raise ValueError("the mean of no values is not defined")
-    stderr = float(found.std(ddof=1) / math.sqrt(found.size)) if found.size > 1 else None
+    known = found.size > 1 and bool(np.isfinite(found).all())
+    stderr = float(found.std(ddof=1) / math.sqrt(found.size)) if known else None
     return Estimate(float(found.mean()), stderr, found.size)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Difference:
     """
 
     reference: str
+    _: KW_ONLY
     value: float
     stderr: float | None
     low: float
@@ -56,6 +57,7 @@ class Figure:
     contestant: str
     task: str
     metric: str
+    _: KW_ONLY
     value: float
     stderr: float | None
     n: int
@@ -119,10 +121,10 @@ def _figures(sheet: Sheet, name: str, task: TaskRecord) -> Iterator[Figure]:
         score = sheet.scores.get((name, task.name, metric))
         values = [item.scores[metric] for item in items.values() if metric in item.scores]
         if score is not None and (not values or score.n == len(values)):
-            yield Figure(name, task.name, metric, score.value, score.stderr, score.n)
+            yield Figure(name, task.name, metric, value=score.value, stderr=score.stderr, n=score.n)
         elif values:
             found = mean(values)
-            yield Figure(name, task.name, metric, found.value, found.stderr, found.n)
+            yield Figure(name, task.name, metric, value=found.value, stderr=found.stderr, n=found.n)
 
 
 def _difference(
@@ -141,10 +143,20 @@ def _difference(
     p = float(mcnemar_p(len(lost), len(gained))) if counted else permutation_p(values, generator, draws)
     low, high = paired_interval(values, generator)
     found = mean(values)
-    test = MCNEMAR if counted else PERMUTATION
     return Difference(
-        reference, found.value, found.stderr, low, high, found.n, test, p, p, gained, lost, counted
-    )  # fmt: skip
+        reference,
+        value=found.value,
+        stderr=found.stderr,
+        low=low,
+        high=high,
+        n=found.n,
+        test=MCNEMAR if counted else PERMUTATION,
+        p=p,
+        p_holm=p,  # until all are known
+        gained=gained,
+        lost=lost,
+        counted=counted,
+    )
 
 
 def _pairs(before: Mapping[str, Item], after: Mapping[str, Item], metric: str) -> list[tuple[str, float, float]]:

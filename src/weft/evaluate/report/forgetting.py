@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from weft.evaluate.report.comparison import Comparison, Figure, is_general
 from weft.evaluate.report.sheet import Sheet
@@ -29,6 +29,7 @@ class Forgetting:
     contestant: str
     task: str
     metric: str
+    _: KW_ONLY
     change: float
     stderr: float | None
 
@@ -60,7 +61,7 @@ def forgetting_of(sheet: Sheet, comparison: Comparison) -> list[Forgetting]:
             same = nats == figure.metric and _NATS[nats] is float
             change = _NATS[nats](mine) - _NATS[nats](theirs)
             stderr = figure.difference.stderr if same else None
-            found.append(Forgetting(figure.contestant, figure.task, nats, change, stderr))
+            found.append(Forgetting(figure.contestant, figure.task, nats, change=change, stderr=stderr))
     return found
 
 

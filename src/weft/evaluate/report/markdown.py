@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from weft.evaluate.report.comparison import Figure
@@ -119,7 +120,7 @@ def _settings(report: Report) -> Iterator[str]:
         yield f"- evaluation {_cell(label)}: {_cell(_short('; '.join(f'{k}: {told(v)}' for k, v in facts_of.items())))}"
     yield ""
     for text, names in templates(report).items():
-        fence = "````" if "```" in text else "```"
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         yield from (f"Template and end tokens of {_cell(', '.join(names))}:", "", fence, text, fence, "")
 
 

@@ -70,7 +70,8 @@ def trade_plot(report: Report) -> Iterator[str]:
     ordered = sorted(report.trades, key=lambda one: -one.gain)
     points = [
         Point(one.forgetting, one.gain, number,
-              f"{one.contestant}: {100 * one.gain:+.1f} points, {one.forgetting:+.3f}", kinds[one.contestant])
+              label=f"{one.contestant}: {100 * one.gain:+.1f} points, {one.forgetting:+.3f}",
+              kind=kinds[one.contestant])
         for number, one in enumerate(ordered, 1)
     ]  # fmt: skip
     rows = "".join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Cost:
 
     contestant: str
     method: str
+    _: KW_ONLY
     trainable_parameters: int | None
     bytes: int | None
     seconds: float | None
@@ -43,6 +44,7 @@ class Flip:
     contestant: str
     task: str
     item: str
+    _: KW_ONLY
     gained: bool
     asked: str
     before: str
@@ -63,6 +65,7 @@ class Report:
     """
 
     title: str
+    _: KW_ONLY
     sources: tuple[Source, ...]
     sheet: Sheet
     runs: tuple[RunRecord, ...]
@@ -125,10 +128,10 @@ def make_report(sources: Sequence[Source], *, reference: str | None = None) -> R
     changes = forgetting_of(sheet, comparison)
     return Report(
         _title(sources),
-        tuple(sources),
-        sheet,
-        runs,
-        comparison,
+        sources=tuple(sources),
+        sheet=sheet,
+        runs=runs,
+        comparison=comparison,
         costs=tuple(_costs(sheet, runs)),
         forgetting=tuple(changes),
         trades=tuple(trades(sheet, comparison, changes)),

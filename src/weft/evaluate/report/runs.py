@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class JobRecord:
     name: str
     method: str
     settings: Mapping[str, object]
+    _: KW_ONLY
     parameters: int | None
     bytes: int | None
     seconds: float | None
@@ -58,6 +59,7 @@ class RunRecord:
     path: Path
     label: str
     model: str
+    _: KW_ONLY
     settings: Mapping[str, object]
     jobs: tuple[JobRecord, ...]
 
@@ -77,7 +79,7 @@ def read_run(path: Path, label: str) -> RunRecord:
     told = {key: config[key] for key in ("data", "eval_data", "chat_template", "dtype", "quantization", "max_length")
             if config.get(key) is not None}  # fmt: skip
     records = tuple(_job(path, job, rows[str(job.get("name"))]) for job in jobs)
-    return RunRecord(path, label, str(config.get("model", "")), told, records)
+    return RunRecord(path, label, str(config.get("model", "")), settings=told, jobs=records)
 
 
 def _job(run: Path, job: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> JobRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from weft.errors import UserError
 from weft.evaluate.report.sources import Source
@@ -27,6 +27,7 @@ class Sheet:
         notes: what was left out or told apart, as sentences.
     """
 
+    _: KW_ONLY
     contestants: dict[str, Contestant] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, TaskRecord] = field(default_factory=dict)
@@ -191,10 +192,10 @@ def _difference(first: _Part, one: TaskRecord, second: _Part, other: TaskRecord)
     """What makes two tasks of one name different; None if they are the same."""
     for key in ("kind", "metric", "higher_is_better"):
         if getattr(one, key) != getattr(other, key):
-            return f"{key.replace('_', ' ')} is {getattr(other, key)} there and {getattr(one, key)} here"
+            return _apart(key.replace("_", " "), second, getattr(other, key), first, getattr(one, key))
     for key in sorted({*one.facts, *other.facts} - _PLACES):
         if one.facts.get(key) != other.facts.get(key):
-            return f"{key} is {_shown(other.facts.get(key))} there and {_shown(one.facts.get(key))} here"
+            return _apart(key, second, other.facts.get(key), first, one.facts.get(key))
     references = {item.item: item.reference for item in first.results.items if item.task == one.name}
     for item in second.results.items:
         if item.task == other.name and references.get(item.item, item.reference) != item.reference:
@@ -202,6 +203,10 @@ def _difference(first: _Part, one: TaskRecord, second: _Part, other: TaskRecord)
     if not any(item.item in references for item in second.results.items if item.task == other.name):
         return "they have no item in common"
     return None
+
+
+def _apart(key: str, second: _Part, this: object, first: _Part, that: object) -> str:
+    return f"{key} is {_shown(this)} in {_short(second)} and {_shown(that)} in {_short(first)}"
 
 
 def _shown(value: object) -> str:

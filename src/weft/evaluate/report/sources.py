@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from weft.errors import UserError
@@ -28,6 +28,7 @@ class Source:
     path: Path
     label: str
     results: tuple[Path, ...]
+    _: KW_ONLY
     run: Path | None
     unfinished: tuple[Path, ...] = ()
 
@@ -60,11 +61,12 @@ def _source(path: Path, label: str) -> Source:
     if (path / SUMMARY).is_file():
         above = path.resolve().parent
         run = above.parent if above.name == EVALUATION and (above.parent / RUN_FILE).is_file() else None
-        return Source(path, label, (path,), run)
+        return Source(path, label, (path,), run=run)
     if (path / RUN_FILE).is_file():
         folders = sorted(one for one in (path / EVALUATION).glob("*") if one.is_dir())
         done = tuple(one for one in folders if (one / SUMMARY).is_file())
-        return Source(path, label, done, path, tuple(one for one in folders if one not in done and _begun(one)))
+        unfinished = tuple(one for one in folders if one not in done and _begun(one))
+        return Source(path, label, done, run=path, unfinished=unfinished)
     if path.is_dir() and _begun(path):
         raise UserError(
             f"{path}: this evaluation was cut: {SUMMARY} is not there yet. Go on with the same `weft eval`."

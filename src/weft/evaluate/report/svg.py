@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from html import escape
 
 _TICKS = 5
@@ -82,6 +82,7 @@ class Point:
     x: float
     y: float
     number: int
+    _: KW_ONLY
     label: str
     kind: str = ""
 
