@@ -33,7 +33,7 @@ def quiz_items(name: str, right: Sequence[int], task: str = "quiz", metric: str 
             asked=f"Question {i}?",
             prompt_tokens=20,
             answer_tokens=3,
-        )  # fmt: skip
+        )
         for i, one in enumerate(right)
     ]
 
@@ -67,7 +67,7 @@ def results(
                         value=found.value,
                         stderr=found.stderr,
                         n=found.n,
-                    )  # fmt: skip
+                    )
                 )
     told = {"base": "tiny", **(facts or {})}
     return Results(contestants=contestants, tasks=tasks, items=items, scores=scores, facts=told)

@@ -226,7 +226,7 @@ def _flip(sheet: Sheet, figure: Figure, difference: Difference, item: str, *, ga
         figure.contestant,
         figure.task,
         item,
-        gained,
+        gained=gained,
         asked=after.asked or before.asked,
         before=before.output,
         after=after.output,
