@@ -20,7 +20,7 @@ from weft.evaluate.report.report import Report, make_report
 from weft.evaluate.report.sources import find_sources
 from weft.evaluate.report.svg import Axis, axis_of, beside
 from weft.evaluate.report.writing import write_report
-from weft.evaluate.results import Contestant, Item, Results, TaskRecord
+from weft.evaluate.results import Contestant, Item, Results, Score, TaskRecord
 from weft.evaluate.statistics import holm, mcnemar_p
 
 
@@ -124,6 +124,30 @@ def test_a_perplexity_becomes_a_cross_entropy(tmp_path: Path) -> None:
     ]
     (one,) = report_of(tmp_path / "a", results(contestants, [task], items)).forgetting
     assert one.change == pytest.approx(np.log(10 / 8))
+
+
+def test_a_figure_that_is_no_mean_of_its_items_has_a_test_and_no_interval(tmp_path: Path) -> None:
+    task = TaskRecord("wiki", "perplexity", "perplexity", higher_is_better=False)
+    contestants = [Contestant("base", "base"), Contestant("lora", "adapter")]
+    generator = np.random.default_rng(1)
+    losses = generator.normal(2, 1, 40)
+    items = [
+        Item(contestant=name, task="wiki", item=str(i), scores={"perplexity": float(np.exp(one + more))})
+        for name, more in (("base", 0.0), ("lora", -0.1))
+        for i, one in enumerate(losses)
+    ]
+    whole_text = [
+        Score(contestant=name, task="wiki", metric="perplexity", value=value, stderr=0.5, n=40)
+        for name, value in (("base", 8.0), ("lora", 7.25))
+    ]
+    found = replace(results(contestants, [task], items), scores=whole_text)
+    made = report_of(tmp_path / "a", found)
+    one = made.comparison.figure("lora", "wiki").difference  # type: ignore[union-attr]
+    assert one is not None
+    assert (one.value, one.low, one.stderr) == (-0.75, None, None)
+    assert one.p < 0.001
+    assert any("worked out over all items at once" in line for line in made.says)
+    assert "−0.750" in page(made)
 
 
 def test_an_infinite_loss_is_left_out_of_the_differences(tmp_path: Path) -> None:

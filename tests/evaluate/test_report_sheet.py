@@ -79,6 +79,7 @@ def test_bases_that_answer_otherwise_are_told_apart_each_with_its_own_adapters(t
         ({"sha256": "cc33"}, "sha256 is 'cc33' in b and 'aa11' in a"),
         ({"num_fewshot": 5}, "num_fewshot is 5 in b and 0 in a"),
         ({"template": "x"}, "template is 'x' in b and not told in a"),
+        ({"config": {"data_files": "x", "split": "dev"}}, "config.split is 'dev' in b and not told in a"),
     ],
 )
 def test_a_task_of_other_content_is_not_compared(tmp_path: Path, facts: dict[str, object], said: str) -> None:

@@ -19,6 +19,7 @@ def cautions(sheet: Sheet, comparison: Comparison) -> list[str]:
     return [
         *_widths(sheet, comparison),
         *_tests(comparison),
+        *_no_means(sheet, comparison),
         *_power(sheet, comparison),
         *_winners(sheet, comparison),
         *_no_differences(sheet, comparison),
@@ -76,6 +77,18 @@ def _tests(comparison: Comparison) -> Iterator[str]:
         f"look real by chance alone; Holm's keeps the chance of any false one at {share(LEVEL, 0)}. {len(found)} of "
         f"them are found with it."
     )
+
+
+def _no_means(sheet: Sheet, comparison: Comparison) -> Iterator[str]:
+    """Tasks whose figure is worked out over all items at once."""
+    found = dict.fromkeys(
+        one.task for one in comparison.figures if one.difference is not None and not one.difference.of_items
+    )
+    for task in found:
+        yield (
+            f"{task}: the {sheet.tasks[task].metric.replace('_', ' ')} is worked out over all items at once. Its test "
+            "looks at the items one by one, so a difference has a p-value, but no interval."
+        )
 
 
 def _power(sheet: Sheet, comparison: Comparison) -> Iterator[str]:

@@ -22,7 +22,9 @@ class Difference:
     """A contestant beside its reference, on the items that both answered.
 
     Attributes:
-        value, stderr, low, high: the mean difference, its error, its 95 % interval by the bootstrap.
+        value, stderr, low, high: the mean difference, its error, its 95 % interval by bootstrap. Where the figure is
+            no mean over items (perplexity, BLEU, MCC), ``value`` is that of the two figures, and the others are None.
+        items_change: the mean difference over the items, which is what ``test`` looks at.
         p: of ``test``; ``p_holm``: corrected for all ``tests`` of this report.
         gained, lost: items that were wrong and are right, and the other way; of scores between 0 and 1, those that rose
             and fell.
@@ -33,8 +35,9 @@ class Difference:
     _: KW_ONLY
     value: float
     stderr: float | None
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    items_change: float
     n: int
     test: str
     p: float
@@ -47,6 +50,11 @@ class Difference:
     def found(self) -> bool:
         """Whether the test finds a difference at 5 %, after the correction."""
         return self.p_holm <= LEVEL
+
+    @property
+    def of_items(self) -> bool:
+        """Whether the figure is a mean over items."""
+        return self.low is not None
 
 
 @dataclass(frozen=True)
@@ -141,14 +149,15 @@ def _difference(
     lost = tuple(item for (item, *_), change in zip(pairs, better, strict=True) if change < 0)
     generator = np.random.default_rng([seed, zlib.crc32(f"{name}\0{reference}\0{task.name}".encode())])
     p = float(mcnemar_p(len(lost), len(gained))) if counted else permutation_p(values, generator, draws)
-    low, high = paired_interval(values, generator)
-    found = mean(values)
+    found, whole = mean(values), _of_figures(sheet, name, reference, task)
+    low, high = paired_interval(values, generator) if whole is None else (None, None)
     return Difference(
         reference,
-        value=found.value,
-        stderr=found.stderr,
+        value=found.value if whole is None else whole,
+        stderr=found.stderr if whole is None else None,
         low=low,
         high=high,
+        items_change=found.value,
         n=found.n,
         test=MCNEMAR if counted else PERMUTATION,
         p=p,
@@ -157,6 +166,21 @@ def _difference(
         lost=lost,
         counted=counted,
     )
+
+
+def _of_figures(sheet: Sheet, name: str, reference: str, task: TaskRecord) -> float | None:
+    """The difference of two figures that are no means over their items; None where they are."""
+    figures = [next(_figures(sheet, one, task), None) for one in (name, reference)]
+    values = [
+        [item.scores[task.metric] for item in sheet.answers[one, task.name].values() if task.metric in item.scores]
+        for one in (name, reference)
+    ]
+    mine, theirs = figures
+    if mine is None or theirs is None or mine.metric != task.metric or theirs.metric != task.metric:
+        return None
+    means = (math.isclose(figure.value, sum(own) / len(own), rel_tol=1e-5, abs_tol=1e-9)
+             for figure, own in zip((mine, theirs), values, strict=True))  # fmt: skip
+    return None if all(means) or not math.isfinite(mine.value - theirs.value) else mine.value - theirs.value
 
 
 def _pairs(before: Mapping[str, Item], after: Mapping[str, Item], metric: str) -> list[tuple[str, float, float]]:

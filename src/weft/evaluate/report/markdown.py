@@ -63,9 +63,8 @@ def _row(figure: Figure, written: Scale) -> list[str]:
     one = figure.difference
     if one is None:
         return [written.figure(figure), NONE, NONE, NONE, NONE, NONE]
-    between = f"{written.change(one.low)} … {written.change(one.high)}"
     shown = f"**{written.change(one.value)}**" if one.found else written.change(one.value)
-    return [written.figure(figure), shown, between, p_value(one.p_holm), flips(one), one.test]
+    return [written.figure(figure), shown, written.between(one), p_value(one.p_holm), flips(one), one.test]
 
 
 def _forgetting(report: Report) -> list[str]:

@@ -135,7 +135,7 @@ def _cells(figure: Figure | None, written: Scale, star: str) -> str:
 def _difference(one: Difference, written: Scale) -> str:
     better = written.better(one) if one.found else None
     kind = "faint" if better is None else "good" if better else "bad"
-    between = f"95 %: {written.change(one.low)} … {written.change(one.high)}; {one.test}; {one.n:,} items"
+    between = f"95 %: {written.between(one)}; {one.test}; {one.n:,} items"
     p, turned = p_value(one.p_holm), f" · {flips(one)}" if one.counted else ""
     return (
         f'<td class="n" title="{escape(between)}"><span class="{kind}">{written.change(one.value)}</span>'

@@ -11,7 +11,9 @@ from weft.evaluate.report.sources import Source
 from weft.evaluate.results import Contestant, Item, Results, Score, TaskRecord
 
 # Facts of a task that may differ without its items being others: where they lie, how many were asked, what it took.
-_PLACES = frozenset({"file", "files", "path", "paths", "source", "limit", "items", "n", "seconds", "time", "cached"})
+_PLACES = frozenset({
+    "file", "files", "path", "paths", "source", "data_files", "limit", "items", "n", "seconds", "time", "cached",
+})  # fmt: skip
 _LONG = 60  # characters of a fact in a message
 
 
@@ -193,9 +195,10 @@ def _difference(first: _Part, one: TaskRecord, second: _Part, other: TaskRecord)
     for key in ("kind", "metric", "higher_is_better"):
         if getattr(one, key) != getattr(other, key):
             return _apart(key.replace("_", " "), second, getattr(other, key), first, getattr(one, key))
-    for key in sorted({*one.facts, *other.facts} - _PLACES):
-        if one.facts.get(key) != other.facts.get(key):
-            return _apart(key, second, other.facts.get(key), first, one.facts.get(key))
+    mine, theirs = _flat(one.facts), _flat(other.facts)
+    for key in sorted({*mine, *theirs}):
+        if mine.get(key) != theirs.get(key):
+            return _apart(key, second, theirs.get(key), first, mine.get(key))
     references = {item.item: item.reference for item in first.results.items if item.task == one.name}
     for item in second.results.items:
         if item.task == other.name and references.get(item.item, item.reference) != item.reference:
@@ -205,13 +208,23 @@ def _difference(first: _Part, one: TaskRecord, second: _Part, other: TaskRecord)
     return None
 
 
+def _flat(facts: Mapping[str, object], before: str = "") -> dict[str, object]:
+    """The facts that make a task what it is; those in others by the way to them, as ``config.num_fewshot``."""
+    found: dict[str, object] = {}
+    for key, value in facts.items():
+        if key not in _PLACES:
+            found |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return found
+
+
 def _apart(key: str, second: _Part, this: object, first: _Part, that: object) -> str:
     return f"{key} is {_shown(this)} in {_short(second)} and {_shown(that)} in {_short(first)}"
 
 
 def _shown(value: object) -> str:
     text = "not told" if value is None else str(value)
-    return repr(text if len(text) <= _LONG else f"{text[:_LONG]}…") if isinstance(value, str) else text
+    text = text if len(text) <= _LONG else f"{text[:_LONG]}…"
+    return repr(text) if isinstance(value, str) else text
 
 
 def _check_common(sources: Sequence[Source], parts: Sequence[_Part], tasks: Mapping[tuple[int, str], str]) -> None:

@@ -72,8 +72,16 @@ class Scale:
         return f"{'±' if zero else '+' if value > 0 else '−'}{text}"
 
     def better(self, difference: Difference) -> bool | None:
-        """Whether a difference is for the better; None if there is none."""
-        return None if difference.value == 0 else (difference.value > 0) == self.task.higher_is_better
+        """Whether a difference is for the better; None if there is none or the items say otherwise than the figure."""
+        if difference.value * difference.items_change <= 0:
+            return None
+        return (difference.value > 0) == self.task.higher_is_better
+
+    def between(self, difference: Difference) -> str:
+        """The 95 % interval of a difference."""
+        if difference.low is None or difference.high is None:
+            return NONE
+        return f"{self.change(difference.low)} … {self.change(difference.high)}"
 
 
 def scale(task: TaskRecord, comparison: Comparison) -> Scale:
