@@ -98,3 +98,17 @@ def test_a_torn_metrics_file_is_named(weft: Weft, tmp_path: Path) -> None:
     done = weft("report", run)
     assert done.code == 2
     assert "metrics.jsonl:19" in done.err
+
+
+def test_a_run_without_results_beside_others_is_named(weft: Weft, tmp_path: Path) -> None:
+    write(tmp_path / "a", simple())
+    run = make_run(tmp_path / "run")
+    done = weft("compare", tmp_path / "a", run)
+    assert done.code == 0, done.err
+    assert f"{run} has no results yet" in done.out
+
+
+def test_two_runs_without_results_are_told_apart(weft: Weft, tmp_path: Path) -> None:
+    done = weft("compare", make_run(tmp_path / "a"), make_run(tmp_path / "b"))
+    assert done.code == 0, done.err
+    assert {"lora (a)", "lora (b)", "ia3 (a)", "ia3 (b)"} <= {line[:8].strip() for line in done.out.splitlines()}

@@ -9,9 +9,9 @@ from weft.evaluate.report.comparison import Figure
 from weft.evaluate.report.report import Flip, Report
 from weft.evaluate.report.wording import (
     COSTS,
-    COSTS_MEAN,
     NONE,
     Scale,
+    costs_mean,
     costs_shown,
     flips,
     how_to_evaluate,
@@ -82,7 +82,7 @@ def _costs(report: Report) -> list[str]:
     if not shown:
         return []
     rows = [[cost.contestant, *(COSTS[name](cost) for name in shown)] for cost in report.costs]
-    return ["## Costs", "", f"{COSTS_MEAN}", "", *_table(["contestant", *shown], rows), ""]
+    return ["## Costs", "", costs_mean(report), "", *_table(["contestant", *shown], rows), ""]
 
 
 def _losses(report: Report) -> list[str]:

@@ -11,9 +11,9 @@ from weft.evaluate.report.report import FLIPS, Flip, Report
 from weft.evaluate.report.style import STYLE
 from weft.evaluate.report.wording import (
     COSTS,
-    COSTS_MEAN,
     NONE,
     Scale,
+    costs_mean,
     costs_shown,
     flips,
     how_to_evaluate,
@@ -34,9 +34,9 @@ _TEXT = 2_000  # characters of a text of an item
 def page(report: Report) -> str:
     """The whole page."""
     parts = [
-        _lead(report), _alarms(report), _figures(report), _says(report), dot_plots(report), trade_plot(report),
-        _costs(report), _losses(report), loss_curves(report), _flips(report), _others(report), _settings(report),
-        _notes(report),
+        _lead(report), _alarms(report), _figures(report), _says(report), _notes(report), dot_plots(report),
+        trade_plot(report), _losses(report), _costs(report), loss_curves(report), _flips(report), _others(report),
+        _settings(report),
     ]  # fmt: skip
     return framed(f"weft report: {report.title}", "".join(piece for part in parts for piece in part), STYLE)
 
@@ -194,9 +194,11 @@ def _costs(report: Report) -> Iterator[str]:
         + "</tr>\n"
         for cost in report.costs
     )
+    who = "contestant" if report.sheet.contestants else "job"
     yield (
-        f'<section><h2>Costs</h2>\n<p class="lead">{escape(COSTS_MEAN)}</p>\n<div class="wide"><table class="figures">'
-        f"<thead><tr><th>contestant</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>\n"
+        f'<section><h2>Costs</h2>\n<p class="lead">{escape(costs_mean(report))}</p>\n<div class="wide">'
+        f'<table class="figures"><thead><tr><th>{who}</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        "</section>\n"
     )
 
 
@@ -296,4 +298,4 @@ def _facts(title: str, facts: Mapping[str, object]) -> str:
 def _notes(report: Report) -> Iterator[str]:
     if report.notes:
         lines = "".join(f"<li>{_code(one)}</li>" for one in report.notes)
-        yield f'<section><h2>Notes</h2>\n<ul class="says">{lines}</ul></section>\n'
+        yield f'<section><h2>What was left out or told apart</h2>\n<ul class="says">{lines}</ul></section>\n'

@@ -155,7 +155,8 @@ def _runs(sources: Sequence[Source]) -> list[RunRecord]:
 
 
 def _unfinished(sources: Sequence[Source]) -> list[str]:
-    return [
+    bare = [one for one in sources if not one.results] if any(one.results for one in sources) else []
+    return [f"{one.path} has no results yet: `weft eval {one.path} --tasks …` makes them." for one in bare] + [
         f"{folder} is an evaluation that was cut, and is left out. The same `weft eval` goes on with it."
         for source in sources
         for folder in source.unfinished

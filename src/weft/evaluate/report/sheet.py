@@ -233,12 +233,10 @@ def _check_common(sources: Sequence[Source], parts: Sequence[_Part], tasks: Mapp
     Raises:
         UserError: There is such a one.
     """
-    have: dict[str, set[str]] = {source.label: set() for source in sources}
+    have: dict[str, set[str]] = {source.label: set() for source in sources if source.results}
     for (number, _), shown in tasks.items():
         have[parts[number].source.label].add(shown)
-    if len(sources) < 2 or not parts:
-        return
-    for source in sources:
+    for source in sources if len(have) > 1 else ():
         others = set().union(*(names for label, names in have.items() if label != source.label))
         if source.results and not have[source.label] & others:
             told = "; ".join(f"{label}: {', '.join(sorted(names)) or 'no results'}" for label, names in have.items())

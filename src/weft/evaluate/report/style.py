@@ -41,6 +41,7 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .dot.good { fill: var(--good); } .whisker.good { stroke: var(--good); }
 .plot { display: grid; grid-template-columns: minmax(0, 1.7fr) minmax(0, 1fr); gap: 1.5rem; align-items: start; }
 .scatter { width: 100%; height: 24rem; display: block; overflow: visible; } .grid { stroke: var(--line); }
+.leader { stroke: var(--faint); stroke-width: .7; }
 .zero { stroke: var(--faint); stroke-width: 1.5; }
 .point { fill: var(--accent); stroke: var(--back); stroke-width: 1.5; }
 .point.prompt { fill: var(--eval-0); } .point.idle { fill: var(--bad); }

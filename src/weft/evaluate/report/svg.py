@@ -68,9 +68,8 @@ def scale_row(axis: Axis, percent: bool) -> str:
     texts = []
     for tick in axis.ticks(4):
         place = 100 * axis.place(tick)
-        anchor = "start" if place < 6 else "end" if place > 94 else "middle"
         texts.append(
-            f'<text x="{place:.2f}%" y="11" text-anchor="{anchor}">{_tick(100 * tick if percent else tick)}</text>'
+            f'<text x="{place:.2f}%" y="11" text-anchor="middle">{_tick(100 * tick if percent else tick)}</text>'
         )
     return f'<svg class="scale" aria-hidden="true">{"".join(texts)}</svg>'
 
@@ -109,6 +108,8 @@ def scatter(points: Sequence[Point], *, x_label: str, y_label: str, x_percent: b
         parts.append(f'<text x="{_LEFT - 1:.2f}%" y="{down(tick):.2f}%" dy="4" text-anchor="end">{text}</text>')
     places = [(across(one.x), down(one.y)) for one in points]
     for one, (x, y), (a, b) in zip(points, places, beside(places), strict=True):
+        if abs(a - x) > _NEAR[0] or abs(b - y) > _NEAR[1]:
+            parts.append(_line(x, y, a, b, "leader"))
         parts.append(
             f'<g><title>{escape(one.label)}</title><circle cx="{x:.2f}%" cy="{y:.2f}%" r="5" class="point {one.kind}"/>'
             f'<text x="{a:.2f}%" y="{b:.2f}%" dy="4" text-anchor="middle" class="number">{one.number}</text></g>'
@@ -134,6 +135,10 @@ def beside(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 # Where a number may stand beside its point, in shares of width and height, and how near two may come.
 _AROUND = ((3.0, 0.0), (-3.0, 0.0), (0.0, -5.0), (0.0, 5.0), (2.4, -3.8), (-2.4, -3.8), (2.4, 3.8), (-2.4, 3.8))
+
+
+# A number that is farther away has a line to its point.
+_NEAR = (3.2, 5.2)
 
 
 def _touch(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -24,10 +24,6 @@ COSTS: Mapping[str, Callable[[Cost], str]] = {
     "tokens asked": lambda cost: _or_none(cost.prompt_tokens, "{:,.1f}".format),
     "tokens answered": lambda cost: _or_none(cost.answer_tokens, "{:,.1f}".format),
 }
-COSTS_MEAN = (
-    "Training time, speed and peak memory are those of a pass that all jobs of a run share. Tokens asked and answered "
-    "are means of one item."
-)
 
 
 def _or_none(value: float | None, written: Callable[[float], str]) -> str:
@@ -37,6 +33,13 @@ def _or_none(value: float | None, written: Callable[[float], str]) -> str:
 def costs_shown(report: Report) -> list[str]:
     """The columns in which anybody has a figure."""
     return [name for name, of in COSTS.items() if any(of(cost) != NONE for cost in report.costs)]
+
+
+def costs_mean(report: Report) -> str:
+    """What the columns mean."""
+    shared = "Training time, speed and peak memory are those of a pass that all jobs of a run share."
+    asked = " Tokens asked and answered are means of one item." if report.sheet.contestants else ""
+    return (shared if report.runs else "") + asked
 
 
 @dataclass(frozen=True)
