@@ -209,6 +209,14 @@ def test_the_sentences_depend_on_the_figures(tmp_path: Path) -> None:
     assert "wiki: fewer than 100 items" in many
 
 
+def test_the_smallest_gain_that_would_have_been_found_is_named(tmp_path: Path) -> None:
+    # 20 lost and 20 gained of 100 items: (1.96 √0.4 + 0.84 √(0.4 - gain²)) / 10 = 0.175
+    found = report_of(tmp_path / "a", simple({"lora": range(40, 80)}))
+    assert any("40 % of the items came out otherwise" in one and "below 17.5 points" in one for one in found.says)
+    hardly = report_of(tmp_path / "b", simple({"lora": [0, 99]}))
+    assert any("the test finds hardly any difference" in one for one in hardly.says)
+
+
 def test_contestants_that_the_items_do_not_tell_apart_are_named(tmp_path: Path) -> None:
     found = report_of(tmp_path / "a", simple({"lora": range(60, 80), "dora": range(60, 81), "ia3": range(20)}))
     (leaders,) = found.comparison.leaders

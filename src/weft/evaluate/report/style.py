@@ -13,7 +13,8 @@ h1 { margin: 0 0 .2rem; } h2 { border-top: 1px solid var(--line); padding-top: 1
 .alarm { border-left: 4px solid var(--bad); background: var(--panel); padding: .6rem .9rem; border-radius: 4px;
   margin: .6rem 0; }
 .wide { border: 1px solid var(--line); border-radius: 8px; }
-.figures { width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+.figures { width: 100%; border-collapse: separate; border-spacing: 0; font-size: 13.5px;
+  font-variant-numeric: tabular-nums; }
 .figures th, .figures td { padding: .4rem .8rem; border-top: 1px solid var(--line); overflow-wrap: normal; }
 .figures thead th { border-top: 0; background: var(--panel); vertical-align: bottom; white-space: nowrap; }
 .figures th:first-child { position: sticky; left: 0; background: var(--back); color: var(--text); z-index: 1;
