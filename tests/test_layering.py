@@ -28,6 +28,7 @@ FREE = {
     "libraries",
     "machine",
     "measured",
+    "numbers",
     "version",
 }
 FILES = sorted(SOURCE.rglob("*.py"))

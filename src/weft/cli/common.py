@@ -7,7 +7,6 @@ import gc
 import io
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -16,6 +15,10 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from weft.numbers import duration as duration
+from weft.numbers import finite as finite
+from weft.numbers import human_size as human_size
+from weft.numbers import human_time as human_time
 from weft.paths import is_hub_id
 
 if TYPE_CHECKING:
@@ -117,15 +120,6 @@ def print_json(value: object, *, indent: int | None = 2) -> None:
     sys.stdout.flush()
 
 
-def finite(value: object) -> object:
-    """``value`` with every number that is not finite replaced by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
     """Inside, Python looks for no unused objects: while libraries are imported there are none, and the look is a sixth
@@ -172,30 +166,3 @@ def show_warnings() -> None:
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: ``0.25 s``, ``3 min``, ``2.5 h``."""
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def human_size(count: int) -> str:
-    """A number of bytes as people read it."""
-    size = float(count)
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def human_time(seconds: float) -> str:
-    """A number of seconds as 8s, 3:08 or 1:02:08."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -163,6 +163,7 @@ def set_up() -> None:
     import weft.evaluate.judge.report
     import weft.evaluate.judge.rubric
     import weft.evaluate.judge.sides
+    import weft.evaluate.report.sources
     import weft.export.exporting
     import weft.export.folder
     import weft.export.targets

@@ -37,6 +37,8 @@ VERBS = (
     "merge",
     "export",
     "verify",
+    "report",
+    "compare",
     "convert",
     "doctor",
     "demo",

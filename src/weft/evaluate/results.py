@@ -8,10 +8,10 @@ rest. A report and a comparison read nothing else of an evaluation.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from weft.errors import UserError
 from weft.files.whole import write_whole
@@ -19,6 +19,16 @@ from weft.foreign import JSON_LIMIT, entry, expect, json_lines, read_json
 
 ITEMS, SUMMARY = "items.jsonl", "summary.json"
 _FORMAT = 1  # of the two files; another one is refused by name
+
+# Of the fields of all entries.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "kind", "metric", "contestant", "task", "item", "output", "reference", "asked"), (str,)),
+    **dict.fromkeys(("facts", "scores"), (dict,)),
+    **dict.fromkeys(("n", "prompt_tokens", "answer_tokens"), (int,)),
+    "higher_is_better": (bool,),
+    "value": (int, float),
+    "stderr": (int, float, type(None)),
+}
 
 Kind = Literal["base", "adapter", "prompt", "checkpoint", "model"]
 # What a task asks for: a choice by likelihood, a text, the loss of a text, a class of a head.
@@ -91,6 +101,9 @@ class Score:
     n: int
 
 
+_Entry = TypeVar("_Entry", Contestant, TaskRecord, Item, Score)
+
+
 @dataclass(frozen=True)
 class Results:
     """All that one evaluation found. ``facts`` are those of the whole: base, versions, time, command."""
@@ -135,10 +148,10 @@ class Results:
             raise UserError(f"{path}: format {found.get('format')!r} is not known, only {_FORMAT}. Evaluate again.")
         where = str(path)
         return cls(
-            [Contestant(**one) for one in _entries(found, "contestants", where)],  # type: ignore[arg-type]
-            [TaskRecord(**one) for one in _entries(found, "tasks", where)],  # type: ignore[arg-type]
+            _entries(Contestant, found, "contestants", where),
+            _entries(TaskRecord, found, "tasks", where),
             read_items(folder / ITEMS),
-            [Score(**one) for one in _entries(found, "scores", where)],  # type: ignore[arg-type]
+            _entries(Score, found, "scores", where),
             entry(found, "facts", dict, where),
         )
 
@@ -149,15 +162,27 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         UserError: A line is no item.
     """
-    items = []
-    for number, line in enumerate(json_lines(path), 1):
-        try:
-            items.append(Item(**line))  # type: ignore[arg-type]
-        except TypeError as error:
-            raise UserError(f"{path}:{number}: this is no item of an evaluation ({error}).") from None
-    return items
+    return [_made(Item, line, f"{path}:{number}") for number, line in enumerate(json_lines(path), 1)]
 
 
-def _entries(found: Mapping[str, object], key: str, where: str) -> Iterable[dict[str, object]]:
-    for number, one in enumerate(entry(found, key, list, where)):
-        yield expect(one, dict, f"{where}: {key}[{number}]")
+def _entries(kind: type[_Entry], found: Mapping[str, object], key: str, where: str) -> list[_Entry]:
+    entries = [(one, f"{where}: {key}[{number}]") for number, one in enumerate(entry(found, key, list, where))]
+    return [_made(kind, expect(one, dict, place), place) for one, place in entries]
+
+
+def _made(kind: type[_Entry], values: Mapping[str, Any], where: str) -> _Entry:
+    """The entry of these values, each of the type that its field has.
+
+    Raises:
+        UserError: A value is missing, unknown or of another type.
+    """
+    try:
+        made = kind(**values)
+    except TypeError as error:
+        raise UserError(f"{where}: this is no {kind.__name__} of an evaluation ({error}).") from None
+    for key, types in _TYPES.items():
+        if hasattr(made, key):
+            expect(getattr(made, key), types, f"{where}: {key}")
+    for key, value in made.scores.items() if isinstance(made, Item) else ():
+        expect(value, (int, float), f"{where}: scores.{key}")
+    return made

@@ -53,14 +53,14 @@ def page(title: str, views: Sequence[View]) -> str:
     return framed(f"weft preview: {title}", "".join(part for view in views for part in _view(view)))
 
 
-def framed(title: str, body: str) -> str:
-    """A page of this look. ``body`` is HTML, whose texts are escaped."""
+def framed(title: str, body: str, style: str = "") -> str:
+    """A page of this look. ``body`` is HTML, whose texts are escaped; ``style``: CSS besides."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # Even if something passed the escaping, the browser would neither run nor fetch it.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head>\n"
         f"<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )
 
