@@ -105,7 +105,7 @@ class Rooms:
                 pages = free.pop()
                 self._unused -= size
             else:
-                # Passes of many lengths have rooms of many sizes. Those that nobody takes again make place for this one.
+                # Passes of many lengths have rooms of many sizes. Those that nobody takes again make place for it.
                 if (over := self.used + self._unused - held_at_most(self.most)) > 0:
                     self.give_back(over)
                 pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
