@@ -12,7 +12,6 @@ from weft.evaluate.statistics import (
     bootstrap_means,
     bootstrap_means_ref,
     bootstrap_stderr,
-    cohen_kappa,
     holm,
     mcnemar_exact_p,
     mcnemar_p,
@@ -201,16 +200,3 @@ def test_holm_of_a_worked_example() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
-
-
-def test_kappa_of_a_worked_example() -> None:
-    # 20 both yes, 5 and 10 apart, 15 both no: 0.7 agree, 0.5 by chance
-    ours = ["yes"] * 25 + ["no"] * 25
-    theirs = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    found = cohen_kappa(ours, theirs)
-    assert found.value == pytest.approx(0.4)
-    assert found.stderr == pytest.approx(math.sqrt(0.7 * 0.3 / 50) / 0.5)
-    assert cohen_kappa(["a", "b"], ["b", "a"]).value == -1.0
-    assert cohen_kappa(["a", "a"], ["a", "a"]).value == 1.0
-    with pytest.raises(ValueError, match="same items"):
-        cohen_kappa(["a"], [])

@@ -193,7 +193,7 @@ def _results(
         **({"groups": groups} if any(groups.values()) else {}),
     }
     records = [_record(name, task, first, settings) for name, task in tasks.items()]
-    return Results(contestants, records, items, scores, facts)
+    return Results(contestants=contestants, tasks=records, items=items, scores=scores, facts=facts)
 
 
 def _record(name: str, task: Any, found: Mapping[str, Any], settings: HarnessSettings) -> TaskRecord:
@@ -234,7 +234,7 @@ def _items(together: Together, name: str | None, samples: Sequence[Mapping[str, 
             name or BASE,
             task.config.task,
             str(number),
-            scores,
+            scores=scores,
             output=_shown(first["resps"] if task.OUTPUT_TYPE == "generate_until" else first["filtered_resps"]),
             reference=_shown(first["target"]),
             asked=str(first["arguments"][0][0])[-_SHOWN:],
@@ -264,7 +264,7 @@ def _scores(contestant: str, task: str, figures: Mapping[str, Any]) -> Iterator[
         error = figures.get(f"{metric}_stderr,{how}")
         stderr = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else None
         n = int(figures.get("sample_len", 0))
-        yield Score(contestant, task, _metric(metric, how, filters), float(value), stderr, n)
+        yield Score(contestant, task, _metric(metric, how, filters), value=float(value), stderr=stderr, n=n)
 
 
 def _filters(task: Any) -> list[str]:

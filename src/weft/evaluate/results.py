@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -59,6 +59,7 @@ class TaskRecord:
     name: str
     kind: TaskKind
     metric: str
+    _: KW_ONLY
     higher_is_better: bool = True
     facts: Mapping[str, object] = field(default_factory=dict)
 
@@ -77,6 +78,7 @@ class Item:
     contestant: str
     task: str
     item: str
+    _: KW_ONLY
     scores: Mapping[str, float]
     output: str = ""
     reference: str = ""
@@ -96,6 +98,7 @@ class Score:
     contestant: str
     task: str
     metric: str
+    _: KW_ONLY
     value: float
     stderr: float | None
     n: int
@@ -104,7 +107,7 @@ class Score:
 _Entry = TypeVar("_Entry", Contestant, TaskRecord, Item, Score)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """All that one evaluation found. ``facts`` are those of the whole: base, versions, time, command."""
 

@@ -1,4 +1,4 @@
-"""Statistics of a comparison: errors of figures, tests of paired answers, correction for many, agreement of two judges.
+"""Statistics of a comparison: errors of figures, tests of paired answers, correction for many.
 
 Contestants answer the same items, so every test here is paired: what makes an item hard cancels out. An answer that is
 right or wrong is tested by McNemar's test, any other score by turning the signs of the differences at random. Random
@@ -241,7 +241,7 @@ def agreement_of(base: float, gain: float, correlation: float) -> float:
     return 1 - base - after + 2 * both
 
 
-# ------------------------------------------------------------------------------------------------- many, and agreement
+# ----------------------------------------------------------------------------------------------------------------- many
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -251,22 +251,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected
-
-
-def cohen_kappa(ours: Sequence[object], theirs: Sequence[object]) -> Estimate:
-    """Agreement of two judges beyond chance, (p_o - p_e) / (1 - p_e), and its large-sample error (Cohen, 1960).
-
-    Where both always say the same one thing, chance explains all: the value is then 1 by convention, without an error.
-
-    Raises:
-        ValueError: They judged different numbers of items, or none.
-    """
-    n = len(ours)
-    if n != len(theirs) or not n:
-        raise ValueError(f"two judges of the same items are compared, not {n} and {len(theirs)} verdicts")
-    words = set(ours) | set(theirs)
-    same = sum(a == b for a, b in zip(ours, theirs, strict=True)) / n
-    chance = sum(list(ours).count(word) * list(theirs).count(word) for word in words) / n**2
-    if chance == 1:
-        return Estimate(1.0, None, n)
-    return Estimate((same - chance) / (1 - chance), math.sqrt(same * (1 - same) / n) / (1 - chance), n)
