@@ -279,7 +279,8 @@ def schedule(seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *, count:
         mock.slow = 0.2
         patience = Patience(concurrency=4, timeout=0.15, retries=12, redraws=12, first_wait=0.001, longest_wait=0.003)
         cap = (count * 8 + 4 * kills) * worst if seed % 2 else count * worst
-        budget = Budget(tokens=cap)
+        most = 10_000 if seed % 2 else count + 2
+        budget = Budget(tokens=cap, requests=most)
         for life in range(kills + 1):
             with monkeypatch.context() as patched:
                 dead = (lambda: False) if life == kills else killing(generator, 2 * count, patched)
@@ -304,6 +305,7 @@ def schedule(seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *, count:
         with Ledger(path) as ledger:
             assert len(ledger) == heard, "doubled, or lost"
         assert mock.tokens <= cap
+        assert mock.posts <= most
         twice = sum(mock.good.values()) - heard
         # On a machine that is busy a right answer may come after the limit: not a kill's doing.
         late = path.read_text().count('"kind": "timeout"') - mock.dealt["slow"] - mock.dealt["drip"]

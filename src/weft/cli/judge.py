@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weft.evaluate.judge.rubric import Rubric
     from weft.evaluate.judge.sides import Side
     from weft.generators.generator import Generator
+    from weft.generators.request import GeneratorRequest
 
 _ANSWERS = "RESULTS[#NAME]|FILE.jsonl[#NAME]"
 _A = Annotated[
@@ -238,14 +239,16 @@ class _Asked:
             return {self.sides[0].name: self.pairs}
         return {self.names[0]: self.pairs, self.names[1]: [replace(pair, a=pair.b) for pair in self.pairs]}
 
+    def requests(self, made: Judge) -> list[GeneratorRequest]:
+        """All that the judge is asked."""
+        if not self.given["score"]:
+            return made.comparison_requests(self.pairs)
+        return [one for pairs in self.scored().values() for one in made.score_requests(pairs)]
+
 
 def _tell_estimate(made: Judge, asked: _Asked, as_json: bool) -> int:
     """Say what judging will cost at most."""
-    if asked.given["score"]:
-        requests = [one for pairs in asked.scored().values() for one in made.score_requests(pairs)]
-    else:
-        requests = made.comparison_requests(asked.pairs)
-    found = made.estimate(requests)
+    found = made.estimate(asked.requests(made))
     if as_json:
         common.print_json(vars(found))
     else:
@@ -262,10 +265,8 @@ def _judge(made: Judge, asked: _Asked, as_json: bool) -> int:
     for side in asked.sides:
         if empty := sum(not one.text.strip() for one in side.answers.values()):
             common.say(f"{side.said}: {empty:,} of {len(side.answers):,} answers are empty; they are judged as such")
-    cached = made.estimate(made.comparison_requests(asked.pairs)).cached if not asked.given["score"] else 0
-    wanted = (
-        2 * len(asked.pairs) if not asked.given["score"] else len(made.score_requests(asked.pairs)) * len(asked.sides)
-    )
+    before = made.estimate(asked.requests(made))
+    cached, wanted = before.cached, before.answers
     if cached:
         common.say(f"{cached:,} of {wanted:,} verdicts are in {made.generator.ledger.path} already")
     progress = make_progress(wanted, 0, lambda: made.generator.account.spent.tokens)

@@ -74,7 +74,7 @@ class Book:
     def answer(self, draw: Draw, found: Generated, worst: Cost) -> None:
         """Keep an answer, and settle what it has cost."""
         cost = Cost(found.money, found.usage.tokens, worst.requests)
-        self._ledger.answer(draw, found, cost)
+        self._ledger.answer(draw, found, cost, paid=self._billed)
         self.account.settle(worst, cost)
         self.answered += 1
         self._failed_in_a_row = 0

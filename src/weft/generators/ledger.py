@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from weft.generators.request import Draw
 
 _FORMAT = 1
 _HEAD = json.dumps({"ledger": _FORMAT})
+_PAUSE = 0.5  # seconds that an answer that nobody pays for may wait for the disk
 _LINE_LIMIT = 64 << 20
 _Key = tuple[str, int]
 
@@ -51,6 +53,7 @@ class Ledger:
         self._answers: dict[_Key, Generated] = {}
         self._open: dict[_Key, list[Cost]] = defaultdict(list)
         self._lock: int | None = None
+        self._synced = time.monotonic()
         if path is not None:
             self._begin(path)
         left = [worst for all_of_one in self._open.values() for worst in all_of_one]
@@ -152,8 +155,8 @@ class Ledger:
         """
         self._write({"sent": draw.key, "index": draw.index, **_costs(worst)})
 
-    def answer(self, draw: Draw, found: Generated, cost: Cost) -> None:
-        """An answer has come, and is kept.
+    def answer(self, draw: Draw, found: Generated, cost: Cost, *, paid: bool = True) -> None:
+        """An answer has come, and is kept. One that is not ``paid`` for may wait for others on its way to the disk.
 
         Raises:
             WriteError: The machine refuses to write.
@@ -162,7 +165,7 @@ class Ledger:
             "answer": draw.key, "index": draw.index, **_costs(cost), "prompt_tokens": found.usage.prompt_tokens,
             "answer_tokens": found.usage.answer_tokens, "model": found.model, "finish_reason": found.finish_reason,
             "text": found.text,
-        })  # fmt: skip
+        }, at_once=paid)  # fmt: skip
         self._answers[draw.key, draw.index] = found
         self.spent += cost
 
@@ -176,14 +179,23 @@ class Ledger:
         self._write({**line, "message": failure.message[:300]})
         self.spent += cost
 
-    def _write(self, line: Mapping[str, object]) -> None:
-        if self.path is not None:
-            append_line(self.path, json.dumps(line, ensure_ascii=True))
+    def _write(self, line: Mapping[str, object], *, at_once: bool = True) -> None:
+        if self.path is None:
+            return
+        append_line(self.path, json.dumps(line, ensure_ascii=True))
+        if at_once or time.monotonic() - self._synced > _PAUSE:
             sync(self.path)
+            self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Let others have the file."""
+        """Let others have the file.
+
+        Raises:
+            WriteError: The disk could not take its last lines.
+        """
         if self._lock is not None:
+            assert self.path is not None
+            sync(self.path)
             os.close(self._lock)
             self._lock = None
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from weft.data import Prompt
 from weft.errors import UserError
 from weft.generation import Request
 from weft.generation.completed import completed
@@ -23,6 +24,8 @@ from weft.generators.budget import Cost
 from weft.generators.generator import Book, Generator
 from weft.generators.outcome import Failure, Generated, Usage, checked
 from weft.generators.request import Draw, GeneratorRequest
+
+_KEPT = 100_000  # rendered prompts
 
 
 class LocalGenerator(Generator):
@@ -42,6 +45,7 @@ class LocalGenerator(Generator):
 
     def __init__(self, target: Target, adapter: str | None = None, *, rows: int = 64, **options: Any) -> None:
         self.target, self.adapter, self._rows = target, target.adapter(adapter), rows
+        self._prompts: dict[int, tuple[GeneratorRequest, Prompt]] = {}
         parts = {**contents(target, [self.adapter]), "template": target.renderer.template.text}
         mark = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
         super().__init__(f"{target.base.name}#{self.adapter or 'base'}@{mark}", **options)
@@ -52,10 +56,19 @@ class LocalGenerator(Generator):
         return self.model.rpartition("@")[0]
 
     def worst_usage(self, request: GeneratorRequest) -> Usage:
-        return Usage(len(self.target.prompt(request.turns).ids), request.max_tokens)
+        return Usage(len(self._prompt(request).ids), request.max_tokens)
+
+    def _prompt(self, request: GeneratorRequest) -> Prompt:
+        """The prompt of a request, which is asked for several times and rendered once."""
+        kept = self._prompts.get(id(request))
+        if kept is None or kept[0] is not request:
+            if len(self._prompts) >= _KEPT:
+                self._prompts.clear()
+            kept = self._prompts[id(request)] = request, self.target.prompt(request.turns)
+        return kept[1]
 
     def _check(self, request: GeneratorRequest, what: str) -> None:
-        self.target.room(len(self.target.prompt(request.turns).ids), self.adapter, request.max_tokens, what=what)
+        self.target.room(len(self._prompt(request).ids), self.adapter, request.max_tokens, what=what)
         if request.schema is not None and not self.keeps_schemas:
             raise UserError('constrained answers need llguidance: pip install "weft[constrain]".')
 
@@ -84,7 +97,7 @@ class LocalGenerator(Generator):
                     book.answer(draw, outcome, worst)
 
     def _request(self, draw: Draw) -> Request:
-        request, prompt = draw.request, self.target.prompt(draw.request.turns)
+        request, prompt = draw.request, self._prompt(draw.request)
         left = self.account.seconds_left()
         return Request(
             prompt.ids,
