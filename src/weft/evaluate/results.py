@@ -151,11 +151,11 @@ class Results:
             raise UserError(f"{path}: format {found.get('format')!r} is not known, only {_FORMAT}. Evaluate again.")
         where = str(path)
         return cls(
-            _entries(Contestant, found, "contestants", where),
-            _entries(TaskRecord, found, "tasks", where),
-            read_items(folder / ITEMS),
-            _entries(Score, found, "scores", where),
-            entry(found, "facts", dict, where),
+            contestants=_entries(Contestant, found, "contestants", where),
+            tasks=_entries(TaskRecord, found, "tasks", where),
+            items=read_items(folder / ITEMS),
+            scores=_entries(Score, found, "scores", where),
+            facts=entry(found, "facts", dict, where),
         )
 
 
