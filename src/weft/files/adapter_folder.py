@@ -212,7 +212,9 @@ def name_for(folder: Path) -> str:
     return re.sub(r"[^\w\-]", "_", folder.resolve().name, flags=re.ASCII).strip("_") or "adapter"
 
 
-def read(folder: Path, model: nn.Module | None = None) -> tuple[MethodConfig, dict[str, Tensor], OwnHead | None]:
+def read(
+    folder: Path, model: nn.Module | None = None
+) -> tuple[MethodConfig, dict[str, Tensor], OwnHead | None]:
     """Read an adapter folder: the method's configuration, the tensors in the file's shapes, its head's task if any.
 
     ``model`` is the base. Where another program's file gives its modules a longer path, they get the base's own.

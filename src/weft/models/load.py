@@ -385,3 +385,5 @@ def _loaded(
         forget_rooms()
     model, report = loaded
     return model, report
+
+

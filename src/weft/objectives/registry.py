@@ -30,16 +30,8 @@ _Function = TypeVar("_Function", bound=Objective)
 OBJECTIVES: Registry[Objective | type[AnswerObjective]] = Registry(
     "objective",
     {
-        "dpo": DPO,
-        "grpo": GRPO,
-        "kto": KTO,
-        "orpo": ORPO,
-        "ppo": PPO,
-        "regression": Regression,
-        "reward": Reward,
-        "rloo": RLOO,
-        "simpo": SimPO,
-        "value": Value,
+        "dpo": DPO, "grpo": GRPO, "kto": KTO, "orpo": ORPO, "ppo": PPO, "regression": Regression, "reward": Reward,
+        "rloo": RLOO, "simpo": SimPO, "value": Value,
     },
 )
 

@@ -1,6 +1,6 @@
 """SimPO (Meng et al. 2024, equation 6): mean log-probabilities, a target margin, and no reference.
 
--log s(b (l(chosen) - l(rejected)) - gamma),   l the mean log-probability of an answer's tokens
+    -log s(b (l(chosen) - l(rejected)) - gamma),   l the mean log-probability of an answer's tokens
 """
 
 from __future__ import annotations

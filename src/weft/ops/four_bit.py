@@ -186,7 +186,9 @@ def quantize_four_bits_ref(x: Tensor, kind: FourBits, block: int) -> tuple[Tenso
     return pack_four_bits(codes, levels), scales
 
 
-def quantize_four_bits(x: Tensor, kind: FourBits, block: int, read: Read | None = None) -> tuple[Tensor, Tensor] | None:
+def quantize_four_bits(
+    x: Tensor, kind: FourBits, block: int, read: Read | None = None
+) -> tuple[Tensor, Tensor] | None:
     """The packed codes and the scales of numbers on a CPU, twelve times as fast as bitsandbytes.
 
     A share of a block's largest number is rounded to steps of 2^-15, and a table tells the code of each. Where the

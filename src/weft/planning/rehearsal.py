@@ -214,12 +214,7 @@ class Rehearsal:
         with dry:
             self.jobs = [
                 _DryJob(
-                    job,
-                    adapter,
-                    data.train,
-                    data.held,
-                    data.mixture,
-                    eval_sizes=data.sizes,
+                    job, adapter, data.train, data.held, data.mixture, eval_sizes=data.sizes,
                     shares_rows=self.adapters.layout.shares_rows,
                 )
                 for job, adapter, data in zip(config.jobs, adapters, made.data, strict=True)

@@ -160,7 +160,9 @@ class _Group:
         own = (self.outline.tokenizer.chat_template or None) if config.chat_template else None
         skips = config.on_bad_record != "error" and whole
         prompts = _judgement(job) == "prompts"
-        facts = Facts(reader.renderer, self.outline.task, own_template=own, skips_bad_records=skips, prompts=prompts)
+        facts = Facts(
+            reader.renderer, self.outline.task, own_template=own, skips_bad_records=skips, prompts=prompts
+        )
         windows: list[Item] = []
         if not job.classifies and config.documents == "joined":
             windows = [Item("train", s.source, samples=(s,), length=tokens_in([s])) for s in data.train]

@@ -38,12 +38,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        config: JobConfig,
-        samples: Sequence[Sample],
-        *,
-        virtual: int = 0,
-        mixture: Mixture | None = None,
+        self, config: JobConfig, samples: Sequence[Sample], *, virtual: int = 0, mixture: Mixture | None = None,
         apart: bool = False,
     ) -> None:
         self.config, self.mixture = config, mixture or Mixture((len(samples),))

@@ -71,7 +71,9 @@ class Job:
         self.objective = None if isinstance(named_objective, AnswerObjective) else named_objective
         self.figures: dict[str, float] = {}  # what there was to watch in the last step, beside the loss
         apart = self.judged is not None and not shares_rows
-        self.batches = Batches(config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture, apart=apart)
+        self.batches = Batches(
+            config, samples, virtual=adapter.num_virtual_tokens, mixture=mixture, apart=apart
+        )
         self.total_steps = self.batches.total_steps
         self.warmup = config.warmup_steps or int(config.warmup_ratio * self.total_steps)
         named = {n: p for n, p in adapter.named_parameters() if p.requires_grad}

@@ -19,7 +19,9 @@ def value_job(job: JobConfig, beside: Sequence[JobConfig]) -> JobConfig | None:
     if any(isinstance(one.judged, Value) and one.judged.of == job.name for one in beside):
         return None
     given = {key: getattr(job, key) for key in job.model_fields_set - {"start_from", "reference"}}
-    settings = {"of": job.name, "cliprange_value": judged.cliprange_value, "num_iterations": judged.num_iterations}
+    settings = {
+        "of": job.name, "cliprange_value": judged.cliprange_value, "num_iterations": judged.num_iterations
+    }
     rate = judged.value_learning_rate or job.learning_rate
     return JobConfig(**given | {
         "name": f"{job.name}-value", "objective": "value", "objective_settings": settings, "seed": job.seed + 1,

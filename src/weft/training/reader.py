@@ -246,10 +246,8 @@ class Reader:
         }  # fmt: skip
         if (judged := job.judged) is None:
             return TextRecipe(task=self.base.task, **common)
-        return (
-            PromptRecipe(**common)
-            if judged.judgement == "prompts"
-            else JudgedRecipe(judgement=judged.judgement, **common)
+        return PromptRecipe(**common) if judged.judgement == "prompts" else JudgedRecipe(
+            judgement=judged.judgement, **common
         )
 
     def _source(

@@ -130,7 +130,9 @@ class Roller:
             row |= {"advantage": float(advantage.mean()), "kl": distance}
         if coefficient is not None:
             job.progress.kl_coef = own.next_kl_coef(coefficient, distances)
-        counted = [row["reward"] is not None and (row["ended"] or not own.mask_truncated_completions) for row in rows]
+        counted = [
+            row["reward"] is not None and (row["ended"] or not own.mask_truncated_completions) for row in rows
+        ]
         self._keep(rows)
         figures = figures_of(rows, rewards) | ({} if coefficient is None else {"kl_coef": coefficient})
         told = {"advantages": credit.advantages, "old": [torch.tensor(one.logprobs) for one in written]}
@@ -254,14 +256,10 @@ def figures_of(rows: Sequence[dict[str, Any]], rewards: Tensor) -> dict[str, flo
     if rewards.shape[1] > 1:
         alike = [len(set(group[~group.isnan()].tolist())) < 2 for group in rewards]
         several["frac_reward_zero_std"] = sum(alike) / len(alike)
-    return (
-        mean_rewards(rows)
-        | several
-        | {
-            "truncated": sum(not row["ended"] for row in rows) / len(rows),
-            "kl_of_answers": sum(row["kl"] for row in rows) / len(rows),
-        }
-    )
+    return mean_rewards(rows) | several | {
+        "truncated": sum(not row["ended"] for row in rows) / len(rows),
+        "kl_of_answers": sum(row["kl"] for row in rows) / len(rows),
+    }
 
 
 def mean_rewards(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -35,7 +35,9 @@ class Schedule(BaseModel):
         """
         for option in ("min_lr", "lr_end"):
             if (end := getattr(self, option, None)) is not None and end >= rate:
-                raise UserError(f"lr_scheduler_kwargs: {option} {end:g} is no less than the learning_rate, {rate:g}.")
+                raise UserError(
+                    f"lr_scheduler_kwargs: {option} {end:g} is no less than the learning_rate, {rate:g}."
+                )
 
     def factor(self, step: int, total: int, warmup: int, rate: float = 1.0) -> float:
         """The factor of the learning rate at ``step`` (from 0) of ``total``; ``rate`` is the job's own."""

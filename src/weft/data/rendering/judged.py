@@ -94,5 +94,7 @@ def mismatched(samples: Sequence[Sample], most: int | None = None) -> list[Sampl
         ids = [*sample.input_ids[:prompt], *answer.input_ids[begin:]][:most]
         weights = [*([0.0] * prompt), *answer.weights[begin:]][:most]
         if any(weights):
-            found.append(Sample(ids, weights, sample.source, slots=sample.slots, answer=prompt, branches=(prompt,)))
+            found.append(
+                Sample(ids, weights, sample.source, slots=sample.slots, answer=prompt, branches=(prompt,))
+            )
     return found
