@@ -102,7 +102,7 @@ def tasks(folder: Path, names: list[str]) -> list[dict[str, Any]]:
 
     options = "\n".join(f"{letter}. {{{{choices[{i}]}}}}" for i, letter in enumerate("ABCD"))
     every = {
-        "mmlu": task("mmlu", "multiple_choice", ["acc", "brier_score"], doc_to_text=f"{{{{q}}}}\n{options}\nAnswer:",
+        "mmlu": task("mmlu", "multiple_choice", ["acc"], doc_to_text=f"{{{{q}}}}\n{options}\nAnswer:",
                      doc_to_choice=list("ABCD"), doc_to_target="answer", num_fewshot=5),
         "gsm8k": task("gsm8k", "generate_until", ["exact_match"], doc_to_text="Question: {{question}}\nAnswer:",
                       doc_to_target="{{answer}}", num_fewshot=3,
@@ -128,18 +128,15 @@ def weft(folder: Path, names: list[str | None], chosen: list[str]) -> dict[str, 
             if name is not None:
                 target.adapters.load(name, folder / "adapters" / name)
         begun = time.perf_counter()
-        kinds: dict[str, float] = {}
-        results = run_harness(
-            target, names, found, max_rows=32 * len(names),
-            on_progress=lambda kind, done, total: kinds.__setitem__(kind, time.perf_counter() - begun),
-        )  # fmt: skip
+        results = run_harness(target, names, found, max_rows=32 * len(names))
         seconds = time.perf_counter() - begun
-    return {
-        "evaluation": seconds,
-        "ends": kinds,
-        "scores": {f"{i.contestant} {i.task} {i.item}": i.scores for i in results.items},
-        "outputs": {f"{i.contestant} {i.task} {i.item}": i.output for i in results.items},
-    }
+    scores = {}
+    for item in results.items:
+        likelihoods = json.loads(item.output) if item.task == "mmlu" else []
+        scores[f"{item.contestant} {item.task} {item.item}"] = {
+            **item.scores, **{f"choice {i}": logprob for i, (logprob, _) in enumerate(likelihoods)}
+        }  # fmt: skip
+    return {"evaluation": seconds, "scores": scores}
 
 
 def peft(folder: Path, name: str | None, chosen: list[str], batch: int) -> dict[str, Any]:
@@ -155,17 +152,18 @@ def peft(folder: Path, name: str | None, chosen: list[str], batch: int) -> dict[
         model=model, tasks=tasks(folder, chosen), task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
     )
     seconds = time.perf_counter() - begun
-    each = [(task, one) for task, samples in found["samples"].items() for one in samples]
-    keys = [f"{name or 'base'} {task} {one['doc_id']}" for task, one in each]
-    return {
-        "evaluation": seconds,
-        "ends": {},
-        "scores": {
-            key: {m: math.exp(-one[m][0] / one[m][1]) if isinstance(one[m], tuple) else one[m] for m in one["metrics"]}
-            for key, (_, one) in zip(keys, each, strict=True)
-        },
-        "outputs": {key: str(one["filtered_resps"]) for key, (_, one) in zip(keys, each, strict=True)},
-    }
+    scores = {}
+    for task, samples in found["samples"].items():
+        for one in samples:
+            figures = {
+                metric: math.exp(-one[metric][0] / one[metric][1]) if task == "wiki" else one[metric]
+                for metric in one["metrics"]
+            }
+            likelihoods = one["filtered_resps"] if task == "mmlu" else []
+            scores[f"{name or 'base'} {task} {one['doc_id']}"] = {
+                **figures, **{f"choice {i}": logprob for i, (logprob, _) in enumerate(likelihoods)}
+            }  # fmt: skip
+    return {"evaluation": seconds, "scores": scores}
 
 
 def cell(options: argparse.Namespace) -> None:

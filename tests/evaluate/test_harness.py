@@ -208,6 +208,8 @@ def test_every_item_is_lm_evals_own(tmp_path: Path) -> None:
     with open_target("tiny-llama") as target:
         ours = run_harness(target, [None], find_tasks(tasks, HarnessSettings(bootstrap=10)))
     check_equal(ours, by_transformers(str(model_path("tiny-llama")), tasks))
+    ours.write(tmp_path)
+    assert Results.read(tmp_path) == ours
     assert {one.kind for one in ours.tasks} == {"multiple_choice", "perplexity", "generation"}
 
 

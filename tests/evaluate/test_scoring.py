@@ -155,6 +155,7 @@ def test_examples_before_questions_are_read_once(
         for ids in kit.texts(3, 1, 1 + 3 * rng.randrange(2), rng.randrange(99))
     ]
     asked += [
+        *(Continuation([*examples[:45], *own], [5, 6]) for own in kit.texts(3, 2, 9, 10)),
         Continuation(examples, [5]),
         Continuation(examples[:50], [6, 7]),
         Continuation(kit.texts(1, 9, 9)[0], [4]),

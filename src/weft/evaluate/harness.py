@@ -164,9 +164,9 @@ def _results(
 
     contestants = [
         Contestant(
-            name or BASE,
-            "base" if name is None else "adapter",
-            {"mark": together.marks[name], "cut_contexts": together.cut[name]},
+            name=name or BASE,
+            kind="base" if name is None else "adapter",
+            facts={"mark": together.marks[name], "cut_contexts": together.cut[name]},
         )
         for name in together.names
     ]
@@ -207,9 +207,9 @@ def _record(name: str, task: Any, found: Mapping[str, Any], settings: HarnessSet
         "config": _plain(found["configs"].get(name, {})),
     }
     return TaskRecord(
-        name,
-        _KINDS.get(task.OUTPUT_TYPE, "perplexity"),
-        _metric(metric, filters[0], filters),
+        name=name,
+        kind=_KINDS.get(task.OUTPUT_TYPE, "perplexity"),
+        metric=_metric(metric, filters[0], filters),
         higher_is_better=bool(task.higher_is_better().get(metric, True)),
         facts=facts,
     )
@@ -231,9 +231,9 @@ def _items(together: Together, name: str | None, samples: Sequence[Mapping[str, 
         first = several[0]
         read, written = together.cost(name, first["arguments"])
         yield Item(
-            name or BASE,
-            task.config.task,
-            str(number),
+            contestant=name or BASE,
+            task=task.config.task,
+            item=str(number),
             scores=scores,
             output=_shown(first["resps"] if task.OUTPUT_TYPE == "generate_until" else first["filtered_resps"]),
             reference=_shown(first["target"]),
@@ -264,7 +264,8 @@ def _scores(contestant: str, task: str, figures: Mapping[str, Any]) -> Iterator[
         error = figures.get(f"{metric}_stderr,{how}")
         stderr = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else None
         n = int(figures.get("sample_len", 0))
-        yield Score(contestant, task, _metric(metric, how, filters), value=float(value), stderr=stderr, n=n)
+        name = _metric(metric, how, filters)
+        yield Score(contestant=contestant, task=task, metric=name, value=float(value), stderr=stderr, n=n)
 
 
 def _filters(task: Any) -> list[str]:
