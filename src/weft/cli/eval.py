@@ -62,6 +62,14 @@ _PassTokens = Annotated[int, typer.Option(min=1, help="Tokens of a pass that sco
 _Quantization = Annotated[
     str | None, typer.Option(help="nf4, fp4 or int8: how the base is kept, instead of as it was.")
 ]
+_Prompting = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOW",
+        help="The base once more, asked otherwise: first:K, random:K or similar:K examples, instruction:TEXT, or search "
+        "(the base proposes instructions, the best one on other questions is taken). Repeatable.",
+    ),
+]
 _Seed = Annotated[int, typer.Option(help="Seed of examples that are drawn, and of bootstraps.")]
 
 
@@ -75,6 +83,7 @@ def eval(
     limit: _Limit = None,
     num_fewshot: _FewShot = None,
     apply_chat_template: _Chat = None,
+    prompting: _Prompting = None,
     chat_template: options.ChatTemplate = None,
     max_new_tokens: _MaxNewTokens = None,
     batch_size: _Rows = 64,
@@ -98,22 +107,27 @@ def eval(
     changes = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
     how: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
     named_by = {"data": data, "fewshot_data": fewshot_data or []}
-    early.refuse(lambda: _check(target, words, named_by, how, output=output, chat_template=chat_template))
-    from weft.evaluate.running import EvaluationSettings, evaluate_target
+    early.refuse(lambda: _check(target, words, named_by, how, output=output, chat_template=chat_template, prompting=prompting))
+    from weft.evaluate.baselines import pools_of, prompting_entrants, wanted_of
+    from weft.evaluate.entrants import entrants_of
+    from weft.evaluate.running import EvaluationSettings, evaluate_entrants
     from weft.generation.open import open_target
 
     settings = EvaluationSettings(limit=limit, max_rows=batch_size, max_tokens=pass_tokens, seed=seed)
     named = [one.changed(**changes) for one in _named(words, named_by)]
     loaded = [one.load(num_fewshot=num_fewshot, seed=seed) for one in named]
+    wanted = [wanted_of(word) for word in prompting or []]
+    pools = pools_of(wanted, named, seed)
     folder, answers = _places(target, output, loaded, limit=limit, num_fewshot=num_fewshot)
     common.tell_hub(model or target)
     with open_target(target, **how, adapters=adapter, chat_template=options.template_text(chat_template)) as opened:
         for note in opened.notes:
             common.say(note)
         try:
-            results = evaluate_target(
-                opened, loaded, settings, names=adapter, folder=folder, answers=answers, on_progress=_Progress(),
-                on_note=common.say,
+            asked = prompting_entrants(opened, wanted, loaded, pools, seed=seed, on_note=common.say)
+            results = evaluate_entrants(
+                opened, [*entrants_of(opened, adapter), *asked], loaded, settings, folder=folder, answers=answers,
+                on_progress=_Progress(), on_note=common.say,
             )  # fmt: skip
         except KeyboardInterrupt:
             common.say(
@@ -143,10 +157,14 @@ def _check(
     *,
     output: Path | None,
     chat_template: str | None,
+    prompting: Sequence[str] | None,
 ) -> None:
     """Refuse tasks, files and folders that cannot be used. Where it needs torch, this ends."""
+    from weft.evaluate.baselines import wanted_of
     from weft.generation.open import open_target
 
+    for word in prompting or []:
+        wanted_of(word)
     _named(words, given)
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is no folder.")

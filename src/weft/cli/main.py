@@ -31,6 +31,7 @@ VERBS = (
     "plan",
     "chat",
     "generate",
+    "eval",
     "judge",
     "serve",
     "combine",
