@@ -164,6 +164,7 @@ def set_up() -> None:
     import weft.evaluate.judge.rubric
     import weft.evaluate.judge.sides
     import weft.evaluate.report.sources
+    import weft.evaluate.tasks
     import weft.export.exporting
     import weft.export.folder
     import weft.export.targets

@@ -60,14 +60,14 @@ _MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, 
 _Rows = Annotated[int, typer.Option(min=1, help="Answers that are written at once.")]
 _PassTokens = Annotated[int, typer.Option(min=1, help="Tokens of a pass that scores choices or texts.")]
 _Quantization = Annotated[
-    str | None, typer.Option(help="nf4, fp4 or int8: how the base is kept, instead of as it was.")
+    str | None, typer.Option(help="nf4, fp4 or int8: how the base is kept, if otherwise than before.")
 ]
 _Prompting = Annotated[
     list[str] | None,
     typer.Option(
         metavar="HOW",
-        help="The base once more, asked otherwise: first:K, random:K or similar:K examples, instruction:TEXT, or search "
-        "(the base proposes instructions, the best one on other questions is taken). Repeatable.",
+        help="The base once more, asked otherwise: first:K, random:K or similar:K examples, instruction:TEXT, or "
+        "search (the base proposes instructions, the best one on other questions is taken). Repeatable.",
     ),
 ]
 _Seed = Annotated[int, typer.Option(help="Seed of examples that are drawn, and of bootstraps.")]
@@ -107,7 +107,8 @@ def eval(
     changes = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
     how: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
     named_by = {"data": data, "fewshot_data": fewshot_data or []}
-    early.refuse(lambda: _check(target, words, named_by, how, output=output, chat_template=chat_template, prompting=prompting))
+    told = {"output": output, "chat_template": chat_template, "prompting": prompting or ()}
+    early.refuse(lambda: _check(target, words, named_by, how, **told))
     from weft.evaluate.baselines import pools_of, prompting_entrants, wanted_of
     from weft.evaluate.entrants import entrants_of
     from weft.evaluate.running import EvaluationSettings, evaluate_entrants
@@ -157,13 +158,13 @@ def _check(
     *,
     output: Path | None,
     chat_template: str | None,
-    prompting: Sequence[str] | None,
+    prompting: Sequence[str],
 ) -> None:
     """Refuse tasks, files and folders that cannot be used. Where it needs torch, this ends."""
     from weft.evaluate.baselines import wanted_of
     from weft.generation.open import open_target
 
-    for word in prompting or []:
+    for word in prompting:
         wanted_of(word)
     _named(words, given)
     if output is not None and output.exists() and not output.is_dir():

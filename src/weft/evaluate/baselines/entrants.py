@@ -1,7 +1,7 @@
 """The words of ``--prompting`` as entrants: the base with other examples, or another instruction, around a question.
 
-Examples come from a task's own (``few_shot: data``, ``--fewshot-data``), never from the questions that are scored, unless
-the user says ``same``.
+Examples come from a task's own (``few_shot: data``, ``--fewshot-data``), never from the questions that are scored,
+unless the user says ``same``.
 """
 
 from __future__ import annotations

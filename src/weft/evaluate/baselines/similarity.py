@@ -1,7 +1,7 @@
 """Which texts are most like another one: the cosine of their words, each weighed by how rare it is (tf-idf).
 
-A word counts (1 + log f) log(n / d), for f times in its text and in d of n texts (Salton & Buckley, 1988). Of Chinese and
-Japanese every character is a word, and so is every pair of neighbours, for single characters say little.
+A word counts (1 + log f) log(n / d), for f times in its text and in d of n texts (Salton & Buckley, 1988). Of Chinese
+and Japanese every character is a word, and so is every pair of neighbours, for single characters say little.
 """
 
 from __future__ import annotations
