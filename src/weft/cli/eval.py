@@ -104,10 +104,10 @@ def eval(
     if quantization is not None:
         check_word("--quantization", quantization, ("nf4", "fp4", "int8"))
     words = [word for one in tasks for word in one.split(",") if word]
-    changes = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
+    changes: dict[str, Any] = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
     how: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
     named_by = {"data": data, "fewshot_data": fewshot_data or []}
-    told = {"output": output, "chat_template": chat_template, "prompting": prompting or ()}
+    told: dict[str, Any] = {"output": output, "chat_template": chat_template, "prompting": prompting or ()}
     early.refuse(lambda: _check(target, words, named_by, how, **told))
     from weft.evaluate.baselines import pools_of, prompting_entrants, wanted_of
     from weft.evaluate.entrants import entrants_of
