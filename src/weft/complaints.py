@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -49,6 +49,19 @@ class Worded(BaseModel):
         except ValidationError as error:
             known = f" It takes: {', '.join(cls.model_fields)}." * bool(settings.keys() - cls.model_fields.keys())
             raise UserError(explain(error, (cls,), cls.__name__, set(cls.model_fields)) + known) from None
+
+    @classmethod
+    def read(cls, values: Mapping[str, object], where: str) -> Self:
+        """The settings that a file gives at ``where``.
+
+        Raises:
+            UserError: One of them cannot be taken.
+        """
+        check_switches(values, cls, where)
+        try:
+            return cls.model_validate(with_switches(values, cls))
+        except ValidationError as error:
+            raise UserError(explain(error, (cls,), where, set(cls.model_fields))) from None
 
     # Without this mark model_validate would call the constructor, and give its words inside pydantic's.
     __init__.__dict__["__pydantic_base_init__"] = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import TypeVar
 
 import regex
 
@@ -17,6 +18,8 @@ from weft.errors import UserError
 SECONDS = 1.0  # for all modules of a model in sum
 LONGEST = 20_000  # characters
 _LOOK = "aAz_09.,!( \n\r\té漢字؟🧵'-\u0300"
+
+_Found = TypeVar("_Found")
 
 
 class Pattern:
@@ -48,7 +51,11 @@ class Pattern:
         """The first match anywhere in the text, as by ``re.search``."""
         return self._run(text, self._compiled.search)
 
-    def _run(self, path: str, apply: Callable[..., regex.Match[str] | None]) -> regex.Match[str] | None:
+    def all(self, text: str) -> list[regex.Match[str]]:
+        """All matches in the text that do not overlap, as by ``re.finditer``."""
+        return self._run(text, lambda text, timeout: [*self._compiled.finditer(text, timeout=timeout)])
+
+    def _run(self, path: str, apply: Callable[..., _Found]) -> _Found:
         begun = time.perf_counter()
         try:
             return apply(path, timeout=max(self._left, 0.01))

@@ -59,9 +59,10 @@ def read_queries(path: DataPath, recipe: Recipe, problems: Problems | None = Non
     return asked
 
 
-def given_queries(texts: Sequence[str], recipe: Recipe, source: str) -> list[Query]:
-    """The queries that these texts are. Raises UserError for the first that cannot be asked, at ``source``."""
-    records = [Record({"prompt": text}, source) for text in texts]
+def given_queries(texts: Sequence[str] | Sequence[Record], recipe: Recipe, source: str) -> list[Query]:
+    """The queries that these texts, or records, are. Raises UserError for the first that cannot be asked; a text's
+    place is ``source``."""
+    records = [Record({"prompt": one}, source) if isinstance(one, str) else one for one in texts]
     return list(_asked(recipe.begun(records).make(records)))
 
 

@@ -22,6 +22,7 @@ from weft.data.queries import (
     reading_of,
     settings_of,
 )
+from weft.data.reading.rows import Record
 from weft.data.rendering.drafts import RenderSettings
 from weft.data.settings import part
 from weft.errors import UserError, nearest
@@ -106,17 +107,17 @@ class Target:
 
     def queries(
         self,
-        source: Path | Sequence[str],
+        source: Path | Sequence[str] | Sequence[Record],
         adapter: str | None,
         *,
         problems: Problems | None = None,
         system: str | None = None,
         raw: bool = False,
     ) -> list[Query]:
-        """The questions of a file, or of texts, read and rendered as in the training of ``adapter``.
+        """The questions of a file, of texts or of records, read and rendered as in the training of ``adapter``.
 
         Args:
-            source: The path of a file, or texts that the user gave.
+            source: The path of a file, texts that the user gave, or records that were read already.
             adapter: The adapter that is asked; None: the base, whose prompts are those of the first adapter.
             problems: Takes the bad records of a file, where training left out its own; default: they are logged.
             system: A message before each question.

@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, SecurityError
@@ -89,6 +90,16 @@ def render_template(text: str, variables: Mapping[str, object]) -> str:
         raise UserError("the chat template is stopped: it calls itself without end, or is nested too deeply") from None
     finally:
         BUDGET.reset(before)
+
+
+def variables_of(text: str) -> frozenset[str]:
+    """The variables that a template reads and does not set itself.
+
+    Raises:
+        jinja2.TemplateSyntaxError: It is no template.
+    """
+    given = jinja2.meta.find_undeclared_variables(_environment().parse(text))
+    return frozenset(given - _environment().globals.keys())
 
 
 @lru_cache(maxsize=64)
