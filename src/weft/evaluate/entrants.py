@@ -43,7 +43,9 @@ def entrants_of(target: Target, names: Sequence[str] | None = None) -> list[Entr
     if BASE in target.names and None in chosen:
         raise UserError(f"an adapter is called '{BASE}', as the base is in results. Choose others with --adapter.")
     return [
-        Entrant(BASE if name is None else name, name, "base" if name is None else "adapter", facts=facts_of(target, name))
+        Entrant(
+            BASE if name is None else name, name, "base" if name is None else "adapter", facts=facts_of(target, name)
+        )
         for name in chosen
     ]
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import weft
+from weft.data import Sample
 from weft.evaluate.classify import predict
 from weft.evaluate.kept_answers import KeptAnswers, contestant_mark, key_of, target_mark
 from weft.evaluate.questions import Continuation
 from weft.evaluate.scoring import score, score_texts
-from weft.data import Sample
 from weft.generation.completed import completed
 from weft.generation.limits import limits_for
 from weft.generation.request import Request
@@ -161,9 +161,7 @@ class Panel:
             for ask in some:
                 asked.setdefault(ask.adapter, []).append(ask.what)
                 self.spent.read += len(ask.what)
-            scored = score_texts(
-                self.target.adapters, asked, prefix, max_length=max_length, max_tokens=self.max_tokens
-            )
+            scored = score_texts(self.target.adapters, asked, prefix, max_length=max_length, max_tokens=self.max_tokens)
             found = {name: iter(own) for name, own in scored.items()}
             for place, ask in enumerate(some):
                 yield place, next(found[ask.adapter])
@@ -192,7 +190,12 @@ class Panel:
 def request_key(request: Request) -> str:
     """The hash of a request to be written, whoever is asked."""
     return key_of(
-        "panel.write", code_mark(), list(request.prompt), list(request.slots), request.max_new_tokens, list(request.stop)
+        "panel.write",
+        code_mark(),
+        list(request.prompt),
+        list(request.slots),
+        request.max_new_tokens,
+        list(request.stop),
     )
 
 

@@ -52,7 +52,7 @@ def language_of(answer: str) -> str | None:
         import langdetect
     except ImportError:
         raise UserError(
-            "IFEval's instructions about languages need langdetect: pip install \"weft[evaluate]\"."
+            'IFEval\'s instructions about languages need langdetect: pip install "weft[evaluate]".'
         ) from None
     langdetect.DetectorFactory.seed = 0  # else a short text has another language in every process
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
+from weft.data import Prompt
 from weft.evaluate.entrants import Entrant
 from weft.evaluate.metrics import Reply
 from weft.evaluate.panel import Panel
@@ -53,25 +54,31 @@ class TaskWork(ABC):
         """
 
     @abstractmethod
-    def ask(
-        self, panel: Panel, entrants: Sequence[Entrant], exercises: Sequence[Exercise]
-    ) -> Iterator[Answered]:
+    def ask(self, panel: Panel, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> Iterator[Answered]:
         """The answers of all entrants to some exercises, in any order.
 
         Raises:
             UserError: One of them cannot be answered.
         """
 
+    def prompt_for(self, entrant: Entrant, exercise: Exercise) -> Prompt | None:
+        """What an entrant reads before its answer; None: nothing that tokens follow.
+
+        Raises:
+            UserError: The template refuses it.
+        """
+        return None
+
     def answered(
         self, entrant: Entrant, exercise: Exercise, replies: Sequence[Reply], *, output: str, read: int, written: int,
-        number: str = "", asked: str = "",
+        number: str = "", asked: str = "", reference: str | None = None,
     ) -> Answered:  # fmt: skip
         """An answer with its scores."""
         scores = {
-            entry.called: metric.score(reply)
-            for (entry, metric), reply in zip(self.task.metrics, replies, strict=True)
+            entry.called: metric.score(reply) for (entry, metric), reply in zip(self.task.metrics, replies, strict=True)
         }
-        reference = exercise.answer if len(exercise.references) < 2 else "\n".join(exercise.references)
+        if reference is None:
+            reference = exercise.answer if len(exercise.references) < 2 else "\n".join(exercise.references)
         item = Item(
             entrant.name, self.task.name, exercise.item + number, scores, output=output, reference=reference,
             asked=(asked or exercise.prompts[0])[-_SHOWN:], prompt_tokens=read, answer_tokens=written,

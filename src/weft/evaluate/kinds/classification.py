@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 from weft.errors import UserError
@@ -30,7 +31,7 @@ class Classification(TaskWork):
 
     def check(self, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> None:
         for entrant in entrants:
-            self._asked(entrant, exercises[:1])
+            deque(self._asked(entrant, exercises), maxlen=0)  # which finds labels that are missing
 
     def ask(self, panel: Panel, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> Iterator[Answered]:
         asked = [(entrant, place, one) for entrant in entrants for place, one in self._asked(entrant, exercises)]
@@ -38,11 +39,10 @@ class Classification(TaskWork):
             entrant, place, (ask, right) = asked[number]
             exercise = exercises[place]
             reply = Reply(label, (right,), fields=exercise.record.fields)
-            found = self.answered(
+            yield self.answered(
                 entrant, exercise, [reply] * len(self.task.metrics), output=label, read=len(ask.what.input_ids),
-                written=0, asked=str(exercise.record.fields),
+                written=0, asked=str(exercise.record.fields), reference=right,
             )  # fmt: skip
-            yield found
 
     def _asked(self, entrant: Entrant, exercises: Sequence[Exercise]) -> Iterator[tuple[int, tuple[Ask, str]]]:
         """(place of an exercise, what is asked and the right class)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from weft.data import Prompt
 from weft.evaluate.entrants import Entrant
 from weft.evaluate.kinds.base import Answered, TaskWork
 from weft.evaluate.metrics import Reply
@@ -32,6 +33,9 @@ class Generation(TaskWork):
                 read = len(self.prompts.prompt(frame, exercise).ids)
                 limit = self.task.settings.max_new_tokens
                 self.prompts.check_length(entrant.adapter, exercise, frame, read, limit)
+
+    def prompt_for(self, entrant: Entrant, exercise: Exercise) -> Prompt:
+        return self.prompts.prompt(entrant.frame(self.task, exercise), exercise)
 
     def ask(self, panel: Panel, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> Iterator[Answered]:
         said: dict[tuple[str, str], tuple[str, ...]] = {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from weft.data import Prompt
 from weft.evaluate.entrants import Entrant
+from weft.evaluate.kept_answers import key_of
 from weft.evaluate.kinds.base import Answered, TaskWork
 from weft.evaluate.kinds.generation import writes
-from weft.evaluate.kept_answers import key_of
 from weft.evaluate.metrics import Reply
 from weft.evaluate.panel import Ask, Panel, code_mark
 from weft.evaluate.questions import Continuation
@@ -40,6 +41,9 @@ class MultipleChoice(TaskWork):
         # The last token is predicted and not read.
         self.prompts.check_length(entrant.adapter, exercise, frame, len(longest.context), len(longest.ids) - 1)
         return found
+
+    def prompt_for(self, entrant: Entrant, exercise: Exercise) -> Prompt:
+        return self.prompts.prompt(entrant.frame(self.task, exercise), exercise)
 
     def ask(self, panel: Panel, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> Iterator[Answered]:
         places: list[tuple[Entrant, Exercise]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from weft.data import Prompt
 from weft.evaluate.encoding import encode, prefix_token
 from weft.evaluate.entrants import Entrant
 from weft.evaluate.kept_answers import key_of
@@ -30,6 +31,9 @@ class TextPerplexity(TaskWork):
     def refusal(self, entrant: Entrant) -> str:
         return "" if writes(self.target, entrant) else "it writes no text, so that no text has a likelihood"
 
+    def prompt_for(self, entrant: Entrant, exercise: Exercise) -> Prompt:
+        return Prompt(encode(self.target.renderer.tokenizer, exercise.prompts[0], special=False))
+
     def ask(self, panel: Panel, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> Iterator[Answered]:
         tokenizer = self.target.renderer.tokenizer
         encoded = [encode(tokenizer, exercise.prompts[0], special=False) for exercise in exercises]
@@ -39,8 +43,6 @@ class TextPerplexity(TaskWork):
         for place, logprob in panel.weigh(asks, self.prefix, self.length):
             number, entrant = places[place]
             exercise, count = exercises[number], len(encoded[number])
-            reply = Reply(
-                exercise.prompts[0], fields=exercise.record.fields, logprobs=(logprob,), tokens=max(1, count)
-            )
+            reply = Reply(exercise.prompts[0], fields=exercise.record.fields, logprobs=(logprob,), tokens=max(1, count))
             replies = [reply] * len(self.task.metrics)
             yield self.answered(entrant, exercise, replies, output="", read=count, written=0)

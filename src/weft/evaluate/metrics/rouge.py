@@ -47,9 +47,7 @@ class RougeL(_Rouge):
 
 
 def _of_runs(said: Sequence[str], expected: Sequence[str], n: int) -> float:
-    mine, theirs = (
-        Counter(tuple(text[i : i + n]) for i in range(len(text) - n + 1)) for text in (said, expected)
-    )
+    mine, theirs = (Counter(tuple(text[i : i + n]) for i in range(len(text) - n + 1)) for text in (said, expected))
     return _f1(sum((mine & theirs).values()), mine.total(), theirs.total())
 
 

@@ -132,9 +132,7 @@ class Reader:
         fields = {**with_small_names(record.fields), "file": file.stem}
         group = "".join(one.render(fields, source) for one in self._of("group"))
         fields["group"] = group
-        said = {
-            key: "".join(one.render(fields, source) for one in self._of(key)) for key in ("instruction", "system")
-        }
+        said = {key: "".join(one.render(fields, source) for one in self._of(key)) for key in ("instruction", "system")}
         prompts = self._turns(record, source) or tuple(one.render(fields, source) for one in self._prompts)
         references = tuple(one.render(fields, source) for one in self._of("reference"))
         choices, right = self._chosen(fields, references, source)
@@ -164,9 +162,7 @@ class Reader:
                 "empty. Give the part of the data that has answers, or leave the record out."
             )
 
-    def _chosen(
-        self, fields: Mapping[str, Any], references: Sequence[str], source: str
-    ) -> tuple[tuple[str, ...], int]:
+    def _chosen(self, fields: Mapping[str, Any], references: Sequence[str], source: str) -> tuple[tuple[str, ...], int]:
         """The choices of a record, and the place of the right one."""
         if self.settings.choices is None:
             return (), -1

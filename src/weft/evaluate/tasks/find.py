@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 from weft.assets import ROOT
 from weft.errors import UserError, nearest
@@ -39,7 +40,7 @@ class Named:
     path: Path
     _: KW_ONLY
     data: str | None = None
-    fewshot_data: str | None = field(default=None)
+    fewshot_data: str | None = None
 
     @property
     def place(self) -> Path | None:
@@ -47,6 +48,17 @@ class Named:
         if self.data is not None:
             return local_path(self.data)
         return None if self.settings.data is None else self.path.parent / self.settings.data
+
+    def changed(self, *, apply_chat_template: bool | None = None, max_new_tokens: int | None = None) -> Self:
+        """The task with other settings, where they mean something in it."""
+        updates: dict[str, object] = {}
+        if apply_chat_template is not None and self.settings.kind in ("generation", "multiple_choice"):
+            if not apply_chat_template and self.settings.system is not None:
+                raise UserError(f"task {self.settings.name} has a system message, which needs the chat template.")
+            updates["apply_chat_template"] = apply_chat_template
+        if max_new_tokens is not None and self.settings.kind == "generation":
+            updates["max_new_tokens"] = max_new_tokens
+        return replace(self, settings=self.settings.model_copy(update=updates)) if updates else self
 
     def check(self) -> None:
         """Refuse a task without data, or whose data is not there.
@@ -131,9 +143,7 @@ def find_tasks(words: Sequence[str], *, data: str | None = None, fewshot_data: S
             )
         named = [Named(one.settings, one.path, data=data) if one is lacking[0] else one for one in named]
     examples = _by_task(fewshot_data, names)
-    return [
-        Named(one.settings, one.path, data=one.data, fewshot_data=examples.get(one.settings.name)) for one in named
-    ]
+    return [Named(one.settings, one.path, data=one.data, fewshot_data=examples.get(one.settings.name)) for one in named]
 
 
 def _by_task(given: Sequence[str], names: Sequence[str]) -> Mapping[str, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from weft.errors import UserError
@@ -45,6 +46,7 @@ class Task:
     seed: int = 0
     source: str = ""
     _by_group: dict[str, list[Exercise]] = field(default_factory=dict, init=False)
+    _frames: dict[str, Frame] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for exercise in self.pool:
@@ -63,18 +65,20 @@ class Task:
 
     def frame(self, exercise: Exercise) -> Frame:
         """What the task itself puts around a question."""
-        return Frame(self._examples(exercise), instruction=exercise.instruction, system=exercise.system)
+        if exercise.item not in self._frames:
+            examples = self._examples(exercise)
+            made = Frame(examples, instruction=exercise.instruction, system=exercise.system)
+            self._frames[exercise.item] = made
+        return self._frames[exercise.item]
 
-    def _others(self, exercise: Exercise) -> list[Exercise]:
+    def _others(self, exercise: Exercise) -> Iterator[Exercise]:
         """The exercises that may be examples before this one: those of its group that do not ask the same."""
-        return [one for one in self._by_group.get(exercise.group, ()) if one.prompts != exercise.prompts]
+        return (one for one in self._by_group.get(exercise.group, ()) if one.prompts != exercise.prompts)
 
     def _examples(self, exercise: Exercise) -> tuple[Exercise, ...]:
-        if not self.shots:
-            return ()
-        known = self._others(exercise)
-        if self.settings.few_shot.pick == "first":
-            return tuple(known[: self.shots])
+        if self.settings.few_shot.pick == "first" or not self.shots:
+            return tuple(islice(self._others(exercise), self.shots))
+        known = list(self._others(exercise))
         return tuple(random.Random(stable_seed(self.seed, self.name, exercise.item)).sample(known, self.shots))
 
     def _check_pool(self) -> None:
@@ -82,7 +86,7 @@ class Task:
             return
         for group in dict.fromkeys(exercise.group for exercise in self.exercises):
             first = next(exercise for exercise in self.exercises if exercise.group == group)
-            if (count := len(self._others(first))) < self.shots:
+            if (count := sum(1 for _ in self._others(first))) < self.shots:
                 of = f" of {group}" if group else ""
                 raise UserError(
                     f"task {self.name}: {self.shots} examples{of} are wanted, and there are {count}. Give a smaller "

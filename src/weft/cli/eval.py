@@ -1,0 +1,199 @@
+"""``weft eval``: the base and all adapters of a target answer tasks together, and every answer is scored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli import common, early, options
+from weft.errors import UserError, check_word
+from weft.paths import local_path
+
+if TYPE_CHECKING:
+    from weft.evaluate.results import Results
+    from weft.evaluate.tasks import Named, Task
+
+_PAUSE = 10.0  # seconds between two lines that say how far it is
+_EVALUATION = "evaluation"  # in the folder of a run
+
+_Tasks = Annotated[
+    list[str],
+    typer.Option(
+        metavar="TASK|FILE.yaml[=DATA],…",
+        help="What is asked: built-in tasks and files of your own, with commas between them; behind = where the data "
+        "lies. May be repeated.",
+    ),
+]
+_Data = Annotated[str | None, typer.Option(metavar="FILE|FOLDER|ZIP", help="Data of the one task that names none.")]
+_FewShotData = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[TASK=]FILE|FOLDER|same", help="Where examples come from, instead of where the task says; repeatable."
+    ),
+]
+_Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        parser=local_path,
+        help="Write results here; the same command goes on with what is there. Of a run: RUN/evaluation/TASKS.",
+    ),
+]
+_Adapters = Annotated[
+    list[str] | None,
+    typer.Option(help="Who answers; may be repeated. 'base' is the base. Default: the base and all adapters."),
+]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task; of groups, such as subjects, in turn.")]
+_FewShot = Annotated[int | None, typer.Option(min=0, help="Examples before each question, instead of the task's.")]
+_Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--apply-chat-template/--no-apply-chat-template",
+        help="Whether questions go through the chat template, instead of what the task says.",
+    ),
+]
+_MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, instead of the task's.")]
+_Rows = Annotated[int, typer.Option(min=1, help="Answers that are written at once.")]
+_PassTokens = Annotated[int, typer.Option(min=1, help="Tokens of a pass that scores choices or texts.")]
+_Quantization = Annotated[
+    str | None, typer.Option(help="nf4, fp4 or int8: how the base is kept, instead of as it was.")
+]
+_Seed = Annotated[int, typer.Option(help="Seed of examples that are drawn, and of bootstraps.")]
+
+
+def eval(
+    target: options.Target,
+    tasks: _Tasks,
+    data: _Data = None,
+    fewshot_data: _FewShotData = None,
+    output: _Output = None,
+    adapter: _Adapters = None,
+    limit: _Limit = None,
+    num_fewshot: _FewShot = None,
+    apply_chat_template: _Chat = None,
+    chat_template: options.ChatTemplate = None,
+    max_new_tokens: _MaxNewTokens = None,
+    batch_size: _Rows = 64,
+    pass_tokens: _PassTokens = 4096,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantization: _Quantization = None,
+    seed: _Seed = 0,
+    as_json: options.Json = False,
+) -> int:
+    """Let the base and every adapter answer tasks in the same passes, and score them, with standard errors.
+
+    What was answered is kept in the folder of the results and never computed again.
+
+    weft eval runs/weft --tasks embedded,my_task.yaml
+    """
+    if quantization is not None:
+        check_word("--quantization", quantization, ("nf4", "fp4", "int8"))
+    words = [word for one in tasks for word in one.split(",") if word]
+    changes = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
+    how: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
+    named_by = {"data": data, "fewshot_data": fewshot_data or []}
+    early.refuse(lambda: _check(target, words, named_by, how, output=output, chat_template=chat_template))
+    from weft.evaluate.running import EvaluationSettings, evaluate_target
+    from weft.generation.open import open_target
+
+    settings = EvaluationSettings(limit=limit, max_rows=batch_size, max_tokens=pass_tokens, seed=seed)
+    named = [one.changed(**changes) for one in _named(words, named_by)]
+    loaded = [one.load(num_fewshot=num_fewshot, seed=seed) for one in named]
+    folder, answers = _places(target, output, loaded, limit=limit, num_fewshot=num_fewshot)
+    common.tell_hub(model or target)
+    with open_target(target, **how, adapters=adapter, chat_template=options.template_text(chat_template)) as opened:
+        for note in opened.notes:
+            common.say(note)
+        try:
+            results = evaluate_target(
+                opened, loaded, settings, names=adapter, folder=folder, answers=answers, on_progress=_Progress(),
+                on_note=common.say,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            common.say(
+                "interrupted; nothing is kept. With --output FOLDER answers are, and the same command goes on."
+                if folder is None
+                else f"interrupted: what was answered is kept in {answers or folder}; the same command goes on."
+            )
+            return common.INTERRUPTED
+    _tell(results, folder, as_json)
+    return common.DONE
+
+
+def _named(words: Sequence[str], given: Mapping[str, Any]) -> list[Named]:
+    from weft.evaluate.tasks import find_tasks
+
+    found = find_tasks(words, **given)
+    for one in found:
+        one.check()
+    return found
+
+
+def _check(
+    target: str,
+    words: Sequence[str],
+    given: Mapping[str, Any],
+    how: Mapping[str, Any],
+    *,
+    output: Path | None,
+    chat_template: str | None,
+) -> None:
+    """Refuse tasks, files and folders that cannot be used. Where it needs torch, this ends."""
+    from weft.generation.open import open_target
+
+    _named(words, given)
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is no folder.")
+    open_target(target, **how, chat_template=options.template_text(chat_template))
+
+
+def _places(
+    target: str, output: Path | None, tasks: Sequence[Task], *, limit: int | None, num_fewshot: int | None
+) -> tuple[Path | None, Path | None]:
+    """Where results go, and where answers are kept, if not in the same folder."""
+    from weft.files.run_folder import RUN_FILE
+
+    if output is not None:
+        return output, None
+    run = local_path(target)
+    if not (run / RUN_FILE).is_file():
+        return None, None
+    name = "-".join(task.name for task in tasks)[:100]
+    name += f"-{num_fewshot}shot" if num_fewshot is not None else ""
+    name += f"-limit{limit}" if limit is not None else ""
+    return run / _EVALUATION / name, run / _EVALUATION / "answers"
+
+
+class _Progress:
+    """Says how far a task is, every ten seconds."""
+
+    def __init__(self) -> None:
+        self._told = time.monotonic()
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if time.monotonic() - self._told >= _PAUSE and done < total:
+            self._told = time.monotonic()
+            common.say(f"{task}: {done:,} of {total:,} answers")
+
+
+def _tell(results: Results, folder: Path | None, as_json: bool) -> None:
+    """Print the figures, and what must be said beside them."""
+    from weft.cli.figures import show_figures
+
+    if as_json:
+        common.print_json(results.summary())
+    else:
+        show_figures(results)
+    for one in results.contestants:
+        if one.facts.get("largest_change") == 0:
+            common.say(f"warning: '{one.name}' changes nothing: its logits are the base's own")
+    if folder is not None:
+        common.say(f"{len(results.items):,} answers -> {folder}")
+    else:
+        common.say("nothing is kept; --output FOLDER writes the results and keeps the answers")

@@ -1,0 +1,47 @@
+"""The figures of an evaluation on a terminal: contestants in rows, the metrics of tasks in columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weft.cli import common
+
+if TYPE_CHECKING:
+    from weft.evaluate.results import Results, Score
+
+_CELL = 17  # characters of a figure with its error, and the room beside it
+
+
+def show_figures(results: Results) -> None:
+    """Print one table, or one for each task where one would be too wide."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = common.console()
+    scores = {(one.contestant, one.task, one.metric): one for one in results.scores}
+    columns = list(dict.fromkeys((one.task, one.metric) for one in results.scores))
+    names = [one.name for one in results.contestants]
+    widest = max(map(len, names), default=0) + _CELL * len(columns)
+    groups = [columns] if widest <= console.width else [
+        [column for column in columns if column[0] == task] for task in dict.fromkeys(task for task, _ in columns)
+    ]  # fmt: skip
+    for group in groups:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("contestant", overflow="fold")
+        for task, metric in group:
+            count = max((one.n for key, one in scores.items() if key[1:] == (task, metric)), default=0)
+            heading = common.printable(f"{task} (n={count:,})\n{metric}")
+            table.add_column(Text(heading), justify="right", no_wrap=True)
+        for name in names:
+            cells = [_cell(scores.get((name, *column))) for column in group]
+            table.add_row(Text(common.printable(name)), *cells)
+        console.print(table)
+
+
+def _cell(score: Score | None) -> str:
+    """A figure with its standard error."""
+    if score is None:
+        return "-"
+    digits = 3 if abs(score.value) < 2 else 2
+    error = "" if score.stderr is None else f" ± {score.stderr:.{digits}f}"
+    return f"{score.value:.{digits}f}{error}"
