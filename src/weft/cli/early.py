@@ -158,6 +158,7 @@ def set_up() -> None:
     sys.meta_path.insert(0, _Finder())
     # What the checks import must be there before stand-ins refuse to be used.
     import weft.combine.rules
+    import weft.evaluate.tasks
     import weft.export.exporting
     import weft.export.folder
     import weft.export.targets

@@ -60,7 +60,7 @@ _MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, 
 _Rows = Annotated[int, typer.Option(min=1, help="Answers that are written at once.")]
 _PassTokens = Annotated[int, typer.Option(min=1, help="Tokens of a pass that scores choices or texts.")]
 _Quantization = Annotated[
-    str | None, typer.Option(help="nf4, fp4 or int8: how the base is kept, instead of as it was.")
+    str | None, typer.Option(help="nf4, fp4 or int8: how the base is kept, if otherwise than before.")
 ]
 _Seed = Annotated[int, typer.Option(help="Seed of examples that are drawn, and of bootstraps.")]
 

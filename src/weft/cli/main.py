@@ -32,6 +32,7 @@ VERBS = (
     "chat",
     "generate",
     "serve",
+    "eval",
     "combine",
     "merge",
     "export",

@@ -1,8 +1,8 @@
 """A panel: adapters of a target, and its base, who answer together; what they answered once is kept.
 
 An answer is kept under a hash of all that was asked and of the code that computed it, in a file named by a hash of the
-adapter's content, the base and the template. So another adapter under an old name finds nothing, and a metric may change
-without anything being computed again.
+adapter's content, the base and the template. So another adapter under an old name finds nothing, and a metric may
+change without anything being computed again.
 """
 
 from __future__ import annotations
@@ -189,14 +189,8 @@ class Panel:
 
 def request_key(request: Request) -> str:
     """The hash of a request to be written, whoever is asked."""
-    return key_of(
-        "panel.write",
-        code_mark(),
-        list(request.prompt),
-        list(request.slots),
-        request.max_new_tokens,
-        list(request.stop),
-    )
+    asked = (list(request.prompt), list(request.slots), request.max_new_tokens, list(request.stop))
+    return key_of("panel.write", code_mark(), *asked)
 
 
 @lru_cache(maxsize=1)

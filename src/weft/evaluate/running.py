@@ -78,6 +78,7 @@ def evaluate_target(
     *,
     names: Sequence[str] | None = None,
     folder: Path | None = None,
+    answers: Path | None = None,
     on_progress: OnProgress = lambda task, done, total: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Results:
@@ -85,7 +86,9 @@ def evaluate_target(
 
     Args:
         names: those who answer; None: the base and all adapters.
-        folder: where the results go, and answers are kept, so that a second call goes on; None: nowhere.
+        folder: where the results go; None: nowhere.
+        answers: where answers are kept, so that a second call goes on and computes none again; None: in the folder's
+            own ``answers``.
         on_progress: hears how far a task is.
         on_note: hears who cannot answer a task.
 
@@ -94,8 +97,9 @@ def evaluate_target(
         WriteError: The machine refuses to write.
     """
     return evaluate_entrants(
-        target, entrants_of(target, names), tasks, settings, folder=folder, on_progress=on_progress, on_note=on_note
-    )
+        target, entrants_of(target, names), tasks, settings, folder=folder, answers=answers, on_progress=on_progress,
+        on_note=on_note,
+    )  # fmt: skip
 
 
 def evaluate_entrants(
@@ -105,6 +109,7 @@ def evaluate_entrants(
     settings: EvaluationSettings = EvaluationSettings(),
     *,
     folder: Path | None = None,
+    answers: Path | None = None,
     on_progress: OnProgress = lambda task, done, total: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Results:
@@ -120,7 +125,8 @@ def evaluate_entrants(
     file = ItemsFile(folder)
     runs = [_begun(target, task, entrants, settings, on_note) for task in tasks]
     adapters = [one.adapter for one in entrants]
-    panel = Panel(target, adapters, folder=file.answers, max_rows=settings.max_rows, max_tokens=settings.max_tokens)
+    kept = answers or file.answers
+    panel = Panel(target, adapters, folder=kept, max_rows=settings.max_rows, max_tokens=settings.max_tokens)
     for run in runs:
         run.work.check(run.entrants, run.exercises)
     changes = _changes(target, runs)
@@ -257,10 +263,10 @@ def _details(run: _TaskRun, entrant: Entrant) -> dict[str, Any]:
         groups.setdefault(one.exercise.group, []).append(one)
     if len(groups) > 1:
         entry, metric = run.task.metrics[0]
-        found["groups"] = {
-            name: metric.figure(
-                [one.replies[0] for one in own], [one.item.scores[entry.called] for one in own], 0
-            ).value
-            for name, own in groups.items()
-        }
+
+        def figure(own: Sequence[Answered]) -> float:
+            scores = [one.item.scores[entry.called] for one in own]
+            return metric.figure([one.replies[0] for one in own], scores, 0).value
+
+        found["groups"] = {name: figure(own) for name, own in groups.items()}
     return found

@@ -58,7 +58,7 @@ def open_target(
         model: the base to use instead of the one that the target names.
         adapters: load only this one, or these, of a run; default all. ``base`` is always there.
         device, dtype: as in a run's configuration.
-        quantization: how the base of an adapter's folder is kept; default: as in training, if the folder says it.
+        quantization: how the base is kept; default: as in training, if the folder says it, or as the model lies there.
         chat_template: to render prompts with, instead of the one of training.
 
     Raises:
@@ -128,7 +128,7 @@ def _open_model(name: str, asked: _Overrides) -> Target:
         )
     record = None if merged is None else Provenance.read(provenance_of(folder), str(folder / OWN_CONFIG))
     asked.check(name)
-    base = load_base(name, device=asked.device, dtype=asked.dtype)
+    base = load_base(name, device=asked.device, dtype=asked.dtype, quantization=asked.quantization)
     renderer, notes = make_renderer(record, base.tokenizer, asked.chat_template)
     return Target(base, Adapters(base.model, base.architecture), renderer, notes=notes)
 
@@ -190,8 +190,12 @@ def _open_run(folder: Path, asked: _Overrides, wanted: Sequence[str] | None) -> 
     asked.check(source)
     tokenizer = load_tokenizer(str(store.tokenizer)) if store.tokenizer.is_dir() else None
     dtype = config.dtype if asked.dtype == "auto" else asked.dtype
-    base = config.model_copy(update={"model": source, "device": asked.device, "dtype": dtype}).base(tokenizer)
-    difference = other_base(base, recorded) if recorded and asked.dtype == "auto" else None
+    update: dict[str, object] = {"model": source, "device": asked.device, "dtype": dtype}
+    if asked.quantization is not None:
+        update["quantization"] = asked.quantization.kind
+    base = config.model_copy(update=update).base(tokenizer)
+    as_trained = asked.dtype == "auto" and asked.quantization is None
+    difference = other_base(base, recorded) if recorded and as_trained else None
     if asked.model is None and difference is not None:
         raise UserError(
             f"the model at {base.name} is not the one that {folder} was trained on: its tensors have changed since "

@@ -46,7 +46,7 @@ class TaskWork(ABC):
     def refusal(self, entrant: Entrant) -> str:
         """Why the entrant cannot answer such a task; "": it can."""
 
-    def check(self, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> None:
+    def check(self, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> None:  # noqa: B027 - not all refuse
         """Refuse what could not be answered, before anything is computed.
 
         Raises:

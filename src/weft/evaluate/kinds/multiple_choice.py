@@ -31,7 +31,7 @@ class MultipleChoice(TaskWork):
     def check(self, entrants: Sequence[Entrant], exercises: Sequence[Exercise]) -> None:
         for entrant in entrants:
             frames = [entrant.frame(self.task, exercise) for exercise in exercises]
-            for exercise, frame in self.prompts.longest(exercises, frames):
+            for exercise, _ in self.prompts.longest(exercises, frames):
                 self._continuations(entrant, exercise)
 
     def _continuations(self, entrant: Entrant, exercise: Exercise) -> list[Continuation]:

@@ -158,8 +158,8 @@ class Reader:
     def _check_answer(self, references: Sequence[str], source: str) -> None:
         if self.settings.reference is not None and not any(one.strip() for one in references):
             raise UserError(
-                f"{source}: the record has no answer: {self.where} makes it of {self.settings.reference!r}, and that is "
-                "empty. Give the part of the data that has answers, or leave the record out."
+                f"{source}: the record has no answer: {self.where} makes it of {self.settings.reference!r}, and that "
+                "is empty. Give the part of the data that has answers, or leave the record out."
             )
 
     def _chosen(self, fields: Mapping[str, Any], references: Sequence[str], source: str) -> tuple[tuple[str, ...], int]:
@@ -176,9 +176,10 @@ class Reader:
             if self.settings.different_counts:
                 choices = tuple(one for one in choices if one.strip())
         if len(choices) < 2 or any(not one.strip() for one in choices):
+            number = next((i + 1 for i, one in enumerate(choices) if not one.strip()), len(choices) + 1)
             raise UserError(
-                f"{source}: choice {next((i + 1 for i, one in enumerate(choices) if not one.strip()), len(choices) + 1)} "
-                "is empty or missing; a question has at least two. With different_counts: true empty ones are left out."
+                f"{source}: choice {number} is empty or missing; a question has at least two. With different_counts: "
+                "true empty ones are left out."
             )
         right = _place_of(references[0].strip(), choices) if references[0].strip() else 0
         if right is None:

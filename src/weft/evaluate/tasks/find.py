@@ -68,10 +68,10 @@ class Named:
         """
         name, place = self.settings.name, self.place
         if place is None:
-            raise UserError(
-                f"task {name} has no data of its own: {self.settings.description} Say --tasks {name}=PATH or --data PATH."
-            )
-        for path in (place, None if self.fewshot_data is None else local_path(self.fewshot_data)):
+            what = f": {self.settings.description}" if self.settings.description else "."
+            raise UserError(f"task {name} has no data of its own{what} Say --tasks {name}=PATH or --data PATH.")
+        beside = None if self.fewshot_data in (None, SAME) else local_path(str(self.fewshot_data))
+        for path in (place, beside):
             if path is not None and not path.exists():
                 raise UserError(f"task {name}: there is no file or folder {path}.")
 
@@ -103,9 +103,9 @@ class Named:
                 source = self.fewshot_data or few.data
                 if source is None or (self.fewshot_data is None and source != SAME and place.root.is_file()):
                     raise UserError(
-                        f"{where}: {shots} examples are to stand before each question, and {place.shown} has none beside "
-                        "its questions. Give --fewshot-data FILE, --fewshot-data same (other questions of the same "
-                        "file), or --num-fewshot 0."
+                        f"{where}: {shots} examples are to stand before each question, and {place.shown} has none "
+                        "beside its questions. Give --fewshot-data FILE, --fewshot-data same (other questions of the "
+                        "same file), or --num-fewshot 0."
                     )
                 if source == SAME:
                     pool = exercises
@@ -141,9 +141,9 @@ def find_tasks(words: Sequence[str], *, data: str | None = None, fewshot_data: S
             raise UserError(
                 f"--data {data}: it is not clear which task it is for ({', '.join(names)}). Say --tasks TASK={data}."
             )
-        named = [Named(one.settings, one.path, data=data) if one is lacking[0] else one for one in named]
+        named = [replace(one, data=data) if one is lacking[0] else one for one in named]
     examples = _by_task(fewshot_data, names)
-    return [Named(one.settings, one.path, data=one.data, fewshot_data=examples.get(one.settings.name)) for one in named]
+    return [replace(one, fewshot_data=examples.get(one.settings.name)) for one in named]
 
 
 def _by_task(given: Sequence[str], names: Sequence[str]) -> Mapping[str, str]:

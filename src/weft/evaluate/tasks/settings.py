@@ -93,9 +93,7 @@ class TaskSettings(Worded):
     kind: TaskKind = Field(description="what it asks for: a choice by likelihood, a text, a loss, a class")
     description: str = Field("", description="a sentence on it, for people")
     data: str | None = Field(None, description="its records: a path from the folder of this file; --data wins over it")
-    files: str | None = Field(
-        None, description="of a folder or zip of data, the pattern of the files with the questions"
-    )
+    files: str | None = Field(None, description="of a folder or zip of data, the pattern of the files to ask")
     columns: list[str] | None = Field(None, description="the names of a table's columns, if the table has no header")
     group: str | None = Field(None, description="template of a question's group, from which its examples come, too")
     system: str | None = Field(None, description="template of a system message; it needs a chat template")
@@ -110,14 +108,12 @@ class TaskSettings(Worded):
     different_counts: bool = Field(False, description="whether questions may have different numbers of choices")
     reference: str | list[str] | None = Field(
         None,
-        description="template of the right answer, or several: a text; of a choice also its number from 0 or letter",
+        description="template of the right answer, or several; of a choice its text, number from 0 or letter",
     )
     text: str = Field("{{ text }}", description="template of a text whose loss is taken")
     text_unit: TextUnit = Field("paragraph", description="what of a file of text is one record")
     few_shot: FewShot = Field(FewShot(), description="the examples before each question")
-    target_delimiter: str = Field(
-        " ", description="what stands between a question and its answer without chat template"
-    )
+    target_delimiter: str = Field(" ", description="without chat template, what stands between question and answer")
     apply_chat_template: bool | None = Field(
         None, description="whether prompts go through the chat template (default: generation does, choices do not)"
     )
