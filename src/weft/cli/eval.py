@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from weft.evaluate.tasks import Named, Task
 
 _PAUSE = 10.0  # seconds between two lines that say how far it is
-_EVALUATION = "evaluation"  # in the folder of a run
+_EVALUATION, ANSWERS = "evaluation", "answers"  # in the folder of a run
 
 _Tasks = Annotated[
     list[str],
@@ -105,7 +105,8 @@ def eval(
     settings = EvaluationSettings(limit=limit, max_rows=batch_size, max_tokens=pass_tokens, seed=seed)
     named = [one.changed(**changes) for one in _named(words, named_by)]
     loaded = [one.load(num_fewshot=num_fewshot, seed=seed) for one in named]
-    folder, answers = _places(target, output, loaded, limit=limit, num_fewshot=num_fewshot)
+    ways = {"shot": num_fewshot, "limit": limit, "chat": apply_chat_template, "by": "+".join(adapter or ())}
+    folder, answers = _places(target, output, loaded, ways)
     common.tell_hub(model or target)
     with open_target(target, **how, adapters=adapter, chat_template=options.template_text(chat_template)) as opened:
         for note in opened.notes:
@@ -154,9 +155,10 @@ def _check(
 
 
 def _places(
-    target: str, output: Path | None, tasks: Sequence[Task], *, limit: int | None, num_fewshot: int | None
+    target: str, output: Path | None, tasks: Sequence[Task], ways: Mapping[str, object]
 ) -> tuple[Path | None, Path | None]:
-    """Where results go, and where answers are kept, if not in the same folder."""
+    """Where results go, and where answers are kept, if not in the same folder. ``ways``: options that are told by the
+    folder's name in a run."""
     from weft.files.run_folder import RUN_FILE
 
     if output is not None:
@@ -165,9 +167,8 @@ def _places(
     if not (run / RUN_FILE).is_file():
         return None, None
     name = "-".join(task.name for task in tasks)[:100]
-    name += f"-{num_fewshot}shot" if num_fewshot is not None else ""
-    name += f"-limit{limit}" if limit is not None else ""
-    return run / _EVALUATION / name, run / _EVALUATION / "answers"
+    told = [f"{key}={str(value).lower()}" for key, value in ways.items() if value not in (None, "")]
+    return run / _EVALUATION / "-".join([name, *told]), run / _EVALUATION / ANSWERS
 
 
 class _Progress:
