@@ -110,7 +110,7 @@ def test_classes_of_an_adapter_are_scored(
     (["--tasks", "mine.yaml", "--adapter", "lora", "--adapter", "lorra"], "has no adapter 'lorra'"),
     (["--tasks", "mine.yaml", "--quantization", "nf5"], "Did you mean 'nf4'"),
     (["--tasks", "mine.yaml", "--output", "mine.yaml"], "is no folder"),
-    (["--tasks", "mine.yaml", "--limit", "0"], "0 is not in the range"),
+    (["--tasks", "mine.yaml", "--limit", "0"], "greater than or equal to 1"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_named(
     words: list[str], said: str, weft: Callable[..., Any], run_dir: Path, mine: Callable[..., Path]
@@ -131,7 +131,7 @@ def test_a_task_without_answers_is_refused_before_the_model_is_loaded(
     def no_model(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("weft.generation.open.load_base", no_model)
+    monkeypatch.setattr("weft.generation.open.open_target", no_model)
     result = weft("eval", run_dir, "--tasks", "mine.yaml")
     assert result.code == 2
     assert "mine.jsonl:6: the record has no answer" in result.err

@@ -95,7 +95,7 @@ def eval(
     if quantization is not None:
         check_word("--quantization", quantization, ("nf4", "fp4", "int8"))
     words = [word for one in tasks for word in one.split(",") if word]
-    changes = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
+    changes: dict[str, Any] = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
     how: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
     named_by = {"data": data, "fewshot_data": fewshot_data or []}
     early.refuse(lambda: _check(target, words, named_by, how, output=output, chat_template=chat_template))
