@@ -158,12 +158,6 @@ def set_up() -> None:
     sys.meta_path.insert(0, _Finder())
     # What the checks import must be there before stand-ins refuse to be used.
     import weft.combine.rules
-    import weft.evaluate.judge.opening
-    import weft.evaluate.judge.prompts
-    import weft.evaluate.judge.report
-    import weft.evaluate.judge.rubric
-    import weft.evaluate.judge.sides
-    import weft.evaluate.report.sources
     import weft.evaluate.tasks
     import weft.export.exporting
     import weft.export.folder

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from weft.evaluate.tasks import Named, Task
 
 _PAUSE = 10.0  # seconds between two lines that say how far it is
-_EVALUATION = "evaluation"  # in the folder of a run
+_EVALUATION, ANSWERS = "evaluation", "answers"  # in the folder of a run
 
 _Tasks = Annotated[
     list[str],
@@ -62,14 +62,6 @@ _PassTokens = Annotated[int, typer.Option(min=1, help="Tokens of a pass that sco
 _Quantization = Annotated[
     str | None, typer.Option(help="nf4, fp4 or int8: how the base is kept, if otherwise than before.")
 ]
-_Prompting = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="HOW",
-        help="The base once more, asked otherwise: first:K, random:K or similar:K examples, instruction:TEXT, or "
-        "search (the base proposes instructions, the best one on other questions is taken). Repeatable.",
-    ),
-]
 _Seed = Annotated[int, typer.Option(help="Seed of examples that are drawn, and of bootstraps.")]
 
 
@@ -83,7 +75,6 @@ def eval(
     limit: _Limit = None,
     num_fewshot: _FewShot = None,
     apply_chat_template: _Chat = None,
-    prompting: _Prompting = None,
     chat_template: options.ChatTemplate = None,
     max_new_tokens: _MaxNewTokens = None,
     batch_size: _Rows = 64,
@@ -107,28 +98,23 @@ def eval(
     changes: dict[str, Any] = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
     how: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
     named_by = {"data": data, "fewshot_data": fewshot_data or []}
-    told: dict[str, Any] = {"output": output, "chat_template": chat_template, "prompting": prompting or ()}
-    early.refuse(lambda: _check(target, words, named_by, how, **told))
-    from weft.evaluate.baselines import pools_of, prompting_entrants, wanted_of
-    from weft.evaluate.entrants import entrants_of
-    from weft.evaluate.running import EvaluationSettings, evaluate_entrants
+    early.refuse(lambda: _check(target, words, named_by, how, output=output, chat_template=chat_template))
+    from weft.evaluate.running import EvaluationSettings, evaluate_target
     from weft.generation.open import open_target
 
     settings = EvaluationSettings(limit=limit, max_rows=batch_size, max_tokens=pass_tokens, seed=seed)
     named = [one.changed(**changes) for one in _named(words, named_by)]
     loaded = [one.load(num_fewshot=num_fewshot, seed=seed) for one in named]
-    wanted = [wanted_of(word) for word in prompting or []]
-    pools = pools_of(wanted, named, seed)
-    folder, answers = _places(target, output, loaded, limit=limit, num_fewshot=num_fewshot)
+    ways = {"shot": num_fewshot, "limit": limit, "chat": apply_chat_template, "by": "+".join(adapter or ())}
+    folder, answers = _places(target, output, loaded, ways)
     common.tell_hub(model or target)
     with open_target(target, **how, adapters=adapter, chat_template=options.template_text(chat_template)) as opened:
         for note in opened.notes:
             common.say(note)
         try:
-            asked = prompting_entrants(opened, wanted, loaded, pools, seed=seed, on_note=common.say)
-            results = evaluate_entrants(
-                opened, [*entrants_of(opened, adapter), *asked], loaded, settings, folder=folder, answers=answers,
-                on_progress=_Progress(), on_note=common.say,
+            results = evaluate_target(
+                opened, loaded, settings, names=adapter, folder=folder, answers=answers, on_progress=_Progress(),
+                on_note=common.say,
             )  # fmt: skip
         except KeyboardInterrupt:
             common.say(
@@ -158,14 +144,10 @@ def _check(
     *,
     output: Path | None,
     chat_template: str | None,
-    prompting: Sequence[str],
 ) -> None:
     """Refuse tasks, files and folders that cannot be used. Where it needs torch, this ends."""
-    from weft.evaluate.baselines import wanted_of
     from weft.generation.open import open_target
 
-    for word in prompting:
-        wanted_of(word)
     _named(words, given)
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is no folder.")
@@ -173,9 +155,10 @@ def _check(
 
 
 def _places(
-    target: str, output: Path | None, tasks: Sequence[Task], *, limit: int | None, num_fewshot: int | None
+    target: str, output: Path | None, tasks: Sequence[Task], ways: Mapping[str, object]
 ) -> tuple[Path | None, Path | None]:
-    """Where results go, and where answers are kept, if not in the same folder."""
+    """Where results go, and where answers are kept, if not in the same folder. ``ways``: options that are told by the
+    folder's name in a run."""
     from weft.files.run_folder import RUN_FILE
 
     if output is not None:
@@ -184,9 +167,8 @@ def _places(
     if not (run / RUN_FILE).is_file():
         return None, None
     name = "-".join(task.name for task in tasks)[:100]
-    name += f"-{num_fewshot}shot" if num_fewshot is not None else ""
-    name += f"-limit{limit}" if limit is not None else ""
-    return run / _EVALUATION / name, run / _EVALUATION / "answers"
+    told = [f"{key}={str(value).lower()}" for key, value in ways.items() if value not in (None, "")]
+    return run / _EVALUATION / "-".join([name, *told]), run / _EVALUATION / ANSWERS
 
 
 class _Progress:

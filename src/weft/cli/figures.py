@@ -9,7 +9,7 @@ from weft.cli import common
 if TYPE_CHECKING:
     from weft.evaluate.results import Results, Score
 
-_CELL = 17  # characters of a figure with its error, and the room beside it
+_CELL = 13  # characters of a figure with its error
 
 
 def show_figures(results: Results) -> None:
@@ -21,17 +21,19 @@ def show_figures(results: Results) -> None:
     scores = {(one.contestant, one.task, one.metric): one for one in results.scores}
     columns = list(dict.fromkeys((one.task, one.metric) for one in results.scores))
     names = [one.name for one in results.contestants]
-    widest = max(map(len, names), default=0) + _CELL * len(columns)
-    groups = [columns] if widest <= console.width else [
-        [column for column in columns if column[0] == task] for task in dict.fromkeys(task for task, _ in columns)
-    ]  # fmt: skip
-    for group in groups:
+    counts = {(one.task, one.metric): one.n for one in results.scores}
+    headings = {column: f"{column[0]} (n={counts[column]:,})\n{column[1]}" for column in columns}
+    width = max(map(len, names), default=0) + sum(
+        2 + max(_CELL, *map(len, heading.split("\n"))) for heading in headings.values()
+    )
+    tasks = dict.fromkeys(task for task, _ in columns)
+    apart = [[column for column in columns if column[0] == task] for task in tasks]
+    for group in [columns] if width <= console.width else apart:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("contestant", overflow="fold")
         for task, metric in group:
-            count = max((one.n for key, one in scores.items() if key[1:] == (task, metric)), default=0)
-            heading = common.printable(f"{task} (n={count:,})\n{metric}")
-            table.add_column(Text(heading), justify="right", no_wrap=True)
+            heading = Text(common.printable(headings[task, metric]))
+            table.add_column(heading, justify="right", overflow="fold")
         for name in names:
             cells = [_cell(scores.get((name, *column))) for column in group]
             table.add_row(Text(common.printable(name)), *cells)

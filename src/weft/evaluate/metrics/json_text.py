@@ -31,11 +31,11 @@ class FollowsSchema(Metric):
             JsonSchema(schema=self.schema_)  # which refuses what is none
 
     def score(self, reply: Reply) -> float:
-        schema = self.schema_
+        schema: object = self.schema_
         if self.schema_field is not None:
             found = reply.fields.get(self.schema_field)
             schema = parse_json(found, f"json_schema: {self.schema_field}") if isinstance(found, str) else found
             if not isinstance(schema, Mapping):
                 raise UserError(f"json_schema: a record has no schema in its field '{self.schema_field}'.")
-        checked = JsonSchema(schema=dict(schema)) if schema is not None else JsonSchema()
+        checked = JsonSchema(schema=dict(schema)) if isinstance(schema, Mapping) else JsonSchema()
         return checked([""], [reply.text or ""])[0]

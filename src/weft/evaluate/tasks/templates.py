@@ -67,5 +67,7 @@ def templates(given: str | Sequence[str] | None, where: str) -> list[Template]:
 
 
 def with_small_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields, also by their names in small letters, where no other field has such a name."""
-    return {**{name.lower(): value for name, value in fields.items()}, **fields}
+    """The fields, also by their names in small letters, where no other field has such a name. Those that are null are
+    left out: Jinja would write ``None``."""
+    known = {name: value for name, value in fields.items() if value is not None}
+    return {**{name.lower(): value for name, value in known.items()}, **known}
