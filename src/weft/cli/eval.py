@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,22 +10,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli import common, early, options
+from weft.cli.figures import ANSWERS, Progress, tell
 from weft.errors import UserError, check_word
 from weft.paths import local_path
 
 if TYPE_CHECKING:
-    from weft.evaluate.results import Results
+    from weft.evaluate.entrants import Entrant
     from weft.evaluate.tasks import Named, Task
+    from weft.generation.target import Target
 
-_PAUSE = 10.0  # seconds between two lines that say how far it is
-_EVALUATION, ANSWERS = "evaluation", "answers"  # in the folder of a run
+_NOT_IN_NAMES = r"[^\w.+-]+"
+_EVALUATION = "evaluation"  # in the folder of a run
 
 _Tasks = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         metavar="TASK|FILE.yaml[=DATA],…",
         help="What is asked: built-in tasks and files of your own, with commas between them; behind = where the data "
         "lies. May be repeated.",
+    ),
+]
+_Harness = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK,…",
+        help="Tasks of lm_eval instead, by its names or files: its prompts and figures, our engine. It needs "
+        "weft[harness].",
     ),
 ]
 _Data = Annotated[str | None, typer.Option(metavar="FILE|FOLDER|ZIP", help="Data of the one task that names none.")]
@@ -62,12 +72,21 @@ _PassTokens = Annotated[int, typer.Option(min=1, help="Tokens of a pass that sco
 _Quantization = Annotated[
     str | None, typer.Option(help="nf4, fp4 or int8: how the base is kept, if otherwise than before.")
 ]
+_Prompting = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOW",
+        help="The base once more, asked otherwise: first:K, random:K or similar:K examples, instruction:TEXT, or "
+        "search:K (the base proposes K instructions; the best one on other questions is taken). Repeatable.",
+    ),
+]
 _Seed = Annotated[int, typer.Option(help="Seed of examples that are drawn, and of bootstraps.")]
 
 
 def eval(
     target: options.Target,
-    tasks: _Tasks,
+    tasks: _Tasks = None,
+    harness: _Harness = None,
     data: _Data = None,
     fewshot_data: _FewShotData = None,
     output: _Output = None,
@@ -75,6 +94,7 @@ def eval(
     limit: _Limit = None,
     num_fewshot: _FewShot = None,
     apply_chat_template: _Chat = None,
+    prompting: _Prompting = None,
     chat_template: options.ChatTemplate = None,
     max_new_tokens: _MaxNewTokens = None,
     batch_size: _Rows = 64,
@@ -94,26 +114,40 @@ def eval(
     """
     if quantization is not None:
         check_word("--quantization", quantization, ("nf4", "fp4", "int8"))
-    words = [word for one in tasks for word in one.split(",") if word]
+    if bool(tasks) == bool(harness):
+        raise UserError("say what is asked: either --tasks TASK,… (docs/evaluation.md) or --harness TASK,… of lm_eval.")
+    words = [word for one in tasks or harness or () for word in one.split(",") if word]
     changes: dict[str, Any] = {"apply_chat_template": apply_chat_template, "max_new_tokens": max_new_tokens}
     how: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
+    if harness:
+        from weft.cli.harness import evaluate_harness
+
+        idle = {"data": data, "fewshot-data": fewshot_data, "prompting": prompting, "max-new-tokens": max_new_tokens}
+        return evaluate_harness(
+            target, words, how, adapter=adapter, output=output, limit=limit, num_fewshot=num_fewshot,
+            chat=apply_chat_template, chat_template=chat_template, max_rows=batch_size, max_tokens=pass_tokens,
+            idle=idle, as_json=as_json,
+        )  # fmt: skip
     named_by = {"data": data, "fewshot_data": fewshot_data or []}
-    early.refuse(lambda: _check(target, words, named_by, how, output=output, chat_template=chat_template))
-    from weft.evaluate.running import EvaluationSettings, evaluate_target
+    told: dict[str, Any] = {"output": output, "chat_template": chat_template, "prompting": prompting or ()}
+    early.refuse(lambda: _check(target, words, named_by, how, **told))
+    from weft.evaluate.running import EvaluationSettings, evaluate_entrants
     from weft.generation.open import open_target
 
     settings = EvaluationSettings(limit=limit, max_rows=batch_size, max_tokens=pass_tokens, seed=seed)
     named = [one.changed(**changes) for one in _named(words, named_by)]
     loaded = [one.load(num_fewshot=num_fewshot, seed=seed) for one in named]
-    ways = {"shot": num_fewshot, "limit": limit, "chat": apply_chat_template, "by": "+".join(adapter or ())}
+    ways = {"shot": num_fewshot, "limit": limit, "chat": apply_chat_template, "by": "+".join(adapter or ()),
+            "prompting": "+".join(prompting or ())}  # fmt: skip
     folder, answers = _places(target, output, loaded, ways)
     common.tell_hub(model or target)
     with open_target(target, **how, adapters=adapter, chat_template=options.template_text(chat_template)) as opened:
         for note in opened.notes:
             common.say(note)
         try:
-            results = evaluate_target(
-                opened, loaded, settings, names=adapter, folder=folder, answers=answers, on_progress=_Progress(),
+            entrants = _entrants(opened, adapter, prompting or (), named=named, tasks=loaded, seed=seed)
+            results = evaluate_entrants(
+                opened, entrants, loaded, settings, folder=folder, answers=answers, on_progress=Progress(),
                 on_note=common.say,
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -123,8 +157,24 @@ def eval(
                 else f"interrupted: what was answered is kept in {answers or folder}; the same command goes on."
             )
             return common.INTERRUPTED
-    _tell(results, folder, as_json)
+    tell(results, folder, as_json)
     return common.DONE
+
+
+def _entrants(
+    target: Target, adapters: Sequence[str] | None, prompting: Sequence[str], *, named: Sequence[Named],
+    tasks: Sequence[Task], seed: int,
+) -> list[Entrant]:  # fmt: skip
+    """The base and the adapters, and the base as it is asked otherwise."""
+    from weft.evaluate.baselines import pools_of, prompting_entrants, wanted_of
+    from weft.evaluate.entrants import entrants_of
+
+    wanted = [wanted_of(word) for word in prompting]
+    pools = pools_of(wanted, named, seed)
+    return [
+        *entrants_of(target, adapters),
+        *prompting_entrants(target, wanted, tasks, pools, seed=seed, on_note=common.say),
+    ]
 
 
 def _named(words: Sequence[str], given: Mapping[str, Any]) -> list[Named]:
@@ -144,10 +194,14 @@ def _check(
     *,
     output: Path | None,
     chat_template: str | None,
+    prompting: Sequence[str],
 ) -> None:
     """Refuse tasks, files and folders that cannot be used. Where it needs torch, this ends."""
+    from weft.evaluate.baselines.wanted import wanted_of
     from weft.generation.open import open_target
 
+    for word in prompting:
+        wanted_of(word)
     _named(words, given)
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is no folder.")
@@ -167,34 +221,6 @@ def _places(
     if not (run / RUN_FILE).is_file():
         return None, None
     name = "-".join(task.name for task in tasks)[:100]
-    told = [f"{key}={str(value).lower()}" for key, value in ways.items() if value not in (None, "")]
+    said = {key: re.sub(_NOT_IN_NAMES, "_", str(value).lower())[:60] for key, value in ways.items() if value is not None}
+    told = [f"{key}={value}" for key, value in said.items() if value]
     return run / _EVALUATION / "-".join([name, *told]), run / _EVALUATION / ANSWERS
-
-
-class _Progress:
-    """Says how far a task is, every ten seconds."""
-
-    def __init__(self) -> None:
-        self._told = time.monotonic()
-
-    def __call__(self, task: str, done: int, total: int) -> None:
-        if time.monotonic() - self._told >= _PAUSE and done < total:
-            self._told = time.monotonic()
-            common.say(f"{task}: {done:,} of {total:,} answers")
-
-
-def _tell(results: Results, folder: Path | None, as_json: bool) -> None:
-    """Print the figures, and what must be said beside them."""
-    from weft.cli.figures import show_figures
-
-    if as_json:
-        common.print_json(results.summary())
-    else:
-        show_figures(results)
-    for one in results.contestants:
-        if one.facts.get("largest_change") == 0:
-            common.say(f"warning: '{one.name}' changes nothing: its logits are the base's own")
-    if folder is not None:
-        common.say(f"{len(results.items):,} answers -> {folder}")
-    else:
-        common.say("nothing is kept; --output FOLDER writes the results and keeps the answers")

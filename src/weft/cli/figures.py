@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.cli import common
@@ -9,6 +11,8 @@ from weft.cli import common
 if TYPE_CHECKING:
     from weft.evaluate.results import Results, Score
 
+ANSWERS = "answers"  # the folder in which answers are kept
+_PAUSE = 10.0  # seconds between two lines that say how far it is
 _CELL = 13  # characters of a figure with its error
 
 
@@ -47,3 +51,30 @@ def _cell(score: Score | None) -> str:
     digits = 3 if abs(score.value) < 2 else 2
     error = "" if score.stderr is None else f" ± {score.stderr:.{digits}f}"
     return f"{score.value:.{digits}f}{error}"
+
+
+class Progress:
+    """Says how far a task is, every ten seconds."""
+
+    def __init__(self) -> None:
+        self._told = time.monotonic()
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if time.monotonic() - self._told >= _PAUSE and done < total:
+            self._told = time.monotonic()
+            common.say(f"{task}: {done:,} of {total:,} answers")
+
+
+def tell(results: Results, folder: Path | None, as_json: bool) -> None:
+    """Print the figures, and what must be said beside them."""
+    if as_json:
+        common.print_json(results.summary())
+    else:
+        show_figures(results)
+    for one in results.contestants:
+        if one.facts.get("largest_change") == 0:
+            common.say(f"warning: '{one.name}' changes nothing: its logits are the base's own")
+    if folder is not None:
+        common.say(f"{len(results.items):,} answers -> {folder}")
+    else:
+        common.say("nothing is kept; --output FOLDER writes the results and keeps the answers")

@@ -15,6 +15,7 @@ from pathlib import Path
 from weft.assets import ROOT
 from weft.data.rendering.sandbox import render_template
 from weft.errors import UserError
+from weft.evaluate.baselines.wanted import PROPOSALS
 from weft.evaluate.entrants import Entrant
 from weft.evaluate.running import EvaluationSettings, evaluate_entrants
 from weft.evaluate.tasks import Exercise, Frame, Task
@@ -41,7 +42,7 @@ class SearchSettings:
         instructions: a file with instructions of the user's own, one in a line, in place of ours.
     """
 
-    proposals: int = 8
+    proposals: int = PROPOSALS
     shown: int = 4
     held_out: int = 48
     seed: int = 0

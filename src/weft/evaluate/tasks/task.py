@@ -115,7 +115,7 @@ class Task:
             self.name,
             self.settings.kind,
             entry.called,
-            metric.higher_is_better,
+            higher_is_better=metric.higher_is_better,
             facts={
                 "by": "weft",
                 "source": self.source,
