@@ -221,6 +221,7 @@ def _places(
     if not (run / RUN_FILE).is_file():
         return None, None
     name = "-".join(task.name for task in tasks)[:100]
-    said = {key: re.sub(_NOT_IN_NAMES, "_", str(value).lower())[:60] for key, value in ways.items() if value is not None}
+    given = {key: str(value).lower() for key, value in ways.items() if value is not None}
+    said = {key: re.sub(_NOT_IN_NAMES, "_", value)[:60] for key, value in given.items()}
     told = [f"{key}={value}" for key, value in said.items() if value]
     return run / _EVALUATION / "-".join([name, *told]), run / _EVALUATION / ANSWERS
