@@ -40,6 +40,7 @@ from weft.training.reader import JobData, Reader
 from weft.training.rolled import Write
 from weft.training.rollouts import Roller, check_reward_adapters, rollers_of
 from weft.training.room import check_room
+from weft.training.rungs import Rungs
 from weft.training.same_run import base_fingerprint, check_base, rooted
 from weft.training.settings import JobConfig, RunConfig
 from weft.training.start import check_trained_on, take_start
@@ -232,13 +233,14 @@ def train(
     on_ready: Callable[[Setup], None] = lambda setup: None,
     on_trained: Callable[[Setup], None] = lambda setup: None,
     writer: Callable[[Adapters, Renderer], Write] | None = None,
+    rungs: Rungs | None = None,
 ) -> TrainResult:
     """Run a configuration to its end; the run's folder then holds the adapters, but for those of jobs that failed.
 
     ``callbacks`` hear the events beside those that the configuration names. ``on_read`` is called before weights are
     loaded (``prepare``). ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones
     before they are closed. ``writer`` makes what writes the answers of jobs that learn from their own
-    (``weft.generation.rollouts.writer``).
+    (``weft.generation.rollouts.writer``). ``rungs`` says where jobs are compared, and which of them leave.
 
     Raises:
         UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
@@ -268,6 +270,7 @@ def train(
             should_stop=should_stop,
             on_trained=on_trained,
             writer=writer,
+            rungs=rungs,
         )
     except WriteError as error:
         raise UserError(f"{error} {_way_on(store)}") from error
@@ -296,6 +299,7 @@ def _train(
     should_stop: Callable[[], bool],
     on_trained: Callable[[Setup], None],
     writer: Callable[[Adapters, Renderer], Write] | None,
+    rungs: Rungs | None,
 ) -> TrainResult:
     if setup.rollers and writer is None:
         names = ", ".join(roller.job.name for roller in setup.rollers)
@@ -313,6 +317,7 @@ def _train(
         fullest_pass_first=setup.tight,
         rollers=setup.rollers,
         write=writer(setup.adapters, setup.renderer) if setup.rollers and writer is not None else None,
+        rungs=rungs,
         on_event=on_event,
         should_stop=should_stop,
     )
