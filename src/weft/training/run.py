@@ -44,6 +44,7 @@ from weft.training.rungs import Rungs
 from weft.training.same_run import base_fingerprint, check_base, rooted
 from weft.training.settings import JobConfig, RunConfig
 from weft.training.start import check_trained_on, take_start
+from weft.training.trackers.reports import Reports
 
 # What looks at a run before weights are loaded (``prepare``).
 OnRead = Callable[[RunConfig, Base, Sequence[JobData]], bool]
@@ -306,6 +307,7 @@ def _train(
         raise UserError(f"{names}: answers are to be written, and nothing was given that writes them (writer).")
     for roller in setup.rollers:
         roller.folder = store.folder / "rollouts" / roller.job.name
+    reports = Reports(config, setup.jobs, on_event)
     trainer = Trainer(
         setup.adapters,
         setup.jobs,
@@ -318,14 +320,16 @@ def _train(
         rollers=setup.rollers,
         write=writer(setup.adapters, setup.renderer) if setup.rollers and writer is not None else None,
         rungs=rungs,
-        on_event=on_event,
+        on_event=reports.hear,
         should_stop=should_stop,
     )
     if config.resume:
         trainer.resume()
     if not (trainer.over and (store.folder / RUN_FILE).is_file()):
         _write_settings(config, setup, base, store)
-    result = trainer.run()
+    with reports.open() as ends:
+        result = trainer.run()
+        ends(result.completed)
     if result.completed:
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
         kept = how_kept(setup.adapters.model, setup.adapters.dtype) | {k: v for k, v in base.items() if k != "model"}
