@@ -199,7 +199,9 @@ def _last_words(record: Record, words: Sequence[str], *, done: bool) -> None:
     from weft.sweeps.record import SWEEP_FILE
 
     if not done:
-        print(f"{len(record.results)} of {len(record.trials)} trials have ended. The same call goes on with the others.")
+        print(
+            f"{len(record.results)} of {len(record.trials)} trials have ended. The same call goes on with the others."
+        )
         return
     name = record.winner
     if name is None:

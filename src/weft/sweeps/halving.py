@@ -1,7 +1,7 @@
 """Successive halving: which trials stay at which step.
 
-With n trials, a factor η and T steps, the best n/η^k stay after T/η^(s-k+1) steps, k = 1 … s = ⌊log_η n⌋ (Jamieson & Talwalkar 2016,
-algorithm 1; the names of Li et al. 2018, Hyperband).
+With n trials, a factor η and T steps, the best n/η^k stay after T/η^(s-k+1) steps, k = 1 … s = ⌊log_η n⌋ (Jamieson &
+Talwalkar 2016, algorithm 1; the names of Li et al. 2018, Hyperband).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rungs_of(jobs: Sequence[JobConfig], factor: int) -> tuple[Rung, ...]:
         raise UserError("--halving compares trials where all are evaluated; do not try other values of eval_steps.")
     total, unit = int(steps.pop() or 0), every.pop() or 1
     count = _whole_log(len(jobs), factor)
-    found = []
+    found: list[Rung] = []
     for number in range(1, count + 1):
         step = max(1, round(total / factor ** (count - number + 1) / unit)) * unit
         keep = max(1, len(jobs) // factor**number)
@@ -51,7 +51,7 @@ def rungs_of(jobs: Sequence[JobConfig], factor: int) -> tuple[Rung, ...]:
         elif found:
             found[-1] = Rung(found[-1].step, keep)
     if not found:
-        raise UserError(f"--halving {factor}: {total} steps, evaluated every {unit}, leave no step to compare trials at.")
+        raise UserError(f"--halving {factor}: of {total} steps, evaluated every {unit}, none is left to compare at.")
     return tuple(found)
 
 

@@ -158,8 +158,8 @@ def resumed(record: Record) -> bool:
     old = [[one.get("step"), one.get("keep")] for one in expect(found.get("rungs"), list, f"{path}: rungs")]
     if changed or old != [[one.step, one.keep] for one in record.rungs]:
         raise UserError(
-            f"{record.folder} holds another sweep ({_difference(found, record)}). Call it as it was called, take another "
-            "output_dir, or overwrite_output_dir=true to delete it."
+            f"{record.folder} holds another sweep ({_difference(found, record)}). Call it as it was called, take "
+            "another output_dir, or overwrite_output_dir=true to delete it."
         )
     where = str(path)
     record.groups = [list(map(str, one)) for one in entry(found, "groups", list, where)]

@@ -115,7 +115,7 @@ def grid(dimensions: Sequence[Dimension]) -> list[tuple[str, ...]]:
             raise UserError(f"--grid {one.key}: a range has no end of values; add --random N to draw from it.")
     count = math.prod(len(one.values.finite or ()) for one in dimensions)
     if count > MOST:
-        raise UserError(f"the grid has {count:,} trials, and at most {MOST:,} are tried. Add --random N to draw from it.")
+        raise UserError(f"the grid has {count:,} trials, and at most {MOST:,} are tried. Add --random N to draw.")
     lists = [[f"{one.key}={text}" for text in one.values.finite or ()] for one in dimensions]
     return list(itertools.product(*lists))
 
@@ -178,10 +178,11 @@ def _range(key: str, text: str) -> Range:
     if kind not in _KINDS:
         raise UserError(f"{where}: no range is called {kind!r}; there are {', '.join(_KINDS)}.{nearest(kind, _KINDS)}")
     whole = kind.endswith("int")
-    ends = [parse_yaml(end, f"{where}: an end") for end in found.groups()[1:]]
-    for end in ends:
+    ends: list[float] = []
+    for end in (parse_yaml(end, f"{where}: an end") for end in found.groups()[1:]):
         if isinstance(end, bool) or not isinstance(end, int if whole else (int, float)) or not math.isfinite(end):
             raise UserError(f"{where}: expected two {'whole ' * whole}numbers, as {kind}:1:64, not {shown(end)}.")
+        ends.append(end)
     low, high = ends
     if low >= high:
         raise UserError(f"{where}: {low} is not below {high}; write the lower end first.")

@@ -23,6 +23,9 @@ from weft.training.loop import TrainResult
 from weft.training.rungs import Rungs
 from weft.training.settings import JobConfig, RunConfig, eval_key
 
+# A rung, and why each trial that leaves there does so.
+Heard = Callable[[Rung, Mapping[str, str]], None]
+
 
 class Runner(Protocol):
     """Trains a run until it ends, is asked to stop, or waits at a rung.
@@ -65,7 +68,10 @@ def begin(folder: Path, *, overwrite: bool) -> None:
 
 
 def run_sweep(
-    record: Record, trials: Trials, runner: Runner, on_decision: Callable[[Rung, Mapping[str, str]], None] = lambda *_: None
+    record: Record,
+    trials: Trials,
+    runner: Runner,
+    on_decision: Heard = lambda rung, left: None,
 ) -> bool:
     """Train all trials, group by group, until each has ended; False if it was asked to stop.
 
@@ -95,9 +101,7 @@ def run_sweep(
 class _Council:
     """Decides for one run which of its trials leave. ``waits``: it had to leave that open."""
 
-    def __init__(
-        self, record: Record, group: Sequence[str], on_decision: Callable[[Rung, Mapping[str, str]], None]
-    ) -> None:
+    def __init__(self, record: Record, group: Sequence[str], on_decision: Heard) -> None:
         self.record, self.group, self.on_decision, self.waits = record, group, on_decision, False
 
     def judge(self, step: int, figures: Mapping[str, float]) -> Mapping[str, str] | None:

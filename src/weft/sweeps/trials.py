@@ -68,9 +68,9 @@ def trials_of(
             )
         made.append((words, config))
     first = made[0][1]
-    for words, config in made[1:]:
-        if (key := _other(first, config)) is not None:
-            raise UserError(f"{' '.join(words)} changes {key}, a setting of the run; {_SHARED}")
+    for other, config in made[1:]:
+        if (changed := _other(first, config)) is not None:
+            raise UserError(f"{' '.join(other)} changes {changed}, a setting of the run; {_SHARED}")
     width = max(2, len(str(len(made) - 1)))
     trials = []
     for number, (words, config) in enumerate(made):
@@ -88,7 +88,7 @@ def check_key(key: str) -> None:
     Raises:
         UserError: No job has it, or it is a setting of the run.
     """
-    head, dots, _ = key.partition(".")
+    head, _, _ = key.partition(".")
     ours = RENAMED.get(head, head)
     of_methods = {name for cls in METHODS.values() for name in cls.model_fields}
     of_jobs = set(JobConfig.model_fields) - {"method_settings", *_FIXED}
@@ -129,11 +129,11 @@ def metric_of(trials: Trials, asked: str | None) -> str:
         if len(losses) > 1:
             raise UserError(f"eval_data has several sets; name the loss that counts: --metric {' or '.join(losses)}.")
         return losses[0]
-    asked = asked if asked.startswith("eval_") else f"eval_{asked}"
+    named = asked if asked.startswith("eval_") else f"eval_{asked}"
     names = parse_sets(evaluated) if evaluated else {"": ()}
     classes = class_metrics([0], [0]) if job.classifies else ()
     known = [*losses, *(eval_key(name, figure) for name in names for figure in classes)]
     # What an objective has to watch beside the loss, it says when it evaluates.
-    if asked not in known and (job.objective is None or asked.endswith("_loss")):
-        raise UserError(f"--metric {asked}: evaluations have {', '.join(known)}.{nearest(asked, known)}")
-    return asked
+    if named not in known and (job.objective is None or named.endswith("_loss")):
+        raise UserError(f"--metric {named}: evaluations have {', '.join(known)}.{nearest(named, known)}")
+    return named

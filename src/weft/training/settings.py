@@ -103,7 +103,8 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
 
     report_to: Annotated[list[str], FREE] = Field(
         [],
-        description="trackers that hear what is logged, beside `metrics.jsonl`: " + ", ".join(f"`{n}`" for n in TRACKERS)
+        description="trackers that hear what is logged, beside `metrics.jsonl`: "
+        + ", ".join(f"`{name}`" for name in TRACKERS)
         + ", in a list or as one word; `none`. Each writes to the disk alone, unless its own settings say otherwise "
         "([sweep.md](sweep.md))",
     )

@@ -29,7 +29,7 @@ def tracker_names(value: Any) -> list[str]:
         return []
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"no tracker is called {name!r}; there are {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
+            raise ValueError(f"no tracker is named {name!r}; there is {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
     return names
 
 

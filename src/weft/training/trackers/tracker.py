@@ -50,7 +50,7 @@ class Tracker(ABC):
 
 
 class SharedRun(Tracker):
-    """A tracker that has one run in a process: it holds all jobs, whose figures are ``job/loss`` if there are several."""
+    """A tracker that has one run in a process. It holds all jobs; of several, figures are called ``job/loss``."""
 
     def prefixed(self, job: str, values: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """The values of a job under names that no other job has."""

@@ -29,5 +29,7 @@ class Trackio(SharedRun):
         import trackio
 
         told = {f"end/{key}": one for job, own in states.items() for key, one in self.prefixed(job, own).items()}
-        self._run.log({"end/run": how, **told}, step=max((int(own.get("step", 0)) for own in states.values()), default=0))
+        self._run.log(
+            {"end/run": how, **told}, step=max((int(own.get("step", 0)) for own in states.values()), default=0)
+        )
         trackio.finish()  # the run's own would be repeated, and told, when Python ends
