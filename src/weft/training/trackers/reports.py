@@ -16,7 +16,7 @@ from weft.foreign import read_json
 from weft.training.job import Job
 from weft.training.loop import Event
 from weft.training.rungs import figures
-from weft.training.settings import JobConfig, RunConfig
+from weft.training.settings import RunConfig
 from weft.training.trackers.names import FOLDER
 from weft.training.trackers.tracker import End, Facts, Scalar, Tracker
 
@@ -61,7 +61,7 @@ class Reports:
         facts = Facts(
             Path(self.config.output_dir).name,
             self.folder / name,
-            {job.name: settings_of(self.config, job.config) for job in self.jobs},
+            {job.name: settings_of(self.config, job) for job in self.jobs},
         )
         with self._guarded(name), contextlib.redirect_stdout(io.StringIO()):
             path = self.folder / f"{name}.json"
@@ -103,10 +103,10 @@ def tracker_of(name: str) -> type[Tracker]:
     return Found
 
 
-def settings_of(config: RunConfig, job: JobConfig) -> dict[str, Scalar]:
+def settings_of(config: RunConfig, job: Job) -> dict[str, Scalar]:
     """The settings of a job and of its base that change results, by their keys; with dots for what lies deeper."""
     own: dict[str, Any] = {key: getattr(config, key) for key in _OF_RUN}
-    values = job.model_dump(mode="json")
+    values = job.config.model_dump(mode="json") | {"learning_rate": job.rate}
     own |= {**values.pop("method_settings"), **values}
     return dict(_flat(own, ""))
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from weft.training.trackers.tracker import End, Facts, Scalar, SharedRun
 
 _ONE = ""  # the key of its only run
+_PROBES = ("hardware", "runtime", "requirements", "git", "monitor")
 
 
 class SwanLab(SharedRun):
@@ -24,9 +25,12 @@ class SwanLab(SharedRun):
         facts.ids.setdefault(_ONE, uuid.uuid4().hex[:20])
         mode = os.environ.get("SWANLAB_MODE", "offline")
         own = None if os.environ.get("SWANLAB_LOG_DIR") else str(facts.folder)
+        # It would also keep what the terminal shows, and facts of the machine.
+        quiet = swanlab.Settings(interactive=False, terminal={"proxy_type": "none"}, probe=dict.fromkeys(_PROBES, False))
         self._run = swanlab.init(
             project=os.environ.get("SWANLAB_PROJECT", "weft"), name=facts.name, mode=mode, log_dir=own,
             id=facts.ids[_ONE], resume="allow" if facts.resumed else None, config=self.settings(), reinit=True,
+            settings=quiet,
         )  # fmt: skip
 
     def log(self, job: str, step: int, figures: Mapping[str, float]) -> None:
