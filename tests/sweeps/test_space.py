@@ -54,8 +54,9 @@ def test_whole_numbers_reach_both_ends() -> None:
 
 @pytest.mark.parametrize(
     ("word", "told"),
-    [("r=4,,8", "empty value"), ("r=", "empty value"), ("r=4,4", "twice"), ("x=1e-3,0.001", "twice"), ("r", "key=value"),
-     ("=4", "key=value"), ("r=log:1:1", "not below"), ("r=log:0:1", "above 0"), ("r=int:1:2.5", "whole numbers"),
+    [("r=4,,8", "empty value"), ("r=", "empty value"), ("r=4,4", "twice"), ("x=1e-3,0.001", "twice"),
+     ("r", "key=value"), ("=4", "key=value"), ("r=log:1:1", "not below"), ("r=log:0:1", "above 0"),
+     ("r=int:1:2.5", "whole numbers"),
      ("r=lug:1:2", "Did you mean 'log'"), ("r=uniform:a:2", "two numbers")],
 )  # fmt: skip
 def test_words_that_are_refused(word: str, told: str) -> None:
@@ -87,7 +88,7 @@ def jobs(count: int, steps: int | None = 270, **more: int) -> list[JobConfig]:
 @pytest.mark.parametrize(
     ("count", "factor", "steps", "every", "wanted"),
     [(16, 3, 270, None, [(30, 5), (90, 1)]), (16, 2, 160, None, [(10, 8), (20, 4), (40, 2), (80, 1)]),
-     (27, 3, 270, 20, [(20, 9), (40, 3), (100, 1)]), (2, 3, 10, None, [(3, 1)]), (8, 2, 4, None, [(1, 2), (2, 1)])],
+     (27, 3, 270, 20, [(20, 9), (40, 3), (80, 1)]), (2, 3, 10, None, [(3, 1)]), (8, 2, 4, None, [(1, 2), (2, 1)])],
 )  # fmt: skip
 def test_rungs(count: int, factor: int, steps: int, every: int | None, wanted: list[tuple[int, int]]) -> None:
     more = {} if every is None else {"eval_steps": every}

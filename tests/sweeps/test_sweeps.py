@@ -147,7 +147,7 @@ def test_a_sweep_that_is_stopped_says_so_and_goes_on(made: Callable[..., Any]) -
 
     def stop() -> bool:
         asked.append(1)
-        return len(asked) > 30
+        return len(asked) > 12
 
     assert not run_sweep(record, trials, lambda config, rungs: train(config, rungs=rungs, should_stop=stop))
     assert record.winner is None or record.waiting
@@ -181,28 +181,27 @@ def test_the_checkpoint_knows_who_left(made: Callable[..., Any]) -> None:
 
 
 def test_trials_share_runs_as_the_plan_allows(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    def plan(room: int | None) -> Callable[[Trials, list[str]], tuple[Callable[[list[str]], int], int | None]]:
+        # A base of 100, and trials that take more the later they come.
+        return lambda trials, names: (lambda some: 100 + sum(10 + int(one[-1]) for one in some), room)
 
-    def at_most_four(trials: Trials, names: list[str]) -> Callable[[list[str]], bool]:
-        return lambda some: (asked.append(len(some)), len(some) <= 4)[1]
-
-    monkeypatch.setattr(sharing, "_planned", at_most_four)
     _, trials = made("sweep")
-    assert [len(group) for group in sharing.groups_of(trials, None)] == [4, 2]
-    assert [len(group) for group in sharing.groups_of(trials, 3)] == [3, 3]
-    monkeypatch.setattr(sharing, "_planned", lambda trials, names: lambda some: False)
-    assert [len(group) for group in sharing.groups_of(trials, None)] == [1] * 6
+    for room, most, wanted in [(146, None, [4, 2]), (1000, None, [6]), (1000, 4, [4, 2]), (None, None, [6]),
+                               (145, None, [3, 3]), (1, None, [1] * 6)]:  # fmt: skip
+        monkeypatch.setattr(sharing, "_planned", plan(room))
+        assert [len(group) for group in sharing.groups_of(trials, most)] == wanted, room
 
 
+@pytest.mark.slow
 def test_the_plan_of_trials_is_the_planners(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, trials = made("sweep")
-    planned = Trials(trials.config.model_copy(update={"check_memory": True}), trials.trials)
-    assert [len(group) for group in sharing.groups_of(planned, None)] == [6]
-    monkeypatch.setattr("weft.planning.plan.room", lambda device: 1)
-    assert [len(group) for group in sharing.groups_of(planned, None)] == [1] * 6
+    planned = Trials(trials.config.model_copy(update={"check_memory": True}), trials.trials[:2])
+    assert [len(group) for group in sharing.groups_of(planned, None)] == [2]
+    monkeypatch.setattr("weft.sweeps.sharing.room", lambda device: 1)
+    assert [len(group) for group in sharing.groups_of(planned, None)] == [1, 1]
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture

@@ -42,12 +42,12 @@ class Ear(Tracker):
 
 
 @pytest.fixture
-def ear(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Ear]]:
+def ear(monkeypatch: pytest.MonkeyPatch) -> type[Ear]:
     """The class that stands for a tracker."""
     Ear.heard, Ear.fails = [], ""
     monkeypatch.setattr(reports, "tracker_of", lambda name: Ear)
     monkeypatch.setattr("weft.training.trackers.names.importlib.util.find_spec", lambda name: object())
-    yield Ear
+    return Ear
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_words_for_trackers(given: object, wanted: list[str]) -> None:
 
 @pytest.mark.parametrize("given", ["wandbb", ["all"], 3, [3], {"wandb": 1}])
 def test_other_words_are_refused(given: object, train: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="report_to.*tensorboard, wandb"):
+    with pytest.raises(UserError, match=r"report_to.*tensorboard, wandb"):
         train(report_to=given)
     assert not (tmp_path / "run").exists()
 

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from weft.errors import UserError, reason_of
+from weft.models.load import resolve_device
+from weft.planning.plan import plan_of, room, wants_plan
+from weft.planning.rehearsal import material
 from weft.sweeps.trials import Trials
 
 _log = logging.getLogger(__name__)
-# Whether these trials fit into memory together.
-Fits = Callable[[Sequence[str]], bool]
+# The bytes that these trials take together.
+Needs = Callable[[Sequence[str]], int]
 
 
 def groups_of(trials: Trials, most: int | None) -> list[list[str]]:
@@ -23,33 +26,40 @@ def groups_of(trials: Trials, most: int | None) -> list[list[str]]:
     """
     names = [trial.name for trial in trials.trials]
     most = len(names) if most is None else most
-    fits = _planned(trials, names)
+    planned = _planned(trials, names)
     found: list[list[str]] = []
     while names:
-        count = _largest(names[:most], fits) if fits is not None else min(most, len(names))
+        count = min(most, len(names))
+        if planned is not None and planned[1] is not None:
+            count = _largest(names[:count], planned[0], planned[1])
         found.append(names[:count])
         names = names[count:]
     return found
 
 
-def _largest(names: Sequence[str], fits: Fits) -> int:
-    """How many of the names, from the first on, fit together; one is taken to fit, for the run itself says if not."""
-    if fits(names):
-        return len(names)
-    low, high = 1, len(names)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(names[:middle]) else (low, middle)
-    return low
+def _largest(names: Sequence[str], needs: Needs, there: int) -> int:
+    """How many of the names, from the first on, fit into ``there`` bytes; at least one, whose run says if it does not.
+
+    A plan takes a while. So the number is guessed, as if all trials took the same, and then proved.
+    """
+    whole, count = needs(names), len(names)
+    if whole <= there or count == 1:
+        return count
+    one = needs(names[:1])
+    each = max(1.0, (whole - one) / (count - 1))
+    count = min(count - 1, max(1, 1 + int((there - one) / each)))
+    while count > 1 and needs(names[:count]) > there:
+        count -= 1
+    while 1 < count < len(names) - 1 and needs(names[: count + 1]) <= there:
+        count += 1
+    return count
 
 
-def _planned(trials: Trials, names: Sequence[str]) -> Fits | None:
-    """What plans some of the trials; None: nothing is planned."""
-    from weft.planning.plan import plan_of, wants_plan
-    from weft.planning.rehearsal import material
-
-    config = trials.run(names, Path(trials.config.output_dir))
-    if not config.check_memory or not wants_plan(config, config.sketch()):
+def _planned(trials: Trials, names: Sequence[str]) -> tuple[Needs, int | None] | None:
+    """What plans some of the trials, and the bytes that there are; None: nothing is planned."""
+    folder = Path(trials.config.output_dir)
+    config = trials.run(names, folder)
+    if not wants_plan(config, config.sketch()):
         return None
     try:
         whole = material(config)
@@ -60,8 +70,8 @@ def _planned(trials: Trials, names: Sequence[str]) -> Fits | None:
         return None
     data = dict(zip(names, whole.data, strict=True))
 
-    def fits(some: Sequence[str]) -> bool:
-        made = whole.with_config(trials.run(some, Path(config.output_dir)))
-        return plan_of(replace(made, data=[data[name] for name in some]), timed=False).fits
+    def needs(some: Sequence[str]) -> int:
+        made = whole.with_config(trials.run(some, folder))
+        return plan_of(replace(made, data=[data[name] for name in some]), timed=False).memory.total
 
-    return fits
+    return needs, room(resolve_device(config.device).type)

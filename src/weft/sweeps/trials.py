@@ -12,6 +12,7 @@ from weft.errors import UserError, nearest
 from weft.methods import METHODS
 from weft.objectives import class_metrics
 from weft.training.aliases import RENAMED, SWITCHES
+from weft.training.bits import TOLD
 from weft.training.config import config_of
 from weft.training.settings import JobConfig, RunConfig, eval_key
 
@@ -95,14 +96,16 @@ def check_key(key: str) -> None:
     of_run = set(RunConfig.model_fields) - of_jobs
     if ours in _FIXED:
         raise UserError(f"--grid {key}: trials that differ in {ours} cannot be compared; make a sweep for each.")
-    if ours in of_run or key.startswith("jobs."):
-        what = "the base" if ours in _OF_BASE or ours.startswith(("bnb_", "load_in_")) else "the run"
+    if ours in of_run or head in _BITS or head == "jobs":
+        what = "the base" if ours in _OF_BASE or head in _BITS else "the run"
         raise UserError(f"--grid {key}: '{ours}' is a setting of {what}; {_SHARED}")
     known = {*of_jobs, *of_methods, *METHODS, *RENAMED, *SWITCHES, "adam_beta1", "adam_beta2"}
     if head not in known:
         raise UserError(f"--grid {key}: no job has a key '{head}'.{nearest(head, {*of_jobs, *of_methods, *METHODS})}")
 
 
+# Keys of other tools for the bits of a base; some lines of the reference tell two.
+_BITS = {key for line in TOLD for key in line.split("`, `")}
 _OF_BASE = ("model", "dtype", "device", "shape", "hub", "quantization", "double_quantization", "offload_param")
 
 

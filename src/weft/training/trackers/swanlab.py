@@ -26,7 +26,8 @@ class SwanLab(SharedRun):
         mode = os.environ.get("SWANLAB_MODE", "offline")
         own = None if os.environ.get("SWANLAB_LOG_DIR") else str(facts.folder)
         # It would also keep what the terminal shows, and facts of the machine.
-        quiet = swanlab.Settings(interactive=False, terminal={"proxy_type": "none"}, probe=dict.fromkeys(_PROBES, False))
+        probe = dict.fromkeys(_PROBES, False)
+        quiet = swanlab.Settings(interactive=False, terminal={"proxy_type": "none"}, probe=probe)
         self._run = swanlab.init(
             project=os.environ.get("SWANLAB_PROJECT", "weft"), name=facts.name, mode=mode, log_dir=own,
             id=facts.ids[_ONE], resume="allow" if facts.resumed else None, config=self.settings(), reinit=True,
