@@ -12,8 +12,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "weft"
 ORDER = (
     "ops", "base", "core", "layouts", "heads", "combine", "methods", "objectives", "rewards", "files", "models",
-    "merge", "adapters", "data", "training", "planning", "preview", "generation", "export", "generators", "evaluate",
-    "synthesize", "serve", "cli", "api",
+    "merge", "adapters", "data", "training", "planning", "sweeps", "preview", "generation", "export", "generators",
+    "evaluate", "synthesize", "serve", "cli", "api",
 )  # fmt: skip
 # Anyone may use them, and they use nobody.
 FREE = {

@@ -63,5 +63,5 @@ def test_what_may_change_on_resumption() -> None:
     assert free_keys(RunConfig) == {
         "output_dir", "overwrite_output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "threads",
         "verify_packing", "data_workers", "bad_records_file", "audit", "callbacks", "check_disk_space",
-        "offload_activations", "offload_folder", "check_memory",
+        "offload_activations", "offload_folder", "check_memory", "report_to",
     }  # fmt: skip

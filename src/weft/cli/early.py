@@ -163,6 +163,7 @@ def set_up() -> None:
     import weft.export.folder
     import weft.export.targets
     import weft.preview.data_sets
+    import weft.sweeps.sweep
     import weft.training.run  # noqa: F401
 
     _StandIn.importing = False

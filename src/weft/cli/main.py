@@ -26,6 +26,8 @@ _LONGEST = 4000  # characters of a message
 # Each has a module with a function of its name.
 VERBS = (
     "train",
+    "sweep",
+    "watch",
     "preview",
     "rollouts",
     "plan",

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from weft.training.reader import JobData
     from weft.training.settings import RunConfig
 
-# With check_memory: auto, smaller bases are not planned: their plan takes longer than what it could save.
-_PLANNED_FROM = 100_000_000
 # If a run takes a larger share of the memory, its fullest pass is made first; causes below that share are not told.
 _TIGHT, _TOLD = 0.7, 0.05
 
@@ -47,12 +45,11 @@ class Outlook:
             CannotFitError: The run does not fit.
             UserError: There is no plan for this run, and ``check_memory: true`` asks for one.
         """
-        from weft.models.quantize import num_parameters
-        from weft.planning.plan import plan_of
+        from weft.planning.plan import plan_of, wants_plan
         from weft.planning.rehearsal import material_of
 
         asked = config.check_memory
-        if not asked or (asked == "auto" and num_parameters(sketch.model) < _PLANNED_FROM):
+        if not wants_plan(config, sketch):
             return False
         try:
             made = material_of(config, sketch, data)

@@ -35,6 +35,7 @@ class Session:
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """Show the progress of these jobs. From here on a signal lets the trainer save."""
+        self.close()
         self._reporter = make_reporter([(job.name, job.total_steps) for job in jobs], quiet=self._quiet)
 
     def event(self, event: Mapping[str, Any]) -> None:

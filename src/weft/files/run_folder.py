@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from weft.errors import UserError
 from weft.files.adapter_folder import read_tensors
+from weft.files.metrics import Metrics
 from weft.files.whole import append_line, make_folder, remove, sha256_of, sync, write_tensors, write_text, write_whole
 from weft.files.writing import WriteError, writing
 from weft.foreign import check_regular, expect, json_lines, read_json
@@ -32,6 +34,8 @@ from weft.paths import local_path
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+# How often, and after how many seconds, a lock is asked for again.
+_LOOKS, _LOOK = 3, 0.05
 # A checkpoint's name ends so while another of the same step takes its place.
 _REPLACED = ".replaced"
 
@@ -42,15 +46,17 @@ def run_of(folder: Path) -> Path | None:
     return parent.parent if parent.name == "adapters" and (parent.parent / RUN_FILE).is_file() else None
 
 
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+def read_metrics(run: str | Path, *, event: str | None = None, job: str | None = None) -> Metrics:
     """What the run in a folder has logged, a row per event; ``pandas.DataFrame`` makes a table of it as it is.
 
     Args:
         run: The folder, or its ``metrics.jsonl``.
+        event: Only rows of this kind.
+        job: Only rows of this job.
 
     Returns:
-        Rows with ``time`` (in UTC; None where a run is from before there were times), ``event`` (``step``, ``eval`` or
-        ``warning``), ``job``, and what the event tells: ``step``, ``loss``, ``eval_loss`` and so on.
+        Rows with ``time`` (in UTC; None where a run is from before there were times), ``event`` (``step``, ``eval``,
+        ``left`` or ``warning``), ``job``, and what the event tells: ``step``, ``loss``, ``eval_loss`` and so on.
 
     Raises:
         UserError: This is no run's folder, or a line is damaged.
@@ -59,9 +65,11 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     path = path if path.name == METRICS_FILE and path.is_file() else path / METRICS_FILE
     if not path.is_file():
         if (path.parent / RUN_FILE).is_file():
-            return []  # it has not logged anything yet
+            return Metrics()  # it has not logged anything yet
         raise UserError(f"{path.parent} holds no {METRICS_FILE}; give the folder of a run (its output_dir).")
-    return [{"time": None, **row} | _time_of(row, f"{path}:{n}") for n, row in enumerate(json_lines(path), 1)]
+    rows = ({"time": None, **row} | _time_of(row, f"{path}:{n}") for n, row in enumerate(json_lines(path), 1))
+    wanted = {key: value for key, value in {"event": event, "job": job}.items() if value is not None}
+    return Metrics(rows).where(**wanted)
 
 
 def _time_of(row: Mapping[str, object], where: str) -> dict[str, datetime]:
@@ -118,13 +126,28 @@ class RunStore:
         """
         with writing(self.folder / LOCK_FILE):
             self._locked = open(self.folder / LOCK_FILE, "a")  # noqa: SIM115 - held until release
+        for left in range(_LOOKS, -1, -1):
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if left:  # it may be one who only looks (``in_use``)
+                    time.sleep(_LOOK)
+        self.release()
+        raise UserError(
+            f"another process is training in {self.folder}. Wait for it, stop it, or take another output_dir."
+        )
+
+    def in_use(self) -> bool:
+        """Whether a process trains in this folder now."""
         try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(self.folder / LOCK_FILE) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
         except OSError:
-            self.release()
-            raise UserError(
-                f"another process is training in {self.folder}. Wait for it, stop it, or take another output_dir."
-            ) from None
+            return True
+        return False
 
     def release(self) -> None:
         """Let others train in this folder again."""
@@ -209,6 +232,15 @@ class RunStore:
         """The step of the newest intact checkpoint; None if there is none."""
         intact = next((path for path in reversed(self._committed()) if not _broken(path)), None)
         return None if intact is None else int(intact.name.removeprefix("step-").removesuffix(_REPLACED))
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """What the newest checkpoint says of itself, without a look at its tensors; None if there is none.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        newest = next(reversed(self._committed()), None)
+        return None if newest is None else read_json(newest / "state.json", infinities=True)
 
     def checkpoint_bytes(self) -> list[int]:
         """The bytes of each checkpoint, the oldest first."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from weft.machine import memory, resident
+from weft.models import Base
 from weft.models.quantize import num_parameters
 from weft.planning.library import growth
 from weft.planning.memory import CAUSES, MemoryPlan, of_recording
@@ -18,6 +19,9 @@ from weft.planning.timing import StepTime, times_of
 from weft.training.fullest import fullest_step, pass_tokens
 from weft.training.room import room_of
 from weft.training.settings import RunConfig
+
+# With check_memory: auto, smaller bases are not planned: their plan takes longer than what it could save.
+_PLANNED_FROM = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class Plan:
         found["memory"] = {"total": self.memory.total, **self.memory.by_cause}
         found["worst"] = {"step": self.worst[0], "tokens": self.worst[1]}
         return found
+
+
+def wants_plan(config: RunConfig, sketch: Base) -> bool:
+    """Whether a run is planned before weights are loaded: as ``check_memory`` says; ``auto``: if its base is large."""
+    asked = config.check_memory
+    return asked is True or (asked == "auto" and num_parameters(sketch.model) >= _PLANNED_FROM)
 
 
 def plan_of(made: Material, *, timed: bool = True) -> Plan:

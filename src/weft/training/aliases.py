@@ -146,16 +146,6 @@ def _resume(value: object) -> tuple[str, object]:
     return "resume", is_on(value, "resume_from_checkpoint")
 
 
-def _only_off(key: str) -> Switch:
-    """A key of a feature that Weft does not have: off changes nothing, on is refused."""
-
-    def check(value: object) -> None:
-        if value not in (None, False, 0, "none", "no", "off", [], {}, ["none"]):
-            raise UserError(f"{key}: {shown(value)} is not in this version of Weft; leave it out.")
-
-    return Switch(check, "nothing if off; not in this version if on")
-
-
 def _word(table: Mapping[object, tuple[str, str] | None], problem: str, told: str) -> Switch:
     """A key whose few values each stand for a key and a value here; ``problem`` is the message for any other."""
 
@@ -222,7 +212,6 @@ SWITCHES: dict[str, Switch] = {
     "packing": _PACKING,
     "sample_packing": _PACKING,
     "neat_packing": _PACKING,
-    "report_to": _only_off("report_to"),
     "gradient_checkpointing_kwargs": Switch(
         _how_to_checkpoint, "nothing if it is `{use_reentrant: …}`; others are refused"
     ),

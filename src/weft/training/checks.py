@@ -25,9 +25,10 @@ from weft.training.reader import data_files
 from weft.training.same_run import check_same_run
 from weft.training.settings import RunConfig
 from weft.training.start import check_start
+from weft.training.trackers.names import FOLDER, check_installed
 
 BAD_RECORDS = "bad_records.jsonl"
-_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, BAD_RECORDS}
+_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, BAD_RECORDS, FOLDER}
 
 
 def check_names(config: RunConfig) -> dict[str, Place]:
@@ -79,9 +80,11 @@ def check_places(config: RunConfig) -> None:
     """Refuse a base, callbacks or places of output that training could not use; changes nothing.
 
     Raises:
-        UserError: The base is not there, a callback is unknown, or the run cannot be written to its folder.
+        UserError: The base is not there, a callback is unknown, the package of a tracker is not installed, or the run
+            cannot be written to its folder.
     """
     _check_report(config)
+    check_installed(config.report_to)
     for name in config.callbacks:
         CALLBACKS.find(name)
     _check_folder(RunStore(config.output_dir), config)

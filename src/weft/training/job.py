@@ -90,6 +90,7 @@ class Job:
         adapter.begin_training(self.total_steps)
         self.best: list[Tensor] | None = None
         self.rolled = RolledBatches()
+        self.rungs: frozenset[int] = frozenset()  # steps at which it is evaluated besides
         self._scales = False
 
     def _rates(self, default: Callable[[str], float]) -> list[float]:
@@ -243,6 +244,10 @@ class Job:
         """End the job, which has no result."""
         self.progress.ended, self.progress.reason = "failed", reason
 
+    def leave(self, reason: str) -> None:
+        """End the job before its last step, for others are better. It computes nothing from here on."""
+        self.progress.ended, self.progress.reason = "left", reason
+
     def judge(self) -> None:
         """Fail a job that has ended without a result: a tensor is not finite, or all are what they began as.
 
@@ -281,10 +286,11 @@ class Job:
     def wants_evaluation(self) -> bool:
         """Whether an evaluation is due: before the first step, every ``eval_steps``, at the end; once a step."""
         progress, every = self.progress, self.config.eval_steps
-        given_up = progress.ended in ("failed", "early_stop")
+        given_up = progress.ended in ("failed", "early_stop", "left")
         if not self.eval_samples or given_up or progress.evaluated_at == progress.step:
             return False
-        return progress.step == 0 or progress.ended == "finished" or bool(every and progress.step % every == 0)
+        due = progress.step in self.rungs or bool(every and progress.step % every == 0)
+        return due or progress.step == 0 or progress.ended == "finished"
 
     def evaluated(self, losses: Mapping[str, float], metrics: Mapping[str, float]) -> None:
         """Take note of an evaluation: the loss of each of ``eval_sets``, and the other figures.

@@ -23,6 +23,7 @@ from weft.training.judged import evaluate_judged, falling
 from weft.training.memory import peak_memory
 from weft.training.rolled import Write
 from weft.training.rollouts import Roller, end_values, roll_out
+from weft.training.rungs import Rungs
 from weft.training.settings import eval_key
 from weft.training.splitting import Splitting
 from weft.training.step import StepResult, train_step
@@ -60,11 +61,12 @@ class Trainer:
         adapters: the base with every job's adapter added.
         jobs: in the order in which their rows stand in the stream.
         store: where checkpoints and metrics go; None keeps everything in memory.
-        on_event: called with every logged event (``step``, ``eval``, ``end``, ``warning``).
+        on_event: called with every logged event (``step``, ``eval``, ``left``, ``end``, ``warning``).
         verify_packing: before the first step, prove that the sequences of the first batch do not feel each other.
         fullest_pass_first: before the first step, see whether memory runs out in the fullest pass of them all.
         rollers: for the jobs that learn from answers of their own, what asks for these and rewards them.
         write: what writes them.
+        rungs: where jobs are compared, and which of them leave.
         should_stop: asked after every step and before every evaluation; True saves and leaves.
 
     Attributes:
@@ -84,6 +86,7 @@ class Trainer:
         fullest_pass_first: bool = False,
         rollers: Sequence[Roller] = (),
         write: Write | None = None,
+        rungs: Rungs | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -92,6 +95,9 @@ class Trainer:
         self.on_event, self.should_stop = on_event, should_stop
         self.verify_packing, self.fullest_pass_first = verify_packing, fullest_pass_first
         self.step, self.over = 0, False
+        self.rungs = rungs
+        for job in self.jobs:
+            job.rungs = frozenset(rungs.steps if rungs is not None else ())
         self.rollers, self.write = {roller.job.name: roller for roller in rollers}, write
         for roller in rollers:
             roller.tell = partial(self._warn, roller.job)
@@ -149,7 +155,7 @@ class Trainer:
         if self.fullest_pass_first:
             make_fullest_pass(self.adapters, self.jobs, self.splitting)
         while True:
-            stopped = not self._evaluate_due()
+            stopped = not (self._evaluate_due() and self._compare_due())
             end_values(self.rollers.values())
             active = [job for job in self.jobs if job.active]
             if stopped or not active:
@@ -164,7 +170,7 @@ class Trainer:
         completed = not stopped
         if completed:
             self._judge()
-        self.save()
+        self.save(last=True)
         seconds = time.monotonic() - started
         jobs = {job.name: {**job.state(), "total_steps": job.total_steps} for job in self.jobs}
         self._tell({"event": "end", "completed": completed, "step": self.step, "seconds": round(seconds, 3)}, log=False)
@@ -186,12 +192,13 @@ class Trainer:
     def _warn(self, job: Job, text: str) -> None:
         self._tell({"event": "warning", "job": job.name, "message": f"{job.name}: {text}"})
 
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save(self, *, last: bool = False) -> None:
+        """Write a checkpoint; ``last``: this process makes no step after it."""
         if self.store is None:
             return
         state = {
             "step": self.step,
+            "last": last,
             "environment": environment(),
             "pass_tokens": self.splitting.limit,
             "jobs": {
@@ -283,6 +290,22 @@ class Trainer:
             self._tell(told)
             if warning := falling(job, metrics):
                 self._warn(job, warning)
+        return True
+
+    def _compare_due(self) -> bool:
+        """Compare the jobs that have come to a rung, and let some leave; False if that cannot be said yet."""
+        there = [job for job in self.jobs if job.active and job.progress.rung < job.progress.step in job.rungs]
+        if self.rungs is None or not there:
+            return True
+        step = there[0].progress.step  # active jobs are all at one step
+        leaving = self.rungs.judge(step, {job.name: self.rungs.figure(job) for job in there})
+        if leaving is None:
+            return False
+        for job in there:
+            job.progress.rung = step
+            if job.name in leaving:
+                job.leave(leaving[job.name])
+                self._tell({"event": "left", "job": job.name, "step": step, "reason": leaving[job.name]})
         return True
 
     def _of_the_base(self, job: Job) -> dict[str, float] | None:

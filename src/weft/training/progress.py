@@ -20,8 +20,9 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  # those of the last evaluation, without the loss
     evals_without_gain: int = 0
     rates: list[float] = field(default_factory=list)  # of the parameters, in order, before the schedule
-    ended: str | None = None  # why it ended: finished, early_stop, failed
-    reason: str | None = None  # why it failed
+    ended: str | None = None  # why it ended: finished, early_stop, failed, left
+    reason: str | None = None  # why it failed, or left
+    rung: int = 0  # the last step at which it was compared with other jobs, and stayed
     loss_scale: float = 1.0
     good_steps: int = 0
     skipped: int = 0  # steps that changed nothing, for the loss or a gradient was not finite

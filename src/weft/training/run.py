@@ -40,9 +40,11 @@ from weft.training.reader import JobData, Reader
 from weft.training.rolled import Write
 from weft.training.rollouts import Roller, check_reward_adapters, rollers_of
 from weft.training.room import check_room
+from weft.training.rungs import Rungs
 from weft.training.same_run import base_fingerprint, check_base, rooted
 from weft.training.settings import JobConfig, RunConfig
 from weft.training.start import check_trained_on, take_start
+from weft.training.trackers.reports import Reports
 
 # What looks at a run before weights are loaded (``prepare``).
 OnRead = Callable[[RunConfig, Base, Sequence[JobData]], bool]
@@ -232,13 +234,14 @@ def train(
     on_ready: Callable[[Setup], None] = lambda setup: None,
     on_trained: Callable[[Setup], None] = lambda setup: None,
     writer: Callable[[Adapters, Renderer], Write] | None = None,
+    rungs: Rungs | None = None,
 ) -> TrainResult:
     """Run a configuration to its end; the run's folder then holds the adapters, but for those of jobs that failed.
 
     ``callbacks`` hear the events beside those that the configuration names. ``on_read`` is called before weights are
     loaded (``prepare``). ``on_ready`` sees the loaded base and the fresh adapters, ``on_trained`` the trained ones
     before they are closed. ``writer`` makes what writes the answers of jobs that learn from their own
-    (``weft.generation.rollouts.writer``).
+    (``weft.generation.rollouts.writer``). ``rungs`` says where jobs are compared, and which of them leave.
 
     Raises:
         UserError: before anything is written, if the configuration, the data or the folder cannot be used; later, if
@@ -268,6 +271,7 @@ def train(
             should_stop=should_stop,
             on_trained=on_trained,
             writer=writer,
+            rungs=rungs,
         )
     except WriteError as error:
         raise UserError(f"{error} {_way_on(store)}") from error
@@ -296,12 +300,14 @@ def _train(
     should_stop: Callable[[], bool],
     on_trained: Callable[[Setup], None],
     writer: Callable[[Adapters, Renderer], Write] | None,
+    rungs: Rungs | None,
 ) -> TrainResult:
     if setup.rollers and writer is None:
         names = ", ".join(roller.job.name for roller in setup.rollers)
         raise UserError(f"{names}: answers are to be written, and nothing was given that writes them (writer).")
     for roller in setup.rollers:
         roller.folder = store.folder / "rollouts" / roller.job.name
+    reports = Reports(config, setup.jobs, on_event)
     trainer = Trainer(
         setup.adapters,
         setup.jobs,
@@ -313,14 +319,17 @@ def _train(
         fullest_pass_first=setup.tight,
         rollers=setup.rollers,
         write=writer(setup.adapters, setup.renderer) if setup.rollers and writer is not None else None,
-        on_event=on_event,
+        rungs=rungs,
+        on_event=reports.hear,
         should_stop=should_stop,
     )
     if config.resume:
         trainer.resume()
     if not (trainer.over and (store.folder / RUN_FILE).is_file()):
         _write_settings(config, setup, base, store)
-    result = trainer.run()
+    with reports.open() as ends:
+        result = trainer.run()
+        ends(result.completed)
     if result.completed:
         tokenizer = TokenizerFacts.of(setup.base.tokenizer)
         kept = how_kept(setup.adapters.model, setup.adapters.dtype) | {k: v for k, v in base.items() if k != "model"}

@@ -21,6 +21,7 @@ from weft.objectives import class_metrics
 from weft.paths import with_home
 from weft.training.job_settings import JobConfig
 from weft.training.quantization import QuantizationSettings
+from weft.training.trackers.names import TRACKERS, tracker_names
 
 
 def eval_key(name: str, figure: str) -> str:
@@ -100,6 +101,15 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
         [], description="names of callbacks, which hear every event of the run ([extending.md](extending.md))"
     )
 
+    report_to: Annotated[list[str], FREE] = Field(
+        [],
+        description="trackers that hear what is logged, beside `metrics.jsonl`: "
+        + ", ".join(f"`{name}`" for name in TRACKERS)
+        + ", in a list or as one word; `none`. Each writes to the disk alone, unless its own settings say otherwise "
+        "([sweep.md](sweep.md))",
+    )
+
+    _trackers = field_validator("report_to", mode="before")(tracker_names)
     _own_home = field_validator("model", "output_dir")(with_home)
     _home_of_pages = field_validator("offload_folder")(lambda path: path and with_home(path))
 

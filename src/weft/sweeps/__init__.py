@@ -1,0 +1,1 @@
+"""Sweeps: many settings of one job, tried over one base."""
