@@ -32,7 +32,7 @@ _TEXTS, _TOKENS = 64, 128
 _PIECE = EVALUATION_TOKENS // 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forgotten:
     """How a job tells general text, in nats.
 
@@ -107,11 +107,11 @@ class Forgetting:
         mean, count = math.fsum(more) / self.tokens, len(more)
         squares = math.fsum((one - mean * weight) ** 2 for one, weight in zip(more, self.weights, strict=True))
         return Forgotten(
-            mean,
-            math.sqrt(squares * count / (count - 1)) / self.tokens if count > 1 else None,
-            math.fsum(more) / max(self.bytes, 1),
-            math.fsum(losses) / self.tokens,
-            math.fsum(base) / self.tokens,
+            forgetting=mean,
+            forgetting_stderr=math.sqrt(squares * count / (count - 1)) / self.tokens if count > 1 else None,
+            forgetting_per_byte=math.fsum(more) / max(self.bytes, 1),
+            general_loss=math.fsum(losses) / self.tokens,
+            general_base_loss=math.fsum(base) / self.tokens,
         )
 
     @torch.no_grad()
