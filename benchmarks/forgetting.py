@@ -45,6 +45,7 @@ class Row:
     forgot: float
     forgot_last: float
     eval_loss: float
+    best_eval_loss: float
     steps: int
     kept: int
     ended: str
@@ -58,7 +59,10 @@ def settings(folder: Path, seed: int, *, steps: int | None, own_text: Path | Non
     text = json.dumps(values).replace("src/weft/assets/", f"{ROOT}/src/weft/assets/")
     values = json.loads(text.replace("recipes/data/", f"{ROOT}/recipes/data/"))
     values |= {"output_dir": str(folder / f"seed-{seed}"), "seed": seed, "overwrite_output_dir": True}
-    return values | ({"steps": steps} if steps else {})
+    if steps:
+        values["jobs"] = [{key: value for key, value in job.items() if key != "steps"} for job in values["jobs"]]
+        values["steps"] = steps
+    return values
 
 
 def own_texts(folder: Path, count: int) -> Path:
@@ -87,13 +91,14 @@ def measure(folder: Path, seed: int, *, steps: int | None, own_text: Path | None
 
     config = make_config(settings(folder, seed, steps=steps, own_text=own_text))
     result = train(config, on_trained=ask, writer=writer)
-    rows = [Row("base", seed, 100 * exact_match(answers[None]), 0.0, 0.0, float("nan"), 0, 0, "")]
+    nothing = float("nan")
+    rows = [Row("base", seed, 100 * exact_match(answers[None]), 0.0, 0.0, nothing, nothing, 0, 0, "")]
     for name, state in result.jobs.items():
         kept = state["step"] if state["best_at"] is None else state["best_at"]
         forgot = state["forgetting"] if state["best_at"] is None else state["forgetting_kept"]
         rows.append(
             Row(name, seed, 100 * exact_match(answers[name]), forgot, state["forgetting"], state["eval_loss"],
-                state["step"], kept, state["ended"])
+                state["best_eval_loss"], state["step"], kept, state["ended"])
         )  # fmt: skip
         print(rows[-1], flush=True)
     return rows
@@ -115,22 +120,31 @@ def report(rows: Sequence[Row], command: str) -> str:
         f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} thread, {len(own['plain'])} seeds "
         f"(mean ± standard error). `{command}`",
         "",
-        "| job | exact match, % | forgot, nats per token | at the last step | steps | weights of step | ended |",
-        "|---|---|---|---|---|---|---|",
+        "| job | exact match, % | forgot, nats per token | at the last step | held-out loss, best → last | steps | "
+        "kept | ended |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for job, found in own.items():
+        losses = [
+            statistics.fmean(each) for each in zip(*((r.best_eval_loss, r.eval_loss) for r in found), strict=True)
+        ]
         lines.append(
             f"| {job} | {mean([r.exact for r in found], '.1f')} | {mean([r.forgot for r in found], '+.3f')} | "
-            f"{mean([r.forgot_last for r in found], '+.3f')} | {', '.join(str(r.steps) for r in found)} | "
+            f"{mean([r.forgot_last for r in found], '+.3f')} | "
+            f"{losses[0]:.3f} → {losses[1]:.3f} | "
+            f"{', '.join(str(r.steps) for r in found)} | "
             f"{', '.join(str(r.kept) for r in found)} | {', '.join(dict.fromkeys(r.ended for r in found))} |"
         )
     lines += ["", "| cure, beside plain | exact match by seed | change, points | forgetting by seed | of plain's |"]
     lines += ["|---|---|---|---|---|"]
-    for job in [job for job in ("mixed", "replay") if job in own]:
+    for job in [job for job in ("mixed", "mixed_longer", "replay") if job in own]:
         change = [one.exact - plain.exact for one, plain in zip(own[job], own["plain"], strict=True)]
         share = statistics.fmean(r.forgot for r in own[job]) / statistics.fmean(r.forgot for r in own["plain"])
         pairs = [f"{plain.exact:.1f} → {one.exact:.1f}" for one, plain in zip(own[job], own["plain"], strict=True)]
         lost = [f"{plain.forgot:+.3f} → {one.forgot:+.3f}" for one, plain in zip(own[job], own["plain"], strict=True)]
+        losses = [
+            statistics.fmean(each) for each in zip(*((r.best_eval_loss, r.eval_loss) for r in found), strict=True)
+        ]
         lines.append(
             f"| {job} | {'; '.join(pairs)} | {mean(change, '+.1f')} | {'; '.join(lost)} | {100 * share:.0f} % |"
         )
