@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,10 +149,42 @@ def build_grounded(
     for place in ("{context}", "{question}") if template is not None else ():
         if place not in str(template):
             raise UserError(f"the template has no {place}.")
-    index, rng = Index(passages), random.Random(seed)
-    found: list[tuple[_Asked, list[Passage], Passage]] = []
-    left_out: list[str] = []
-    for one in read_all(questions, _asked):
+    rng = random.Random(seed)
+    found, left_out = _looked_up(read_all(questions, _asked), Index(passages), support)
+    if not found:
+        raise UserError(
+            f"{questions}: for none of {len(left_out)} questions does a passage hold the answer. Give other documents, "
+            "or a lower support."
+        )
+    missing = set(rng.sample(range(len(found)), round(len(found) * unanswerable)))
+    records = []
+    for number, (one, ranked, holding) in enumerate(found):
+        says, answerable = _say(not_in_text, one.question, rng), number not in missing
+        if answerable:
+            chosen = _with(holding, ranked[:count], rng)
+        else:
+            chosen = without(ranked, one.answer, support)[:count] or without(passages, one.answer, support)[:count]
+        if not chosen:
+            raise UserError(
+                f"{one.source}: every passage holds the answer, so none can be missing. Give more documents."
+            )
+        context = "\n\n".join(f"[{place}] {passage.text}" for place, passage in enumerate(chosen, 1))
+        filled = {"context": context, "question": one.question, "not_in_text": says}
+        shape = template or TEMPLATES[_language(one.question)]
+        # In one go: a text may hold the name of another place.
+        asked = re.sub(r"\{(context|question|not_in_text)\}", lambda place: filled[place[1]], shape)  # noqa: B023
+        record = _record((*one.before[:-1], Message("user", asked)), one.answer if answerable else says,
+                         answerable=answerable)  # fmt: skip
+        records.append(record | {"context": context, "sources": [passage.source for passage in chosen]})
+    return Grounded(records, left_out)
+
+
+def _looked_up(
+    questions: Sequence[_Asked], index: Index, support: float
+) -> tuple[list[tuple[_Asked, list[Passage], Passage]], list[str]]:
+    """Questions with the passages found and the best that holds the answer; the places of those without one."""
+    found, left_out = [], []
+    for one in questions:
         if not one.answer:
             raise UserError(f"{one.source}: a question needs its answer, to look for it in the passages.")
         ranked = index.search(one.question, _DEEP)
@@ -160,27 +193,13 @@ def build_grounded(
             found.append((one, ranked, best))
         else:
             left_out.append(one.source)
-    if not found:
-        raise UserError(
-            f"{questions}: for none of {len(left_out)} questions does a passage hold the answer. Give "
-            "other documents, or a lower support."
-        )
-    missing = set(rng.sample(range(len(found)), round(len(found) * unanswerable)))
-    records = []
-    for number, (one, ranked, holding) in enumerate(found):
-        says = _say(not_in_text, one.question, rng)
-        if number in missing:
-            chosen = without(ranked, one.answer, support)[:count] or without(passages, one.answer, support)[:count]
-        else:
-            chosen = ranked[:count] if holding in ranked[:count] else [*ranked[: count - 1], holding]
-            rng.shuffle(chosen)  # else an answer would stand last wherever it was hard to find
-        context = "\n\n".join(f"[{place}] {passage.text}" for place, passage in enumerate(chosen, 1))
-        shape = template or TEMPLATES[_language(one.question)]
-        asked = shape.replace("{not_in_text}", says).replace("{question}", one.question).replace("{context}", context)
-        before = (*one.before[:-1], Message("user", asked))
-        record = _record(before, says if number in missing else one.answer, answerable=number not in missing)
-        records.append(record | {"context": context, "sources": [passage.source for passage in chosen]})
-    return Grounded(records, left_out)
+    return found, left_out
+
+
+def _with(holding: Passage, best: list[Passage], rng: random.Random) -> list[Passage]:
+    """The best passages with the one that holds the answer, in the place of the last where it is not among them."""
+    chosen = best if holding in best else [*best[:-1], holding]
+    return rng.sample(chosen, len(chosen))  # else an answer would stand last wherever it was hard to find
 
 
 def write_records(path: str | Path, records: Sequence[Mapping[str, object]]) -> None:

@@ -372,14 +372,19 @@ def load_samples(
 
 
 def read_all(
-    path: DataPath, read: Callable[[Record], T], *, limit: int | None = None, header: Header = lambda rows: None
+    path: DataPath,
+    read: Callable[[Record], T],
+    *,
+    limit: int | None = None,
+    header: Header = lambda rows: None,
+    text_unit: TextUnit = "line",
 ) -> list[T]:
-    """Apply ``read`` to every record of data that is not learned (prompts, questions). Every line of a text is one.
+    """Apply ``read`` to every record of data that is not learned (prompts, questions, documents).
 
-    ``header`` is as that of a ``Recipe``.
+    ``header`` is as that of a ``Recipe``. ``text_unit`` says what of a text is a record.
 
     Raises:
         UserError: A record cannot be used; it is about the first one.
     """
     columns = header(partial(first_rows, path, _PEEK))
-    return [read(record) for record in iter_records(path, limit=limit, header=columns, text_unit="line")]
+    return [read(record) for record in iter_records(path, limit=limit, header=columns, text_unit=text_unit)]

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from weft.data.reading.records import iter_records
+from weft.data.formats.detect import to_example
+from weft.data.formats.examples import PlainText
+from weft.data.pipeline import read_all
+from weft.data.reading.records import Record
 from weft.errors import UserError
 
 # Han, kana and Hangul syllables are written without spaces between words (Hangul with few).
@@ -76,8 +78,7 @@ def read_passages(documents: str | Path, *, length: int = 800) -> list[Passage]:
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if _is_document(file, place))
     found = []
     for file in files:
-        texts = (_text(record.fields, record.source) for record in iter_records(file, text_unit="file"))
-        parts = [part for text in texts for part in _cut(text, length)]
+        parts = [part for text in read_all(file, _text, text_unit="file") for part in _cut(text, length)]
         found += [Passage(part, f"{file}#{number}") for number, part in enumerate(parts, 1)]
     if not found:
         raise UserError(f"{place} holds no document with text.")
@@ -88,11 +89,11 @@ def _is_document(file: Path, folder: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _text(fields: Any, source: str) -> str:
-    text = fields.get("text")
-    if not isinstance(text, str):
-        raise UserError(f"{source}: a document has a field 'text'; here there are: {', '.join(map(str, fields))}.")
-    return text
+def _text(record: Record) -> str:
+    example = to_example(record)
+    if not isinstance(example, PlainText):
+        raise UserError(f"{record.source}: expected a document, that is a text; this is a record of another kind.")
+    return example.text
 
 
 def _cut(text: str, length: int) -> list[str]:

@@ -7,7 +7,6 @@ answer alone. What is a figure of many answers (``detection``) stands beside the
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 import unicodedata
@@ -20,7 +19,7 @@ from weft.assets import ROOT
 from weft.data.retrieval import covered, is_cjk
 from weft.errors import UserError
 from weft.evaluate.results import Item
-from weft.foreign import read_text
+from weft.foreign import parse_json, read_text
 from weft.patterns import Pattern
 
 Metric = Callable[[str, str, str], float]
@@ -283,7 +282,7 @@ def _all_lines(text: str, shape: re.Pattern[str]) -> bool:
 def _is_json(text: str) -> bool:
     fenced = _FENCE.match(text)
     try:
-        json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
+        parse_json(fenced[1] if fenced else text, "the answer")
+    except UserError:
         return False
     return True
