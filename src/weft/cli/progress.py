@@ -54,7 +54,7 @@ class Reporter:
     """Takes the trainer's events; this one shows warnings only."""
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Take an event: ``step``, ``eval``, ``warning`` or ``end``."""
+        """Take an event: ``step``, ``eval``, ``forgetting``, ``warning`` or ``end``."""
         if event["event"] == "warning":
             common.say(f"warning: {event['message']}")
 
@@ -86,6 +86,11 @@ def plain_line(event: Mapping[str, Any]) -> str | None:
                 words.append(f"{key.removeprefix('eval_')}={value:.4f}")
         watched = event.get("early_stopping_on")
         return " ".join([*words, *([f"early_stopping_on={watched}"] if watched else [])])
+    if event["event"] == "forgetting":
+        return (
+            f"forgetting job={event['job']} step={event['step']} forgetting={event['forgetting']:+.4f} "
+            f"per_byte={event['forgetting_per_byte']:+.4f} general_loss={event['general_loss']:.4f}"
+        )
     if event["event"] != "step":
         return None
     return (
@@ -106,7 +111,7 @@ class TableReporter(Reporter):
 
     def event(self, event: Mapping[str, Any]) -> None:
         super().event(event)
-        if event["event"] in ("step", "eval"):
+        if event["event"] in ("step", "eval", "forgetting"):
             self.rows[event["job"]].update(event)
             self.memory = max(self.memory, event.get("memory_gb", 0.0))
 
@@ -134,7 +139,8 @@ class TableReporter(Reporter):
         if sets:
             losses, rights = ["eval_loss"], ["eval_accuracy"] * bool(rights)
         headings = [_heading(key, "eval") for key in losses] + [_heading(key, "acc") for key in rights]
-        for heading in ("step", "loss", *headings, "tok/s", "ETA"):
+        forgets = ["forgetting"] * any("forgetting" in row for row in self.rows.values())
+        for heading in ("step", "loss", *headings, *("forgot" for _ in forgets), "tok/s", "ETA"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column(memory, no_wrap=True)
         for name, row in self.rows.items():
@@ -144,6 +150,7 @@ class TableReporter(Reporter):
                 _number(row.get("loss"), ".4f"),
                 *(_number(row.get(key), ".4f") for key in losses),
                 *(_number(row.get(key), ".3f") for key in rights),
+                *(_number(row.get(key), "+.3f") for key in forgets),
                 _number(row.get("tokens_per_second"), ".0f"),
                 common.human_time(row["eta_seconds"]) if "eta_seconds" in row else "",
             ]

@@ -229,6 +229,7 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
                     if "eval_sets" in job
                     else _eval_figures(told, "", state["best_eval_loss"])
                 ),
+                **({"forgetting": _forgetting(state, kept=kept)} if settings.forgetting_eval is not None else {}),
                 "tokens": state["tokens"],
                 "tokens_per_second": round(state["tokens"] / state["seconds"], 1) if state["seconds"] else None,
                 "bytes": size,
@@ -244,6 +245,12 @@ def _summary(settings: RunConfig, result: TrainResult, jobs: list[dict[str, Any]
         "seconds": round(result.seconds, 3),
         "jobs": rows,
     }
+
+
+def _forgetting(state: Figures, *, kept: bool) -> dict[str, float | None]:
+    """What a job forgot, in nats per token: at the last measurement, and with the weights that are kept."""
+    last, best = state["forgetting"], state["forgetting_kept"]
+    return {"last": last, "kept": (last if state["best_at"] is None else best) if kept else None}
 
 
 def _eval_figures(told: Sequence[Figures], name: str, best: float | None) -> dict[str, float | None]:
@@ -270,8 +277,11 @@ def _eval_sets(
     from weft.training.settings import eval_key
 
     best, watched = state["best_eval_loss"] or {}, job["early_stopping_on"]
-    # Early stopping keeps the weights that were best on the set that it watches.
-    of_kept = [e for e in told if e[eval_key(watched, "loss")] == best.get(watched)][:1] if watched else told[-1:]
+    # The evaluation of the weights that are kept; runs from before their step was noted know them by their loss.
+    step = state.get("best_at")
+    of_kept: Sequence[Figures] = [e for e in told if e["step"] == step] if step is not None else told[-1:]
+    if step is None and watched:
+        of_kept = [e for e in told if e[eval_key(watched, "loss")] == best.get(watched)][:1]
     found = {}
     for name in job["eval_sets"]:
         base = told[0].get(f"base_{name}_loss") if told else None
@@ -298,6 +308,7 @@ _COLUMNS: dict[str, Callable[[Figures], str]] = {
     "majority": lambda job: _loss(job["eval_majority"]),
     "tok/s": lambda job: "" if job["tokens_per_second"] is None else f"{job['tokens_per_second']:.0f}",
     "file": lambda job: common.human_size(job["bytes"]) if job["bytes"] else "",
+    "forgot": lambda job: _change((job.get("forgetting") or {}).get("kept")),
     "ended": lambda job: job["ended"],
 }
 _UNNAMED, _OF_CLASSES = ("eval first", "best", "last"), ("accuracy", "majority")
@@ -310,7 +321,7 @@ _SET_COLUMNS: dict[str, Callable[[Figures], str]] = {
     "best": lambda row: _loss(row["eval_loss_best"]),
     "last": lambda row: _loss(row["eval_loss_last"]),
     "kept": lambda row: _loss(row["eval_loss_kept"]) if row["watched"] else "",  # else it is the last
-    "forgetting": lambda row: "" if row["forgetting"] is None else f"{row['forgetting']:+.4f}",
+    "forgetting": lambda row: _change(row["forgetting"]),
     "accuracy": _COLUMNS["accuracy"],
     "majority": _COLUMNS["majority"],
 }
@@ -349,9 +360,10 @@ def _show(summary: Figures) -> None:
     ]
     classified = [any(row["eval_accuracy_last"] is not None for row in some) for some in (jobs, sets)]
     left_out = {*(() if classified[0] else _OF_CLASSES), *(_UNNAMED if all("eval_sets" in job for job in jobs) else ())}
+    left_out |= set() if any(job.get("forgetting") for job in jobs) else {"forgot"}
     rows = [{heading: cell(job) for heading, cell in _COLUMNS.items() if heading not in left_out} for job in jobs]
     narrow = "{job} ({method}): {ended}, {steps} steps, {params} params {file}"
-    _print_table(rows, narrow, ("loss", *_UNNAMED, *_OF_CLASSES, "tok/s"))
+    _print_table(rows, narrow, ("loss", *_UNNAMED, *_OF_CLASSES, "forgot", "tok/s"))
     if sets:
         cells = [{heading: cell(row) for heading, cell in _SET_COLUMNS.items()} for row in sets]
         filled = [heading for heading in _SET_COLUMNS if any(row[heading] for row in cells)]
@@ -364,6 +376,8 @@ def _show(summary: Figures) -> None:
     # Paths stand under the table, because one that is cut cannot be copied.
     if summary["completed"]:
         for job in summary["jobs"]:
+            if job["ended"] == "max_forgetting":
+                print(f"{job['name']}: {job['reason']}")
             print(f"{job['name']} -> {job['folder'] or 'failed, and is not kept: ' + str(job['reason'])}")
         where = _with_extensions(shlex.quote(summary["output_dir"]))
         if all(job["folder"] is None for job in summary["jobs"]):
@@ -378,6 +392,10 @@ def _show(summary: Figures) -> None:
 
 def _with_extensions(words: str) -> str:
     return " ".join([words, *(f"--extension {shlex.quote(str(file))}" for file in loaded_files())])
+
+
+def _change(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"
 
 
 def _loss(value: float | None) -> str:

@@ -379,9 +379,9 @@ def read_all(
     header: Header = lambda rows: None,
     text_unit: TextUnit = "line",
 ) -> list[T]:
-    """Apply ``read`` to every record of data that is not learned (prompts, questions). Every line of a text is one.
+    """Apply ``read`` to every record of data that is not learned (prompts, questions, documents).
 
-    ``header`` is as that of a ``Recipe``; ``text_unit`` says what else of a text is one.
+    ``header`` is as that of a ``Recipe``; ``text_unit`` says what of a text is a record.
 
     Raises:
         UserError: A record cannot be used; it is about the first one.

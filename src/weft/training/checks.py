@@ -20,15 +20,16 @@ from weft.models.token_rows import check_tokens
 from weft.objectives.ppo import PPO, Value
 from weft.training.callbacks import CALLBACKS
 from weft.training.config import read_run_config
+from weft.training.forgetting import OWN_TEXT_FILE
 from weft.training.judged import check_judged
-from weft.training.reader import data_files
+from weft.training.reader import data_files, general_sources
 from weft.training.same_run import check_same_run
 from weft.training.settings import RunConfig
 from weft.training.start import check_start
 from weft.training.trackers.names import FOLDER, check_installed
 
 BAD_RECORDS = "bad_records.jsonl"
-_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, BAD_RECORDS, FOLDER}
+_EMPTY_RUN = {"checkpoints", "adapters", LOCK_FILE, BAD_RECORDS, FOLDER, OWN_TEXT_FILE}
 
 
 def check_names(config: RunConfig) -> dict[str, Place]:
@@ -70,7 +71,7 @@ def check_names(config: RunConfig) -> dict[str, Place]:
             part.check_quantization(config.quantization)
         if not job.classifies:
             sets = parse_sets(job.eval_data or config.eval_data)
-            for sources in (parse_sources(job.data or config.data), *sets.values()):
+            for sources in (parse_sources(job.data or config.data), *sets.values(), general_sources(config)):
                 for source in sources:
                     format_named(source.format or config.data_format)
     return data_files(config)

@@ -14,7 +14,7 @@ def go_on(job: Job, planned: int) -> str:
     """
     progress, total = job.progress, job.total_steps
     if progress.ended == "finished" and progress.step < total and job.parameters:
-        if job.best is not None:
+        if job.best is not None and job.keeps_best:
             raise UserError(
                 f"job '{job.name}' has finished with its best weights (early_stopping_patience), so it cannot go "
                 f"on to step {total}. Begin a new run in another output_dir."

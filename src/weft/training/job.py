@@ -254,7 +254,7 @@ class Job:
         ``progress.reason`` says why.
         """
         progress = self.progress
-        if progress.ended not in ("finished", "early_stop") or not self.parameters:
+        if progress.ended not in ("finished", "early_stop", "max_forgetting") or not self.parameters:
             return
         named = {n: p.detach() for n, p in self.adapter.named_parameters() if p.requires_grad}
         for name, value in named.items():
@@ -275,6 +275,10 @@ class Job:
                    "text; take another method, or shorter texts")  # fmt: skip
             self.fail(f"every gradient was zero in {count}, so nothing was learned; {why}")
         elif all(self._witness(value) == self._began[name] for name, value in named.items()):
+            if progress.ended == "max_forgetting":
+                self.fail(f"{progress.reason}, and before that only the weights that it began with were below; take a "
+                          "lower learning_rate or smaller eval_steps, or mix general text into the data")  # fmt: skip
+                return
             early = progress.ended == "early_stop" or self.best is not None
             self.fail(
                 "no evaluation was better than the one before the first step, so what would be kept is what it began "
@@ -285,12 +289,31 @@ class Job:
 
     def wants_evaluation(self) -> bool:
         """Whether an evaluation is due: before the first step, every ``eval_steps``, at the end; once a step."""
-        progress, every = self.progress, self.config.eval_steps
+        progress = self.progress
         given_up = progress.ended in ("failed", "early_stop", "left")
         if not self.eval_samples or given_up or progress.evaluated_at == progress.step:
             return False
+        return self.at_evaluation
+
+    @property
+    def at_evaluation(self) -> bool:
+        """Whether evaluations belong here: before the first step, every ``eval_steps``, at a rung, after the last."""
+        progress, every = self.progress, self.config.eval_steps
+        last = progress.ended in ("finished", "max_forgetting")
         due = progress.step in self.rungs or bool(every and progress.step % every == 0)
-        return due or progress.step == 0 or progress.ended == "finished"
+        return due or progress.step == 0 or last
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights that evaluate best are kept."""
+        return self.config.early_stopping_patience is not None and bool(self.eval_samples)
+
+    def keep(self) -> None:
+        """Keep the present weights, to go back to."""
+        progress = self.progress
+        self.best = [p.detach().clone() for p in self.parameters]
+        progress.best_at = progress.step
+        progress.forgetting_kept = progress.forgetting if progress.forgetting_at == progress.step else None
 
     def evaluated(self, losses: Mapping[str, float], metrics: Mapping[str, float]) -> None:
         """Take note of an evaluation: the loss of each of ``eval_sets``, and the other figures.
@@ -303,7 +326,9 @@ class Job:
         progress.eval_loss = told if self.eval_sizes else told[""]
         known = progress.best_eval_loss
         best = dict(known) if isinstance(known, dict) else {} if known is None else {"": known}
-        gains = {name: loss for name, loss in losses.items() if self._is_gain(loss, best.get(name), name == watched)}
+        # What is evaluated where the job has forgotten too much will not be kept, so it is no gain.
+        keepable = losses if progress.ended != "max_forgetting" else {}
+        gains = {name: loss for name, loss in keepable.items() if self._is_gain(loss, best.get(name), name == watched)}
         if best := {**best, **gains}:
             progress.best_eval_loss = best if self.eval_sizes else best[""]
         if watched is None:
@@ -311,7 +336,7 @@ class Job:
         if watched in gains:
             progress.evals_without_gain = 0
             if patience is not None:
-                self.best = [p.detach().clone() for p in self.parameters]
+                self.keep()
             return
         progress.evals_without_gain += 1
         if patience is not None and progress.evals_without_gain >= patience and self.active:
@@ -324,7 +349,7 @@ class Job:
 
     @torch.no_grad()
     def take_best(self) -> None:
-        """Go back to the weights that evaluated best, where early stopping has kept them."""
+        """Go back to the weights that were kept: those that evaluated best, or that had not forgotten too much."""
         if self.best is not None:
             for parameter, value in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(value)
@@ -341,9 +366,10 @@ class Job:
         return {key: value.cpu().contiguous() for key, value in named.items()}
 
     def checkpoint_bytes(self) -> int:
-        """The bytes of ``tensors()`` once the optimizer has a state and, with early stopping, there is a best."""
+        """The bytes of ``tensors()`` once the optimizer has a state and, where weights are kept, there is a best."""
         tensors = (*self.adapter.parameters(), *self.adapter.buffers())
-        best = tensor_bytes(self.parameters) if self.config.early_stopping_patience is not None else 0
+        keeps = self.config.early_stopping_patience is not None or self.config.max_forgetting is not None
+        best = tensor_bytes(self.parameters) if keeps else 0
         state = self.config.optimizer_kind.state_bytes(self.config, self.parameters)
         return tensor_bytes(tensors) + best + state
 

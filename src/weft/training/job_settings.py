@@ -128,6 +128,13 @@ class JobConfig(BaseModel):
     early_stopping_on: str | None = Field(
         None, description="the name of the set of `eval_data` that early stopping watches, where several have names"
     )
+    max_forgetting: float | None = Field(
+        None,
+        gt=0,
+        description="end at the first evaluation where the loss of `forgetting_eval` is more than this above the "
+        "base's, in nats per token, with the last weights that were not; needs `eval_steps` "
+        "([forgetting.md](forgetting.md))",
+    )
     neftune_noise_alpha: float = Field(
         0.0, ge=0, description="NEFTune: strength of the noise on the embeddings in training; 5 is usual, 0: none"
     )
@@ -160,6 +167,10 @@ class JobConfig(BaseModel):
             raise ValueError(f"adam_betas {self.adam_betas}: both must lie in [0, 1)")
         if self.early_stopping_patience is not None and self.eval_steps is None:
             raise ValueError("early_stopping_patience needs eval_steps: without evaluation nothing can stop early")
+        if self.max_forgetting is not None and self.eval_steps is None:
+            raise ValueError("max_forgetting needs eval_steps: what is measured at the end alone can stop nothing")
+        if self.max_forgetting is not None and self.classifies:
+            raise ValueError("max_forgetting is for tasks that write: what names classes has no loss of a text")
         if self.batch_tokens is not None and self.pack_tokens is not None:
             raise ValueError("batch_tokens and pack_tokens exclude each other: what goes through the model at once "
                              "is already limited by batch_tokens")  # fmt: skip

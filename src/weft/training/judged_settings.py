@@ -18,7 +18,7 @@ def value_job(job: JobConfig, beside: Sequence[JobConfig]) -> JobConfig | None:
         return None
     if any(isinstance(one.judged, Value) and one.judged.of == job.name for one in beside):
         return None
-    given = {key: getattr(job, key) for key in job.model_fields_set - {"start_from", "reference"}}
+    given = {key: getattr(job, key) for key in job.model_fields_set - {"start_from", "reference", "max_forgetting"}}
     settings = {
         "of": job.name, "cliprange_value": judged.cliprange_value, "num_iterations": judged.num_iterations
     }

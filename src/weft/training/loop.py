@@ -17,6 +17,7 @@ from weft.files.run_folder import RunStore
 from weft.machine import freed_memory_kept
 from weft.objectives.passes import Evaluation, evaluate
 from weft.training.continuing import go_on
+from weft.training.forgetting import Forgetting, is_due, take_note
 from weft.training.fullest import make_fullest_pass
 from weft.training.job import Job
 from weft.training.judged import evaluate_judged, falling
@@ -43,9 +44,11 @@ class TrainResult:
 
     Attributes:
         completed: False if the run was asked to stop.
-        jobs: the progress of each job: how it ``ended`` (``finished``, ``early_stop``, or ``failed`` with the
-            ``reason``), the loss of the last evaluation (``eval_loss``) and of the best (``best_eval_loss``), both by
-            name where sets have names. The adapter that is saved is the last; with early stopping, the best.
+        jobs: the progress of each job: how it ``ended`` (``finished``, ``early_stop``, ``max_forgetting`` or
+            ``failed``, these two with the ``reason``), the loss of the last evaluation (``eval_loss``) and of the best
+            (``best_eval_loss``), both by name where sets have names. The adapter that is saved is the last; with early
+            stopping, the best; of a job that forgot too much the last that had not. ``forgetting`` is that of the last
+            measurement, and ``forgetting_kept`` that of the weights of step ``best_at``, where a job went back to them.
     """
 
     completed: bool
@@ -61,7 +64,8 @@ class Trainer:
         adapters: the base with every job's adapter added.
         jobs: in the order in which their rows stand in the stream.
         store: where checkpoints and metrics go; None keeps everything in memory.
-        on_event: called with every logged event (``step``, ``eval``, ``left``, ``end``, ``warning``).
+        forgetting: measures what the jobs forget, and is asked wherever they are evaluated or saved.
+        on_event: called with every logged event (``step``, ``eval``, ``forgetting``, ``left``, ``end``, ``warning``).
         verify_packing: before the first step, prove that the sequences of the first batch do not feel each other.
         fullest_pass_first: before the first step, see whether memory runs out in the fullest pass of them all.
         rollers: for the jobs that learn from answers of their own, what asks for these and rewards them.
@@ -87,6 +91,7 @@ class Trainer:
         rollers: Sequence[Roller] = (),
         write: Write | None = None,
         rungs: Rungs | None = None,
+        forgetting: Forgetting | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -99,6 +104,7 @@ class Trainer:
         for job in self.jobs:
             job.rungs = frozenset(rungs.steps if rungs is not None else ())
         self.rollers, self.write = {roller.job.name: roller for roller in rollers}, write
+        self.forgetting = forgetting
         for roller in rollers:
             roller.tell = partial(self._warn, roller.job)
         self.splitting = Splitting(tell=lambda text: self._tell({"event": "warning", "message": text}))
@@ -155,12 +161,15 @@ class Trainer:
         if self.fullest_pass_first:
             make_fullest_pass(self.adapters, self.jobs, self.splitting)
         while True:
-            stopped = not (self._evaluate_due() and self._compare_due())
+            stopped = not (self._measure_forgetting() and self._evaluate_due() and self._compare_due())
             end_values(self.rollers.values())
             active = [job for job in self.jobs if job.active]
             if stopped or not active:
                 break
             if self.save_steps and self.step % self.save_steps == 0 and self.step != saved_at:
+                if not self._measure_forgetting(anywhere=True):
+                    stopped = True
+                    break
                 self.save()
                 saved_at = self.step
             if self.should_stop():
@@ -257,6 +266,26 @@ class Trainer:
                 **_means(figures),
             }
         )
+
+    def _measure_forgetting(self, *, anywhere: bool = False) -> bool:
+        """Measure the jobs that are due, together, before they are evaluated; False if asked to stop in between."""
+        due = [job for job in self.jobs if is_due(job, anywhere=anywhere)]
+        if self.forgetting is None or not due:
+            return True
+        found = self.forgetting.measure([job.name for job in due], self.should_stop)
+        for job in due if found is not None else ():
+            assert found is not None
+            told = found[job.name]
+            take_note(job, told.forgetting)
+            event: dict[str, Any] = {"event": "forgetting", "job": job.name, "step": job.progress.step, **told.event()}
+            if job.config.max_forgetting is not None:
+                event["max_forgetting"] = job.config.max_forgetting
+            self._tell(event)
+            if job.progress.ended == "max_forgetting":
+                self._warn(job, f"{job.progress.reason}; it stops here")
+            elif job.progress.ended == "failed":
+                self._warn(job, f"{job.progress.reason}; the job has failed")
+        return found is not None
 
     def _evaluate_due(self) -> bool:
         """Evaluate the jobs that are due; False if asked to stop in between."""

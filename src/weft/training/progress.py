@@ -20,9 +20,14 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  # those of the last evaluation, without the loss
     evals_without_gain: int = 0
     rates: list[float] = field(default_factory=list)  # of the parameters, in order, before the schedule
-    ended: str | None = None  # why it ended: finished, early_stop, failed, left
-    reason: str | None = None  # why it failed, or left
+    ended: str | None = None  # why it ended: finished, early_stop, max_forgetting, failed, left
+    reason: str | None = None  # why it failed or left, or what it had forgotten
     rung: int = 0  # the last step at which it was compared with other jobs, and stayed
+    forgetting: float | None = None  # at the last measurement, in nats per token; what is not finite is None
+    forgetting_at: int = -1
+    # Of the weights to go back to, where there are some: their step, and what they have forgotten.
+    best_at: int | None = None
+    forgetting_kept: float | None = None
     loss_scale: float = 1.0
     good_steps: int = 0
     skipped: int = 0  # steps that changed nothing, for the loss or a gradient was not finite

@@ -28,7 +28,7 @@ from weft.data.views import Array, Samples, chained
 from weft.errors import UserError
 from weft.heads.reward import OwnHead, RewardTask, task_of
 from weft.models.hub import fetch_dataset, is_dataset_id
-from weft.training.settings import JobConfig, RunConfig
+from weft.training.settings import OWN_TEXT, JobConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,16 @@ def data_files(config: RunConfig) -> dict[str, Place]:
                 if source.path not in places:
                     places[source.path] = _place(source.path, config)
             unique([file for source in sources for file in find_files(places[source.path])])
+    for source in general_sources(config):
+        if source.path not in places:
+            places[source.path] = _place(source.path, config)
+        find_files(places[source.path])
     return places
+
+
+def general_sources(config: RunConfig) -> tuple[Source, ...]:
+    """The sources of general text; none where the base writes it, or none is wanted."""
+    return () if config.forgetting_eval in (None, OWN_TEXT) else parse_sources(config.forgetting_eval)
 
 
 def _place(path: str, config: RunConfig) -> Place:
@@ -171,6 +180,25 @@ class Reader:
         parts = tuple(loaded[: len(sources)]), tuple(loaded[len(sources) :])
         return JobSources(parts[0], parts[1] if sets else None, tuple(names))
 
+    def general(self) -> Samples | None:
+        """The general text that forgetting is measured on; None: no file of it is named.
+
+        Raises:
+            UserError: A text cannot be used, or there is none.
+        """
+        sources = general_sources(self.config)
+        if not sources:
+            return None
+        read = [
+            self._source(source, self.config.of(source, evaluated=True), None, None,
+                         nothing="nothing to measure forgetting on (forgetting_eval)").samples
+            for source in sources
+        ]  # fmt: skip
+        self.problems.check("forgetting_eval")
+        if self.renderer.settings.documents == "joined":
+            read = [self._stored(self.renderer.join(part)) for part in read]
+        return chained(read)
+
     def split(self, read: JobSources) -> list[Array]:
         """The marks (bool) of the samples held out, by source. All jobs have the same, so that losses compare.
 
@@ -227,9 +255,10 @@ class Reader:
             store.append(sample)
         return store[start:]
 
-    def _recipe(self, settings: ReadSettings, job: JobConfig, labels: tuple[str, ...] | None) -> Recipe:
+    def _recipe(self, settings: ReadSettings, job: JobConfig | None, labels: tuple[str, ...] | None) -> Recipe:
+        """How records are read for a job; None: as texts to measure on."""
         keyed = self.config.eval_split is not None
-        if job.classifies:
+        if job is not None and job.classifies:
             return ClassRecipe(
                 renderer=self.renderer,
                 token_rows=self.token_rows,
@@ -244,14 +273,20 @@ class Reader:
             "renderer": self.renderer, "token_rows": self.token_rows, "settings": settings, "keyed": keyed,
             "watched": self.watched,
         }  # fmt: skip
-        if (judged := job.judged) is None:
+        if job is None or (judged := job.judged) is None:
             return TextRecipe(task=self.base.task, **common)
         return PromptRecipe(**common) if judged.judgement == "prompts" else JudgedRecipe(
             judgement=judged.judgement, **common
         )
 
     def _source(
-        self, source: Source, settings: ReadSettings, job: JobConfig, labels: tuple[str, ...] | None, *, nothing: str
+        self,
+        source: Source,
+        settings: ReadSettings,
+        job: JobConfig | None,
+        labels: tuple[str, ...] | None,
+        *,
+        nothing: str,
     ) -> SourceSamples:
         recipe, place, limit = self._recipe(settings, job, labels), self.places[source.path], settings.limit
         key = (source.path, repr(recipe), limit)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from weft.training.batches import Batches
 from weft.training.callbacks import CALLBACKS, Callback, begun, with_callbacks
 from weft.training.checks import BAD_RECORDS, check_names, check_places
 from weft.training.config import RUN_FORMAT
+from weft.training.forgetting import Forgetting, text_to_measure
 from weft.training.job import Job
 from weft.training.judged import add_reference
 from weft.training.loop import Event, Trainer, TrainResult
@@ -52,7 +54,11 @@ OnRead = Callable[[RunConfig, Base, Sequence[JobData]], bool]
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready to begin. ``tight``: its memory may run out, as whoever planned it says."""
+    """A run that is ready to begin.
+
+    ``general`` is the text that was read to measure forgetting on. ``tight``: its memory may run out, as whoever
+    planned it says.
+    """
 
     config: RunConfig
     base: Base
@@ -62,6 +68,7 @@ class Setup:
     jobs: list[Job]
     problems: Problems
     rollers: list[Roller] = field(default_factory=list)
+    general: Samples | None = None
     tight: bool = False
 
 
@@ -85,13 +92,14 @@ def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | No
     read = Reader(config, renderer, sketch.architecture, places, token_rows=sketch.token_rows)
     try:
         loaded = [read.job(job) for job in config.jobs]
+        general = read.general()
     except UserError as error:
         raise _reported(config, read.problems, error) from None
     # Of prompts nothing is learned as they are.
     told = [data for job, data in zip(config.jobs, loaded, strict=True) if not job.rolls]
     if told:
         audit_before_training(renderer, chained([d.train for d in told]), chained([d.held for d in told]), config.audit)
-    _check(config, sketch, loaded)
+    _check(config, sketch, loaded, general)
     if base is None:
         _check_adapters(config, sketch)
     tight = False
@@ -122,6 +130,7 @@ def prepare(config: RunConfig, *, base: Base | None = None, on_read: OnRead | No
         jobs=jobs,
         problems=read.problems,
         rollers=rollers,
+        general=general,
         tight=tight,
     )
 
@@ -164,12 +173,21 @@ def _report_of(config: RunConfig) -> Path:
     return Path(config.bad_records_file or Path(config.output_dir) / BAD_RECORDS)
 
 
-def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData]) -> None:
-    """Make every adapter without values, and take it away again."""
+def _check(config: RunConfig, sketch: Base, loaded: Sequence[JobData], general: Samples | None) -> None:
+    """Make every adapter without values, and take it away again. ``general`` text has to fit beside each."""
+    if config.forgetting_eval is not None and not sketch.architecture.writes:
+        raise UserError(f"forgetting_eval: {config.model} is an encoder and writes no text; it has no loss of one.")
+    if general is not None and not general.columns().weights.any():
+        raise UserError(
+            f"forgetting_eval: {general[0].source} and the others: in no text does anything follow the first token. "
+            "Give longer ones."
+        )
     adapters = Adapters(sketch.model, sketch.architecture, exact=config.exact)
     try:
         for job, data in zip(config.jobs, loaded, strict=True):
-            blank_adapter(adapters, job, data, sketch)
+            adapter = blank_adapter(adapters, job, data, sketch)
+            if general is not None and adapter.head.writes:
+                _check_lengths(job.name, adapter.num_learned_tokens, general, sketch)
     finally:
         adapters.close()
 
@@ -308,6 +326,7 @@ def _train(
     for roller in setup.rollers:
         roller.folder = store.folder / "rollouts" / roller.job.name
     reports = Reports(config, setup.jobs, on_event)
+    forgetting = _forgetting(config, setup, store, writer)
     trainer = Trainer(
         setup.adapters,
         setup.jobs,
@@ -320,13 +339,14 @@ def _train(
         rollers=setup.rollers,
         write=writer(setup.adapters, setup.renderer) if setup.rollers and writer is not None else None,
         rungs=rungs,
+        forgetting=forgetting,
         on_event=reports.hear,
         should_stop=should_stop,
     )
     if config.resume:
         trainer.resume()
     if not (trainer.over and (store.folder / RUN_FILE).is_file()):
-        _write_settings(config, setup, base, store)
+        _write_settings(config, setup, base, store, {} if forgetting is None else forgetting.facts())
     with reports.open() as ends:
         result = trainer.run()
         ends(result.completed)
@@ -343,11 +363,30 @@ def _train(
     return result
 
 
-def _write_settings(config: RunConfig, setup: Setup, base: Mapping[str, object], store: RunStore) -> None:
-    """Write all that stands in the run's folder before its first step."""
+def _forgetting(
+    config: RunConfig, setup: Setup, store: RunStore, writer: Callable[[Adapters, Renderer], Write] | None
+) -> Forgetting | None:
+    """What measures the jobs' forgetting, on the text that the run began with."""
+    known = store.read_run().get("forgetting_eval") if (store.folder / RUN_FILE).is_file() else None
+    return text_to_measure(
+        config,
+        setup.adapters,
+        setup.renderer,
+        given=setup.general,
+        folder=store.folder,
+        writer=None if writer is None else partial(writer, setup.adapters, setup.renderer),
+        recorded=known if isinstance(known, dict) else None,
+    )
+
+
+def _write_settings(
+    config: RunConfig, setup: Setup, base: Mapping[str, object], store: RunStore, general: Mapping[str, object]
+) -> None:
+    """Write all that stands in the run's folder before its first step. ``general``: facts of its general text."""
     labels = {job.name: job.adapter.head.labels for job in setup.jobs if job.adapter.head.labels}
     values = config.model_dump(mode="json")
-    store.write_run({"format": RUN_FORMAT, "config": values, "base": base, "labels": labels})
+    beside = {"forgetting_eval": general} if general else {}
+    store.write_run({"format": RUN_FORMAT, "config": values, "base": base, "labels": labels, **beside})
     if config.on_bad_record == "report":
         setup.problems.write(_report_of(config))
     with refilled_folder(store.tokenizer) as part, writing(part):

@@ -16,9 +16,10 @@ from weft.models.hub import folder_of, is_dataset_id
 from weft.models.load import Base, resolve_model
 from weft.models.originals import stored_tensors
 from weft.paths import from_root
-from weft.training.settings import JobConfig, RunConfig
+from weft.training.settings import OWN_TEXT, JobConfig, RunConfig
 
 _DATA = ("data", "eval_data")
+_PATHS = (*_DATA, "forgetting_eval")
 
 
 def base_fingerprint(base: Base) -> dict[str, object]:
@@ -107,7 +108,9 @@ def rooted(config: RunConfig) -> RunConfig:
     """The configuration with every path from the root: ``run.json`` keeps it, so that the run goes on anywhere."""
 
     def data(own: object) -> object:
-        return None if own is None else with_paths(own, lambda path: path if is_dataset_id(path) else from_root(path))
+        if own is None or own == OWN_TEXT:
+            return own
+        return with_paths(own, lambda path: path if is_dataset_id(path) else from_root(path))
 
     def job_of(job: JobConfig) -> JobConfig:
         settings = _with_adapters(job.objective_settings, from_root)
@@ -116,7 +119,7 @@ def rooted(config: RunConfig) -> RunConfig:
         return job.model_copy(update={**own, "objective_settings": settings, "start_from": start})
 
     jobs = tuple(map(job_of, config.jobs))
-    changes: dict[str, object] = {"jobs": jobs, **{key: data(getattr(config, key)) for key in _DATA}}
+    changes: dict[str, object] = {"jobs": jobs, **{key: data(getattr(config, key)) for key in _PATHS}}
     if config.model not in EMBEDDED_MODELS and Path(config.model).is_dir():
         changes["model"] = from_root(config.model)
     if config.bad_records_file is not None:
@@ -155,7 +158,7 @@ def _settings(config: RunConfig) -> dict[str, object]:
 def _placeless(values: Mapping[str, object]) -> dict[str, object]:
     """The values, with nothing in the place of the paths of data."""
     found = {
-        key: with_paths(value, lambda path: "…") if key in _DATA and value is not None else value
+        key: with_paths(value, lambda path: "…") if key in _PATHS and value not in (None, OWN_TEXT) else value
         for key, value in values.items()
     }
     if found.get("start_from") is not None:  # a checkpoint has the values

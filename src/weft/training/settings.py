@@ -10,8 +10,8 @@ from weft.base.offload import Place
 from weft.complaints import Worded
 from weft.data import Renderer
 from weft.data.rendering.drafts import RenderSettings
-from weft.data.settings import FREE, DataSettings, part
-from weft.data.sources import parse_sets
+from weft.data.settings import FREE, DataPaths, DataSettings, checked_paths, part
+from weft.data.sources import parse_sets, parse_sources
 from weft.errors import UserError, nearest
 from weft.models import Base, load_base
 from weft.models.hub import Hub
@@ -22,6 +22,8 @@ from weft.paths import with_home
 from weft.training.job_settings import JobConfig
 from weft.training.quantization import QuantizationSettings
 from weft.training.trackers.names import TRACKERS, tracker_names
+
+OWN_TEXT = "base"  # in the place of a path of general text: what the base itself writes
 
 
 def eval_key(name: str, figure: str) -> str:
@@ -63,6 +65,12 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
     )
     verify_packing: Annotated[bool, FREE] = Field(
         True, description="before the first step, prove that no sequence depends on its neighbours ([data.md](data.md))"
+    )
+    forgetting_eval: DataPaths | None = Field(
+        None,
+        description="general text to measure forgetting on: a file (or whatever `data` may be, without weights), or "
+        "`base`: texts that the base itself writes before training. It is measured before the first step, every "
+        "`eval_steps`, at every checkpoint of `save_steps` and at the end ([forgetting.md](forgetting.md))",
     )
     gradient_checkpointing: bool | PositiveInt | Literal["cheap"] = Field(
         False,
@@ -111,6 +119,7 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
 
     _trackers = field_validator("report_to", mode="before")(tracker_names)
     _own_home = field_validator("model", "output_dir")(with_home)
+    _general = field_validator("forgetting_eval", mode="before")(checked_paths)
     _home_of_pages = field_validator("offload_folder")(lambda path: path and with_home(path))
 
     @model_validator(mode="after")
@@ -174,6 +183,22 @@ class RunConfig(Worded, QuantizationSettings, DataSettings):
             job.early_stopping_patience for job in self.jobs
         ):
             raise ValueError("early_stopping_on needs early_stopping_patience: without it nothing stops early")
+        return self
+
+    @model_validator(mode="after")
+    def _forgetting_is_measured(self) -> RunConfig:
+        if self.forgetting_eval is None:
+            for job in self.jobs:
+                if job.max_forgetting is not None:
+                    raise ValueError(
+                        f"job '{job.name}': max_forgetting needs forgetting_eval, the text to measure it on: a file, "
+                        "or `base`"
+                    )
+            return self
+        if all(job.classifies for job in self.jobs):
+            raise ValueError("forgetting_eval is for jobs that write: what names classes has no loss of a text")
+        if any(source.weight is not None for source in parse_sources(self.forgetting_eval)):
+            raise ValueError("forgetting_eval has weights; every text of it is measured once. Leave them out")
         return self
 
     def sketch(self) -> Base:
