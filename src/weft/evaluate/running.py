@@ -133,11 +133,11 @@ def evaluate_entrants(
     for run in runs:
         _answer(run, panel, file, on_progress)
     results = Results(
-        [_contestant(one, panel, runs, changes) for one in entrants],
-        [run.task.record(settings.limit) for run in runs],
-        [item for run in runs for item in _items(run)],
-        [score for run in runs for score in _scores(run, settings.seed)],
-        _facts(target, runs, panel, settings),
+        contestants=[_contestant(one, panel, runs, changes) for one in entrants],
+        tasks=[run.task.record(settings.limit) for run in runs],
+        items=[item for run in runs for item in _items(run)],
+        scores=[score for run in runs for score in _scores(run, settings.seed)],
+        facts=_facts(target, runs, panel, settings),
     )
     file.close(results)
     return results
@@ -191,7 +191,11 @@ def _scores(run: _TaskRun, seed: int) -> list[Score]:
             replies = [one.replies[number] for one in answers]
             own = [one.item.scores[entry.called] for one in answers]
             figure = metric.figure(replies, own, seed)
-            found.append(Score(entrant.name, run.task.name, entry.called, figure.value, figure.stderr, n=len(answers)))
+            one = Score(
+                contestant=entrant.name, task=run.task.name, metric=entry.called, value=figure.value,
+                stderr=figure.stderr, n=len(answers),
+            )  # fmt: skip
+            found.append(one)
     return found
 
 
@@ -225,7 +229,7 @@ def _contestant(entrant: Entrant, panel: Panel, runs: Sequence[_TaskRun], change
     }
     if entrant.adapter in changes:
         facts["largest_change"] = changes[entrant.adapter]
-    return Contestant(entrant.name, entrant.kind, facts)
+    return Contestant(name=entrant.name, kind=entrant.kind, facts=facts)
 
 
 def _facts(target: Target, runs: Sequence[_TaskRun], panel: Panel, settings: EvaluationSettings) -> dict[str, Any]:

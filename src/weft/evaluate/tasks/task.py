@@ -112,10 +112,10 @@ class Task:
         """What it is, for the results."""
         entry, metric = self.metrics[0]
         return TaskRecord(
-            self.name,
-            self.settings.kind,
-            entry.called,
-            metric.higher_is_better,
+            name=self.name,
+            kind=self.settings.kind,
+            metric=entry.called,
+            higher_is_better=metric.higher_is_better,
             facts={
                 "by": "weft",
                 "source": self.source,
