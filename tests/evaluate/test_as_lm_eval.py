@@ -9,18 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
-
-pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install "weft[harness]"')
-SHARED = Path(os.environ.get("WEFT_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the data at {SHARED} is not there")
-
 from tests import kit
-from tests.evaluate import test_harness as theirs
 
 from weft.evaluate import harness
 from weft.evaluate.running import evaluate_target
 from weft.evaluate.tasks import Task, find_tasks
 from weft.generation.open import open_target
+
+pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install "weft[harness]"')
+SHARED = Path(os.environ.get("WEFT_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the data at {SHARED} is not there")
 
 # Of log-probabilities of tens of units in float32, by other batches.
 LIMIT = 1e-3
@@ -62,6 +60,7 @@ def own(folder: Path, settings: Mapping[str, Any]) -> Task:
 
 def test_own_tasks_are_answered_and_scored_as_lm_evals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
+    from tests.evaluate import test_harness as theirs
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     animals = {**theirs.animals(tmp_path), "num_fewshot": 0}
@@ -80,7 +79,8 @@ def test_own_tasks_are_answered_and_scored_as_lm_evals(tmp_path: Path, monkeypat
         for key, item in mine.items():
             assert item.scores == pytest.approx({m: checked[key].scores[m] for m in item.scores}, rel=LIMIT), key
             if key[0] == "gsm8k":
-                assert item.output == checked[key].output
+                # A character that was cut off in the middle is no part of an answer here.
+                assert item.output == checked[key].output.rstrip("�")
     figures = {(one.contestant, one.task, one.metric): one for one in wanted.scores}
     assert len(found.scores) == 2 * 8
     for one in found.scores:
