@@ -75,13 +75,13 @@ def test_together_is_as_each_alone(target: Target, tmp_path: Path) -> None:
 
 
 def test_choices_and_texts_have_the_log_probabilities_of_scoring(target: Target, tmp_path: Path) -> None:
-    settings = {**CHOICES, "few_shot": {"count": 2, "data": "same"}}
+    settings = {**CHOICES, "few_shot": {"count": 2, "data": "same"}, "instruction": "Say what it is."}
     made, texts = task(tmp_path, settings), task(tmp_path, TEXTS)
     results = evaluate_target(target, [made, texts], names=["lora"])
     tokenizer, words = target.renderer.tokenizer, rows()[0]["choices"]
     # The first question after two others with their answers, by lm_eval's delimiters.
     before = "\n\n".join(f"{row['q']} {words[row['gold']]}" for row in rows()[1:3])
-    asked = [split(tokenizer, f"{before}\n\n{rows()[0]['q']}", f" {word}") for word in words]
+    asked = [split(tokenizer, f"Say what it is.\n\n{before}\n\n{rows()[0]['q']}", f" {word}") for word in words]
     logprobs = [one.logprob for one in score(target.adapters, {"lora": asked})["lora"]]
     best = words[max(range(4), key=lambda n: logprobs[n])]
     assert next(one.output for one in results.items if one.task == "animals") == best

@@ -27,8 +27,8 @@ from weft.generation.request import Request
 from weft.generation.target import Target
 from weft.objectives.passes import EVALUATION_TOKENS
 
-# The parts of Weft by which an answer could be another one.
-_COMPUTING = ("base", "core", "layouts", "heads", "methods", "models", "ops", "generation", "evaluate")
+# The parts of Weft by which an answer could be another one; metrics only look at answers.
+_COMPUTING = ("base", "core", "layouts", "heads", "methods", "models", "ops", "generation", "evaluate/kinds")
 
 # (place of what was asked, answer as JSON holds it), in any order.
 Answers = Iterator[tuple[int, Any]]
@@ -198,7 +198,7 @@ def code_mark() -> str:
     """A hash of the code by which an answer could be another one."""
     root = Path(weft.__file__).parent
     digest = hashlib.sha256()
-    for part in _COMPUTING:
-        for path in sorted((root / part).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    files = [path for part in _COMPUTING for path in (root / part).rglob("*.py")]
+    for path in sorted([*files, *(root / "evaluate").glob("*.py")]):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

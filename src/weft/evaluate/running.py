@@ -191,8 +191,11 @@ def _scores(run: _TaskRun, seed: int) -> list[Score]:
             replies = [one.replies[number] for one in answers]
             own = [one.item.scores[entry.called] for one in answers]
             figure = metric.figure(replies, own, seed)
-            where = entrant.name, run.task.name, entry.called
-            found.append(Score(*where, value=figure.value, stderr=figure.stderr, n=len(answers)))
+            one = Score(
+                contestant=entrant.name, task=run.task.name, metric=entry.called, value=figure.value,
+                stderr=figure.stderr, n=len(answers),
+            )  # fmt: skip
+            found.append(one)
     return found
 
 
@@ -226,7 +229,7 @@ def _contestant(entrant: Entrant, panel: Panel, runs: Sequence[_TaskRun], change
     }
     if entrant.adapter in changes:
         facts["largest_change"] = changes[entrant.adapter]
-    return Contestant(entrant.name, entrant.kind, facts)
+    return Contestant(name=entrant.name, kind=entrant.kind, facts=facts)
 
 
 def _facts(target: Target, runs: Sequence[_TaskRun], panel: Panel, settings: EvaluationSettings) -> dict[str, Any]:

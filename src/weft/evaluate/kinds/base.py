@@ -80,8 +80,9 @@ class TaskWork(ABC):
         if reference is None:
             reference = exercise.answer if len(exercise.references) < 2 else "\n".join(exercise.references)
         item = Item(
-            entrant.name, self.task.name, exercise.item + number, scores=scores, output=output, reference=reference,
-            asked=(asked or exercise.prompts[0])[-_SHOWN:], prompt_tokens=read, answer_tokens=written,
+            contestant=entrant.name, task=self.task.name, item=exercise.item + number, scores=scores, output=output,
+            reference=reference, asked=(asked or exercise.prompts[0])[-_SHOWN:], prompt_tokens=read,
+            answer_tokens=written,
         )  # fmt: skip
         return Answered(item, replies, exercise=exercise)
 

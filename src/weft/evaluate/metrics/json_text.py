@@ -25,12 +25,22 @@ class FollowsSchema(Metric):
     schema_field: str | None = Field(None, description="the field of the record that holds its own schema")
 
     def model_post_init(self, _: object) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: Both are given, or the schema is none.
+        """
         if self.schema_ is not None and self.schema_field is not None:
             raise UserError("json_schema: give schema or schema_field, one of the two.")
         if self.schema_ is not None:
             JsonSchema(schema=self.schema_)  # which refuses what is none
 
     def score(self, reply: Reply) -> float:
+        """The value of one reply alone.
+
+        Raises:
+            UserError: The record has no schema of its own, where it should.
+        """
         schema: object = self.schema_
         if self.schema_field is not None:
             found = reply.fields.get(self.schema_field)

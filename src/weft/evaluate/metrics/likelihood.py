@@ -6,12 +6,15 @@ Documents count by their length: a figure is that of all texts as one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
 from weft.evaluate.metrics.base import Figure, Metric, Reply
 from weft.evaluate.metrics.errors import bootstrap_error
 from weft.evaluate.results import TaskKind
+
+_SPACE = re.compile(r"\s+")
 
 
 class BitsPerByte(Metric):
@@ -62,10 +65,10 @@ class BytePerplexity(Perplexity):
 
 
 class WordPerplexity(Perplexity):
-    """exp of the cross-entropy of a word, which white space separates, as in lm_eval."""
+    """exp of the cross-entropy of a word. As in lm_eval a text has one word more than it has runs of white space."""
 
     def weight(self, reply: Reply) -> float:
-        return float(max(1, len((reply.text or "").split())))
+        return float(len(_SPACE.split(reply.text or "")))
 
 
 def _exp(value: float) -> float:

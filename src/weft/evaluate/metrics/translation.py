@@ -49,6 +49,11 @@ class Bleu(_OfCorpus):
         return _sacrebleu().BLEU(tokenize=tokenize, effective_order=alone)
 
     def model_post_init(self, _: object) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: sacrebleu is not installed, or has no such tokenizer.
+        """
         known = _sacrebleu().BLEU.TOKENIZERS
         if self.tokenize is not None and self.tokenize not in known:
             raise UserError(f"bleu: tokenize is {self.tokenize!r}; expected one of {', '.join(sorted(known))}.")

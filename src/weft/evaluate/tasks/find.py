@@ -50,7 +50,11 @@ class Named:
         return None if self.settings.data is None else self.path.parent / self.settings.data
 
     def changed(self, *, apply_chat_template: bool | None = None, max_new_tokens: int | None = None) -> Self:
-        """The task with other settings, where they mean something in it."""
+        """The task with other settings, where they mean something in it.
+
+        Raises:
+            UserError: Its system message needs the chat template.
+        """
         updates: dict[str, object] = {}
         if apply_chat_template is not None and self.settings.kind in ("generation", "multiple_choice"):
             if not apply_chat_template and self.settings.system is not None:

@@ -112,9 +112,9 @@ class Task:
         """What it is, for the results."""
         entry, metric = self.metrics[0]
         return TaskRecord(
-            self.name,
-            self.settings.kind,
-            entry.called,
+            name=self.name,
+            kind=self.settings.kind,
+            metric=entry.called,
             higher_is_better=metric.higher_is_better,
             facts={
                 "by": "weft",
