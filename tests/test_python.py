@@ -234,7 +234,7 @@ def test_the_code_of_the_pages_runs(
     reviews = [{"text": f"It {word} a day.", "label": word == "held"} for word in ("broke after", "held") * 4]
     Path("reviews.jsonl").write_text("".join(json.dumps(r | {"label": str(r["label"])}) + "\n" for r in reviews))
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == {"README.md": 2, "docs/python.md": 11}[page]
+    assert len(blocks) == {"README.md": 2, "docs/python.md": 12}[page]
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block.replace("tiny-llama", str(tiny_llama_dir)), page, "exec"), names)

@@ -68,7 +68,7 @@ def test_a_run_that_does_not_fit_is_refused(
 def test_a_plan_that_fails_ends_no_run_unless_it_is_asked_for(
     asked: str, weft: Callable[..., Any], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planned, "_PLANNED_FROM", 1)
+    monkeypatch.setattr("weft.planning.plan._PLANNED_FROM", 1)
 
     def plan_of(*args: Any) -> Any:
         raise planned.UserError("there is no plan for such bases yet")

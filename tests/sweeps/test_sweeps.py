@@ -168,6 +168,37 @@ def test_a_finished_sweep_trains_nothing(made: Callable[..., Any]) -> None:
     assert again.json() == record.json()
 
 
+def test_a_run_that_goes_on_at_a_rung_is_not_judged_there_again(made: Callable[..., Any]) -> None:
+    """Also where the judge remembers nothing."""
+    _, trials = made("sweep")
+    names = [trial.name for trial in trials.trials]
+
+    def worse_half(step: int, figures: Mapping[str, float]) -> dict[str, str]:
+        order = sorted(figures, key=lambda name: figures[name])
+        return {name: f"behind at {step}" for name in order[len(order) // 2 :]}
+
+    ended = {}
+    for where, stops in (("unbroken", False), ("broken", True)):
+        left: list[str] = []
+        config, rungs = (
+            trials.run(names, Path(trials.config.output_dir).parent / where),
+            Rungs((2, 4), "eval_loss", worse_half),
+        )
+
+        def hear(event: Mapping[str, Any], left: list[str] = left) -> None:
+            left += [event["job"]] if event["event"] == "left" else []
+
+        def stop(left: list[str] = left, stops: bool = stops) -> bool:
+            return stops and len(left) == 3
+
+        first = train(config, rungs=rungs, on_event=hear, should_stop=stop)
+        assert first.completed is not stops
+        result = train(config, rungs=rungs, on_event=hear)
+        ended[where] = {name: (state["ended"], state["step"]) for name, state in result.jobs.items()}
+    assert ended["broken"] == ended["unbroken"]
+    assert sorted(step for _, step in ended["broken"].values()) == [2, 2, 2, 4, 4, 8]
+
+
 def test_the_checkpoint_knows_who_left(made: Callable[..., Any]) -> None:
     record, trials = made("sweep", halving=2)
     assert run_sweep(record, trials, runner)

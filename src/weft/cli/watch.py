@@ -135,7 +135,11 @@ class View:
         """The picture, at most ``width`` wide; it takes ``height`` lines, if the jobs have room in so many."""
         yield common.printable(f"{self.folder}: {_STATES[self.state]}")[:width]
         if self.state in ("stopped", "crashed"):
-            yield f"go on with:  weft train {self.folder} --resume"
+            from weft.sweeps.record import SWEEP_FILE
+
+            swept = (self.folder.parent / SWEEP_FILE).is_file()
+            again = "the same call of weft sweep" if swept else f"weft train {self.folder} --resume"
+            yield f"go on with:  {again}"
         if not self.jobs:
             yield "nothing is logged yet"
         # Of each job: an empty line, a heading, the rate; two curves, which stand side by side where there is room.
@@ -147,7 +151,7 @@ class View:
             yield from self._job(name, job, width, tall)
 
     def _job(self, name: str, job: dict[str, Any], width: int, tall: int) -> Iterator[str]:
-        yield _heading(name, job, width)
+        yield _heading(name, job, width, live=self.state == "trains")
         if job.get("reason"):
             yield f"  {job['ended']}: {job['reason']}"[:width]
         own = self.rows.where(job=name)
@@ -177,12 +181,12 @@ class View:
         return [f"{label:>{_LABEL - 2}}  {line}".rstrip() for label, line in zip(labels, lines, strict=True)]
 
 
-def _heading(name: str, job: dict[str, Any], width: int) -> str:
+def _heading(name: str, job: dict[str, Any], width: int, *, live: bool) -> str:
     total = job.get("total_steps")
     words = [f"step {job['step']}" + (f" of {total}" if total else "")]
     if job.get("ended"):
         words.append(str(job["ended"]))
-    elif job.get("eta_seconds") is not None:
+    elif live and job.get("eta_seconds") is not None:
         words.append(f"{common.human_time(job['eta_seconds'])} left")
     if job.get("tokens_per_second") is not None:
         words.append(f"{job['tokens_per_second']:,.0f} tokens/s")

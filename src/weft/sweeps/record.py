@@ -19,7 +19,7 @@ SWEEP_FILE = "sweep.json"
 _FORMAT = 1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Result:
     """How a trial ended. ``figure``: of the weights that are kept; None if it has none, or it is not finite."""
 
@@ -31,7 +31,7 @@ class Result:
     figures: dict[str, float | None] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Record:
     """A sweep in its folder.
 
@@ -139,7 +139,7 @@ def new_record(folder: Path, trials: Trials, asked: Mapping[str, Any], rungs: Se
         trial.name: {"settings": trial.settings, "seed": trial.job.seed, "job": trial.job.model_dump(mode="json")}
         for trial in trials.trials
     }
-    return Record(folder, dict(asked), told, tuple(rungs))
+    return Record(folder=folder, asked=dict(asked), trials=told, rungs=tuple(rungs))
 
 
 def resumed(record: Record) -> bool:

@@ -59,9 +59,9 @@ class Reports:
 
     def _begin(self, name: str) -> None:
         facts = Facts(
-            Path(self.config.output_dir).name,
-            self.folder / name,
-            {job.name: settings_of(self.config, job) for job in self.jobs},
+            name=Path(self.config.output_dir).name,
+            folder=self.folder / name,
+            jobs={job.name: settings_of(self.config, job) for job in self.jobs},
         )
         with self._guarded(name), contextlib.redirect_stdout(io.StringIO()):
             path = self.folder / f"{name}.json"

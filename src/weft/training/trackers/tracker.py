@@ -13,7 +13,7 @@ Scalar = str | int | float | bool
 End = Literal["finished", "stopped", "crashed"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Facts:
     """What is known of a run before its first step.
 
