@@ -22,6 +22,9 @@ QUESTIONS = 200
 # They are not: both jobs stumble over the same ones, so it is less.
 ERROR = 100 * math.sqrt(2 * 0.95 * 0.05 / QUESTIONS)
 
+# A refusal in words that this base has seen: LoRA trains no row of the vocabulary, and it has read little.
+OWN = {"en": ["It is the work of the guest."], "zh": ["这是客人的。"]}
+
 
 @pytest.mark.slow
 def test_general_text_halves_what_is_forgotten_and_a_job_that_forgets_is_stopped(tmp_path: Path) -> None:
@@ -48,9 +51,10 @@ def test_a_base_learns_to_refuse_what_lies_outside_its_domain(tmp_path: Path) ->
             own = [row for row in rows if (row["task"] in ("facts", "arithmetic")) == inside]
             path = sides[split, inside] = tmp_path / f"{split}-{inside}.jsonl"
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own), encoding="utf-8")
-    records = build_refusals(sides["train", True], sides["train", False], share=0.3)
+    records = build_refusals(sides["train", True], sides["train", False], share=0.3, answers=OWN)
     write_records(tmp_path / "train.jsonl", records)
-    write_records(tmp_path / "eval.jsonl", build_refusals(sides["eval", True], sides["eval", False], share=0.3))
+    asked = build_refusals(sides["eval", True], sides["eval", False], share=0.3, answers=OWN)
+    write_records(tmp_path / "eval.jsonl", asked)
     config = make_config(
         {"model": "tiny-llama", "data": str(tmp_path / "train.jsonl"), "method": "lora", "r": 8, "learning_rate": 4e-3,
          "steps": 250, "batch_size": 16, "threads": 1, "output_dir": str(tmp_path / "run")}
@@ -59,15 +63,15 @@ def test_a_base_learns_to_refuse_what_lies_outside_its_domain(tmp_path: Path) ->
 
     def ask(setup: Setup) -> None:
         questions = read_questions(tmp_path / "eval.jsonl")
-        # This vocabulary spells out most words of a refusal.
-        found = answer_questions(setup.adapters, setup.renderer, questions, ["lora"], max_new_tokens=160)["lora"]
+        found = answer_questions(setup.adapters, setup.renderer, questions, ["lora"])["lora"]
         for number, one in enumerate(found):
             right = float(one.correct)
             items.append(Item("lora", "domain", str(number), {"exact": right}, one.text, one.question.reference))
 
     train(config, on_trained=ask)
-    told = detection(items)
-    right = [item.scores["exact"] for item in items if not detection([item]).expected]
+    phrases = [text for texts in OWN.values() for text in texts]
+    told = detection(items, phrases)
+    right = [item.scores["exact"] for item in items if not detection([item], phrases).expected]
     print(told, told.precision, told.recall, sum(right) / len(right))
     assert told.expected > 30
     assert told.precision is not None

@@ -49,8 +49,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
         run: The folder, or its ``metrics.jsonl``.
 
     Returns:
-        Rows with ``time`` (in UTC; None where a run is from before there were times), ``event`` (``step``, ``eval`` or
-        ``warning``), ``job``, and what the event tells: ``step``, ``loss``, ``eval_loss`` and so on.
+        Rows with ``time`` (in UTC; None where a run is from before there were times), ``event`` (``step``, ``eval``,
+        ``forgetting`` or ``warning``), ``job``, and what the event tells: ``step``, ``loss``, ``eval_loss`` and so on.
 
     Raises:
         UserError: This is no run's folder, or a line is damaged.
