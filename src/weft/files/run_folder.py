@@ -56,7 +56,8 @@ def read_metrics(run: str | Path, *, event: str | None = None, job: str | None =
 
     Returns:
         Rows with ``time`` (in UTC; None where a run is from before there were times), ``event`` (``step``, ``eval``,
-        ``left`` or ``warning``), ``job``, and what the event tells: ``step``, ``loss``, ``eval_loss`` and so on.
+        ``forgetting``, ``left`` or ``warning``), ``job``, and what the event tells: ``step``, ``loss``, ``eval_loss``
+        and so on.
 
     Raises:
         UserError: This is no run's folder, or a line is damaged.
