@@ -181,9 +181,10 @@ def results() -> Results:
     tasks = [
         TaskRecord("text", "generation", "exact"),
         TaskRecord("choice", "multiple_choice", "exact"),
-        TaskRecord("loss", "perplexity", "bits", False),
+        TaskRecord("loss", "perplexity", "bits", higher_is_better=False),
     ]
-    return Results([Contestant("base", "base"), Contestant("it", "adapter")], tasks, found, [])
+    contestants = [Contestant("base", "base"), Contestant("it", "adapter")]
+    return Results(contestants=contestants, tasks=tasks, items=found, scores=[])
 
 
 def test_what_the_base_had_right_and_is_lost_and_what_is_refused_anew() -> None:

@@ -151,14 +151,18 @@ def eval(
                 on_note=common.say,
             )  # fmt: skip
         except KeyboardInterrupt:
-            common.say(
-                "interrupted; nothing is kept. With --output FOLDER answers are, and the same command goes on."
-                if folder is None
-                else f"interrupted: what was answered is kept in {answers or folder}; the same command goes on."
-            )
-            return common.INTERRUPTED
+            return _interrupted(answers or folder)
     tell(results, folder, as_json)
     return common.DONE
+
+
+def _interrupted(kept: Path | None) -> int:
+    common.say(
+        "interrupted; nothing is kept. With --output FOLDER answers are, and the same command goes on."
+        if kept is None
+        else f"interrupted: what was answered is kept in {kept}; the same command goes on."
+    )
+    return common.INTERRUPTED
 
 
 def _entrants(
