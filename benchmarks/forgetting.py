@@ -131,7 +131,7 @@ def report(rows: Sequence[Row], command: str) -> str:
         lines.append(
             f"| {job} | {mean([r.exact for r in found], '.1f')} | {mean([r.forgot for r in found], '+.3f')} | "
             f"{mean([r.forgot_last for r in found], '+.3f')} | "
-            f"{losses[0]:.3f} → {losses[1]:.3f} | "
+            f"{f'{losses[0]:.3f} → {losses[1]:.3f}' if job != 'base' else '–'} | "
             f"{', '.join(str(r.steps) for r in found)} | "
             f"{', '.join(str(r.kept) for r in found)} | {', '.join(dict.fromkeys(r.ended for r in found))} |"
         )

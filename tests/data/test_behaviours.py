@@ -183,6 +183,17 @@ def test_an_answer_stands_in_the_passages_unless_it_is_to_be_missing(questions: 
     assert sum(not record["answerable"] for record in found.records) == 1
 
 
+def test_the_passage_with_the_answer_takes_the_place_of_the_last_where_it_is_not_among_the_best(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    near = [Passage("Who keeps a snake in the town? Nobody knows.", "near"), Passage("Zoe keeps it.", "far")]
+    questions = write(tmp_path / "q.jsonl", [{"instruction": "Who keeps a snake in the town?", "output": "Zoe"}])
+    assert [p.source for p in Index(near).search("Who keeps a snake in the town?", 2)] == ["near", "far"]
+    (record,) = build_grounded(questions, near, count=1, unanswerable=0).records
+    assert record["sources"] == ["far"]
+    (record,) = build_grounded(questions, near * 3, count=3, unanswerable=0).records
+    assert sorted(record["sources"]) == ["far", "near", "near"], "in any order"
+
+
 def test_grounded_records_are_what_training_reads(questions: Path, tmp_path: Path) -> None:
     pytest.importorskip("bm25s")
     found = build_grounded(questions, PASSAGES, template="{context}|{question}|{not_in_text}", not_in_text="No.")
