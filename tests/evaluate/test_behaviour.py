@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +206,9 @@ def test_comparisons_that_cannot_be_are_named() -> None:
     with pytest.raises(UserError, match="cannot be compared with itself"):
         task_changes(results(), "it", "it")
     found = results()
-    alone = Results(found.contestants, found.tasks, [one for one in found.items if one.contestant == "it"], [])
+    alone = replace(found, items=[one for one in found.items if one.contestant == "it"])
     with pytest.raises(UserError, match="no item with a right answer was asked of both"):
         task_changes(alone, "base", "it")
-    other = Results(found.contestants, [TaskRecord("text", "generation", "f1")], found.items, [])
+    other = replace(found, tasks=[TaskRecord("text", "generation", "f1")])
     with pytest.raises(UserError, match="no score 'f1'"):
         task_changes(other, "base", "it")

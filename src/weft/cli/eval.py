@@ -123,11 +123,10 @@ def eval(
         from weft.cli.harness import evaluate_harness
 
         idle = {"data": data, "fewshot-data": fewshot_data, "prompting": prompting, "max-new-tokens": max_new_tokens}
-        return evaluate_harness(
-            target, words, how, adapter=adapter, output=output, limit=limit, num_fewshot=num_fewshot,
-            chat=apply_chat_template, chat_template=chat_template, max_rows=batch_size, max_tokens=pass_tokens,
-            idle=idle, as_json=as_json,
-        )  # fmt: skip
+        asked = {"num_fewshot": num_fewshot, "limit": limit, "chat_template": bool(apply_chat_template)}
+        sizes = {"max_rows": batch_size, "max_tokens": pass_tokens}
+        opening = how | {"chat_template": chat_template, "adapters": adapter}
+        return evaluate_harness(target, words, opening, asked, sizes, idle=idle, output=output, as_json=as_json)
     named_by = {"data": data, "fewshot_data": fewshot_data or []}
     told: dict[str, Any] = {"output": output, "chat_template": chat_template, "prompting": prompting or ()}
     early.refuse(lambda: _check(target, words, named_by, how, **told))

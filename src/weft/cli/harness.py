@@ -14,20 +14,21 @@ from weft.errors import UserError
 def evaluate_harness(
     target: str,
     names: Sequence[str],
-    how: Mapping[str, Any],
+    opening: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    sizes: Mapping[str, int],
     *,
-    adapter: Sequence[str] | None,
-    output: Path | None,
-    limit: int | None,
-    num_fewshot: int | None,
-    chat: bool | None,
-    chat_template: str | None,
-    max_rows: int,
-    max_tokens: int,
     idle: Mapping[str, object],
+    output: Path | None,
     as_json: bool,
 ) -> int:
-    """Run lm_eval's tasks and tell what was found; ``how`` opens the target, ``idle`` are options that are for ours.
+    """Run lm_eval's tasks and tell what was found.
+
+    Args:
+        opening: How the target is opened.
+        asked: ``HarnessSettings``.
+        sizes: Of passes.
+        idle: Options that are for our own tasks, with what was given.
 
     Raises:
         UserError: lm_eval is not there, a task is not, or an option means nothing to it.
@@ -38,17 +39,15 @@ def evaluate_harness(
     from weft.evaluate.harness import HarnessSettings, find_tasks, run_harness
     from weft.generation.open import open_target
 
-    settings = HarnessSettings(num_fewshot=num_fewshot, limit=limit, chat_template=bool(chat))
-    tasks = find_tasks(names, settings)
-    common.tell_hub(how["model"] or target)
-    with open_target(target, **how, adapters=adapter, chat_template=options.template_text(chat_template)) as opened:
+    tasks = find_tasks(names, HarnessSettings(**asked))
+    adapters, template = opening["adapters"], options.template_text(opening["chat_template"])
+    common.tell_hub(opening["model"] or target)
+    with open_target(target, **{**opening, "chat_template": template}) as opened:
         for note in opened.notes:
             common.say(note)
-        asked = [None, *opened.names] if adapter is None else [opened.adapter(name) for name in adapter]
+        who = [None, *opened.names] if adapters is None else [opened.adapter(name) for name in adapters]
         answers = None if output is None else output / ANSWERS
-        results = run_harness(
-            opened, asked, tasks, answers=answers, max_tokens=max_tokens, max_rows=max_rows, on_progress=Progress()
-        )
+        results = run_harness(opened, who, tasks, answers=answers, on_progress=Progress(), **sizes)
     if output is not None:
         results.write(output)
     tell(results, output, as_json)
