@@ -378,3 +378,21 @@ def test_a_base_cannot_write_where_nothing_lets_it(place: Path) -> None:
 
 def test_checkpoints_of_earlier_versions_have_no_forgetting() -> None:
     assert Progress(step=3, ended="early_stop").best_at is None
+
+
+@pytest.mark.parametrize("objective", ["ppo", "dpo"])
+def test_jobs_over_judged_answers_are_measured_and_what_scores_is_left_out(place: Path, objective: str) -> None:
+    """PPO brings a job for values, which writes no text and has no limit."""
+    rows = [{"prompt": f"How much is {i} + {i}?", "chosen": f"{2 * i}", "rejected": "no"} for i in range(1, 7)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = {"reward": "length", "max_tokens": 2, "slack": 3}
+    written = {"rewards": [reward], "num_generations": 2, "max_completion_length": 4}
+    more: dict[str, Any] = {"objective_settings": written} if objective == "ppo" else {}
+    config = settings(
+        method="lora", objective=objective, data="pairs.jsonl" if objective == "dpo" else "train.jsonl", steps=2,
+        max_forgetting=9.0, **more,
+    )  # fmt: skip
+    result = train(config, writer=writer)
+    assert result.jobs["lora"]["ended"] == "finished"
+    assert {event["job"] for event in measured(place / "run")} == {"lora"}
+    assert [event["step"] for event in measured(place / "run")] == [0, 2]
