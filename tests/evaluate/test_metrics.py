@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from weft.errors import UserError
-from weft.evaluate.metrics import METRICS, Reply
+from weft.evaluate.metrics import METRICS, Metric, Reply
 from weft.evaluate.metrics.errors import bootstrap_error, weighted_mean
 from weft.evaluate.metrics.rouge import common_subsequence
 from weft.objectives import class_metrics
@@ -174,3 +174,24 @@ def test_a_bootstrap_finds_the_error_of_a_mean() -> None:
 def test_a_wrong_setting_of_a_metric_is_named() -> None:
     with pytest.raises(UserError, match=r"unknown key 'ignore_cases'. Did you mean 'ignore_case'"):
         METRICS["exact_match"].read({"ignore_cases": True}, "task x")
+
+
+def test_conduct_in_a_domain_is_a_metric_by_name() -> None:
+    def reply(text: str, reference: str = "") -> Reply:
+        return Reply(text, (reference,), fields={"context": "The mill was built in 1,850.", "note": "It has 3 floors."})
+
+    def metric(name: str, **settings: object) -> Metric:
+        return METRICS[name].read(settings, name)
+
+    refusal = "I can't help with that."
+    assert metric("refusal").score(reply(refusal)) == 1.0
+    assert metric("refusal_right").score(reply(refusal, "In 1850.")) == 0.0
+    assert metric("refusal_right").score(reply(refusal, refusal)) == 1.0
+    assert metric("numbers_supported").score(reply("1850, with 3 floors")) == 0.5
+    assert metric("numbers_supported", context_field="note").score(reply("3 floors")) == 1.0
+    assert metric("supported").score(reply("The mill was built.")) == 1.0
+    style = metric("style", max_length=3, form="one_line", forbidden=["mill"])
+    texts = ("In 1850.", "The mill.", "one two three four", "a\nb")
+    assert [style.score(reply(text)) for text in texts] == [1, 0, 0, 0]
+    with pytest.raises(UserError, match="min_length 3 is more than max_length 1"):
+        metric("style", min_length=3, max_length=1)

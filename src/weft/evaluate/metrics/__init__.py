@@ -7,6 +7,15 @@ from collections.abc import Mapping
 from weft.evaluate.metrics.base import Figure, Metric, Reply
 from weft.evaluate.metrics.choice import Accuracy, AccuracyPerByte, AccuracyPerCharacter
 from weft.evaluate.metrics.classes import ClassAccuracy, MacroF1, Mcc
+from weft.evaluate.metrics.conduct import (
+    KeepsStyle,
+    NumbersSupported,
+    Refuses,
+    RefusesRightly,
+    SaysNotInText,
+    SaysNotInTextRightly,
+    Supported,
+)
 from weft.evaluate.metrics.instructions import FollowedAll, FollowedAllLoosely, FollowedEach, FollowedEachLoosely
 from weft.evaluate.metrics.json_text import FollowsSchema
 from weft.evaluate.metrics.likelihood import BitsPerByte, BytePerplexity, Loss, Perplexity, WordPerplexity
@@ -40,6 +49,13 @@ METRICS: Mapping[str, type[Metric]] = {
     "accuracy": ClassAccuracy,
     "macro_f1": MacroF1,
     "mcc": Mcc,
+    "refusal": Refuses,
+    "refusal_right": RefusesRightly,
+    "not_in_text": SaysNotInText,
+    "not_in_text_right": SaysNotInTextRightly,
+    "supported": Supported,
+    "numbers_supported": NumbersSupported,
+    "style": KeepsStyle,
 }
 
 __all__ = ["METRICS", "Figure", "Metric", "Reply"]
