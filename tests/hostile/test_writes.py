@@ -25,8 +25,9 @@ from weft.files.run_folder import RunStore
 SOURCE = Path(weft.__file__).parent
 # Files that may write by themselves: the one place, a cache without which all goes on, appended bytes with a message of
 # their own, a picture that is drawn in memory.
-WRITERS = {"files/whole.py", "measured.py", "data/spill.py", "evaluate/demo.py",
-           "export/rendering.py", "base/pages.py"}  # fmt: skip
+# The last three draw or render into memory.
+WRITERS = {"files/whole.py", "measured.py", "data/spill.py", "base/pages.py", "evaluate/demo.py",
+           "evaluate/report/pictures.py", "export/rendering.py"}  # fmt: skip
 CALLS = {"save_file", "mkdir", "makedirs", "copyfile", "copytree", "savefig",
          "TemporaryFile", "NamedTemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp", "symlink"}  # fmt: skip
 # These stand in ``with writing(…)``.

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from weft.data.rendering.sandbox import render_template
 from weft.errors import UserError, check_word, reason_of
-from weft.files.whole import new_folder, write_text
+from weft.files.whole import make_folder, new_folder, write_text
 from weft.foreign import read_text
 
 Language = Literal["en", "zh"]
@@ -71,7 +71,7 @@ def copy_prompts(folder: Path) -> list[str]:
     """
     names = sorted(path.name for path in _FOLDER.glob("*.jinja"))
     with new_folder(folder) as part:
-        part.mkdir(parents=True, exist_ok=True)
+        make_folder(part)
         for name in names:
             write_text(part / name, read_text(_FOLDER / name))
     return names

@@ -9,7 +9,7 @@ from weft.evaluate.report.markdown import markdown
 from weft.evaluate.report.page import page
 from weft.evaluate.report.pictures import FIGURES, LOSSES, TRADE, losses_name, pictures
 from weft.evaluate.report.report import Report
-from weft.files.whole import refilled_folder, write_whole
+from weft.files.whole import make_folder, refilled_folder, write_whole
 from weft.numbers import finite
 
 PAGE, TEXT, DATA = "report.html", "report.md", "report.json"
@@ -26,7 +26,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     drawn = dict(pictures(report))
     older = {FIGURES, TRADE, LOSSES, *map(losses_name, range(1, _RUNS))}
     with refilled_folder(folder, drop=older) as part:
-        part.mkdir(parents=True, exist_ok=True)
+        make_folder(part)
         for name, content in drawn.items():
             write_whole(part / name, content)
         data = json.dumps(finite(report.summary()), ensure_ascii=False, indent=1) + "\n"

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 
+from weft.files.whole import make_folder
 from weft.training.trackers.tracker import End, Facts, Scalar, Tracker
 
 _LONGEST = 500  # characters of a parameter
@@ -29,7 +30,7 @@ class MLflow(Tracker):
             logging.getLogger(name).setLevel(logging.WARNING)
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri is None:
-            facts.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(facts.folder)
             uri = f"sqlite:///{facts.folder.absolute() / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "weft"))

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping
 
+from weft.files.whole import make_folder
 from weft.training.trackers.tracker import End, Facts, Scalar, SharedRun
 
 _ONE = ""  # the key of its only run
@@ -21,7 +22,7 @@ class SwanLab(SharedRun):
         super().__init__(facts)
         import swanlab
 
-        facts.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(facts.folder)
         facts.ids.setdefault(_ONE, uuid.uuid4().hex[:20])
         mode = os.environ.get("SWANLAB_MODE", "offline")
         own = None if os.environ.get("SWANLAB_LOG_DIR") else str(facts.folder)

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping
 
+from weft.files.whole import make_folder
 from weft.training.trackers.tracker import End, Facts, Scalar, Tracker
 
 
@@ -20,7 +21,7 @@ class WeightsAndBiases(Tracker):
         import wandb
 
         own = None if os.environ.get("WANDB_DIR") else str(facts.folder)
-        facts.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(facts.folder)
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True,
             x_disable_machine_info=True,
