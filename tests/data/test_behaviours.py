@@ -130,7 +130,7 @@ PASSAGES = [
 
 
 def test_scores_are_those_of_the_formula() -> None:
-    pytest.importorskip("bm25s")
+    pytest.importorskip("bm25s", reason='bm25s is not installed: pip install "weft[retrieval]"')
     index = Index(PASSAGES)
     for question in ("Who keeps a dog?", "谁在风港养猫？", "Ada Ada cat"):
         asked = [term for term in terms(question) if any(term in terms(p.text) for p in PASSAGES)]
@@ -168,7 +168,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 def test_an_answer_stands_in_the_passages_unless_it_is_to_be_missing(questions: Path) -> None:
-    pytest.importorskip("bm25s")
+    pytest.importorskip("bm25s", reason='bm25s is not installed: pip install "weft[retrieval]"')
     found = build_grounded(questions, PASSAGES, count=2, unanswerable=0.25)
     assert [Path(source).name for source in found.left_out] == ["q.jsonl:5"], "no passage tells of a snake"
     assert len(found.records) == 4
@@ -184,7 +184,7 @@ def test_an_answer_stands_in_the_passages_unless_it_is_to_be_missing(questions: 
 
 
 def test_the_passage_with_the_answer_takes_the_place_of_the_last_where_it_is_not_among_the_best(tmp_path: Path) -> None:
-    pytest.importorskip("bm25s")
+    pytest.importorskip("bm25s", reason='bm25s is not installed: pip install "weft[retrieval]"')
     near = [Passage("Who keeps a snake in the town? Nobody knows.", "near"), Passage("Zoe keeps it.", "far")]
     questions = write(tmp_path / "q.jsonl", [{"instruction": "Who keeps a snake in the town?", "output": "Zoe"}])
     assert [p.source for p in Index(near).search("Who keeps a snake in the town?", 2)] == ["near", "far"]
@@ -195,7 +195,7 @@ def test_the_passage_with_the_answer_takes_the_place_of_the_last_where_it_is_not
 
 
 def test_grounded_records_are_what_training_reads(questions: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bm25s")
+    pytest.importorskip("bm25s", reason='bm25s is not installed: pip install "weft[retrieval]"')
     found = build_grounded(questions, PASSAGES, template="{context}|{question}|{not_in_text}", not_in_text="No.")
     write_records(tmp_path / "out.jsonl", found.records)
     (first, *_) = read_records(tmp_path / "out.jsonl")
@@ -219,7 +219,7 @@ def test_grounded_records_are_what_training_reads(questions: Path, tmp_path: Pat
 def test_grounded_data_that_cannot_be_is_named(
     questions: Path, tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
-    pytest.importorskip("bm25s")
+    pytest.importorskip("bm25s", reason='bm25s is not installed: pip install "weft[retrieval]"')
     given = dict(wrong)
     if given.pop("questions", None):
         questions = write(tmp_path / "snake.jsonl", [{"instruction": "Who keeps a snake?", "output": "Zoe"}])

@@ -11,7 +11,6 @@ from weft.evaluate.statistics import (
     agreement_of,
     bootstrap_means,
     bootstrap_means_ref,
-    bootstrap_stderr,
     holm,
     mcnemar_exact_p,
     mcnemar_p,
@@ -168,12 +167,6 @@ def test_the_fast_bootstrap_has_the_plain_ones_distribution(values: list[float])
 def test_the_bootstrap_is_the_generators() -> None:
     one, two = (paired_interval([0.0, 1.0, -1.0, 0.5], np.random.default_rng(10)) for _ in range(2))
     assert one == two
-
-
-def test_the_error_of_any_figure_is_that_of_the_mean_for_the_mean() -> None:
-    values = np.random.default_rng(11).normal(size=300).tolist()
-    found = bootstrap_stderr(values, lambda drawn: float(np.mean(drawn)), np.random.default_rng(12), 2_000)
-    assert found == pytest.approx(mean(values).stderr, rel=0.07)  # 4 / √(2 · 2,000)
 
 
 def test_the_mean_and_its_error() -> None:

@@ -24,8 +24,7 @@ from weft.files.run_folder import RunStore
 
 SOURCE = Path(weft.__file__).parent
 # Files that may write by themselves: the one place, a cache without which all goes on, appended bytes with a message of
-# their own, a picture that is drawn in memory.
-# The last three draw or render into memory.
+# their own; the last three draw or render into memory.
 WRITERS = {"files/whole.py", "measured.py", "data/spill.py", "base/pages.py", "evaluate/demo.py",
            "evaluate/report/pictures.py", "export/rendering.py"}  # fmt: skip
 CALLS = {"save_file", "mkdir", "makedirs", "copyfile", "copytree", "savefig",

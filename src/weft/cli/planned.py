@@ -31,6 +31,15 @@ class CannotFitError(Exception):
         self.lines = lines
 
 
+def refused(error: CannotFitError, as_json: bool) -> int:
+    """Tell that a run does not fit and what would make it fit; gives the exit code."""
+    for line in error.lines:
+        common.say(line)
+    if as_json:
+        common.print_json({"error": str(error)})
+    return common.CANNOT_FIT
+
+
 @dataclass
 class Outlook:
     """Plans a run whose data has been read (``weft.training.run.OnRead``). ``plan`` is None until it has, or cannot."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli import common, early, options
-from weft.cli.planned import CannotFitError, Outlook
+from weft.cli.planned import CannotFitError, Outlook, refused
 from weft.cli.session import Session
 from weft.errors import UserError
 
@@ -144,11 +144,7 @@ def _run(
             done = run_sweep(record, trials, _runner(session, tell), decided)
         except CannotFitError as error:
             session.close()
-            for line in error.lines:
-                common.say(line)
-            if as_json:
-                common.print_json({"error": str(error)})
-            return common.CANNOT_FIT
+            return refused(error, as_json)
     if as_json:
         common.print_json(record.json() | {"completed": done})
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli import common, early, options
-from weft.cli.planned import CannotFitError, Outlook, compared, comparison
+from weft.cli.planned import CannotFitError, Outlook, compared, comparison, refused
 from weft.cli.progress import not_reached, opening
 from weft.cli.session import Session
 from weft.errors import UserError
@@ -156,11 +156,7 @@ def _run(settings: RunConfig, session: Session, *, as_json: bool, quiet: bool) -
         )  # fmt: skip
     except CannotFitError as error:
         session.close()
-        for line in error.lines:
-            common.say(line)
-        if as_json:
-            common.print_json({"error": str(error)})
-        return common.CANNOT_FIT
+        return refused(error, as_json)
     session.close()
     summary = _summary(settings, result, jobs)
     if measured:

@@ -8,7 +8,7 @@ numbers come from the generator that is given. A fast function has a plain one b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -68,18 +68,6 @@ def bootstrap_means_ref(values: Sequence[float], generator: np.random.Generator,
     """The plain form: draw n indices, take the mean, again and again. Other draws, the same distribution."""
     n = len(values)
     return [sum(values[i] for i in generator.integers(0, n, n)) / n for _ in range(draws)]
-
-
-def bootstrap_stderr(
-    items: Sequence[object],
-    figure: Callable[[Sequence[object]], float],
-    generator: np.random.Generator,
-    draws: int = 1_000,
-) -> float:
-    """The standard error of any figure of items (a corpus' BLEU, MCC), by samples of the items with replacement."""
-    n = len(items)
-    found = [figure([items[i] for i in generator.integers(0, n, n)]) for _ in range(draws)]
-    return float(np.std(found, ddof=1))
 
 
 def paired_interval(
